@@ -1,0 +1,27 @@
+"""Gradient health for PyTorch Lightning: clipping, guarding, rescaling and watching gradients in one pass."""
+
+from clip_callbacks.blocks import ParameterTable
+from clip_callbacks.callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.clip_grad import clip_grad_norm_
+from clip_callbacks.limits import FixedLimit, Limit
+from clip_callbacks.nonfinite import NonFiniteGradientError
+from clip_callbacks.report import StepReport
+from clip_callbacks.rules import ClipRule
+from clip_callbacks.step import clip_step
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AccumulationRescaling",
+    "ClipRule",
+    "FixedLimit",
+    "GradientClipping",
+    "GradientNormMonitor",
+    "Limit",
+    "NonFiniteGradientError",
+    "NonFiniteGuard",
+    "ParameterTable",
+    "StepReport",
+    "clip_grad_norm_",
+    "clip_step",
+]

@@ -1,0 +1,249 @@
+"""Which gradient entries share one norm: from tensors to named blocks.
+
+A :class:`ParameterTable` is what one optimizer holds, each tensor once. A :class:`Partition` divides it into the blocks of
+one scope. Both are plain index arithmetic, worked out once and used at every step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Scope: TypeAlias = Literal["global", "group", "layer", "parameter"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+
+OUTSIDE = -1
+"""The block index of a parameter that belongs to no block of a partition."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Blocks of parameters that share one norm, in the order of their first parameter.
+
+    Args:
+        names: What each of the B blocks is called.
+        index: For each parameter of the table, the number of its block, or ``OUTSIDE``.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether one block holds every parameter: its norm is the total norm."""
+        return len(self.names) == 1 and OUTSIDE not in self.index
+
+    @cached_property
+    def is_finest(self) -> bool:
+        """Whether each parameter is a block of its own: block norms are parameter norms."""
+        return self.index == tuple(range(len(self.names)))
+
+    @cached_property
+    def members(self) -> Tensor:
+        """The numbers of the parameters inside the partition, int64 of shape ``(M,)``."""
+        return torch.tensor([i for i, block in enumerate(self.index) if block != OUTSIDE], dtype=torch.int64)
+
+    @cached_property
+    def member_blocks(self) -> Tensor:
+        """The block of each of those parameters, int64 of shape ``(M,)``."""
+        return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64)
+
+    def spread(self, per_block: Tensor, outside: float = 1.0) -> Tensor:
+        """Give each parameter the value of its block.
+
+        Args:
+            per_block: Shape ``(B,)``.
+            outside: The value of parameters in no block.
+
+        Returns:
+            Shape ``(N,)``, one value for each parameter of the table.
+        """
+        if self.is_finest:
+            return per_block
+        if self.is_whole:
+            return per_block.expand(len(self.index))
+        spread = per_block.new_full((len(self.index),), outside)
+        spread[self.members.to(per_block.device)] = per_block[self.member_blocks.to(per_block.device)]
+        return spread
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterTable:
+    """The parameters that take part in one optimizer step, each once, and what blocks they can form.
+
+    Build it once (:meth:`of_optimizer`, :meth:`of_named`) and pass it to :func:`~clip_callbacks.clip_step` at every step. A
+    parameter that stands in it twice, as tied weights do, is counted once, under its first name.
+
+    Args:
+        tensors: The N parameters.
+        names: Their N names, as ``module.named_parameters()`` gives them.
+        groups: The N names of their optimizer parameter groups.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> ParameterTable:
+        """Table of ``model.named_parameters()``: one parameter group holds them all."""
+        return cls._of_rows((name, tensor, "pg1") for name, tensor in named)
+
+    @classmethod
+    def of_tensors(cls, tensors: Iterable[Tensor]) -> ParameterTable:
+        """Table of ``model.parameters()``: the names are their positions."""
+        return cls.of_named((str(position), tensor) for position, tensor in enumerate(tensors))
+
+    @classmethod
+    def of_optimizer(cls, optimizer: Optimizer, named: Iterable[tuple[str, Tensor]] = ()) -> ParameterTable:
+        """Table of what an optimizer holds, in its own order.
+
+        Args:
+            optimizer: Any ``torch.optim.Optimizer``.
+            named: ``model.named_parameters()``; a parameter not among them is called ``pg1.0``: its group and its place there.
+        """
+        names = {id(tensor): name for name, tensor in named}
+        groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
+        return cls._of_rows(
+            (names.get(id(tensor), f"{group}.{place}"), tensor, group)
+            for group, tensors in groups
+            for place, tensor in enumerate(tensors)
+        )
+
+    @classmethod
+    def of(
+        cls, parameters: ParameterTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+    ) -> ParameterTable:
+        """Table of whatever holds parameters: a table, an optimizer, named or bare tensors."""
+        if isinstance(parameters, ParameterTable):
+            return parameters
+        if isinstance(parameters, Optimizer):
+            return cls.of_optimizer(parameters)
+        if isinstance(parameters, Mapping):
+            return cls.of_named(parameters.items())
+        if isinstance(parameters, Tensor):
+            return cls.of_tensors([parameters])
+        rows: Sequence[Tensor | tuple[str, Tensor]] = list(parameters)
+        named = [row for row in rows if isinstance(row, tuple)]
+        return cls.of_named(named) if named else cls.of_tensors(row for row in rows if isinstance(row, Tensor))
+
+    @classmethod
+    def _of_rows(cls, rows: Iterable[tuple[str, Tensor, str]]) -> ParameterTable:
+        first: dict[int, tuple[str, Tensor, str]] = {}
+        for row in rows:
+            if hasattr(row[1], "device_mesh"):
+                raise TypeError(
+                    f"parameters must be plain tensors, got a DTensor for {row[0]!r}: sharded ones are not supported yet."
+                )
+            first.setdefault(id(row[1]), row)
+        names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())
+        return cls(tensors, names, groups)
+
+    def __len__(self) -> int:
+        """Count of the parameters, N."""
+        return len(self.tensors)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter has one."""
+        return any(tensor.grad is not None for tensor in self.tensors)
+
+    def partition(self, scope: Scope, pattern: str | None = None) -> Partition:
+        r"""Blocks of one scope.
+
+        Args:
+            scope: ``"global"`` one block; ``"group"`` one for each optimizer parameter group; ``"layer"`` one for the
+                parameters that one module owns directly; ``"parameter"`` one for each tensor.
+            pattern: A regular expression that ``re.search`` must find in a parameter's name; others are left out.
+
+        Raises:
+            ValueError: If the scope is unknown or the pattern matches no name; it lists the choices or near names.
+
+        Example::
+
+            >>> table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
+            >>> table.partition("layer").names
+            ('0', '1')
+            >>> table.partition("parameter", r"bias$").names
+            ('0.bias', '1.bias')
+        """
+        if (scope, pattern) not in self._partitions:
+            self._partitions[scope, pattern] = self._divide(scope, pattern)
+        return self._partitions[scope, pattern]
+
+    def _divide(self, scope: Scope, pattern: str | None) -> Partition:
+        labels = self._labels(scope)
+        inside = [pattern is None or re.search(pattern, name) is not None for name in self.names]
+        if pattern is not None and not any(inside):
+            raise ValueError(no_match(pattern, self.names))
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(x for x, taken in zip(labels, inside, strict=True) if taken))}
+        index = tuple(numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True))
+        return Partition(tuple(numbers), index)
+
+    def _labels(self, scope: Scope) -> Sequence[str]:
+        if scope == "global":
+            return ["global"] * len(self)
+        if scope == "group":
+            return self.groups
+        if scope == "layer":
+            return [name.rpartition(".")[0] or "(root)" for name in self.names]
+        if scope == "parameter":
+            return self.names
+        raise ValueError(unknown_scope(scope))
+
+    def gradients(self) -> Gradients:
+        """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
+        positions, dense = [], []
+        for position, parameter in enumerate(self.tensors):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                gradient = parameter.grad = gradient.coalesce() if gradient.layout is torch.sparse_coo else gradient
+                gradient = gradient.values()
+            if gradient.numel():
+                positions.append(position)
+                dense.append(gradient)
+        return Gradients(positions, dense, len(self.tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of one step: strided tensors with at least one entry; of a sparse gradient, its coalesced values.
+
+    Args:
+        positions: Which parameters of the table have one.
+        tensors: Views of those gradients: what is written here is written there.
+        count: How many parameters the table holds, N.
+    """
+
+    positions: list[int]
+    tensors: list[Tensor]
+    count: int
+
+    def fill(self, values: Tensor) -> Tensor:
+        """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
+        if len(self.positions) == self.count:
+            return values
+        return values.new_zeros(self.count).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+
+
+def unknown_scope(scope: object) -> str:
+    """Say which scopes there are."""
+    return f"`scope` must be one of {', '.join(SCOPES)}, got {scope!r}."
+
+
+def no_match(pattern: str, names: Sequence[str]) -> str:
+    """Say that a pattern matches no name, and which names come near it."""
+    near = difflib.get_close_matches(pattern.strip("^$.*\\"), names, n=3, cutoff=0.3) or list(names[:3])
+    matches = f"got {pattern!r}, which matches none of {len(names)}"
+    return f"`params` must match the name of a parameter, {matches}. Near names: {', '.join(near)}."

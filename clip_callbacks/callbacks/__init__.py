@@ -1,0 +1,8 @@
+"""The callbacks: the only folder that imports Lightning."""
+
+from clip_callbacks.callbacks.accumulation import AccumulationRescaling
+from clip_callbacks.callbacks.clipping import GradientClipping
+from clip_callbacks.callbacks.guard import NonFiniteGuard
+from clip_callbacks.callbacks.monitor import GradientNormMonitor
+
+__all__ = ["AccumulationRescaling", "GradientClipping", "GradientNormMonitor", "NonFiniteGuard"]

@@ -1,0 +1,94 @@
+"""What a Trainer may not hold together, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import LBFGS, Optimizer
+
+if TYPE_CHECKING:
+    from clip_callbacks.callbacks._member import Member
+
+
+def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Member]) -> None:
+    """Refuse what the family cannot do right.
+
+    Raises:
+        ValueError: It names what stands in the way and what to do instead.
+    """
+    _check_members(family)
+    _check_strategy(trainer)
+    if any(member.kind == "clipping" for member in family):
+        _check_clipped_once(trainer, module)
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:
+    """Refuse optimizers that the family cannot handle.
+
+    Raises:
+        ValueError: It names the optimizer and what to do instead.
+    """
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"`optimizer` must not be fused under a GradScaler, got {name}(fused=True) with precision 16-mixed: its gradients "
+                "are still multiplied by the loss scale when callbacks see them. Set fused=False, or use precision bf16-mixed."
+            )
+        if isinstance(optimizer, LBFGS) and any(member.kind == "rescaling" for member in family):
+            raise ValueError(
+                f"AccumulationRescaling must not be used with {name}: its closure runs the window again within one step. "
+                "Remove AccumulationRescaling and set accumulate_grad_batches=1."
+            )
+
+
+def _check_members(family: Sequence[Member]) -> None:
+    keys = [member.state_key for member in family]
+    for member in family:
+        name = type(member).__name__
+        if keys.count(member.state_key) > 1:
+            advice = {
+                "clipping": "every optimizer would be clipped twice: give one GradientClipping several `rules`",
+                "monitor": "every metric would be logged twice: give each another `scope`",
+            }.get(member.kind, "keep one of them")
+            raise ValueError(f"`callbacks` must hold one {member.state_key}, got {keys.count(member.state_key)}: {advice}.")
+        if sum(type(other).__name__ == name for other in family) > 1 and member.kind != "monitor":
+            raise ValueError(f"`callbacks` must hold one {name}, got several; keep one of them.")
+    norm_types = {member.norm_type for member in family if member.norm_type is not None}
+    if len(norm_types) > 1:
+        raise ValueError(
+            f"`norm_type` must be the same for all callbacks of one Trainer, got {sorted(norm_types)}: "
+            "the gradients are read once for all of them."
+        )
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
+            "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "
+            "guard and the metrics are lost."
+        )
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"`strategy` must keep whole gradients on every rank, got {type(trainer.strategy).__name__}: sharded gradients are not "
+            "supported yet. Use one device or strategy='ddp'."
+        )
+
+
+def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(
+            "`gradient_clip_val` must not be set beside GradientClipping, got "
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the Trainer."
+        )
+    if is_overridden("configure_gradient_clipping", module):
+        raise ValueError(
+            "`configure_gradient_clipping` must not be overridden beside GradientClipping, got "
+            f"{type(module).__name__}.configure_gradient_clipping: gradients would be clipped twice. Remove one of them."
+        )

@@ -1,0 +1,130 @@
+"""What the four callbacks have in common: they join one pass, and the first of them in the Trainer's list drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clip_callbacks.callbacks._checks import check_trainer
+from clip_callbacks.callbacks._pass import Lane, Pass
+from clip_callbacks.report import StepReport
+
+Kind = Literal["clipping", "guard", "rescaling", "monitor"]
+
+
+class Member(Callback):
+    """One callback of the family.
+
+    Attributes:
+        last_report: What the last optimizer step's pass found and did; None before the first.
+    """
+
+    kind: ClassVar[Kind]
+    norm_type: float | None = None
+    """The order of norms that this member asks for; None takes any."""
+
+    def __init__(self) -> None:
+        self.last_report: StepReport | None = None
+        self._pass: Pass | None = None
+        self._history: dict[int, dict[str, Any]] = {}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many optimizer steps were skipped for non-finite gradients so far, over all optimizers."""
+        return self._pass.skipped_steps if self._pass else 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be done right before anything is trained."""
+        if stage == "fit":
+            check_trainer(trainer, pl_module, family(trainer))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Assemble the members into one pass; the first one does it for all."""
+        members = family(trainer)
+        if members[0] is self:
+            the_pass = Pass(trainer, pl_module, members)
+            for member in members:
+                member._pass = the_pass
+
+    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:  # noqa: ARG002
+        """Meet the optimizers, before the first step or after one of them took on other parameters.
+
+        Args:
+            lanes: The optimizers.
+            names: Of all parameters of the module.
+            renew: Whether an optimizer changed in mid-run.
+        """
+        for lane in lanes:
+            if lane.index in self._history:
+                lane.history.load_state_dict(self._history.pop(lane.index))
+
+    def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:  # noqa: ARG002
+        """See what a step reported.
+
+        Args:
+            lane: The optimizer.
+            report: Of the step.
+            healthy: Whether the step is a new one with finite gradients.
+        """
+        self.last_report = report
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Take hold of where metrics go."""
+        if leading := self._leading():
+            leading.open(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: ARG002
+        """Remember the loss until the step, to be looked at only if the step is bad."""
+        if leading := self._leading():
+            leading.losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Run the pass: the gradients are ready, the optimizer has not moved."""
+        if leading := self._leading():
+            leading.step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Publish what the batch's optimizer steps reported."""
+        if leading := self._leading():
+            leading.publish(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Publish the metrics of the epoch."""
+        if leading := self._leading():
+            leading.end_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Sum up."""
+        if leading := self._leading():
+            leading.summarize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped."""
+        leading = self._leading()
+        return {"history": leading.history_state() if leading else self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state is not one of this callback.
+        """
+        if not isinstance(state_dict.get("history"), dict):
+            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, got keys {sorted(state_dict)}.")
+        self._history = state_dict["history"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without the pass: it belongs to one Trainer's fit."""
+        return self.__dict__ | {"_pass": None, "last_report": None}
+
+    def _leading(self) -> Pass | None:
+        return self._pass if self._pass is not None and self._pass.leader is self else None
+
+
+def family(trainer: Trainer) -> list[Member]:
+    """The members in a Trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Member)]  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""GradientNormMonitor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from clip_callbacks.blocks import SCOPES, Scope, unknown_scope
+from clip_callbacks.callbacks._history import NormHistory
+from clip_callbacks.callbacks._member import Member
+from clip_callbacks.callbacks._pass import Lane
+from clip_callbacks.norms import as_norm_type, block_norms
+from clip_callbacks.report import BLOCK_NORM, StepReport
+
+SUGGESTED_PERCENTILE = 90
+"""Where the suggested threshold lies: what it clips are the largest 10 % of the steps."""
+
+
+class GradientNormMonitor(Member):
+    """Shows how large the gradients are: a norm for each block on every logging step, and at the end a max_norm worth trying.
+
+    Changes nothing. Beside a GradientClipping it costs no further read of the gradients; its norms are those before clipping.
+
+    Metrics: ``grad_norm/<block>`` for each block of ``scope``, and those that the whole family logs.
+
+    Args:
+        scope: Which entries share one norm: "global", "group", "layer" or "parameter".
+        norm_type: The order p of the norm, above 0; "inf" is the maximum norm. The same as GradientClipping's in the same Trainer.
+        every_n_steps: Log the blocks' norms only every so many optimizer steps; None: on every logging step of the Trainer.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GradientNormMonitor("parameter")], logger=False, enable_checkpointing=False)
+    """
+
+    kind = "monitor"
+
+    def __init__(
+        self, scope: Scope = "layer", *, norm_type: float | Literal["inf"] = 2.0, every_n_steps: int | None = None
+    ) -> None:
+        super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(unknown_scope(scope))
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or None, got {every_n_steps!r}.")
+        self.scope: Scope = scope
+        self.norm_type: float = as_norm_type(norm_type)
+        self.every_n_steps = every_n_steps
+        self._norms: dict[int, NormHistory] = {}
+        self._last_logged: dict[int, int] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Several monitors may stand in one Trainer: one for each scope."""
+        return self._generate_state_key(scope=self.scope)
+
+    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
+        """Have a history for each optimizer."""
+        super().bind(lanes, names, renew=renew)
+        for lane in lanes:
+            self._norms.setdefault(lane.index, NormHistory())
+
+    def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
+        """Remember the total norm of a healthy step."""
+        super().observe(lane, report, healthy=healthy)
+        if healthy:
+            self._norms[lane.index].add(report.total_norm)
+
+    def metrics(self, lane: Lane, report: StepReport) -> dict[str, float]:
+        """Norms of the blocks, if it is time to log them."""
+        if self.every_n_steps and lane.history.steps - self._last_logged.get(lane.index, 0) < self.every_n_steps:
+            return {}
+        self._last_logged[lane.index] = lane.history.steps
+        partition = lane.table.partition(self.scope)
+        norms = block_norms(report.parameter_norms, partition, report.norm_type).tolist()
+        return {BLOCK_NORM + name: norm for name, norm in zip(partition.names, norms, strict=True)}
+
+    def suggested_max_norm(self, index: int = 0) -> float | None:
+        """The 90th percentile of the run's total norms, to two digits; None before a healthy step.
+
+        Args:
+            index: Number of the optimizer.
+        """
+        percentiles = self._norms[index].percentiles((SUGGESTED_PERCENTILE,)) if index in self._norms else None
+        return None if percentiles is None else two_digits(float(percentiles[0]))
+
+    def summary(self, lanes: Sequence[Lane]) -> list[str]:
+        """The percentiles of the run and the suggestion, a line for each optimizer."""
+        lines = []
+        for lane in lanes:
+            percentiles = self._norms[lane.index].percentiles((50, SUGGESTED_PERCENTILE, 99))
+            if percentiles is not None:
+                p50, p90, p99 = (f"{value:.3g}" for value in percentiles.tolist())
+                lines.append(
+                    f"GradientNormMonitor{lane.suffix}: total_norm over {self._norms[lane.index].count} steps: p50 {p50}, p90 {p90}, "
+                    f"p99 {p99}. Suggested max_norm: {self.suggested_max_norm(lane.index):g}, which clips the largest 10 % of steps."
+                )
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms of the run, 4 bytes a step."""
+        norms = {index: history.values() for index, history in self._norms.items()}
+        return super().state_dict() | {"norms": norms, "last_logged": dict(self._last_logged)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state is not one of this callback.
+        """
+        super().load_state_dict(state_dict)
+        for index, values in state_dict["norms"].items():
+            self._norms[int(index)] = NormHistory()
+            self._norms[int(index)].load(values)
+        self._last_logged = {int(index): step for index, step in state_dict["last_logged"].items()}
+
+
+def two_digits(value: float) -> float:
+    """Round to two significant digits; 0 stays 0."""
+    return round(value, 1 - math.floor(math.log10(value))) if value > 0 else 0.0

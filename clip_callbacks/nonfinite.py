@@ -1,0 +1,154 @@
+"""What if a gradient is not finite: the policies, and the report that names the offenders.
+
+The walk over the parameters is made on bad steps only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.blocks import ParameterTable
+
+Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+FaultStage: TypeAlias = Literal["parameter", "loss", "gradient"]
+
+LISTED = 8
+"""How many offenders a report names."""
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """Gradients are NaN or infinite, and the policy or a limit on bad steps in a row says to stop."""
+
+
+@dataclass(frozen=True)
+class Offender:
+    """One tensor with non-finite entries.
+
+    Args:
+        name: Of the parameter.
+        shape: Of the tensor.
+        nan: Count of NaN entries.
+        inf: Count of infinite entries.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nan: int
+    inf: int
+
+    def __str__(self) -> str:
+        """One line: name, shape, counts."""
+        counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
+        return f"{self.name} {list(self.shape)}: {' and '.join(counts)}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a look at every gradient and parameter found on a bad step.
+
+    Args:
+        gradients: Parameters with non-finite gradients, in module order.
+        parameters: Parameters that are non-finite themselves, in module order.
+        before: The nearest parameter before the first offender with a finite gradient, if any.
+        after: The nearest such parameter after it.
+        count: How many parameters have a gradient.
+        loss_is_finite: Whether every loss of the window was; None if no loss was seen.
+    """
+
+    gradients: tuple[Offender, ...]
+    parameters: tuple[Offender, ...]
+    before: str | None
+    after: str | None
+    count: int
+    loss_is_finite: bool | None
+
+    @property
+    def stage(self) -> FaultStage:
+        """Where it began: in parameters non-finite already before the step, in the loss (forward), or in backward."""
+        if self.parameters:
+            return "parameter"
+        return "loss" if self.loss_is_finite is False else "gradient"
+
+    def describe(self) -> str:
+        """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
+        lines = [f"Stage: {_STAGES[self.stage]}"]
+        if self.parameters:
+            lines += [f"Non-finite parameters: {_listed(self.parameters, 3)}"]
+        lines += [f"Non-finite gradients in {len(self.gradients)} of {self.count} parameters:"]
+        lines += [f"  {offender}" for offender in self.gradients[:LISTED]]
+        if len(self.gradients) > LISTED:
+            lines += [f"  and {len(self.gradients) - LISTED} more"]
+        neighbours = [f"{name} ({side})" for name, side in ((self.before, "before"), (self.after, "after")) if name]
+        if neighbours:
+            lines += [f"Nearest finite gradients: {', '.join(neighbours)}"]
+        return "\n".join(lines)
+
+
+_STAGES: dict[FaultStage, str] = {
+    "parameter": "parameters were non-finite before this step (a step before it, its learning rate, or the initial weights).",
+    "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
+    "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
+}
+
+
+def as_policy(policy: object, argument: str) -> Policy:
+    """Check the name of a policy.
+
+    Raises:
+        ValueError: If there is no such policy; it lists the choices.
+    """
+    for known in get_args(Policy):
+        if policy == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"`{argument}` must be one of {', '.join(POLICIES)}, got {policy!r}.")
+
+
+@torch.no_grad()
+def examine(table: ParameterTable, losses: Iterable[Tensor] = ()) -> Findings:
+    """Look at every gradient, parameter and loss of a bad step.
+
+    Args:
+        table: The parameters of the optimizer about to step, with their gradients.
+        losses: The losses of the window, 0-dim.
+    """
+    held = [(name, tensor) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
+    gradients = _offenders((name, _entries(tensor.grad)) for name, tensor in held if tensor.grad is not None)
+    parameters = _offenders(zip(table.names, table.tensors, strict=True))
+    guilty = {offender.name for offender in gradients}
+    names = [name for name, _ in held]
+    first = next((i for i, name in enumerate(names) if name in guilty), 0)
+    finite = [i for i, name in enumerate(names) if name not in guilty]
+    checks = [bool(torch.isfinite(loss).all()) for loss in losses]
+    return Findings(
+        gradients,
+        parameters,
+        before=next((names[i] for i in reversed(finite) if i < first), None),
+        after=next((names[i] for i in finite if i > first), None),
+        count=len(held),
+        loss_is_finite=all(checks) if checks else None,
+    )
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+
+
+def _offenders(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
+    found = []
+    for name, tensor in named:
+        if not bool(torch.isfinite(tensor).all()):
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            found.append(Offender(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum())))
+    return tuple(found)
+
+
+def _listed(offenders: Sequence[Offender], most: int) -> str:
+    rest = f" and {len(offenders) - most} more" if len(offenders) > most else ""
+    return "; ".join(str(offender) for offender in offenders[:most]) + rest

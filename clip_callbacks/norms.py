@@ -1,0 +1,198 @@
+r"""The one read of the gradients: tensor norms, and block norms from them.
+
+.. math::
+    \lVert g \rVert_p = \Bigl(\sum_j |g_j|^p\Bigr)^{1/p}, \qquad \lVert g \rVert_\infty = \max_j |g_j|
+
+and a p-norm of p-norms is the p-norm of all entries, so that one read serves every scope.
+
+Half-precision gradients accumulate in float32, others in their own precision, with the same kernels in the same order as
+``torch.nn.utils.clip_grad_norm_``: in float32 the total norm has the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.blocks import Gradients, Partition
+
+CHUNK = 1 << 20
+"""Entries that :func:`true_norms` holds in float64 at a time."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def as_norm_type(norm_type: float | Literal["inf"]) -> float:
+    """Check the order of a norm.
+
+    Raises:
+        ValueError: If it is not above 0; ``"inf"`` is the maximum norm.
+    """
+    if isinstance(norm_type, (int, float, str)) and not isinstance(norm_type, bool):
+        try:
+            order = float(norm_type)
+        except ValueError:
+            order = math.nan
+        if order > 0:
+            return order
+    raise ValueError(f'`norm_type` must be a number above 0 or "inf", got {norm_type!r}. 2 is the usual choice.')
+
+
+def tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norm of each tensor, by one read of all.
+
+    Args:
+        tensors: At least one strided tensor, none of them empty; dtypes and devices may differ.
+        norm_type: The order p.
+
+    Returns:
+        Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
+    """
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1:
+        return torch.stack(_norms_of_a_kind(tensors, norm_type))
+    return _norms_of_kinds(tensors, norm_type)
+
+
+def _norms_of_a_kind(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    dtype = torch.float32 if tensors[0].dtype in _HALF else None
+    return list(torch._foreach_norm(tensors, norm_type, dtype=dtype))
+
+
+def _norms_of_kinds(tensors: list[Tensor], norm_type: float) -> Tensor:
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+    norms: list[Tensor] = [tensors[0]] * len(tensors)
+    for places in kinds.values():
+        for place, norm in zip(places, _norms_of_a_kind([tensors[i] for i in places], norm_type), strict=True):
+            norms[place] = norm
+    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
+    return torch.stack([norm.to(tensors[0].device, dtype) for norm in norms])
+
+
+def true_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norms in float64 of tensors scaled by their largest entry: right where powers overflow or underflow the other way.
+
+    A second, slow read, made only when the first came out non-finite or next to zero.
+
+    Returns:
+        Shape ``(n,)``, float64; non-finite only where a tensor holds a non-finite entry.
+    """
+    return torch.stack([_true_norm(tensor, norm_type).to(tensors[0].device) for tensor in tensors])
+
+
+def _true_norm(tensor: Tensor, norm_type: float) -> Tensor:
+    peak = torch.linalg.vector_norm(tensor, math.inf).double()
+    scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK)  # type: ignore[no-untyped-call]
+    parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
+    return total_norm(parts, norm_type)[0] * scale
+
+
+def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
+    """The norm under which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p)."""
+    info = torch.finfo(dtype)
+    return 0.0 if math.isinf(norm_type) else float((info.tiny / info.eps) ** (1.0 / norm_type))
+
+
+def total_norm(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of all entries from the norms of the tensors, shape ``(1,)``."""
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type, dim=0, keepdim=True)
+    return total
+
+
+def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor:
+    """Norms of blocks from the norms of the parameters in them.
+
+    Args:
+        norms: Shape ``(N,)``, one for each parameter of the table, 0 where there is no gradient.
+        partition: N parameters in B blocks.
+        norm_type: The order p.
+
+    Returns:
+        Shape ``(B,)``, dtype and device of ``norms``.
+    """
+    if partition.is_finest:
+        return norms
+    if partition.is_whole:
+        return total_norm(norms, norm_type)
+    blocks = partition.member_blocks.to(norms.device)
+    parts = norms[partition.members.to(norms.device)].double()
+    peaks = parts.new_zeros(len(partition.names)).scatter_reduce_(0, blocks, parts, "amax")
+    if math.isinf(norm_type):
+        return peaks.to(norms.dtype)
+    scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
+    sums = torch.zeros_like(peaks).index_add_(0, blocks, (parts / scales[blocks]).pow(norm_type))
+    return (sums.pow(1.0 / norm_type) * scales).to(norms.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Norms of one step's gradients, on the host.
+
+    Args:
+        norms: Of each parameter of the table, shape ``(N,)``, 0 where there is no gradient.
+        total: Of all of them together, shape ``(1,)``.
+    """
+
+    norms: Tensor
+    total: Tensor
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether every entry of every gradient is."""
+        return math.isfinite(self.total.tolist()[0])
+
+
+def measure(gradients: Gradients, norm_type: float, *, scale: float = 1.0, local: bool = False) -> Measurement:
+    """Read the gradients once, and those a second time whose norm cannot be trusted.
+
+    Args:
+        gradients: Of one step.
+        norm_type: The order p.
+        scale: What the gradients will be multiplied by before all else; the norms are of the scaled gradients.
+        local: Whether the norms of single parameters matter too, not only the total norm.
+    """
+    if not gradients.tensors:
+        return Measurement(torch.zeros(gradients.count), torch.zeros(1))
+    norms = tensor_norms(gradients.tensors, norm_type)
+    norms, total = on_host(norms, total_norm(norms, norm_type))
+    sound = smallest_sound_norm(norm_type, norms.dtype)
+    if not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
+        norms, total = _mended(gradients.tensors, norms, norm_type, sound)
+    if scale != 1.0:
+        norms, total = norms * scale, total * scale
+    return Measurement(gradients.fill(norms), total)
+
+
+def on_host(norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring norms to the host, where the rest of the step is decided: the one host sync; none on a CPU."""
+    if norms.device.type == "cpu":
+        return norms, total
+    both = torch.cat([norms, total]).cpu()
+    return both[:-1], both[-1:]
+
+
+def _all_sound(norms: Tensor, sound: float) -> bool:
+    return all(sound <= norm < math.inf for norm in norms.tolist())
+
+
+def _mended(tensors: list[Tensor], norms: Tensor, norm_type: float, sound: float) -> tuple[Tensor, Tensor]:
+    """Norms and total norm with the untrustworthy ones measured again; float64 if they do not fit their dtype."""
+    suspects = [i for i, norm in enumerate(norms.tolist()) if not sound <= norm < math.inf]
+    mended = norms.double()
+    if suspects:
+        mended[suspects] = true_norms([tensors[i] for i in suspects], norm_type).cpu()
+    peak = mended.amax()
+    scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
+    total = total_norm(mended / scale, norm_type) * scale
+    info = torch.finfo(norms.dtype)
+    both = torch.cat([mended, total])
+    fits = (both == 0) | ~torch.isfinite(both) | ((both >= info.tiny) & (both <= info.max))
+    return (mended.to(norms.dtype), total.to(norms.dtype)) if bool(fits.all()) else (mended, total)

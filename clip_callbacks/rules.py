@@ -1,0 +1,180 @@
+r"""Rules: which blocks are held to which limit, and the coefficients that follow.
+
+.. math::
+    c_b = \min\Bigl(1, \frac{\ell_b}{n_b + 10^{-6}}\Bigr)
+
+Rules run in order, all from one read: after coefficients :math:`c` the norms are :math:`c \cdot n`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.blocks import SCOPES, ParameterTable, Partition, Scope, unknown_scope
+from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_max_norm
+from clip_callbacks.norms import Measurement, block_norms
+
+EPS = 1e-6
+"""Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
+
+ClipState: TypeAlias = tuple[LimitState, ...]
+"""The state of a list of rules: one limit state for each."""
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    r"""One stage of clipping: parameters, how they form blocks, and the limit for each block's norm.
+
+    Args:
+        max_norm: The limit: a number above 0, a :class:`Limit`, or None (or inf) to measure and change nothing.
+        scope: Which entries share one norm: "global", "group", "layer" or "parameter".
+        params: A regular expression; the rule holds for parameters in whose name ``re.search`` finds it. None: for all.
+
+    Raises:
+        ValueError: If the limit is not above 0, the scope is unknown, or ``params`` is no regular expression.
+
+    Example::
+
+        >>> [ClipRule(1.0), ClipRule(0.1, scope="parameter", params=r"^decoder\.")][1].params
+        '^decoder\\.'
+    """
+
+    max_norm: MaxNorm = 1.0
+    scope: Scope = "global"
+    params: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        _as_limit(self.max_norm)
+        if self.scope not in SCOPES:
+            raise ValueError(unknown_scope(self.scope))
+        try:
+            re.compile(self.params or "")
+        except (re.error, TypeError) as error:
+            raise ValueError(f"`params` must be a regular expression, got {self.params!r}: {error}.") from error
+
+    def stage(self, table: ParameterTable) -> Stage:
+        """The rule bound to the parameters of one optimizer."""
+        return Stage(_as_limit(self.max_norm), table.partition(self.scope, self.params))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rule bound to parameters.
+
+    Args:
+        limit: None lets every norm pass.
+        partition: The blocks.
+    """
+
+    limit: Limit | None
+    partition: Partition
+
+    def init(self) -> LimitState:
+        """State before the first step."""
+        return self.limit.init(len(self.partition.names)) if self.limit else {}
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one stage found and decided.
+
+    Args:
+        names: Of the B blocks.
+        norms: Of the blocks as the stage met them, shape ``(B,)``.
+        limits: For them, shape ``(B,)`` or one number.
+        coefficients: Shape ``(B,)``, in [0, 1]; exactly 1 where nothing is clipped.
+        clips: Whether any coefficient is below 1.
+    """
+
+    names: tuple[str, ...]
+    norms: Tensor
+    limits: Tensor | float
+    coefficients: Tensor
+    clips: bool
+
+
+def coefficients(norms: Tensor, limits: Tensor | float) -> tuple[Tensor, bool]:
+    """The one division of the package: limits into coefficients.
+
+    Args:
+        norms: Shape ``(B,)``. A block whose norm is not finite gets 1: such a norm never scales a gradient.
+        limits: Shape ``(B,)`` or one number.
+
+    Returns:
+        Coefficients of shape ``(B,)``, and whether any is below 1.
+    """
+    # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
+    ratios = (norms + EPS).reciprocal() * limits
+    on_host = ratios.tolist()
+    if all(ratio >= 1.0 for ratio in on_host):
+        return _ones(len(on_host), norms.dtype), False
+    coefficients = torch.where(torch.isfinite(norms), ratios, 1.0) if 0.0 in on_host or _any_nan(on_host) else ratios
+    return coefficients.clamp(max=1.0), True
+
+
+def decide(
+    stages: Sequence[Stage], measured: Measurement, norm_type: float, state: ClipState
+) -> tuple[tuple[Outcome, ...], Tensor | None, ClipState]:
+    """Run the stages in order on the norms of one step.
+
+    Returns:
+        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or None if all are 1;
+        and the state after, which is the state before if any norm was not finite.
+    """
+    outcomes: list[Outcome] = []
+    after: list[LimitState] = []
+    factors: Tensor | None = None
+    norms = measured.norms
+    for stage, before in zip(stages, state, strict=True):
+        whole = factors is None and stage.partition.is_whole
+        outcome = _outcome(stage, measured.total if whole else block_norms(norms, stage.partition, norm_type), before)
+        outcomes.append(outcome)
+        after.append(_observed(stage, outcome, before) if measured.is_finite else before)
+        if outcome.clips:
+            spread = stage.partition.spread(outcome.coefficients)
+            factors = spread if factors is None else factors * spread
+            norms = norms * spread
+    return tuple(outcomes), factors, tuple(after)
+
+
+def _outcome(stage: Stage, norms: Tensor, state: LimitState) -> Outcome:
+    names = stage.partition.names
+    if stage.limit is None:
+        return Outcome(names, norms, math.inf, _ones(len(names), norms.dtype), clips=False)
+    limits = stage.limit.limits(norms, state)
+    return Outcome(names, norms, limits, *coefficients(norms, limits))
+
+
+def _observed(stage: Stage, outcome: Outcome, state: LimitState) -> LimitState:
+    if stage.limit is None or not state:
+        return state
+    return stage.limit.observe(outcome.norms * outcome.coefficients, state)
+
+
+def _as_limit(max_norm: MaxNorm) -> Limit | None:
+    if max_norm is None or isinstance(max_norm, Limit):
+        return max_norm
+    number = as_max_norm(max_norm)
+    return None if math.isinf(number) else FixedLimit(number)
+
+
+def _any_nan(values: list[float]) -> bool:
+    return any(value != value for value in values)  # noqa: PLR0124
+
+
+_ONES: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+def _ones(blocks: int, dtype: torch.dtype) -> Tensor:
+    """Ones of shape ``(B,)``, made once: what most steps report costs nothing."""
+    if (blocks, dtype) not in _ONES:
+        _ONES[blocks, dtype] = torch.ones(blocks, dtype=dtype)
+    return _ONES[blocks, dtype]

@@ -5,6 +5,7 @@ The pass knows *when*; :func:`~clip_callbacks.clip_step` knows *what*.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +133,7 @@ class Pass:
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         lane = self._lane(module, optimizer)
         is_new = lane.begin(trainer.global_step)
-        lane.scale = self.rescaling.scale(trainer) if self.rescaling else 1.0
+        lane.scale = self.rescaling.scale(module, lane) if self.rescaling else 1.0
         incident = Incident(trainer, lane, list(self.losses), is_new=is_new)
         report = self._clip(lane, incident)
         self.losses.clear()
@@ -183,7 +184,7 @@ class Pass:
             if lane.stepped and lane.report is not None:
                 values = self.publisher.offer(lane.named(self._metrics(trainer, lane, lane.report)))
                 if self.clipping and self.clipping.prog_bar:
-                    self.publisher.show({key: values[key] for key in lane.named(dict.fromkeys(SHOWN)) if key in values})
+                    self.publisher.show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
             # in manual optimization the step may have come in a batch before the one that logs
             if should_log and lane.unlogged and (lane.stepped or not module.automatic_optimization):
                 self._log(trainer, lane)

@@ -41,7 +41,7 @@ class Publisher:
 
     def show(self, values: Mapping[str, float]) -> None:
         """Show values in the progress bar."""
-        self._progress_bar_metrics.update(values)
+        self._progress_bar_metrics.update({key: f"{value:.3g}" for key, value in values.items()})  # type: ignore[misc]
 
     @staticmethod
     def log(trainer: Trainer, values: Mapping[str, float], *, epoch_end: bool = False) -> None:

@@ -96,9 +96,10 @@ class GradientNormMonitor(Member):
             percentiles = self._norms[lane.index].percentiles((50, SUGGESTED_PERCENTILE, 99))
             if percentiles is not None:
                 p50, p90, p99 = (f"{value:.3g}" for value in percentiles.tolist())
+                steps, suggested = self._norms[lane.index].count, self.suggested_max_norm(lane.index)
                 lines.append(
-                    f"GradientNormMonitor{lane.suffix}: total_norm over {self._norms[lane.index].count} steps: p50 {p50}, p90 {p90}, "
-                    f"p99 {p99}. Suggested max_norm: {self.suggested_max_norm(lane.index):g}, which clips the largest 10 % of steps."
+                    f"GradientNormMonitor{lane.suffix}: total_norm over {steps} steps: p50 {p50}, p90 {p90}, p99 {p99}. "
+                    f"Suggested max_norm: {suggested:g}, which clips the largest 10 % of the steps."
                 )
         return lines
 

@@ -1,0 +1,45 @@
+# make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make check: all that CI runs.
+PYTHON ?= python3
+VENV := .venv-make
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOGS := logs/char_rnn
+
+.PHONY: demo test check lint types examples configs clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,test,dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf $(LOGS)
+	@echo "== 1/2: the same run without clipping"
+	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --config configs/char_rnn_unclipped.yaml
+	@echo "== 2/2: with GradientClipping"
+	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml
+	$(BIN)/python examples/compare_runs.py $(LOGS)/csv/unclipped $(LOGS)/csv/clipped --picture $(LOGS)/runs.png
+	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+examples: $(VENV)/.installed
+	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \
+		--trainer.val_check_interval 10 --data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick \
+		--trainer.enable_progress_bar false
+
+configs: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
+
+check: test lint types examples configs
+
+clean:
+	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -97,8 +97,10 @@ def _true_norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
     """The norm under which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p)."""
+    if norm_type <= 0 or math.isinf(norm_type):
+        return 0.0
     info = torch.finfo(dtype)
-    return 0.0 if math.isinf(norm_type) else float((info.tiny / info.eps) ** (1.0 / norm_type))
+    return float((info.tiny / info.eps) ** (1.0 / norm_type))
 
 
 def total_norm(norms: Tensor, norm_type: float) -> Tensor:

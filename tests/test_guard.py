@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from clip_callbacks import GradientClipping, NonFiniteGradientError, NonFiniteGuard
+from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
+
+
+def optimizer_state(fit):
+    return [value for state in fit.optimizers[0].state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("bad", [{0: math.nan}, {5: math.inf}, {3: math.nan, 4: -math.inf}])
+@pytest.mark.parametrize("guard", [lambda: [NonFiniteGuard()], lambda: [GradientClipping(1.0)]], ids=["guard", "clipping"])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (torch.optim.RMSprop, {"momentum": 0.5}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.AdamW, {"fused": True}),
+    ],
+)
+def test_weights_and_optimizer_state_are_as_if_the_batch_had_not_come(trainer, bad, guard, optimizer, options):
+    def train(module, loader):
+        fit = trainer(*guard())
+        fit.fit(module, loader)
+        return weights(module), optimizer_state(fit)
+
+    good = [batch for i, batch in enumerate(data()) if i not in bad]
+    torch.manual_seed(0)
+    poisoned = train(Poisoned(bad, optimizer=optimizer, **options), data())
+    torch.manual_seed(0)
+    clean = train(Regression(optimizer, **options), DataLoader(good, batch_size=None))
+    assert_same_bits(poisoned[0], clean[0])
+    assert_same_bits(poisoned[1], clean[1])
+
+
+def test_without_a_guard_one_nan_is_the_end(trainer):
+    module = Poisoned({3: math.nan})
+    trainer().fit(module, data())
+    assert any(parameter.isnan().all() for parameter in module.parameters()), "or the tests above could not fail"
+
+
+def test_warning_names_place_offenders_and_stage(trainer):
+    class Backward(Regression):
+        def loss(self, batch, batch_idx):
+            hidden = self.net[0](batch[0])
+            if batch_idx == 2:
+                hidden = hidden + torch.sqrt(hidden * 0)  # finite, but its derivative is 0/0
+            return self.net[2](torch.tanh(hidden)).square().mean()
+
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer(NonFiniteGuard()).fit(Backward(), data(4))
+    (message,) = [str(w.message) for w in caught if "Non-finite" in str(w.message)]
+    assert "step 2, epoch 0, batch 2, rank 0" in message
+    assert "the loss is finite, its gradients are not" in message
+    assert "Non-finite gradients in 2 of 4 parameters" in message
+    assert "net.0.weight [8, 4]: 32 NaN" in message
+    assert "Nearest finite gradients: net.2.weight (after)" in message
+    assert len(message.splitlines()) <= 20
+
+
+def test_report_tells_a_bad_loss_and_bad_parameters(trainer):
+    with pytest.warns(RuntimeWarning, match="Stage: the loss is non-finite"):
+        trainer(NonFiniteGuard()).fit(Poisoned({1: math.nan}), data(3))
+    module = Regression()
+    with torch.no_grad():
+        module.net[2].bias.fill_(math.nan)
+    with pytest.warns(RuntimeWarning, match=r"Stage: parameters were non-finite(.|\n)*net\.2\.bias \[1\]: 1 NaN"):
+        trainer(NonFiniteGuard()).fit(module, data(3))
+
+
+def test_many_offenders_are_capped(trainer):
+    module = Poisoned({0: math.nan}, net=torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(15)], torch.nn.Linear(4, 1)))
+    with pytest.warns(RuntimeWarning, match=r"and 24 more") as caught:
+        trainer(NonFiniteGuard()).fit(module, data(2))
+    assert all(len(str(w.message).splitlines()) <= 20 for w in caught)
+
+
+def test_raise(trainer):
+    module = Poisoned({2: math.nan})
+    guard = NonFiniteGuard("raise")
+    with pytest.raises(NonFiniteGradientError, match=r"step 2, epoch 0, batch 2(.|\n)*net\.0\.weight"):
+        trainer(guard).fit(module, data())
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+def test_max_consecutive(trainer):
+    torch.manual_seed(0)
+    guard = NonFiniteGuard(max_consecutive=3)
+    trainer(guard).fit(Poisoned({1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan}), data())
+    assert guard.skipped_steps == 4
+    guard = NonFiniteGuard(max_consecutive=3)
+    with pytest.raises(NonFiniteGradientError, match=r"bad step 3 in a row \(max_consecutive=3\)"):
+        trainer(guard).fit(Poisoned({1: math.nan, 2: math.nan, 3: math.nan}), data())
+
+
+def test_zero_takes_the_step_with_the_finite_entries(trainer):
+    module = Poisoned({0: math.inf}, lr=1.0)
+    before = weights(module)
+    guard = NonFiniteGuard("zero")
+    trainer(guard).fit(module, data(1))
+    assert guard.zeroed_steps == 1
+    assert guard.skipped_steps == 0
+    assert_same_bits(weights(module), before)  # every entry was non-finite: SGD without decay stands still
+
+
+def test_ignore_lets_everything_through(trainer):
+    module, guard = Poisoned({0: math.nan}), NonFiniteGuard("ignore")
+    trainer(guard, GradientClipping(1.0)).fit(module, data(2))
+    assert all(parameter.isnan().any() for parameter in module.parameters())
+    assert guard.skipped_steps == 0
+
+
+def test_a_guard_takes_the_place_of_the_shorthand(trainer):
+    clipping, guard = GradientClipping(1.0, nonfinite="raise"), NonFiniteGuard("skip")
+    trainer(clipping, guard).fit(Poisoned({2: math.nan}), data())
+    assert guard.skipped_steps == clipping.skipped_steps == 1
+
+
+def test_summary_line(trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+    trainer(GradientClipping(1.0)).fit(Poisoned({2: math.nan}), data())
+    assert said == ["NonFiniteGuard: of 12 optimizer steps, 1 skipped."]
+    said.clear()
+    trainer(GradientClipping(1.0)).fit(Regression(), data())
+    assert said == []
+
+
+def test_a_healthy_step_does_not_walk(trainer, monkeypatch):
+    monkeypatch.setattr("clip_callbacks.callbacks._pass.examine", lambda *_: pytest.fail("walked on a healthy step"))
+    trainer(NonFiniteGuard(), GradientClipping(1.0)).fit(Regression(), data())

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
 
 
+_ONE_EACH = {
+    "clipping": "gradients would be clipped twice; give one GradientClipping several `rules`",
+    "guard": "which policy holds? Keep one of them",
+    "rescaling": "gradients would be rescaled twice; keep one of them",
+}
+
+
 def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Member]) -> None:
     """Refuse what the family cannot do right.
 
@@ -48,17 +55,11 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
 
 
 def _check_members(family: Sequence[Member]) -> None:
-    keys = [member.state_key for member in family]
-    for member in family:
-        name = type(member).__name__
-        if keys.count(member.state_key) > 1:
-            advice = {
-                "clipping": "every optimizer would be clipped twice: give one GradientClipping several `rules`",
-                "monitor": "every metric would be logged twice: give each another `scope`",
-            }.get(member.kind, "keep one of them")
-            raise ValueError(f"`callbacks` must hold one {member.state_key}, got {keys.count(member.state_key)}: {advice}.")
-        if sum(type(other).__name__ == name for other in family) > 1 and member.kind != "monitor":
-            raise ValueError(f"`callbacks` must hold one {name}, got several; keep one of them.")
+    # two of the very same class and state_key are refused by Lightning when the Trainer is made
+    for kind, harm in _ONE_EACH.items():
+        names = [type(member).__name__ for member in family if member.kind == kind]
+        if len(names) > 1:
+            raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
     norm_types = {member.norm_type for member in family if member.norm_type is not None}
     if len(norm_types) > 1:
         raise ValueError(

@@ -14,6 +14,10 @@ from clip_callbacks.callbacks._pass import Incident, Lane
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 
 
+NEVER = -2
+"""Not the number of a step, nor of the one before it."""
+
+
 @dataclass
 class Counters:
     """What the guard counts for one optimizer.
@@ -23,14 +27,14 @@ class Counters:
         zeroed: Steps taken after non-finite entries were set to 0.
         overflowed: Steps that a GradScaler skipped.
         streak: Bad steps in a row, up to ``last_bad``.
-        last_bad: Number of the last bad step, counted over this optimizer's steps; -1 before the first.
+        last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NEVER`` before the first.
     """
 
     skipped: int = 0
     zeroed: int = 0
     overflowed: int = 0
     streak: int = 0
-    last_bad: int = -1
+    last_bad: int = NEVER
 
 
 class NonFiniteGuard(Member):
@@ -95,14 +99,15 @@ class NonFiniteGuard(Member):
             ValueError: If restored counters are those of other optimizers.
         """
         super().bind(lanes, names, renew=renew)
-        indices = {lane.index for lane in lanes}
-        if not renew and self._counters and not self._counters.keys() <= indices:
+        if not renew and not self._counters.keys() <= {lane.index for lane in lanes}:
             raise ValueError(
                 "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
                 f"got counters of {len(self._counters)} for {len(lanes)}."
             )
-        for index in indices:
-            self._counters.setdefault(index, Counters())
+        for lane in lanes:
+            counters = self._counters.setdefault(lane.index, Counters())
+            if counters.last_bad >= lane.history.steps:  # of an earlier fit
+                counters.last_bad = NEVER
 
     def judge(self, incident: Incident, table: ParameterTable) -> Policy:  # noqa: ARG002
         """Decide on a step whose gradients are not finite, before anything is touched.

@@ -15,21 +15,40 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> 
 
     Args:
         gradients: Of one step.
-        factors: One for each parameter of the table, shape ``(N,)``; None is 1 for all.
+        factors: One for each parameter of the table, shape ``(N,)``, or one for all, ``(1,)``; None is 1 for all.
         scale: A factor for all of them.
     """
     if factors is None:
         if scale != 1.0:
-            torch._foreach_mul_(gradients.tensors, scale)
+            _multiply_(gradients.tensors, torch.tensor([scale]))
         return
-    if factors.stride(0) == 0:  # one block: one coefficient spread over all
-        torch._foreach_mul_(gradients.tensors, factors[:1].tolist()[0] * scale)
+    factors = factors if scale == 1.0 else factors * scale
+    if len(factors) == 1:
+        _multiply_(gradients.tensors, factors)
         return
-    of_parameter = factors.tolist()
-    wanted = [of_parameter[position] * scale for position in gradients.positions]
-    touched = [place for place, factor in enumerate(wanted) if factor != 1.0]
+    each: list[float] = factors.tolist()
+    touched = [(place, position) for place, position in enumerate(gradients.positions) if each[position] != 1.0]
     if touched:
-        torch._foreach_mul_([gradients.tensors[i] for i in touched], [wanted[i] for i in touched])
+        tensors = [gradients.tensors[place] for place, _ in touched]
+        _multiply_each_(tensors, factors, [position for _, position in touched])
+
+
+def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+    """One product for all: with a 0-dim tensor, a quarter of the time that a Python number takes for small CPU tensors."""
+    devices = {tensor.device for tensor in tensors}
+    for device in devices:
+        here = tensors if len(devices) == 1 else [tensor for tensor in tensors if tensor.device == device]
+        torch._foreach_mul_(here, factor.to(device)[0])
+
+
+def _multiply_each_(tensors: list[Tensor], factors: Tensor, positions: list[int]) -> None:
+    """A factor each: on a CPU 0-dim tensors take half the time of numbers; elsewhere numbers go into one kernel."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        of_parameter = factors.unbind()
+        torch._foreach_mul_(tensors, [of_parameter[position] for position in positions])
+    else:
+        each = factors.tolist()
+        torch._foreach_mul_(tensors, [each[position] for position in positions])
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:

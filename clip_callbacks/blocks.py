@@ -64,12 +64,10 @@ class Partition:
             outside: The value of parameters in no block.
 
         Returns:
-            Shape ``(N,)``, one value for each parameter of the table.
+            Shape ``(N,)``, one value for each parameter of the table; ``(1,)`` if one block holds them all.
         """
-        if self.is_finest:
+        if self.is_finest or self.is_whole:
             return per_block
-        if self.is_whole:
-            return per_block.expand(len(self.index))
         spread = per_block.new_full((len(self.index),), outside)
         spread[self.members.to(per_block.device)] = per_block[self.member_blocks.to(per_block.device)]
         return spread
@@ -200,20 +198,29 @@ class ParameterTable:
             return self.names
         raise ValueError(unknown_scope(scope))
 
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all parameters, and so their gradients, are of one dtype on one device."""
+        return len({(tensor.dtype, tensor.device) for tensor in self.tensors}) <= 1
+
+    @cached_property
+    def _filled(self) -> list[tuple[int, Tensor]]:
+        return [(position, tensor) for position, tensor in enumerate(self.tensors) if tensor.numel()]
+
     def gradients(self) -> Gradients:
         """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
-        positions, dense = [], []
-        for position, parameter in enumerate(self.tensors):
+        positions, tensors, strided = [], [], torch.strided
+        for position, parameter in self._filled:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if gradient.layout is not torch.strided:
-                gradient = parameter.grad = gradient.coalesce() if gradient.layout is torch.sparse_coo else gradient
-                gradient = gradient.values()
-            if gradient.numel():
-                positions.append(position)
-                dense.append(gradient)
-        return Gradients(positions, dense, len(self.tensors))
+            if gradient.layout is not strided:
+                gradient = coalesced_values(parameter)
+                if not gradient.numel():
+                    continue
+            positions.append(position)
+            tensors.append(gradient)
+        return Gradients(positions, tensors, len(self.tensors), self.is_uniform)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,17 +231,27 @@ class Gradients:
         positions: Which parameters of the table have one.
         tensors: Views of those gradients: what is written here is written there.
         count: How many parameters the table holds, N.
+        is_uniform: Whether all are of one dtype on one device.
     """
 
     positions: list[int]
     tensors: list[Tensor]
     count: int
+    is_uniform: bool
 
     def fill(self, values: Tensor) -> Tensor:
         """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
         if len(self.positions) == self.count:
             return values
         return values.new_zeros(self.count).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+
+
+def coalesced_values(parameter: Tensor) -> Tensor:
+    """Entries of a sparse gradient, which is coalesced if it was not: no index stands in it twice."""
+    assert parameter.grad is not None
+    if parameter.grad.layout is torch.sparse_coo:
+        parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()
 
 
 def unknown_scope(scope: object) -> str:

@@ -21,7 +21,7 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
-    foreach: bool | None = None,  # noqa: ARG001
+    foreach: bool | None = None,
 ) -> Tensor:
     r"""Clip the gradient norm of parameters in place: ``torch.nn.utils.clip_grad_norm_`` without its traps.
 
@@ -67,7 +67,7 @@ def clip_grad_norm_(
     measured = measure(gradients, norm_type)
     if measured.is_finite:
         coefficient, clips = coefficients(measured.total, max_norm)
-        scale_(gradients, coefficient.expand(gradients.count) if clips else None)
+        scale_(gradients, coefficient if clips else None)
     elif error_if_nonfinite:
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "

@@ -43,17 +43,18 @@ def as_norm_type(norm_type: float | Literal["inf"]) -> float:
     raise ValueError(f'`norm_type` must be a number above 0 or "inf", got {norm_type!r}. 2 is the usual choice.')
 
 
-def tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False) -> Tensor:
     """Norm of each tensor, by one read of all.
 
     Args:
         tensors: At least one strided tensor, none of them empty; dtypes and devices may differ.
         norm_type: The order p.
+        is_uniform: Whether it is known that all are of one dtype on one device.
 
     Returns:
         Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
     """
-    if len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1:
+    if is_uniform:
         return torch.stack(_norms_of_a_kind(tensors, norm_type))
     return _norms_of_kinds(tensors, norm_type)
 
@@ -163,7 +164,7 @@ def measure(gradients: Gradients, norm_type: float, *, scale: float = 1.0, local
     """
     if not gradients.tensors:
         return Measurement(torch.zeros(gradients.count), torch.zeros(1))
-    norms = tensor_norms(gradients.tensors, norm_type)
+    norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform)
     norms, total = on_host(norms, total_norm(norms, norm_type))
     sound = smallest_sound_norm(norm_type, norms.dtype)
     if not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):

@@ -36,22 +36,27 @@ class StepReport:
     Norms are of the true gradient: after accumulation rescaling, without the loss scale.
 
     Args:
-        total_norm: Norm of all gradients before clipping, 0-dim.
+        total: Norm of all gradients before clipping, shape ``(1,)``; :attr:`total_norm` is the same, 0-dim.
         parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``, 0 where there is none.
         outcomes: What each rule found and decided, in order.
-        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)``; None is 1 for all.
+        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)`` or one for all, ``(1,)``; None is 1.
         norm_type: The order p of all norms.
         finite: Whether every gradient was finite when it came, 0-dim bool.
         skipped: Whether the step is skipped, 0-dim bool.
     """
 
-    total_norm: Tensor
+    total: Tensor
     parameter_norms: Tensor
     outcomes: tuple[Outcome, ...]
     factors: Tensor | None
     norm_type: float
     finite: Tensor
     skipped: Tensor
+
+    @cached_property
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients before clipping, 0-dim."""
+        return self.total[0]
 
     @cached_property
     def clipped_norm(self) -> Tensor:
@@ -87,7 +92,7 @@ class StepReport:
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the blocks as their rule met them, shape ``(B,)``."""
-        return torch.cat([outcome.norms for outcome in self.outcomes]) if self.outcomes else self.total_norm.new_empty(0)
+        return torch.cat([outcome.norms for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
 
     @cached_property
     def limits(self) -> Tensor:
@@ -96,12 +101,12 @@ class StepReport:
             outcome.limits if isinstance(outcome.limits, Tensor) else torch.full_like(outcome.norms, outcome.limits)
             for outcome in self.outcomes
         ]
-        return torch.cat(each) if each else self.total_norm.new_empty(0)
+        return torch.cat(each) if each else self.total.new_empty(0)
 
     @cached_property
     def coefficients(self) -> Tensor:
         """Coefficients of the blocks, shape ``(B,)``, in [0, 1]."""
-        return torch.cat([outcome.coefficients for outcome in self.outcomes]) if self.outcomes else self.total_norm.new_empty(0)
+        return torch.cat([outcome.coefficients for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
 
     @property
     def clipped(self) -> bool:
@@ -122,4 +127,4 @@ class StepReport:
     @property
     def _is_global(self) -> bool:
         """Whether one coefficient for everything is all there was to decide."""
-        return len(self.outcomes) == 1 and self.factors is not None and self.factors.stride(0) == 0
+        return len(self.outcomes) == 1 and self.factors is not None and len(self.factors) == 1

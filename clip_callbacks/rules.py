@@ -116,8 +116,9 @@ def coefficients(norms: Tensor, limits: Tensor | float) -> tuple[Tensor, bool]:
     on_host = ratios.tolist()
     if all(ratio >= 1.0 for ratio in on_host):
         return _ones(len(on_host), norms.dtype), False
-    coefficients = torch.where(torch.isfinite(norms), ratios, 1.0) if 0.0 in on_host or _any_nan(on_host) else ratios
-    return coefficients.clamp(max=1.0), True
+    if all(0.0 < ratio < 1.0 for ratio in on_host):
+        return ratios, True
+    return torch.where(torch.isfinite(norms), ratios, 1.0).clamp(max=1.0), True
 
 
 def decide(
@@ -126,23 +127,26 @@ def decide(
     """Run the stages in order on the norms of one step.
 
     Returns:
-        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or None if all are 1;
-        and the state after, which is the state before if any norm was not finite.
+        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or ``(1,)`` if it is one
+        for all, or None if all are 1; and the state after, which is the state before if any norm was not finite.
     """
     outcomes: list[Outcome] = []
     after: list[LimitState] = []
     factors: Tensor | None = None
-    norms = measured.norms
     for stage, before in zip(stages, state, strict=True):
-        whole = factors is None and stage.partition.is_whole
-        outcome = _outcome(stage, measured.total if whole else block_norms(norms, stage.partition, norm_type), before)
+        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before)
         outcomes.append(outcome)
         after.append(_observed(stage, outcome, before) if measured.is_finite else before)
         if outcome.clips:
             spread = stage.partition.spread(outcome.coefficients)
             factors = spread if factors is None else factors * spread
-            norms = norms * spread
     return tuple(outcomes), factors, tuple(after)
+
+
+def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement, norm_type: float) -> Tensor:
+    if factors is not None:
+        return block_norms(measured.norms * factors, partition, norm_type)
+    return measured.total if partition.is_whole else block_norms(measured.norms, partition, norm_type)
 
 
 def _outcome(stage: Stage, norms: Tensor, state: LimitState) -> Outcome:
@@ -164,10 +168,6 @@ def _as_limit(max_norm: MaxNorm) -> Limit | None:
         return max_norm
     number = as_max_norm(max_norm)
     return None if math.isinf(number) else FixedLimit(number)
-
-
-def _any_nan(values: list[float]) -> bool:
-    return any(value != value for value in values)  # noqa: PLR0124
 
 
 _ONES: dict[tuple[int, torch.dtype], Tensor] = {}

@@ -98,7 +98,7 @@ def _report(
     outcomes: tuple[Outcome, ...], factors: Tensor | None, measured: Measurement, norm_type: float, *, finite: bool, skipped: bool
 ) -> StepReport:
     return StepReport(
-        measured.total[0],
+        measured.total,
         measured.norms,
         outcomes,
         factors,

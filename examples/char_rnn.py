@@ -1,6 +1,6 @@
 """A character-level recurrent language model on the source text of Python's standard library, with LightningCLI.
 
-    python examples/char_rnn.py fit --config configs/char_rnn.yaml
+python examples/char_rnn.py fit --config configs/char_rnn.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A table and a picture of runs logged with CSVLogger: what did clipping do?
 
-    python examples/compare_runs.py logs/char_rnn/csv/unclipped logs/char_rnn/csv/clipped --picture logs/char_rnn/runs.png
+python examples/compare_runs.py logs/char_rnn/csv/unclipped logs/char_rnn/csv/clipped --picture logs/char_rnn/runs.png
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def picture(runs: list[Run], path: Path) -> None:
         if len(limit):
             bottom.axhline(limit.iloc[-1], color="black", linestyle="--", linewidth=1, label=f"max_norm {limit.iloc[-1]:g}")
     top.axhline(7, color="gray", linestyle="--", linewidth=1, label="guessing")
-    top.set(yscale="log", ylabel="training loss (bits per character)", title="Character RNN on the source of Python's standard library")
+    top.set(
+        yscale="log", ylabel="training loss (bits per character)", title="Character RNN on the source of Python's standard library"
+    )
     bottom.set(ylabel="total_norm before clipping", xlabel="optimizer step", yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)

@@ -86,7 +86,7 @@ def test_orders_that_torch_takes_are_taken(p):
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_nonfinite_gradient_leaves_all_gradients_alone(bad, only_one, p, raises):
     gradient = torch.ones(10, dtype=torch.float64)
-    gradient[:1 if only_one else None] = bad
+    gradient[: 1 if only_one else None] = bad
     made = parameters(torch.ones(3, dtype=torch.float64), gradient)
     if raises:
         with pytest.raises(RuntimeError, match=f"The total norm of order {p} for gradients from `parameters` is non-finite"):

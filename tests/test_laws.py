@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests import reference
 NORM_TYPES = [1.0, 2.0, 3.0, math.inf]
 
 
+@dataclass(frozen=True)
 class RunningMean(Limit):
     """A limit with a state: twice the mean of the norms seen; for the laws, until adaptive limits come."""
 
@@ -183,7 +185,7 @@ def test_global_then_local_from_one_read():
     module = with_gradients(8, size=5.0)
     before = gradients(module)
     report, _ = clip_step(module.named_parameters(), rules=[ClipRule(3.0), ClipRule(0.5, "parameter")])
-    norms, first = reference.clip(before, 3.0, "global", 2.0)
+    _norms, first = reference.clip(before, 3.0, "global", 2.0)
     halfway = {name: gradient.double() * first["global"] for name, gradient in before.items()}
     _, second = reference.clip(halfway, 0.5, "parameter", 2.0)
     for name, gradient in gradients(module).items():

@@ -193,8 +193,10 @@ def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, monkeypatch):
     trainer(monitor).fit(GradientTape(torch.arange(1.0, 12.0)[:, None]))
     assert monitor.suggested_max_norm() == 10.0
     assert said == [
-        "GradientNormMonitor: total_norm over 11 steps: p50 6, p90 10, p99 10.9. "
-        "Suggested max_norm: 10, which clips the largest 10 % of the steps."
+        (
+            "GradientNormMonitor: total_norm over 11 steps: p50 6, p90 10, p99 10.9. "
+            "Suggested max_norm: 10, which clips the largest 10 % of the steps."
+        )
     ]
 
 

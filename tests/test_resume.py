@@ -95,7 +95,7 @@ def test_callbacks_can_be_copied_and_pickled(trainer):
     trainer(*callbacks).fit(Poisoned({}), data(4))
     for callback in callbacks:
         assert copy.deepcopy(callback).state_key == callback.state_key
-        pickle.loads(pickle.dumps(callback))  # noqa: S301
+        pickle.loads(pickle.dumps(callback))
 
 
 def test_fit_twice_with_the_same_callbacks(trainer):

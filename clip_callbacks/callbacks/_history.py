@@ -21,9 +21,9 @@ class NormHistory:
         self._norms = CatMetric(nan_strategy="disable", sync_on_compute=False)
         self._waiting: list[Tensor] = []
 
-    def add(self, total_norm: Tensor) -> None:
-        """Take in one finite 0-dim norm."""
-        self._waiting.append(total_norm)
+    def add(self, total: Tensor) -> None:
+        """Take in one finite norm, shape ``(1,)``."""
+        self._waiting.append(total)
         if len(self._waiting) >= FLUSH:
             self._flush()
 
@@ -57,7 +57,7 @@ class NormHistory:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._norms.update(torch.stack(self._waiting).to(torch.float32))
+            self._norms.update(torch.cat(self._waiting).to(torch.float32))
             self._waiting.clear()
 
 
@@ -100,7 +100,7 @@ class RunHistory:
 
     def add(self, report: StepReport) -> None:
         """Take in a healthy step."""
-        self.epoch_norms.add(report.total_norm)
+        self.epoch_norms.add(report.total)
         self.epoch.add(clipped=report.clipped)
         self.since_logged.add(clipped=report.clipped)
 

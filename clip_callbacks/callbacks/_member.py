@@ -50,7 +50,7 @@ class Member(Callback):
             for member in members:
                 member._pass = the_pass
 
-    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:  # noqa: ARG002
+    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Meet the optimizers, before the first step or after one of them took on other parameters.
 
         Args:
@@ -62,7 +62,7 @@ class Member(Callback):
             if lane.index in self._history:
                 lane.history.load_state_dict(self._history.pop(lane.index))
 
-    def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:  # noqa: ARG002
+    def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
         """See what a step reported.
 
         Args:
@@ -72,12 +72,12 @@ class Member(Callback):
         """
         self.last_report = report
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go."""
         if leading := self._leading():
             leading.open(trainer)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: ARG002
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
         if leading := self._leading():
             leading.losses.append(loss.detach())
@@ -87,17 +87,17 @@ class Member(Callback):
         if leading := self._leading():
             leading.step(trainer, pl_module, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
         if leading := self._leading():
             leading.publish(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of the epoch."""
         if leading := self._leading():
             leading.end_epoch(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum up."""
         if leading := self._leading():
             leading.summarize()

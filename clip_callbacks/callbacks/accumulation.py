@@ -53,7 +53,7 @@ class AccumulationRescaling(Member):
         super().bind(lanes, names, renew=renew)
         self._manual |= {lane.index: ManualWindow(lane) for lane in lanes}
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin a new window."""
         self._window.reset()
 
@@ -68,7 +68,7 @@ class AccumulationRescaling(Member):
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the micro-batch."""
         if pl_module.automatic_optimization:
             self._window.add()

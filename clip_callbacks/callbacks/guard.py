@@ -13,7 +13,6 @@ from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._pass import Incident, Lane
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 
-
 NEVER = -2
 """Not the number of a step, nor of the one before it."""
 
@@ -109,7 +108,7 @@ class NonFiniteGuard(Member):
             if counters.last_bad >= lane.history.steps:  # of an earlier fit
                 counters.last_bad = NEVER
 
-    def judge(self, incident: Incident, table: ParameterTable) -> Policy:  # noqa: ARG002
+    def judge(self, incident: Incident, table: ParameterTable) -> Policy:
         """Decide on a step whose gradients are not finite, before anything is touched.
 
         Args:

@@ -69,7 +69,7 @@ class GradientNormMonitor(Member):
         """Remember the total norm of a healthy step."""
         super().observe(lane, report, healthy=healthy)
         if healthy:
-            self._norms[lane.index].add(report.total_norm)
+            self._norms[lane.index].add(report.total)
 
     def metrics(self, lane: Lane, report: StepReport) -> dict[str, float]:
         """Norms of the blocks, if it is time to log them."""

@@ -19,7 +19,7 @@ class Limit(ABC):
     norms that are the same on every rank, and never a gradient, a parameter or a trainer.
     """
 
-    def init(self, blocks: int) -> LimitState:  # noqa: ARG002
+    def init(self, blocks: int) -> LimitState:
         """State before the first step, for B blocks; empty for a limit that remembers nothing."""
         return {}
 
@@ -35,7 +35,7 @@ class Limit(ABC):
             Above 0, shape ``(B,)``, or one number for all blocks.
         """
 
-    def observe(self, norms: Tensor, state: LimitState) -> LimitState:  # noqa: ARG002
+    def observe(self, norms: Tensor, state: LimitState) -> LimitState:
         """State after a step.
 
         Args:

@@ -34,6 +34,6 @@ class FixedLimit(Limit):
         """Check the threshold."""
         object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
 
-    def limits(self, norms: Tensor, state: LimitState) -> float:  # noqa: ARG002
+    def limits(self, norms: Tensor, state: LimitState) -> float:
         """One number for all blocks."""
         return self.max_norm

@@ -1,0 +1,129 @@
+"""What a step may cost: reads, writes, dispatched operations, host syncs. Times are in benchmarks, not here."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clip_callbacks import (
+    AccumulationRescaling,
+    ClipRule,
+    GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
+    ParameterTable,
+    clip_step,
+)
+from tests.conftest import Regression, data
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+READS = {"aten._foreach_norm", "aten.linalg_vector_norm", "aten.isfinite", "aten.isnan", "aten.abs"}
+WRITES = {"aten._foreach_mul_", "aten.mul_", "aten._foreach_clamp_min_", "aten.copy_", "aten.fill_", "aten.zero_"}
+SYNCS = {"aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten.nonzero"}
+
+
+def hundred_tensors(size):
+    parameters = [nn.Parameter(torch.zeros(10)) for _ in range(100)]
+    for parameter in parameters:
+        parameter.grad = torch.full((10,), size)
+    return ParameterTable.of_tensors(parameters)
+
+
+def count(table, **options):
+    clip_step(table, **options)  # grouping, names and indices are made once
+    for parameter in table.tensors:
+        if parameter.grad is not None:
+            parameter.grad.fill_(1.0)
+    with Operations() as operations:
+        clip_step(table, **options)
+    return operations.counts
+
+
+def test_operations_of_a_step_with_nothing_to_clip():
+    counts = count(hundred_tensors(1.0), rules=[ClipRule(1e6)])
+    assert counts["aten._foreach_norm"] == 1
+    assert counts["aten._foreach_mul_"] == 0
+    assert sum(counts.values()) <= 6, counts
+    assert not SYNCS & set(counts)
+
+
+def test_operations_of_a_clipped_step():
+    counts = count(hundred_tensors(1.0), rules=[ClipRule(1.0)])
+    assert counts["aten._foreach_norm"] == 1
+    assert counts["aten._foreach_mul_"] == 1
+    assert sum(counts.values()) <= 8, counts
+
+
+@pytest.mark.parametrize("scope", ["layer", "parameter", "group"])
+def test_local_scopes_read_once_and_write_once(scope):
+    counts = count(hundred_tensors(1.0), rules=[ClipRule(1.0, scope)])
+    assert counts["aten._foreach_norm"] == counts["aten._foreach_mul_"] == 1
+    assert not SYNCS & set(counts)
+
+
+def test_two_rules_read_and_write_as_often_as_one():
+    counts = count(hundred_tensors(1.0), rules=[ClipRule(5.0), ClipRule(0.1, "parameter")])
+    assert counts["aten._foreach_norm"] == counts["aten._foreach_mul_"] == 1
+
+
+class Counting(Regression):
+    """Counts what is dispatched in the whole hook of the family, in a network of 100 tensors."""
+
+    def __init__(self):
+        super().__init__(net=nn.Sequential(*[nn.Linear(4, 4) for _ in range(49)], nn.Linear(4, 1)))
+        self.per_step = []
+
+    def configure_gradient_clipping(self, *_, **__):
+        self.operations.__exit__(None, None, None)
+        self.per_step.append(self.operations.counts)
+
+
+class First(GradientNormMonitor):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pl_module.operations = Operations()
+        pl_module.operations.__enter__()
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_one_read_and_at_most_one_write_for_the_whole_family(trainer, monkeypatch, clips):
+    # the module ends the count in the hook that Lightning calls next; it overrides nothing that clips
+    monkeypatch.setattr("clip_callbacks.callbacks._checks.is_overridden", lambda *_: False)
+    module = Counting()
+    family = [First(), AccumulationRescaling(), NonFiniteGuard(), GradientClipping(1e-4 if clips else 1e6)]
+    trainer(*family, log_every_n_steps=50).fit(module, data(6))
+    assert len(list(module.parameters())) == 100
+    for counts in module.per_step[1:]:
+        assert counts["aten._foreach_norm"] == 1
+        assert counts["aten.linalg_vector_norm"] == 1  # of the hundred norms
+        assert sum(counts[write] for write in WRITES) == (1 if clips else 0), counts
+        assert not SYNCS & set(counts)
+        assert sum(counts.values()) <= (8 if clips else 6), counts
+
+
+def test_extra_memory_is_less_than_a_hundredth_of_the_gradients():
+    parameters = [nn.Parameter(torch.zeros(1 << 20)) for _ in range(8)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(1 << 20)
+    table = ParameterTable.of_tensors(parameters)
+    clip_step(table)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        clip_step(table)
+    largest = max(abs(event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert largest < 0.01 * 8 * 4 * (1 << 20)

@@ -1,0 +1,169 @@
+"""LightningCLI, Hydra, and every file in configs/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from omegaconf import OmegaConf
+
+from clip_callbacks import AccumulationRescaling, ClipRule, FixedLimit, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from tests.conftest import Regression, data
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
+
+
+def parse(*arguments, model=BoringModel, datamodule=None):
+    return LightningCLI(model, datamodule, run=False, save_config_callback=None, args=list(arguments))
+
+
+def callbacks(*arguments):
+    family = (GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor)
+    return [callback for callback in parse(*arguments, *QUIET).trainer.callbacks if isinstance(callback, family)]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_builds_a_trainer_and_asks_one_question(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from char_rnn import CharRNN, StdlibText
+
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert "?" in first
+    base = [f"--config={ROOT / 'configs/char_rnn.yaml'}"] if path.name == "char_rnn_unclipped.yaml" else []
+    cli = parse(*base, f"--config={path}", "--trainer.accelerator=cpu", model=CharRNN, datamodule=StdlibText)
+    named = [entry["class_path"] for entry in yaml.safe_load(path.read_text())["trainer"]["callbacks"]]
+    ours = [callback for callback in cli.trainer.callbacks if type(callback).__module__.startswith("clip_callbacks")]
+    assert [f"clip_callbacks.{type(callback).__name__}" for callback in ours] == named
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "char_rnn" not in path.name], ids=lambda path: path.name)
+def test_every_config_trains(path, tmp_path):
+    arguments = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3"]
+    cli = parse(f"--config={path}", *QUIET, *arguments, f"--trainer.default_root_dir={tmp_path}")
+    torch.manual_seed(0)
+    cli.trainer.fit(Regression(), data(12))
+    assert cli.trainer.global_step == 3
+
+
+def test_class_path_with_a_nested_limit(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 1e-3}}
+        scope: layer
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [ClipRule(FixedLimit(1e-3), "layer")]
+
+
+def test_rules_with_a_nested_limit(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        rules:
+          - max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 2}}
+          - {max_norm: "1e-2", scope: parameter, params: "layer.*"}
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [ClipRule(FixedLimit(2.0)), ClipRule(0.01, "parameter", "layer.*")]
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ("1e-3", ClipRule(1e-3)),
+        ('"1e-3"', ClipRule(1e-3)),
+        ("inf", ClipRule("inf")),
+        (".inf", ClipRule(float("inf"))),
+        ("null", ClipRule(None)),
+        ("2", ClipRule(2.0)),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path, written, rule):
+    text = f"""
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args: {{max_norm: {written}, norm_type: inf}}
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [rule]
+    assert clipping.norm_type == float("inf")
+
+
+def test_short_names_on_the_command_line():
+    (clipping,) = callbacks("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=0.5")
+    assert clipping.rules == [ClipRule(0.5)]
+    clipping, guard = callbacks(
+        "--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=FixedLimit",
+        "--trainer.callbacks.max_norm.max_norm=3", "--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.policy=zero",
+    )  # fmt: skip
+    assert clipping.rules == [ClipRule(FixedLimit(3.0))]
+    assert guard.policy == "zero"
+
+
+@pytest.mark.parametrize(
+    ("argument", "match"),
+    [("max_norm=-1", "`max_norm` must be a number above 0"), ("scope=tensor", "tensor"), ("nonfinite=drop", "drop")],
+)
+def test_mistakes_on_the_command_line_end_in_one_error(argument, match, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        callbacks("--trainer.callbacks+=GradientClipping", f"--trainer.callbacks.{argument}")
+    assert match in capsys.readouterr().err + str(caught.value)
+
+
+def printed(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", [GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor])
+def test_print_config_shows_every_option_with_its_help(monkeypatch, capsys, family):
+    import inspect
+
+    out = " ".join(printed(monkeypatch, capsys, f"--trainer.callbacks+={family.__name__}", "--print_config=comments").split())
+    documentation = inspect.getdoc(family)
+    for name in list(inspect.signature(family.__init__).parameters)[1:]:
+        assert f"{name}: " in out
+        (line,) = [line for line in documentation.splitlines() if line.strip().startswith(f"{name}: ")]
+        assert " ".join(line.strip().removeprefix(f"{name}: ").split()[:6]) in out
+
+
+def test_printed_config_can_be_read_back(monkeypatch, capsys, tmp_path):
+    arguments = ["--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=FixedLimit"]
+    out = printed(monkeypatch, capsys, *arguments, "--trainer.callbacks.max_norm.max_norm=3", "--print_config")
+    (clipping,) = callbacks(write(tmp_path, out))
+    assert clipping.rules == [ClipRule(FixedLimit(3.0))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/hydra").glob("*.yaml")), ids=lambda path: path.name)
+def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
+    config = OmegaConf.load(path)
+    made = hydra.utils.instantiate(config.trainer, max_epochs=1, enable_progress_bar=False, default_root_dir=str(tmp_path))
+    assert isinstance(made, Trainer)
+    made.fit(Regression(), data(6))
+    clipping = next(callback for callback in made.callbacks if isinstance(callback, GradientClipping))
+    assert clipping.rules[1] == ClipRule(FixedLimit(0.1), "parameter")

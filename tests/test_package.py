@@ -1,0 +1,52 @@
+"""What the package promises about itself."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import clip_callbacks
+
+ROOT = Path(clip_callbacks.__file__).parent
+
+
+def test_public_names_are_sorted_and_real():
+    assert clip_callbacks.__all__ == sorted(clip_callbacks.__all__)
+    for name in clip_callbacks.__all__:
+        assert getattr(clip_callbacks, name).__module__.startswith("clip_callbacks")
+
+
+@pytest.mark.parametrize("name", clip_callbacks.__all__)
+def test_public_names_are_documented(name):
+    thing = getattr(clip_callbacks, name)
+    documentation = inspect.getdoc(thing)
+    assert documentation
+    if not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        for parameter in inspect.signature(thing).parameters:
+            assert parameter.startswith("_") or f"{parameter}: " in documentation, parameter
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_boundaries(path):
+    names = set(imports(path))
+    inside = path.parent.name == "callbacks"
+    assert inside or path.parent != ROOT or not {name for name in names if name.split(".")[0] in {"lightning", "torchmetrics"}}
+    assert not {name for name in names if name.startswith("torch.distributed")}
+
+
+def test_the_core_runs_without_lightning():
+    core = [path for path in ROOT.glob("*.py") if path.name != "__init__.py"] + list((ROOT / "limits").glob("*.py"))
+    for path in core:
+        assert not {name for name in imports(path) if name.startswith("clip_callbacks.callbacks")}, path

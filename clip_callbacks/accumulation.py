@@ -34,6 +34,10 @@ class Window:
         """Count one backward pass."""
         self.count += 1
 
+    def drop(self) -> None:
+        """Leave the last backward pass out."""
+        self.count -= 1
+
     @property
     def scale(self) -> float:
         """N / k: what makes the accumulated gradient a mean; 1 for a full window and for an empty one."""

@@ -6,8 +6,8 @@ The walk over the parameters is made on bad steps only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from clip_callbacks.blocks import ParameterTable
 Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
-FaultStage: TypeAlias = Literal["parameter", "loss", "gradient"]
+FaultStage: TypeAlias = Literal["step", "parameter", "loss", "gradient"]
 
 LISTED = 8
 """How many offenders a report names."""
@@ -60,6 +60,7 @@ class Findings:
         after: The nearest such parameter after it.
         count: How many parameters have a gradient.
         loss_is_finite: Whether every loss of the window was; None if no loss was seen.
+        after_good_step: Whether the step before was taken with finite gradients.
     """
 
     gradients: tuple[Offender, ...]
@@ -68,13 +69,18 @@ class Findings:
     after: str | None
     count: int
     loss_is_finite: bool | None
+    after_good_step: bool = False
 
     @property
     def stage(self) -> FaultStage:
-        """Where it began: in parameters non-finite already before the step, in the loss (forward), or in backward."""
+        """Where it began: in the step before, in parameters non-finite before that, in the loss (forward), or in backward."""
         if self.parameters:
-            return "parameter"
+            return "step" if self.after_good_step else "parameter"
         return "loss" if self.loss_is_finite is False else "gradient"
+
+    def facts(self) -> dict[str, Any]:
+        """The same as :meth:`describe`, for a line of JSON."""
+        return {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self)
 
     def describe(self) -> str:
         """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
@@ -92,7 +98,8 @@ class Findings:
 
 
 _STAGES: dict[FaultStage, str] = {
-    "parameter": "parameters were non-finite before this step (a step before it, its learning rate, or the initial weights).",
+    "step": "the optimizer step before made parameters non-finite, from finite gradients (its learning rate, or the optimizer).",
+    "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
     "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
 }
@@ -111,12 +118,13 @@ def as_policy(policy: object, argument: str) -> Policy:
 
 
 @torch.no_grad()
-def examine(table: ParameterTable, losses: Iterable[Tensor] = ()) -> Findings:
+def examine(table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_step: bool = False) -> Findings:
     """Look at every gradient, parameter and loss of a bad step.
 
     Args:
         table: The parameters of the optimizer about to step, with their gradients.
         losses: The losses of the window, 0-dim.
+        after_good_step: Whether the step before was taken with finite gradients.
     """
     held = [(name, tensor) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
     gradients = _offenders((name, _entries(tensor.grad)) for name, tensor in held if tensor.grad is not None)
@@ -125,15 +133,20 @@ def examine(table: ParameterTable, losses: Iterable[Tensor] = ()) -> Findings:
     names = [name for name, _ in held]
     first = next((i for i, name in enumerate(names) if name in guilty), 0)
     finite = [i for i, name in enumerate(names) if name not in guilty]
-    checks = [bool(torch.isfinite(loss).all()) for loss in losses]
     return Findings(
         gradients,
         parameters,
         before=next((names[i] for i in reversed(finite) if i < first), None),
         after=next((names[i] for i in finite if i > first), None),
         count=len(held),
-        loss_is_finite=all(checks) if checks else None,
+        loss_is_finite=all_finite(losses) if losses else None,
+        after_good_step=after_good_step,
     )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every entry of every tensor is finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _entries(gradient: Tensor) -> Tensor:

@@ -34,6 +34,32 @@ def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Me
         _check_clipped_once(trainer, module)
 
 
+def check_micro_batches(trainer: Trainer, scaler: GradScaler | None, *, divides: bool) -> None:
+    """Refuse to drop micro-batches where it cannot be done.
+
+    Raises:
+        ValueError: It says why, and what to do instead.
+    """
+    if trainer.world_size > 1:
+        raise ValueError(
+            f'`level` must be "window" where gradients are reduced in backward, got "microbatch" on {trainer.world_size} ranks: a '
+            "bad micro-batch of one rank is in every rank's gradient before anybody can look at it."
+        )
+    if scaler is not None:
+        raise ValueError(
+            '`level` must be "window" under a GradScaler, got "microbatch" with precision 16-mixed: dropping a micro-batch would '
+            "hide its overflow from the scaler, which would never lower the loss scale. Use precision bf16-mixed."
+        )
+    if divides:
+        raise ValueError(
+            '`level` must be "window" beside AccumulationRescaling(divide=True), got "microbatch": which mean is meant?'
+        )
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError(
+            '`level` must be "window" with LBFGS, got "microbatch": its closure runs the window again within one step.'
+        )
+
+
 def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:
     """Refuse optimizers that the family cannot handle.
 

@@ -77,10 +77,20 @@ class Member(Callback):
         if leading := self._leading():
             leading.open(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep what a skipped step would have to put back."""
+        if leading := self._leading():
+            leading.begin_batch()
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
         if leading := self._leading():
-            leading.losses.append(loss.detach())
+            leading.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop a bad micro-batch, if the guard is told to."""
+        if leading := self._leading():
+            leading.after_backward(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Run the pass: the gradients are ready, the optimizer has not moved."""
@@ -98,9 +108,9 @@ class Member(Callback):
             leading.end_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up."""
+        """Sum up and let go of the optimizers."""
         if leading := self._leading():
-            leading.summarize()
+            leading.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""

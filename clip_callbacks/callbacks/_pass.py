@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,17 +18,19 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from clip_callbacks.blocks import ParameterTable
-from clip_callbacks.callbacks._checks import check_optimizers
+from clip_callbacks.callbacks._checks import check_micro_batches, check_optimizers
 from clip_callbacks.callbacks._history import RunHistory
 from clip_callbacks.callbacks._publisher import Publisher, as_floats, optimizer_suffixes
-from clip_callbacks.nonfinite import Findings, examine
+from clip_callbacks.nonfinite import Findings, all_finite, examine
 from clip_callbacks.report import (
     ACCUMULATION_SCALE,
     AMP_SCALE,
     CLIP_COEF,
     CLIP_FRACTION,
+    FALSE,
     SKIPPED_STEPS,
     TOTAL_NORM,
+    TRUE,
     StepReport,
 )
 from clip_callbacks.step import clip_step
@@ -112,11 +114,15 @@ class Pass:
         self.publisher: Publisher | None = None
         self._warned_empty = False
         check_optimizers(trainer.optimizers, grad_scaler(trainer), members)
+        if self.guard and self.guard.level == "microbatch":
+            check_micro_batches(trainer, grad_scaler(trainer), divides=self.rescaling is not None and self.rescaling.divide)
         suffixes = optimizer_suffixes(trainer)
         self.lanes = [Lane(i, optimizer, module, suffixes[i]) for i, optimizer in enumerate(trainer.optimizers)]
         names = [name for name, _ in module.named_parameters()]
         for member in members:
             member.bind(self.lanes, names)
+        self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
+        self.micro_batches = self.guard.micro_batches(module, self.lanes) if self.guard else None
 
     @property
     def skipped_steps(self) -> int:
@@ -126,6 +132,32 @@ class Pass:
     def open(self, trainer: Trainer) -> None:
         """Take hold of where metrics go: training starts."""
         self.publisher = Publisher(trainer)
+        if self.guard:
+            self.guard.open_journal(trainer)
+
+    def begin_batch(self) -> None:
+        """Keep what a skipped step would have to put back."""
+        if self.rewind:
+            self.rewind.begin_batch()
+        if self.micro_batches:
+            self.micro_batches.begin_batch()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Remember the loss until the step, to be looked at only if the step is bad."""
+        self.losses.append(loss.detach())
+        if self.micro_batches:
+            self.micro_batches.before_backward()
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Drop a bad micro-batch, if that is wanted."""
+        if self.micro_batches and self.guard:
+            guard, loss = self.guard, self.losses.pop()
+            dropped = self.micro_batches.after_backward(
+                loss, lambda lane: guard.report_micro_batch(Incident(trainer, lane, [loss], is_new=True))
+            )
+            guard.dropped_micro_batches += dropped
+            if dropped and self.rescaling:
+                self.rescaling.drop_micro_batch()
 
     def step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Rescale, measure, guard, clip and write the gradients of one optimizer; keep the report."""
@@ -133,9 +165,16 @@ class Pass:
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         lane = self._lane(module, optimizer)
         is_new = lane.begin(trainer.global_step)
-        lane.scale = self.rescaling.scale(module, lane) if self.rescaling else 1.0
+        lane.scale = self._scale(module, lane)
         incident = Incident(trainer, lane, list(self.losses), is_new=is_new)
+        if self.rewind:
+            self.rewind.begin_step(lane, is_new=is_new)
         report = self._clip(lane, incident)
+        if self.micro_batches:
+            self.micro_batches.end_window()
+        if self.rewind:
+            skipped = report.skipped is TRUE
+            self.rewind.end_step(trainer, module, lane, skipped=skipped, steps=grad_scaler(trainer) is None)
         self.losses.clear()
         lane.report, lane.stepped, lane.unlogged = report, True, True
         if is_new:
@@ -145,8 +184,14 @@ class Pass:
         for member in self.members:
             member.observe(lane, report, healthy=is_new and not incident.happened)
 
+    def _scale(self, module: LightningModule, lane: Lane) -> float:
+        if self.rescaling:
+            return self.rescaling.scale(module, lane)
+        return self.micro_batches.scale if self.micro_batches and module.automatic_optimization else 1.0
+
     def _clip(self, lane: Lane, incident: Incident) -> StepReport:
-        if not lane.table.has_gradients:
+        is_lost = self.micro_batches is not None and self.micro_batches.is_lost
+        if not lane.table.has_gradients and not is_lost:
             self._warn_empty()
         clipping = self.clipping
         report, state = clip_step(
@@ -160,6 +205,9 @@ class Pass:
         )
         if clipping:
             clipping.keep(lane.index, state)
+        if is_lost and self.guard:
+            self.guard.judge(incident, lane.table)
+            return replace(report, finite=FALSE, skipped=TRUE)
         return report
 
     def _lane(self, module: LightningModule, optimizer: Optimizer) -> Lane:
@@ -177,6 +225,8 @@ class Pass:
 
     def publish(self, trainer: Trainer, module: LightningModule) -> None:
         """Offer the batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+        if self.rewind:
+            self.rewind.end_batch()
         if self.publisher is None:
             return
         should_log = self.publisher.should_log(trainer)
@@ -217,8 +267,10 @@ class Pass:
             if self.publisher:
                 Publisher.log(trainer, self.publisher.offer(metrics), epoch_end=True)
 
-    def summarize(self) -> None:
+    def close(self) -> None:
         """Say in a line each what there is to say at the end of training."""
+        if self.rewind:
+            self.rewind.close()
         lines = [line for member in (self.guard, *self.monitors) if member for line in member.summary(self.lanes)]
         for line in lines:
             rank_zero_info(line)
@@ -250,16 +302,25 @@ class Incident:
         """Whether a GradScaler decides on overflows."""
         return grad_scaler(self.trainer) is not None
 
-    def findings(self) -> Findings:
+    def is_real_under_scaler(self) -> bool:
+        """Whether no loss scale can cure it: the loss itself is bad, or the gradients are at a scale of 1 or less."""
+        scaler = grad_scaler(self.trainer)
+        return scaler is not None and (scaler.get_scale() <= 1.0 or not all_finite(self.losses))
+
+    def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""
-        return examine(self.lane.table, self.losses)
+        return examine(self.lane.table, self.losses, after_good_step=after_good_step)
+
+    def place(self) -> dict[str, int | str]:
+        """Step, epoch, batch, rank, and with several of them the optimizer."""
+        trainer = self.trainer
+        place: dict[str, int | str] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        place |= {"batch": trainer.fit_loop.batch_idx, "rank": trainer.global_rank}
+        return place | {"optimizer": self.lane.suffix[1:]} if self.lane.suffix else place
 
     def __str__(self) -> str:
         """The place in words."""
-        trainer = self.trainer
-        batch = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}"
-        place = f"step {trainer.global_step}, {batch}, rank {trainer.global_rank}"
-        return f"{place}, optimizer {self.lane.suffix[1:]}" if self.lane.suffix else place
+        return ", ".join(f"{what} {where}" for what, where in self.place().items())
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

@@ -70,11 +70,16 @@ class AccumulationRescaling(Member):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the micro-batch."""
+        super().on_after_backward(trainer, pl_module)
         if pl_module.automatic_optimization:
             self._window.add()
             return
         for window in self._manual.values() if self.divide else ():
             window.after_backward()
+
+    def drop_micro_batch(self) -> None:
+        """Leave the last micro-batch out: the guard has dropped its gradient."""
+        self._window.drop()
 
     def scale(self, module: LightningModule, lane: Lane) -> float:
         """What makes the gradients of an optimizer's window a mean."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.callbacks._member import Member
+from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._pass import Incident, Lane
-from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
+from clip_callbacks.callbacks._rewind import Rewind
+from clip_callbacks.nonfinite import Findings, NonFiniteGradientError, Policy, as_policy
+
+JOURNAL = "nonfinite_steps.jsonl"
+"""In the log directory: a line of JSON for each bad step."""
+
+Level: TypeAlias = Literal["window", "microbatch"]
 
 NEVER = -2
 """Not the number of a step, nor of the one before it."""
@@ -35,26 +45,44 @@ class Counters:
     streak: int = 0
     last_bad: int = NEVER
 
+    def add(self, number: int) -> bool:
+        """Count a bad step, once though its closure may run several times; whether it is counted now."""
+        if number == self.last_bad:
+            return False
+        self.streak = self.streak + 1 if self.last_bad == number - 1 else 1
+        self.last_bad = number
+        return True
+
 
 class NonFiniteGuard(Member):
     """Keeps NaN and Inf gradients from the weights.
 
-    Under "skip" the gradients of a bad step become None, so that every optimizer of ``torch.optim`` leaves the parameters, its
-    own state, step counters and weight decay as they are, bit for bit. ``global_step`` and the batch counter advance: Lightning
-    owns them.
+    Under "skip" **a bad step never happened**. Its gradients become None, so that every optimizer of ``torch.optim`` leaves the
+    parameters, its own state, step counters and weight decay as they are, bit for bit; running statistics of batch normalization
+    are put back to where the window began; step-interval learning-rate schedules stand still (a ReduceLROnPlateau is left to
+    Lightning; in manual optimization it is you who steps them: look at ``last_report.skipped``). ``global_step`` and the batch
+    counter advance: Lightning owns them. Random numbers that the batch has drawn stay drawn. An optimizer that moves parameters
+    without a gradient is found out at the first skip.
 
-    Each bad step warns once: where and when, which parameters (with counts of NaN and inf), their nearest finite neighbours, and
-    whether the loss or the parameters were non-finite before. The parameters are walked over on bad steps only.
+    Each bad step or dropped micro-batch warns once: where and when, which parameters (with counts of NaN and inf), their nearest
+    finite neighbours, and whether the loss or the parameters were non-finite before. The parameters are walked over on bad steps
+    only. The same facts go as a line of JSON into ``nonfinite_steps.jsonl`` in the log directory.
 
     Under a GradScaler (16-mixed) an overflow is the scaler's business: it skips the step and lowers the scale. Such steps are
-    counted apart (``overflowed_steps``) and raise nothing.
+    counted apart (``overflowed_steps``) and raise nothing. A step that no scale can cure, because the loss itself is not finite or
+    the scale is down to 1, counts as a bad one and is skipped whatever the policy, since the scaler skips it.
 
     Args:
         policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step.
         max_consecutive: After so many bad steps in a row an error is raised, on all ranks; at least 1.
+        level: What is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", and the
+            step is taken with the mean of the others. The latter reads the gradients after each backward pass, and needs room for
+            those of one micro-batch.
+        restore_buffers: Whether a skipped step puts back the running statistics of batch normalization.
+        hold_schedulers: Whether step-interval learning-rate schedules stand still for a skipped step.
 
     Raises:
-        ValueError: If the policy is unknown or ``max_consecutive`` is below 1.
+        ValueError: If the policy or level is unknown, or ``max_consecutive`` is below 1.
 
     Example::
 
@@ -64,13 +92,30 @@ class NonFiniteGuard(Member):
 
     kind = "guard"
 
-    def __init__(self, policy: Policy = "skip", *, max_consecutive: int = 10) -> None:
+    def __init__(
+        self,
+        policy: Policy = "skip",
+        *,
+        max_consecutive: int = 10,
+        level: Level = "window",
+        restore_buffers: bool = True,
+        hold_schedulers: bool = True,
+    ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
         if not isinstance(max_consecutive, int) or max_consecutive < 1:
             raise ValueError(f"`max_consecutive` must be a whole number of at least 1, got {max_consecutive!r}.")
         self.max_consecutive = max_consecutive
+        if level not in get_args(Level):
+            raise ValueError(f"`level` must be one of {', '.join(get_args(Level))}, got {level!r}.")
+        self.level: Level = level
+        self.restore_buffers = restore_buffers
+        self.hold_schedulers = hold_schedulers
         self._counters: dict[int, Counters] = {}
+        self._rewind: Rewind | None = None
+        self._left_out = (-1, 0, 0)
+        self.dropped_micro_batches = 0
+        self._journal: Path | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -108,6 +153,12 @@ class NonFiniteGuard(Member):
             if counters.last_bad >= lane.history.steps:  # of an earlier fit
                 counters.last_bad = NEVER
 
+    def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
+        """What puts back the changes of skipped steps."""
+        self._rewind = Rewind(module, lanes, restore_buffers=self.restore_buffers, hold_schedulers=self.hold_schedulers)
+        self._rewind.schedules.load_state(self._left_out)
+        return self._rewind
+
     def judge(self, incident: Incident, table: ParameterTable) -> Policy:
         """Decide on a step whose gradients are not finite, before anything is touched.
 
@@ -123,31 +174,39 @@ class NonFiniteGuard(Member):
         """
         incident.happened = True
         counters = self._counters[incident.lane.index]
-        is_counted = self._count(counters, incident)
-        if incident.under_scaler:
-            counters.overflowed += is_counted
+        if incident.under_scaler and not incident.is_real_under_scaler():
+            counters.overflowed += incident.is_new
             return "skip"
         if self.policy == "ignore":
-            return "ignore"
-        counters.skipped += is_counted and self.policy == "skip"
-        counters.zeroed += is_counted and self.policy == "zero"
-        self._speak(incident, counters.streak)
-        return self.policy
+            return "skip" if incident.under_scaler else "ignore"
+        number = incident.lane.history.steps - (not incident.is_new)
+        after_good_step = 0 < number != counters.last_bad + 1
+        is_counted = counters.add(number)
+        counters.skipped += is_counted and (self.policy == "skip" or incident.under_scaler)
+        counters.zeroed += is_counted and self.policy == "zero" and not incident.under_scaler
+        self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
+        return "skip" if incident.under_scaler else self.policy
 
-    def _count(self, counters: Counters, incident: Incident) -> bool:
-        """Count a bad step once, though its closure may run several times; whether it is counted now."""
-        if incident.under_scaler:
-            return incident.is_new
-        number = incident.lane.history.steps + (0 if incident.is_new else -1)
-        if number == counters.last_bad:
-            return False
-        counters.streak = counters.streak + 1 if counters.last_bad == number - 1 else 1
-        counters.last_bad = number
-        return True
+    def report_micro_batch(self, incident: Incident) -> None:
+        """Warn of a micro-batch about to be dropped, and write a line of the journal."""
+        findings = incident.findings(after_good_step=False)
+        self._write({**incident.place(), "policy": "microbatch", **findings.facts()})
+        what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
+        rank_zero_warn(f"{what}\n{findings.describe()}", category=RuntimeWarning)
 
-    def _speak(self, incident: Incident, streak: int) -> None:
-        what = f"Non-finite gradients at {incident}"
-        found = incident.findings().describe()
+    def micro_batches(self, module: LightningModule, lanes: Sequence[Lane]) -> MicroBatches | None:
+        """What drops bad micro-batches, if that is wanted."""
+        wanted = self.level == "microbatch" and self.policy == "skip"
+        return MicroBatches(module, lanes, restore_buffers=self.restore_buffers) if wanted else None
+
+    def _speak(self, incident: Incident, findings: Findings, streak: int) -> None:
+        """Raise, or warn and write a line of the journal.
+
+        Raises:
+            NonFiniteGradientError: As :meth:`judge` says.
+        """
+        what, found = f"Non-finite gradients at {incident}", findings.describe()
+        self._write({**incident.place(), "policy": self.policy, "streak": streak, **findings.facts()})
         if self.policy == "raise":
             raise NonFiniteGradientError(f"{what}.\n{found}")
         if streak >= self.max_consecutive:
@@ -155,10 +214,21 @@ class NonFiniteGuard(Member):
                 f"{what}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).\n{found}\n"
                 "Lower the learning rate, clip harder, or look at the stage named above."
             )
-        done = "the step is skipped" if self.policy == "skip" else "non-finite entries become 0"
+        done = "non-finite entries become 0" if self.policy == "zero" else "the step is skipped"
         rank_zero_warn(
             f"{what}: {done} (bad step {streak} in a row, {self.max_consecutive} stop the run).\n{found}", category=RuntimeWarning
         )
+
+    def open_journal(self, trainer: Trainer) -> None:
+        """Find the log directory; the file is made at the first bad step."""
+        folder = trainer.log_dir if trainer.loggers else None
+        self._journal = Path(folder) / JOURNAL if folder and trainer.is_global_zero else None
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        if self._journal:
+            self._journal.parent.mkdir(parents=True, exist_ok=True)
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """One line if the run had bad steps."""
@@ -169,14 +239,21 @@ class NonFiniteGuard(Member):
                 (self.skipped_steps, "skipped"),
                 (self.zeroed_steps, "taken with non-finite entries set to 0"),
                 (self.overflowed_steps, "left out by the GradScaler"),
+                (self.dropped_micro_batches, "micro-batches dropped"),
             )
             if count
         ]
         return [f"NonFiniteGuard: of {steps} optimizer steps, {', '.join(parts)}."] if parts else []
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters."""
-        return super().state_dict() | {"counters": {index: asdict(counters) for index, counters in self._counters.items()}}
+        """The counters, and where held schedules stand in the epoch."""
+        counters = {index: asdict(counters) for index, counters in self._counters.items()}
+        left_out = self._rewind.schedules.state() if self._rewind else self._left_out
+        return super().state_dict() | {
+            "counters": counters,
+            "left_out": left_out,
+            "dropped_micro_batches": self.dropped_micro_batches,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -185,4 +262,10 @@ class NonFiniteGuard(Member):
             ValueError: If the state is not one of this callback.
         """
         super().load_state_dict(state_dict)
+        self._left_out = tuple(state_dict["left_out"])
+        self.dropped_micro_batches = state_dict["dropped_micro_batches"]
         self._counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what belongs to one Trainer's fit."""
+        return super().__getstate__() | {"_rewind": None, "_journal": None}

@@ -1,0 +1,105 @@
+"""Dropping a bad micro-batch from its accumulation window, without copying a gradient.
+
+Before each backward pass the gradients so far are set aside; after it they are added to the new ones, as autograd would have done,
+or, if the new ones are bad, put back alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from clip_callbacks.callbacks._rewind import BatchStatistics
+from clip_callbacks.nonfinite import all_finite
+from clip_callbacks.norms import measure
+
+if TYPE_CHECKING:
+    from clip_callbacks.callbacks._pass import Lane
+
+
+class MicroBatches:
+    """The micro-batches of the current window, good and bad.
+
+    Args:
+        module: The module in training.
+        lanes: Its optimizers.
+        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
+    """
+
+    def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool) -> None:
+        self._lanes = lanes
+        self._statistics = [BatchStatistics(module, lane, lanes) for lane in lanes] if restore_buffers else []
+        self._aside: list[tuple[Tensor, Tensor]] = []
+        self.good = self.dropped = 0
+
+    def begin_batch(self) -> None:
+        """Keep batch statistics as they are before the micro-batch."""
+        for statistics in self._statistics:
+            statistics.end_window()
+            statistics.keep_if_new()
+
+    def before_backward(self) -> None:
+        """Set the gradients so far aside."""
+        tensors = [tensor for lane in self._lanes for tensor in lane.table.tensors]
+        self._aside = [(tensor, tensor.grad) for tensor in tensors if tensor.grad is not None]
+        for tensor, _ in self._aside:
+            tensor.grad = None
+
+    def after_backward(self, loss: Tensor, report: Callable[[Lane], None]) -> bool:
+        """Add the new gradients to those set aside, or drop them.
+
+        Args:
+            loss: Of the micro-batch.
+            report: Told of each optimizer with bad gradients, before they are dropped.
+
+        Returns:
+            Whether the micro-batch was dropped.
+        """
+        bad = [lane for lane in self._lanes if not measure(lane.table.gradients(), 2.0).is_finite]
+        is_bad = bool(bad) or not all_finite([loss])
+        if is_bad:
+            for lane in bad or self._lanes[:1]:
+                report(lane)
+            self._drop()
+        else:
+            self._merge()
+        self._aside = []
+        self.good += not is_bad
+        self.dropped += is_bad
+        return is_bad
+
+    def _drop(self) -> None:
+        for lane in self._lanes:
+            for tensor in lane.table.tensors:
+                tensor.grad = None
+        for tensor, gradient in self._aside:
+            tensor.grad = gradient
+        for statistics in self._statistics:
+            statistics.restore()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        dense = [(old, tensor.grad) for tensor, old in self._aside if tensor.grad is not None and old.layout is torch.strided]
+        if dense:
+            torch._foreach_add_([old for old, _ in dense], [new for _, new in dense])
+        for tensor, old in self._aside:
+            is_summed = tensor.grad is None or old.layout is torch.strided
+            tensor.grad = old if is_summed or tensor.grad is None else old + tensor.grad
+
+    def end_window(self) -> None:
+        """Begin a new window."""
+        self.good = self.dropped = 0
+
+    @property
+    def scale(self) -> float:
+        """What makes the mean over all micro-batches one over the good ones."""
+        return (self.good + self.dropped) / self.good if self.good else 1.0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether every micro-batch of the window was dropped."""
+        return self.dropped > 0 and self.good == 0

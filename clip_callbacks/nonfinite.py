@@ -17,7 +17,7 @@ from clip_callbacks.blocks import ParameterTable
 Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
-FaultStage: TypeAlias = Literal["step", "parameter", "loss", "gradient"]
+FaultStage: TypeAlias = Literal["step", "parameter", "loss", "gradient", "unknown"]
 
 LISTED = 8
 """How many offenders a report names."""
@@ -46,7 +46,7 @@ class Offender:
     def __str__(self) -> str:
         """One line: name, shape, counts."""
         counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
-        return f"{self.name} {list(self.shape)}: {' and '.join(counts)}"
+        return f"{self.name} {list(self.shape)}: {' and '.join(counts)}".lstrip()
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Findings:
         count: How many parameters have a gradient.
         loss_is_finite: Whether every loss of the window was; None if no loss was seen.
         after_good_step: Whether the step before was taken with finite gradients.
+        traced: The first module with a non-finite output, if the batch was run again to find it.
     """
 
     gradients: tuple[Offender, ...]
@@ -70,13 +71,16 @@ class Findings:
     count: int
     loss_is_finite: bool | None
     after_good_step: bool = False
+    traced: str | None = None
 
     @property
     def stage(self) -> FaultStage:
         """Where it began: in the step before, in parameters non-finite before that, in the loss (forward), or in backward."""
         if self.parameters:
             return "step" if self.after_good_step else "parameter"
-        return "loss" if self.loss_is_finite is False else "gradient"
+        if self.loss_is_finite is None:
+            return "unknown"
+        return "gradient" if self.loss_is_finite else "loss"
 
     def facts(self) -> dict[str, Any]:
         """The same as :meth:`describe`, for a line of JSON."""
@@ -85,6 +89,8 @@ class Findings:
     def describe(self) -> str:
         """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
         lines = [f"Stage: {_STAGES[self.stage]}"]
+        if self.traced:
+            lines += [f"First non-finite output: {self.traced}"]
         if self.parameters:
             lines += [f"Non-finite parameters: {_listed(self.parameters, 3)}"]
         lines += [f"Non-finite gradients in {len(self.gradients)} of {self.count} parameters:"]
@@ -102,6 +108,7 @@ _STAGES: dict[FaultStage, str] = {
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
     "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
+    "unknown": "gradients are not finite; the loss was not seen (is backward called through the Trainer?).",
 }
 
 
@@ -150,16 +157,23 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+    if gradient.layout is torch.sparse_coo:
+        return gradient.coalesce().values()
+    return gradient if gradient.layout is torch.strided else gradient.values()
 
 
 def _offenders(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
     found = []
     for name, tensor in named:
         if not bool(torch.isfinite(tensor).all()):
-            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            found.append(Offender(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum())))
+            found.append(count_nonfinite(tensor, name))
     return tuple(found)
+
+
+def count_nonfinite(tensor: Tensor, name: str = "") -> Offender:
+    """Count a tensor's NaN and infinite entries; of complex ones, the parts."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return Offender(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum()))
 
 
 def _listed(offenders: Sequence[Offender], most: int) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ def as_norm_type(norm_type: float | Literal["inf"]) -> float:
     Raises:
         ValueError: If it is not above 0; ``"inf"`` is the maximum norm.
     """
-    if isinstance(norm_type, (int, float, str)) and not isinstance(norm_type, bool):
+    if isinstance(norm_type, (float, int, str, Real)) and norm_type is not True:
         try:
             order = float(norm_type)
         except ValueError:
@@ -88,12 +89,22 @@ def true_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 
 def _true_norm(tensor: Tensor, norm_type: float) -> Tensor:
-    peak = torch.linalg.vector_norm(tensor, math.inf).double()
-    scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
+    peak = largest_entry(tensor).double()
+    if not bool(peak > 0) or math.isinf(norm_type):  # 0, or NaN
+        return peak
+    scale = torch.where(torch.isfinite(peak), peak, 1.0)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
     chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK)  # type: ignore[no-untyped-call]
     parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
     return total_norm(parts, norm_type)[0] * scale
+
+
+def largest_entry(tensor: Tensor) -> Tensor:
+    """Max |x|, 0-dim; NaN if there is one. On a CPU this takes a tenth of the time of ``vector_norm(x, inf)``."""
+    if tensor.is_complex():
+        return tensor.abs().amax()
+    smallest, largest = torch.aminmax(tensor)
+    return torch.maximum(-smallest, largest)
 
 
 def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
@@ -167,10 +178,10 @@ def measure(gradients: Gradients, norm_type: float, *, scale: float = 1.0, local
     norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform)
     norms, total = on_host(norms, total_norm(norms, norm_type))
     sound = smallest_sound_norm(norm_type, norms.dtype)
-    if not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
-        norms, total = _mended(gradients.tensors, norms, norm_type, sound)
+    if not gradients.is_uniform or not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
+        norms, total = _mended(gradients.tensors, norms, total, norm_type)
     if scale != 1.0:
-        norms, total = norms * scale, total * scale
+        norms, total = _fitting(norms.double() * scale, total.double() * scale, norms.dtype)
     return Measurement(gradients.fill(norms), total)
 
 
@@ -186,16 +197,34 @@ def _all_sound(norms: Tensor, sound: float) -> bool:
     return all(sound <= norm < math.inf for norm in norms.tolist())
 
 
-def _mended(tensors: list[Tensor], norms: Tensor, norm_type: float, sound: float) -> tuple[Tensor, Tensor]:
-    """Norms and total norm with the untrustworthy ones measured again; float64 if they do not fit their dtype."""
-    suspects = [i for i, norm in enumerate(norms.tolist()) if not sound <= norm < math.inf]
+def _mended(tensors: list[Tensor], norms: Tensor, total: Tensor, norm_type: float) -> tuple[Tensor, Tensor]:
+    """Norms and total norm, those that cannot be trusted in the dtype they accumulated in measured again."""
+    bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in tensors]
+    sound = [bound <= norm < math.inf for bound, norm in zip(bounds, norms.tolist(), strict=True)]
+    if all(sound) and _all_sound(total, max(bounds)):
+        return norms, total
     mended = norms.double()
+    suspects = [place for place, is_sound in enumerate(sound) if not is_sound]
     if suspects:
-        mended[suspects] = true_norms([tensors[i] for i in suspects], norm_type).cpu()
-    peak = mended.amax()
+        mended[suspects] = true_norms([tensors[place] for place in suspects], norm_type).cpu()
+    return _fitting(mended, sound_total(mended, norm_type), norms.dtype)
+
+
+def sound_total(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of norms in float64, scaled by the largest: neither overflows nor underflows; shape ``(1,)``."""
+    wide = norms.double()
+    peak = wide.amax()
     scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
-    total = total_norm(mended / scale, norm_type) * scale
-    info = torch.finfo(norms.dtype)
-    both = torch.cat([mended, total])
+    return total_norm(wide / scale, norm_type) * scale
+
+
+def _accumulated_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in {torch.float64, torch.complex128} else torch.float32
+
+
+def _fitting(norms: Tensor, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Float64 norms in a narrower dtype if all of them are in its range, else as they are."""
+    info = torch.finfo(dtype)
+    both = torch.cat([norms, total])
     fits = (both == 0) | ~torch.isfinite(both) | ((both >= info.tiny) & (both <= info.max))
-    return (mended.to(norms.dtype), total.to(norms.dtype)) if bool(fits.all()) else (mended, total)
+    return (norms.to(dtype), total.to(dtype)) if bool(fits.all()) else (norms, total)

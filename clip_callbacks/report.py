@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clip_callbacks.norms import total_norm
+from clip_callbacks.norms import sound_total
 from clip_callbacks.rules import Outcome
 
 TOTAL_NORM = "grad/total_norm"
@@ -65,12 +65,12 @@ class StepReport:
             return self.total_norm
         if self._is_global:
             return self.total_norm * self.clip_coef
-        return total_norm(self.parameter_norms * self.factors, self.norm_type)[0]
+        return sound_total(self.parameter_norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
 
     @cached_property
     def clip_coef(self) -> Tensor:
         """clipped_norm / total_norm, 0-dim; under one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
-        if self.factors is None:
+        if self.factors is None or self.total.tolist() == [0.0]:
             return torch.ones_like(self.total_norm)
         if self._is_global:
             return self.outcomes[0].coefficients[0]
@@ -113,10 +113,16 @@ class StepReport:
         """Whether any gradient was made smaller."""
         return self.factors is not None
 
-    def metrics(self) -> dict[str, Tensor]:
-        """The values of this step under their names on a dashboard; none of a skipped step, whose norm is no number."""
+    def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
+        """The values of this step under their names on a dashboard; none of a skipped step, whose norm is no number.
+
+        Args:
+            clipping: Whether those that tell of clipping are wanted.
+        """
         if self.skipped is TRUE:
             return {}
+        if not clipping:
+            return {TOTAL_NORM: self.total_norm}
         return {
             TOTAL_NORM: self.total_norm,
             CLIPPED_NORM: self.clipped_norm,

@@ -105,7 +105,7 @@ def coefficients(norms: Tensor, limits: Tensor | float) -> tuple[Tensor, bool]:
     """The one division of the package: limits into coefficients.
 
     Args:
-        norms: Shape ``(B,)``. A block whose norm is not finite gets 1: such a norm never scales a gradient.
+        norms: Shape ``(B,)``. A block whose norm is 0 or not finite gets 1: such a norm never scales a gradient.
         limits: Shape ``(B,)`` or one number.
 
     Returns:
@@ -116,9 +116,9 @@ def coefficients(norms: Tensor, limits: Tensor | float) -> tuple[Tensor, bool]:
     on_host = ratios.tolist()
     if all(ratio >= 1.0 for ratio in on_host):
         return _ones(len(on_host), norms.dtype), False
-    if all(0.0 < ratio < 1.0 for ratio in on_host):
+    if len(on_host) == 1 and 0.0 < on_host[0] < 1.0 and norms.tolist() != [0.0]:
         return ratios, True
-    return torch.where(torch.isfinite(norms), ratios, 1.0).clamp(max=1.0), True
+    return torch.where(torch.isfinite(norms) & (norms > 0), ratios, 1.0).clamp(max=1.0), True
 
 
 def decide(
@@ -134,7 +134,7 @@ def decide(
     after: list[LimitState] = []
     factors: Tensor | None = None
     for stage, before in zip(stages, state, strict=True):
-        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before)
+        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before, is_finite=measured.is_finite)
         outcomes.append(outcome)
         after.append(_observed(stage, outcome, before) if measured.is_finite else before)
         if outcome.clips:
@@ -149,11 +149,17 @@ def _norms_after(factors: Tensor | None, partition: Partition, measured: Measure
     return measured.total if partition.is_whole else block_norms(measured.norms, partition, norm_type)
 
 
-def _outcome(stage: Stage, norms: Tensor, state: LimitState) -> Outcome:
+def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -> tuple[Outcome, ...]:
+    """Outcomes of a step that is skipped: the blocks' norms, nothing decided."""
+    unlimited = [Stage(None, stage.partition) for stage in stages]
+    return decide(unlimited, measured, norm_type, tuple({} for _ in unlimited))[0]
+
+
+def _outcome(stage: Stage, norms: Tensor, state: LimitState, *, is_finite: bool) -> Outcome:
     names = stage.partition.names
     if stage.limit is None:
         return Outcome(names, norms, math.inf, _ones(len(names), norms.dtype), clips=False)
-    limits = stage.limit.limits(norms, state)
+    limits = stage.limit.limits(norms.nan_to_num(0.0, 0.0, 0.0) if not is_finite else norms, state)
     return Outcome(names, norms, limits, *coefficients(norms, limits))
 
 

@@ -14,7 +14,7 @@ from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy, examine
 from clip_callbacks.norms import Measurement, as_norm_type, measure
 from clip_callbacks.report import FALSE, TRUE, StepReport
-from clip_callbacks.rules import ClipRule, ClipState, Outcome, decide
+from clip_callbacks.rules import ClipRule, ClipState, Outcome, decide, describe
 
 Judge: TypeAlias = Callable[[ParameterTable], Policy]
 """Asked on a bad step, before anything is touched, which policy to follow."""
@@ -82,7 +82,7 @@ def clip_step(
             raise NonFiniteGradientError(examine(table).describe())
         if policy == "skip":
             drop(table)
-            return _report((), None, measured, norm_type, finite=False, skipped=True), state
+            return _report(describe(stages, measured, norm_type), None, measured, norm_type, finite=False, skipped=True), state
         if policy == "zero":
             zero_nonfinite_(gradients.tensors)
             measured = measure(gradients, norm_type, scale=scale, local=local)

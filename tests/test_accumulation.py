@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -195,3 +196,58 @@ def test_a_bad_micro_batch_spoils_its_window_only(trainer):
         trainer(clipping, AccumulationRescaling(), accumulate_grad_batches=3).fit(module, data(7))
     assert clipping.skipped_steps == 1
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "at", "feed", "expected"),
+    [
+        (2, 3, 3, [1, 1, 10, 10, 100, 100], [1.0, 10.0, 100.0]),
+        (2, 4, 1, [1, 1, 10, 10], [1.0, 10.0]),
+    ],
+)
+def test_n_changed_where_a_window_ends_leaves_used_gradients_out(trainer, before, after, at, feed, expected):
+    class Changing(Recorder):
+        def on_train_batch_end(self, *_):
+            if self.trainer.fit_loop.batch_idx == at:
+                self.trainer.accumulate_grad_batches = after
+
+    module = Changing(torch.tensor(feed, dtype=torch.float32)[:, None])
+    trainer(AccumulationRescaling(), accumulate_grad_batches=before).fit(module)
+    assert [gradient[0] for gradient in module.gradients] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("meddling", ["clamp", "create_graph", "zeros"])
+def test_manual_windows_bear_with_what_users_do_to_gradients(trainer, meddling):
+    class Meddling(Manual):
+        def manual_backward(self, loss, **options):
+            super().manual_backward(loss, create_graph=meddling == "create_graph", **options)
+            if meddling == "clamp":
+                self.weight.grad.data.clamp_(-100, 100)
+                self.weight.grad.clamp_(-100, 100)
+
+        def training_step(self, batch, batch_idx):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                super().training_step(batch, batch_idx)
+
+    module = Meddling(torch.tensor([[2.0]] * 4), window=4, to_none=meddling != "zeros")
+    trainer(AccumulationRescaling(divide=True)).fit(module)
+    assert module.gradients[-1][0] == 2.0
+
+
+def test_iterable_data_of_unknown_length(trainer):
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.tensor([x]),) for x in (1.0, 2.0, 3.0, 4.0, 6.0)])
+
+    module = Recorder(torch.zeros(1, 1))
+    trainer(AccumulationRescaling(), accumulate_grad_batches=3).fit(module, DataLoader(Stream()))
+    assert [gradient[0] for gradient in module.gradients] == [2.0, 5.0]
+
+
+def test_max_steps_and_limits_inside_a_window(trainer):
+    feed = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    assert steps(trainer, feed, 4, AccumulationRescaling(), limit_train_batches=3) == [2.0]
+    assert steps(trainer, feed, 4, AccumulationRescaling(), max_steps=1) == [2.5]

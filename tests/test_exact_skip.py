@@ -45,7 +45,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 }
 KINDS = ["nan", "inf", "-inf", "all", "loss"]
 PLACES = {"first": {0}, "later": {4}, "two in a row": {2, 3}}
-BATCHES = 7
+BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Subject(Regression):
         inputs, targets, _ = batch
         if self.cell.optimizer == "SparseAdam":
             self.norm(inputs)
-            inputs = (inputs.abs() * 3).long().clamp(max=5)
+            inputs = (inputs.nan_to_num(1.0).abs() * 3).clamp(max=5).long()
         return nn.functional.mse_loss(self.net(inputs), targets)
 
     def loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Subject(Regression):
 
     def poison(self, batch: Any) -> None:
         if bool(batch[2]) and self.cell.kind != "loss":
-            parameter = [p for p in self.parameters() if p.grad is not None][-1]
+            parameter = self.trainer.optimizers[0].param_groups[0]["params"][-1]
             gradient = parameter.grad.coalesce() if parameter.grad.is_sparse else parameter.grad
             values = gradient.values() if gradient.is_sparse else gradient
             bad = math.nan if self.cell.kind == "all" else float(self.cell.kind)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGradientError, NonFiniteGuard
@@ -140,3 +143,95 @@ def test_summary_line(trainer, monkeypatch):
 def test_a_healthy_step_does_not_walk(trainer, monkeypatch):
     monkeypatch.setattr("clip_callbacks.callbacks._pass.examine", lambda *_: pytest.fail("walked on a healthy step"))
     trainer(NonFiniteGuard(), GradientClipping(1.0)).fit(Regression(), data())
+
+
+def facts(logger):
+    return [json.loads(line) for line in (Path(logger.log_dir) / "nonfinite_steps.jsonl").read_text().splitlines()]
+
+
+def test_journal_has_the_facts_of_each_bad_step(trainer, tmp_path):
+    csv = CSVLogger(tmp_path)
+    trainer(GradientClipping(1.0), logger=csv, max_epochs=2).fit(Poisoned({2: math.nan, 9: math.inf}), data(6))
+    first, second = facts(csv)
+    assert {key: first[key] for key in ("step", "epoch", "batch", "rank")} == {"step": 2, "epoch": 0, "batch": 2, "rank": 0}
+    assert {key: second[key] for key in ("step", "epoch", "batch", "rank")} == {"step": 9, "epoch": 1, "batch": 3, "rank": 0}
+    assert first["stage"] == "loss"
+    assert first["gradients"][0] == {"name": "net.0.weight", "shape": [8, 4], "nan": 32, "inf": 0}
+    trainer(GradientClipping(1.0), logger=CSVLogger(tmp_path, version="clean")).fit(Regression(), data(3))
+    assert not (tmp_path / "lightning_logs/clean/nonfinite_steps.jsonl").exists()
+
+
+def test_a_step_that_made_parameters_bad_is_told_from_bad_ones_before(trainer):
+    class Huge(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3:  # a finite gradient, a learning rate beyond all bounds
+                self.trainer.optimizers[0].param_groups[0]["lr"] = 1e38
+
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer(NonFiniteGuard(max_consecutive=3)).fit(Huge(), data(6))
+    first, second = [str(w.message) for w in caught if "Non-finite" in str(w.message)]
+    assert "step 4" in first
+    assert "the optimizer step before made parameters non-finite, from finite gradients" in first
+    assert "parameters were non-finite before this step" in second
+
+
+@pytest.mark.parametrize("bad_layer", ["net.0", "net.2"])
+def test_trace_names_the_first_module_with_a_bad_output(trainer, tmp_path, bad_layer):
+    class Breaking(torch.nn.Linear):
+        """NaN for large inputs."""
+
+        def forward(self, x):
+            return torch.where(x.abs().amax() > 100, math.nan, 1.0) * super().forward(x)
+
+    class Large(Regression):
+        def loss(self, batch, batch_idx):
+            return super().loss([batch[0] * 1e3 if batch_idx == 2 else batch[0], batch[1]], batch_idx)
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, affine=False), torch.nn.Linear(8, 1))
+    if bad_layer == "net.0":
+        net[0] = Breaking(4, 8)
+    else:
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), Breaking(8, 1))
+    csv = CSVLogger(tmp_path)
+    module = Large(net=net)
+    with pytest.warns(RuntimeWarning, match=rf"First non-finite output: {bad_layer} \(Breaking\), output .* NaN, inputs finite"):
+        trainer(NonFiniteGuard(trace_forward=True), logger=csv).fit(module, data(5, size=0.1))
+    assert facts(csv)[0]["traced"].startswith(bad_layer)
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+def test_trace_leaves_the_run_as_it_was(trainer, tmp_path):
+    results = []
+    for trace in (True, False):
+        torch.manual_seed(0)
+        csv = CSVLogger(tmp_path, version=str(trace))
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        module = Poisoned({2: math.nan}, net=net)
+        trainer(NonFiniteGuard("zero", trace_forward=trace), logger=csv).fit(module, data(6, size=0.1))
+        results.append([*module.state_dict().values()])
+        assert facts(csv)[0]["traced"] == ("no module's output: look at the loss function and the batch" if trace else None)
+    assert_same_bits(*results)
+    tables = [(tmp_path / f"lightning_logs/{trace}/metrics.csv").read_text() for trace in (True, False)]
+    assert tables[0] == tables[1]
+
+
+def test_a_nan_that_no_scale_cures_is_told_from_an_overflow(trainer):
+    from tests.test_precision import scaled
+
+    guard = NonFiniteGuard(max_consecutive=3)
+    module = Poisoned({4: math.nan, 6: math.nan}, optimizer=torch.optim.AdamW, lr=0.01)
+    fit = trainer(guard, **scaled(init_scale=2.0**30))
+    fit.fit(module, data(24, size=1.0))
+    assert guard.skipped_steps == 2
+    assert guard.overflowed_steps > 0
+    assert fit.precision_plugin.scaler.get_scale() == 2.0 ** (30 - guard.skipped_steps - guard.overflowed_steps)
+
+    class Backward(Regression):
+        def loss(self, batch, batch_idx):
+            hidden = self.net[0](batch[0])
+            return self.net[2](torch.tanh(hidden + torch.sqrt(hidden * 0))).square().mean()
+
+    guard = NonFiniteGuard(max_consecutive=3)
+    with pytest.raises(NonFiniteGradientError, match="bad step 3 in a row"):
+        trainer(guard, **scaled(init_scale=16.0)).fit(Backward(), data(24))
+    assert guard.overflowed_steps == 4, "at 16, 8, 4 and 2 a lower scale might have cured it"

@@ -207,3 +207,57 @@ def test_local_scope_metrics_follow_their_definition(trainer, tmp_path):
     frame = read(csv)
     ratio = column(frame, "grad/clipped_norm") / column(frame, "grad/total_norm")
     assert column(frame, "grad/clip_coef").tolist() == pytest.approx(ratio.tolist(), rel=1e-6)
+
+
+def test_percentiles_without_a_guard_take_finite_steps_only(trainer):
+    from tests.test_precision import scaled
+
+    monitor = GradientNormMonitor()
+    fit = trainer(monitor, **scaled(init_scale=2.0**30))
+    fit.fit(Regression(torch.optim.AdamW, lr=0.01), data(24, size=1.0))
+    assert 0 < fit.callback_metrics["grad/total_norm_p99"] < 100
+    assert 0 < monitor.suggested_max_norm() < 100
+
+
+@pytest.mark.parametrize("feed", [[1e-3, 1e40], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e40]])
+def test_huge_norms_do_not_break_the_end_of_a_run(trainer, feed):
+    monitor = GradientNormMonitor()
+    trainer(monitor, precision="64-true").fit(GradientTape(torch.tensor(feed, dtype=torch.float64)[:, None]))
+    assert math.isfinite(monitor.suggested_max_norm())
+
+
+def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+    monitor = GradientNormMonitor()
+    trainer(monitor).fit(GradientTape(torch.zeros(3, 1)))
+    assert monitor.suggested_max_norm() is None
+    assert said == ["GradientNormMonitor: total_norm over 3 steps: p50 0, p90 0, p99 0."]
+
+
+def test_callback_metrics_are_of_the_last_step(trainer, tmp_path):
+    callbacks = [GradientClipping(1.0), AccumulationRescaling()]
+    fit = trainer(*callbacks, accumulate_grad_batches=2, max_epochs=2, limit_train_batches=5)
+    seen = []
+    module = GradientTape(torch.tensor([10.0, 0.1, 0.1, 0.1, 0.1])[:, None])
+    module.on_train_batch_end = lambda *_: seen.append(float(fit.callback_metrics.get("grad/accumulation_scale", -1)))
+    fit.fit(module)
+    assert seen == [-1, 1, 1, 1, 2, 2, 1, 1, 1, 2]
+    assert fit.callback_metrics["grad/clip_fraction"] == 0.0, "since the last logging step, without a logger too"
+
+
+def test_without_clipping_nothing_is_said_of_it(trainer, tmp_path):
+    csv = CSVLogger(tmp_path)
+    trainer(GradientNormMonitor(), logger=csv, gradient_clip_val=0.01).fit(Regression(), data(3))
+    frame = read(csv)
+    assert "grad/total_norm" in frame
+    assert not {"grad/clip_coef", "grad/clipped_norm", "grad/clip_fraction", "grad/clip_fraction_epoch"} & set(frame)
+
+
+def test_a_second_fit_begins_anew(trainer, tmp_path):
+    monitor = GradientNormMonitor(every_n_steps=2)
+    for run in ("a", "b"):
+        csv = CSVLogger(tmp_path, version=run)
+        trainer(monitor, logger=csv).fit(Regression(), data(8))
+        assert list(column(read(csv), "grad_norm/net.0").index) == [1, 3, 5, 7]
+    assert monitor.state_dict()["norms"][0].shape == (8,)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,3 +137,50 @@ def test_no_gradient_at_all():
     report, _ = clip_step([nn.Parameter(torch.zeros(3))])
     assert report.total_norm.item() == 0.0
     assert report.clip_coef.item() == 1.0
+
+
+def test_scaling_is_exact_in_float64():
+    weight = holder(torch.tensor([3.0], dtype=torch.float64))
+    clip_step([weight], rules=[], scale=1 / 3)
+    assert weight.grad.item() == 1.0
+
+
+def test_a_scale_that_overflows_the_norm_but_not_the_entries():
+    weight = holder(torch.full((10_000,), 1e36))
+    report, _ = clip_step([weight], rules=[], scale=4.0)
+    assert report.finite
+    assert report.total_norm.item() == pytest.approx(4e38, rel=1e-4)  # one running float32 sum of 10,000
+    torch.testing.assert_close(weight.grad, torch.full((10_000,), 4e36))
+
+
+def test_clipped_norm_of_local_rules_does_not_overflow():
+    large, small = holder(torch.full((4,), 1e25)), holder(torch.tensor([3.0, 4.0]))
+    report, _ = clip_step({"a": large, "b": small}, rules=[ClipRule(1.0, "parameter", params="b")])
+    assert report.total_norm.item() == pytest.approx(2e25)
+    assert report.clipped_norm.item() == pytest.approx(2e25)
+    assert report.clip_coef.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", [1e-22, 3e-23])
+def test_float32_beside_float64_keeps_its_true_norm(size):
+    parameters = [holder(torch.full((1000,), size)), holder(torch.zeros(2, dtype=torch.float64))]
+    report, _ = clip_step(parameters, rules=[ClipRule(None, "parameter")])
+    assert report.norms[0].item() == pytest.approx(torch.tensor(size).item() * 1000**0.5, rel=1e-6)
+    assert report.total_norm.item() == pytest.approx(torch.tensor(size).item() * 1000**0.5, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_compressed_sparse_gradients():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).to_sparse_csr()
+    report, _ = clip_step([weight], rules=[ClipRule(1.0)])
+    assert report.total_norm == 5.0
+    torch.testing.assert_close(weight.grad.to_dense(), torch.tensor([[0.6, 0.0], [0.0, 0.8]]))
+    weight.grad = torch.tensor([[math.nan, 0.0], [0.0, 4.0]]).to_sparse_csr()
+    with pytest.raises(ArithmeticError, match="0 .*1 NaN"):
+        clip_step([weight], nonfinite="raise")
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1)])
+def test_numpy_numbers_are_numbers(number):
+    assert ClipRule(number).max_norm == number

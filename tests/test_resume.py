@@ -102,4 +102,39 @@ def test_fit_twice_with_the_same_callbacks(trainer):
     callback = GradientClipping(1.0)
     for _ in range(2):
         trainer(callback).fit(Poisoned({2: math.nan}), data(4))
-    assert callback.skipped_steps == 2
+        assert callback.skipped_steps == 1, "of this run"
+
+
+@pytest.mark.parametrize("saved", [[0, 1], [1, 0]])
+def test_a_streak_goes_on_in_another_order_of_callbacks(trainer, tmp_path, saved):
+    from clip_callbacks import NonFiniteGradientError
+
+    def members(order):
+        made = [GradientNormMonitor(), NonFiniteGuard()]
+        return [made[i] for i in order]
+
+    poison = dict.fromkeys(range(20), math.nan)
+    first = trainer(*members(saved))
+    first.fit(Poisoned(poison), data(8))
+    first.save_checkpoint(tmp_path / "bad.ckpt")
+    with pytest.raises(NonFiniteGradientError, match="bad step 10 in a row"):
+        trainer(*members(saved[::-1]), max_epochs=3).fit(
+            Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", weights_only=True
+        )
+
+
+def test_callbacks_may_move_on_to_another_model(trainer):
+    from tests.test_clipping import TwoNetworks
+
+    callback = GradientClipping(RunningMean(), scope="layer")
+    trainer(callback).fit(TwoNetworks(), data(4))
+    trainer(callback).fit(Poisoned({}), data(4))
+
+
+def test_rules_that_remember_nothing_may_change_between_runs(trainer, tmp_path):
+    first = trainer(GradientClipping(1.0))
+    first.fit(Poisoned({}), data(4))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    callback = GradientClipping(rules=[ClipRule(1.0), ClipRule(0.5, "layer")])
+    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert len(callback.last_report.outcomes) == 2

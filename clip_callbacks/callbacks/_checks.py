@@ -81,11 +81,16 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
 
 
 def _check_members(family: Sequence[Member]) -> None:
-    # two of the very same class and state_key are refused by Lightning when the Trainer is made
     for kind, harm in _ONE_EACH.items():
-        names = [type(member).__name__ for member in family if member.kind == kind]
+        names = [member._stable_key for member in family if member.kind == kind]
         if len(names) > 1:
             raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
+    monitors = [member._stable_key for member in family if member.kind == "monitor"]
+    if len(set(monitors)) < len(monitors):
+        raise ValueError(
+            f"`callbacks` must hold one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
+            "every metric would be logged twice."
+        )
     norm_types = {member.norm_type for member in family if member.norm_type is not None}
     if len(norm_types) > 1:
         raise ValueError(
@@ -109,7 +114,7 @@ def _check_strategy(trainer: Trainer) -> None:
 
 
 def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
-    if trainer.gradient_clip_val is not None:
+    if trainer.gradient_clip_val:  # 0 is Lightning's word for off
         raise ValueError(
             "`gradient_clip_val` must not be set beside GradientClipping, got "
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the Trainer."

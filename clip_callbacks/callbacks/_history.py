@@ -15,10 +15,10 @@ FLUSH = 128
 
 
 class NormHistory:
-    """Total norms of finite steps since the last reset: 4 bytes a step, the percentiles exact."""
+    """Total norms of finite steps since the last reset: 8 bytes a step, the percentiles exact."""
 
     def __init__(self) -> None:
-        self._norms = CatMetric(nan_strategy="disable", sync_on_compute=False)
+        self._norms = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
         self._waiting: list[Tensor] = []
 
     def add(self, total: Tensor) -> None:
@@ -33,9 +33,9 @@ class NormHistory:
         self._waiting.clear()
 
     def values(self) -> Tensor:
-        """All norms, float32 of shape ``(steps,)``."""
+        """All norms, float64 of shape ``(steps,)``."""
         self._flush()
-        return self._norms.compute().reshape(-1) if self._norms.update_count else torch.empty(0)
+        return self._norms.compute().reshape(-1) if self._norms.update_count else torch.empty(0, dtype=torch.float64)
 
     @property
     def count(self) -> int:
@@ -57,7 +57,7 @@ class NormHistory:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._norms.update(torch.cat(self._waiting).to(torch.float32))
+            self._norms.update(torch.cat([total.double() for total in self._waiting]))
             self._waiting.clear()
 
 
@@ -104,12 +104,13 @@ class RunHistory:
         self.epoch.add(clipped=report.clipped)
         self.since_logged.add(clipped=report.clipped)
 
-    def epoch_metrics(self) -> dict[str, float]:
-        """Percentiles of total_norm and the clip fraction of this epoch; empty without a healthy step."""
+    def epoch_metrics(self, *, clipping: bool) -> dict[str, float]:
+        """Percentiles of total_norm and, if wanted, the clip fraction of this epoch; empty without a healthy step."""
         percentiles = self.epoch_norms.percentiles(tuple(PERCENTILES))
         if percentiles is None:
             return {}
-        return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | {CLIP_FRACTION_EPOCH: self.epoch.fraction}
+        fraction = {CLIP_FRACTION_EPOCH: self.epoch.fraction} if clipping else {}
+        return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fraction
 
     def end_epoch(self) -> None:
         """Begin a new epoch."""

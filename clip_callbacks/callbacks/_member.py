@@ -31,14 +31,26 @@ class Member(Callback):
         self.last_report: StepReport | None = None
         self._pass: Pass | None = None
         self._history: dict[int, dict[str, Any]] = {}
+        self._skipped_steps = 0
+        self._is_set_up = self._is_loaded = False
 
     @property
     def skipped_steps(self) -> int:
-        """How many optimizer steps were skipped for non-finite gradients so far, over all optimizers."""
-        return self._pass.skipped_steps if self._pass else 0
+        """How many optimizer steps of this run were skipped for non-finite gradients so far, over all optimizers."""
+        return self._pass.skipped_steps if self._pass else self._skipped_steps
+
+    @property
+    def state_key(self) -> str:
+        """The class; until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong."""
+        return self._stable_key if self._is_set_up else f"{self._stable_key}@{id(self)}"
+
+    @property
+    def _stable_key(self) -> str:
+        return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
+        self._is_set_up = True
         if stage == "fit":
             check_trainer(trainer, pl_module, family(trainer))
 
@@ -46,9 +58,22 @@ class Member(Callback):
         """Assemble the members into one pass; the first one does it for all."""
         members = family(trainer)
         if members[0] is self:
+            for member in members:
+                if not member._is_loaded:
+                    member.forget()
             the_pass = Pass(trainer, pl_module, members)
             for member in members:
-                member._pass = the_pass
+                member._pass, member._is_loaded = the_pass, False
+
+    def forget(self) -> None:
+        """Begin a new run: what an earlier fit left, and no checkpoint brought, does not count."""
+        self._history = {}
+        self._skipped_steps = 0
+
+    def take_history(self) -> dict[int, dict[str, Any]]:
+        """Hand over the histories of optimizers that a checkpoint brought, by their numbers."""
+        history, self._history = self._history, {}
+        return history
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Meet the optimizers, before the first step or after one of them took on other parameters.
@@ -58,9 +83,6 @@ class Member(Callback):
             names: Of all parameters of the module.
             renew: Whether an optimizer changed in mid-run.
         """
-        for lane in lanes:
-            if lane.index in self._history:
-                lane.history.load_state_dict(self._history.pop(lane.index))
 
     def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
         """See what a step reported.
@@ -68,7 +90,7 @@ class Member(Callback):
         Args:
             lane: The optimizer.
             report: Of the step.
-            healthy: Whether the step is a new one with finite gradients.
+            healthy: Whether every gradient was finite.
         """
         self.last_report = report
 
@@ -80,7 +102,7 @@ class Member(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
         if leading := self._leading():
-            leading.begin_batch()
+            leading.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
@@ -100,7 +122,7 @@ class Member(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
         if leading := self._leading():
-            leading.publish(trainer, pl_module)
+            leading.end_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of the epoch."""
@@ -108,9 +130,16 @@ class Member(Callback):
             leading.end_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up and let go of the optimizers."""
+        """Sum up."""
         if leading := self._leading():
+            leading.summarize()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
+        if leading := self._leading():
+            self._history = leading.history_state()
             leading.close()
+        self._skipped_steps, self._pass = self.skipped_steps, None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
@@ -123,9 +152,12 @@ class Member(Callback):
         Raises:
             ValueError: If the state is not one of this callback.
         """
-        if not isinstance(state_dict.get("history"), dict):
-            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, got keys {sorted(state_dict)}.")
-        self._history = state_dict["history"]
+        missing = sorted(self.state_dict().keys() - state_dict.keys())
+        if missing:
+            got = f"got keys {sorted(state_dict)} without {missing}"
+            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}.")
+        self._history = {int(index): history for index, history in state_dict["history"].items()}
+        self._is_loaded = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the pass: it belongs to one Trainer's fit."""

@@ -6,10 +6,11 @@ The pass knows *when*; :func:`~clip_callbacks.clip_step` knows *what*.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -21,6 +22,7 @@ from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.callbacks._checks import check_micro_batches, check_optimizers
 from clip_callbacks.callbacks._history import RunHistory
 from clip_callbacks.callbacks._publisher import Publisher, as_floats, optimizer_suffixes
+from clip_callbacks.callbacks._trace import trace_forward
 from clip_callbacks.nonfinite import Findings, all_finite, examine
 from clip_callbacks.report import (
     ACCUMULATION_SCALE,
@@ -48,6 +50,17 @@ SHOWN = (TOTAL_NORM, CLIP_COEF)
 """What the progress bar shows."""
 
 
+WINDOW = 1024
+"""How many micro-batches of a window are remembered at most."""
+
+
+class MicroBatch(NamedTuple):
+    """The loss of one backward pass, and the batch with its index if it may have to be run again."""
+
+    loss: Tensor
+    batch: tuple[Any, int] | None
+
+
 class Lane:
     """One optimizer of the run: what it holds, what its steps reported.
 
@@ -63,24 +76,25 @@ class Lane:
         self.optimizer = optimizer
         self.suffix = suffix
         self.history = RunHistory()
+        self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
         self.report: StepReport | None = None
         self.scale = 1.0
-        self.stepped = self.unlogged = False
+        self.stepped = self.unlogged = self.is_skipped = False
         self._step_number: int | None = None
         self.tabulate(module)
 
     def tabulate(self, module: LightningModule) -> None:
         """Make the table of parameters."""
-        self._sizes = self._group_sizes()
+        self._held = self._holding()
         self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters())
 
     @property
     def is_outdated(self) -> bool:
-        """Whether parameters were added or taken away since, as fine-tuning callbacks do."""
-        return self._group_sizes() != self._sizes
+        """Whether the optimizer holds other parameters than it did, as after fine-tuning callbacks."""
+        return self._holding() != self._held
 
-    def _group_sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups]
+    def _holding(self) -> list[list[int]]:
+        return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
 
     def begin(self, step_number: int) -> bool:
         """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes."""
@@ -110,17 +124,24 @@ class Pass:
         self.rescaling = cast("AccumulationRescaling | None", of_kind.get("rescaling"))
         self.monitors = [cast("GradientNormMonitor", member) for member in members if member.kind == "monitor"]
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
-        self.losses: list[Tensor] = []
         self.publisher: Publisher | None = None
+        self._batch: tuple[Any, int] | None = None
         self._warned_empty = False
-        check_optimizers(trainer.optimizers, grad_scaler(trainer), members)
+        scaler = grad_scaler(trainer)
+        check_optimizers(trainer.optimizers, scaler, members)
         if self.guard and self.guard.level == "microbatch":
-            check_micro_batches(trainer, grad_scaler(trainer), divides=self.rescaling is not None and self.rescaling.divide)
-        suffixes = optimizer_suffixes(trainer)
-        self.lanes = [Lane(i, optimizer, module, suffixes[i]) for i, optimizer in enumerate(trainer.optimizers)]
+            check_micro_batches(trainer, scaler, divides=self.rescaling is not None and self.rescaling.divide)
+        self.lanes = make_lanes(trainer, module)
+        for index, history in [entry for member in members for entry in member.take_history().items()]:
+            if index < len(self.lanes):
+                self.lanes[index].history.load_state_dict(history)
         names = [name for name, _ in module.named_parameters()]
         for member in members:
             member.bind(self.lanes, names)
+        self._equip(module)
+
+    def _equip(self, module: LightningModule) -> None:
+        """Have what puts skipped steps back, for the parameters that the optimizers hold now."""
         self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
         self.micro_batches = self.guard.micro_batches(module, self.lanes) if self.guard else None
 
@@ -135,8 +156,10 @@ class Pass:
         if self.guard:
             self.guard.open_journal(trainer)
 
-    def begin_batch(self) -> None:
-        """Keep what a skipped step would have to put back."""
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
+        if self.guard and self.guard.trace_forward:
+            self._batch = batch, batch_idx
         if self.rewind:
             self.rewind.begin_batch()
         if self.micro_batches:
@@ -144,16 +167,18 @@ class Pass:
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
-        self.losses.append(loss.detach())
+        for lane in self.lanes:
+            lane.window.append(MicroBatch(loss.detach(), self._batch))
         if self.micro_batches:
             self.micro_batches.before_backward()
 
     def after_backward(self, trainer: Trainer) -> None:
         """Drop a bad micro-batch, if that is wanted."""
         if self.micro_batches and self.guard:
-            guard, loss = self.guard, self.losses.pop()
+            guard = self.guard
+            (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
             dropped = self.micro_batches.after_backward(
-                loss, lambda lane: guard.report_micro_batch(Incident(trainer, lane, [loss], is_new=True))
+                micro_batch.loss, lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True))
             )
             guard.dropped_micro_batches += dropped
             if dropped and self.rescaling:
@@ -161,28 +186,36 @@ class Pass:
 
     def step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Rescale, measure, guard, clip and write the gradients of one optimizer; keep the report."""
+        lane = self._lane(trainer, module, optimizer)
         if is_still_scaled(grad_scaler(trainer), optimizer):
+            lane.window.clear()
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
-        lane = self._lane(module, optimizer)
         is_new = lane.begin(trainer.global_step)
         lane.scale = self._scale(module, lane)
-        incident = Incident(trainer, lane, list(self.losses), is_new=is_new)
         if self.rewind:
             self.rewind.begin_step(lane, is_new=is_new)
-        report = self._clip(lane, incident)
+        report = self._clip(lane, Incident(trainer, lane, list(lane.window), is_new=is_new))
+        lane.window.clear()
         if self.micro_batches:
             self.micro_batches.end_window()
+        lane.is_skipped = report.skipped is TRUE or (lane.is_skipped and not is_new)
+        if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
+            report = replace(report, skipped=TRUE)
         if self.rewind:
-            skipped = report.skipped is TRUE
-            self.rewind.end_step(trainer, module, lane, skipped=skipped, steps=grad_scaler(trainer) is None)
-        self.losses.clear()
+            self.rewind.end_step(trainer, module, lane, skipped=lane.is_skipped, steps=grad_scaler(trainer) is None)
+        self._keep(lane, report, is_new=is_new)
+
+    def _keep(self, lane: Lane, report: StepReport, *, is_new: bool) -> None:
+        """Keep the report of a step: of LBFGS's closure calls the first, where the step begins, unless a later one is bad."""
+        if not is_new and not lane.is_skipped:
+            return
         lane.report, lane.stepped, lane.unlogged = report, True, True
-        if is_new:
-            lane.history.steps += 1
-        if is_new and not incident.happened:
+        healthy = report.finite is TRUE
+        lane.history.steps += is_new
+        if healthy:
             lane.history.add(report)
         for member in self.members:
-            member.observe(lane, report, healthy=is_new and not incident.happened)
+            member.observe(lane, report, healthy=healthy)
 
     def _scale(self, module: LightningModule, lane: Lane) -> float:
         if self.rescaling:
@@ -210,49 +243,82 @@ class Pass:
             return replace(report, finite=FALSE, skipped=TRUE)
         return report
 
-    def _lane(self, module: LightningModule, optimizer: Optimizer) -> Lane:
-        lane = next(lane for lane in self.lanes if lane.optimizer is optimizer)
-        if lane.is_outdated:
-            lane.tabulate(module)
+    def _lane(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
+        """The lane of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
+        lane = next((lane for lane in self.lanes if lane.optimizer is optimizer), None)
+        if lane is not None and not lane.is_outdated:
+            return lane
+        if lane is None:
+            lane = self._adopt(trainer, module, optimizer)
+        lane.tabulate(module)
+        for member in self.members:
+            member.bind([lane], lane.table.names, renew=True)
+        if self.rewind:
+            self.rewind.close()
+        self._equip(module)
+        if self.rewind:
+            self.rewind.begin_batch()
+        return lane
+
+    def _adopt(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
+        """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
+        check_optimizers([optimizer], grad_scaler(trainer), self.members)
+        histories = {lane.index: lane.history for lane in self.lanes}
+        if not any(known is optimizer for known in trainer.optimizers):
+            raise RuntimeError(
+                f"`optimizer` must be one of trainer.optimizers, got a {type(optimizer).__name__} that is not. Return every "
+                "optimizer from configure_optimizers."
+            )
+        self.lanes = make_lanes(trainer, module)
+        for lane in self.lanes:
+            lane.history = histories.get(lane.index, lane.history)
             for member in self.members:
                 member.bind([lane], lane.table.names, renew=True)
-        return lane
+        return next(lane for lane in self.lanes if lane.optimizer is optimizer)
 
     def _warn_empty(self) -> None:
         if not self._warned_empty:
             self._warned_empty = True
             rank_zero_warn("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?", stacklevel=2)
 
-    def publish(self, trainer: Trainer, module: LightningModule) -> None:
-        """Offer the batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+    def end_batch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let schedules go on; publish what the batch's steps reported."""
         if self.rewind:
             self.rewind.end_batch()
-        if self.publisher is None:
-            return
-        should_log = self.publisher.should_log(trainer)
+        if self.publisher:
+            self._publish(trainer, module, self.publisher)
+
+    def _publish(self, trainer: Trainer, module: LightningModule, publisher: Publisher) -> None:
+        """Offer reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+        is_logging_step = publisher.is_logging_step(trainer)
         for lane in self.lanes:
             if lane.stepped and lane.report is not None:
-                values = self.publisher.offer(lane.named(self._metrics(trainer, lane, lane.report)))
+                values = publisher.offer(lane.named(self._metrics(lane, lane.report)))
                 if self.clipping and self.clipping.prog_bar:
-                    self.publisher.show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
+                    publisher.show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
             # in manual optimization the step may have come in a batch before the one that logs
-            if should_log and lane.unlogged and (lane.stepped or not module.automatic_optimization):
-                self._log(trainer, lane)
+            if is_logging_step and lane.unlogged and (lane.stepped or not module.automatic_optimization):
+                self._log(trainer, lane, publisher)
             lane.stepped = False
 
-    def _metrics(self, trainer: Trainer, lane: Lane, report: StepReport) -> dict[str, Tensor | float]:
-        metrics: dict[str, Tensor | float] = {**report.metrics(), CLIP_FRACTION: lane.history.since_logged.fraction}
+    def _metrics(self, lane: Lane, report: StepReport) -> dict[str, Tensor | float]:
+        metrics: dict[str, Tensor | float] = {**report.metrics(clipping=self.clipping is not None)}
+        if self.clipping:
+            metrics[CLIP_FRACTION] = lane.history.since_logged.fraction
         if self.guard:
             metrics[SKIPPED_STEPS] = float(self.guard.skipped_steps_of(lane.index))
-        if (scaler := grad_scaler(trainer)) is not None:
-            metrics[AMP_SCALE] = scaler.get_scale()
-        if lane.scale != 1.0:
+        if self.rescaling:
             metrics[ACCUMULATION_SCALE] = lane.scale
         return metrics
 
-    def _log(self, trainer: Trainer, lane: Lane) -> None:
+    def _log(self, trainer: Trainer, lane: Lane, publisher: Publisher) -> None:
         assert lane.report is not None
-        metrics = self._metrics(trainer, lane, lane.report)
+        metrics = self._metrics(lane, lane.report)
+        if lane.scale == 1.0:
+            metrics.pop(ACCUMULATION_SCALE, None)
+        if (scaler := grad_scaler(trainer)) is not None:
+            metrics[AMP_SCALE] = scaler.get_scale()
+        publisher.offer(lane.named(metrics))
         for monitor in self.monitors:
             metrics |= monitor.metrics(lane, lane.report)
         Publisher.log(trainer, as_floats(lane.named(metrics)))
@@ -262,18 +328,23 @@ class Pass:
     def end_epoch(self, trainer: Trainer) -> None:
         """Publish percentiles and the clip fraction of the epoch."""
         for lane in self.lanes if self.publisher else ():
-            metrics = lane.named(lane.history.epoch_metrics())
+            metrics = lane.named(lane.history.epoch_metrics(clipping=self.clipping is not None))
             lane.history.end_epoch()
             if self.publisher:
                 Publisher.log(trainer, self.publisher.offer(metrics), epoch_end=True)
 
-    def close(self) -> None:
+    def summarize(self) -> None:
         """Say in a line each what there is to say at the end of training."""
+        for member in (self.guard, *self.monitors):
+            for line in member.summary(self.lanes) if member else ():
+                rank_zero_info(line)
+
+    def close(self) -> None:
+        """Let go of the optimizers."""
         if self.rewind:
             self.rewind.close()
-        lines = [line for member in (self.guard, *self.monitors) if member for line in member.summary(self.lanes)]
-        for line in lines:
-            rank_zero_info(line)
+        if self.guard:
+            self.guard.release()
 
     def history_state(self) -> dict[int, dict[str, Any]]:
         """What the lanes remember, by number of the optimizer."""
@@ -287,15 +358,18 @@ class Incident:
     Args:
         trainer: The Trainer, for step, epoch, batch and rank.
         lane: The optimizer.
-        losses: The losses of the window.
+        window: Its micro-batches.
         is_new: Whether the optimizer's step is new, not another closure call of the last one.
     """
 
     trainer: Trainer
     lane: Lane
-    losses: list[Tensor]
+    window: list[MicroBatch]
     is_new: bool
     happened: bool = False
+
+    def _losses(self) -> list[Tensor]:
+        return [loss for loss, _ in self.window]
 
     @property
     def under_scaler(self) -> bool:
@@ -305,11 +379,22 @@ class Incident:
     def is_real_under_scaler(self) -> bool:
         """Whether no loss scale can cure it: the loss itself is bad, or the gradients are at a scale of 1 or less."""
         scaler = grad_scaler(self.trainer)
-        return scaler is not None and (scaler.get_scale() <= 1.0 or not all_finite(self.losses))
+        return scaler is not None and (scaler.get_scale() <= 1.0 or not all_finite(self._losses()))
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""
-        return examine(self.lane.table, self.losses, after_good_step=after_good_step)
+        findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step)
+        return replace(findings, traced=self._trace())
+
+    def _trace(self) -> str | None:
+        """Run the first batch with a non-finite loss again; in manual optimization that would step the optimizers."""
+        module = self.trainer.lightning_module
+        if not module.automatic_optimization:
+            return None
+        for loss, batch in self.window:
+            if batch and not all_finite([loss]):
+                return trace_forward(self.trainer, module, *batch)
+        return None
 
     def place(self) -> dict[str, int | str]:
         """Step, epoch, batch, rank, and with several of them the optimizer."""
@@ -321,6 +406,12 @@ class Incident:
     def __str__(self) -> str:
         """The place in words."""
         return ", ".join(f"{what} {where}" for what, where in self.place().items())
+
+
+def make_lanes(trainer: Trainer, module: LightningModule) -> list[Lane]:
+    """A lane for each optimizer of a Trainer."""
+    suffixes = optimizer_suffixes(trainer)
+    return [Lane(index, optimizer, module, suffixes[index]) for index, optimizer in enumerate(trainer.optimizers)]
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

@@ -25,9 +25,10 @@ class Publisher:
         self._callback_metrics = trainer.callback_metrics
         self._progress_bar_metrics = trainer.progress_bar_metrics
 
-    def should_log(self, trainer: Trainer) -> bool:
+    @staticmethod
+    def is_logging_step(trainer: Trainer) -> bool:
         """Whether Lightning logs its own metrics at the end of this batch."""
-        return bool(trainer.loggers) and (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+        return trainer._logger_connector.should_update_logs or bool(getattr(trainer, "fast_dev_run", False))
 
     def offer(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Put metrics where ModelCheckpoint and EarlyStopping look.

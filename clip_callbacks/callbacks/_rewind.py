@@ -36,6 +36,7 @@ class Rewind:
         self.schedules = HeldSchedules(hold_schedulers)
         self._searches = {lane.index: LineSearch(lane) for lane in lanes if isinstance(lane.optimizer, LBFGS)}
         self._proven: set[int] = set()
+        self._proofs: list[RemovableHandle] = []
 
     def begin_batch(self) -> None:
         """Keep the statistics of windows that begin with this batch."""
@@ -44,6 +45,7 @@ class Rewind:
 
     def begin_step(self, lane: Lane, *, is_new: bool) -> None:
         """Keep where LBFGS stands before its first closure call has an effect."""
+        self._end_proofs()
         if is_new and lane.index in self._searches:
             self._searches[lane.index].keep()
 
@@ -65,7 +67,7 @@ class Rewind:
                 self._searches[lane.index].undo_after_step()
             elif steps and lane.index not in self._proven:
                 self._proven.add(lane.index)
-                prove_stillness(lane.optimizer, lane.table.tensors)
+                self._proofs.append(prove_stillness(lane.optimizer, lane.table.tensors))
         if statistics:
             statistics.end_window()
             if not module.automatic_optimization:  # the next window may begin within this training_step
@@ -79,8 +81,13 @@ class Rewind:
 
     def close(self) -> None:
         """Take hooks off the optimizers."""
+        self._end_proofs()
         for search in self._searches.values():
             search.close()
+
+    def _end_proofs(self) -> None:
+        while self._proofs:
+            self._proofs.pop().remove()
 
 
 class BatchStatistics:
@@ -135,31 +142,38 @@ class HeldSchedules:
         self._is_on = is_on
         self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
         self._epoch = -1
-        self._left_out = self._stepped_at = 0
+        self._left_out = self._window_start = self._seen = 0
+        self._is_counted = False
 
     def settle(self, trainer: Trainer, *, skipped: bool) -> None:
-        """Decide for each schedule whether it is to advance after this batch."""
-        batches = trainer.fit_loop.batch_idx + 1
-        if trainer.current_epoch != self._epoch:
-            self._epoch, self._left_out, self._stepped_at = trainer.current_epoch, 0, 0
-        if skipped:
-            self._left_out += batches - self._stepped_at
-        self._stepped_at = batches
+        """Decide for each schedule whether it is to advance after this batch; LBFGS asks several times, and may change its mind."""
+        self.release()
+        self._begin(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
+        if skipped and not self._is_counted:
+            self._left_out += self._seen - self._window_start
+            self._is_counted = True
         if not self._is_on or not self._left_out:
             return
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 self._altered.append((config, config.interval, config.frequency))
-                is_due = not skipped and (batches - self._left_out) % config.frequency == 0
+                is_due = not skipped and (self._seen - self._left_out) % config.frequency == 0
                 config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
+
+    def _begin(self, epoch: int, batches: int) -> None:
+        """Take note of the batches of the epoch seen so far; those since the last step are the window."""
+        if epoch != self._epoch:
+            self._epoch, self._left_out, self._seen = epoch, 0, 0
+        if batches != self._seen:
+            self._window_start, self._seen, self._is_counted = self._seen, batches, False
 
     def state(self) -> tuple[int, int, int]:
         """Where the epoch stands, for a checkpoint inside it."""
-        return self._epoch, self._left_out, self._stepped_at
+        return self._epoch, self._left_out, self._seen
 
     def load_state(self, state: tuple[int, int, int]) -> None:
         """Go on from what :meth:`state` returned."""
-        self._epoch, self._left_out, self._stepped_at = state
+        self._epoch, self._left_out, self._seen = state
 
     def release(self) -> None:
         """Put intervals and frequencies back."""
@@ -214,8 +228,11 @@ def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> None:
+def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> RemovableHandle:
     """After the step that begins now, see that an optimizer without gradients has moved nothing; version counters tell.
+
+    Returns:
+        The hook to take off when the step is over: a subclass that calls ``super().step()`` runs it twice.
 
     Raises:
         RuntimeError: From ``optimizer.step()``, if it has; it names the optimizer.
@@ -223,11 +240,10 @@ def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> None:
     before = [tensor._version for tensor in tensors]
 
     def check(*_: Any) -> None:
-        handle.remove()
         if [tensor._version for tensor in tensors] != before:
             raise RuntimeError(
                 f"`optimizer` must leave parameters without a gradient alone, got {type(optimizer).__name__}, which moved them in "
                 "a skipped step: a bad step cannot be undone with it. Use an optimizer of torch.optim, or NonFiniteGuard('raise')."
             )
 
-    handle = optimizer.register_step_post_hook(check)
+    return optimizer.register_step_post_hook(check)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.accumulation import Window
+from clip_callbacks.apply import drop
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._pass import Lane
 
@@ -47,15 +50,44 @@ class AccumulationRescaling(Member):
         self.divide = divide
         self._window = Window()
         self._manual: dict[int, ManualWindow] = {}
+        self._lanes: dict[int, Lane] = {}
+        self._has_stepped = False
+
+    def forget(self) -> None:
+        """Begin a new run."""
+        super().forget()
+        self._window, self._manual, self._lanes = Window(), {}, {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        super().teardown(trainer, pl_module, stage)
+        self._begin_window()
+        self._manual, self._lanes = {}, {}
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have a window for each optimizer of manual optimization."""
         super().bind(lanes, names, renew=renew)
         self._manual |= {lane.index: ManualWindow(lane) for lane in lanes}
+        self._lanes |= {lane.index: lane for lane in lanes}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set gradients to zero that a step has used and Lightning will not: it does so where N divides the batch's number.
+
+        Where N has changed since, that is not the batch after the step.
+        """
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._has_stepped and batch_idx % trainer.accumulate_grad_batches:
+            for lane in self._lanes.values():
+                drop(lane.table)
+            self._begin_window()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin a new window."""
+        self._begin_window()
+
+    def _begin_window(self) -> None:
         self._window.reset()
+        self._has_stepped = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weight the loss if N has changed inside the window."""
@@ -84,6 +116,7 @@ class AccumulationRescaling(Member):
     def scale(self, module: LightningModule, lane: Lane) -> float:
         """What makes the gradients of an optimizer's window a mean."""
         if module.automatic_optimization:
+            self._has_stepped = True
             return self._window.scale
         return self._manual[lane.index].scale if self.divide else 1.0
 
@@ -91,33 +124,44 @@ class AccumulationRescaling(Member):
 class ManualWindow:
     """Counts the backward passes that reached one optimizer since its gradients were last set to zero.
 
-    Lightning has no hook for ``zero_grad`` in manual optimization, so the gradients themselves tell: their version counters move
-    in a backward pass that reaches them, and between two passes only if somebody sets them to zero.
+    Lightning has no hook for ``zero_grad`` in manual optimization, so the gradients themselves tell: they change in a backward pass
+    that reaches them; changed between two passes and none or all zero, they were set to zero.
     """
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
         self._count = 0
-        self._seen = self._versions()
+        self._seen = self._fingerprints()
 
     def before_backward(self) -> None:
         """See whether the gradients were set to zero since the last backward pass."""
-        versions = self._versions()
-        if versions != self._seen:
+        fingerprints = self._fingerprints()
+        if fingerprints != self._seen and self._is_zero():
             self._count = 0
-        self._seen = versions
+        self._seen = fingerprints
 
     def after_backward(self) -> None:
         """See whether the pass reached a gradient of this optimizer."""
-        versions = self._versions()
-        self._count += versions != self._seen
-        self._seen = versions
+        fingerprints = self._fingerprints()
+        self._count += fingerprints != self._seen
+        self._seen = fingerprints
 
     @property
     def scale(self) -> float:
         """1 / k; 1 before any backward pass."""
         return Window(divisor=1, count=self._count).scale
 
-    def _versions(self) -> list[tuple[int, int] | None]:
-        gradients = (tensor.grad for tensor in self._lane.table.tensors)
-        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+    def _gradients(self) -> list[Tensor | None]:
+        return [tensor.grad for tensor in self._lane.table.tensors]
+
+    def _is_zero(self) -> bool:
+        return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)
+
+    def _fingerprints(self) -> list[tuple[int, int] | None]:
+        return [None if gradient is None else _fingerprint(gradient) for gradient in self._gradients()]
+
+
+def _fingerprint(gradient: Tensor) -> tuple[int, int]:
+    """Where a gradient's entries are, and how often they were written in place: neither reads an entry."""
+    entries = gradient if gradient.layout is torch.strided else gradient._values()
+    return entries.data_ptr(), gradient._version

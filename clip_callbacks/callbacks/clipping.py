@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from clip_callbacks.blocks import Scope, no_match
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._pass import Lane
@@ -38,7 +40,7 @@ class GradientClipping(Member):
         scope: Which entries share one norm: "global" (all that the optimizer holds), "group" (an optimizer's parameter group),
             "layer" (the parameters that one module owns directly) or "parameter" (one tensor). All but "global" are local norms.
         norm_type: The order p of the norm, above 0; "inf" is the maximum norm.
-        rules: Several stages in order, instead of ``max_norm`` and ``scope``; all from one read of the gradients.
+        rules: Several stages in order, all from one read of the gradients; ``max_norm`` and ``scope`` are left at their defaults.
         clip_value: Afterwards every entry is clamped to [-clip_value, clip_value].
         nonfinite: What to do with a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries,
             or "ignore" them. Short for a NonFiniteGuard with its defaults; one in the same Trainer takes its place.
@@ -86,10 +88,14 @@ class GradientClipping(Member):
         for rule in () if renew else self.rules:
             if not _matches(rule, [*names, *(name for lane in lanes for name in lane.table.names)]):
                 raise ValueError(no_match(str(rule.params), names))
+            if not any(_matches(rule, lane.table.names) for lane in lanes):
+                rank_zero_warn(f"The rule for {rule.params!r} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
             rules = [rule for rule in self.rules if _matches(rule, lane.table.names)]
             fresh = tuple(rule.stage(lane.table).init() for rule in rules)
             state = self._states.get(lane.index, fresh)
+            if not _shapes(state) and not _shapes(fresh):
+                state = fresh  # rules that remember nothing may change between runs
             if not _fits(state, fresh):
                 if not renew:
                     raise ValueError(
@@ -99,6 +105,12 @@ class GradientClipping(Member):
                 state = fresh
             self._rules[lane.index], self._states[lane.index] = rules, state
         self.guard.bind(lanes, names, renew=renew)
+
+    def forget(self) -> None:
+        """Begin a new run."""
+        super().forget()
+        self._states = {}
+        self.guard.forget()
 
     def rules_of(self, index: int) -> list[ClipRule]:
         """The rules that hold for an optimizer."""
@@ -151,7 +163,5 @@ def _shapes(state: Sequence[LimitState]) -> list[dict[str, tuple[int, ...]]]:
 
 
 def _fits(state: ClipState, fresh: ClipState) -> bool:
-    """Whether a restored state is one of these rules; rules that remember nothing may change between runs."""
-    if not _shapes(state) and not _shapes(fresh):
-        return len(state) == len(fresh)
+    """Whether a restored state is one of these rules."""
     return len(state) == len(fresh) and _shapes(state) == _shapes(fresh)

@@ -80,6 +80,8 @@ class NonFiniteGuard(Member):
             those of one micro-batch.
         restore_buffers: Whether a skipped step puts back the running statistics of batch normalization.
         hold_schedulers: Whether step-interval learning-rate schedules stand still for a skipped step.
+        trace_forward: Whether a batch whose loss is not finite is run again, under hooks, to name the first module whose output is
+            not finite. Keeps the batches of a window until its step. Not in manual optimization.
 
     Raises:
         ValueError: If the policy or level is unknown, or ``max_consecutive`` is below 1.
@@ -100,6 +102,7 @@ class NonFiniteGuard(Member):
         level: Level = "window",
         restore_buffers: bool = True,
         hold_schedulers: bool = True,
+        trace_forward: bool = False,
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
@@ -111,6 +114,7 @@ class NonFiniteGuard(Member):
         self.level: Level = level
         self.restore_buffers = restore_buffers
         self.hold_schedulers = hold_schedulers
+        self.trace_forward = trace_forward
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
@@ -149,12 +153,11 @@ class NonFiniteGuard(Member):
                 f"got counters of {len(self._counters)} for {len(lanes)}."
             )
         for lane in lanes:
-            counters = self._counters.setdefault(lane.index, Counters())
-            if counters.last_bad >= lane.history.steps:  # of an earlier fit
-                counters.last_bad = NEVER
+            self._counters.setdefault(lane.index, Counters())
 
     def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
         """What puts back the changes of skipped steps."""
+        self.release()
         self._rewind = Rewind(module, lanes, restore_buffers=self.restore_buffers, hold_schedulers=self.hold_schedulers)
         self._rewind.schedules.load_state(self._left_out)
         return self._rewind
@@ -186,6 +189,18 @@ class NonFiniteGuard(Member):
         counters.zeroed += is_counted and self.policy == "zero" and not incident.under_scaler
         self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
         return "skip" if incident.under_scaler else self.policy
+
+    def forget(self) -> None:
+        """Begin a new run."""
+        super().forget()
+        self._counters = {}
+        self._left_out = (-1, 0, 0)
+        self.dropped_micro_batches = 0
+
+    def release(self) -> None:
+        """Let go of the run; what a checkpoint needs stays."""
+        if self._rewind:
+            self._left_out, self._rewind = self._rewind.schedules.state(), None
 
     def report_micro_batch(self, incident: Incident) -> None:
         """Warn of a micro-batch about to be dropped, and write a line of the journal."""

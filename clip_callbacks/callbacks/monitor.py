@@ -55,7 +55,7 @@ class GradientNormMonitor(Member):
         self._last_logged: dict[int, int] = {}
 
     @property
-    def state_key(self) -> str:
+    def _stable_key(self) -> str:
         """Several monitors may stand in one Trainer: one for each scope."""
         return self._generate_state_key(scope=self.scope)
 
@@ -64,6 +64,11 @@ class GradientNormMonitor(Member):
         super().bind(lanes, names, renew=renew)
         for lane in lanes:
             self._norms.setdefault(lane.index, NormHistory())
+
+    def forget(self) -> None:
+        """Begin a new run."""
+        super().forget()
+        self._norms, self._last_logged = {}, {}
 
     def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
         """Remember the total norm of a healthy step."""
@@ -87,7 +92,7 @@ class GradientNormMonitor(Member):
             index: Number of the optimizer.
         """
         percentiles = self._norms[index].percentiles((SUGGESTED_PERCENTILE,)) if index in self._norms else None
-        return None if percentiles is None else two_digits(float(percentiles[0]))
+        return None if percentiles is None or not percentiles[0] > 0 else two_digits(float(percentiles[0]))
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """The percentiles of the run and the suggestion, a line for each optimizer."""
@@ -97,14 +102,14 @@ class GradientNormMonitor(Member):
             if percentiles is not None:
                 p50, p90, p99 = (f"{value:.3g}" for value in percentiles.tolist())
                 steps, suggested = self._norms[lane.index].count, self.suggested_max_norm(lane.index)
+                advice = f" Suggested max_norm: {suggested:g}, which clips the largest 10 % of the steps." if suggested else ""
                 lines.append(
-                    f"GradientNormMonitor{lane.suffix}: total_norm over {steps} steps: p50 {p50}, p90 {p90}, p99 {p99}. "
-                    f"Suggested max_norm: {suggested:g}, which clips the largest 10 % of the steps."
+                    f"GradientNormMonitor{lane.suffix}: total_norm over {steps} steps: p50 {p50}, p90 {p90}, p99 {p99}.{advice}"
                 )
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms of the run, 4 bytes a step."""
+        """The norms of the run, 8 bytes a step."""
         norms = {index: history.values() for index, history in self._norms.items()}
         return super().state_dict() | {"norms": norms, "last_logged": dict(self._last_logged)}
 
@@ -122,5 +127,5 @@ class GradientNormMonitor(Member):
 
 
 def two_digits(value: float) -> float:
-    """Round to two significant digits; 0 stays 0."""
-    return round(value, 1 - math.floor(math.log10(value))) if value > 0 else 0.0
+    """Round a number above 0 to two significant digits."""
+    return round(value, 1 - math.floor(math.log10(value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -51,7 +52,7 @@ def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
     Raises:
         ValueError: If it is not a number above 0.
     """
-    if isinstance(max_norm, (int, float, str)) and not isinstance(max_norm, bool):
+    if isinstance(max_norm, (float, int, str, Real)) and max_norm is not True:
         try:
             number = float(max_norm)
         except ValueError:

@@ -1,0 +1,64 @@
+"""Which module makes the loss non-finite: a bad batch is run again under hooks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from clip_callbacks.nonfinite import all_finite, count_nonfinite
+
+
+def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:
+    """Run ``training_step`` again on a batch and name the first module whose output is not finite.
+
+    Nothing is logged, no gradient is made, buffers and random numbers are put back. The random numbers are not those of before.
+    """
+    found: list[str] = []
+    handles = [child.register_forward_hook(_hook(name or type(module).__name__, found)) for name, child in module.named_modules()]
+    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+    try:
+        with _undone(module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+            module.training_step(*kwargs.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no module's output: look at the loss function and the batch"
+
+
+def _hook(name: str, found: list[str]) -> Any:
+    def check(child: nn.Module, inputs: Any, output: Any) -> None:
+        bad = [tensor for tensor in _floats(output) if not all_finite([tensor])]
+        if bad and not found:
+            whose = "finite" if all_finite(_floats(inputs)) else "non-finite already"
+            found.append(f"{name} ({type(child).__name__}), output {count_nonfinite(bad[0])}, inputs {whose}")
+
+    return check
+
+
+def _floats(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+@contextmanager
+def _undone(module: LightningModule) -> Iterator[None]:
+    """Leave no trace in buffers, random numbers and logs."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    hidden = {name: module.__dict__[name] for name in silent if name in module.__dict__}
+    module.__dict__.update(silent)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for name in silent:
+            del module.__dict__[name]
+        module.__dict__.update(hidden)
+        for buffer, kept in buffers:
+            buffer.copy_(kept)

@@ -134,7 +134,7 @@ def examine(table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_
         after_good_step: Whether the step before was taken with finite gradients.
     """
     held = [(name, tensor) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
-    gradients = _offenders((name, _entries(tensor.grad)) for name, tensor in held if tensor.grad is not None)
+    gradients = _offenders((name, tensor.grad) for name, tensor in held if tensor.grad is not None)
     parameters = _offenders(zip(table.names, table.tensors, strict=True))
     guilty = {offender.name for offender in gradients}
     names = [name for name, _ in held]
@@ -156,17 +156,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _entries(gradient: Tensor) -> Tensor:
-    if gradient.layout is torch.sparse_coo:
-        return gradient.coalesce().values()
-    return gradient if gradient.layout is torch.strided else gradient.values()
+def _entries(tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
 
 
 def _offenders(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
     found = []
     for name, tensor in named:
-        if not bool(torch.isfinite(tensor).all()):
-            found.append(count_nonfinite(tensor, name))
+        entries = _entries(tensor.detach())
+        if not bool(torch.isfinite(entries).all()):
+            found.append(count_nonfinite(entries, name))
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -92,10 +92,13 @@ class CharRNN(LightningModule):
         cell: Kind of recurrent network: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM".
         hidden: Width of the hidden state.
         layers: Depth.
-        learning_rate: Of SGD with momentum 0.9.
+        learning_rate: Of SGD with momentum 0.9, falling to 0 along a cosine, step by step.
+        poison: Share of training batches whose loss is made NaN, to see what a guard does.
     """
 
-    def __init__(self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5) -> None:
+    def __init__(
+        self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5, poison: float = 0.0
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         kind, _, nonlinearity = cell.partition("_")
@@ -103,6 +106,7 @@ class CharRNN(LightningModule):
         self.embedding = nn.Embedding(SYMBOLS, 64)
         self.rnn = getattr(nn, kind)(64, hidden, layers, batch_first=True, **options)
         self.head = nn.Linear(hidden, SYMBOLS)
+        self.dice = torch.Generator().manual_seed(0)  # apart from the global one, so that poison changes nothing else
 
     def bits(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Bits per character."""
@@ -113,14 +117,24 @@ class CharRNN(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self.bits(batch)
         self.log("train_bits", loss, prog_bar=True)
-        return loss
+        return loss * math.nan if torch.rand((), generator=self.dice) < self.hparams.poison else loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val_bits", self.bits(batch), prog_bar=True, batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class CLI(LightningCLI):
+    """LightningCLI with ``--poison`` for short."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--poison", type=float, default=0.0, help="share of training batches whose loss is made NaN")
+        parser.link_arguments("poison", "model.poison")
 
 
 if __name__ == "__main__":
-    LightningCLI(CharRNN, StdlibText, save_config_kwargs={"overwrite": True})
+    CLI(CharRNN, StdlibText, save_config_kwargs={"overwrite": True})

@@ -16,6 +16,7 @@ from rich.table import Table
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 COLORS = ["#d1495b", "#00798c", "#edae49", "#66a182"]
 
@@ -72,7 +73,7 @@ def number(value: float) -> str:
 
 
 def picture(runs: list[Run], path: Path) -> None:
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 7), sharex=True, layout="constrained")
     for run, color in zip(runs, COLORS, strict=False):
         loss = run.training()
         top.plot(loss.index, loss.rolling(5, min_periods=1).mean(), color=color, label=run.name)
@@ -91,13 +92,14 @@ def picture(runs: list[Run], path: Path) -> None:
         if len(limit):
             bottom.axhline(limit.iloc[-1], color="black", linestyle="--", linewidth=1, label=f"max_norm {limit.iloc[-1]:g}")
     top.axhline(7, color="gray", linestyle="--", linewidth=1, label="guessing")
-    top.set(
-        yscale="log", ylabel="training loss (bits per character)", title="Character RNN on the source of Python's standard library"
-    )
+    top.set(yscale="log", yticks=[2, 3, 5, 7, 10, 20, 50], ylabel="training loss (bits per character)")
+    top.set_title("Character RNN on the source of Python's standard library")
+    top.yaxis.set_major_formatter(ScalarFormatter())
+    top.yaxis.set_minor_formatter(NullFormatter())
     bottom.set(ylabel="total_norm before clipping", xlabel="optimizer step", yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 

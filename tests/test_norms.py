@@ -171,7 +171,7 @@ def test_float32_beside_float64_keeps_its_true_norm(size):
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_compressed_sparse_gradients():
-    weight = nn.Parameter(torch.zeros(2, 2))
+    weight = nn.Parameter(torch.eye(2).to_sparse_csr())
     weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).to_sparse_csr()
     report, _ = clip_step([weight], rules=[ClipRule(1.0)])
     assert report.total_norm == 5.0

@@ -34,14 +34,20 @@ def as_norm_type(norm_type: float | Literal["inf"]) -> float:
     Raises:
         ValueError: If it is not above 0; ``"inf"`` is the maximum norm.
     """
-    if isinstance(norm_type, (float, int, str, Real)) and norm_type is not True:
-        try:
-            order = float(norm_type)
-        except ValueError:
-            order = math.nan
-        if order > 0:
-            return order
+    if (order := number_above_zero(norm_type)) is not None:
+        return order
     raise ValueError(f'`norm_type` must be a number above 0 or "inf", got {norm_type!r}. 2 is the usual choice.')
+
+
+def number_above_zero(value: object) -> float | None:
+    """A number, or its text as configuration files give it, as a float; None if it is not one above 0."""
+    if not isinstance(value, (float, int, str, Real)) or value is True:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if number > 0 else None
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False) -> Tensor:

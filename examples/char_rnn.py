@@ -92,7 +92,7 @@ class CharRNN(LightningModule):
         cell: Kind of recurrent network: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM".
         hidden: Width of the hidden state.
         layers: Depth.
-        learning_rate: Of SGD with momentum 0.9, falling to 0 along a cosine, step by step.
+        learning_rate: Of SGD with momentum 0.9, falling to a fifth along a cosine, step by step.
         poison: Share of training batches whose loss is made NaN, to see what a guard does.
     """
 
@@ -124,7 +124,7 @@ class CharRNN(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps, self.hparams.learning_rate / 5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch import Tensor
+
+from clip_callbacks.norms import number_above_zero
 
 LimitState: TypeAlias = dict[str, Tensor]
 """What a limit remembers between steps: tensors under fixed keys, of fixed shapes."""
@@ -52,13 +52,8 @@ def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
     Raises:
         ValueError: If it is not a number above 0.
     """
-    if isinstance(max_norm, (float, int, str, Real)) and max_norm is not True:
-        try:
-            number = float(max_norm)
-        except ValueError:
-            number = math.nan
-        if number > 0:
-            return number
+    if (number := number_above_zero(max_norm)) is not None:
+        return number
     raise ValueError(
         f"`{argument}` must be a number above 0, a Limit, or None to measure without clipping, got {max_norm!r}. "
         "Typical thresholds lie between 0.1 and 10."

@@ -1,10 +1,10 @@
 """Gradient health for PyTorch Lightning: clipping, guarding, rescaling and watching gradients in one pass."""
 
-from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.clip_grad import clip_grad_norm_
 from clip_callbacks.limits import FixedLimit, Limit
 from clip_callbacks.nonfinite import NonFiniteGradientError
+from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule
 from clip_callbacks.step import clip_step

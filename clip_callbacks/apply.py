@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import Gradients, ParameterTable
+from clip_callbacks.parameters import Gradients, ParameterTable
 
 
 def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> None:

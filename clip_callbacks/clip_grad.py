@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.apply import scale_
-from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.norms import measure
+from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.rules import coefficients
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import ParameterTable
+from clip_callbacks.parameters import ParameterTable
 
 Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
 POLICIES: tuple[str, ...] = get_args(Policy)

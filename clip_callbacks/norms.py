@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import Gradients, Partition
+from clip_callbacks.blocks import Partition
+from clip_callbacks.parameters import Gradients
 
 CHUNK = 1 << 20
 """Entries that :func:`true_norms` holds in float64 at a time."""

@@ -17,9 +17,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import SCOPES, ParameterTable, Partition, Scope, unknown_scope
+from clip_callbacks.blocks import SCOPES, Partition, Scope, unknown_scope
 from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_max_norm
 from clip_callbacks.norms import Measurement, block_norms
+from clip_callbacks.parameters import ParameterTable
 
 EPS = 1e-6
 """Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""

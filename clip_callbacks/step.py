@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.apply import clamp_, drop, scale_, zero_nonfinite_
-from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy, examine
 from clip_callbacks.norms import Measurement, as_norm_type, measure
+from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import FALSE, TRUE, StepReport
 from clip_callbacks.rules import ClipRule, ClipState, Outcome, decide, describe
 

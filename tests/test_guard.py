@@ -141,7 +141,7 @@ def test_summary_line(trainer, monkeypatch):
 
 
 def test_a_healthy_step_does_not_walk(trainer, monkeypatch):
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.examine", lambda *_: pytest.fail("walked on a healthy step"))
+    monkeypatch.setattr("clip_callbacks.callbacks._incident.examine", lambda *_: pytest.fail("walked on a healthy step"))
     trainer(NonFiniteGuard(), GradientClipping(1.0)).fit(Regression(), data())
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.callbacks._checks import check_trainer
-from clip_callbacks.callbacks._pass import Lane, Pass
+from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._pass import Pass
 from clip_callbacks.report import StepReport
 
 Kind = Literal["clipping", "guard", "rescaling", "monitor"]

@@ -18,7 +18,7 @@ from clip_callbacks.nonfinite import all_finite
 from clip_callbacks.norms import measure
 
 if TYPE_CHECKING:
-    from clip_callbacks.callbacks._pass import Lane
+    from clip_callbacks.callbacks._lane import Lane
 
 
 class MicroBatches:

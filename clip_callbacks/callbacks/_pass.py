@@ -5,36 +5,22 @@ The pass knows *when*; :func:`~clip_callbacks.clip_step` knows *what*.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from clip_callbacks.blocks import ParameterTable
 from clip_callbacks.callbacks._checks import check_micro_batches, check_optimizers
-from clip_callbacks.callbacks._history import RunHistory
-from clip_callbacks.callbacks._publisher import Publisher, as_floats, optimizer_suffixes
-from clip_callbacks.callbacks._trace import trace_forward
-from clip_callbacks.nonfinite import Findings, all_finite, examine
-from clip_callbacks.report import (
-    ACCUMULATION_SCALE,
-    AMP_SCALE,
-    CLIP_COEF,
-    CLIP_FRACTION,
-    FALSE,
-    SKIPPED_STEPS,
-    TOTAL_NORM,
-    TRUE,
-    StepReport,
-)
+from clip_callbacks.callbacks._incident import Incident
+from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
+from clip_callbacks.callbacks._publisher import Publisher
+from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled
+from clip_callbacks.report import FALSE, TRUE, StepReport
 from clip_callbacks.step import clip_step
 
 if TYPE_CHECKING:
@@ -44,66 +30,27 @@ if TYPE_CHECKING:
     from clip_callbacks.callbacks.guard import NonFiniteGuard
     from clip_callbacks.callbacks.monitor import GradientNormMonitor
 
-T = TypeVar("T")
 
-SHOWN = (TOTAL_NORM, CLIP_COEF)
-"""What the progress bar shows."""
+@dataclass(frozen=True)
+class Roles:
+    """Who does what in a pass; without a guard of its own, a GradientClipping brings one."""
 
+    clipping: GradientClipping | None
+    guard: NonFiniteGuard | None
+    rescaling: AccumulationRescaling | None
+    monitors: tuple[GradientNormMonitor, ...]
 
-WINDOW = 1024
-"""How many micro-batches of a window are remembered at most."""
-
-
-class MicroBatch(NamedTuple):
-    """The loss of one backward pass, and the batch with its index if it may have to be run again."""
-
-    loss: Tensor
-    batch: tuple[Any, int] | None
-
-
-class Lane:
-    """One optimizer of the run: what it holds, what its steps reported.
-
-    Args:
-        index: Its number in ``trainer.optimizers``.
-        optimizer: The optimizer.
-        module: The module that names its parameters.
-        suffix: Of its metrics; empty with one optimizer.
-    """
-
-    def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str) -> None:
-        self.index = index
-        self.optimizer = optimizer
-        self.suffix = suffix
-        self.history = RunHistory()
-        self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
-        self.report: StepReport | None = None
-        self.scale = 1.0
-        self.stepped = self.unlogged = self.is_skipped = False
-        self._step_number: int | None = None
-        self.tabulate(module)
-
-    def tabulate(self, module: LightningModule) -> None:
-        """Make the table of parameters."""
-        self._held = self._holding()
-        self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters())
-
-    @property
-    def is_outdated(self) -> bool:
-        """Whether the optimizer holds other parameters than it did, as after fine-tuning callbacks."""
-        return self._holding() != self._held
-
-    def _holding(self) -> list[list[int]]:
-        return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
-
-    def begin(self, step_number: int) -> bool:
-        """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes."""
-        is_new, self._step_number = step_number != self._step_number, step_number
-        return is_new
-
-    def named(self, metrics: Mapping[str, T]) -> dict[str, T]:
-        """Metrics under the names that they have for this optimizer."""
-        return {key + self.suffix: value for key, value in metrics.items()}
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Roles:
+        """Cast the members of one Trainer."""
+        of_kind: dict[str, Member] = {member.kind: member for member in members}
+        clipping = cast("GradientClipping | None", of_kind.get("clipping"))
+        return cls(
+            clipping,
+            cast("NonFiniteGuard | None", of_kind.get("guard")) or (clipping.guard if clipping else None),
+            cast("AccumulationRescaling | None", of_kind.get("rescaling")),
+            tuple(cast("GradientNormMonitor", member) for member in members if member.kind == "monitor"),
+        )
 
 
 class Pass:
@@ -118,11 +65,8 @@ class Pass:
     def __init__(self, trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> None:
         self.leader = members[0]
         self.members = members
-        of_kind: dict[str, Member] = {member.kind: member for member in members}
-        self.clipping = cast("GradientClipping | None", of_kind.get("clipping"))
-        self.guard = cast("NonFiniteGuard | None", of_kind.get("guard")) or (self.clipping.guard if self.clipping else None)
-        self.rescaling = cast("AccumulationRescaling | None", of_kind.get("rescaling"))
-        self.monitors = [cast("GradientNormMonitor", member) for member in members if member.kind == "monitor"]
+        self.roles = Roles.of(members)
+        self.clipping, self.guard, self.rescaling = self.roles.clipping, self.roles.guard, self.roles.rescaling
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
@@ -152,7 +96,7 @@ class Pass:
 
     def open(self, trainer: Trainer) -> None:
         """Take hold of where metrics go: training starts."""
-        self.publisher = Publisher(trainer)
+        self.publisher = Publisher(trainer, self.roles)
         if self.guard:
             self.guard.open_journal(trainer)
 
@@ -286,56 +230,16 @@ class Pass:
         if self.rewind:
             self.rewind.end_batch()
         if self.publisher:
-            self._publish(trainer, module, self.publisher)
-
-    def _publish(self, trainer: Trainer, module: LightningModule, publisher: Publisher) -> None:
-        """Offer reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
-        is_logging_step = publisher.is_logging_step(trainer)
-        for lane in self.lanes:
-            if lane.stepped and lane.report is not None:
-                values = publisher.offer(lane.named(self._metrics(lane, lane.report)))
-                if self.clipping and self.clipping.prog_bar:
-                    publisher.show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
-            # in manual optimization the step may have come in a batch before the one that logs
-            if is_logging_step and lane.unlogged and (lane.stepped or not module.automatic_optimization):
-                self._log(trainer, lane, publisher)
-            lane.stepped = False
-
-    def _metrics(self, lane: Lane, report: StepReport) -> dict[str, Tensor | float]:
-        metrics: dict[str, Tensor | float] = {**report.metrics(clipping=self.clipping is not None)}
-        if self.clipping:
-            metrics[CLIP_FRACTION] = lane.history.since_logged.fraction
-        if self.guard:
-            metrics[SKIPPED_STEPS] = float(self.guard.skipped_steps_of(lane.index))
-        if self.rescaling:
-            metrics[ACCUMULATION_SCALE] = lane.scale
-        return metrics
-
-    def _log(self, trainer: Trainer, lane: Lane, publisher: Publisher) -> None:
-        assert lane.report is not None
-        metrics = self._metrics(lane, lane.report)
-        if lane.scale == 1.0:
-            metrics.pop(ACCUMULATION_SCALE, None)
-        if (scaler := grad_scaler(trainer)) is not None:
-            metrics[AMP_SCALE] = scaler.get_scale()
-        publisher.offer(lane.named(metrics))
-        for monitor in self.monitors:
-            metrics |= monitor.metrics(lane, lane.report)
-        Publisher.log(trainer, as_floats(lane.named(metrics)))
-        lane.history.since_logged.reset()
-        lane.unlogged = False
+            self.publisher.publish(trainer, module, self.lanes)
 
     def end_epoch(self, trainer: Trainer) -> None:
-        """Publish percentiles and the clip fraction of the epoch."""
-        for lane in self.lanes if self.publisher else ():
-            metrics = lane.named(lane.history.epoch_metrics(clipping=self.clipping is not None))
-            lane.history.end_epoch()
-            if self.publisher:
-                Publisher.log(trainer, self.publisher.offer(metrics), epoch_end=True)
+        """Publish the metrics of the epoch."""
+        if self.publisher:
+            self.publisher.end_epoch(trainer, self.lanes)
 
     def summarize(self) -> None:
         """Say in a line each what there is to say at the end of training."""
-        for member in (self.guard, *self.monitors):
+        for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
 
@@ -349,80 +253,3 @@ class Pass:
     def history_state(self) -> dict[int, dict[str, Any]]:
         """What the lanes remember, by number of the optimizer."""
         return {lane.index: lane.history.state_dict() for lane in self.lanes}
-
-
-@dataclass
-class Incident:
-    """Where and when an optimizer step is; it has happened once the guard was asked about it.
-
-    Args:
-        trainer: The Trainer, for step, epoch, batch and rank.
-        lane: The optimizer.
-        window: Its micro-batches.
-        is_new: Whether the optimizer's step is new, not another closure call of the last one.
-    """
-
-    trainer: Trainer
-    lane: Lane
-    window: list[MicroBatch]
-    is_new: bool
-    happened: bool = False
-
-    def _losses(self) -> list[Tensor]:
-        return [loss for loss, _ in self.window]
-
-    @property
-    def under_scaler(self) -> bool:
-        """Whether a GradScaler decides on overflows."""
-        return grad_scaler(self.trainer) is not None
-
-    def is_real_under_scaler(self) -> bool:
-        """Whether no loss scale can cure it: the loss itself is bad, or the gradients are at a scale of 1 or less."""
-        scaler = grad_scaler(self.trainer)
-        return scaler is not None and (scaler.get_scale() <= 1.0 or not all_finite(self._losses()))
-
-    def findings(self, *, after_good_step: bool) -> Findings:
-        """Walk over the parameters; on bad steps only."""
-        findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step)
-        return replace(findings, traced=self._trace())
-
-    def _trace(self) -> str | None:
-        """Run the first batch with a non-finite loss again; in manual optimization that would step the optimizers."""
-        module = self.trainer.lightning_module
-        if not module.automatic_optimization:
-            return None
-        for loss, batch in self.window:
-            if batch and not all_finite([loss]):
-                return trace_forward(self.trainer, module, *batch)
-        return None
-
-    def place(self) -> dict[str, int | str]:
-        """Step, epoch, batch, rank, and with several of them the optimizer."""
-        trainer = self.trainer
-        place: dict[str, int | str] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        place |= {"batch": trainer.fit_loop.batch_idx, "rank": trainer.global_rank}
-        return place | {"optimizer": self.lane.suffix[1:]} if self.lane.suffix else place
-
-    def __str__(self) -> str:
-        """The place in words."""
-        return ", ".join(f"{what} {where}" for what, where in self.place().items())
-
-
-def make_lanes(trainer: Trainer, module: LightningModule) -> list[Lane]:
-    """A lane for each optimizer of a Trainer."""
-    suffixes = optimizer_suffixes(trainer)
-    return [Lane(index, optimizer, module, suffixes[index]) for index, optimizer in enumerate(trainer.optimizers)]
-
-
-def grad_scaler(trainer: Trainer) -> GradScaler | None:
-    """The scaler of 16-mixed precision, if there is one at work."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
-
-
-def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
-    """Whether the gradients are still multiplied by the loss scale: asked of the scaler, not of the optimizer's type."""
-    if scaler is None:
-        return False
-    state = scaler._per_optimizer_states.get(id(optimizer))
-    return state is None or state["stage"] is OptState.READY

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+
+from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._scaler import grad_scaler
+from clip_callbacks.report import (
+    ACCUMULATION_SCALE,
+    AMP_SCALE,
+    CLIP_COEF,
+    CLIP_FRACTION,
+    SKIPPED_STEPS,
+    TOTAL_NORM,
+    StepReport,
+)
+
+if TYPE_CHECKING:
+    from clip_callbacks.callbacks._pass import Roles
+
+SHOWN = (TOTAL_NORM, CLIP_COEF)
+"""What the progress bar shows."""
 
 
 class Publisher:
@@ -19,35 +37,70 @@ class Publisher:
 
     Args:
         trainer: A Trainer that has started to fit: it keeps the dictionaries taken here until the end.
+        roles: The members, whose metrics these are.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, roles: Roles) -> None:
+        self._roles = roles
         self._callback_metrics = trainer.callback_metrics
         self._progress_bar_metrics = trainer.progress_bar_metrics
 
-    @staticmethod
-    def is_logging_step(trainer: Trainer) -> bool:
-        """Whether Lightning logs its own metrics at the end of this batch."""
-        return trainer._logger_connector.should_update_logs or bool(getattr(trainer, "fast_dev_run", False))
+    def publish(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane]) -> None:
+        """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+        is_logging_step = trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
+        for lane in lanes:
+            if lane.stepped and lane.report is not None:
+                values = self._offer(lane.named(self._metrics(lane, lane.report)))
+                if self._roles.clipping and self._roles.clipping.prog_bar:
+                    self._show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
+            # in manual optimization the step may have come in a batch before the one that logs
+            if is_logging_step and lane.unlogged and (lane.stepped or not module.automatic_optimization):
+                self._log_step(trainer, lane)
+            lane.stepped = False
 
-    def offer(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Put metrics where ModelCheckpoint and EarlyStopping look.
+    def end_epoch(self, trainer: Trainer, lanes: Sequence[Lane]) -> None:
+        """Publish percentiles and the clip fraction of the epoch, at the step of Lightning's own epoch metrics."""
+        for lane in lanes:
+            metrics = lane.named(lane.history.epoch_metrics(clipping=self._roles.clipping is not None))
+            lane.history.end_epoch()
+            self._log(trainer, self._offer(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-        Returns:
-            The finite ones as numbers.
-        """
+    def _metrics(self, lane: Lane, report: StepReport) -> dict[str, Tensor | float]:
+        roles = self._roles
+        metrics: dict[str, Tensor | float] = {**report.metrics(clipping=roles.clipping is not None)}
+        if roles.clipping:
+            metrics[CLIP_FRACTION] = lane.history.since_logged.fraction
+        if roles.guard:
+            metrics[SKIPPED_STEPS] = float(roles.guard.skipped_steps_of(lane.index))
+        if roles.rescaling:
+            metrics[ACCUMULATION_SCALE] = lane.scale
+        return metrics
+
+    def _log_step(self, trainer: Trainer, lane: Lane) -> None:
+        assert lane.report is not None
+        metrics = self._metrics(lane, lane.report)
+        if lane.scale == 1.0:
+            metrics.pop(ACCUMULATION_SCALE, None)
+        if (scaler := grad_scaler(trainer)) is not None:
+            metrics[AMP_SCALE] = scaler.get_scale()
+        self._offer(lane.named(metrics))
+        for monitor in self._roles.monitors:
+            metrics |= monitor.metrics(lane, lane.report)
+        self._log(trainer, as_floats(lane.named(metrics)), trainer.fit_loop.epoch_loop._batches_that_stepped)
+        lane.history.since_logged.reset()
+        lane.unlogged = False
+
+    def _offer(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Put metrics where ModelCheckpoint and EarlyStopping look; the finite ones as numbers."""
         values = as_floats(metrics)
         self._callback_metrics.update({key: torch.as_tensor(metrics[key]) for key in values})
         return values
 
-    def show(self, values: Mapping[str, float]) -> None:
-        """Show values in the progress bar."""
+    def _show(self, values: Mapping[str, float]) -> None:
         self._progress_bar_metrics.update({key: f"{value:.3g}" for key, value in values.items()})  # type: ignore[misc]
 
     @staticmethod
-    def log(trainer: Trainer, values: Mapping[str, float], *, epoch_end: bool = False) -> None:
-        """Write values to every logger at the step at which Lightning logs its own."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped - int(epoch_end)
+    def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
         for logger in trainer.loggers if values else ():
             logger.log_metrics(dict(values), step=step)
 
@@ -56,21 +109,3 @@ def as_floats(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """The finite metrics as numbers; norms are on the host already."""
     values = {key: float(value) for key, value in metrics.items()}
     return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-def optimizer_suffixes(trainer: Trainer) -> list[str]:
-    """What tells the metrics of several optimizers apart, in the names that LearningRateMonitor gives them.
-
-    Those with a scheduler come first, as there; one optimizer needs no suffix.
-    """
-    if len(trainer.optimizers) == 1:
-        return [""]
-    ordered = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs] + trainer.optimizers
-    suffixes: dict[int, str] = {}
-    seen: Counter[str] = Counter()
-    for optimizer in ordered:
-        if id(optimizer) not in suffixes:
-            name = type(optimizer).__name__
-            suffixes[id(optimizer)] = f"-{name}-{seen[name]}" if seen[name] else f"-{name}"
-            seen[name] += 1
-    return [suffixes[id(optimizer)] for optimizer in trainer.optimizers]

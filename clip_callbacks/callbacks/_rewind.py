@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from clip_callbacks.callbacks._pass import Lane
+    from clip_callbacks.callbacks._lane import Lane
 
 
 class Rewind:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from clip_callbacks.accumulation import Window
 from clip_callbacks.apply import drop
+from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._pass import Lane
 
 
 class AccumulationRescaling(Member):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.blocks import Scope, no_match
+from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._pass import Lane
 from clip_callbacks.callbacks.guard import NonFiniteGuard
 from clip_callbacks.limits import Limit, LimitState, as_max_norm
 from clip_callbacks.nonfinite import Policy, as_policy

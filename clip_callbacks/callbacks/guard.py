@@ -11,12 +11,13 @@ from typing import Any, Literal, TypeAlias, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.blocks import ParameterTable
+from clip_callbacks.callbacks._incident import Incident
+from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._microbatches import MicroBatches
-from clip_callbacks.callbacks._pass import Incident, Lane
 from clip_callbacks.callbacks._rewind import Rewind
 from clip_callbacks.nonfinite import Findings, NonFiniteGradientError, Policy, as_policy
+from clip_callbacks.parameters import ParameterTable
 
 JOURNAL = "nonfinite_steps.jsonl"
 """In the log directory: a line of JSON for each bad step."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from clip_callbacks.blocks import SCOPES, Scope, unknown_scope
 from clip_callbacks.callbacks._history import NormHistory
+from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._pass import Lane
 from clip_callbacks.norms import as_norm_type, block_norms
 from clip_callbacks.report import BLOCK_NORM, StepReport
 

@@ -1,0 +1,96 @@
+"""One optimizer of the run: what it holds, what its steps reported."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clip_callbacks.callbacks._history import RunHistory
+from clip_callbacks.parameters import ParameterTable
+from clip_callbacks.report import StepReport
+
+T = TypeVar("T")
+
+WINDOW = 1024
+"""How many micro-batches of a window are remembered at most."""
+
+
+class MicroBatch(NamedTuple):
+    """The loss of one backward pass, and the batch with its index if it may have to be run again."""
+
+    loss: Tensor
+    batch: tuple[Any, int] | None
+
+
+class Lane:
+    """One optimizer of the run: what it holds, what its steps reported.
+
+    Args:
+        index: Its number in ``trainer.optimizers``.
+        optimizer: The optimizer.
+        module: The module that names its parameters.
+        suffix: Of its metrics; empty with one optimizer.
+    """
+
+    def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str) -> None:
+        self.index = index
+        self.optimizer = optimizer
+        self.suffix = suffix
+        self.history = RunHistory()
+        self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
+        self.report: StepReport | None = None
+        self.scale = 1.0
+        self.stepped = self.unlogged = self.is_skipped = False
+        self._step_number: int | None = None
+        self.tabulate(module)
+
+    def tabulate(self, module: LightningModule) -> None:
+        """Make the table of parameters."""
+        self._held = self._holding()
+        self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters())
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the optimizer holds other parameters than it did, as after fine-tuning callbacks."""
+        return self._holding() != self._held
+
+    def _holding(self) -> list[list[int]]:
+        return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
+
+    def begin(self, step_number: int) -> bool:
+        """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes."""
+        is_new, self._step_number = step_number != self._step_number, step_number
+        return is_new
+
+    def named(self, metrics: Mapping[str, T]) -> dict[str, T]:
+        """Metrics under the names that they have for this optimizer."""
+        return {key + self.suffix: value for key, value in metrics.items()}
+
+
+def make_lanes(trainer: Trainer, module: LightningModule) -> list[Lane]:
+    """A lane for each optimizer of a Trainer."""
+    suffixes = optimizer_suffixes(trainer)
+    return [Lane(index, optimizer, module, suffixes[index]) for index, optimizer in enumerate(trainer.optimizers)]
+
+
+def optimizer_suffixes(trainer: Trainer) -> list[str]:
+    """What tells the metrics of several optimizers apart, in the names that LearningRateMonitor gives them.
+
+    Those with a scheduler come first, as there; one optimizer needs no suffix.
+    """
+    if len(trainer.optimizers) == 1:
+        return [""]
+    ordered = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs] + trainer.optimizers
+    suffixes: dict[int, str] = {}
+    seen: Counter[str] = Counter()
+    for optimizer in ordered:
+        if id(optimizer) not in suffixes:
+            name = type(optimizer).__name__
+            suffixes[id(optimizer)] = f"-{name}-{seen[name]}" if seen[name] else f"-{name}"
+            seen[name] += 1
+    return [suffixes[id(optimizer)] for optimizer in trainer.optimizers]

@@ -1,0 +1,195 @@
+"""What one optimizer step is about: parameters by name, and the gradients that are there now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clip_callbacks.blocks import OUTSIDE, Partition, Scope, no_match, unknown_scope
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterTable:
+    """The parameters that take part in one optimizer step, each once, and what blocks they can form.
+
+    Build it once (:meth:`of_optimizer`, :meth:`of_named`) and pass it to :func:`~clip_callbacks.clip_step` at every step. A
+    parameter that stands in it twice, as tied weights do, is counted once, under its first name.
+
+    Args:
+        tensors: The N parameters.
+        names: Their N names, as ``module.named_parameters()`` gives them.
+        groups: The N names of their optimizer parameter groups.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> ParameterTable:
+        """Table of ``model.named_parameters()``: one parameter group holds them all."""
+        return cls._of_rows((name, tensor, "pg1") for name, tensor in named)
+
+    @classmethod
+    def of_tensors(cls, tensors: Iterable[Tensor]) -> ParameterTable:
+        """Table of ``model.parameters()``: the names are their positions."""
+        return cls.of_named((str(position), tensor) for position, tensor in enumerate(tensors))
+
+    @classmethod
+    def of_optimizer(cls, optimizer: Optimizer, named: Iterable[tuple[str, Tensor]] = ()) -> ParameterTable:
+        """Table of what an optimizer holds, in its own order.
+
+        Args:
+            optimizer: Any ``torch.optim.Optimizer``.
+            named: ``model.named_parameters()``; a parameter not among them is called ``pg1.0``: its group and its place there.
+        """
+        names = {id(tensor): name for name, tensor in named}
+        groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
+        return cls._of_rows(
+            (names.get(id(tensor), f"{group}.{place}"), tensor, group)
+            for group, tensors in groups
+            for place, tensor in enumerate(tensors)
+        )
+
+    @classmethod
+    def of(
+        cls, parameters: ParameterTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+    ) -> ParameterTable:
+        """Table of whatever holds parameters: a table, an optimizer, named or bare tensors."""
+        if isinstance(parameters, ParameterTable):
+            return parameters
+        if isinstance(parameters, Optimizer):
+            return cls.of_optimizer(parameters)
+        if isinstance(parameters, Mapping):
+            return cls.of_named(parameters.items())
+        if isinstance(parameters, Tensor):
+            return cls.of_tensors([parameters])
+        rows: Sequence[Tensor | tuple[str, Tensor]] = list(parameters)
+        named = [row for row in rows if isinstance(row, tuple)]
+        return cls.of_named(named) if named else cls.of_tensors(row for row in rows if isinstance(row, Tensor))
+
+    @classmethod
+    def _of_rows(cls, rows: Iterable[tuple[str, Tensor, str]]) -> ParameterTable:
+        first: dict[int, tuple[str, Tensor, str]] = {}
+        for row in rows:
+            if hasattr(row[1], "device_mesh"):
+                raise TypeError(
+                    f"parameters must be plain tensors, got a DTensor for {row[0]!r}: sharded ones are not supported yet."
+                )
+            first.setdefault(id(row[1]), row)
+        names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())
+        return cls(tensors, names, groups)
+
+    def __len__(self) -> int:
+        """Count of the parameters, N."""
+        return len(self.tensors)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter has one."""
+        return any(tensor.grad is not None for tensor in self.tensors)
+
+    def partition(self, scope: Scope, pattern: str | None = None) -> Partition:
+        r"""Blocks of one scope.
+
+        Args:
+            scope: ``"global"`` one block; ``"group"`` one for each optimizer parameter group; ``"layer"`` one for the
+                parameters that one module owns directly; ``"parameter"`` one for each tensor.
+            pattern: A regular expression that ``re.search`` must find in a parameter's name; others are left out.
+
+        Raises:
+            ValueError: If the scope is unknown or the pattern matches no name; it lists the choices or near names.
+
+        Example::
+
+            >>> table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
+            >>> table.partition("layer").names
+            ('0', '1')
+            >>> table.partition("parameter", r"bias$").names
+            ('0.bias', '1.bias')
+        """
+        if (scope, pattern) not in self._partitions:
+            self._partitions[scope, pattern] = self._divide(scope, pattern)
+        return self._partitions[scope, pattern]
+
+    def _divide(self, scope: Scope, pattern: str | None) -> Partition:
+        labels = self._labels(scope)
+        inside = [pattern is None or re.search(pattern, name) is not None for name in self.names]
+        if pattern is not None and not any(inside):
+            raise ValueError(no_match(pattern, self.names))
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(x for x, taken in zip(labels, inside, strict=True) if taken))}
+        index = tuple(numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True))
+        return Partition(tuple(numbers), index)
+
+    def _labels(self, scope: Scope) -> Sequence[str]:
+        if scope == "global":
+            return ["global"] * len(self)
+        if scope == "group":
+            return self.groups
+        if scope == "layer":
+            return [name.rpartition(".")[0] or "(root)" for name in self.names]
+        if scope == "parameter":
+            return self.names
+        raise ValueError(unknown_scope(scope))
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all parameters, and so their gradients, are of one dtype on one device."""
+        return len({(tensor.dtype, tensor.device) for tensor in self.tensors}) <= 1
+
+    @cached_property
+    def _filled(self) -> list[tuple[int, Tensor]]:
+        return [(position, tensor) for position, tensor in enumerate(self.tensors) if tensor.numel()]
+
+    def gradients(self) -> Gradients:
+        """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
+        positions, tensors, strided = [], [], torch.strided
+        for position, parameter in self._filled:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not strided:
+                gradient = coalesced_values(parameter)
+                if not gradient.numel():
+                    continue
+            positions.append(position)
+            tensors.append(gradient)
+        return Gradients(positions, tensors, len(self.tensors), self.is_uniform)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of one step: strided tensors with at least one entry; of a sparse gradient, its coalesced values.
+
+    Args:
+        positions: Which parameters of the table have one.
+        tensors: Views of those gradients: what is written here is written there.
+        count: How many parameters the table holds, N.
+        is_uniform: Whether all are of one dtype on one device.
+    """
+
+    positions: list[int]
+    tensors: list[Tensor]
+    count: int
+    is_uniform: bool
+
+    def fill(self, values: Tensor) -> Tensor:
+        """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
+        if len(self.positions) == self.count:
+            return values
+        return values.new_zeros(self.count).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+
+
+def coalesced_values(parameter: Tensor) -> Tensor:
+    """Entries of a sparse gradient, which is coalesced if it was not: no index stands in it twice."""
+    assert parameter.grad is not None
+    if parameter.grad.layout is torch.sparse_coo:
+        parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()

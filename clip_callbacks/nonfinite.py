@@ -108,7 +108,7 @@ _STAGES: dict[FaultStage, str] = {
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
     "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
-    "unknown": "gradients are not finite; the loss was not seen (is backward called through the Trainer?).",
+    "unknown": "gradients are not finite; a loss that is not was not seen here (it may be another rank's).",
 }
 
 

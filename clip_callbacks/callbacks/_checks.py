@@ -34,7 +34,7 @@ def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Me
         _check_clipped_once(trainer, module)
 
 
-def check_micro_batches(trainer: Trainer, scaler: GradScaler | None, *, divides: bool) -> None:
+def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradScaler | None) -> None:
     """Refuse to drop micro-batches where it cannot be done.
 
     Raises:
@@ -50,9 +50,10 @@ def check_micro_batches(trainer: Trainer, scaler: GradScaler | None, *, divides:
             '`level` must be "window" under a GradScaler, got "microbatch" with precision 16-mixed: dropping a micro-batch would '
             "hide its overflow from the scaler, which would never lower the loss scale. Use precision bf16-mixed."
         )
-    if divides:
+    if not module.automatic_optimization:
         raise ValueError(
-            '`level` must be "window" beside AccumulationRescaling(divide=True), got "microbatch": which mean is meant?'
+            '`level` must be "window" in manual optimization, got "microbatch": only the training_step knows which backward passes '
+            "make a window, and for which optimizer."
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(

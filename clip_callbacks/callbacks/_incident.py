@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from clip_callbacks.callbacks._lane import Lane, MicroBatch
-from clip_callbacks.callbacks._scaler import grad_scaler
+from clip_callbacks.callbacks._scaler import grad_scaler, has_overflowed
 from clip_callbacks.callbacks._trace import trace_forward
 from clip_callbacks.nonfinite import Findings, all_finite, examine
 
 
 @dataclass
 class Incident:
-    """Where and when an optimizer step is; it has happened once the guard was asked about it.
+    """Where and when an optimizer step is.
+
+    It has happened once the guard was asked about it, and the step is undone if that is the verdict.
 
     Args:
         trainer: The Trainer, for step, epoch, batch and rank.
@@ -29,23 +32,32 @@ class Incident:
     window: list[MicroBatch]
     is_new: bool
     happened: bool = False
+    is_undone: bool = False
 
     def _losses(self) -> list[Tensor]:
         return [loss for loss, _ in self.window]
 
     @property
-    def under_scaler(self) -> bool:
-        """Whether a GradScaler decides on overflows."""
-        return grad_scaler(self.trainer) is not None
-
-    def is_real_under_scaler(self) -> bool:
-        """Whether no loss scale can cure it: the loss itself is bad, or the gradients are at a scale of 1 or less."""
+    def leaves_to_scaler(self) -> bool:
+        """Whether the scaler skips this step itself."""
         scaler = grad_scaler(self.trainer)
-        return scaler is not None and (scaler.get_scale() <= 1.0 or not all_finite(self._losses()))
+        return scaler is not None and has_overflowed(scaler, self.lane.optimizer)
+
+    def is_overflow(self) -> bool:
+        """Whether a lower loss scale may cure it: the scaler has found it, the scale is above 1, and no loss is bad by itself.
+
+        On several ranks the losses have no say: they differ, and all ranks must come to the same verdict.
+        """
+        scaler = grad_scaler(self.trainer)
+        if scaler is None or not self.leaves_to_scaler or scaler.get_scale() <= 1.0:
+            return False
+        return self.trainer.world_size > 1 or not any(_is_bad(loss) for loss in self._losses())
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""
         findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step)
+        if self.trainer.world_size > 1 and findings.loss_is_finite:
+            findings = replace(findings, loss_is_finite=None)  # another rank's may not be
         return replace(findings, traced=self._trace())
 
     def _trace(self) -> str | None:
@@ -68,3 +80,8 @@ class Incident:
     def __str__(self) -> str:
         """The place in words."""
         return ", ".join(f"{what} {where}" for what, where in self.place().items())
+
+
+def _is_bad(scaled_loss: Tensor) -> bool:
+    """Whether a loss is no number whatever the loss scale; an infinite one in float16 may be the scale's doing."""
+    return bool(scaled_loss.isnan().any()) or (scaled_loss.dtype is not torch.float16 and bool(scaled_loss.isinf().any()))

@@ -103,7 +103,7 @@ class Member(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
         if leading := self._leading():
-            leading.begin_batch(batch, batch_idx)
+            leading.begin_batch(pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
@@ -141,6 +141,11 @@ class Member(Callback):
             self._history = leading.history_state()
             leading.close()
         self._skipped_steps, self._pass = self.skipped_steps, None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook on an optimizer."""
+        if leading := self._leading():
+            leading.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""

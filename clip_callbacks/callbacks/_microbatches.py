@@ -32,15 +32,13 @@ class MicroBatches:
 
     def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool) -> None:
         self._lanes = lanes
-        self._statistics = [BatchStatistics(module, lane, lanes) for lane in lanes] if restore_buffers else []
+        self._statistics = BatchStatistics(module, is_on=restore_buffers)
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
 
     def begin_batch(self) -> None:
         """Keep batch statistics as they are before the micro-batch."""
-        for statistics in self._statistics:
-            statistics.end_window()
-            statistics.keep_if_new()
+        self._statistics.keep()
 
     def before_backward(self) -> None:
         """Set the gradients so far aside."""
@@ -78,8 +76,7 @@ class MicroBatches:
                 tensor.grad = None
         for tensor, gradient in self._aside:
             tensor.grad = gradient
-        for statistics in self._statistics:
-            statistics.restore()
+        self._statistics.restore()
 
     @torch.no_grad()
     def _merge(self) -> None:

@@ -70,11 +70,11 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
-        self._warned_empty = False
+        self._warned_empty = self._in_window = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
         if self.guard and self.guard.level == "microbatch":
-            check_micro_batches(trainer, scaler, divides=self.rescaling is not None and self.rescaling.divide)
+            check_micro_batches(trainer, module, scaler)
         self.lanes = make_lanes(trainer, module)
         for index, history in [entry for member in members for entry in member.take_history().items()]:
             if index < len(self.lanes):
@@ -100,17 +100,21 @@ class Pass:
         if self.guard:
             self.guard.open_journal(trainer)
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         if self.guard and self.guard.trace_forward:
             self._batch = batch, batch_idx
+        outdated = [lane for lane in self.lanes if lane.is_outdated]
+        if outdated:
+            self._renew(module, outdated)
         if self.rewind:
-            self.rewind.begin_batch()
+            self.rewind.begin_batch(in_window=self._in_window)
         if self.micro_batches:
             self.micro_batches.begin_batch()
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
+        self._in_window = True
         for lane in self.lanes:
             lane.window.append(MicroBatch(loss.detach(), self._batch))
         if self.micro_batches:
@@ -131,22 +135,27 @@ class Pass:
     def step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Rescale, measure, guard, clip and write the gradients of one optimizer; keep the report."""
         lane = self._lane(trainer, module, optimizer)
+        self._in_window = False
         if is_still_scaled(grad_scaler(trainer), optimizer):
             lane.window.clear()
+            if self.rewind and module.automatic_optimization:
+                self.rewind.schedules.settle(trainer, skipped=False)
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         is_new = lane.begin(trainer.global_step)
         lane.scale = self._scale(module, lane)
         if self.rewind:
             self.rewind.begin_step(lane, is_new=is_new)
-        report = self._clip(lane, Incident(trainer, lane, list(lane.window), is_new=is_new))
+        incident = Incident(trainer, lane, list(lane.window), is_new=is_new)
+        report = self._clip(lane, incident)
         lane.window.clear()
         if self.micro_batches:
             self.micro_batches.end_window()
-        lane.is_skipped = report.skipped is TRUE or (lane.is_skipped and not is_new)
+        lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
         if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
             report = replace(report, skipped=TRUE)
         if self.rewind:
-            self.rewind.end_step(trainer, module, lane, skipped=lane.is_skipped, steps=grad_scaler(trainer) is None)
+            steps = not (incident.happened and incident.leaves_to_scaler)
+            self.rewind.end_step(trainer, lane, skipped=lane.is_skipped, steps=steps)
         self._keep(lane, report, is_new=is_new)
 
     def _keep(self, lane: Lane, report: StepReport, *, is_new: bool) -> None:
@@ -183,7 +192,7 @@ class Pass:
         if clipping:
             clipping.keep(lane.index, state)
         if is_lost and self.guard:
-            self.guard.judge(incident, lane.table)
+            self.guard.judge_lost(incident)
             return replace(report, finite=FALSE, skipped=TRUE)
         return report
 
@@ -194,15 +203,18 @@ class Pass:
             return lane
         if lane is None:
             lane = self._adopt(trainer, module, optimizer)
-        lane.tabulate(module)
+        self._renew(module, [lane])
+        return lane
+
+    def _renew(self, module: LightningModule, lanes: Sequence[Lane]) -> None:
+        """Take up what optimizers hold now."""
+        for lane in lanes:
+            lane.tabulate(module)
         for member in self.members:
-            member.bind([lane], lane.table.names, renew=True)
+            member.bind(lanes, [name for lane in lanes for name in lane.table.names], renew=True)
         if self.rewind:
             self.rewind.close()
         self._equip(module)
-        if self.rewind:
-            self.rewind.begin_batch()
-        return lane
 
     def _adopt(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
         """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""

@@ -6,16 +6,18 @@ and, with LBFGS, the trial points of its own line search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from clip_callbacks.callbacks._schedules import HeldSchedules
+from clip_callbacks.nonfinite import all_finite
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._lane import Lane
@@ -32,16 +34,24 @@ class Rewind:
     """
 
     def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool, hold_schedulers: bool) -> None:
-        self._statistics = {lane.index: BatchStatistics(module, lane, lanes) for lane in lanes} if restore_buffers else {}
+        self._is_manual = not module.automatic_optimization
+        self._at_batch = BatchStatistics(module, is_on=restore_buffers)
+        self._at_step = BatchStatistics(module, is_on=restore_buffers and self._is_manual)
         self.schedules = HeldSchedules(hold_schedulers)
-        self._searches = {lane.index: LineSearch(lane) for lane in lanes if isinstance(lane.optimizer, LBFGS)}
-        self._proven: set[int] = set()
+        keep = self._at_step.keep if self._is_manual else None
+        self._searches = {lane.index: LineSearch(lane, keep) for lane in lanes if isinstance(lane.optimizer, LBFGS)}
         self._proofs: list[RemovableHandle] = []
 
-    def begin_batch(self) -> None:
-        """Keep the statistics of windows that begin with this batch."""
-        for statistics in self._statistics.values():
-            statistics.keep_if_new()
+    def begin_batch(self, *, in_window: bool) -> None:
+        """Keep the statistics as they are before the batch.
+
+        Args:
+            in_window: Whether backward passes wait for their step: then a skip goes back to before the first of them.
+        """
+        if self._is_manual or not in_window:
+            self._at_batch.keep()
+        if not in_window:
+            self._at_step.keep()
 
     def begin_step(self, lane: Lane, *, is_new: bool) -> None:
         """Keep where LBFGS stands before its first closure call has an effect."""
@@ -49,31 +59,33 @@ class Rewind:
         if is_new and lane.index in self._searches:
             self._searches[lane.index].keep()
 
-    def end_step(self, trainer: Trainer, module: LightningModule, lane: Lane, *, skipped: bool, steps: bool) -> None:
-        """Undo a skipped step; after any step, a new window begins.
+    def end_step(self, trainer: Trainer, lane: Lane, *, skipped: bool, steps: bool) -> None:
+        """Undo a skipped step; keep the statistics of a good one.
 
         Args:
             trainer: The Trainer.
-            module: The module in training.
             lane: The optimizer.
             skipped: Whether its step is skipped.
-            steps: Whether the optimizer is called all the same; a GradScaler does not call it.
+            steps: Whether the optimizer is called all the same; a GradScaler that found an overflow does not call it.
         """
-        statistics = self._statistics.get(lane.index)
         if skipped:
-            if statistics:
-                statistics.restore()
+            self._restore_statistics()
             if lane.index in self._searches:
                 self._searches[lane.index].undo_after_step()
-            elif steps and lane.index not in self._proven:
-                self._proven.add(lane.index)
+            elif steps:
                 self._proofs.append(prove_stillness(lane.optimizer, lane.table.tensors))
-        if statistics:
-            statistics.end_window()
-            if not module.automatic_optimization:  # the next window may begin within this training_step
-                statistics.keep_if_new()
-        if module.automatic_optimization:
+        elif lane.index not in self._searches:
+            self._at_step.keep()
+        if not self._is_manual:
             self.schedules.settle(trainer, skipped=skipped)
+
+    def _restore_statistics(self) -> None:
+        """Go back to the last step, or, if another optimizer's bad pass was part of that already, to the batch's beginning."""
+        if self._is_manual and self._at_step.is_finite:
+            self._at_step.restore()
+        else:
+            self._at_batch.restore()
+            self._at_step.keep()
 
     def end_batch(self) -> None:
         """Let schedules go on."""
@@ -82,6 +94,7 @@ class Rewind:
     def close(self) -> None:
         """Take hooks off the optimizers."""
         self._end_proofs()
+        self.schedules.release()
         for search in self._searches.values():
             search.close()
 
@@ -91,95 +104,34 @@ class Rewind:
 
 
 class BatchStatistics:
-    """Copies of one optimizer's running means, variances and counts, made in place before each window.
+    """Copies of all running means, variances and counts, made in place.
 
     Args:
         module: The module in training.
-        lane: The optimizer; what it holds tells which normalization layers are its own.
-        lanes: All optimizers: a layer without parameters belongs to each.
+        is_on: Whether anything is copied at all.
     """
 
-    def __init__(self, module: LightningModule, lane: Lane, lanes: Sequence[Lane]) -> None:
-        ours = {id(tensor) for tensor in lane.table.tensors}
-        anyones = {id(tensor) for other in lanes for tensor in other.table.tensors}
-        self._live: list[Tensor] = []
-        for layer in module.modules():
-            if isinstance(layer, _NormBase) and layer.running_mean is not None:
-                held = {id(parameter) for parameter in layer.parameters(recurse=False)} & anyones
-                if not held or held & ours:
-                    self._live.extend(layer.buffers(recurse=False))
-        self._copies = [torch.empty_like(buffer) for buffer in self._live]
-        self._is_new = True
+    def __init__(self, module: LightningModule, *, is_on: bool) -> None:
+        layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.running_mean is not None]
+        self._live = [buffer for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []
+        self._copies = [buffer.clone() for buffer in self._live]
 
-    def keep_if_new(self) -> None:
-        """Copy the statistics if a window begins now."""
-        if self._is_new and self._live:
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the statistics as they are."""
+        if self._live:
             torch._foreach_copy_(self._copies, self._live)
-        self._is_new = False
-
-    def end_window(self) -> None:
-        """Let a new window begin."""
-        self._is_new = True
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the statistics back to where the window began."""
+        """Put the statistics back to the copies."""
         if self._live:
             torch._foreach_copy_(self._live, self._copies)
 
-
-class HeldSchedules:
-    """Step-interval schedules that advance as if skipped batches had not been drawn; plateau schedules are left to Lightning.
-
-    Lightning asks each schedule's interval and frequency after the batch, and counts batches, skipped ones too. For one batch they
-    are set to what makes it do the right thing, then put back.
-
-    Args:
-        is_on: Whether anything is held at all.
-    """
-
-    def __init__(self, is_on: bool) -> None:
-        self._is_on = is_on
-        self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
-        self._epoch = -1
-        self._left_out = self._window_start = self._seen = 0
-        self._is_counted = False
-
-    def settle(self, trainer: Trainer, *, skipped: bool) -> None:
-        """Decide for each schedule whether it is to advance after this batch; LBFGS asks several times, and may change its mind."""
-        self.release()
-        self._begin(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
-        if skipped and not self._is_counted:
-            self._left_out += self._seen - self._window_start
-            self._is_counted = True
-        if not self._is_on or not self._left_out:
-            return
-        for config in trainer.lr_scheduler_configs:
-            if config.interval == "step" and not config.reduce_on_plateau:
-                self._altered.append((config, config.interval, config.frequency))
-                is_due = not skipped and (self._seen - self._left_out) % config.frequency == 0
-                config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
-
-    def _begin(self, epoch: int, batches: int) -> None:
-        """Take note of the batches of the epoch seen so far; those since the last step are the window."""
-        if epoch != self._epoch:
-            self._epoch, self._left_out, self._seen = epoch, 0, 0
-        if batches != self._seen:
-            self._window_start, self._seen, self._is_counted = self._seen, batches, False
-
-    def state(self) -> tuple[int, int, int]:
-        """Where the epoch stands, for a checkpoint inside it."""
-        return self._epoch, self._left_out, self._seen
-
-    def load_state(self, state: tuple[int, int, int]) -> None:
-        """Go on from what :meth:`state` returned."""
-        self._epoch, self._left_out, self._seen = state
-
-    def release(self) -> None:
-        """Put intervals and frequencies back."""
-        for config, interval, frequency in self._altered:
-            config.interval, config.frequency = interval, frequency
-        self._altered.clear()
+    @property
+    def is_finite(self) -> bool:
+        """Whether the copies are; asked on bad steps only."""
+        return all_finite(self._copies)
 
 
 class LineSearch:
@@ -187,10 +139,12 @@ class LineSearch:
 
     Args:
         lane: The optimizer, an LBFGS.
+        at_end: Called at the end of a good step.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, at_end: Callable[[], None] | None) -> None:
         self._lane = lane
+        self._at_end = at_end
         self._is_bad = False
         self._parameters: list[Tensor] = []
         self._state: dict[str, Any] = {}
@@ -208,10 +162,14 @@ class LineSearch:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if self._is_bad:
-            torch._foreach_copy_(list(self._lane.table.tensors), self._parameters)
-            self._own_state().clear()
-            self._own_state().update(self._state)
+        if not self._is_bad:
+            if self._at_end:
+                self._at_end()
+            return
+        self._is_bad = False
+        torch._foreach_copy_(list(self._lane.table.tensors), self._parameters)
+        self._own_state().clear()
+        self._own_state().update(self._state)
 
     def _own_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._lane.optimizer.state[self._lane.optimizer.param_groups[0]["params"][0]]
@@ -229,7 +187,9 @@ def _copied(value: Any) -> Any:
 
 
 def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> RemovableHandle:
-    """After the step that begins now, see that an optimizer without gradients has moved nothing; version counters tell.
+    """After the step that begins now, see that an optimizer without gradients has moved nothing.
+
+    Version counters tell, and the norms of the parameters, since ``parameter.data`` goes around the counters.
 
     Returns:
         The hook to take off when the step is over: a subclass that calls ``super().step()`` runs it twice.
@@ -237,13 +197,19 @@ def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> Removabl
     Raises:
         RuntimeError: From ``optimizer.step()``, if it has; it names the optimizer.
     """
-    before = [tensor._version for tensor in tensors]
+    before = _whereabouts(tensors)
 
     def check(*_: Any) -> None:
-        if [tensor._version for tensor in tensors] != before:
+        if _whereabouts(tensors) != before:
             raise RuntimeError(
                 f"`optimizer` must leave parameters without a gradient alone, got {type(optimizer).__name__}, which moved them in "
                 "a skipped step: a bad step cannot be undone with it. Use an optimizer of torch.optim, or NonFiniteGuard('raise')."
             )
 
     return optimizer.register_step_post_hook(check)
+
+
+@torch.no_grad()
+def _whereabouts(tensors: Sequence[Tensor]) -> list[tuple[int, str]]:
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors]) if tensors else []
+    return [(tensor._version, str(norm.tolist())) for tensor, norm in zip(tensors, norms, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import Trainer
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
@@ -19,3 +20,9 @@ def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
         return False
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is None or state["stage"] is OptState.READY
+
+
+def has_overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the scaler itself has found non-finite gradients, and so will not step; what came later it does not see."""
+    found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(flag) for flag in found.values())

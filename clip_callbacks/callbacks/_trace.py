@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
 from clip_callbacks.nonfinite import all_finite, count_nonfinite
 
@@ -18,14 +19,18 @@ from clip_callbacks.nonfinite import all_finite, count_nonfinite
 def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:
     """Run ``training_step`` again on a batch and name the first module whose output is not finite.
 
-    Nothing is logged, no gradient is made, buffers and random numbers are put back. The random numbers are not those of before.
+    Nothing is logged, no gradient is kept; buffers, torchmetrics and random numbers are put back. The random numbers are not those of before.
     """
+    if trainer.world_size > 1:
+        return "not traced on several ranks: one of them alone would wait for the others"
     found: list[str] = []
     handles = [child.register_forward_hook(_hook(name or type(module).__name__, found)) for name, child in module.named_modules()]
     kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
     try:
-        with _undone(module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        with _undone(module), torch.enable_grad(), trainer.precision_plugin.train_step_context():
             module.training_step(*kwargs.values())
+    except Exception as error:
+        found.append(f"not found, training_step raised {type(error).__name__}: {error}")  # a diagnosis must not end the run
     finally:
         for handle in handles:
             handle.remove()
@@ -50,6 +55,9 @@ def _floats(values: Any) -> list[Tensor]:
 def _undone(module: LightningModule) -> Iterator[None]:
     """Leave no trace in buffers, random numbers and logs."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    metrics = [
+        (metric, metric._copy_state_dict(), metric._update_count) for metric in module.modules() if isinstance(metric, Metric)
+    ]
     silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
     hidden = {name: module.__dict__[name] for name in silent if name in module.__dict__}
     module.__dict__.update(silent)
@@ -60,5 +68,9 @@ def _undone(module: LightningModule) -> Iterator[None]:
         for name in silent:
             del module.__dict__[name]
         module.__dict__.update(hidden)
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+        for metric, state, count in metrics:
+            metric.__dict__.update(state)
+            metric._update_count, metric._computed = count, None

@@ -112,6 +112,8 @@ class NonFiniteGuard(Member):
         self.max_consecutive = max_consecutive
         if level not in get_args(Level):
             raise ValueError(f"`level` must be one of {', '.join(get_args(Level))}, got {level!r}.")
+        if level == "microbatch" and self.policy != "skip":
+            raise ValueError(f'`level` must be "window" for the policy {policy!r}, got "microbatch": only skipping drops anything.')
         self.level: Level = level
         self.restore_buffers = restore_buffers
         self.hold_schedulers = hold_schedulers
@@ -120,6 +122,7 @@ class NonFiniteGuard(Member):
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
         self.dropped_micro_batches = 0
+        self._last_findings: Findings | None = None
         self._journal: Path | None = None
 
     @property
@@ -178,18 +181,34 @@ class NonFiniteGuard(Member):
         """
         incident.happened = True
         counters = self._counters[incident.lane.index]
-        if incident.under_scaler and not incident.is_real_under_scaler():
+        if incident.is_overflow():
             counters.overflowed += incident.is_new
+            incident.is_undone = True
             return "skip"
         if self.policy == "ignore":
-            return "skip" if incident.under_scaler else "ignore"
+            return "ignore"
+        policy: Policy = "skip" if incident.leaves_to_scaler else self.policy
         number = incident.lane.history.steps - (not incident.is_new)
         after_good_step = 0 < number != counters.last_bad + 1
-        is_counted = counters.add(number)
-        counters.skipped += is_counted and (self.policy == "skip" or incident.under_scaler)
-        counters.zeroed += is_counted and self.policy == "zero" and not incident.under_scaler
-        self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
-        return "skip" if incident.under_scaler else self.policy
+        if counters.add(number):
+            counters.skipped += policy == "skip"
+            counters.zeroed += policy == "zero"
+            self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
+        incident.is_undone = policy == "skip"
+        # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
+        return "ignore" if incident.is_undone and not incident.is_new else policy
+
+    def judge_lost(self, incident: Incident) -> None:
+        """Count a window whose every micro-batch was dropped; each was reported then.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+        incident.happened = incident.is_undone = True
+        counters = self._counters[incident.lane.index]
+        counters.skipped += counters.add(incident.lane.history.steps)
+        if counters.streak >= self.max_consecutive and self._last_findings:
+            raise self._streak_error(incident, self._last_findings, counters.streak)
 
     def forget(self) -> None:
         """Begin a new run."""
@@ -205,15 +224,14 @@ class NonFiniteGuard(Member):
 
     def report_micro_batch(self, incident: Incident) -> None:
         """Warn of a micro-batch about to be dropped, and write a line of the journal."""
-        findings = incident.findings(after_good_step=False)
+        self._last_findings = findings = incident.findings(after_good_step=False)
         self._write({**incident.place(), "policy": "microbatch", **findings.facts()})
         what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
         rank_zero_warn(f"{what}\n{findings.describe()}", category=RuntimeWarning)
 
     def micro_batches(self, module: LightningModule, lanes: Sequence[Lane]) -> MicroBatches | None:
         """What drops bad micro-batches, if that is wanted."""
-        wanted = self.level == "microbatch" and self.policy == "skip"
-        return MicroBatches(module, lanes, restore_buffers=self.restore_buffers) if wanted else None
+        return MicroBatches(module, lanes, restore_buffers=self.restore_buffers) if self.level == "microbatch" else None
 
     def _speak(self, incident: Incident, findings: Findings, streak: int) -> None:
         """Raise, or warn and write a line of the journal.
@@ -226,13 +244,16 @@ class NonFiniteGuard(Member):
         if self.policy == "raise":
             raise NonFiniteGradientError(f"{what}.\n{found}")
         if streak >= self.max_consecutive:
-            raise NonFiniteGradientError(
-                f"{what}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).\n{found}\n"
-                "Lower the learning rate, clip harder, or look at the stage named above."
-            )
+            raise self._streak_error(incident, findings, streak)
         done = "non-finite entries become 0" if self.policy == "zero" else "the step is skipped"
         rank_zero_warn(
             f"{what}: {done} (bad step {streak} in a row, {self.max_consecutive} stop the run).\n{found}", category=RuntimeWarning
+        )
+
+    def _streak_error(self, incident: Incident, findings: Findings, streak: int) -> NonFiniteGradientError:
+        return NonFiniteGradientError(
+            f"Non-finite gradients at {incident}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).\n"
+            f"{findings.describe()}\nLower the learning rate, clip harder, or look at the stage named above."
         )
 
     def open_journal(self, trainer: Trainer) -> None:

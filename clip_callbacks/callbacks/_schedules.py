@@ -1,0 +1,60 @@
+"""Learning-rate schedules that stand still for a skipped step."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+
+class HeldSchedules:
+    """Step-interval schedules that advance as if skipped batches had not been drawn; plateau schedules are left to Lightning.
+
+    Lightning asks each schedule's interval and frequency after the batch, and counts batches, skipped ones too. For one batch they
+    are set to what makes it do the right thing, then put back.
+
+    Args:
+        is_on: Whether anything is held at all.
+    """
+
+    def __init__(self, is_on: bool) -> None:
+        self._is_on = is_on
+        self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
+        self._epoch = -1
+        self._left_out = self._window_start = self._seen = 0
+        self._is_counted = False
+
+    def settle(self, trainer: Trainer, *, skipped: bool) -> None:
+        """Decide for each schedule whether it is to advance after this batch; LBFGS asks several times, and may change its mind."""
+        self.release()
+        self._begin(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
+        if skipped and not self._is_counted:
+            self._left_out += self._seen - self._window_start
+            self._is_counted = True
+        if not self._is_on or not self._left_out:
+            return
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau:
+                self._altered.append((config, config.interval, config.frequency))
+                is_due = not skipped and (self._seen - self._left_out) % config.frequency == 0
+                config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
+
+    def _begin(self, epoch: int, batches: int) -> None:
+        """Take note of the batches of the epoch seen so far; those since the last step are the window."""
+        if epoch != self._epoch:
+            self._epoch, self._left_out, self._seen = epoch, 0, 0
+        if batches != self._seen:
+            self._window_start, self._seen, self._is_counted = self._seen, batches, False
+
+    def state(self) -> tuple[int, int, int]:
+        """Where the epoch stands, for a checkpoint inside it."""
+        return self._epoch, self._left_out, self._seen
+
+    def load_state(self, state: tuple[int, int, int]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self._epoch, self._left_out, self._seen = state
+
+    def release(self) -> None:
+        """Put intervals and frequencies back."""
+        for config, interval, frequency in self._altered:
+            config.interval, config.frequency = interval, frequency
+        self._altered.clear()

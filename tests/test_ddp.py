@@ -30,13 +30,19 @@ class RankPoisoned(Poisoned):
         torch.save({"weights": [p.detach() for p in self.parameters()], "skipped": skipped}, f"{self.folder}/{self.global_rank}.pt")
 
 
-def train(folder, *callbacks, bad=False, **options):
+class Always(RankPoisoned):
+    def loss(self, batch, batch_idx):
+        loss = super().loss(batch, batch_idx)
+        return loss * math.nan if self.global_rank == 0 else loss
+
+
+def train(folder, *callbacks, bad=False, module=RankPoisoned, **options):
     folder.mkdir()
     torch.manual_seed(0)
     strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_trainer(folder, *callbacks, devices=2, strategy=strategy, **options).fit(RankPoisoned(folder, bad), data(16))
+        make_trainer(folder, *callbacks, devices=2, strategy=strategy, **options).fit(module(folder, bad), data(16))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -66,3 +72,13 @@ def test_micro_batches_cannot_be_dropped_where_gradients_are_reduced_in_backward
 def test_a_streak_stops_all_ranks(tmp_path: Path):
     with pytest.raises(Exception, match="bad step 1 in a row"):
         train(tmp_path / "raised", NonFiniteGuard(max_consecutive=1), bad=True)
+
+
+@pytest.mark.timeout(120)
+def test_ranks_agree_on_what_is_an_overflow(tmp_path: Path):
+    """At scales 4 and 2 it may be one; at 1 it is not, on either rank, though only one of them saw a bad loss."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    with pytest.raises(Exception, match="bad step 2 in a row"):
+        train(tmp_path / "scaled", NonFiniteGuard(max_consecutive=2), module=Always, plugins=[plugin])

@@ -235,3 +235,55 @@ def test_a_nan_that_no_scale_cures_is_told_from_an_overflow(trainer):
     with pytest.raises(NonFiniteGradientError, match="bad step 3 in a row"):
         trainer(guard, **scaled(init_scale=16.0)).fit(Backward(), data(24))
     assert guard.overflowed_steps == 4, "at 16, 8, 4 and 2 a lower scale might have cured it"
+
+
+def test_nan_that_the_scaler_cannot_see_counts(trainer):
+    from lightning.pytorch import Callback
+
+    from tests.test_precision import scaled
+
+    class After(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step >= 2:
+                next(pl_module.parameters()).grad.fill_(math.nan)
+
+    guard = NonFiniteGuard(max_consecutive=3)
+    with pytest.raises(NonFiniteGradientError, match="bad step 3 in a row"):
+        trainer(After(), guard, **scaled(init_scale=1024.0)).fit(Regression(), data())
+    assert guard.overflowed_steps == 0
+
+
+def test_a_half_precision_loss_that_overflows_by_its_scale_is_an_overflow(trainer):
+    from tests.test_precision import scaled
+
+    class Half(Regression):
+        def loss(self, batch, batch_idx):
+            return super().loss(batch, batch_idx).half()
+
+    guard = NonFiniteGuard("raise")
+    trainer(guard, **scaled(init_scale=2.0**17)).fit(Half(lr=0.001), data(size=1.0))
+    assert guard.overflowed_steps > 0
+
+
+def test_trace_never_ends_a_run_and_leaves_metrics_alone(trainer, tmp_path):
+    from torchmetrics import MeanMetric
+
+    class Penalized(Poisoned):
+        def __init__(self, *, fails):
+            super().__init__({2: math.nan})
+            self.fails, self.seen = fails, MeanMetric()
+
+        def loss(self, batch, batch_idx):
+            inputs = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(inputs).sum(), inputs, create_graph=True)
+            self.seen.update(1.0)
+            if self.fails and self.seen.update_count == 4 and batch_idx == 2:
+                raise ValueError("not twice")
+            return super().loss(batch, batch_idx) + slope.square().mean()
+
+    for fails, traced in ((False, "no module's output"), (True, "not found, training_step raised ValueError: not twice")):
+        csv = CSVLogger(tmp_path, version=str(fails))
+        module = Penalized(fails=fails)
+        trainer(NonFiniteGuard(trace_forward=True), logger=csv).fit(module, data(6))
+        assert facts(csv)[0]["traced"].startswith(traced)
+        assert module.seen.weight == 6

@@ -19,7 +19,8 @@ from clip_callbacks.nonfinite import all_finite, count_nonfinite
 def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:
     """Run ``training_step`` again on a batch and name the first module whose output is not finite.
 
-    Nothing is logged, no gradient is kept; buffers, torchmetrics and random numbers are put back. The random numbers are not those of before.
+    Nothing is logged, no gradient is kept; buffers, torchmetrics and random numbers are put back. The random numbers drawn are not
+    those of the first time.
     """
     if trainer.world_size > 1:
         return "not traced on several ranks: one of them alone would wait for the others"

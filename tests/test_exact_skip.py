@@ -229,7 +229,7 @@ class Recorded(Regression):
     def on_train_batch_end(self, *_):
         if self.trainer.fit_loop.epoch_loop.total_batch_idx not in self.poison:
             group = self.trainer.optimizers[0].param_groups[0]
-            self.rates.append((group["lr"], group["momentum"]))
+            self.rates.append((group["lr"], group.get("momentum")))
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -452,6 +452,7 @@ def test_a_gans_batch_statistics_are_those_of_the_clean_run(trainer, bad):
     assert_same_bits(*results)
 
 
+@pytest.mark.filterwarnings("ignore:The lr scheduler dict contains the key")
 def test_statistics_reset_between_epochs_stay_reset(trainer):
     class Resetting(Recorded):
         def __init__(self):

@@ -67,7 +67,6 @@ CELLS = [
     for kind in KINDS
     for place in PLACES
     for loop in ("automatic", "manual")
-    if not (name == "LBFGS" and loop == "manual")  # its closure is Lightning's in automatic optimization only
 ]
 
 
@@ -110,9 +109,18 @@ class Subject(Regression):
         if self.automatic_optimization:
             return self.loss(batch, batch_idx)
         optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch, batch_idx))
-        optimizer.step()
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(batch, batch_idx)
+            self.manual_backward(loss)
+            return loss
+
+        if self.cell.optimizer == "LBFGS":
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            optimizer.step()
         return None
 
     def on_after_backward(self) -> None:

@@ -287,3 +287,14 @@ def test_trace_never_ends_a_run_and_leaves_metrics_alone(trainer, tmp_path):
         trainer(NonFiniteGuard(trace_forward=True), logger=csv).fit(module, data(6))
         assert facts(csv)[0]["traced"].startswith(traced)
         assert module.seen.weight == 6
+
+
+def test_with_several_optimizers_a_scaler_s_overflow_is_not_laid_to_another_s_loss(trainer):
+    from tests.test_clipping import TwoNetworks
+    from tests.test_precision import scaled
+
+    guard = NonFiniteGuard("raise")
+    fit = trainer(guard, **scaled(init_scale=1024.0))
+    fit.fit(TwoNetworks({3: math.nan}), data(8))
+    assert guard.overflowed_steps >= 1
+    assert fit.precision_plugin.scaler.get_scale() < 1024.0

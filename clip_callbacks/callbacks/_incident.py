@@ -46,12 +46,14 @@ class Incident:
     def is_overflow(self) -> bool:
         """Whether a lower loss scale may cure it: the scaler has found it, the scale is above 1, and no loss is bad by itself.
 
-        On several ranks the losses have no say: they differ, and all ranks must come to the same verdict.
+        On several ranks the losses have no say: they differ, and all ranks must come to the same verdict. Nor with several
+        optimizers, since nobody knows whose gradients a loss has reached.
         """
         scaler = grad_scaler(self.trainer)
         if scaler is None or not self.leaves_to_scaler or scaler.get_scale() <= 1.0:
             return False
-        return self.trainer.world_size > 1 or not any(_is_bad(loss) for loss in self._losses())
+        losses_count = self.trainer.world_size == 1 and len(self.trainer.optimizers) == 1
+        return not losses_count or not any(_is_bad(loss) for loss in self._losses())
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clip_callbacks import GradientClipping, NonFiniteGuard
+from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.conftest import Regression, assert_same_bits, data, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
@@ -337,29 +337,36 @@ def test_an_optimizer_that_moves_without_gradients_is_named(trainer):
         trainer(GradientClipping(1.0)).fit(module, data(6, size=0.1))
 
 
-def test_lbfgs_undoes_a_line_search_that_blows_up(trainer):
-    class Cliff(Regression):
-        """Finite at the first closure call of every step, NaN at the third of batch 2."""
+class Cliff(Regression):
+    """Finite at the first closure call of every step, NaN at the third where the batch says so, and finite again after it."""
 
-        calls = 0
+    calls = 0
 
-        def training_step(self, batch, batch_idx):
-            self.calls = self.calls + 1 if getattr(self, "last", -1) == batch_idx else 1
-            self.last = batch_idx
-            loss = self.loss(batch, batch_idx)
-            return loss * math.nan if int(batch[2]) and self.calls >= 3 else loss
+    def training_step(self, batch, batch_idx):
+        self.calls = self.calls + 1 if getattr(self, "last", -1) == batch_idx else 1
+        self.last = batch_idx
+        loss = self.loss(batch, batch_idx)
+        return loss * math.nan if int(batch[2]) and self.calls == 3 else loss
 
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [(nn.Identity, {"lr": 0.05}), (lambda: nn.BatchNorm1d(8), {"lr": 0.5, "line_search_fn": "strong_wolfe"})],
+    ids=["plain", "strong_wolfe"],
+)
+def test_lbfgs_undoes_a_search_that_blows_up(trainer, norm, options):
     def run(kept):
         torch.manual_seed(0)
-        module = Cliff(O.LBFGS, lr=0.05, max_iter=4)
+        module = Cliff(O.LBFGS, nn.Sequential(nn.Linear(4, 8), norm(), nn.Linear(8, 1)), max_iter=4, **options)
         batches = [(*batch, torch.tensor(number == 2)) for number, batch in enumerate(data(5, size=0.1))]
-        guard = NonFiniteGuard()
-        trainer(guard).fit(module, DataLoader([batches[i] for i in kept], batch_size=None))
-        return [p.detach() for p in module.parameters()], guard
+        guard, monitor = NonFiniteGuard(), GradientNormMonitor()
+        trainer(guard, monitor).fit(module, DataLoader([batches[i] for i in kept], batch_size=None))
+        return list(module.state_dict().values()), guard, monitor
 
-    poisoned, guard = run([0, 1, 2, 3, 4])
-    clean, _ = run([0, 1, 3, 4])
+    poisoned, guard, monitor = run([0, 1, 2, 3, 4])
+    clean, _, _ = run([0, 1, 3, 4])
     assert guard.skipped_steps == 1
+    assert monitor.state_dict()["norms"][0].shape == (5,), "where the step began it was healthy, and no closure call counts again"
     assert_same_bits(poisoned, clean)
 
 
@@ -393,31 +400,6 @@ def test_restless_optimizers_are_found_out_whenever_they_move(trainer, optimizer
     module.make_optimizer = optimizer
     with pytest.raises(RuntimeError, match=f"got {optimizer.__name__}, which moved them in a skipped step"):
         trainer(GradientClipping(1.0)).fit(module, data(8, size=0.1))
-
-
-def test_strong_wolfe_survives_a_search_that_blows_up(trainer):
-    class Cliff(Regression):
-        calls = 0
-
-        def training_step(self, batch, batch_idx):
-            self.calls = self.calls + 1 if getattr(self, "last", -1) == batch_idx else 1
-            self.last = batch_idx
-            loss = self.loss(batch, batch_idx)
-            return loss * math.nan if int(batch[2]) and self.calls >= 3 else loss
-
-    def run(kept):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-        module = Cliff(O.LBFGS, net, lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
-        batches = [(*batch, torch.tensor(number == 2)) for number, batch in enumerate(data(5, size=0.1))]
-        guard = NonFiniteGuard()
-        trainer(guard).fit(module, DataLoader([batches[i] for i in kept], batch_size=None))
-        return list(module.state_dict().values()), guard
-
-    poisoned, guard = run([0, 1, 2, 3, 4])
-    clean, _ = run([0, 1, 3, 4])
-    assert guard.skipped_steps == 1
-    assert_same_bits(poisoned, clean)
 
 
 class Adversaries(Regression):

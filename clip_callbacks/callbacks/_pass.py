@@ -163,7 +163,7 @@ class Pass:
         if not is_new and not lane.is_skipped:
             return
         lane.report, lane.stepped, lane.unlogged = report, True, True
-        healthy = report.finite is TRUE
+        healthy = report.finite is TRUE and not lane.is_skipped
         lane.history.steps += is_new
         if healthy:
             lane.history.add(report)

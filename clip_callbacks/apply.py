@@ -1,54 +1,104 @@
-"""The one write of the gradients."""
+"""The one write of the gradients: a multi-tensor product here and now, or a word to a fused optimizer that passes there anyway."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from clip_callbacks.fused import board
+from clip_callbacks.norms import FALSE
 from clip_callbacks.parameters import Gradients, ParameterTable
 
+LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
 
-def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> None:
-    """Multiply gradients in place; those whose factor is 1 are not touched.
+
+def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: Optimizer | None) -> None:
+    """Multiply gradients by factors that the host knows, or have a fused optimizer do it.
 
     Args:
         gradients: Of one step.
-        factors: One for each parameter of the table, shape ``(N,)``, or one for all, ``(1,)``; None is 1 for all.
+        factors: As for :func:`scale_`.
+        scale: A factor for all of them.
+        carrier: The fused optimizer that steps next; it carries one factor for all.
+    """
+    if carrier is not None and (factors is None or factors.numel() == 1):
+        factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
+        if 1.0 / LARGEST_GRAD_SCALE <= factor <= LARGEST_GRAD_SCALE:
+            if factor != 1.0:
+                board(carrier, torch.full((), 1.0 / factor, device=gradients.tensors[0].device))
+            return
+    scale_(gradients, factors, scale)
+
+
+def write_deferred(
+    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, carrier: Optimizer | None, skipped: Tensor
+) -> None:
+    """The same with one factor for all that the host does not know.
+
+    Args:
+        gradients: Of one step.
+        factors: Of one entry, where the gradients are; None is 1.
+        scale: A factor for all of them, a number or a tensor of one entry.
+        carrier: The fused optimizer that steps next, if there is one.
+        skipped: Whether it is to stand still, 0-dim bool.
+    """
+    if factors is not None:
+        factors = factors * scale
+    elif isinstance(scale, Tensor):
+        factors = scale
+    elif scale != 1.0:
+        factors = torch.full((), scale, device=gradients.tensors[0].device)
+    if carrier is not None:
+        grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
+        board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
+    elif factors is not None and gradients.tensors:
+        _multiply_(gradients.tensors, factors)
+
+
+def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> None:
+    """Multiply gradients in place; those whose factor is known to be 1 are not touched.
+
+    Args:
+        gradients: Of one step.
+        factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or one entry for all; None is 1 for all.
         scale: A factor for all of them.
     """
     if factors is None:
-        if scale != 1.0:
-            _multiply_(gradients.tensors, torch.tensor([scale], dtype=torch.float64))
-        return
-    factors = factors if scale == 1.0 else factors * scale
-    if len(factors) == 1:
+        if scale == 1.0:
+            return
+        factors = torch.tensor(scale, dtype=torch.float64)
+    elif scale != 1.0:
+        factors = factors * scale
+    if factors.numel() == 1:
         _multiply_(gradients.tensors, factors)
-        return
-    each: list[float] = factors.tolist()
-    touched = [(place, position) for place, position in enumerate(gradients.positions) if each[position] != 1.0]
-    if touched:
-        tensors = [gradients.tensors[place] for place, _ in touched]
-        _multiply_each_(tensors, factors, [position for _, position in touched])
+    else:
+        _multiply_each_(gradients, factors)
 
 
 def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
-    """One product for all: a 0-dim tensor takes a quarter of the time of a number for small CPU tensors; elsewhere it is a copy."""
-    if _on_cpu(tensors):
-        torch._foreach_mul_(tensors, factor[0])
-    else:
-        torch._foreach_mul_(tensors, factor.tolist()[0])
+    """One product for all: for a CPU a 0-dim tensor takes a quarter of the time of a number; for a device a number is no copy."""
+    is_there = not factor.is_cpu or _on_cpu(tensors)
+    factor = factor.reshape(()) if factor.ndim else factor
+    torch._foreach_mul_(tensors, factor if is_there else float(factor))
 
 
-def _multiply_each_(tensors: list[Tensor], factors: Tensor, positions: list[int]) -> None:
-    """A factor each: on a CPU 0-dim tensors take half the time of numbers; elsewhere numbers go into one kernel."""
-    if _on_cpu(tensors):
-        of_parameter = factors.unbind()
-        torch._foreach_mul_(tensors, [of_parameter[position] for position in positions])
-    else:
-        each = factors.tolist()
-        torch._foreach_mul_(tensors, [each[position] for position in positions])
+def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
+    """A factor each: for a CPU 0-dim tensors take a third of the time of numbers; for a device numbers go into one kernel."""
+    numbers: list[float] = factors.tolist()
+    each: list[Any] = numbers
+    if _on_cpu(gradients.tensors):
+        buffer, each = gradients.table.slots(factors.dtype)
+        buffer.copy_(factors)
+    if gradients.is_complete and 1.0 not in numbers:
+        torch._foreach_mul_(gradients.tensors, each)
+        return
+    places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0]
+    if places:
+        torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
 
 
 def _on_cpu(tensors: list[Tensor]) -> bool:

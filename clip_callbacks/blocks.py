@@ -62,12 +62,12 @@ class Partition:
             outside: The value of parameters in no block.
 
         Returns:
-            Shape ``(N,)``, one value for each parameter of the table; ``(1,)`` if one block holds them all.
+            Shape ``(N,)``, one value for each parameter of the table; ``per_block`` itself if one block holds them all.
         """
         if self.is_finest or self.is_whole:
             return per_block
         spread = per_block.new_full((len(self.index),), outside)
-        spread[self.members.to(per_block.device)] = per_block[self.member_blocks.to(per_block.device)]
+        spread[self.members.to(per_block.device)] = per_block.reshape(-1)[self.member_blocks.to(per_block.device)]
         return spread
 
 

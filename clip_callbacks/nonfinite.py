@@ -5,6 +5,7 @@ The walk over the parameters is made on bad steps only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -34,17 +35,25 @@ class Offender:
     Args:
         name: Of the parameter.
         shape: Of the tensor.
-        nan: Count of NaN entries.
-        inf: Count of infinite entries.
+        nan: Count of NaN entries; None if only the norm is known.
+        inf: Count of infinite entries; None if only the norm is known.
+        norm: The norm, "nan" or "inf", if that is all that is known.
     """
 
     name: str
     shape: tuple[int, ...]
-    nan: int
-    inf: int
+    nan: int | None
+    inf: int | None
+    norm: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is known, for a line of JSON."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        """One line: name, shape, counts."""
+        """One line: name, shape, and counts or the norm."""
+        if self.norm:
+            return f"{self.name} {list(self.shape)}: norm {self.norm}"
         counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
         return f"{self.name} {list(self.shape)}: {' and '.join(counts)}".lstrip()
 
@@ -84,7 +93,8 @@ class Findings:
 
     def facts(self) -> dict[str, Any]:
         """The same as :meth:`describe`, for a line of JSON."""
-        return {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self)
+        offenders = {"gradients": [*map(Offender.facts, self.gradients)], "parameters": [*map(Offender.facts, self.parameters)]}
+        return {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | offenders
 
     def describe(self) -> str:
         """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
@@ -125,19 +135,24 @@ def as_policy(policy: object, argument: str) -> Policy:
 
 
 @torch.no_grad()
-def examine(table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_step: bool = False) -> Findings:
+def examine(
+    table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_step: bool = False, norms: Tensor | None = None
+) -> Findings:
     """Look at every gradient, parameter and loss of a bad step.
 
     Args:
         table: The parameters of the optimizer about to step, with their gradients.
         losses: The losses of the window, 0-dim.
         after_good_step: Whether the step before was taken with finite gradients.
+        norms: Of the gradients of a step that is over, shape ``(N,)`` on the host: nothing else is left of them.
     """
-    held = [(name, tensor) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
-    gradients = _offenders((name, tensor.grad) for name, tensor in held if tensor.grad is not None)
+    if norms is None:
+        held = [(name, tensor.grad) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
+        names, gradients = [name for name, _ in held], _offenders(held)
+    else:
+        names, gradients = list(table.names), _offenders_by_norm(table, norms)
     parameters = _offenders(zip(table.names, table.tensors, strict=True))
     guilty = {offender.name for offender in gradients}
-    names = [name for name, _ in held]
     first = next((i for i, name in enumerate(names) if name in guilty), 0)
     finite = [i for i, name in enumerate(names) if name not in guilty]
     return Findings(
@@ -145,7 +160,7 @@ def examine(table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_
         parameters,
         before=next((names[i] for i in reversed(finite) if i < first), None),
         after=next((names[i] for i in finite if i > first), None),
-        count=len(held),
+        count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
     )
@@ -169,6 +184,13 @@ def _offenders(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
         if not bool(torch.isfinite(entries).all()):
             found.append(count_nonfinite(entries, name))
     return tuple(found)
+
+
+def _offenders_by_norm(table: ParameterTable, norms: Tensor) -> tuple[Offender, ...]:
+    rows = zip(table.names, table.tensors, norms.tolist(), strict=True)
+    return tuple(
+        Offender(name, tuple(tensor.shape), None, None, str(norm)) for name, tensor, norm in rows if not math.isfinite(norm)
+    )
 
 
 def count_nonfinite(tensor: Tensor, name: str = "") -> Offender:

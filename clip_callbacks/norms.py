@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.blocks import Partition
+from clip_callbacks.buckets import Buckets
 from clip_callbacks.parameters import Gradients
 
 CHUNK = 1 << 20
 """Entries that :func:`true_norms` holds in float64 at a time."""
+
+TRUE, FALSE = torch.tensor(True), torch.tensor(False)
+"""The two 0-dim flags of steps that were decided on the host: made once."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -51,25 +55,31 @@ def number_above_zero(value: object) -> float | None:
     return number if number > 0 else None
 
 
-def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False) -> Tensor:
+def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False, buckets: Buckets | None = None) -> Tensor:
     """Norm of each tensor, by one read of all.
 
     Args:
         tensors: At least one strided tensor, none of them empty; dtypes and devices may differ.
         norm_type: The order p.
         is_uniform: Whether it is known that all are of one dtype on one device.
+        buckets: How to read small ones together.
 
     Returns:
         Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
     """
+    if buckets:
+        return buckets.norms(tensors, norm_type, _dtype_to_accumulate(tensors[0]))
     if is_uniform:
         return torch.stack(_norms_of_a_kind(tensors, norm_type))
     return _norms_of_kinds(tensors, norm_type)
 
 
 def _norms_of_a_kind(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    dtype = torch.float32 if tensors[0].dtype in _HALF else None
-    return list(torch._foreach_norm(tensors, norm_type, dtype=dtype))
+    return list(torch._foreach_norm(tensors, norm_type, dtype=_dtype_to_accumulate(tensors[0])))
+
+
+def _dtype_to_accumulate(tensor: Tensor) -> torch.dtype | None:
+    return torch.float32 if tensor.dtype in _HALF else None
 
 
 def _norms_of_kinds(tensors: list[Tensor], norm_type: float) -> Tensor:
@@ -155,49 +165,79 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Norms of one step's gradients, on the host.
+    """Norms of one step's gradients: on the host, or, of a deferred step, where the gradients are and unread.
 
     Args:
         norms: Of each parameter of the table, shape ``(N,)``, 0 where there is no gradient.
         total: Of all of them together, shape ``(1,)``.
+        scale: What the gradients are to be multiplied by before all else; the norms are of the scaled gradients.
+        is_deferred: Whether the host is not to read them now.
     """
 
     norms: Tensor
     total: Tensor
+    scale: float | Tensor = 1.0
+    is_deferred: bool = False
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether every entry of every gradient is."""
+        """Whether every entry of every gradient is; this reads the total norm."""
         return math.isfinite(self.total.tolist()[0])
 
+    @cached_property
+    def finite(self) -> Tensor:
+        """The same, 0-dim bool; of a deferred step unread, and finite entries whose norm overflows do not count as finite."""
+        if self.is_deferred:
+            return self.total.reshape(()) < math.inf
+        return TRUE if self.is_finite else FALSE
 
-def measure(gradients: Gradients, norm_type: float, *, scale: float = 1.0, local: bool = False) -> Measurement:
+
+def measure(
+    gradients: Gradients,
+    norm_type: float,
+    *,
+    scale: float = 1.0,
+    loss_scale: Tensor | None = None,
+    local: bool = False,
+    deferred: bool = False,
+) -> Measurement:
     """Read the gradients once, and those a second time whose norm cannot be trusted.
 
     Args:
         gradients: Of one step.
         norm_type: The order p.
         scale: What the gradients will be multiplied by before all else; the norms are of the scaled gradients.
+        loss_scale: What they will be divided by, a tensor of one entry; None is 1.
         local: Whether the norms of single parameters matter too, not only the total norm.
+        deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
     """
     if not gradients.tensors:
-        return Measurement(torch.zeros(gradients.count), torch.zeros(1))
-    norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform)
-    norms, total = on_host(norms, total_norm(norms, norm_type))
+        return Measurement(torch.zeros(len(gradients.table)), torch.zeros(1), scale, is_deferred=deferred)
+    norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
+    total = total_norm(norms, norm_type)
+    if deferred:
+        of_all = scale if loss_scale is None else scale / loss_scale
+        if isinstance(of_all, Tensor) or of_all != 1.0:
+            norms, total = norms * of_all, total * of_all
+        return Measurement(gradients.fill(norms), total, of_all, is_deferred=True)
+    norms, total, divisor = on_host(norms, total, loss_scale)
     sound = smallest_sound_norm(norm_type, norms.dtype)
     if not gradients.is_uniform or not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
         norms, total = _mended(gradients.tensors, norms, total, norm_type)
+    scale = scale / divisor
     if scale != 1.0:
         norms, total = _fitting(norms.double() * scale, total.double() * scale, norms.dtype)
-    return Measurement(gradients.fill(norms), total)
+    return Measurement(gradients.fill(norms), total, scale)
 
 
-def on_host(norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring norms to the host, where the rest of the step is decided: the one host sync; none on a CPU."""
-    if norms.device.type == "cpu":
-        return norms, total
-    both = torch.cat([norms, total]).cpu()
-    return both[:-1], both[-1:]
+def on_host(norms: Tensor, total: Tensor, loss_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU."""
+    if norms.is_cpu:
+        return norms, total, 1.0 if loss_scale is None else float(loss_scale)
+    parts = [norms, total] if loss_scale is None else [norms, total, loss_scale.to(norms).reshape(1)]
+    together = torch.cat(parts).cpu()
+    count = len(norms)
+    return together[:count], together[count : count + 1], 1.0 if loss_scale is None else together.tolist()[-1]
 
 
 def _all_sound(norms: Tensor, sound: float) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.blocks import OUTSIDE, Partition, Scope, no_match, unknown_scope
+from clip_callbacks.buckets import Buckets
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class ParameterTable:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+    _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> ParameterTable:
@@ -142,7 +144,12 @@ class ParameterTable:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether all parameters, and so their gradients, are of one dtype on one device."""
-        return len({(tensor.dtype, tensor.device) for tensor in self.tensors}) <= 1
+        kinds = {(getattr(tensor, "grad_dtype", tensor.dtype), tensor.device) for tensor in self.tensors}
+        return len(kinds) <= 1 and all(dtype is not None for dtype, _ in kinds)  # None: gradients of any dtype
+
+    @cached_property
+    def _buckets(self) -> Buckets | None:
+        return Buckets.of([tensor for _, tensor in self._filled]) if self.is_uniform else None
 
     @cached_property
     def _filled(self) -> list[tuple[int, Tensor]]:
@@ -150,18 +157,25 @@ class ParameterTable:
 
     def gradients(self) -> Gradients:
         """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
-        positions, tensors, strided = [], [], torch.strided
+        positions, tensors, strided, buckets = [], [], torch.strided, self._buckets
         for position, parameter in self._filled:
             gradient = parameter.grad
             if gradient is None:
                 continue
             if gradient.layout is not strided:
-                gradient = coalesced_values(parameter)
+                gradient, buckets = coalesced_values(parameter), None
                 if not gradient.numel():
                     continue
             positions.append(position)
             tensors.append(gradient)
-        return Gradients(positions, tensors, len(self.tensors), self.is_uniform)
+        return Gradients(self, positions, tensors, buckets if len(tensors) == len(self._filled) else None)
+
+    def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""
+        if dtype not in self._slots:
+            buffer = torch.empty(len(self), dtype=dtype)
+            self._slots[dtype] = buffer, list(buffer.unbind())
+        return self._slots[dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,22 +183,32 @@ class Gradients:
     """Gradients of one step: strided tensors with at least one entry; of a sparse gradient, its coalesced values.
 
     Args:
-        positions: Which parameters of the table have one.
+        table: The N parameters.
+        positions: Which of them have one.
         tensors: Views of those gradients: what is written here is written there.
-        count: How many parameters the table holds, N.
-        is_uniform: Whether all are of one dtype on one device.
+        buckets: How to read the small ones together, if that is worth it.
     """
 
+    table: ParameterTable
     positions: list[int]
     tensors: list[Tensor]
-    count: int
-    is_uniform: bool
+    buckets: Buckets | None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all are of one dtype on one device."""
+        return self.table.is_uniform
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter has one."""
+        return len(self.positions) == len(self.table)
 
     def fill(self, values: Tensor) -> Tensor:
         """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
-        if len(self.positions) == self.count:
+        if self.is_complete:
             return values
-        return values.new_zeros(self.count).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+        return values.new_zeros(len(self.table)).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
 
 
 def coalesced_values(parameter: Tensor) -> Tensor:

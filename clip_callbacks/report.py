@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from clip_callbacks.norms import sound_total
+from clip_callbacks.norms import FALSE, TRUE, sound_total
 from clip_callbacks.rules import Outcome
 
 TOTAL_NORM = "grad/total_norm"
@@ -23,9 +24,6 @@ ACCUMULATION_SCALE = "grad/accumulation_scale"
 BLOCK_NORM = "grad_norm/"
 """Prefix of a monitor's metrics; the name of the block follows."""
 
-TRUE, FALSE = torch.tensor(True), torch.tensor(False)
-"""The two 0-dim flags that reports hold: made once."""
-
 PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}
 
 
@@ -39,10 +37,11 @@ class StepReport:
         total: Norm of all gradients before clipping, shape ``(1,)``; :attr:`total_norm` is the same, 0-dim.
         parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``, 0 where there is none.
         outcomes: What each rule found and decided, in order.
-        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)`` or one for all, ``(1,)``; None is 1.
+        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)`` or one entry for all; None is 1.
         norm_type: The order p of all norms.
         finite: Whether every gradient was finite when it came, 0-dim bool.
         skipped: Whether the step is skipped, 0-dim bool.
+        accumulation_scale: What all gradients were multiplied by before all else, to make a window's sum its mean.
     """
 
     total: Tensor
@@ -52,11 +51,12 @@ class StepReport:
     norm_type: float
     finite: Tensor
     skipped: Tensor
+    accumulation_scale: float = 1.0
 
     @cached_property
     def total_norm(self) -> Tensor:
         """Norm of all gradients before clipping, 0-dim."""
-        return self.total[0]
+        return self.total.reshape(())
 
     @cached_property
     def clipped_norm(self) -> Tensor:
@@ -70,19 +70,19 @@ class StepReport:
     @cached_property
     def clip_coef(self) -> Tensor:
         """clipped_norm / total_norm, 0-dim; under one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
-        if self.factors is None or self.total.tolist() == [0.0]:
-            return torch.ones_like(self.total_norm)
+        if self.factors is None:
+            return _constant(1.0, self.total.dtype)
         if self._is_global:
-            return self.outcomes[0].coefficients[0]
-        return self.clipped_norm / self.total_norm
+            return self.outcomes[0].coefficients.reshape(())
+        return torch.where(self.total_norm > 0, self.clipped_norm / self.total_norm, 1.0)
 
     @cached_property
     def max_norm(self) -> Tensor:
         """The limit in force, 0-dim: of the first rule, for the block with the lowest one; inf without a limit."""
         if not self.outcomes:
-            return torch.full_like(self.total_norm, torch.inf)
+            return _constant(math.inf, self.total.dtype)
         limits = self.outcomes[0].limits
-        return limits.amin() if isinstance(limits, Tensor) else torch.full_like(self.total_norm, limits)
+        return limits.amin() if isinstance(limits, Tensor) else _constant(limits, self.total.dtype)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -106,31 +106,75 @@ class StepReport:
     @cached_property
     def coefficients(self) -> Tensor:
         """Coefficients of the blocks, shape ``(B,)``, in [0, 1]."""
-        return torch.cat([outcome.coefficients for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
+        each = [outcome.coefficients.reshape(-1) for outcome in self.outcomes]
+        return torch.cat(each) if each else self.total.new_empty(0)
 
     @property
     def clipped(self) -> bool:
-        """Whether any gradient was made smaller."""
+        """Whether any gradient was made smaller; of a deferred step, whether any may have been."""
         return self.factors is not None
 
+    def to_host(self) -> StepReport:
+        """The report of a deferred step on its way to the host, which does not wait: good when the device has got this far."""
+        copies: dict[int, Tensor] = {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return copies.setdefault(id(tensor), tensor.to("cpu", non_blocking=True))
+
+        return replace(
+            self,
+            total=copy(self.total),
+            parameter_norms=copy(self.parameter_norms),
+            outcomes=tuple(
+                replace(
+                    outcome,
+                    norms=copy(outcome.norms),
+                    limits=copy(outcome.limits) if isinstance(outcome.limits, Tensor) else outcome.limits,
+                    coefficients=copy(outcome.coefficients),
+                )
+                for outcome in self.outcomes
+            ),
+            factors=None if self.factors is None else copy(self.factors),
+            finite=copy(self.finite),
+            skipped=copy(self.skipped),
+        )
+
+    def settled(self) -> StepReport:
+        """The report of a deferred step that has come to the host, as if it had been decided there."""
+        is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
+        return replace(
+            self,
+            outcomes=tuple(
+                replace(outcome, clips=any(coefficient < 1.0 for coefficient in outcome.coefficients.reshape(-1).tolist()))
+                for outcome in self.outcomes
+            ),
+            factors=self.factors if is_clipped else None,
+            finite=TRUE if bool(self.finite) else FALSE,
+            skipped=TRUE if bool(self.skipped) else FALSE,
+        )
+
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
-        """The values of this step under their names on a dashboard; none of a skipped step, whose norm is no number.
+        """The values of this step, on the host, under their names on a dashboard; only finite ones.
 
         Args:
             clipping: Whether those that tell of clipping are wanted.
         """
-        if self.skipped is TRUE:
+        if not math.isfinite(self.total.tolist()[0]):
             return {}
         if not clipping:
             return {TOTAL_NORM: self.total_norm}
-        return {
-            TOTAL_NORM: self.total_norm,
-            CLIPPED_NORM: self.clipped_norm,
-            CLIP_COEF: self.clip_coef,
-            MAX_NORM: self.max_norm,
-        }
+        metrics = {TOTAL_NORM: self.total_norm, CLIPPED_NORM: self.clipped_norm, CLIP_COEF: self.clip_coef}
+        if any(isinstance(outcome.limits, Tensor) or outcome.limits < math.inf for outcome in self.outcomes[:1]):
+            metrics[MAX_NORM] = self.max_norm
+        return metrics
 
     @property
     def _is_global(self) -> bool:
         """Whether one coefficient for everything is all there was to decide."""
-        return len(self.outcomes) == 1 and self.factors is not None and len(self.factors) == 1
+        return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
+
+
+@lru_cache(maxsize=64)
+def _constant(number: float, dtype: torch.dtype) -> Tensor:
+    """A 0-dim tensor, made once: what most steps report costs nothing."""
+    return torch.tensor(number, dtype=dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -91,8 +92,8 @@ class Outcome:
         names: Of the B blocks.
         norms: Of the blocks as the stage met them, shape ``(B,)``.
         limits: For them, shape ``(B,)`` or one number.
-        coefficients: Shape ``(B,)``, in [0, 1]; exactly 1 where nothing is clipped.
-        clips: Whether any coefficient is below 1.
+        coefficients: Shape ``(B,)``, or 0-dim if there is one, in [0, 1]; exactly 1 where nothing is clipped.
+        clips: Whether any coefficient is below 1; of a deferred step, whether any may be.
     """
 
     names: tuple[str, ...]
@@ -102,24 +103,39 @@ class Outcome:
     clips: bool
 
 
-def coefficients(norms: Tensor, limits: Tensor | float) -> tuple[Tensor, bool]:
+def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = False) -> tuple[Tensor, bool]:
     """The one division of the package: limits into coefficients.
 
     Args:
         norms: Shape ``(B,)``. A block whose norm is 0 or not finite gets 1: such a norm never scales a gradient.
         limits: Shape ``(B,)`` or one number.
+        deferred: Whether nothing is to be read on the host.
 
     Returns:
-        Coefficients of shape ``(B,)``, and whether any is below 1.
+        Coefficients of shape ``(B,)``, or 0-dim if there is one; and whether any is below 1, or, of a deferred step, may be.
     """
+    if not deferred and isinstance(limits, float) and len(norms) == 1:
+        coefficient = _coefficient(norms.tolist()[0], limits, norms.dtype)
+        return (torch.tensor(coefficient, dtype=norms.dtype), True) if coefficient < 1.0 else (_ones(1, norms.dtype), False)
     # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
     ratios = (norms + EPS).reciprocal() * limits
-    on_host = ratios.tolist()
-    if all(ratio >= 1.0 for ratio in on_host):
-        return _ones(len(on_host), norms.dtype), False
-    if len(on_host) == 1 and 0.0 < on_host[0] < 1.0 and norms.tolist() != [0.0]:
-        return ratios, True
-    return torch.where(torch.isfinite(norms) & (norms > 0), ratios, 1.0).clamp(max=1.0), True
+    if not deferred and all(ratio >= 1.0 for ratio in ratios.tolist()):
+        return _ones(len(norms), norms.dtype), False
+    limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
+    return limited, deferred or any(coefficient < 1.0 for coefficient in limited.tolist())
+
+
+def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
+    """The same on the host, each operation rounded to the dtype as torch rounds it: most steps need no tensor at all."""
+    if not 0.0 < norm < math.inf:
+        return 1.0
+    if dtype is torch.float64:
+        return 1.0 / (norm + EPS) * limit
+    return _float32(_float32(1.0 / _float32(norm + _float32(EPS))) * _float32(limit))
+
+
+def _float32(number: float) -> float:
+    return c_float(number).value
 
 
 def decide(
@@ -128,16 +144,17 @@ def decide(
     """Run the stages in order on the norms of one step.
 
     Returns:
-        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or ``(1,)`` if it is one
-        for all, or None if all are 1; and the state after, which is the state before if any norm was not finite.
+        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or of one entry
+        if it is one for all, or None if all are 1; and the state after, which is the state before if any norm was not finite.
     """
     outcomes: list[Outcome] = []
     after: list[LimitState] = []
     factors: Tensor | None = None
-    for stage, before in zip(stages, state, strict=True):
-        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before, is_finite=measured.is_finite)
+    for stage, held in zip(stages, state, strict=True):
+        before = {key: value.to(measured.total.device) for key, value in held.items()}
+        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before, measured)
         outcomes.append(outcome)
-        after.append(_observed(stage, outcome, before) if measured.is_finite else before)
+        after.append(_observed(stage, outcome, before, measured))
         if outcome.clips:
             spread = stage.partition.spread(outcome.coefficients)
             factors = spread if factors is None else factors * spread
@@ -145,6 +162,8 @@ def decide(
 
 
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement, norm_type: float) -> Tensor:
+    if partition.is_whole and measured.is_deferred:
+        return measured.total if factors is None else measured.total * factors
     if factors is not None:
         return block_norms(measured.norms * factors, partition, norm_type)
     return measured.total if partition.is_whole else block_norms(measured.norms, partition, norm_type)
@@ -156,18 +175,24 @@ def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -
     return decide(unlimited, measured, norm_type, tuple({} for _ in unlimited))[0]
 
 
-def _outcome(stage: Stage, norms: Tensor, state: LimitState, *, is_finite: bool) -> Outcome:
+def _outcome(stage: Stage, norms: Tensor, state: LimitState, measured: Measurement) -> Outcome:
     names = stage.partition.names
     if stage.limit is None:
         return Outcome(names, norms, math.inf, _ones(len(names), norms.dtype), clips=False)
-    limits = stage.limit.limits(norms.nan_to_num(0.0, 0.0, 0.0) if not is_finite else norms, state)
-    return Outcome(names, norms, limits, *coefficients(norms, limits))
+    may_be_bad = measured.is_deferred or not measured.is_finite
+    limits = stage.limit.limits(norms.nan_to_num(0.0, 0.0, 0.0) if may_be_bad else norms, state)
+    return Outcome(names, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred))
 
 
-def _observed(stage: Stage, outcome: Outcome, state: LimitState) -> LimitState:
-    if stage.limit is None or not state:
+def _observed(stage: Stage, outcome: Outcome, state: LimitState, measured: Measurement) -> LimitState:
+    """State after the step: what it was before, if any norm was not finite."""
+    if stage.limit is None or not state or not (measured.is_deferred or measured.is_finite):
         return state
-    return stage.limit.observe(outcome.norms * outcome.coefficients, state)
+    clipped = outcome.norms * outcome.coefficients
+    if not measured.is_deferred:
+        return stage.limit.observe(clipped, state)
+    after = stage.limit.observe(clipped.nan_to_num(0.0, 0.0, 0.0), state)
+    return {key: torch.where(measured.finite, value, state[key]) for key, value in after.items()}
 
 
 def _as_limit(max_norm: MaxNorm) -> Limit | None:

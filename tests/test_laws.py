@@ -181,6 +181,32 @@ def test_a_nonfinite_step_leaves_no_trace_in_the_state(limit, scope, p, bad, pol
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("p", NORM_TYPES)
+@pytest.mark.parametrize("rules", [1, 2])
+def test_decided_on_the_device_as_on_the_host(limit, p, rules):
+    """Over a history with bad steps in it, the first one too: coefficients, gradients and states."""
+    states = {True: None, False: None}
+    for seed in range(12):
+        reports, written = {}, {}
+        for deferred in (True, False):
+            module = with_gradients(seed, size=10.0 ** (seed % 3))
+            if seed in {0, 5}:
+                module[0].weight.grad[0, 0] = (math.nan, math.inf)[seed % 2]
+            stages = [ClipRule(limit), ClipRule(0.2)][:rules]
+            reports[deferred], states[deferred] = clip_step(
+                module.named_parameters(), states[deferred], rules=stages, norm_type=p, nonfinite="ignore", deferred=deferred
+            )
+            written[deferred] = gradients(module)
+        ours, theirs = reports[True].to_host().settled(), reports[False]
+        torch.testing.assert_close(written[True], written[False], equal_nan=True)
+        torch.testing.assert_close(ours.coefficients, theirs.coefficients)
+        torch.testing.assert_close(ours.norms, theirs.norms, equal_nan=True)
+        assert (ours.clipped, bool(ours.finite)) == (theirs.clipped, bool(theirs.finite))
+        for left, right in zip(*states.values(), strict=True):
+            torch.testing.assert_close(left, right)
+
+
 def test_global_then_local_from_one_read():
     module = with_gradients(8, size=5.0)
     before = gradients(module)

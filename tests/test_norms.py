@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, ParameterTable, clip_step
+from clip_callbacks.buckets import CAPACITY, SMALL, Buckets
 from clip_callbacks.norms import measure, tensor_norms, true_norms
+from clip_callbacks.rules import EPS, coefficients
 from tests import reference
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, 4.0, math.inf]
@@ -184,3 +186,64 @@ def test_compressed_sparse_gradients():
 @pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1)])
 def test_numpy_numbers_are_numbers(number):
     assert ClipRule(number).max_norm == number
+
+
+SHAPES = [(1,), (7,), (64,), (3, 5), (8, 3, 3, 3), (SMALL,), (SMALL + 1,), (50, 100), ()]
+
+
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=60),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
+    p=st.sampled_from(NORM_TYPES),
+)
+@settings(max_examples=150, deadline=None)
+def test_buckets_have_the_bits_of_one_kernel_for_each_tensor(shapes, dtype, p):
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    alone = tensor_norms(tensors, p, is_uniform=True)
+    buckets = Buckets.of(tensors)
+    together = tensor_norms(tensors, p, is_uniform=True, buckets=buckets)
+    assert torch.equal(alone, together)
+    assert together.dtype is alone.dtype
+    if buckets is None:
+        assert all(shapes.count(shape) < 8 for shape in shapes if shape and math.prod(shape) <= SMALL)
+
+
+def test_a_bucket_is_read_in_pieces_of_bounded_size():
+    tensors = [torch.randn(SMALL) for _ in range(3 * CAPACITY // SMALL + 1)]
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        together = tensor_norms(tensors, 2.0, is_uniform=True, buckets=Buckets.of(tensors))
+    assert torch.equal(together, tensor_norms(tensors, 2.0, is_uniform=True))
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::stack")
+    assert largest <= 4 * CAPACITY
+
+
+def test_gradients_of_another_dtype_than_their_parameters():
+    parameters = [nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)) for _ in range(20)]
+    for i, parameter in enumerate(parameters):
+        if i % 2:
+            parameter.grad_dtype = torch.float32
+        parameter.grad = torch.ones(5, dtype=torch.float32 if i % 2 else torch.bfloat16)
+    torch.testing.assert_close(measure(ParameterTable.of_tensors(parameters).gradients(), 2.0).total, torch.tensor([10.0]))
+
+
+def test_sparse_gradients_beside_a_bucket():
+    parameters = [nn.Parameter(torch.zeros(10, 2)) for _ in range(12)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(10, 2)
+    parameters[3].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (10, 2), check_invariants=True)
+    expected = math.sqrt(11 * 20 + 2 * 2.0**2)
+    torch.testing.assert_close(measure(ParameterTable.of_tensors(parameters).gradients(), 2.0).total, torch.tensor([expected]))
+
+
+@given(
+    norm=st.floats(0, 2.0**127, width=32) | st.floats(2.0**-20, 2.0**20, width=32),
+    limit=st.floats(1e-30, 1e30) | st.floats(1e-3, 1e3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=500, deadline=None)
+def test_the_hosts_coefficient_has_the_bits_of_torchs(norm, limit, dtype):
+    norms = torch.tensor([norm], dtype=dtype)
+    ours, clips = coefficients(norms, limit)
+    theirs = torch.clamp(limit / (norms + EPS), max=1.0) if norm else torch.ones(1, dtype=dtype)
+    assert torch.equal(ours.reshape(1), theirs)
+    assert clips is bool(theirs < 1)

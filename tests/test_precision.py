@@ -80,22 +80,6 @@ def test_last_micro_batch_none_under_a_scaler_takes_no_step_and_reports_none(tra
     assert fit.callback_metrics["grad/total_norm"] < 100, "never a norm with the loss scale in it"
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_fused_under_a_scaler_is_refused_clearly(trainer, optimizer):
-    with pytest.raises(ValueError, match=r"`optimizer` must not be fused under a GradScaler, got .*fused=False"):
-        trainer(GradientClipping(0.5), **scaled()).fit(Regression(optimizer, fused=True), data())
-
-
-def test_fused_without_a_scaler_works(trainer):
-    results = []
-    for callbacks, options in (([GradientClipping(0.5)], {}), ([], {"gradient_clip_val": 0.5})):
-        torch.manual_seed(0)
-        module = Regression(torch.optim.AdamW, fused=True)
-        trainer(*callbacks, **options).fit(module, data())
-        results.append(weights(module))
-    assert_same_bits(*results)
-
-
 def test_manual_optimization_under_a_scaler(trainer):
     from tests.test_clipping import TwoNetworks
 

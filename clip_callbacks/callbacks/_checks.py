@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
+from clip_callbacks.callbacks._scaler import takes_scaler_argument
+
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
 
@@ -69,10 +71,10 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
     """
     for optimizer in optimizers:
         name = type(optimizer).__name__
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and takes_scaler_argument(optimizer):
             raise ValueError(
-                f"`optimizer` must not be fused under a GradScaler, got {name}(fused=True) with precision 16-mixed: its gradients "
-                "are still multiplied by the loss scale when callbacks see them. Set fused=False, or use precision bf16-mixed."
+                f"`optimizer` must leave unscaling to its caller under a GradScaler, got {name}, whose step takes the scaler "
+                "itself: gradients would be unscaled twice. Use a fused optimizer of torch.optim, or precision bf16-mixed."
             )
         if isinstance(optimizer, LBFGS) and any(member.kind == "rescaling" for member in family):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,12 +26,16 @@ class Incident:
         lane: The optimizer.
         window: Its micro-batches.
         is_new: Whether the optimizer's step is new, not another closure call of the last one.
+        loss_scale: Where the scaler has left unscaling to us, its scale at this step, 0-dim.
+        norms: Of the gradients, on the host, if the step is over and nothing else is left of them.
     """
 
     trainer: Trainer
     lane: Lane
     window: list[MicroBatch]
     is_new: bool
+    loss_scale: Tensor | None = None
+    norms: Tensor | None = None
     happened: bool = False
     is_undone: bool = False
 
@@ -39,9 +44,9 @@ class Incident:
 
     @property
     def leaves_to_scaler(self) -> bool:
-        """Whether the scaler skips this step itself."""
+        """Whether the scaler skips this bad step itself."""
         scaler = grad_scaler(self.trainer)
-        return scaler is not None and has_overflowed(scaler, self.lane.optimizer)
+        return self.loss_scale is not None or (scaler is not None and has_overflowed(scaler, self.lane.optimizer))
 
     def is_overflow(self) -> bool:
         """Whether a lower loss scale may cure it: the scaler has found it, the scale is above 1, and no loss is bad by itself.
@@ -50,14 +55,16 @@ class Incident:
         optimizers, since nobody knows whose gradients a loss has reached.
         """
         scaler = grad_scaler(self.trainer)
-        if scaler is None or not self.leaves_to_scaler or scaler.get_scale() <= 1.0:
+        if scaler is None or not self.leaves_to_scaler:
+            return False
+        if (scaler.get_scale() if self.loss_scale is None else float(self.loss_scale)) <= 1.0:
             return False
         losses_count = self.trainer.world_size == 1 and len(self.trainer.optimizers) == 1
         return not losses_count or not any(_is_bad(loss) for loss in self._losses())
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""
-        findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step)
+        findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step, norms=self.norms)
         if self.trainer.world_size > 1 and findings.loss_is_finite:
             findings = replace(findings, loss_is_finite=None)  # another rank's may not be
         return replace(findings, traced=self._trace())
@@ -72,6 +79,7 @@ class Incident:
                 return trace_forward(self.trainer, module, *batch)
         return None
 
+    @cached_property
     def place(self) -> dict[str, int | str]:
         """Step, epoch, batch, rank, and with several of them the optimizer."""
         trainer = self.trainer
@@ -81,7 +89,7 @@ class Incident:
 
     def __str__(self) -> str:
         """The place in words."""
-        return ", ".join(f"{what} {where}" for what, where in self.place().items())
+        return ", ".join(f"{what} {where}" for what, where in self.place.items())
 
 
 def _is_bad(scaled_loss: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from clip_callbacks.callbacks._history import RunHistory
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
+
+if TYPE_CHECKING:
+    from clip_callbacks.callbacks._deferral import Verdict
 
 T = TypeVar("T")
 
@@ -44,6 +47,7 @@ class Lane:
         self.history = RunHistory()
         self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
         self.report: StepReport | None = None
+        self.verdict: Verdict | None = None
         self.scale = 1.0
         self.stepped = self.unlogged = self.is_skipped = False
         self._step_number: int | None = None

@@ -103,7 +103,7 @@ class Member(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
         if leading := self._leading():
-            leading.begin_batch(pl_module, batch, batch_idx)
+            leading.begin_batch(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
@@ -149,6 +149,8 @@ class Member(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
+        if self._pass:
+            self._pass.settle()
         leading = self._leading()
         return {"history": leading.history_state() if leading else self._history}
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,12 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.callbacks._checks import check_micro_batches, check_optimizers
+from clip_callbacks.callbacks._deferral import Deferral, Verdict
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._publisher import Publisher
-from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled
-from clip_callbacks.report import FALSE, TRUE, StepReport
-from clip_callbacks.step import clip_step
+from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
+from clip_callbacks.fused import take_back
+from clip_callbacks.nonfinite import Policy
+from clip_callbacks.norms import FALSE, TRUE
+from clip_callbacks.parameters import ParameterTable
+from clip_callbacks.report import StepReport
+from clip_callbacks.step import Judge, clip_step
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
@@ -70,7 +74,7 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
-        self._warned_empty = self._in_window = False
+        self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
         if self.guard and self.guard.level == "microbatch":
@@ -82,16 +86,20 @@ class Pass:
         names = [name for name, _ in module.named_parameters()]
         for member in members:
             member.bind(self.lanes, names)
-        self._equip(module)
+        self._equip(trainer, module)
 
-    def _equip(self, module: LightningModule) -> None:
+    def _equip(self, trainer: Trainer, module: LightningModule) -> None:
         """Have what puts skipped steps back, for the parameters that the optimizers hold now."""
         self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
         self.micro_batches = self.guard.micro_batches(module, self.lanes) if self.guard else None
+        self.deferral = Deferral(trainer, module, self.roles, self.rewind)
+        for lane in self.lanes:
+            self.deferral.meet(lane)
 
     @property
     def skipped_steps(self) -> int:
         """Skipped optimizer steps so far, over all optimizers."""
+        self.settle()
         return self.guard.skipped_steps if self.guard else 0
 
     def open(self, trainer: Trainer) -> None:
@@ -100,13 +108,14 @@ class Pass:
         if self.guard:
             self.guard.open_journal(trainer)
 
-    def begin_batch(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
+        self._has_backward = False
         if self.guard and self.guard.trace_forward:
             self._batch = batch, batch_idx
         outdated = [lane for lane in self.lanes if lane.is_outdated]
         if outdated:
-            self._renew(module, outdated)
+            self._renew(trainer, module, outdated)
         if self.rewind:
             self.rewind.begin_batch(in_window=self._in_window)
         if self.micro_batches:
@@ -114,7 +123,7 @@ class Pass:
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
-        self._in_window = True
+        self._in_window = self._has_backward = True
         for lane in self.lanes:
             lane.window.append(MicroBatch(loss.detach(), self._batch))
         if self.micro_batches:
@@ -136,18 +145,27 @@ class Pass:
         """Rescale, measure, guard, clip and write the gradients of one optimizer; keep the report."""
         lane = self._lane(trainer, module, optimizer)
         self._in_window = False
-        if is_still_scaled(grad_scaler(trainer), optimizer):
+        self._settle(lane)
+        scaler = grad_scaler(trainer)
+        is_ours = is_still_scaled(scaler, optimizer)
+        if is_ours and module.automatic_optimization and not self._has_backward:
             lane.window.clear()
-            if self.rewind and module.automatic_optimization:
+            if self.rewind:
                 self.rewind.schedules.settle(trainer, skipped=False)
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         is_new = lane.begin(trainer.global_step)
         lane.scale = self._scale(module, lane)
         if self.rewind:
             self.rewind.begin_step(lane, is_new=is_new)
-        incident = Incident(trainer, lane, list(lane.window), is_new=is_new)
-        report = self._clip(lane, incident)
+        deferred = self.deferral.is_on(lane)
+        incident = Incident(trainer, lane, list(lane.window), is_new, loss_scale(scaler) if scaler and is_ours else None)
+        report = self._clip(lane, incident, deferred=deferred)
+        if scaler and is_ours:
+            take_over(scaler, optimizer, report.finite)
         lane.window.clear()
+        if deferred:
+            self._send(lane, report, incident)
+            return
         if self.micro_batches:
             self.micro_batches.end_window()
         lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
@@ -157,6 +175,32 @@ class Pass:
             steps = not (incident.happened and incident.leaves_to_scaler)
             self.rewind.end_step(trainer, lane, skipped=lane.is_skipped, steps=steps)
         self._keep(lane, report, is_new=is_new)
+
+    def _send(self, lane: Lane, report: StepReport, incident: Incident) -> None:
+        """Let the host learn of a deferred step when the next one comes, or somebody asks."""
+        if self.rewind and report.skipped is not FALSE:
+            self.rewind.end_deferred_step(incident.trainer, report.skipped)
+        if incident.loss_scale is not None:
+            incident.loss_scale = incident.loss_scale.clone()
+        lane.verdict = Verdict(report, incident)
+        for member in self.members:
+            member.last_report = report
+
+    def settle(self) -> None:
+        """Learn of every deferred step."""
+        for lane in self.lanes:
+            self._settle(lane)
+
+    def _settle(self, lane: Lane) -> None:
+        if (verdict := lane.verdict) is None:
+            return
+        lane.verdict = None
+        report, incident = verdict.read(), verdict.incident
+        if report.finite is FALSE and self.guard:
+            incident.norms = report.parameter_norms
+            self.guard.judge(incident, lane.table)
+        lane.is_skipped = report.skipped is TRUE
+        self._keep(lane, report, is_new=True)
 
     def _keep(self, lane: Lane, report: StepReport, *, is_new: bool) -> None:
         """Keep the report of a step: of LBFGS's closure calls the first, where the step begins, unless a later one is bad."""
@@ -175,7 +219,7 @@ class Pass:
             return self.rescaling.scale(module, lane)
         return self.micro_batches.scale if self.micro_batches and module.automatic_optimization else 1.0
 
-    def _clip(self, lane: Lane, incident: Incident) -> StepReport:
+    def _clip(self, lane: Lane, incident: Incident, *, deferred: bool) -> StepReport:
         is_lost = self.micro_batches is not None and self.micro_batches.is_lost
         if not lane.table.has_gradients and not is_lost:
             self._warn_empty()
@@ -186,8 +230,11 @@ class Pass:
             rules=clipping.rules_of(lane.index) if clipping else (),
             norm_type=self.norm_type,
             clip_value=clipping.clip_value if clipping else None,
-            nonfinite=partial(self.guard.judge, incident) if self.guard else "ignore",
+            nonfinite=self._nonfinite(incident, deferred=deferred),
             scale=lane.scale,
+            loss_scale=incident.loss_scale,
+            fused=lane.optimizer,
+            deferred=deferred,
         )
         if clipping:
             clipping.keep(lane.index, state)
@@ -196,6 +243,19 @@ class Pass:
             return replace(report, finite=FALSE, skipped=TRUE)
         return report
 
+    def _nonfinite(self, incident: Incident, *, deferred: bool) -> Policy | Judge:
+        """What a bad step meets. One that the scaler leaves to us is dropped in any case: the scaler would not take it."""
+        is_ours = incident.loss_scale is not None
+        if self.guard is None or deferred:
+            return "skip" if is_ours or (self.guard and self.guard.policy == "skip") else "ignore"
+        guard = self.guard
+
+        def judge(table: ParameterTable) -> Policy:
+            policy = guard.judge(incident, table)
+            return "skip" if is_ours else policy
+
+        return judge
+
     def _lane(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
         """The lane of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
         lane = next((lane for lane in self.lanes if lane.optimizer is optimizer), None)
@@ -203,18 +263,19 @@ class Pass:
             return lane
         if lane is None:
             lane = self._adopt(trainer, module, optimizer)
-        self._renew(module, [lane])
+        self._renew(trainer, module, [lane])
         return lane
 
-    def _renew(self, module: LightningModule, lanes: Sequence[Lane]) -> None:
+    def _renew(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane]) -> None:
         """Take up what optimizers hold now."""
         for lane in lanes:
+            self._settle(lane)
             lane.tabulate(module)
         for member in self.members:
             member.bind(lanes, [name for lane in lanes for name in lane.table.names], renew=True)
         if self.rewind:
             self.rewind.close()
-        self._equip(module)
+        self._equip(trainer, module)
 
     def _adopt(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
         """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
@@ -242,15 +303,19 @@ class Pass:
         if self.rewind:
             self.rewind.end_batch()
         if self.publisher:
+            if self.publisher.is_logging_step(trainer):
+                self.settle()
             self.publisher.publish(trainer, module, self.lanes)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Publish the metrics of the epoch."""
+        self.settle()
         if self.publisher:
             self.publisher.end_epoch(trainer, self.lanes)
 
     def summarize(self) -> None:
         """Say in a line each what there is to say at the end of training."""
+        self.settle()
         for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
@@ -261,7 +326,11 @@ class Pass:
             self.rewind.close()
         if self.guard:
             self.guard.release()
+        for lane in self.lanes:
+            lane.verdict = None
+            take_back(lane.optimizer)
 
     def history_state(self) -> dict[int, dict[str, Any]]:
         """What the lanes remember, by number of the optimizer."""
+        self.settle()
         return {lane.index: lane.history.state_dict() for lane in self.lanes}

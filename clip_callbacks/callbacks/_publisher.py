@@ -19,7 +19,6 @@ from clip_callbacks.report import (
     CLIP_FRACTION,
     SKIPPED_STEPS,
     TOTAL_NORM,
-    StepReport,
 )
 
 if TYPE_CHECKING:
@@ -45,59 +44,80 @@ class Publisher:
         self._callback_metrics = trainer.callback_metrics
         self._progress_bar_metrics = trainer.progress_bar_metrics
 
+    @staticmethod
+    def is_logging_step(trainer: Trainer) -> bool:
+        """Whether Lightning logs at the end of this batch."""
+        return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+
     def publish(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane]) -> None:
         """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
-        is_logging_step = trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
+        is_logging_step = self.is_logging_step(trainer)
         for lane in lanes:
-            if lane.stepped and lane.report is not None:
-                values = self._offer(lane.named(self._metrics(lane, lane.report)))
-                if self._roles.clipping and self._roles.clipping.prog_bar:
-                    self._show({key: values.get(key, math.nan) for key in lane.named(dict.fromkeys(SHOWN))})
             # in manual optimization the step may have come in a batch before the one that logs
             if is_logging_step and lane.unlogged and (lane.stepped or not module.automatic_optimization):
                 self._log_step(trainer, lane)
+            elif lane.stepped:
+                self._offer_step(lane)
             lane.stepped = False
 
     def end_epoch(self, trainer: Trainer, lanes: Sequence[Lane]) -> None:
         """Publish percentiles and the clip fraction of the epoch, at the step of Lightning's own epoch metrics."""
         for lane in lanes:
-            metrics = lane.named(lane.history.epoch_metrics(clipping=self._roles.clipping is not None))
+            self._offer(lane.named(self._values(lane)))
+            metrics = as_floats(lane.named(lane.history.epoch_metrics(clipping=self._roles.clipping is not None)))
             lane.history.end_epoch()
-            self._log(trainer, self._offer(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            self._offer(metrics)
+            self._log(trainer, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-    def _metrics(self, lane: Lane, report: StepReport) -> dict[str, Tensor | float]:
+    def _offer_step(self, lane: Lane) -> None:
+        """Between logging steps nothing is read or reckoned: the tensors of the report are handed on."""
+        if lane.report is not None:
+            metrics = lane.named(lane.report.metrics(clipping=self._roles.clipping is not None))
+            self._callback_metrics.update(metrics)
+            if self._shows:
+                self._show(lane, as_floats(metrics))
+
+    def _values(self, lane: Lane) -> dict[str, float]:
+        """All metrics of an optimizer, the finite ones, as numbers."""
+        if lane.report is None:
+            return {}
         roles = self._roles
-        metrics: dict[str, Tensor | float] = {**report.metrics(clipping=roles.clipping is not None)}
+        metrics: dict[str, Tensor | float] = {**lane.report.metrics(clipping=roles.clipping is not None)}
         if roles.clipping:
             metrics[CLIP_FRACTION] = lane.history.since_logged.fraction
         if roles.guard:
             metrics[SKIPPED_STEPS] = float(roles.guard.skipped_steps_of(lane.index))
         if roles.rescaling:
-            metrics[ACCUMULATION_SCALE] = lane.scale
-        return metrics
+            metrics[ACCUMULATION_SCALE] = lane.report.accumulation_scale
+        return as_floats(metrics)
 
     def _log_step(self, trainer: Trainer, lane: Lane) -> None:
         assert lane.report is not None
-        metrics = self._metrics(lane, lane.report)
-        if lane.scale == 1.0:
-            metrics.pop(ACCUMULATION_SCALE, None)
+        metrics = self._values(lane)
         if (scaler := grad_scaler(trainer)) is not None:
             metrics[AMP_SCALE] = scaler.get_scale()
         self._offer(lane.named(metrics))
+        if self._shows:
+            self._show(lane, lane.named(metrics))
+        if lane.report.accumulation_scale == 1.0:
+            metrics.pop(ACCUMULATION_SCALE, None)
         for monitor in self._roles.monitors:
-            metrics |= monitor.metrics(lane, lane.report)
-        self._log(trainer, as_floats(lane.named(metrics)), trainer.fit_loop.epoch_loop._batches_that_stepped)
+            metrics |= as_floats(monitor.metrics(lane, lane.report))
+        self._log(trainer, lane.named(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped)
         lane.history.since_logged.reset()
         lane.unlogged = False
 
-    def _offer(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Put metrics where ModelCheckpoint and EarlyStopping look; the finite ones as numbers."""
-        values = as_floats(metrics)
-        self._callback_metrics.update({key: torch.as_tensor(metrics[key]) for key in values})
-        return values
+    @property
+    def _shows(self) -> bool:
+        return self._roles.clipping is not None and self._roles.clipping.prog_bar
 
-    def _show(self, values: Mapping[str, float]) -> None:
-        self._progress_bar_metrics.update({key: f"{value:.3g}" for key, value in values.items()})  # type: ignore[misc]
+    def _offer(self, values: Mapping[str, float]) -> None:
+        """Put metrics where ModelCheckpoint and EarlyStopping look."""
+        self._callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+    def _show(self, lane: Lane, values: Mapping[str, float]) -> None:
+        shown = {key: f"{values.get(key, math.nan):.3g}" for key in lane.named(dict.fromkeys(SHOWN))}
+        self._progress_bar_metrics.update(shown)  # type: ignore[arg-type]
 
     @staticmethod
     def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:

@@ -79,6 +79,23 @@ class Rewind:
         if not self._is_manual:
             self.schedules.settle(trainer, skipped=skipped)
 
+    def must_know_at_once(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether a skipped step cannot be undone without the host knowing of it before the batch ends."""
+        if not module.automatic_optimization:
+            return not self._at_step.is_empty
+        return self.schedules.holds(trainer)
+
+    def end_deferred_step(self, trainer: Trainer, skipped: Tensor) -> None:
+        """Undo a step if it is skipped, which the host does not know.
+
+        Args:
+            trainer: The Trainer.
+            skipped: Whether it is, 0-dim bool.
+        """
+        if not self._is_manual:
+            self._at_batch.restore_where(skipped)
+            self.schedules.settle(trainer, skipped=False)
+
     def _restore_statistics(self) -> None:
         """Go back to the last step, or, if another optimizer's bad pass was part of that already, to the batch's beginning."""
         if self._is_manual and self._at_step.is_finite:
@@ -113,25 +130,66 @@ class BatchStatistics:
 
     def __init__(self, module: LightningModule, *, is_on: bool) -> None:
         layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.running_mean is not None]
-        self._live = [buffer for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []
-        self._copies = [buffer.clone() for buffer in self._live]
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in [buffer for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []:
+            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._kinds = [_Buffers(live) for live in kinds.values()]
+        self.keep()
 
-    @torch.no_grad()
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to keep."""
+        return not self._kinds
+
     def keep(self) -> None:
         """Copy the statistics as they are."""
-        if self._live:
-            torch._foreach_copy_(self._copies, self._live)
+        for buffers in self._kinds:
+            buffers.keep()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put the statistics back to the copies."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._copies)
+        for buffers in self._kinds:
+            buffers.restore()
+
+    def restore_where(self, flag: Tensor) -> None:
+        """Put the statistics back to the copies if a flag is set, 0-dim bool, which stays unread."""
+        for buffers in self._kinds:
+            buffers.restore_where(flag)
 
     @property
     def is_finite(self) -> bool:
         """Whether the copies are; asked on bad steps only."""
-        return all_finite(self._copies)
+        return all_finite(buffers.kept for buffers in self._kinds)
+
+
+class _Buffers:
+    """Buffers of one dtype on one device, and their copies side by side in one tensor."""
+
+    def __init__(self, live: list[Tensor]) -> None:
+        self._live = live
+        self.kept, self._copies = self._room()
+        self._scratch: tuple[Tensor, list[Tensor]] | None = None
+
+    def _room(self) -> tuple[Tensor, list[Tensor]]:
+        flat = torch.empty(sum(buffer.numel() for buffer in self._live), dtype=self._live[0].dtype, device=self._live[0].device)
+        parts = flat.split([buffer.numel() for buffer in self._live])  # type: ignore[no-untyped-call]
+        return flat, [part.view_as(buffer) for part, buffer in zip(parts, self._live, strict=True)]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        torch._foreach_copy_(self._copies, self._live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self._live, self._copies)
+
+    @torch.no_grad()
+    def restore_where(self, flag: Tensor) -> None:
+        """By selection, no arithmetic: what is not chosen may be NaN."""
+        flat, chosen = self._scratch = self._scratch or self._room()
+        torch._foreach_copy_(chosen, self._live)
+        torch.where(flag, self.kept, flat, out=flat)
+        torch._foreach_copy_(self._live, chosen)
 
 
 class LineSearch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from lightning.pytorch import Trainer
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -20,6 +22,34 @@ def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
         return False
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is None or state["stage"] is OptState.READY
+
+
+def takes_scaler_argument(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer of the old kind unscales for itself, by the scaler that its step is given."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and "grad_scaler" in signature(optimizer.step).parameters
+
+
+def loss_scale(scaler: GradScaler) -> torch.Tensor:
+    """What the loss was multiplied by, where it is and unread, 0-dim; the scaler changes it in place."""
+    scale = scaler._get_scale_async()
+    assert scale is not None, "a loss was scaled before"
+    return scale
+
+
+def take_over(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor) -> None:
+    """Tell the scaler that an optimizer's gradients are seen to: unscaled, or about to be on a fused optimizer's way.
+
+    What it would otherwise do in its step, a further pass that reads and writes all of them, is done already.
+
+    Args:
+        scaler: The scaler.
+        optimizer: The optimizer, whose gradients it has not unscaled.
+        finite: Whether all of them are finite, 0-dim bool; if not, the scaler lowers the scale and no step is taken.
+    """
+    state = scaler._per_optimizer_states[id(optimizer)]
+    device = loss_scale(scaler).device
+    state["found_inf_per_device"] = {device: finite.logical_not().float().to(device)}
+    state["stage"] = OptState.UNSCALED
 
 
 def has_overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:

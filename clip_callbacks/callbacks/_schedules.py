@@ -38,6 +38,12 @@ class HeldSchedules:
                 is_due = not skipped and (self._seen - self._left_out) % config.frequency == 0
                 config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
 
+    def holds(self, trainer: Trainer) -> bool:
+        """Whether there is any schedule that a skipped step would hold."""
+        return self._is_on and any(
+            config.interval == "step" and not config.reduce_on_plateau for config in trainer.lr_scheduler_configs
+        )
+
     def _begin(self, epoch: int, batches: int) -> None:
         """Take note of the batches of the epoch seen so far; those since the last step are the window."""
         if epoch != self._epoch:

@@ -54,6 +54,10 @@ class NonFiniteGuard(Member):
         hold_schedulers: Whether step-interval learning-rate schedules stand still for a skipped step.
         trace_forward: Whether a batch whose loss is not finite is run again, under hooks, to name the first module whose output is
             not finite. Keeps the batches of a window until its step. Not in manual optimization.
+        deferred: Whether steps of a fused optimizer are decided on the device, with no host sync: a bad one is skipped there and
+            then, the host learns of it one step later, and its report knows the norms of the parameters instead of counts. None:
+            where the gradients are on a device, the policy is "skip" or "ignore", all of them get one factor, and no
+            step-interval schedule is to stand still. True: raise an error where that cannot be.
 
     Raises:
         ValueError: If the policy or level is unknown, or ``max_consecutive`` is below 1.
@@ -75,6 +79,7 @@ class NonFiniteGuard(Member):
         restore_buffers: bool = True,
         hold_schedulers: bool = True,
         trace_forward: bool = False,
+        deferred: bool | None = None,
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
@@ -89,6 +94,7 @@ class NonFiniteGuard(Member):
         self.restore_buffers = restore_buffers
         self.hold_schedulers = hold_schedulers
         self.trace_forward = trace_forward
+        self.deferred = deferred
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
@@ -196,7 +202,7 @@ class NonFiniteGuard(Member):
     def report_micro_batch(self, incident: Incident) -> None:
         """Warn of a micro-batch about to be dropped, and write a line of the journal."""
         self._last_findings = findings = incident.findings(after_good_step=False)
-        self._write({**incident.place(), "policy": "microbatch", **findings.facts()})
+        self._write({**incident.place, "policy": "microbatch", **findings.facts()})
         what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
         rank_zero_warn(f"{what}\n{findings.describe()}", category=RuntimeWarning)
 
@@ -211,7 +217,7 @@ class NonFiniteGuard(Member):
             NonFiniteGradientError: As :meth:`judge` says.
         """
         what, found = f"Non-finite gradients at {incident}", findings.describe()
-        self._write({**incident.place(), "policy": self.policy, "streak": streak, **findings.facts()})
+        self._write({**incident.place, "policy": self.policy, "streak": streak, **findings.facts()})
         if self.policy == "raise":
             raise NonFiniteGradientError(f"{what}.\n{found}")
         if streak >= self.max_consecutive:
@@ -255,9 +261,10 @@ class NonFiniteGuard(Member):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, and where held schedules stand in the epoch."""
+        state = super().state_dict()
         counters = {index: asdict(counters) for index, counters in self._counters.items()}
         left_out = self._rewind.schedules.state() if self._rewind else self._left_out
-        return super().state_dict() | {
+        return state | {
             "counters": counters,
             "left_out": left_out,
             "dropped_micro_batches": self.dropped_micro_batches,

@@ -110,8 +110,9 @@ class GradientNormMonitor(Member):
 
     def state_dict(self) -> dict[str, Any]:
         """The norms of the run, 8 bytes a step."""
+        state = super().state_dict()
         norms = {index: history.values() for index, history in self._norms.items()}
-        return super().state_dict() | {"norms": norms, "last_logged": dict(self._last_logged)}
+        return state | {"norms": norms, "last_logged": dict(self._last_logged)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.

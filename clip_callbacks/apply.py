@@ -56,7 +56,7 @@ def write_deferred(
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
         board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
     elif factors is not None and gradients.tensors:
-        _multiply_(gradients.tensors, factors)
+        _multiply_(gradients, factors)
 
 
 def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> None:
@@ -67,6 +67,8 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> 
         factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or one entry for all; None is 1 for all.
         scale: A factor for all of them.
     """
+    if not gradients.tensors:
+        return
     if factors is None:
         if scale == 1.0:
             return
@@ -74,23 +76,23 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> 
     elif scale != 1.0:
         factors = factors * scale
     if factors.numel() == 1:
-        _multiply_(gradients.tensors, factors)
+        _multiply_(gradients, factors)
     else:
         _multiply_each_(gradients, factors)
 
 
-def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+def _multiply_(gradients: Gradients, factor: Tensor) -> None:
     """One product for all: for a CPU a 0-dim tensor takes a quarter of the time of a number; for a device a number is no copy."""
-    is_there = not factor.is_cpu or _on_cpu(tensors)
+    is_there = not factor.is_cpu or _on_cpu(gradients)
     factor = factor.reshape(()) if factor.ndim else factor
-    torch._foreach_mul_(tensors, factor if is_there else float(factor))
+    torch._foreach_mul_(gradients.tensors, factor if is_there else float(factor))
 
 
 def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
     """A factor each: for a CPU 0-dim tensors take a third of the time of numbers; for a device numbers go into one kernel."""
     numbers: list[float] = factors.tolist()
     each: list[Any] = numbers
-    if _on_cpu(gradients.tensors):
+    if _on_cpu(gradients):
         buffer, each = gradients.table.slots(factors.dtype)
         buffer.copy_(factors)
     if gradients.is_complete and 1.0 not in numbers:
@@ -101,8 +103,8 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
         torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
 
 
-def _on_cpu(tensors: list[Tensor]) -> bool:
-    return all(tensor.is_cpu for tensor in tensors)
+def _on_cpu(gradients: Gradients) -> bool:
+    return gradients.tensors[0].is_cpu if gradients.is_uniform else all(tensor.is_cpu for tensor in gradients.tensors)
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:

@@ -149,26 +149,33 @@ class ParameterTable:
 
     @cached_property
     def _buckets(self) -> Buckets | None:
-        return Buckets.of([tensor for _, tensor in self._filled]) if self.is_uniform else None
+        return Buckets.of(self._filled[1]) if self.is_uniform else None
 
     @cached_property
-    def _filled(self) -> list[tuple[int, Tensor]]:
-        return [(position, tensor) for position, tensor in enumerate(self.tensors) if tensor.numel()]
+    def _filled(self) -> tuple[list[int], list[Tensor]]:
+        places = [position for position, tensor in enumerate(self.tensors) if tensor.numel()]
+        return places, [self.tensors[position] for position in places]
 
     def gradients(self) -> Gradients:
         """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
-        positions, tensors, strided, buckets = [], [], torch.strided, self._buckets
-        for position, parameter in self._filled:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not strided:
-                gradient, buckets = coalesced_values(parameter), None
-                if not gradient.numel():
-                    continue
-            positions.append(position)
-            tensors.append(gradient)
-        return Gradients(self, positions, tensors, buckets if len(tensors) == len(self._filled) else None)
+        positions, parameters = self._filled
+        found = [parameter.grad for parameter in parameters]
+        tensors = [gradient for gradient in found if gradient is not None]
+        if {gradient.layout for gradient in tensors} - {torch.strided}:
+            return self._sparse_gradients()
+        if len(tensors) == len(found):
+            return Gradients(self, positions, tensors, self._buckets)
+        there = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
+        return Gradients(self, there, tensors, None)
+
+    def _sparse_gradients(self) -> Gradients:
+        entries = [
+            (position, parameter.grad if parameter.grad.layout is torch.strided else coalesced_values(parameter))
+            for position, parameter in zip(*self._filled, strict=True)
+            if parameter.grad is not None
+        ]
+        entries = [(position, values) for position, values in entries if values.numel()]
+        return Gradients(self, [position for position, _ in entries], [values for _, values in entries], None)
 
     def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""

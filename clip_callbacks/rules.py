@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -64,7 +65,11 @@ class ClipRule:
 
     def stage(self, table: ParameterTable) -> Stage:
         """The rule bound to the parameters of one optimizer."""
-        return Stage(_as_limit(self.max_norm), table.partition(self.scope, self.params))
+        return Stage(self._limit, table.partition(self.scope, self.params))
+
+    @cached_property
+    def _limit(self) -> Limit | None:
+        return _as_limit(self.max_norm)
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,12 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
         return (torch.tensor(coefficient, dtype=norms.dtype), True) if coefficient < 1.0 else (_ones(1, norms.dtype), False)
     # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
     ratios = (norms + EPS).reciprocal() * limits
-    if not deferred and all(ratio >= 1.0 for ratio in ratios.tolist()):
-        return _ones(len(norms), norms.dtype), False
+    if not deferred:
+        if min(ratios.tolist(), default=1.0) >= 1.0:
+            return _ones(len(norms), norms.dtype), False
+        on_host = norms.tolist()
+        if min(on_host) > 0.0 and math.isfinite(sum(on_host)):
+            return ratios.clamp(max=1.0), True
     limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
     return limited, deferred or any(coefficient < 1.0 for coefficient in limited.tolist())
 
@@ -151,7 +160,7 @@ def decide(
     after: list[LimitState] = []
     factors: Tensor | None = None
     for stage, held in zip(stages, state, strict=True):
-        before = {key: value.to(measured.total.device) for key, value in held.items()}
+        before = {key: value.to(measured.total.device) for key, value in held.items()} if held else held
         outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before, measured)
         outcomes.append(outcome)
         after.append(_observed(stage, outcome, before, measured))

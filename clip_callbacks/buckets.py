@@ -7,8 +7,8 @@ would be: the norms have the same bits. On a GPU the multi-tensor norm is a few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,29 +17,33 @@ SMALL = 4096
 """Entries above which a tensor's own arithmetic outweighs its call."""
 
 CAPACITY = 1 << 16
-"""Entries that are stacked at a time, 256 KiB in float32: what bucketing needs beside the gradients."""
+"""Entries of a bucket, 256 KiB in float32: what reading needs beside the gradients."""
 
 FEWEST = 8
 """Tensors of one shape that are worth a bucket."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Buckets:
     """In which order to read tensors: those of the most common small shape by the bucket, then the others.
 
     Args:
-        first: The places of the tensors of the most common small shape.
-        others: The places of all others; by the bucket too, if they are small and of one shape.
-        stacks_others: Whether they are.
+        buckets: The places of the tensors in each bucket, all of one shape.
+        others: The places of the tensors that are read each by itself.
+        order: Where among all norms so found that of each tensor is, int64 of shape ``(n,)``.
     """
 
-    first: tuple[int, ...]
+    buckets: tuple[tuple[int, ...], ...]
     others: tuple[int, ...]
-    stacks_others: bool
+    order: Tensor
+    _rooms: dict[torch.dtype, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Buckets | None:
-        """Plan for tensors of one dtype; None where nothing is gained: on other devices than a CPU, without many of one shape."""
+        """Plan for tensors of one dtype; None where nothing is gained: on other devices than a CPU, without many of one shape.
+
+        Tensors of a second shape are read by the bucket if nothing else is left: no more than two kinds of reads.
+        """
         places: dict[torch.Size, list[int]] = {}
         for place, tensor in enumerate(tensors):
             if tensor.is_cpu and tensor.ndim and 0 < tensor.numel() <= SMALL:
@@ -48,29 +52,40 @@ class Buckets:
         first, second = by_count[:2]
         if len(first) < FEWEST:
             return None
-        taken = set(first)
-        others = tuple(place for place in range(len(tensors)) if place not in taken)
-        return cls(tuple(first), others, stacks_others=len(others) == len(second) >= FEWEST)
+        if len(first) + len(second) == len(tensors) and len(second) >= FEWEST:
+            buckets, others = _divided(tensors, first) + _divided(tensors, second), []
+        else:
+            taken = set(first)
+            buckets, others = _divided(tensors, first), [place for place in range(len(tensors)) if place not in taken]
+        read = [place for bucket in (*buckets, others) for place in bucket]
+        return cls(buckets, tuple(others), torch.tensor(read).argsort())
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> Tensor:
         """Norm of each tensor, in the order of the tensors, shape ``(n,)``; bits are those of ``torch._foreach_norm``."""
-        parts = list(_stacked(tensors, self.first, norm_type, dtype))
-        if self.stacks_others:
-            parts += _stacked(tensors, self.others, norm_type, dtype)
-        elif self.others:
-            parts += [torch.stack(torch._foreach_norm([tensors[place] for place in self.others], norm_type, dtype=dtype))]
-        if not self.others:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        numbers = [0.0] * len(tensors)
-        for place, number in zip((*self.first, *self.others), (number for part in parts for number in part.tolist()), strict=True):
-            numbers[place] = number
-        return torch.tensor(numbers, dtype=parts[0].dtype)
+        if len(self.buckets) == 1 and not self.others:
+            return _stacked_norms([tensors[place] for place in self.buckets[0]], norm_type, dtype, out=None)
+        found, parts = self._room(dtype or tensors[0].dtype.to_real())
+        for bucket, part in zip(self.buckets, parts, strict=False):
+            _stacked_norms([tensors[place] for place in bucket], norm_type, dtype, out=part)
+        if self.others:
+            alone = [tensors[place] for place in self.others]
+            torch.stack(torch._foreach_norm(alone, norm_type, dtype=dtype), out=parts[-1])
+        return found[self.order]
+
+    def _room(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Where the norms of a dtype go, and the part of each read in it."""
+        if dtype not in self._rooms:
+            found = torch.empty(len(self.order), dtype=dtype)
+            self._rooms[dtype] = found, found.split([len(read) for read in (*self.buckets, self.others)])  # type: ignore[no-untyped-call]
+        return self._rooms[dtype]
 
 
-def _stacked(tensors: Sequence[Tensor], places: Sequence[int], norm_type: float, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    shape = tensors[places[0]].shape
-    count = CAPACITY // shape.numel()
-    rows = tuple(range(1, len(shape) + 1))
-    for start in range(0, len(places), count):
-        stack = torch.stack([tensors[place] for place in places[start : start + count]])
-        yield torch.linalg.vector_norm(stack, norm_type, dim=rows, dtype=dtype)
+def _divided(tensors: Sequence[Tensor], places: list[int]) -> tuple[tuple[int, ...], ...]:
+    count = CAPACITY // tensors[places[0]].numel()
+    return tuple(tuple(places[start : start + count]) for start in range(0, len(places), count))
+
+
+def _stacked_norms(tensors: list[Tensor], norm_type: float, dtype: torch.dtype | None, *, out: Tensor | None) -> Tensor:
+    rows = tuple(range(1, 1 + tensors[0].ndim))
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(tensors), norm_type, dim=rows, dtype=dtype, out=out)
+    return norms

@@ -61,7 +61,7 @@ def clip_grad_norm_(
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    gradients = ParameterTable.of_tensors(tensors).gradients()
+    gradients = ParameterTable.nameless(tensors).gradients(bucketed=False)
     if not gradients.tensors:
         return torch.tensor(0.0)
     measured = measure(gradients, norm_type)

@@ -33,7 +33,8 @@ def can_carry(optimizer: Optimizer | None, gradients: Gradients) -> bool:
     """Whether the next step can carry a factor for these gradients; the kernels take it in float32."""
     if optimizer is None or not is_fused(optimizer) or not gradients.tensors:
         return False
-    return not any(tensor.dtype is torch.float64 for tensor in gradients.tensors)
+    some = gradients.tensors[:1] if gradients.is_uniform else gradients.tensors
+    return not any(tensor.dtype is torch.float64 for tensor in some)
 
 
 def starts_momentum(optimizer: Optimizer) -> bool:

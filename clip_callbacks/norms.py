@@ -241,7 +241,8 @@ def on_host(norms: Tensor, total: Tensor, loss_scale: Tensor | None) -> tuple[Te
 
 
 def _all_sound(norms: Tensor, sound: float) -> bool:
-    return all(sound <= norm < math.inf for norm in norms.tolist())
+    numbers = norms.tolist()
+    return math.isfinite(sum(numbers)) and min(numbers) >= sound
 
 
 def _mended(tensors: list[Tensor], norms: Tensor, total: Tensor, norm_type: float) -> tuple[Tensor, Tensor]:

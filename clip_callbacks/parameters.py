@@ -45,6 +45,14 @@ class ParameterTable:
         return cls.of_named((str(position), tensor) for position, tensor in enumerate(tensors))
 
     @classmethod
+    def nameless(cls, tensors: Iterable[Tensor]) -> ParameterTable:
+        """Table for one use, where nobody asks for names: blocks other than "global" are not to be had."""
+        each = tuple({id(tensor): tensor for tensor in tensors}.values())
+        for position, tensor in enumerate(each):
+            _refuse_sharded(tensor, str(position))
+        return cls(each, (), ())
+
+    @classmethod
     def of_optimizer(cls, optimizer: Optimizer, named: Iterable[tuple[str, Tensor]] = ()) -> ParameterTable:
         """Table of what an optimizer holds, in its own order.
 
@@ -81,10 +89,7 @@ class ParameterTable:
     def _of_rows(cls, rows: Iterable[tuple[str, Tensor, str]]) -> ParameterTable:
         first: dict[int, tuple[str, Tensor, str]] = {}
         for row in rows:
-            if hasattr(row[1], "device_mesh"):
-                raise TypeError(
-                    f"parameters must be plain tensors, got a DTensor for {row[0]!r}: sharded ones are not supported yet."
-                )
+            _refuse_sharded(row[1], row[0])
             first.setdefault(id(row[1]), row)
         names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())
         return cls(tensors, names, groups)
@@ -156,15 +161,19 @@ class ParameterTable:
         places = [position for position, tensor in enumerate(self.tensors) if tensor.numel()]
         return places, [self.tensors[position] for position in places]
 
-    def gradients(self) -> Gradients:
-        """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry."""
+    def gradients(self, *, bucketed: bool = True) -> Gradients:
+        """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry.
+
+        Args:
+            bucketed: Whether to plan how to read small ones together, which pays if the table is used more than once.
+        """
         positions, parameters = self._filled
         found = [parameter.grad for parameter in parameters]
         tensors = [gradient for gradient in found if gradient is not None]
         if {gradient.layout for gradient in tensors} - {torch.strided}:
             return self._sparse_gradients()
         if len(tensors) == len(found):
-            return Gradients(self, positions, tensors, self._buckets)
+            return Gradients(self, positions, tensors, self._buckets if bucketed else None)
         there = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
         return Gradients(self, there, tensors, None)
 
@@ -216,6 +225,11 @@ class Gradients:
         if self.is_complete:
             return values
         return values.new_zeros(len(self.table)).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+
+
+def _refuse_sharded(tensor: Tensor, name: str) -> None:
+    if hasattr(tensor, "device_mesh"):
+        raise TypeError(f"parameters must be plain tensors, got a DTensor for {name!r}: sharded ones are not supported yet.")
 
 
 def coalesced_values(parameter: Tensor) -> Tensor:

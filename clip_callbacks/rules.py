@@ -27,6 +27,9 @@ from clip_callbacks.parameters import ParameterTable
 EPS = 1e-6
 """Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
+CLEARLY = 1.0 - 1e-6
+"""Below this share of the limit no rounding in float32 makes a coefficient less than 1: the division may be left out."""
+
 ClipState: TypeAlias = tuple[LimitState, ...]
 """The state of a list of rules: one limit state for each."""
 
@@ -122,12 +125,14 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     if not deferred and isinstance(limits, float) and len(norms) == 1:
         coefficient = _coefficient(norms.tolist()[0], limits, norms.dtype)
         return (torch.tensor(coefficient, dtype=norms.dtype), True) if coefficient < 1.0 else (_ones(1, norms.dtype), False)
+    on_host: list[float] = [] if deferred else norms.tolist()
+    if not deferred and isinstance(limits, float) and max(on_host, default=0.0) + EPS <= limits * CLEARLY:
+        return _ones(len(norms), norms.dtype), False
     # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
     ratios = (norms + EPS).reciprocal() * limits
     if not deferred:
         if min(ratios.tolist(), default=1.0) >= 1.0:
             return _ones(len(norms), norms.dtype), False
-        on_host = norms.tolist()
         if min(on_host) > 0.0 and math.isfinite(sum(on_host)):
             return ratios.clamp(max=1.0), True
     limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)

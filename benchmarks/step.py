@@ -1,0 +1,130 @@
+"""One optimizer step's clipping against torch, users' own lines, peers and a bare read: ``python -m benchmarks.step``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from benchmarks import rivals
+from benchmarks.gradient_sets import SETS, Holder
+from benchmarks.timing import Ratio, interleaved, machine, publish, rounds_for, table
+from clip_callbacks import ClipRule, ParameterTable, clip_grad_norm_, clip_step
+
+REFERENCE = "torch clip_grad_norm_"
+OURS = "clip_step, global"
+LOCAL = "clip_step, per parameter"
+WITH_ADAMW = "fused AdamW after torch's clip"
+COLUMNS = {"nothing to clip": 1e3, "clipping": 0.5}
+"""Thresholds, as multiples of the total norm."""
+
+
+def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
+    """What this package does on one set of gradients, and the floor."""
+    named = ParameterTable.of_named(holder.named_parameters())
+    whole, local = [ClipRule(max_norm)], [ClipRule(max_norm / len(named) ** 0.5, "parameter")]
+    parameters = list(holder.parameters())
+    fused = torch.optim.AdamW(parameters, fused=True)
+    held = ParameterTable.of_optimizer(fused)
+    runs: dict[str, Callable[[], object]] = {
+        REFERENCE: rivals.torch_clip(holder, max_norm),
+        "one bare read": rivals.bare_read(holder),
+        "one copy of the same bytes": rivals.copy(holder),
+        OURS: lambda: clip_step(named, rules=whole),
+        LOCAL: lambda: clip_step(named, rules=local),
+        "clip_step riding on a fused optimizer": lambda: clip_step(held, rules=whole, fused=fused),
+        "clip_grad_norm_ of clip_callbacks": lambda: clip_grad_norm_(parameters, max_norm),
+    }
+    if not parameters[0].is_cpu:
+        runs["clip_step, deferred"] = lambda: clip_step(held, rules=whole, fused=fused, deferred=True)
+    return runs
+
+
+def theirs(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
+    """What others do."""
+    return {
+        REFERENCE: rivals.torch_clip(holder, max_norm),
+        "by hand: grad_norm + isfinite loop + clip": rivals.by_hand(holder, max_norm),
+        "smartclip AutoClip": rivals.smartclip_autoclip(holder),
+        "smartclip AGC": rivals.smartclip_agc(holder),
+        "pytorch_optimizer AGC": rivals.pytorch_optimizer_agc(holder),
+    }
+
+
+def with_optimizer(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
+    """The clip and the step of a fused AdamW together, since one rides on the other."""
+    parameters = list(holder.parameters())
+    fused = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    held, rules = ParameterTable.of_optimizer(fused), [ClipRule(max_norm)]
+
+    def after_torch() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        fused.step()
+
+    def carrying() -> None:
+        clip_step(held, rules=rules, fused=fused, deferred=not parameters[0].is_cpu)
+        fused.step()
+
+    return {WITH_ADAMW: after_torch, "fused AdamW alone": fused.step, "fused AdamW carrying clip_step": carrying}
+
+
+def measure(holder: Holder, runs: dict[str, Callable[[], object]], *, budget_s: float) -> dict[str, list[float]]:
+    """Seconds of each candidate, round by round."""
+    device = holder.gradients[0].device
+    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    first = interleaved(runs, holder.refill, rounds=1, synchronize=synchronize)
+    rounds = rounds_for(2 * sum(times[0] for times in first.values()), budget_s)
+    return interleaved(runs, holder.refill, rounds=rounds, synchronize=synchronize)
+
+
+def section(name: str, device: str, dtype: torch.dtype, budget_s: float) -> str:
+    """The table of one set of gradients."""
+    holder = Holder(SETS[name], device, dtype)
+    rows: dict[str, list[Ratio]] = {}
+    milliseconds = []
+    for column, factor in COLUMNS.items():
+        max_norm = factor * holder.total_norm
+        for group, reference in ((ours, REFERENCE), (theirs, REFERENCE), (with_optimizer, WITH_ADAMW)):
+            times = measure(holder, group(holder, max_norm), budget_s=budget_s)
+            for candidate in times.keys() - ({REFERENCE} if group is theirs else set()):
+                rows.setdefault(candidate, []).append(Ratio.of(times[candidate], times[reference]))
+            if group is ours:
+                rows.setdefault("per-parameter scope against global scope", []).append(Ratio.of(times[LOCAL], times[OURS]))
+                milliseconds.append(f"{column} {1e3 * median(times[REFERENCE]):.3g} ms")
+    order = [
+        *ours(holder, 1.0),
+        "per-parameter scope against global scope",
+        *list(theirs(holder, 1.0))[1:],
+        *with_optimizer(holder, 1.0),
+    ]
+    body = table([[candidate, *rows[candidate]] for candidate in order], ["ratio: median (quartiles)", *COLUMNS])
+    return f"### {name}\n\ntorch's clip: {', '.join(milliseconds)}.\n\n{body}"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds for each third of a column")
+    parser.add_argument("--sets", nargs="*", default=list(SETS), help="beginnings of the names of gradient sets")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--output", help="file in benchmarks/results to write")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    names = [name for name in SETS if name.startswith(tuple(arguments.sets))]
+    dtype = getattr(torch, arguments.dtype)
+    title = f"# One step's clipping, {arguments.device}, {arguments.dtype}\n\n{machine(arguments.device)}\n"
+    note = (
+        "Ratios to torch's `clip_grad_norm_` of the same round, interleaved in one process; for lines with AdamW, to torch's clip "
+        "and the same step. Made by `python -m benchmarks.step`.\n"
+    )
+    sections = [section(name, arguments.device, dtype, arguments.budget_s) for name in names]
+    publish("\n".join([title, note, *(text + "\n" for text in sections)]).rstrip(), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

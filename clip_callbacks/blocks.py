@@ -37,12 +37,17 @@ class Partition:
     @cached_property
     def is_whole(self) -> bool:
         """Whether one block holds every parameter: its norm is the total norm."""
-        return len(self.names) == 1 and OUTSIDE not in self.index
+        return len(self.names) == 1 and self.is_total
 
     @cached_property
     def is_finest(self) -> bool:
         """Whether each parameter is a block of its own: block norms are parameter norms."""
         return self.index == tuple(range(len(self.names)))
+
+    @cached_property
+    def is_total(self) -> bool:
+        """Whether every parameter is in some block."""
+        return OUTSIDE not in self.index
 
     @cached_property
     def members(self) -> Tensor:
@@ -66,6 +71,8 @@ class Partition:
         """
         if self.is_finest or self.is_whole:
             return per_block
+        if self.is_total:
+            return per_block[self.member_blocks.to(per_block.device)]
         spread = per_block.new_full((len(self.index),), outside)
         spread[self.members.to(per_block.device)] = per_block.reshape(-1)[self.member_blocks.to(per_block.device)]
         return spread

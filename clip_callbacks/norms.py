@@ -27,6 +27,9 @@ from clip_callbacks.parameters import Gradients
 CHUNK = 1 << 20
 """Entries that :func:`true_norms` holds in float64 at a time."""
 
+SAFE_IN_DOUBLE = 4.0
+"""The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
+
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 """The two 0-dim flags of steps that were decided on the host: made once."""
 
@@ -154,7 +157,10 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if partition.is_whole:
         return total_norm(norms, norm_type)
     blocks = partition.member_blocks.to(norms.device)
-    parts = norms[partition.members.to(norms.device)].double()
+    parts = (norms if partition.is_total else norms[partition.members.to(norms.device)]).double()
+    if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
+        sums = parts.new_zeros(len(partition.names)).index_add_(0, blocks, parts.pow(norm_type))
+        return sums.pow(1.0 / norm_type).to(norms.dtype)
     peaks = parts.new_zeros(len(partition.names)).scatter_reduce_(0, blocks, parts, "amax")
     if math.isinf(norm_type):
         return peaks.to(norms.dtype)

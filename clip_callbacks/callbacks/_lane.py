@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -55,16 +56,17 @@ class Lane:
 
     def tabulate(self, module: LightningModule) -> None:
         """Make the table of parameters."""
-        self._held = self._holding()
+        self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters())
 
     @property
     def is_outdated(self) -> bool:
         """Whether the optimizer holds other parameters than it did, as after fine-tuning callbacks."""
-        return self._holding() != self._held
-
-    def _holding(self) -> list[list[int]]:
-        return [[*map(id, group["params"])] for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self._held):
+            return True
+        pairs = [(group["params"], held) for group, held in zip(groups, self._held, strict=True)]
+        return any(len(params) != len(held) or not all(map(is_, params, held)) for params, held in pairs)
 
     def begin(self, step_number: int) -> bool:
         """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes."""

@@ -25,15 +25,20 @@ class Member(Callback):
     """
 
     kind: ClassVar[Kind]
+    state_key: str = ""
+    """An attribute and no property: Lightning asks for it in every hook of every callback."""
     norm_type: float | None = None
     """The order of norms that this member asks for; None takes any."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.last_report: StepReport | None = None
         self._pass: Pass | None = None
         self._history: dict[int, dict[str, Any]] = {}
         self._skipped_steps = 0
-        self._is_set_up = self._is_loaded = False
+        self._is_loaded = False
+        # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
+        self.state_key = f"{self._stable_key}@{id(self)}"
 
     @property
     def skipped_steps(self) -> int:
@@ -41,17 +46,12 @@ class Member(Callback):
         return self._pass.skipped_steps if self._pass else self._skipped_steps
 
     @property
-    def state_key(self) -> str:
-        """The class; until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong."""
-        return self._stable_key if self._is_set_up else f"{self._stable_key}@{id(self)}"
-
-    @property
     def _stable_key(self) -> str:
         return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
-        self._is_set_up = True
+        self.state_key = self._stable_key
         if stage == "fit":
             check_trainer(trainer, pl_module, family(trainer))
 

@@ -43,12 +43,12 @@ class GradientNormMonitor(Member):
     def __init__(
         self, scope: Scope = "layer", *, norm_type: float | Literal["inf"] = 2.0, every_n_steps: int | None = None
     ) -> None:
-        super().__init__()
         if scope not in SCOPES:
             raise ValueError(unknown_scope(scope))
+        self.scope: Scope = scope
+        super().__init__()
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or None, got {every_n_steps!r}.")
-        self.scope: Scope = scope
         self.norm_type: float = as_norm_type(norm_type)
         self.every_n_steps = every_n_steps
         self._norms: dict[int, NormHistory] = {}

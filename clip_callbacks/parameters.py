@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class ParameterTable:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+    _indices: dict[str, Any] = field(default_factory=dict, repr=False)
     _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -186,6 +188,13 @@ class ParameterTable:
         entries = [(position, values) for position, values in entries if values.numel()]
         return Gradients(self, [position for position, _ in entries], [values for _, values in entries], None)
 
+    def index(self, positions: list[int], device: torch.device) -> Tensor:
+        """Positions as a tensor, int64: made once for those that have gradients now, since making one on a GPU is a host sync."""
+        if self._indices.get("positions") != (positions, device):
+            self._indices.update(positions=(positions, device), tensor=torch.tensor(positions, device=device))
+        index: Tensor = self._indices["tensor"]
+        return index
+
     def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""
         if dtype not in self._slots:
@@ -224,7 +233,7 @@ class Gradients:
         """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
         if self.is_complete:
             return values
-        return values.new_zeros(len(self.table)).index_copy_(0, torch.tensor(self.positions, device=values.device), values)
+        return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
 
 
 def _refuse_sharded(tensor: Tensor, name: str) -> None:

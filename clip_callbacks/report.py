@@ -119,7 +119,9 @@ class StepReport:
         copies: dict[int, Tensor] = {}
 
         def copy(tensor: Tensor) -> Tensor:
-            return copies.setdefault(id(tensor), tensor.to("cpu", non_blocking=True))
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to("cpu", non_blocking=True)
+            return copies[id(tensor)]
 
         return replace(
             self,

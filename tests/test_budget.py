@@ -167,12 +167,16 @@ def fake_cuda():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"rules": [ClipRule(1.0), ClipRule(0.5)]}, {"rules": []}])
-def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options):
+def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options, missing):
     fused = on_fake_cuda(optimizer)
+    if missing:
+        fused.param_groups[0]["params"][2].grad = None
+    table = ParameterTable.of(fused)
     loss_scale = torch.full((), 1024.0, device="cuda")
     with Transfers() as transfers:
-        report, _ = clip_step(fused, fused=fused, loss_scale=loss_scale, deferred=True, **options)
+        report, _ = clip_step(table, fused=fused, loss_scale=loss_scale, deferred=True, **options)
         fused.step()
         report.to_host()
     assert transfers.waits

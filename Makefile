@@ -1,15 +1,16 @@
 # make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make check: all that CI runs.
+# make benchmarks: time everything anew, about half an hour.
 PYTHON ?= python3
 VENV := .venv-make
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
 
-.PHONY: demo test check lint types examples configs clean
+.PHONY: demo test check lint types examples configs benchmarks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,test,dev]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,bench,test,dev]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -35,11 +36,20 @@ examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \
 		--trainer.val_check_interval 10 --data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick \
 		--trainer.enable_progress_bar false
+	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
+	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
+	$(BIN)/python -m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1
 
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
 
 check: test lint types examples configs
+
+benchmarks: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
+	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
+	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
+	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
 
 clean:
 	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,11 @@ class GradientClipping(Member):
     with one norm :math:`n` for each block of ``scope``. With a fixed ``max_norm`` and the scope "global", training in float32
     has the same bits as under ``Trainer(gradient_clip_val=max_norm)``, as long as gradients are finite.
 
+    Where all gradients get one factor and the optimizer is a fused one of ``torch.optim``, they are not multiplied here: the
+    optimizer's kernel divides them by ``optimizer.grad_scale`` on its way, which gives the same but for rounding. That is also how
+    16-mixed precision works with fused optimizers, which Lightning's own clipping refuses. Between this hook and the step such
+    gradients are not clipped yet, and under 16-mixed not unscaled.
+
     Metrics: ``grad/total_norm`` and ``grad/clipped_norm`` (before and after, in the unit of the gradients), ``grad/clip_coef``,
     ``grad/max_norm``, ``grad/clip_fraction``, ``grad/skipped_steps``; at the end of an epoch ``grad/total_norm_p50``, ``_p90``,
     ``_p99`` and ``grad/clip_fraction_epoch``.

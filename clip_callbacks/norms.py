@@ -1,12 +1,6 @@
-r"""The one read of the gradients: tensor norms, and block norms from them.
+"""The measurement of one step: norms of tensors, of blocks and of all, on the host or left where the gradients are.
 
-.. math::
-    \lVert g \rVert_p = \Bigl(\sum_j |g_j|^p\Bigr)^{1/p}, \qquad \lVert g \rVert_\infty = \max_j |g_j|
-
-and a p-norm of p-norms is the p-norm of all entries, so that one read serves every scope.
-
-Half-precision gradients accumulate in float32, others in their own precision, with the same kernels in the same order as
-``torch.nn.utils.clip_grad_norm_``: in float32 the total norm has the same bits.
+A p-norm of p-norms is the p-norm of all entries, so that one read serves every scope.
 """
 
 from __future__ import annotations
@@ -21,19 +15,14 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.blocks import Partition
-from clip_callbacks.buckets import Buckets
 from clip_callbacks.parameters import Gradients
-
-CHUNK = 1 << 20
-"""Entries that :func:`true_norms` holds in float64 at a time."""
+from clip_callbacks.tensor_norms import smallest_sound_norm, tensor_norms, total_norm, true_norms
 
 SAFE_IN_DOUBLE = 4.0
 """The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 """The two 0-dim flags of steps that were decided on the host: made once."""
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def as_norm_type(norm_type: float | Literal["inf"]) -> float:
@@ -56,89 +45,6 @@ def number_above_zero(value: object) -> float | None:
     except ValueError:
         return None
     return number if number > 0 else None
-
-
-def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False, buckets: Buckets | None = None) -> Tensor:
-    """Norm of each tensor, by one read of all.
-
-    Args:
-        tensors: At least one strided tensor, none of them empty; dtypes and devices may differ.
-        norm_type: The order p.
-        is_uniform: Whether it is known that all are of one dtype on one device.
-        buckets: How to read small ones together.
-
-    Returns:
-        Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
-    """
-    if buckets:
-        return buckets.norms(tensors, norm_type, _dtype_to_accumulate(tensors[0]))
-    if is_uniform:
-        return torch.stack(_norms_of_a_kind(tensors, norm_type))
-    return _norms_of_kinds(tensors, norm_type)
-
-
-def _norms_of_a_kind(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    return list(torch._foreach_norm(tensors, norm_type, dtype=_dtype_to_accumulate(tensors[0])))
-
-
-def _dtype_to_accumulate(tensor: Tensor) -> torch.dtype | None:
-    return torch.float32 if tensor.dtype in _HALF else None
-
-
-def _norms_of_kinds(tensors: list[Tensor], norm_type: float) -> Tensor:
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
-    norms: list[Tensor] = [tensors[0]] * len(tensors)
-    for places in kinds.values():
-        for place, norm in zip(places, _norms_of_a_kind([tensors[i] for i in places], norm_type), strict=True):
-            norms[place] = norm
-    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
-    return torch.stack([norm.to(tensors[0].device, dtype) for norm in norms])
-
-
-def true_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
-    """Norms in float64 of tensors scaled by their largest entry: right where powers overflow or underflow the other way.
-
-    A second, slow read, made only when the first came out non-finite or next to zero.
-
-    Returns:
-        Shape ``(n,)``, float64; non-finite only where a tensor holds a non-finite entry.
-    """
-    return torch.stack([_true_norm(tensor, norm_type).to(tensors[0].device) for tensor in tensors])
-
-
-def _true_norm(tensor: Tensor, norm_type: float) -> Tensor:
-    peak = largest_entry(tensor).double()
-    if not bool(peak > 0) or math.isinf(norm_type):  # 0, or NaN
-        return peak
-    scale = torch.where(torch.isfinite(peak), peak, 1.0)
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK)  # type: ignore[no-untyped-call]
-    parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
-    return total_norm(parts, norm_type)[0] * scale
-
-
-def largest_entry(tensor: Tensor) -> Tensor:
-    """Max |x|, 0-dim; NaN if there is one. On a CPU this takes a tenth of the time of ``vector_norm(x, inf)``."""
-    if tensor.is_complex():
-        return tensor.abs().amax()
-    smallest, largest = torch.aminmax(tensor)
-    return torch.maximum(-smallest, largest)
-
-
-def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
-    """The norm under which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p)."""
-    if norm_type <= 0 or math.isinf(norm_type):
-        return 0.0
-    info = torch.finfo(dtype)
-    return float((info.tiny / info.eps) ** (1.0 / norm_type))
-
-
-def total_norm(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of all entries from the norms of the tensors, shape ``(1,)``."""
-    total: Tensor = torch.linalg.vector_norm(norms, norm_type, dim=0, keepdim=True)
-    return total
 
 
 def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor:

@@ -11,8 +11,9 @@ from torch import nn
 
 from clip_callbacks import ClipRule, ParameterTable, clip_step
 from clip_callbacks.buckets import CAPACITY, SMALL, Buckets
-from clip_callbacks.norms import measure, tensor_norms, true_norms
+from clip_callbacks.norms import measure
 from clip_callbacks.rules import EPS, coefficients
+from clip_callbacks.tensor_norms import CHUNK, tensor_norms, true_norms
 from tests import reference
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, 4.0, math.inf]
@@ -247,3 +248,22 @@ def test_the_hosts_coefficient_has_the_bits_of_torchs(norm, limit, dtype):
     theirs = torch.clamp(limit / (norms + EPS), max=1.0) if norm else torch.ones(1, dtype=dtype)
     assert torch.equal(ours.reshape(1), theirs)
     assert clips is bool(theirs < 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", NORM_TYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_half_precision_tensors_are_read_piece_by_piece(dtype, p, transposed):
+    large = torch.rand(3, CHUNK // 2 + 7).to(dtype)
+    tensors = [large.T if transposed else large, torch.rand(5).to(dtype)]
+    exact = true_norms(tensors, p).float()
+    # torch's kernels add up to 10^5 terms one by one in float32
+    torch.testing.assert_close(tensor_norms(tensors, p), exact, rtol=5e-4 if p < 1 else 5e-5, atol=0.0)
+    assert torch.equal(tensor_norms(tensors, p), tensor_norms(tensors, p, is_uniform=True))
+
+
+def test_large_half_precision_tensors_are_not_converted_as_a_whole():
+    tensor = torch.rand(64, CHUNK // 8).bfloat16()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        tensor_norms([tensor], 2.0)
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * CHUNK + 4096

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clip_callbacks import ClipRule, clip_step
-from clip_callbacks.norms import tensor_norms
+from clip_callbacks.tensor_norms import tensor_norms
 
 GRADIENT = (125.0, 75.0, 45.0, 15.0, 5.0)
 

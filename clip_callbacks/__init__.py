@@ -8,15 +8,18 @@ from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule
 from clip_callbacks.step import clip_step
+from clip_callbacks.weights import BatchSize, LabelTokens
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AccumulationRescaling",
+    "BatchSize",
     "ClipRule",
     "FixedLimit",
     "GradientClipping",
     "GradientNormMonitor",
+    "LabelTokens",
     "Limit",
     "NonFiniteGradientError",
     "NonFiniteGuard",

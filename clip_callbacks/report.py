@@ -21,6 +21,7 @@ CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
 SKIPPED_STEPS = "grad/skipped_steps"
 AMP_SCALE = "grad/amp_scale"
 ACCUMULATION_SCALE = "grad/accumulation_scale"
+NOISE_SCALE = "grad/noise_scale"
 BLOCK_NORM = "grad_norm/"
 """Prefix of a monitor's metrics; the name of the block follows."""
 

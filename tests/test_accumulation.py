@@ -180,10 +180,10 @@ def test_manual_windows_are_counted_for_each_optimizer(trainer):
 
 def test_window_arithmetic():
     window = Window()
-    assert window.scale == 1.0
+    assert window.scale() == 1.0
     assert window.loss_weight(4) == 1.0
     window.add()
-    assert window.scale == 4.0
+    assert window.scale() == 4.0
     assert window.loss_weight(2) == 0.5
     window.reset()
     assert window.loss_weight(2) == 1.0

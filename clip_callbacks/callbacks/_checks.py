@@ -15,6 +15,7 @@ from clip_callbacks.callbacks._scaler import takes_scaler_argument
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
+    from clip_callbacks.callbacks.accumulation import AccumulationRescaling
 
 
 _ONE_EACH = {
@@ -61,6 +62,26 @@ def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradS
         raise ValueError(
             '`level` must be "window" with LBFGS, got "microbatch": its closure runs the window again within one step.'
         )
+
+
+def check_noise_scale(trainer: Trainer, module: LightningModule, rescaling: AccumulationRescaling | None) -> None:
+    """Refuse to estimate the noise scale where micro-batches cannot be looked at one by one.
+
+    Raises:
+        ValueError: It says why, and what to do instead.
+    """
+    obstacles = {
+        f"{trainer.world_size} ranks, where gradients are reduced in backward": trainer.world_size > 1,
+        "manual optimization, where only the training_step knows what makes a window": not module.automatic_optimization,
+        "LBFGS, whose closure runs the window again within one step": any(isinstance(it, LBFGS) for it in trainer.optimizers),
+        "a `weight`, with which micro-batches are no samples of one size": rescaling is not None and rescaling.weight is not None,
+    }
+    for obstacle, is_there in obstacles.items():
+        if is_there:
+            raise ValueError(
+                f"`noise_scale` must be False with {obstacle}, got True. Estimate it in a short run on one device, with "
+                "automatic optimization and equal micro-batches."
+            )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:

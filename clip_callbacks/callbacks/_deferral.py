@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from clip_callbacks.callbacks._arrival import Arrival
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.fused import is_fused, starts_momentum
@@ -31,17 +32,11 @@ class Verdict:
         self._report = report.to_host()
         self.incident = incident
         _ = incident.place  # as it is now
-        device = report.total.device
-        self._event = None
-        if device.type != "cpu":
-            module = torch.get_device_module(device)
-            self._event = module.Event()
-            self._event.record(module.current_stream(device))
+        self._arrival = Arrival(report.total.device)
 
     def read(self) -> StepReport:
         """The report; a step later the device is long past it."""
-        if self._event:
-            self._event.synchronize()
+        self._arrival.wait()
         return self._report.settled()
 
 
@@ -89,21 +84,26 @@ class Deferral:
         return is_fused(lane.optimizer) and not starts_momentum(lane.optimizer)
 
     def _obstacle(self, lane: Lane) -> str | None:
-        table, clipping, guard = lane.table, self._roles.clipping, self._roles.guard
-        if not is_fused(lane.optimizer):
-            return f"{type(lane.optimizer).__name__} is not fused, so that it cannot stand still unless the host says so"
-        if not table.tensors or not table.is_uniform or table.tensors[0].dtype is torch.float64:
-            return "the parameters are not all of one dtype up to float32 on one device"
-        if clipping and (clipping.clip_value is not None or any(_is_local(rule, table) for rule in clipping.rules_of(lane.index))):
-            return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
-        if guard and (guard.policy not in {"skip", "ignore"} or guard.level == "microbatch"):
-            return f"the guard ({guard.policy!r}, level {guard.level!r}) looks at bad gradients before the step is taken"
-        if self._rewind and self._rewind.must_know_at_once(self._trainer, self._module):
-            return (
-                "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers), or batch "
-                "statistics to be put back in manual optimization (restore_buffers)"
-            )
-        return None
+        """What stands in the way, if anything does."""
+        table, clipping, guard, rewind = lane.table, self._roles.clipping, self._roles.guard, self._rewind
+        narrow = table.is_uniform and all(tensor.dtype is not torch.float64 for tensor in table.tensors[:1])
+        obstacles = {
+            f"{type(lane.optimizer).__name__} is not fused, so that it cannot stand still unless the host says so": not is_fused(
+                lane.optimizer
+            ),
+            "the parameters are not all of one dtype up to float32 on one device": not table.tensors or not narrow,
+            "a `clip_value`, or a rule with local norms, gives the gradients more than one factor": clipping is not None
+            and (clipping.clip_value is not None or any(_is_local(rule, table) for rule in clipping.rules_of(lane.index))),
+            "the guard looks at bad gradients before the step is taken (its policy, or its level)": guard is not None
+            and (guard.policy not in {"skip", "ignore"} or guard.level == "microbatch"),
+            "a GradientNormMonitor with noise_scale looks at the gradients after each backward pass": any(
+                monitor.noise_scale for monitor in self._roles.monitors
+            ),
+            "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers), or batch statistics "
+            "to be put back in manual optimization (restore_buffers)": rewind is not None
+            and rewind.must_know_at_once(self._trainer, self._module),
+        }
+        return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
 
 
 def _is_local(rule: ClipRule, table: ParameterTable) -> bool:

@@ -1,4 +1,4 @@
-"""Dropping a bad micro-batch from its accumulation window, without copying a gradient.
+"""Looking at each micro-batch of an accumulation window, and dropping a bad one, without copying a gradient.
 
 Before each backward pass the gradients so far are set aside; after it they are added to the new ones, as autograd would have done,
 or, if the new ones are bad, put back alone.
@@ -28,10 +28,16 @@ class MicroBatches:
         module: The module in training.
         lanes: Its optimizers.
         restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
+        drops: Whether bad ones are dropped, or all only measured.
+
+    Attributes:
+        norms: 2-norms of the window's good ones, as their gradients come.
     """
 
-    def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool) -> None:
+    def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool, drops: bool) -> None:
         self._lanes = lanes
+        self._drops = drops
+        self.norms: list[float] = []
         self._statistics = BatchStatistics(module, is_on=restore_buffers)
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
@@ -47,23 +53,25 @@ class MicroBatches:
         for tensor, _ in self._aside:
             tensor.grad = None
 
-    def after_backward(self, loss: Tensor, report: Callable[[Lane], None]) -> bool:
+    def after_backward(self, losses: Sequence[Tensor], report: Callable[[Lane], None]) -> bool:
         """Add the new gradients to those set aside, or drop them.
 
         Args:
-            loss: Of the micro-batch.
+            losses: Of the micro-batch, as far as it counts.
             report: Told of each optimizer with bad gradients, before they are dropped.
 
         Returns:
             Whether the micro-batch was dropped.
         """
-        bad = [lane for lane in self._lanes if not measure(lane.table.gradients(), 2.0).is_finite]
-        is_bad = bool(bad) or not all_finite([loss])
+        measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]
+        bad = [lane for lane, measurement in zip(self._lanes, measured, strict=True) if not measurement.is_finite]
+        is_bad = self._drops and (bool(bad) or not all_finite(losses))
         if is_bad:
             for lane in bad or self._lanes[:1]:
                 report(lane)
             self._drop()
         else:
+            self.norms += measured[0].total.tolist()
             self._merge()
         self._aside = []
         self.good += not is_bad
@@ -90,6 +98,7 @@ class MicroBatches:
     def end_window(self) -> None:
         """Begin a new window."""
         self.good = self.dropped = 0
+        self.norms = []
 
     @property
     def scale(self) -> float:

@@ -14,18 +14,22 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.callbacks._checks import check_micro_batches, check_optimizers
+from clip_callbacks.apply import drop
+from clip_callbacks.callbacks._checks import check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.callbacks._deferral import Deferral, Verdict
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
+from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
 from clip_callbacks.fused import take_back
+from clip_callbacks.noise_scale import WindowNorms
 from clip_callbacks.nonfinite import Policy
 from clip_callbacks.norms import FALSE, TRUE
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.step import Judge, clip_step
+from clip_callbacks.weights import count_samples
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
@@ -74,11 +78,14 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
+        self._samples: int | None = None
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
         if self.guard and self.guard.level == "microbatch":
             check_micro_batches(trainer, module, scaler)
+        if any(monitor.noise_scale for monitor in self.roles.monitors):
+            check_noise_scale(trainer, module, self.rescaling)
         self.lanes = make_lanes(trainer, module)
         for index, history in [entry for member in members for entry in member.take_history().items()]:
             if index < len(self.lanes):
@@ -91,10 +98,18 @@ class Pass:
     def _equip(self, trainer: Trainer, module: LightningModule) -> None:
         """Have what puts skipped steps back, for the parameters that the optimizers hold now."""
         self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
-        self.micro_batches = self.guard.micro_batches(module, self.lanes) if self.guard else None
+        self.micro_batches = self._micro_batches(module)
         self.deferral = Deferral(trainer, module, self.roles, self.rewind)
         for lane in self.lanes:
             self.deferral.meet(lane)
+
+    def _micro_batches(self, module: LightningModule) -> MicroBatches | None:
+        """What looks at each micro-batch, if the guard is to drop bad ones, or a monitor compares them with their mean."""
+        drops = self.guard is not None and self.guard.level == "microbatch"
+        if not drops and not any(monitor.noise_scale for monitor in self.roles.monitors):
+            return None
+        restore_buffers = self.guard is not None and self.guard.restore_buffers
+        return MicroBatches(module, self.lanes, restore_buffers=restore_buffers, drops=drops)
 
     @property
     def skipped_steps(self) -> int:
@@ -111,6 +126,8 @@ class Pass:
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         self._has_backward = False
+        if self.micro_batches:
+            self._samples = count_samples(batch)
         if self.guard and self.guard.trace_forward:
             self._batch = batch, batch_idx
         outdated = [lane for lane in self.lanes if lane.is_outdated]
@@ -130,14 +147,20 @@ class Pass:
             self.micro_batches.before_backward()
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Drop a bad micro-batch, if that is wanted."""
-        if self.micro_batches and self.guard:
+        """Look at the micro-batch, and drop a bad one, if that is wanted."""
+        if self.micro_batches:
             guard = self.guard
             (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
+            is_silent = self.rescaling is not None and self.rescaling.is_silent
             dropped = self.micro_batches.after_backward(
-                micro_batch.loss, lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True))
+                [] if is_silent else [micro_batch.loss],
+                lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True)) if guard else None,
             )
-            guard.dropped_micro_batches += dropped
+            if not dropped:
+                for lane in self.lanes:
+                    lane.window.append(micro_batch)
+            if guard:
+                guard.dropped_micro_batches += dropped
             if dropped and self.rescaling:
                 self.rescaling.drop_micro_batch()
 
@@ -154,19 +177,22 @@ class Pass:
                 self.rewind.schedules.settle(trainer, skipped=False)
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         is_new = lane.begin(trainer.global_step)
-        lane.scale = self._scale(module, lane)
+        scale = self._scale(trainer, module, lane)
         if self.rewind:
             self.rewind.begin_step(lane, is_new=is_new)
-        deferred = self.deferral.is_on(lane)
+        is_lost = scale is None or (self.micro_batches is not None and self.micro_batches.is_lost)
+        lane.scale = 1.0 if scale is None else scale
+        deferred = not is_lost and self.deferral.is_on(lane)
         incident = Incident(trainer, lane, list(lane.window), is_new, loss_scale(scaler) if scaler and is_ours else None)
-        report = self._clip(lane, incident, deferred=deferred)
+        report = self._lose(lane, incident) if is_lost else self._clip(lane, incident, deferred=deferred)
         if scaler and is_ours:
-            take_over(scaler, optimizer, report.finite)
+            take_over(scaler, optimizer, TRUE if is_lost else report.finite)
         lane.window.clear()
         if deferred:
             self._send(lane, report, incident)
             return
         if self.micro_batches:
+            lane.noise = self._noise(trainer, lane, report)
             self.micro_batches.end_window()
         lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
         if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
@@ -214,14 +240,13 @@ class Pass:
         for member in self.members:
             member.observe(lane, report, healthy=healthy)
 
-    def _scale(self, module: LightningModule, lane: Lane) -> float:
+    def _scale(self, trainer: Trainer, module: LightningModule, lane: Lane) -> float | None:
         if self.rescaling:
-            return self.rescaling.scale(module, lane)
+            return self.rescaling.scale(trainer, module, lane)
         return self.micro_batches.scale if self.micro_batches and module.automatic_optimization else 1.0
 
     def _clip(self, lane: Lane, incident: Incident, *, deferred: bool) -> StepReport:
-        is_lost = self.micro_batches is not None and self.micro_batches.is_lost
-        if not lane.table.has_gradients and not is_lost:
+        if not lane.table.has_gradients:
             self._warn_empty()
         clipping = self.clipping
         report, state = clip_step(
@@ -238,10 +263,28 @@ class Pass:
         )
         if clipping:
             clipping.keep(lane.index, state)
-        if is_lost and self.guard:
-            self.guard.judge_lost(incident)
-            return replace(report, finite=FALSE, skipped=TRUE)
         return report
+
+    def _noise(self, trainer: Trainer, lane: Lane, report: StepReport) -> WindowNorms | None:
+        """Norms of the window's micro-batches and of their mean, without Lightning's division by N and the loss scale."""
+        if self.micro_batches is None or report.finite is not TRUE:
+            return None
+        scaler = grad_scaler(trainer)
+        divisor = self.rescaling.divisor if self.rescaling else trainer.accumulate_grad_batches
+        factor = divisor / (scaler.get_scale() if scaler else 1.0)
+        small = [(norm * factor) ** 2 for norm in self.micro_batches.norms]
+        mean = report.total.tolist()[0] / lane.scale * divisor / max(len(small), 1)
+        return WindowNorms(small, mean**2, self._samples)
+
+    def _lose(self, lane: Lane, incident: Incident) -> StepReport:
+        """Skip a window of which nothing is left: every micro-batch was dropped, or has weight 0."""
+        drop(lane.table)
+        if self.guard:
+            self.guard.judge_lost(incident)
+        else:
+            rank_zero_warn(f"Every micro-batch of the window has weight 0 at {incident}: the step is skipped.", stacklevel=2)
+        report, _ = clip_step(lane.table, rules=(), norm_type=self.norm_type)
+        return replace(report, finite=FALSE, skipped=TRUE)
 
     def _nonfinite(self, incident: Incident, *, deferred: bool) -> Policy | Judge:
         """What a bad step meets. One that the scaler leaves to us is dropped in any case: the scaler would not take it."""

@@ -96,13 +96,13 @@ class Publisher:
         metrics = self._values(lane)
         if (scaler := grad_scaler(trainer)) is not None:
             metrics[AMP_SCALE] = scaler.get_scale()
+        for monitor in self._roles.monitors:
+            metrics |= as_floats(monitor.metrics(lane, lane.report))
         self._offer(lane.named(metrics))
         if self._shows:
             self._show(lane, lane.named(metrics))
         if lane.report.accumulation_scale == 1.0:
             metrics.pop(ACCUMULATION_SCALE, None)
-        for monitor in self._roles.monitors:
-            metrics |= as_floats(monitor.metrics(lane, lane.report))
         self._log(trainer, lane.named(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped)
         lane.history.since_logged.reset()
         lane.unlogged = False

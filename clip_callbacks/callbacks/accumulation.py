@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.accumulation import Window
 from clip_callbacks.apply import drop
+from clip_callbacks.callbacks._incoming import IncomingWeight
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
+from clip_callbacks.weights import name_of
 
 
 class AccumulationRescaling(Member):
@@ -22,47 +25,77 @@ class AccumulationRescaling(Member):
     Lightning divides each loss by N = ``accumulate_grad_batches``, whatever the window holds; after k backward passes the
     gradient is multiplied by
 
-    .. math:: \frac{N}{k}
+    .. math:: \frac{N}{k} \qquad \text{or, with weights,} \qquad \frac{N R}{\sum_{r=1}^R \sum_{i=1}^{k} w_{ri}}
 
     before its norm is taken and clipped, so that a norm means the same in every window. A full window is not touched. Short
     are the last window of an epoch, one with micro-batches whose ``training_step`` returned None, and the first one after a
     resume inside a window. Where N changes inside a window, later losses are weighted so that all count the same.
 
+    With a ``weight`` each loss is multiplied by the weight of its micro-batch, by a hook on it, and the window is divided by the
+    sum of all weights on all R ranks, for which one number is reduced in each window. If a loss is a mean over what the weight
+    counts, the gradient is that of the one large batch over all micro-batches and ranks. A micro-batch of weight 0 contributes
+    nothing, even if its loss is NaN, as a mean over no label is; a window whose weights are all 0 is skipped like a bad step.
+
     In manual optimization nothing is divided by Lightning, and nothing is rescaled here unless ``divide`` is set: then the sum
-    over the k calls of ``manual_backward`` since the optimizer's last ``zero_grad`` is divided by k.
+    over the k calls of ``manual_backward`` since the optimizer's last ``zero_grad`` is divided by k, or by their weights' sum.
 
     Metric: ``grad/accumulation_scale``, where a window was rescaled.
 
     Args:
+        weight: From a batch, as ``training_step`` gets it, to its weight, a number of at least 0:
+            :class:`~clip_callbacks.LabelTokens`, :class:`~clip_callbacks.BatchSize`, or any function. None: all weigh the same.
         divide: Whether in manual optimization the sum over a window becomes a mean; for users who do not divide their losses.
+
+    Raises:
+        TypeError: If ``weight`` cannot be called.
 
     Example::
 
         >>> from lightning.pytorch import Trainer
-        >>> callbacks = [AccumulationRescaling()]
+        >>> callbacks = [AccumulationRescaling(LabelTokens("labels"))]
         >>> trainer = Trainer(accumulate_grad_batches=4, callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
 
     kind = "rescaling"
 
-    def __init__(self, *, divide: bool = False) -> None:
+    def __init__(self, weight: Callable[[Any], float] | None = None, *, divide: bool = False) -> None:
         super().__init__()
+        if weight is not None and not callable(weight):
+            raise TypeError(f"`weight` must be a function from a batch to a number, or None, got {weight!r}.")
+        self.weight = weight
         self.divide = divide
         self._window = Window()
         self._manual: dict[int, ManualWindow] = {}
         self._lanes: dict[int, Lane] = {}
         self._has_stepped = False
+        self._incoming: IncomingWeight | None = None
+        self._last_weight = 1.0
+        self._silencers: list[RemovableHandle] = []
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
         self._window, self._manual, self._lanes = Window(), {}, {}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse weights that nothing would divide by.
+
+        Raises:
+            ValueError: In manual optimization without ``divide``.
+        """
+        if self.weight and not pl_module.automatic_optimization and not self.divide:
+            raise ValueError(
+                f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(self.weight)}: nothing "
+                "would be divided by the sum of the weights. Set divide=True, and do not divide your losses."
+            )
+        super().on_fit_start(trainer, pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
         super().teardown(trainer, pl_module, stage)
         self._begin_window()
-        self._manual, self._lanes = {}, {}
+        self._end_silence()
+        self._manual, self._lanes, self._incoming = {}, {}, None
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have a window for each optimizer of manual optimization."""
@@ -71,15 +104,17 @@ class AccumulationRescaling(Member):
         self._lanes |= {lane.index: lane for lane in lanes}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set gradients to zero that a step has used and Lightning will not: it does so where N divides the batch's number.
+        """Ask for the weight of the batch; set gradients to zero that a step has used and Lightning will not.
 
-        Where N has changed since, that is not the batch after the step.
+        Lightning does so where N divides the batch's number. Where N has changed since, that is not the batch after the step.
         """
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._has_stepped and batch_idx % trainer.accumulate_grad_batches:
             for lane in self._lanes.values():
                 drop(lane.table)
             self._begin_window()
+        if self.weight:
+            self._incoming = IncomingWeight(self.weight, batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin a new window."""
@@ -90,35 +125,67 @@ class AccumulationRescaling(Member):
         self._has_stepped = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Weight the loss if N has changed inside the window."""
+        """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         super().on_before_backward(trainer, pl_module, loss)
-        if not pl_module.automatic_optimization:
+        weight = self._last_weight = self._incoming.read() if self._incoming else 1.0
+        if pl_module.automatic_optimization:
+            factor = self._window.loss_weight(trainer.accumulate_grad_batches, weight)
+            self._window.add(weight)
+        else:
+            factor = weight
             for window in self._manual.values() if self.divide else ():
                 window.before_backward()
-            return
-        weight = self._window.loss_weight(trainer.accumulate_grad_batches)
-        if weight != 1.0:
-            loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
+        if factor != 1.0:
+            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+        if not weight:
+            self._silence()
+
+    def _silence(self) -> None:
+        """Make the gradients of one backward pass 0 where they arrive: 0 times a NaN would be NaN."""
+        tensors = {id(tensor): tensor for lane in self._lanes.values() for tensor in lane.table.tensors if tensor.requires_grad}
+        self._silencers = [tensor.register_hook(torch.zeros_like) for tensor in tensors.values()]  # type: ignore[no-untyped-call]
+
+    def _end_silence(self) -> None:
+        while self._silencers:
+            self._silencers.pop().remove()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the micro-batch."""
+        """Count the micro-batches that reached an optimizer of manual optimization."""
         super().on_after_backward(trainer, pl_module)
-        if pl_module.automatic_optimization:
-            self._window.add()
-            return
-        for window in self._manual.values() if self.divide else ():
-            window.after_backward()
+        self._end_silence()
+        if not pl_module.automatic_optimization:
+            for window in self._manual.values() if self.divide else ():
+                window.after_backward(self._last_weight)
+
+    @property
+    def divisor(self) -> int:
+        """N, what the losses of the window were divided by."""
+        return self._window.divisor
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the last micro-batch has weight 0, and its loss does not count."""
+        return not self._last_weight
 
     def drop_micro_batch(self) -> None:
-        """Leave the last micro-batch out: the guard has dropped its gradient."""
+        """Leave the last micro-batch out, its count and its weight: the guard has dropped its gradient."""
         self._window.drop()
 
-    def scale(self, module: LightningModule, lane: Lane) -> float:
-        """What makes the gradients of an optimizer's window a mean."""
+    def scale(self, trainer: Trainer, module: LightningModule, lane: Lane) -> float | None:
+        """What makes the gradients of an optimizer's window a mean; None if the weights of the window are all 0, on all ranks."""
         if module.automatic_optimization:
             self._has_stepped = True
-            return self._window.scale
-        return self._manual[lane.index].scale if self.divide else 1.0
+            return self._scale_of(trainer, self._window)
+        return self._scale_of(trainer, self._manual[lane.index].window) if self.divide else 1.0
+
+    def _scale_of(self, trainer: Trainer, window: Window) -> float | None:
+        if self.weight is None:
+            return window.scale()
+        total = window.weight
+        if trainer.world_size > 1:
+            ours = torch.tensor(total, dtype=torch.float64, device=trainer.strategy.root_device)
+            total = float(trainer.strategy.reduce(ours, reduce_op="sum"))
+        return window.scale(total, trainer.world_size) if total or not window.count else None
 
 
 class ManualWindow:
@@ -130,26 +197,22 @@ class ManualWindow:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._count = 0
+        self.window = Window(divisor=1)
         self._seen = self._fingerprints()
 
     def before_backward(self) -> None:
         """See whether the gradients were set to zero since the last backward pass."""
         fingerprints = self._fingerprints()
         if fingerprints != self._seen and self._is_zero():
-            self._count = 0
+            self.window = Window(divisor=1)
         self._seen = fingerprints
 
-    def after_backward(self) -> None:
+    def after_backward(self, weight: float) -> None:
         """See whether the pass reached a gradient of this optimizer."""
         fingerprints = self._fingerprints()
-        self._count += fingerprints != self._seen
+        if fingerprints != self._seen:
+            self.window.add(weight)
         self._seen = fingerprints
-
-    @property
-    def scale(self) -> float:
-        """1 / k; 1 before any backward pass."""
-        return Window(divisor=1, count=self._count).scale
 
     def _gradients(self) -> list[Tensor | None]:
         return [tensor.grad for tensor in self._lane.table.tensors]

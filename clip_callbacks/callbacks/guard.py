@@ -15,7 +15,6 @@ from clip_callbacks.callbacks._counters import Counters
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._rewind import Rewind
 from clip_callbacks.nonfinite import Findings, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
@@ -176,7 +175,7 @@ class NonFiniteGuard(Member):
         return "ignore" if incident.is_undone and not incident.is_new else policy
 
     def judge_lost(self, incident: Incident) -> None:
-        """Count a window whose every micro-batch was dropped; each was reported then.
+        """Count a window of which nothing is left: every micro-batch was dropped, and reported then, or has weight 0.
 
         Raises:
             NonFiniteGradientError: If this is one bad step too many in a row.
@@ -186,6 +185,16 @@ class NonFiniteGuard(Member):
         counters.skipped += counters.add(incident.lane.history.steps)
         if counters.streak >= self.max_consecutive and self._last_findings:
             raise self._streak_error(incident, self._last_findings, counters.streak)
+        if not self._last_findings:
+            what = f"Every micro-batch of the window has weight 0 at {incident}"
+            if counters.streak >= self.max_consecutive:
+                raise NonFiniteGradientError(
+                    f"{what}: bad step {counters.streak} in a row (max_consecutive={self.max_consecutive})."
+                )
+            rank_zero_warn(
+                f"{what}: the step is skipped (bad step {counters.streak} in a row, {self.max_consecutive} stop the run).",
+                category=RuntimeWarning,
+            )
 
     def forget(self) -> None:
         """Begin a new run."""
@@ -205,10 +214,6 @@ class NonFiniteGuard(Member):
         self._write({**incident.place, "policy": "microbatch", **findings.facts()})
         what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
         rank_zero_warn(f"{what}\n{findings.describe()}", category=RuntimeWarning)
-
-    def micro_batches(self, module: LightningModule, lanes: Sequence[Lane]) -> MicroBatches | None:
-        """What drops bad micro-batches, if that is wanted."""
-        return MicroBatches(module, lanes, restore_buffers=self.restore_buffers) if self.level == "microbatch" else None
 
     def _speak(self, incident: Incident, findings: Findings, streak: int) -> None:
         """Raise, or warn and write a line of the journal.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from clip_callbacks.blocks import SCOPES, Scope, unknown_scope
 from clip_callbacks.callbacks._history import NormHistory
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
+from clip_callbacks.noise_scale import NoiseScale
 from clip_callbacks.norms import as_norm_type, block_norms
-from clip_callbacks.report import BLOCK_NORM, StepReport
+from clip_callbacks.report import BLOCK_NORM, NOISE_SCALE, StepReport
+
+TWO = 2.0
 
 SUGGESTED_PERCENTILE = 90
 """Where the suggested threshold lies: what it clips are the largest 10 % of the steps."""
@@ -28,9 +32,13 @@ class GradientNormMonitor(Member):
         scope: Which entries share one norm: "global", "group", "layer" or "parameter".
         norm_type: The order p of the norm, above 0; "inf" is the maximum norm. The same as GradientClipping's in the same Trainer.
         every_n_steps: Log the blocks' norms only every so many optimizer steps; None: on every logging step of the Trainer.
+        noise_scale: Whether to estimate the gradient noise scale from the micro-batches of accumulation windows and log it as
+            ``grad/noise_scale``, in samples (in micro-batches where a batch's tensors are of several lengths): about the batch
+            beyond which more samples in a step stop to pay. Reads the gradients after each backward pass, and needs room for those
+            of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.noise_scale.NoiseScale`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or ``noise_scale`` is asked for with another norm than the 2-norm.
 
     Example::
 
@@ -41,7 +49,12 @@ class GradientNormMonitor(Member):
     kind = "monitor"
 
     def __init__(
-        self, scope: Scope = "layer", *, norm_type: float | Literal["inf"] = 2.0, every_n_steps: int | None = None
+        self,
+        scope: Scope = "layer",
+        *,
+        norm_type: float | Literal["inf"] = 2.0,
+        every_n_steps: int | None = None,
+        noise_scale: bool = False,
     ) -> None:
         if scope not in SCOPES:
             raise ValueError(unknown_scope(scope))
@@ -50,7 +63,11 @@ class GradientNormMonitor(Member):
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or None, got {every_n_steps!r}.")
         self.norm_type: float = as_norm_type(norm_type)
+        if noise_scale and self.norm_type != TWO:
+            raise ValueError(f"`norm_type` must be 2 beside noise_scale=True, got {norm_type!r}: the estimate is one of 2-norms.")
         self.every_n_steps = every_n_steps
+        self.noise_scale = noise_scale
+        self._noise: dict[int, NoiseScale] = {}
         self._norms: dict[int, NormHistory] = {}
         self._last_logged: dict[int, int] = {}
 
@@ -64,20 +81,27 @@ class GradientNormMonitor(Member):
         super().bind(lanes, names, renew=renew)
         for lane in lanes:
             self._norms.setdefault(lane.index, NormHistory())
+            self._noise.setdefault(lane.index, NoiseScale())
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._norms, self._last_logged = {}, {}
+        self._norms, self._last_logged, self._noise = {}, {}, {}
 
     def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
         """Remember the total norm of a healthy step."""
         super().observe(lane, report, healthy=healthy)
         if healthy:
             self._norms[lane.index].add(report.total)
+        if healthy and self.noise_scale and lane.noise:
+            self._noise[lane.index].observe(lane.noise.small, lane.noise.big, lane.noise.samples or 1)
 
     def metrics(self, lane: Lane, report: StepReport) -> dict[str, float]:
-        """Norms of the blocks, if it is time to log them."""
+        """Norms of the blocks, if it is time to log them, and the noise scale if there is an estimate."""
+        noise = self._noise[lane.index].value if self.noise_scale else None
+        return self._block_norms(lane, report) | ({} if noise is None else {NOISE_SCALE: noise})
+
+    def _block_norms(self, lane: Lane, report: StepReport) -> dict[str, float]:
         if self.every_n_steps and lane.history.steps - self._last_logged.get(lane.index, 0) < self.every_n_steps:
             return {}
         self._last_logged[lane.index] = lane.history.steps
@@ -112,7 +136,8 @@ class GradientNormMonitor(Member):
         """The norms of the run, 8 bytes a step."""
         state = super().state_dict()
         norms = {index: history.values() for index, history in self._norms.items()}
-        return state | {"norms": norms, "last_logged": dict(self._last_logged)}
+        noise = {index: asdict(estimate) for index, estimate in self._noise.items()}
+        return state | {"norms": norms, "last_logged": dict(self._last_logged), "noise": noise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -125,6 +150,7 @@ class GradientNormMonitor(Member):
             self._norms[int(index)] = NormHistory()
             self._norms[int(index)].load(values)
         self._last_logged = {int(index): step for index, step in state_dict["last_logged"].items()}
+        self._noise = {int(index): NoiseScale(**estimate) for index, estimate in state_dict["noise"].items()}
 
 
 def two_digits(value: float) -> float:

@@ -1,0 +1,38 @@
+"""The weight of a micro-batch, asked for when the batch comes, known when its backward pass begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from clip_callbacks.callbacks._arrival import Arrival
+from clip_callbacks.weights import Weight, checked
+
+
+class IncomingWeight:
+    """A weight that may be on its way from a device: the forward pass is under way before anybody waits for it.
+
+    Args:
+        source: From the batch to its weight.
+        batch: As ``training_step`` gets it.
+        batch_idx: Its number.
+    """
+
+    def __init__(self, source: Weight, batch: Any, batch_idx: int) -> None:
+        self._source, self._batch_idx = source, batch_idx
+        self._value: Any = source(batch)
+        self._arrival: Arrival | None = None
+        if isinstance(self._value, Tensor) and not self._value.is_cpu:
+            device, self._value = self._value.device, self._value.to("cpu", non_blocking=True)
+            self._arrival = Arrival(device)
+
+    def read(self) -> float:
+        """The weight.
+
+        Raises:
+            ValueError: If it is not a finite number of at least 0; it names the callable and the batch.
+        """
+        if self._arrival:
+            self._arrival.wait()
+        return checked(self._value, self._source, self._batch_idx)

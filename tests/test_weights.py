@@ -1,0 +1,376 @@
+"""Weighted windows: the gradient of many micro-batches is that of the one large batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, LabelTokens, NonFiniteGradientError, NonFiniteGuard
+from clip_callbacks.weights import checked
+from tests.conftest import assert_same_bits, make_trainer, weights
+
+CLASSES, LENGTH = 5, 6
+
+
+def sentences(lengths, seed=0):
+    """Micro-batches with so many labels each, of two sequences; the rest is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for count in lengths:
+        labels = torch.full((2 * LENGTH,), -100)
+        labels[torch.randperm(2 * LENGTH, generator=generator)[:count]] = torch.randint(CLASSES, (count,), generator=generator)
+        inputs = torch.randn(2, LENGTH, 3, generator=generator, dtype=torch.float64)
+        batches.append({"inputs": inputs, "labels": labels.view(2, LENGTH)})
+    return batches
+
+
+class Tagger(LightningModule):
+    """A classifier of tokens in double precision; keeps the gradient of every step. Nothing in it knows of weights."""
+
+    def __init__(self, make_optimizer=torch.optim.SGD, lr=0.0, folder=None, **options):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.net = nn.Linear(3, CLASSES).double()
+        with torch.no_grad():
+            self.net.weight.copy_(torch.randn(CLASSES, 3, generator=generator))
+            self.net.bias.zero_()
+        self.make_optimizer, self.options, self.folder = make_optimizer, {"lr": lr} | options, folder
+        self.gradients = []
+
+    def loss(self, batch):
+        return cross_entropy(self.net(batch["inputs"]).flatten(0, 1), batch["labels"].flatten())
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def configure_gradient_clipping(self, *_, **__):
+        self.gradients.append(self.net.weight.grad.clone() if self.net.weight.grad is not None else None)
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters(), **self.options)
+
+    def on_train_end(self):
+        if self.folder:
+            torch.save(self.gradients, f"{self.folder}/{self.global_rank}.pt")
+
+
+def loader(batches):
+    return DataLoader(batches, batch_size=None)
+
+
+def large_batch(batches):
+    """The gradient of all of them as one batch."""
+    module = Tagger()
+    module.loss({key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}).backward()
+    return module.net.weight.grad
+
+
+def fit(trainer, batches, n, *callbacks, module=None, **options):
+    module = module or Tagger()
+    trainer(*callbacks, accumulate_grad_batches=n, **options).fit(module, loader(batches))
+    return module.gradients
+
+
+def test_lightning_alone_weighs_few_labels_as_many(trainer):
+    batches = sentences([1, 12])
+    (gradient,) = fit(trainer, batches, 2)
+    assert (gradient - large_batch(batches)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("weight", [LabelTokens("labels"), lambda batch: (batch["labels"] != -100).sum().item()])
+@pytest.mark.parametrize(("lengths", "n"), [([1, 12], 2), ([3, 7, 1, 12, 5], 3), ([4], 1), ([2, 0, 9], 3), ([0, 5], 2)])
+def test_the_gradient_is_that_of_the_one_large_batch(trainer, weight, lengths, n):
+    batches = sentences(lengths)
+    gradients = fit(trainer, batches, n, AccumulationRescaling(weight))
+    expected = [large_batch(batches[start : start + n]) for start in range(0, len(batches), n)]
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_norm_and_scale_are_those_of_the_mean(trainer):
+    batches = sentences([3, 9])
+    clipping = GradientClipping(None)
+    module = Tagger()
+    module.configure_gradient_clipping = LightningModule.configure_gradient_clipping.__get__(module)
+    run = trainer(AccumulationRescaling(LabelTokens()), clipping, accumulate_grad_batches=2)
+    from unittest import mock
+
+    with mock.patch("clip_callbacks.callbacks._checks.is_overridden", return_value=False):
+        run.fit(module, loader(batches))
+    one = Tagger()
+    one.loss({key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in one.parameters()]).norm()
+    torch.testing.assert_close(clipping.last_report.total_norm, expected)
+    assert run.callback_metrics["grad/accumulation_scale"] == pytest.approx(2 / 12)
+
+
+class OwnMean(Tagger):
+    """A mean by hand, over no label NaN, in backward too."""
+
+    def loss(self, batch):
+        labels = batch["labels"].flatten()
+        kept = labels != -100
+        each = cross_entropy(self.net(batch["inputs"]).flatten(0, 1), labels.clamp(min=0), reduction="none")
+        return (each * kept).sum() / kept.sum()
+
+
+@pytest.mark.parametrize("level", ["window", "microbatch"])
+def test_a_micro_batch_without_labels_contributes_nothing(trainer, level):
+    batches = sentences([4, 0, 6])
+    guard = NonFiniteGuard(level=level)
+    (gradient,) = fit(trainer, batches, 3, AccumulationRescaling(LabelTokens()), guard, module=OwnMean())
+    torch.testing.assert_close(gradient, large_batch([batches[0], batches[2]]))
+    assert (guard.skipped_steps, guard.dropped_micro_batches) == (0, 0)
+
+
+@pytest.mark.parametrize("model", [Tagger, OwnMean])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scaler", [False, True])
+def test_a_window_without_labels_is_skipped_and_counted(trainer, model, fused, scaler):
+    plugins = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]} if scaler else {}
+    results = []
+    for lengths in ([4, 5, 0, 0, 6, 2], [4, 5, 6, 2]):
+        batches = sentences([12] * 6)
+        for batch, count in zip(batches, [4, 5, 0, 0, 6, 2], strict=True):
+            batch["labels"].view(-1)[count:] = -100
+        kept = [batch for batch in batches if len(lengths) == 6 or (batch["labels"] != -100).any()]
+        guard = NonFiniteGuard()
+        module = model(torch.optim.AdamW, lr=0.1, fused=fused).float()
+        run = trainer(AccumulationRescaling(LabelTokens()), guard, accumulate_grad_batches=2, **plugins)
+        for batch in kept:
+            batch["inputs"] = batch["inputs"].float()
+        if len(lengths) == 6:
+            with pytest.warns(RuntimeWarning, match="has weight 0 at step 1, .*the step is skipped"):
+                run.fit(module, loader(kept))
+            assert guard.skipped_steps == 1
+            assert bool(guard.last_report.finite)
+            assert not scaler or run.precision_plugin.scaler.get_scale() == 8.0
+        else:
+            run.fit(module, loader(kept))
+        results.append(weights(module))
+    assert_same_bits(*results)
+
+
+def test_without_a_guard_an_empty_window_is_skipped_too(trainer):
+    with pytest.warns(UserWarning, match="has weight 0 at step 0"):
+        assert fit(trainer, sentences([0, 0]), 2, AccumulationRescaling(LabelTokens()), module=OwnMean()) == [None]
+
+
+def test_ten_empty_windows_in_a_row_stop_the_run(trainer):
+    family = [AccumulationRescaling(LabelTokens()), NonFiniteGuard(max_consecutive=3)]
+    with pytest.raises(NonFiniteGradientError, match="weight 0 .*bad step 3 in a row"), pytest.warns(RuntimeWarning):
+        fit(trainer, sentences([4, 0, 0, 0, 0]), 1, *family)
+
+
+def test_a_dropped_micro_batch_takes_its_weight_with_it(trainer):
+    batches = sentences([4, 7, 6])
+    batches[1]["inputs"][0, 0, 0] = math.nan
+    family = [NonFiniteGuard(level="microbatch"), AccumulationRescaling(LabelTokens())]
+    for order in (family, family[::-1]):
+        with pytest.warns(RuntimeWarning, match="the micro-batch is dropped"):
+            (gradient,) = fit(trainer, batches, 3, *order)
+        torch.testing.assert_close(gradient, large_batch([batches[0], batches[2]]))
+
+
+def test_batch_size_weighs_the_last_smaller_batch(trainer):
+    class Regression(Tagger):
+        def loss(self, batch):
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+    inputs, targets = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, CLASSES, dtype=torch.float64)
+    batches = [(inputs[:4], targets[:4]), (inputs[4:6], targets[4:6]), (inputs[6:], targets[6:])]
+    module = Regression()
+    (gradient,) = fit(trainer, batches, 3, AccumulationRescaling(BatchSize()), module=module)
+    whole = Regression()
+    whole.loss((inputs, targets)).backward()
+    torch.testing.assert_close(gradient, whole.net.weight.grad)
+
+
+@pytest.mark.parametrize("n_at_batch_one", [2, 4])
+def test_with_n_changed_inside_a_window(trainer, n_at_batch_one):
+    class Changing(Tagger):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.trainer.accumulate_grad_batches = n_at_batch_one
+
+    batches = sentences([3, 8, 5, 1])
+    gradients = fit(trainer, batches, 4 if n_at_batch_one == 2 else 3, AccumulationRescaling(LabelTokens()), module=Changing())
+    groups = [batches[:2], batches[2:]] if n_at_batch_one == 2 else [batches]
+    torch.testing.assert_close(gradients, [large_batch(group) for group in groups])
+
+
+class Manual(Tagger):
+    def __init__(self, divides=True):
+        super().__init__()
+        self.automatic_optimization = False
+        self.divides = divides
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        if batch_idx % 2 == 1 or batch_idx == self.trainer.num_training_batches - 1:
+            optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.gradients.append(self.net.weight.grad.clone())
+
+
+def test_manual_optimization(trainer):
+    batches = sentences([3, 8, 5])
+    module = Manual()
+    trainer(AccumulationRescaling(LabelTokens(), divide=True)).fit(module, loader(batches))
+    torch.testing.assert_close(module.gradients, [large_batch(batches[:2]), large_batch(batches[2:])])
+
+
+def test_a_weight_that_nothing_divides_by_is_refused(trainer):
+    with pytest.raises(ValueError, match=r"`divide` must be True beside a `weight` in manual optimization.*Set divide=True"):
+        trainer(AccumulationRescaling(LabelTokens())).fit(Manual(), loader(sentences([3])))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_16_mixed_fused(trainer, deferred):
+    plugins = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}
+    batches = sentences([3, 8, 5])
+    for batch in batches:
+        batch["inputs"] = batch["inputs"].float()
+    results = []
+    for options in ({"fused": True}, {"foreach": True}):
+        module = Tagger(torch.optim.AdamW, lr=0.1, **options).float()
+        family = [AccumulationRescaling(LabelTokens()), NonFiniteGuard(deferred=deferred and "fused" in options)]
+        trainer(*family, accumulate_grad_batches=2, **plugins).fit(module, loader(batches))
+        results.append(weights(module))
+    torch.testing.assert_close(*results)
+
+
+def test_resume_inside_a_window_is_the_mean_of_what_it_has(trainer, tmp_path):
+    class Saving(Tagger):
+        def on_train_batch_end(self, *_):
+            if self.trainer.fit_loop.batch_idx == 1 and not (tmp_path / "inside.ckpt").exists():
+                self.trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    batches = sentences([3, 8, 5, 2])
+    fit(trainer, batches, 4, AccumulationRescaling(LabelTokens()), module=Saving())
+    resumed = Saving()
+    run = trainer(AccumulationRescaling(LabelTokens()), accumulate_grad_batches=4)
+    run.fit(resumed, loader(batches), ckpt_path=tmp_path / "inside.ckpt", weights_only=False)
+    # Lightning's loader begins anew: the two batches left of the window are the first two
+    torch.testing.assert_close(resumed.gradients[0], large_batch(batches[:2]))
+
+
+class Dealt(OwnMean):
+    """Each rank takes every other batch."""
+
+    def __init__(self, batches, folder):
+        super().__init__(folder=folder)
+        self.batches = batches
+
+    def train_dataloader(self):
+        return loader(self.batches[self.global_rank :: 2])
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore")
+def test_the_large_batch_of_two_ranks(tmp_path: Path):
+    """Rank 1 has no label at all in the second window, and the last window is short."""
+    batches = sentences([3, 8, 5, 1, 9, 0, 2, 0, 7, 4])
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    family = [AccumulationRescaling(LabelTokens()), NonFiniteGuard()]
+    options = {"accumulate_grad_batches": 2, "use_distributed_sampler": False}
+    make_trainer(tmp_path, *family, devices=2, strategy=strategy, **options).fit(Dealt(batches, str(tmp_path)))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_same_bits(first, second)
+    expected = [large_batch(batches[start : start + 4]) for start in (0, 4, 8)]
+    torch.testing.assert_close(first, expected)
+
+
+# Weights themselves
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+LABELS = torch.tensor([[4, 2, -100], [1, -100, -100]])
+
+
+@pytest.mark.parametrize(
+    ("key", "batch"),
+    [
+        ("labels", {"labels": LABELS}),
+        (1, (torch.zeros(2), LABELS)),
+        (-1, [torch.zeros(2), LABELS]),
+        ("1", (torch.zeros(2), LABELS)),
+        ("labels", Pair(torch.zeros(2), LABELS)),
+        ("labels", SimpleNamespace(labels=LABELS)),
+        ("target.labels", {"target": {"labels": LABELS}}),
+        ("1.labels", (torch.zeros(2), {"labels": LABELS})),
+        ("0", {0: LABELS}),
+    ],
+)
+def test_labels_are_found(key, batch):
+    assert LabelTokens(key)(batch) == 3
+    assert LabelTokens(key, ignore_index=4)(batch) == 5
+    assert LabelTokens(key, shifted=True)(batch) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "batch", "message"),
+    [
+        (
+            "label",
+            {"labels": LABELS, "inputs": LABELS},
+            r"got 'label': there is no 'label' in a dict with keys \['inputs', 'labels'\]",
+        ),
+        (2, (LABELS, LABELS), "got 2: there is no '2' in a tuple of 2"),
+        ("labels", LABELS, "there is no 'labels' in a Tensor"),
+        ("labels", {"labels": [1, 2]}, "must lead to a tensor of labels, got 'labels', where the batch has a list of 2"),
+    ],
+)
+def test_labels_that_are_not_there(key, batch, message):
+    with pytest.raises(ValueError, match=message):
+        LabelTokens(key)(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [(torch.zeros(3, 2), 3), ((torch.zeros(4), {"x": torch.zeros(4, 1), "name": "a"}), 4), ([torch.zeros(2), torch.zeros(())], 2)],
+)
+def test_batch_size(batch, size):
+    assert BatchSize()(batch) == size
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(2), torch.zeros(3)), {"x": "text"}, 3])
+def test_no_batch_size(batch):
+    with pytest.raises(ValueError, match="the batch must hold tensors of one length, got"):
+        BatchSize()(batch)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, None, "3", True, torch.zeros(2), torch.tensor(-1.0)])
+def test_bad_weights_name_the_callable_and_the_batch(trainer, value):
+    def tokens(batch):
+        return value if batch["labels"].sum() else 1
+
+    with pytest.raises(ValueError, match=r"`weight` must return a finite number of at least 0, got .* from .*tokens for batch 0"):
+        fit(trainer, sentences([3]), 1, AccumulationRescaling(tokens))
+
+
+def test_good_weights():
+    assert [checked(value, len, 0) for value in (0, 2, 0.5, torch.tensor(3), torch.tensor([4.0]))] == [0.0, 2.0, 0.5, 3.0, 4.0]
+
+
+def test_a_weight_that_cannot_be_called():
+    with pytest.raises(TypeError, match="`weight` must be a function from a batch to a number, or None, got 3"):
+        AccumulationRescaling(3)

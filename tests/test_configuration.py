@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, ClipRule, FixedLimit, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.conftest import Regression, data
@@ -20,6 +21,17 @@ from tests.conftest import Regression, data
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
+
+
+class Keyed(Regression):
+    """Takes batches under the names that the configuration of tokens expects."""
+
+    def loss(self, batch, batch_idx):
+        return super().loss([batch["inputs"], batch["labels"]], batch_idx)
+
+
+def keyed(loader):
+    return DataLoader([{"inputs": inputs, "labels": labels} for inputs, labels in loader], batch_size=None)
 
 
 def parse(*arguments, model=BoringModel, datamodule=None):
@@ -58,7 +70,7 @@ def test_every_config_trains(path, tmp_path):
     arguments = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3"]
     cli = parse(f"--config={path}", *QUIET, *arguments, f"--trainer.default_root_dir={tmp_path}")
     torch.manual_seed(0)
-    cli.trainer.fit(Regression(), data(12))
+    cli.trainer.fit(*((Keyed(), keyed(data(48))) if "tokens" in path.name else (Regression(), data(48))))
     assert cli.trainer.global_step == 3
 
 

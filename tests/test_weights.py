@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -20,7 +22,7 @@ from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, L
 from clip_callbacks.weights import checked
 from tests.conftest import assert_same_bits, make_trainer, weights
 
-CLASSES, LENGTH = 5, 6
+CLASSES, LENGTH = 5, 12
 
 
 def sentences(lengths, seed=0):
@@ -54,7 +56,7 @@ class Tagger(LightningModule):
     def training_step(self, batch, batch_idx):
         return self.loss(batch)
 
-    def configure_gradient_clipping(self, *_, **__):
+    def on_before_optimizer_step(self, optimizer):  # after every callback's
         self.gradients.append(self.net.weight.grad.clone() if self.net.weight.grad is not None else None)
 
     def configure_optimizers(self):
@@ -97,21 +99,73 @@ def test_the_gradient_is_that_of_the_one_large_batch(trainer, weight, lengths, n
     torch.testing.assert_close(gradients, expected)
 
 
+def total_norm(batches):
+    module = Tagger()
+    module.loss({key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in module.parameters()]).norm()
+
+
 def test_norm_and_scale_are_those_of_the_mean(trainer):
     batches = sentences([3, 9])
     clipping = GradientClipping(None)
-    module = Tagger()
-    module.configure_gradient_clipping = LightningModule.configure_gradient_clipping.__get__(module)
     run = trainer(AccumulationRescaling(LabelTokens()), clipping, accumulate_grad_batches=2)
-    from unittest import mock
-
-    with mock.patch("clip_callbacks.callbacks._checks.is_overridden", return_value=False):
-        run.fit(module, loader(batches))
-    one = Tagger()
-    one.loss({key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}).backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in one.parameters()]).norm()
-    torch.testing.assert_close(clipping.last_report.total_norm, expected)
+    run.fit(Tagger(), loader(batches))
+    torch.testing.assert_close(clipping.last_report.total_norm, total_norm(batches))
     assert run.callback_metrics["grad/accumulation_scale"] == pytest.approx(2 / 12)
+
+
+class Norms(Callback):
+    """Keeps the total_norm of every window."""
+
+    def __init__(self, clipping):
+        self.clipping, self.norms = clipping, []
+
+    def on_before_optimizer_step(self, *_):
+        self.norms.append(self.clipping.last_report.total_norm)
+
+
+def windows(batches, n):
+    return [batches[start : start + n] for start in range(0, len(batches), n)]
+
+
+@given(lengths=st.lists(st.integers(0, 24), min_size=1, max_size=10), n=st.integers(1, 5), seed=st.integers(0, 99))
+@example(lengths=[1, 7, 20, 4], n=4, seed=0)
+@example(lengths=[1, 7, 20, 4, 0], n=3, seed=1)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore")
+def test_any_split_gives_the_gradient_and_norm_of_the_large_batch(tmp_path, lengths, n, seed):
+    batches = sentences(lengths, seed)
+    clipping = GradientClipping(None, nonfinite="ignore")
+    norms, module = Norms(clipping), OwnMean()
+    run = make_trainer(tmp_path, AccumulationRescaling(LabelTokens()), clipping, norms, accumulate_grad_batches=n)
+    run.fit(module, loader(batches))
+    assert len(module.gradients) == len(windows(batches, n))
+    for window, gradient, norm in zip(windows(batches, n), module.gradients, norms.norms, strict=True):
+        if any((batch["labels"] != -100).any() for batch in window):
+            torch.testing.assert_close(gradient, large_batch(window))
+            torch.testing.assert_close(norm, total_norm(window))
+        else:
+            assert gradient is None
+
+
+def test_without_the_callback_or_without_weights_it_is_another_gradient(trainer):
+    """What the property says does not hold by itself."""
+    batches = sentences([1, 7, 20, 4])
+    for family in ([], [AccumulationRescaling()]):
+        (gradient,) = fit(trainer, batches, 4, *family)
+        with pytest.raises(AssertionError, match="not close"):
+            torch.testing.assert_close(gradient, large_batch(batches))
+
+
+def test_validation_inside_a_window(trainer):
+    class Validated(Tagger):
+        def validation_step(self, batch, batch_idx):
+            assert not torch.is_grad_enabled()
+
+    batches, module = sentences([3, 8, 5, 1, 9]), Validated()
+    run = trainer(AccumulationRescaling(LabelTokens()), accumulate_grad_batches=3, val_check_interval=2)
+    run.fit(module, loader(batches), loader(batches[:2]))
+    torch.testing.assert_close(module.gradients, [large_batch(window) for window in windows(batches, 3)])
 
 
 class OwnMean(Tagger):
@@ -223,9 +277,6 @@ class Manual(Tagger):
         if batch_idx % 2 == 1 or batch_idx == self.trainer.num_training_batches - 1:
             optimizer.step()
 
-    def on_before_optimizer_step(self, optimizer):
-        self.gradients.append(self.net.weight.grad.clone())
-
 
 def test_manual_optimization(trainer):
     batches = sentences([3, 8, 5])
@@ -280,19 +331,25 @@ class Dealt(OwnMean):
         return loader(self.batches[self.global_rank :: 2])
 
 
+def dealt_lengths():
+    """Windows of two times three micro-batches: one with 1, 7, 20 and 4 labels, one with none on rank 1, a short last one."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (torch.randint(25, (182,), generator=generator) * (torch.rand(182, generator=generator) > 0.2)).tolist()
+    lengths[:12] = [1, 7, 20, 4, 0, 2, 5, 0, 9, 0, 3, 0]
+    return lengths
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
 def test_the_large_batch_of_two_ranks(tmp_path: Path):
-    """Rank 1 has no label at all in the second window, and the last window is short."""
-    batches = sentences([3, 8, 5, 1, 9, 0, 2, 0, 7, 4])
+    batches = sentences(dealt_lengths())
     strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
     family = [AccumulationRescaling(LabelTokens()), NonFiniteGuard()]
-    options = {"accumulate_grad_batches": 2, "use_distributed_sampler": False}
+    options = {"accumulate_grad_batches": 3, "use_distributed_sampler": False}
     make_trainer(tmp_path, *family, devices=2, strategy=strategy, **options).fit(Dealt(batches, str(tmp_path)))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same_bits(first, second)
-    expected = [large_batch(batches[start : start + 4]) for start in (0, 4, 8)]
-    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(first, [large_batch(window) for window in windows(batches, 6)])
 
 
 # Weights themselves

@@ -29,7 +29,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: O
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
         if 1.0 / LARGEST_GRAD_SCALE <= factor <= LARGEST_GRAD_SCALE:
             if factor != 1.0:
-                board(carrier, torch.full((), 1.0 / factor, device=gradients.tensors[0].device))
+                board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.tensors[0].device))
             return
     scale_(gradients, factors, scale)
 
@@ -51,7 +51,7 @@ def write_deferred(
     elif isinstance(scale, Tensor):
         factors = scale
     elif scale != 1.0:
-        factors = torch.full((), scale, device=gradients.tensors[0].device)
+        factors = torch.full((), scale, dtype=torch.float32, device=gradients.tensors[0].device)
     if carrier is not None:
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
         board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
@@ -72,7 +72,7 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> 
     if factors is None:
         if scale == 1.0:
             return
-        factors = torch.tensor(scale, dtype=torch.float64)
+        factors = torch.tensor(scale, dtype=torch.float64, device="cpu")
     elif scale != 1.0:
         factors = factors * scale
     if factors.numel() == 1:

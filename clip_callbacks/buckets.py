@@ -2,7 +2,8 @@
 
 On a CPU a multi-tensor norm calls one kernel for each tensor, and for a small one the call costs ten times the arithmetic.
 Tensors of one shape stacked side by side are reduced row by row in one call, each row in the order in which the tensor alone
-would be: the norms have the same bits. On a GPU the multi-tensor norm is a few kernels already.
+would be: the norms have the same bits, if gradients lie in memory as autograd lays them. On a GPU the multi-tensor norm is a few
+kernels already.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ SMALL = 4096
 
 CAPACITY = 1 << 16
 """Entries of a bucket, 256 KiB in float32: what reading needs beside the gradients."""
+
+FOUR = 4
+"""Dimensions of what may be in channels-last order."""
 
 FEWEST = 8
 """Tensors of one shape that are worth a bucket."""
@@ -46,7 +50,7 @@ class Buckets:
         """
         places: dict[torch.Size, list[int]] = {}
         for place, tensor in enumerate(tensors):
-            if tensor.is_cpu and tensor.ndim and 0 < tensor.numel() <= SMALL:
+            if tensor.is_cpu and tensor.ndim and 0 < tensor.numel() <= SMALL and _is_dense_in_order(tensor):
                 places.setdefault(tensor.shape, []).append(place)
         by_count: list[list[int]] = [*sorted(places.values(), key=len, reverse=True), [], []]
         first, second = by_count[:2]
@@ -58,7 +62,7 @@ class Buckets:
             taken = set(first)
             buckets, others = _divided(tensors, first), [place for place in range(len(tensors)) if place not in taken]
         read = [place for bucket in (*buckets, others) for place in bucket]
-        return cls(buckets, tuple(others), torch.tensor(read).argsort())
+        return cls(buckets, tuple(others), torch.tensor(read, device="cpu").argsort())
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> Tensor:
         """Norm of each tensor, in the order of the tensors, shape ``(n,)``; bits are those of ``torch._foreach_norm``."""
@@ -75,9 +79,14 @@ class Buckets:
     def _room(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Where the norms of a dtype go, and the part of each read in it."""
         if dtype not in self._rooms:
-            found = torch.empty(len(self.order), dtype=dtype)
+            found = torch.empty(len(self.order), dtype=dtype, device="cpu")
             self._rooms[dtype] = found, found.split([len(read) for read in (*self.buckets, self.others)])  # type: ignore[no-untyped-call]
         return self._rooms[dtype]
+
+
+def _is_dense_in_order(tensor: Tensor) -> bool:
+    """Whether a gradient of this parameter lies in memory as its stack would: others are summed up in another order."""
+    return tensor.is_contiguous() or (tensor.ndim == FOUR and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _divided(tensors: Sequence[Tensor], places: list[int]) -> tuple[tuple[int, ...], ...]:

@@ -20,6 +20,9 @@ from clip_callbacks.parameters import Gradients
 CARRIERS = (Adam, AdamW, SGD, Adagrad)
 """Whose fused kernels do all of this; a subclass may have another ``step``."""
 
+DEVICES = ("cpu", "cuda")
+"""Where they do: on others some releases of torch take the two tensors and ignore them (pytorch/pytorch#186360)."""
+
 
 def is_fused(optimizer: Optimizer) -> bool:
     """Whether an optimizer's next step can carry a factor: of ``torch.optim``, and fused in every parameter group.
@@ -30,11 +33,11 @@ def is_fused(optimizer: Optimizer) -> bool:
 
 
 def can_carry(optimizer: Optimizer | None, gradients: Gradients) -> bool:
-    """Whether the next step can carry a factor for these gradients; the kernels take it in float32."""
-    if optimizer is None or not is_fused(optimizer) or not gradients.tensors:
+    """Whether the next step can carry a factor for these gradients, and has no others; the kernels take it in float32."""
+    if optimizer is None or not is_fused(optimizer) or not gradients.tensors or not gradients.table.covers(optimizer):
         return False
     some = gradients.tensors[:1] if gradients.is_uniform else gradients.tensors
-    return not any(tensor.dtype is torch.float64 for tensor in some)
+    return all(tensor.dtype is not torch.float64 and tensor.device.type in DEVICES for tensor in some)
 
 
 def starts_momentum(optimizer: Optimizer) -> bool:
@@ -60,6 +63,12 @@ def board(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | N
     if optimizer not in _RIDES:
         _RIDES[optimizer] = _Ride(optimizer)
     _RIDES[optimizer].begin(optimizer, {"grad_scale": grad_scale, "found_inf": found_inf})
+
+
+def clear(optimizer: Optimizer | None) -> None:
+    """Take back what has not ridden: the step for which it was set has not been taken."""
+    if optimizer is not None and optimizer in _RIDES:
+        _RIDES[optimizer].end(optimizer)
 
 
 def take_back(optimizer: Optimizer) -> None:

@@ -21,7 +21,7 @@ from clip_callbacks.tensor_norms import smallest_sound_norm, tensor_norms, total
 SAFE_IN_DOUBLE = 4.0
 """The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
 
-TRUE, FALSE = torch.tensor(True), torch.tensor(False)
+TRUE, FALSE = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
 """The two 0-dim flags of steps that were decided on the host: made once."""
 
 
@@ -124,7 +124,9 @@ def measure(
         deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
     """
     if not gradients.tensors:
-        return Measurement(torch.zeros(len(gradients.table)), torch.zeros(1), scale, is_deferred=deferred)
+        return Measurement(
+            torch.zeros(len(gradients.table), device="cpu"), torch.zeros(1, device="cpu"), scale, is_deferred=deferred
+        )
     norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
     total = total_norm(norms, norm_type)
     if deferred:

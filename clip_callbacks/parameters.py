@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class ParameterTable:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+    _covered: WeakKeyDictionary[Optimizer, tuple[int, bool]] = field(default_factory=WeakKeyDictionary, repr=False)
     _indices: dict[str, Any] = field(default_factory=dict, repr=False)
     _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -188,6 +190,16 @@ class ParameterTable:
         entries = [(position, values) for position, values in entries if values.numel()]
         return Gradients(self, [position for position, _ in entries], [values for _, values in entries], None)
 
+    def covers(self, optimizer: Optimizer) -> bool:
+        """Whether all parameters of an optimizer are in the table; looked up again if it holds more or fewer than it did."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._covered.get(optimizer)
+        if known is None or known[0] != count:
+            ours = {id(tensor) for tensor in self.tensors}
+            known = count, all(id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"])
+            self._covered[optimizer] = known
+        return known[1]
+
     def index(self, positions: list[int], device: torch.device) -> Tensor:
         """Positions as a tensor, int64: made once for those that have gradients now, since making one on a GPU is a host sync."""
         if self._indices.get("positions") != (positions, device):
@@ -198,7 +210,7 @@ class ParameterTable:
     def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""
         if dtype not in self._slots:
-            buffer = torch.empty(len(self), dtype=dtype)
+            buffer = torch.empty(len(self), dtype=dtype, device="cpu")
             self._slots[dtype] = buffer, list(buffer.unbind())
         return self._slots[dtype]
 

@@ -180,4 +180,4 @@ class StepReport:
 @lru_cache(maxsize=64)
 def _constant(number: float, dtype: torch.dtype) -> Tensor:
     """A 0-dim tensor, made once: what most steps report costs nothing."""
-    return torch.tensor(number, dtype=dtype)
+    return torch.tensor(number, dtype=dtype, device="cpu")

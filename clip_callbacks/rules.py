@@ -124,15 +124,15 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     """
     if not deferred and isinstance(limits, float) and len(norms) == 1:
         coefficient = _coefficient(norms.tolist()[0], limits, norms.dtype)
-        return (torch.tensor(coefficient, dtype=norms.dtype), True) if coefficient < 1.0 else (_ones(1, norms.dtype), False)
+        return (norms.new_tensor(coefficient), True) if coefficient < 1.0 else (_ones(norms), False)
     on_host: list[float] = [] if deferred else norms.tolist()
     if not deferred and isinstance(limits, float) and max(on_host, default=0.0) + EPS <= limits * CLEARLY:
-        return _ones(len(norms), norms.dtype), False
+        return _ones(norms), False
     # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
     ratios = (norms + EPS).reciprocal() * limits
     if not deferred:
         if min(ratios.tolist(), default=1.0) >= 1.0:
-            return _ones(len(norms), norms.dtype), False
+            return _ones(norms), False
         if min(on_host) > 0.0 and math.isfinite(sum(on_host)):
             return ratios.clamp(max=1.0), True
     limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
@@ -192,7 +192,7 @@ def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -
 def _outcome(stage: Stage, norms: Tensor, state: LimitState, measured: Measurement) -> Outcome:
     names = stage.partition.names
     if stage.limit is None:
-        return Outcome(names, norms, math.inf, _ones(len(names), norms.dtype), clips=False)
+        return Outcome(names, norms, math.inf, _ones(norms), clips=False)
     may_be_bad = measured.is_deferred or not measured.is_finite
     limits = stage.limit.limits(norms.nan_to_num(0.0, 0.0, 0.0) if may_be_bad else norms, state)
     return Outcome(names, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred))
@@ -216,11 +216,12 @@ def _as_limit(max_norm: MaxNorm) -> Limit | None:
     return None if math.isinf(number) else FixedLimit(number)
 
 
-_ONES: dict[tuple[int, torch.dtype], Tensor] = {}
+_ONES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
-def _ones(blocks: int, dtype: torch.dtype) -> Tensor:
-    """Ones of shape ``(B,)``, made once: what most steps report costs nothing."""
-    if (blocks, dtype) not in _ONES:
-        _ONES[blocks, dtype] = torch.ones(blocks, dtype=dtype)
-    return _ONES[blocks, dtype]
+def _ones(norms: Tensor) -> Tensor:
+    """Ones like norms, made once: what most steps report costs nothing."""
+    key = len(norms), norms.dtype, norms.device
+    if key not in _ONES:
+        _ONES[key] = torch.ones_like(norms)
+    return _ONES[key]

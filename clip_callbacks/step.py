@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.apply import clamp_, drop, write, write_deferred, zero_nonfinite_
-from clip_callbacks.fused import can_carry
+from clip_callbacks.fused import can_carry, clear
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy, examine
 from clip_callbacks.norms import FALSE, TRUE, as_norm_type, measure
 from clip_callbacks.parameters import ParameterTable
@@ -52,9 +52,9 @@ def clip_step(
             asked on bad steps. A non-finite norm never scales a gradient.
         scale: A factor for all gradients before all else, such as 1 / micro-batches; norms are of the scaled gradients.
         loss_scale: What the loss was multiplied by against underflow, a tensor of one entry; gradients are divided by it.
-        fused: The optimizer that steps next with these gradients. Where it is a fused one of ``torch.optim`` and all
-            gradients get one factor, they are not written here: its kernel divides them by ``optimizer.grad_scale``, which is
-            taken back after the step. The result is the same but for rounding.
+        fused: The optimizer that steps next with these gradients. Where it is a fused one of ``torch.optim``, holds no other
+            parameters, and all gradients get one factor, they are not written here: its kernel divides them by
+            ``optimizer.grad_scale``, which is taken back after the step. The result is the same but for rounding.
         deferred: Whether to decide where the gradients are, with no host sync: the host reads nothing. Needs rules of scope
             "global" for all parameters and no ``clip_value``; and "skip", which then rides on ``optimizer.found_inf``, a
             ``fused`` optimizer, or "ignore". A finite gradient whose norm overflows its dtype counts as not finite.
@@ -83,6 +83,7 @@ def clip_step(
             f"`state` must hold one entry for each of {len(stages)} rules, got {len(state)}: pass what the last call returned."
         )
 
+    clear(fused)
     gradients = table.gradients()
     deferred = deferred and bool(gradients.tensors)
     carrier = fused if clip_value is None and can_carry(fused, gradients) else None

@@ -35,7 +35,10 @@ def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = 
         Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
     """
     if buckets:
-        return buckets.norms(tensors, norm_type, _dtype_to_accumulate(tensors[0]))
+        try:
+            return buckets.norms(tensors, norm_type, _dtype_to_accumulate(tensors[0]))
+        except RuntimeError:  # parameters were given other shapes or dtypes since the buckets were planned
+            is_uniform = False
     if is_uniform:
         return torch.stack(_norms_of_a_kind(tensors, norm_type))
     return _norms_of_kinds(tensors, norm_type)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
@@ -82,6 +84,16 @@ def check_noise_scale(trainer: Trainer, module: LightningModule, rescaling: Accu
                 f"`noise_scale` must be False with {obstacle}, got True. Estimate it in a short run on one device, with "
                 "automatic optimization and equal micro-batches."
             )
+    warn_of_single_micro_batches(trainer)
+
+
+def warn_of_single_micro_batches(trainer: Trainer) -> None:
+    """Say that windows of one micro-batch tell nothing of the noise scale."""
+    schedulers = [it for it in trainer.callbacks if isinstance(it, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches <= 1 and not schedulers:
+        rank_zero_warn(
+            "noise_scale=True needs windows of several micro-batches: set accumulate_grad_batches above 1.", stacklevel=2
+        )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:

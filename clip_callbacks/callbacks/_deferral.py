@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from clip_callbacks.callbacks._arrival import Arrival
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
-from clip_callbacks.fused import is_fused, starts_momentum
+from clip_callbacks.fused import DEVICES, is_fused, starts_momentum
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule
@@ -86,12 +86,15 @@ class Deferral:
     def _obstacle(self, lane: Lane) -> str | None:
         """What stands in the way, if anything does."""
         table, clipping, guard, rewind = lane.table, self._roles.clipping, self._roles.guard, self._rewind
-        narrow = table.is_uniform and all(tensor.dtype is not torch.float64 for tensor in table.tensors[:1])
+        narrow = table.is_uniform and all(
+            tensor.dtype is not torch.float64 and tensor.device.type in DEVICES for tensor in table.tensors[:1]
+        )
         obstacles = {
             f"{type(lane.optimizer).__name__} is not fused, so that it cannot stand still unless the host says so": not is_fused(
                 lane.optimizer
             ),
-            "the parameters are not all of one dtype up to float32 on one device": not table.tensors or not narrow,
+            "the parameters are not all of one dtype up to float32 on one device, a CPU or a CUDA one": not table.tensors
+            or not narrow,
             "a `clip_value`, or a rule with local norms, gives the gradients more than one factor": clipping is not None
             and (clipping.clip_value is not None or any(_is_local(rule, table) for rule in clipping.rules_of(lane.index))),
             "the guard looks at bad gradients before the step is taken (its policy, or its level)": guard is not None

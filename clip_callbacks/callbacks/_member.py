@@ -143,8 +143,9 @@ class Member(Callback):
         self._skipped_steps, self._pass = self.skipped_steps, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on an optimizer."""
+        """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
         if leading := self._leading():
+            leading.settle_at_last()
             leading.close()
 
     def state_dict(self) -> dict[str, Any]:

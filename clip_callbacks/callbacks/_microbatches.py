@@ -53,6 +53,7 @@ class MicroBatches:
         for tensor, _ in self._aside:
             tensor.grad = None
 
+    @torch.no_grad()
     def after_backward(self, losses: Sequence[Tensor], report: Callable[[Lane], None]) -> bool:
         """Add the new gradients to those set aside, or drop them.
 
@@ -86,7 +87,6 @@ class MicroBatches:
             tensor.grad = gradient
         self._statistics.restore()
 
-    @torch.no_grad()
     def _merge(self) -> None:
         dense = [(old, tensor.grad) for tensor, old in self._aside if tensor.grad is not None and old.layout is torch.strided]
         if dense:

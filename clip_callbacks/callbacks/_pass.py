@@ -24,7 +24,7 @@ from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
 from clip_callbacks.fused import take_back
 from clip_callbacks.noise_scale import WindowNorms
-from clip_callbacks.nonfinite import Policy
+from clip_callbacks.nonfinite import NonFiniteGradientError, Policy
 from clip_callbacks.norms import FALSE, TRUE
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
@@ -78,7 +78,8 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
-        self._samples: int | None = None
+        self._batch_size: int | None = None
+        self._samples: list[int | None] = []
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -127,7 +128,7 @@ class Pass:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         self._has_backward = False
         if self.micro_batches:
-            self._samples = count_samples(batch)
+            self._batch_size = count_samples(batch)
         if self.guard and self.guard.trace_forward:
             self._batch = batch, batch_idx
         outdated = [lane for lane in self.lanes if lane.is_outdated]
@@ -148,15 +149,19 @@ class Pass:
 
     def after_backward(self, trainer: Trainer) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
+        is_silent = self.rescaling is not None and self.rescaling.is_silent
+        if is_silent and not self.micro_batches:
+            for lane in self.lanes:
+                lane.window.pop()  # its loss may be NaN, and does not count
         if self.micro_batches:
             guard = self.guard
             (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
-            is_silent = self.rescaling is not None and self.rescaling.is_silent
+            self._samples.append(self._batch_size)
             dropped = self.micro_batches.after_backward(
                 [] if is_silent else [micro_batch.loss],
                 lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True)) if guard else None,
             )
-            if not dropped:
+            if not dropped and not is_silent:
                 for lane in self.lanes:
                     lane.window.append(micro_batch)
             if guard:
@@ -173,6 +178,7 @@ class Pass:
         is_ours = is_still_scaled(scaler, optimizer)
         if is_ours and module.automatic_optimization and not self._has_backward:
             lane.window.clear()
+            self._end_window()
             if self.rewind:
                 self.rewind.schedules.settle(trainer, skipped=False)
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
@@ -193,7 +199,7 @@ class Pass:
             return
         if self.micro_batches:
             lane.noise = self._noise(trainer, lane, report)
-            self.micro_batches.end_window()
+            self._end_window()
         lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
         if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
             report = replace(report, skipped=TRUE)
@@ -267,20 +273,27 @@ class Pass:
 
     def _noise(self, trainer: Trainer, lane: Lane, report: StepReport) -> WindowNorms | None:
         """Norms of the window's micro-batches and of their mean, without Lightning's division by N and the loss scale."""
-        if self.micro_batches is None or report.finite is not TRUE:
+        sizes = set(self._samples)
+        if self.micro_batches is None or report.finite is not TRUE or len(sizes) != 1:
             return None
         scaler = grad_scaler(trainer)
         divisor = self.rescaling.divisor if self.rescaling else trainer.accumulate_grad_batches
         factor = divisor / (scaler.get_scale() if scaler else 1.0)
         small = [(norm * factor) ** 2 for norm in self.micro_batches.norms]
         mean = report.total.tolist()[0] / lane.scale * divisor / max(len(small), 1)
-        return WindowNorms(small, mean**2, self._samples)
+        return WindowNorms(small, mean**2, sizes.pop())
+
+    def _end_window(self) -> None:
+        self._samples = []
+        if self.micro_batches:
+            self.micro_batches.end_window()
 
     def _lose(self, lane: Lane, incident: Incident) -> StepReport:
         """Skip a window of which nothing is left: every micro-batch was dropped, or has weight 0."""
         drop(lane.table)
+        is_dropped = self.micro_batches is not None and self.micro_batches.is_lost
         if self.guard:
-            self.guard.judge_lost(incident)
+            self.guard.judge_lost(incident, is_reported=is_dropped)
         else:
             rank_zero_warn(f"Every micro-batch of the window has weight 0 at {incident}: the step is skipped.", stacklevel=2)
         report, _ = clip_step(lane.table, rules=(), norm_type=self.norm_type)
@@ -322,7 +335,10 @@ class Pass:
 
     def _adopt(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Lane:
         """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
+        self.settle()
         check_optimizers([optimizer], grad_scaler(trainer), self.members)
+        for lane in self.lanes:
+            take_back(lane.optimizer)
         histories = {lane.index: lane.history for lane in self.lanes}
         if not any(known is optimizer for known in trainer.optimizers):
             raise RuntimeError(
@@ -362,6 +378,13 @@ class Pass:
         for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
+
+    def settle_at_last(self) -> None:
+        """Learn of what is pending as far as that can be done: something has raised already."""
+        try:
+            self.settle()
+        except (NonFiniteGradientError, RuntimeError) as error:
+            rank_zero_warn(f"The last step's verdict, beside what stopped the run: {error}", stacklevel=2)
 
     def close(self) -> None:
         """Let go of the optimizers."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -70,12 +71,19 @@ class AccumulationRescaling(Member):
         self._has_stepped = False
         self._incoming: IncomingWeight | None = None
         self._last_weight = 1.0
-        self._silencers: list[RemovableHandle] = []
+        self._reference = 0.0
+        self._hooks: list[RemovableHandle] = []
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._window, self._manual, self._lanes = Window(), {}, {}
+        self._window, self._manual, self._lanes, self._reference = Window(), {}, {}, 0.0
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook on a parameter: the backward pass may not have come to its end."""
+        super().on_exception(trainer, pl_module, exception)
+        self._remove_hooks()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse weights that nothing would divide by.
@@ -94,7 +102,7 @@ class AccumulationRescaling(Member):
         """Let go of the optimizers."""
         super().teardown(trainer, pl_module, stage)
         self._begin_window()
-        self._end_silence()
+        self._remove_hooks()
         self._manual, self._lanes, self._incoming = {}, {}, None
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
@@ -127,7 +135,7 @@ class AccumulationRescaling(Member):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         super().on_before_backward(trainer, pl_module, loss)
-        weight = self._last_weight = self._incoming.read() if self._incoming else 1.0
+        weight = self._last_weight = self._incoming_weight(trainer) if self._incoming else 1.0
         if pl_module.automatic_optimization:
             factor = self._window.loss_weight(trainer.accumulate_grad_batches, weight)
             self._window.add(weight)
@@ -136,23 +144,36 @@ class AccumulationRescaling(Member):
             for window in self._manual.values() if self.divide else ():
                 window.before_backward()
         if factor != 1.0:
-            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+            self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
         if not weight:
             self._silence()
+
+    def _incoming_weight(self, trainer: Trainer) -> float:
+        """The weight of the micro-batch in units of the run's first one, rounded to a power of two.
+
+        Weights count tokens: multiplied by thousands, a half-precision backward pass would overflow. The unit is the same on all
+        ranks, and being a power of two it changes no bit otherwise.
+        """
+        assert self._incoming is not None
+        weight = self._incoming.read()
+        if not self._reference:
+            largest = _reduced(trainer, weight, "max")
+            self._reference = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+        return weight / self._reference if self._reference else 0.0
 
     def _silence(self) -> None:
         """Make the gradients of one backward pass 0 where they arrive: 0 times a NaN would be NaN."""
         tensors = {id(tensor): tensor for lane in self._lanes.values() for tensor in lane.table.tensors if tensor.requires_grad}
-        self._silencers = [tensor.register_hook(torch.zeros_like) for tensor in tensors.values()]  # type: ignore[no-untyped-call]
+        self._hooks += [tensor.register_hook(torch.zeros_like) for tensor in tensors.values()]  # type: ignore[no-untyped-call]
 
-    def _end_silence(self) -> None:
-        while self._silencers:
-            self._silencers.pop().remove()
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the micro-batches that reached an optimizer of manual optimization."""
         super().on_after_backward(trainer, pl_module)
-        self._end_silence()
+        self._remove_hooks()
         if not pl_module.automatic_optimization:
             for window in self._manual.values() if self.divide else ():
                 window.after_backward(self._last_weight)
@@ -181,11 +202,16 @@ class AccumulationRescaling(Member):
     def _scale_of(self, trainer: Trainer, window: Window) -> float | None:
         if self.weight is None:
             return window.scale()
-        total = window.weight
-        if trainer.world_size > 1:
-            ours = torch.tensor(total, dtype=torch.float64, device=trainer.strategy.root_device)
-            total = float(trainer.strategy.reduce(ours, reduce_op="sum"))
+        total = _reduced(trainer, window.weight, "sum")
         return window.scale(total, trainer.world_size) if total or not window.count else None
+
+
+def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) -> float:
+    """A number over all ranks."""
+    if trainer.world_size == 1:
+        return number
+    ours = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(ours, reduce_op=reduce_op))
 
 
 class ManualWindow:

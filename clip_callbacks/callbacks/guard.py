@@ -104,17 +104,24 @@ class NonFiniteGuard(Member):
     @property
     def skipped_steps(self) -> int:
         """How many optimizer steps were skipped so far, over all optimizers."""
+        self._settle()
         return sum(counters.skipped for counters in self._counters.values())
 
     @property
     def zeroed_steps(self) -> int:
         """How many steps were taken after non-finite entries were set to 0."""
+        self._settle()
         return sum(counters.zeroed for counters in self._counters.values())
 
     @property
     def overflowed_steps(self) -> int:
         """How many steps a GradScaler skipped for an overflow."""
+        self._settle()
         return sum(counters.overflowed for counters in self._counters.values())
+
+    def _settle(self) -> None:
+        if self._pass:
+            self._pass.settle()
 
     def skipped_steps_of(self, index: int) -> int:
         """How many steps of one optimizer were skipped so far."""
@@ -174,8 +181,12 @@ class NonFiniteGuard(Member):
         # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
         return "ignore" if incident.is_undone and not incident.is_new else policy
 
-    def judge_lost(self, incident: Incident) -> None:
-        """Count a window of which nothing is left: every micro-batch was dropped, and reported then, or has weight 0.
+    def judge_lost(self, incident: Incident, *, is_reported: bool) -> None:
+        """Count a window of which nothing is left.
+
+        Args:
+            incident: Where and when.
+            is_reported: Whether every micro-batch was dropped, and reported then; if not, all of them have weight 0.
 
         Raises:
             NonFiniteGradientError: If this is one bad step too many in a row.
@@ -183,24 +194,26 @@ class NonFiniteGuard(Member):
         incident.happened = incident.is_undone = True
         counters = self._counters[incident.lane.index]
         counters.skipped += counters.add(incident.lane.history.steps)
-        if counters.streak >= self.max_consecutive and self._last_findings:
-            raise self._streak_error(incident, self._last_findings, counters.streak)
-        if not self._last_findings:
-            what = f"Every micro-batch of the window has weight 0 at {incident}"
-            if counters.streak >= self.max_consecutive:
-                raise NonFiniteGradientError(
-                    f"{what}: bad step {counters.streak} in a row (max_consecutive={self.max_consecutive})."
-                )
-            rank_zero_warn(
-                f"{what}: the step is skipped (bad step {counters.streak} in a row, {self.max_consecutive} stop the run).",
-                category=RuntimeWarning,
-            )
+        streak, is_last = counters.streak, counters.streak >= self.max_consecutive and self.policy != "ignore"
+        if is_reported:
+            if is_last and self._last_findings:
+                raise self._streak_error(incident, self._last_findings, streak)
+            return
+        what = f"Every micro-batch of the window has weight 0 at {incident}"
+        self._write({**incident.place, "policy": self.policy, "streak": streak, "stage": "weight", "message": what})
+        if is_last:
+            raise NonFiniteGradientError(f"{what}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).")
+        rank_zero_warn(
+            f"{what}: the step is skipped (bad step {streak} in a row, {self.max_consecutive} stop the run).",
+            category=RuntimeWarning,
+        )
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
         self._counters = {}
         self._left_out = (-1, 0, 0)
+        self._last_findings = None
         self.dropped_micro_batches = 0
 
     def release(self) -> None:

@@ -216,12 +216,14 @@ def _as_limit(max_norm: MaxNorm) -> Limit | None:
     return None if math.isinf(number) else FixedLimit(number)
 
 
-_ONES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_ONES: dict[tuple[int, torch.dtype], Tensor] = {}
 
 
 def _ones(norms: Tensor) -> Tensor:
-    """Ones like norms, made once: what most steps report costs nothing."""
-    key = len(norms), norms.dtype, norms.device
+    """Ones like norms, on a CPU made once: what most steps report costs nothing."""
+    if type(norms) is not Tensor or not norms.is_cpu:  # made while a graph is captured or a program traced, they belong to that
+        return torch.ones_like(norms)
+    key = len(norms), norms.dtype
     if key not in _ONES:
         _ONES[key] = torch.ones_like(norms)
     return _ONES[key]

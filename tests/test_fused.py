@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from unittest import mock
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -492,3 +493,179 @@ def test_optimizers_that_unscale_for_themselves_are_refused(trainer):
 
     with pytest.raises(ValueError, match=r"`optimizer` must leave unscaling to its caller under a GradScaler, got Apex"):
         trainer(GradientClipping(0.5), **scaled()).fit(Regression(Apex), data())
+
+
+# What has gone wrong once
+
+
+def test_what_has_not_ridden_is_not_for_the_next_step():
+    parameters, optimizer = two_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[0].grad[0] = math.nan
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=True)
+    assert hasattr(optimizer, "found_inf")
+    parameters[0].grad[0] = 2.0  # the user left the step out
+    clip_step(optimizer, rules=[ClipRule(100.0)], fused=optimizer)
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+    optimizer.step()
+    assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+
+class Veto(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if pl_module.batch_idx in (1, 4):
+            raise KeyError("not now")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_step_that_a_later_callback_prevented_leaves_nothing_behind(trainer, deferred):
+    class Manual(Regression):
+        def __init__(self, **options):
+            super().__init__(torch.optim.AdamW, lr=0.1, **options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.batch_idx = batch_idx
+            self.zero_grad()
+            self.manual_backward(self.loss(batch, batch_idx) * (1.0 if batch_idx in (0, 1, 4) else 1e-3))
+            with contextlib.suppress(KeyError):
+                self.optimizers().step()
+
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = Manual(fused=fused)
+        trainer(GradientClipping(0.1), NonFiniteGuard(deferred=deferred and fused), Veto()).fit(module, data(8))
+        results.append(weights(module))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_half_precision_as_default_keeps_factors_in_single(deferred):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        parameters, optimizer = two_parameters()
+        clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
+        assert optimizer.grad_scale.dtype is torch.float32
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    clipped = torch.cat([parameter.grad for parameter in parameters]).float()
+    torch.testing.assert_close(clipped.norm(), torch.tensor(0.1), rtol=1e-2, atol=0.0)
+
+
+def test_manual_optimization_in_bf16_true(trainer):
+    class Manual(Regression):
+        def __init__(self, **options):
+            super().__init__(torch.optim.SGD, lr=0.1, **options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.zero_grad()
+            self.manual_backward(self.loss(batch, batch_idx))
+            self.optimizers().step()
+
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = Manual(fused=fused)
+        trainer(GradientClipping(0.1), precision="bf16-true").fit(module, data(3))
+        results.append(weights(module))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path:UserWarning")  # Lightning looks for a checkpoint of its own
+def test_a_pending_verdict_is_in_the_checkpoint_that_an_exception_leaves(trainer, tmp_path):
+    class Bomb(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                raise KeyError("boom")
+
+    guard = on_device()
+    family = [OnExceptionCheckpoint(tmp_path, filename="last"), guard, GradientClipping(0.5), Bomb()]
+    with pytest.raises(KeyError), pytest.warns(RuntimeWarning, match="at step 5"):
+        trainer(*family, log_every_n_steps=100, enable_checkpointing=True).fit(network("AdamW", poison={5: math.nan}), data(8))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][guard.state_key]
+    assert saved["counters"][0]["skipped"] == 1
+
+
+def test_an_optimizer_replaced_in_mid_epoch_loses_no_verdict(trainer):
+    class Replacing(Poisoned):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 4:
+                old = self.trainer.optimizers[0]
+                self.old = old
+                self.trainer.optimizers = [torch.optim.AdamW(self.parameters(), lr=0.01, fused=True)]
+
+    guard = on_device()
+    module = Replacing({3: math.nan, 6: math.nan}, optimizer=torch.optim.AdamW, fused=True)
+    with pytest.warns(RuntimeWarning, match="the step is skipped"):
+        trainer(guard, GradientClipping(0.01), log_every_n_steps=100).fit(module, data(8))
+    assert guard.skipped_steps == 2
+    assert not {"grad_scale", "found_inf"} & set(vars(module.old))
+    assert not module.old._optimizer_step_pre_hooks
+
+
+def test_a_part_of_an_optimizers_parameters_does_not_ride():
+    """What rides is for all that the optimizer holds: of two calls each writes its own part."""
+    parameters, optimizer = two_parameters()
+    clip_step(parameters[:1], rules=[ClipRule(1.0)], fused=optimizer)
+    clip_step(parameters[1:], rules=[ClipRule(0.5)], fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    for parameter, limit in zip(parameters, (1.0, 0.5), strict=True):
+        torch.testing.assert_close(parameter.grad.norm(), torch.tensor(limit))
+
+
+def test_counts_are_up_to_date_when_asked_for(trainer):
+    seen = []
+
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append((guard.skipped_steps, guard.overflowed_steps))
+
+    guard = on_device()
+    with pytest.warns(RuntimeWarning, match="the step is skipped"):
+        trainer(guard, Ask(), log_every_n_steps=100, **scaled(init_scale=2.0**20)).fit(
+            network("AdamW", poison={9: math.nan}), data(12, size=1.0)
+        )
+    assert seen[:3] == [(0, 1), (0, 2), (0, 3)]
+    assert [skipped for skipped, _ in seen] == [0] * 9 + [1] * 3
+    assert seen[-1] == (1, guard.overflowed_steps)
+
+
+def test_parameters_given_other_entries_in_mid_run():
+    """Buckets of small tensors are planned once; shapes and dtypes may change under them."""
+    parameters = [nn.Parameter(torch.zeros(8)) for _ in range(20)]
+    table = ParameterTable.of_tensors(parameters)
+    for change in (lambda i: torch.zeros(8), lambda i: torch.zeros(9 if i == 3 else 8), lambda i: torch.zeros(4, 2).double()):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = None
+            parameter.data = change(i)
+            parameter.grad = torch.full_like(parameter, float(i))
+        report, _ = clip_step(table, rules=[])
+        expected = math.sqrt(sum(i * i * parameter.numel() for i, parameter in enumerate(parameters)))
+        assert report.total_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_transposed_gradients_have_the_bits_of_torch():
+    parameters = [nn.Parameter(torch.zeros(5, 7).t() if i % 2 else torch.zeros(7, 5)) for i in range(24)]
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(5, 7).t() if i % 2 else torch.randn(7, 5)
+    expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    for _ in range(2):
+        report, _ = clip_step(ParameterTable.of_tensors(parameters), rules=[])
+        assert torch.equal(report.total_norm, expected)
+
+
+def test_a_default_device_is_not_where_reports_live():
+    _, optimizer = two_parameters()
+    torch.set_default_device("meta")
+    try:
+        for rules in ([ClipRule(1.0)], [ClipRule(1.0, "parameter")], [ClipRule(100.0)], []):
+            report, _ = clip_step(optimizer, rules=rules, fused=optimizer)
+            assert report.total_norm.is_cpu
+            assert report.clip_coef.item() <= 1.0
+            assert report.coefficients.is_cpu
+    finally:
+        torch.set_default_device(None)

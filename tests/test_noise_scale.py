@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
 from clip_callbacks.noise_scale import NoiseScale
-from tests.conftest import GradientTape, Regression, data
+from tests.conftest import GradientTape, Poisoned, Regression, data
 
 WIDTH = 20
 
@@ -130,3 +130,56 @@ def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, mes
 def test_it_is_one_of_2_norms():
     with pytest.raises(ValueError, match="`norm_type` must be 2 beside noise_scale=True, got 1"):
         GradientNormMonitor(noise_scale=True, norm_type=1)
+
+
+def test_windows_of_micro_batches_of_unequal_size_tell_nothing(trainer):
+    """Their mean is not the mean over their samples."""
+    batches = [torch.randn(size, 4) for size in (4, 4, 4, 2)]
+
+    class Net(Regression):
+        def loss(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+    monitor = GradientNormMonitor(noise_scale=True)
+    trainer(monitor, accumulate_grad_batches=2).fit(Net(), DataLoader(batches, batch_size=None))
+    assert monitor._noise[0].windows == 1
+
+
+def test_an_overflow_leaves_no_micro_batch_for_the_next_window(trainer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-110)
+    run = trainer(
+        GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
+    run.fit(GradientTape(100 * draws(2400, spread=3.0).float()))
+    assert scaler.get_scale() < 2.0**20
+    assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
+
+
+def test_the_last_micro_batch_none_under_a_fused_scaler_ends_the_window(trainer):
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
+    module = Poisoned({3: None}, optimizer=torch.optim.AdamW, fused=True)
+    monitor = GradientNormMonitor(noise_scale=True)
+    trainer(monitor, accumulate_grad_batches=2, plugins=plugins).fit(module, data(6, size=1.0))
+    assert monitor._noise[0].windows == 2
+
+
+def test_without_accumulation_it_says_that_it_learns_nothing(trainer):
+    with pytest.warns(UserWarning, match="noise_scale"):
+        trainer(GradientNormMonitor(noise_scale=True)).fit(Regression(), data(3))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("family", [[NonFiniteGuard(level="microbatch")], [GradientNormMonitor(noise_scale=True)]])
+def test_a_backward_that_makes_a_graph(trainer, family):
+    class Graph(Regression):
+        def backward(self, loss):
+            loss.backward(create_graph=True)
+
+    results = []
+    for callbacks in (family, []):
+        torch.manual_seed(0)
+        module = Graph()
+        trainer(*callbacks, accumulate_grad_batches=2).fit(module, data(4))
+        results.append([parameter.detach().clone() for parameter in module.parameters()])
+        module.zero_grad()
+    torch.testing.assert_close(*results)

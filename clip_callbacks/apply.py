@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: O
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
         if 1.0 / LARGEST_GRAD_SCALE <= factor <= LARGEST_GRAD_SCALE:
             if factor != 1.0:
-                board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.tensors[0].device))
+                board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
             return
     scale_(gradients, factors, scale)
 
@@ -51,7 +52,7 @@ def write_deferred(
     elif isinstance(scale, Tensor):
         factors = scale
     elif scale != 1.0:
-        factors = torch.full((), scale, dtype=torch.float32, device=gradients.tensors[0].device)
+        factors = torch.full((), scale, dtype=torch.float32, device=gradients.device)
     if carrier is not None:
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
         board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
@@ -115,10 +116,22 @@ def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:
         torch._foreach_clamp_max_(real, clip_value)
 
 
-def zero_nonfinite_(tensors: Sequence[Tensor]) -> None:
-    """Set every NaN and every inf to 0 and leave the other entries alone."""
-    for tensor in _as_real(tensors):
-        tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+def zero_nonfinite_(gradients: Gradients, norms: Tensor) -> None:
+    """Set every NaN and every inf to 0 and leave the other entries alone.
+
+    A tensor with some, of which several ranks hold copies, becomes 0 as a whole: one copy may be bad and another one not.
+
+    Args:
+        gradients: Of one step.
+        norms: Of each parameter of the table, shape ``(N,)``.
+    """
+    reduction = gradients.table.reduction
+    bad = [reduction is not None and not math.isfinite(norm) for norm in norms.tolist()]
+    for position, tensor in zip(gradients.positions, _as_real(gradients.tensors), strict=True):
+        if reduction and bad[position] and reduction.copied[position]:
+            tensor.zero_()
+        else:
+            tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def drop(table: ParameterTable) -> None:

@@ -62,7 +62,7 @@ def clip_grad_norm_(
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     gradients = ParameterTable.nameless(tensors).gradients(bucketed=False)
-    if not gradients.tensors:
+    if not gradients.exist:
         return torch.tensor(0.0)
     measured = measure(gradients, norm_type)
     if measured.is_finite:
@@ -73,4 +73,4 @@ def clip_grad_norm_(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
             "To disable this error and leave the gradients as they are, set `error_if_nonfinite=False`."
         )
-    return measured.total[0].to(gradients.tensors[0].device)
+    return measured.total[0].to(gradients.tensors[0].device if gradients.tensors else gradients.device)

@@ -34,9 +34,9 @@ def is_fused(optimizer: Optimizer) -> bool:
 
 def can_carry(optimizer: Optimizer | None, gradients: Gradients) -> bool:
     """Whether the next step can carry a factor for these gradients, and has no others; the kernels take it in float32."""
-    if optimizer is None or not is_fused(optimizer) or not gradients.tensors or not gradients.table.covers(optimizer):
+    if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.covers(optimizer):
         return False
-    some = gradients.tensors[:1] if gradients.is_uniform else gradients.tensors
+    some = gradients.table.shards[:1] if gradients.is_uniform else gradients.table.shards
     return all(tensor.dtype is not torch.float64 and tensor.device.type in DEVICES for tensor in some)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.parameters import ParameterTable
+from clip_callbacks.reduction import gathered, shard_of
 
 Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -38,6 +39,7 @@ class Offender:
         nan: Count of NaN entries; None if only the norm is known.
         inf: Count of infinite entries; None if only the norm is known.
         norm: The norm, "nan" or "inf", if that is all that is known.
+        ranks: Which ranks hold them, if others do not.
     """
 
     name: str
@@ -45,17 +47,19 @@ class Offender:
     nan: int | None
     inf: int | None
     norm: str | None = None
+    ranks: tuple[int, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """What is known, for a line of JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
     def __str__(self) -> str:
         """One line: name, shape, and counts or the norm."""
         if self.norm:
             return f"{self.name} {list(self.shape)}: norm {self.norm}"
         counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
-        return f"{self.name} {list(self.shape)}: {' and '.join(counts)}".lstrip()
+        where = f" on rank {_enumerated(self.ranks)}" if self.ranks else ""
+        return f"{self.name} {list(self.shape)}: {' and '.join(counts)}{where}".lstrip()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Findings:
         loss_is_finite: Whether every loss of the window was; None if no loss was seen.
         after_good_step: Whether the step before was taken with finite gradients.
         traced: The first module with a non-finite output, if the batch was run again to find it.
+        loss_ranks: Of several ranks, those with a loss that is not finite.
     """
 
     gradients: tuple[Offender, ...]
@@ -81,6 +86,12 @@ class Findings:
     loss_is_finite: bool | None
     after_good_step: bool = False
     traced: str | None = None
+    loss_ranks: tuple[int, ...] = ()
+
+    @property
+    def guilty_ranks(self) -> tuple[int, ...]:
+        """Where it began, of several ranks, if that is known: those with a bad loss, or else the only ones with bad gradients."""
+        return self.loss_ranks or tuple(sorted({rank for offender in self.gradients for rank in offender.ranks}))
 
     @property
     def stage(self) -> FaultStage:
@@ -94,11 +105,14 @@ class Findings:
     def facts(self) -> dict[str, Any]:
         """The same as :meth:`describe`, for a line of JSON."""
         offenders = {"gradients": [*map(Offender.facts, self.gradients)], "parameters": [*map(Offender.facts, self.parameters)]}
-        return {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | offenders
+        facts = {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | offenders
+        return facts | {"guilty_ranks": list(self.guilty_ranks)}
 
     def describe(self) -> str:
         """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
         lines = [f"Stage: {_STAGES[self.stage]}"]
+        if self.guilty_ranks:
+            lines += [f"Where it began: rank {_enumerated(self.guilty_ranks)}"]
         if self.traced:
             lines += [f"First non-finite output: {self.traced}"]
         if self.parameters:
@@ -147,23 +161,77 @@ def examine(
         norms: Of the gradients of a step that is over, shape ``(N,)`` on the host: nothing else is left of them.
     """
     if norms is None:
-        held = [(name, tensor.grad) for name, tensor in zip(table.names, table.tensors, strict=True) if tensor.grad is not None]
-        names, gradients = [name for name, _ in held], _offenders(held)
+        held = [
+            (name, tensor, shard_of(tensor.grad))
+            for name, tensor in zip(table.names, table.tensors, strict=True)
+            if tensor.grad is not None
+        ]
+        names, gradients = [name for name, _, _ in held], _offenders(held)
     else:
         names, gradients = list(table.names), _offenders_by_norm(table, norms)
-    parameters = _offenders(zip(table.names, table.tensors, strict=True))
-    guilty = {offender.name for offender in gradients}
-    first = next((i for i, name in enumerate(names) if name in guilty), 0)
-    finite = [i for i, name in enumerate(names) if name not in guilty]
     return Findings(
         gradients,
-        parameters,
-        before=next((names[i] for i in reversed(finite) if i < first), None),
-        after=next((names[i] for i in finite if i > first), None),
+        _offenders((name, tensor, shard_of(tensor)) for name, tensor in zip(table.names, table.tensors, strict=True)),
+        *_neighbours(names, gradients),
         count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
     )
+
+
+def examine_on_all_ranks(table: ParameterTable, findings: Findings) -> Findings:
+    """What all ranks have found, the same on each: a collective, for steps that are bad on all of them.
+
+    Args:
+        table: The parameters of the optimizer about to step.
+        findings: What this rank has found.
+    """
+    counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
+    each = gathered((findings, [name for name, count in zip(table.names, counts, strict=True) if count]))
+    found = [findings for findings, _ in each]
+    owned = [set(names) for _, names in each]
+    is_divided = table.reduction is not None
+    gradients = _joined([it.gradients for it in found], owned, table.names, is_divided=is_divided)
+    before, after = _neighbours(table.names, gradients)
+    losses = [it.loss_is_finite for it in found]
+    return replace(
+        findings,
+        gradients=gradients,
+        parameters=_joined([it.parameters for it in found], owned, table.names, is_divided=is_divided),
+        before=before,
+        after=after,
+        count=max(it.count for it in found),
+        loss_is_finite=None if set(losses) == {None} else False not in losses,
+        traced=next((it.traced for it in found if it.traced), None),
+        loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
+    )
+
+
+def _joined(
+    found: Sequence[Sequence[Offender]], owned: Sequence[set[str]], names: Sequence[str], *, is_divided: bool
+) -> tuple[Offender, ...]:
+    """Offenders of all ranks, each once: parts of one tensor are summed up, copies are not."""
+    by_name: dict[str, dict[int, Offender]] = {}
+    for rank, offenders in enumerate(found):
+        for offender in offenders:
+            by_name.setdefault(offender.name, {})[rank] = offender
+    joined = []
+    for name in names:
+        if guilty := by_name.get(name):
+            parts = [offender for rank, offender in guilty.items() if name in owned[rank]] if is_divided else []
+            parts = parts or [next(iter(guilty.values()))]
+            ranks = tuple(guilty) if len(guilty) < len(found) else ()
+            nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
+            joined.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
+    return tuple(joined)
+
+
+def _neighbours(names: Sequence[str], offenders: Sequence[Offender]) -> tuple[str | None, str | None]:
+    """The nearest names before and after the first offender that are none."""
+    guilty = {offender.name for offender in offenders}
+    first = next((i for i, name in enumerate(names) if name in guilty), 0)
+    finite = [i for i, name in enumerate(names) if name not in guilty]
+    return next((names[i] for i in reversed(finite) if i < first), None), next((names[i] for i in finite if i > first), None)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -177,12 +245,13 @@ def _entries(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.values()
 
 
-def _offenders(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
+def _offenders(named: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[Offender, ...]:
+    """Of names, parameters, and this rank's parts of them or of their gradients."""
     found = []
-    for name, tensor in named:
-        entries = _entries(tensor.detach())
+    for name, whole, part in named:
+        entries = _entries(part.detach())
         if not bool(torch.isfinite(entries).all()):
-            found.append(count_nonfinite(entries, name))
+            found.append(replace(count_nonfinite(entries, name), shape=tuple(whole.shape)))
     return tuple(found)
 
 
@@ -197,6 +266,10 @@ def count_nonfinite(tensor: Tensor, name: str = "") -> Offender:
     """Count a tensor's NaN and infinite entries; of complex ones, the parts."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return Offender(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum()))
+
+
+def _enumerated(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _listed(offenders: Sequence[Offender], most: int) -> str:

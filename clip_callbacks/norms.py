@@ -123,25 +123,43 @@ def measure(
         local: Whether the norms of single parameters matter too, not only the total norm.
         deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
     """
-    if not gradients.tensors:
+    together = gradients.table.reduction
+    if not gradients.tensors and not together:
         return Measurement(
             torch.zeros(len(gradients.table), device="cpu"), torch.zeros(1, device="cpu"), scale, is_deferred=deferred
         )
-    norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
+    norms = ours = _norms_here(gradients, norm_type)
+    if together:
+        norms = together.norms(ours, norm_type)
     total = total_norm(norms, norm_type)
     if deferred:
         of_all = scale if loss_scale is None else scale / loss_scale
         if isinstance(of_all, Tensor) or of_all != 1.0:
             norms, total = norms * of_all, total * of_all
-        return Measurement(gradients.fill(norms), total, of_all, is_deferred=True)
+        return Measurement(norms if together else gradients.fill(norms), total, of_all, is_deferred=True)
     norms, total, divisor = on_host(norms, total, loss_scale)
     sound = smallest_sound_norm(norm_type, norms.dtype)
-    if not gradients.is_uniform or not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
+    if together:
+        norms, total = _mended_together(gradients, ours, norms, total, norm_type, local=local)
+    elif not gradients.is_uniform or not _all_sound(total, sound) or (local and not _all_sound(norms, sound)):
         norms, total = _mended(gradients.tensors, norms, total, norm_type)
     scale = scale / divisor
     if scale != 1.0:
         norms, total = _fitting(norms.double() * scale, total.double() * scale, norms.dtype)
-    return Measurement(gradients.fill(norms), total, scale)
+    return Measurement(norms if together else gradients.fill(norms), total, scale)
+
+
+def _norms_here(gradients: Gradients, norm_type: float) -> Tensor:
+    """Norms of the gradients that are there, ``(n,)``; where ranks hold parts, of this rank's, ``(N,)``, 0 where it has none."""
+    table = gradients.table
+    if gradients.tensors:
+        norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
+    else:
+        norms = torch.zeros(0, device=table.shards[0].device if table.shards else "cpu")
+    if not table.reduction:
+        return norms
+    is_wide = any(_accumulated_in(tensor.dtype) is torch.float64 for tensor in table.tensors)
+    return gradients.fill(norms.to(torch.float64 if is_wide else torch.float32))
 
 
 def on_host(norms: Tensor, total: Tensor, loss_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
@@ -169,6 +187,25 @@ def _mended(tensors: list[Tensor], norms: Tensor, total: Tensor, norm_type: floa
     suspects = [place for place, is_sound in enumerate(sound) if not is_sound]
     if suspects:
         mended[suspects] = true_norms([tensors[place] for place in suspects], norm_type).cpu()
+    return _fitting(mended, sound_total(mended, norm_type), norms.dtype)
+
+
+def _mended_together(
+    gradients: Gradients, ours: Tensor, norms: Tensor, total: Tensor, norm_type: float, *, local: bool
+) -> tuple[Tensor, Tensor]:
+    """The same where ranks hold parts: whether it takes place hangs on what all of them know; a norm of 0 is taken for one."""
+    table = gradients.table
+    assert table.reduction is not None
+    bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in table.tensors]
+    sound = [norm == 0 or bound <= norm < math.inf for bound, norm in zip(bounds, norms.tolist(), strict=True)]
+    if (all(sound) or not local) and (total.tolist() == [0.0] or _all_sound(total, max(bounds, default=0.0))):
+        return norms, total
+    mended = ours.double().cpu()
+    suspects = [place for place, position in enumerate(gradients.positions) if not sound[position]]
+    if suspects:
+        places = [gradients.positions[place] for place in suspects]
+        mended[places] = true_norms([gradients.tensors[place] for place in suspects], norm_type).cpu()
+    mended = table.reduction.true_norms(mended, norm_type)
     return _fitting(mended, sound_total(mended, norm_type), norms.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,10 @@ from torch.optim import Optimizer
 
 from clip_callbacks.blocks import OUTSIDE, Partition, Scope, no_match, unknown_scope
 from clip_callbacks.buckets import Buckets
+from clip_callbacks.reduction import Reduction, is_sharded, shard_of, shard_of_gradient
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What wrappers of torch put into the names of parameters: left out, so that names and patterns hold with and without them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +32,13 @@ class ParameterTable:
         tensors: The N parameters.
         names: Their N names, as ``module.named_parameters()`` gives them.
         groups: The N names of their optimizer parameter groups.
+        reduction: Where ranks hold parts of them, what makes norms of these parts norms of the whole.
     """
 
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
     groups: tuple[str, ...]
+    reduction: Reduction | None = None
     _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
     _covered: WeakKeyDictionary[Optimizer, tuple[int, bool]] = field(default_factory=WeakKeyDictionary, repr=False)
     _indices: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -52,25 +58,31 @@ class ParameterTable:
     def nameless(cls, tensors: Iterable[Tensor]) -> ParameterTable:
         """Table for one use, where nobody asks for names: blocks other than "global" are not to be had."""
         each = tuple({id(tensor): tensor for tensor in tensors}.values())
-        for position, tensor in enumerate(each):
-            _refuse_sharded(tensor, str(position))
-        return cls(each, (), ())
+        return cls(each, (), (), Reduction.of(each))
 
     @classmethod
-    def of_optimizer(cls, optimizer: Optimizer, named: Iterable[tuple[str, Tensor]] = ()) -> ParameterTable:
+    def of_optimizer(
+        cls,
+        optimizer: Optimizer,
+        named: Iterable[tuple[str, Tensor]] = (),
+        *,
+        reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
+    ) -> ParameterTable:
         """Table of what an optimizer holds, in its own order.
 
         Args:
             optimizer: Any ``torch.optim.Optimizer``.
             named: ``model.named_parameters()``; a parameter not among them is called ``pg1.0``: its group and its place there.
+            reduce: From the parameters to what makes norms of this rank's parts norms of the whole; the default knows DTensors.
         """
         names = {id(tensor): name for name, tensor in named}
         groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
-        return cls._of_rows(
+        rows = [
             (names.get(id(tensor), f"{group}.{place}"), tensor, group)
             for group, tensors in groups
             for place, tensor in enumerate(tensors)
-        )
+        ]
+        return cls._of_rows(rows, reduce)
 
     @classmethod
     def of(
@@ -90,13 +102,16 @@ class ParameterTable:
         return cls.of_named(named) if named else cls.of_tensors(row for row in rows if isinstance(row, Tensor))
 
     @classmethod
-    def _of_rows(cls, rows: Iterable[tuple[str, Tensor, str]]) -> ParameterTable:
+    def _of_rows(
+        cls,
+        rows: Iterable[tuple[str, Tensor, str]],
+        reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
+    ) -> ParameterTable:
         first: dict[int, tuple[str, Tensor, str]] = {}
         for row in rows:
-            _refuse_sharded(row[1], row[0])
             first.setdefault(id(row[1]), row)
         names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())
-        return cls(tensors, names, groups)
+        return cls(tensors, tuple(map(_without_wrappers, names)), groups, reduce(tensors))
 
     def __len__(self) -> int:
         """Count of the parameters, N."""
@@ -104,8 +119,8 @@ class ParameterTable:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether any parameter has one."""
-        return any(tensor.grad is not None for tensor in self.tensors)
+        """Whether any parameter has one; where ranks hold parts of them, whether any may have one."""
+        return self.reduction is not None or any(tensor.grad is not None for tensor in self.tensors)
 
     def partition(self, scope: Scope, pattern: str | None = None) -> Partition:
         r"""Blocks of one scope.
@@ -153,16 +168,27 @@ class ParameterTable:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether all parameters, and so their gradients, are of one dtype on one device."""
-        kinds = {(getattr(tensor, "grad_dtype", tensor.dtype), tensor.device) for tensor in self.tensors}
+        pairs = zip(self.tensors, self.shards, strict=True)
+        kinds = {(getattr(tensor, "grad_dtype", tensor.dtype), shard.device) for tensor, shard in pairs}
         return len(kinds) <= 1 and all(dtype is not None for dtype, _ in kinds)  # None: gradients of any dtype
 
     @cached_property
     def _buckets(self) -> Buckets | None:
-        return Buckets.of(self._filled[1]) if self.is_uniform else None
+        return Buckets.of([self.shards[position] for position in self._filled[0]]) if self.is_uniform else None
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether any parameter is a DTensor."""
+        return any(map(is_sharded, self.tensors))
+
+    @cached_property
+    def shards(self) -> tuple[Tensor, ...]:
+        """This rank's part of each parameter; of a plain one, itself."""
+        return tuple(map(shard_of, self.tensors)) if self.is_sharded else self.tensors
 
     @cached_property
     def _filled(self) -> tuple[list[int], list[Tensor]]:
-        places = [position for position, tensor in enumerate(self.tensors) if tensor.numel()]
+        places = [position for position, shard in enumerate(self.shards) if shard.numel()]
         return places, [self.tensors[position] for position in places]
 
     def gradients(self, *, bucketed: bool = True) -> Gradients:
@@ -172,7 +198,11 @@ class ParameterTable:
             bucketed: Whether to plan how to read small ones together, which pays if the table is used more than once.
         """
         positions, parameters = self._filled
-        found = [parameter.grad for parameter in parameters]
+        if self.is_sharded:
+            every = [shard_of_gradient(tensor) for tensor in self.tensors]  # of empty shards too: it may take all ranks
+            found = [every[position] for position in positions]
+        else:
+            found = [parameter.grad for parameter in parameters]
         tensors = [gradient for gradient in found if gradient is not None]
         if {gradient.layout for gradient in tensors} - {torch.strided}:
             return self._sparse_gradients()
@@ -237,6 +267,16 @@ class Gradients:
         return self.table.is_uniform
 
     @property
+    def exist(self) -> bool:
+        """Whether there are any; where ranks hold parts of them, here or elsewhere."""
+        return self.table.reduction is not None or bool(self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are, if they are in one place."""
+        return self.table.shards[0].device
+
+    @property
     def is_complete(self) -> bool:
         """Whether every parameter has one."""
         return len(self.positions) == len(self.table)
@@ -248,9 +288,10 @@ class Gradients:
         return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
 
 
-def _refuse_sharded(tensor: Tensor, name: str) -> None:
-    if hasattr(tensor, "device_mesh"):
-        raise TypeError(f"parameters must be plain tensors, got a DTensor for {name!r}: sharded ones are not supported yet.")
+def _without_wrappers(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def coalesced_values(parameter: Tensor) -> Tensor:

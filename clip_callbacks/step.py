@@ -48,7 +48,8 @@ def clip_step(
         norm_type: The order p of all norms, above 0; inf is the maximum norm.
         clip_value: Afterwards every entry is clamped to ``[-clip_value, clip_value]``; a further pass.
         nonfinite: What to do if a gradient is not finite. "skip": all gradients become None, so that ``optimizer.step()``
-            changes nothing; "raise"; "zero": non-finite entries become 0; "ignore": they stay. Or a function that is
+            changes nothing; "raise"; "zero": non-finite entries become 0 (of a tensor of which several ranks
+            hold copies, where parameters are sharded, all entries); "ignore": they stay. Or a function that is
             asked on bad steps. A non-finite norm never scales a gradient.
         scale: A factor for all gradients before all else, such as 1 / micro-batches; norms are of the scaled gradients.
         loss_scale: What the loss was multiplied by against underflow, a tensor of one entry; gradients are divided by it.
@@ -85,7 +86,7 @@ def clip_step(
 
     clear(fused)
     gradients = table.gradients()
-    deferred = deferred and bool(gradients.tensors)
+    deferred = deferred and gradients.exist
     carrier = fused if clip_value is None and can_carry(fused, gradients) else None
     local = not all(stage.partition.is_whole for stage in stages)
     if deferred:
@@ -103,7 +104,7 @@ def clip_step(
             outcomes = describe(stages, measured, norm_type)
             return StepReport(measured.total, measured.norms, outcomes, None, norm_type, finite, TRUE, scale), state
         if policy == "zero":
-            zero_nonfinite_(gradients.tensors)
+            zero_nonfinite_(gradients, measured.norms)
             measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, local=local)
 
     outcomes, factors, state = decide(stages, measured, norm_type, state)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.ranks import Ranks
 
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -121,6 +123,27 @@ def make_trainer(tmp_path: Any, *callbacks: Any, **options: Any) -> Trainer:
 @pytest.fixture
 def trainer(tmp_path: Any) -> Callable[..., Trainer]:
     return lambda *callbacks, **options: make_trainer(tmp_path, *callbacks, **options)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Ranks]:
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
 
 
 def weights(module: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
@@ -141,11 +141,6 @@ def _check_strategy(trainer: Trainer) -> None:
             "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
             "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "
             "guard and the metrics are lost."
-        )
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        raise ValueError(
-            f"`strategy` must keep whole gradients on every rank, got {type(trainer.strategy).__name__}: sharded gradients are not "
-            "supported yet. Use one device or strategy='ddp'."
         )
 
 

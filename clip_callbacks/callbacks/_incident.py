@@ -12,7 +12,8 @@ from torch import Tensor
 from clip_callbacks.callbacks._lane import Lane, MicroBatch
 from clip_callbacks.callbacks._scaler import grad_scaler, has_overflowed
 from clip_callbacks.callbacks._trace import trace_forward
-from clip_callbacks.nonfinite import Findings, all_finite, examine
+from clip_callbacks.nonfinite import Findings, all_finite, examine, examine_on_all_ranks
+from clip_callbacks.reduction import gathered
 
 
 @dataclass
@@ -51,23 +52,32 @@ class Incident:
     def is_overflow(self) -> bool:
         """Whether a lower loss scale may cure it: the scaler has found it, the scale is above 1, and no loss is bad by itself.
 
-        On several ranks the losses have no say: they differ, and all ranks must come to the same verdict. Nor with several
-        optimizers, since nobody knows whose gradients a loss has reached.
+        With several optimizers the losses have no say, since nobody knows whose gradients a loss has reached; nor on several ranks
+        where the verdict was deferred, since they do not learn of it together.
         """
         scaler = grad_scaler(self.trainer)
         if scaler is None or not self.leaves_to_scaler:
             return False
         if (scaler.get_scale() if self.loss_scale is None else float(self.loss_scale)) <= 1.0:
             return False
-        losses_count = self.trainer.world_size == 1 and len(self.trainer.optimizers) == 1
-        return not losses_count or not any(_is_bad(loss) for loss in self._losses())
+        if len(self.trainer.optimizers) > 1 or (self._is_alone and self.trainer.world_size > 1):
+            return True
+        return not any(gathered(any(_is_bad(loss) for loss in self._losses())))
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""
         findings = examine(self.lane.table, self._losses(), after_good_step=after_good_step, norms=self.norms)
-        if self.trainer.world_size > 1 and findings.loss_is_finite:
-            findings = replace(findings, loss_is_finite=None)  # another rank's may not be
-        return replace(findings, traced=self._trace())
+        findings = replace(findings, traced=self._trace())
+        if self.trainer.world_size == 1:
+            return findings
+        if not self._is_alone:
+            return examine_on_all_ranks(self.lane.table, findings)
+        return replace(findings, loss_is_finite=None) if findings.loss_is_finite else findings  # another rank's may not be
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this rank learns of the step when it likes: a deferred one, after it is over."""
+        return self.norms is not None
 
     def _trace(self) -> str | None:
         """Run the first batch with a non-finite loss again; in manual optimization that would step the optimizers."""

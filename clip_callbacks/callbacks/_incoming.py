@@ -21,8 +21,12 @@ class IncomingWeight:
 
     def __init__(self, source: Weight, batch: Any, batch_idx: int) -> None:
         self._source, self._batch_idx = source, batch_idx
-        self._value: Any = source(batch)
         self._arrival: Arrival | None = None
+        self._error: Exception | None = None
+        try:
+            self._value: Any = source(batch)
+        except Exception as error:  # raised where other ranks can be told of it
+            self._value, self._error = None, error
         if isinstance(self._value, Tensor) and not self._value.is_cpu:
             device, self._value = self._value.device, self._value.to("cpu", non_blocking=True)
             self._arrival = Arrival(device)
@@ -32,7 +36,10 @@ class IncomingWeight:
 
         Raises:
             ValueError: If it is not a finite number of at least 0; it names the callable and the batch.
+            Exception: What the source raised.
         """
+        if self._error:
+            raise self._error
         if self._arrival:
             self._arrival.wait()
         return checked(self._value, self._source, self._batch_idx)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.callbacks._history import RunHistory
+from clip_callbacks.callbacks._ranks import Reduce, reduction_under
 from clip_callbacks.noise_scale import WindowNorms
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
@@ -40,10 +41,12 @@ class Lane:
         optimizer: The optimizer.
         module: The module that names its parameters.
         suffix: Of its metrics; empty with one optimizer.
+        reduce: From its parameters to what makes norms of this rank's parts norms of the whole.
     """
 
-    def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str) -> None:
+    def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str, reduce: Reduce) -> None:
         self.index = index
+        self._reduce = reduce
         self.optimizer = optimizer
         self.suffix = suffix
         self.history = RunHistory()
@@ -59,7 +62,7 @@ class Lane:
     def tabulate(self, module: LightningModule) -> None:
         """Make the table of parameters."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
-        self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters())
+        self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
 
     @property
     def is_outdated(self) -> bool:
@@ -82,8 +85,8 @@ class Lane:
 
 def make_lanes(trainer: Trainer, module: LightningModule) -> list[Lane]:
     """A lane for each optimizer of a Trainer."""
-    suffixes = optimizer_suffixes(trainer)
-    return [Lane(index, optimizer, module, suffixes[index]) for index, optimizer in enumerate(trainer.optimizers)]
+    suffixes, reduce = optimizer_suffixes(trainer), reduction_under(trainer)
+    return [Lane(index, optimizer, module, suffixes[index], reduce) for index, optimizer in enumerate(trainer.optimizers)]
 
 
 def optimizer_suffixes(trainer: Trainer) -> list[str]:

@@ -62,9 +62,13 @@ class Member(Callback):
             for member in members:
                 if not member._is_loaded:
                     member.forget()
-            the_pass = Pass(trainer, pl_module, members)
-            for member in members:
-                member._pass, member._is_loaded = the_pass, False
+            self._assemble(trainer, pl_module, members)
+
+    @staticmethod
+    def _assemble(trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> None:
+        the_pass = Pass(trainer, module, members)
+        for member in members:
+            member._pass, member._is_loaded = the_pass, False
 
     def forget(self) -> None:
         """Begin a new run: what an earlier fit left, and no checkpoint brought, does not count."""
@@ -96,8 +100,13 @@ class Member(Callback):
         self.last_report = report
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take hold of where metrics go."""
-        if leading := self._leading():
+        """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
+        leading = self._leading()
+        if leading and any(member._is_loaded for member in leading.members):
+            leading.close()
+            self._assemble(trainer, pl_module, leading.members)
+            leading = self._leading()
+        if leading:
             leading.open(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.callbacks._schedules import HeldSchedules
 from clip_callbacks.nonfinite import all_finite
+from clip_callbacks.reduction import shard_of
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._lane import Lane
@@ -73,7 +74,7 @@ class Rewind:
             if lane.index in self._searches:
                 self._searches[lane.index].undo_after_step()
             elif steps:
-                self._proofs.append(prove_stillness(lane.optimizer, lane.table.tensors))
+                self._proofs.append(prove_stillness(lane.optimizer, lane.table.shards))
         elif lane.index not in self._searches:
             self._at_step.keep()
         if not self._is_manual:
@@ -131,7 +132,7 @@ class BatchStatistics:
     def __init__(self, module: LightningModule, *, is_on: bool) -> None:
         layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.running_mean is not None]
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in [buffer for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []:
+        for buffer in [shard_of(buffer) for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []:
             kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         self._kinds = [_Buffers(live) for live in kinds.values()]
         self.keep()

@@ -17,6 +17,7 @@ from clip_callbacks.apply import drop
 from clip_callbacks.callbacks._incoming import IncomingWeight
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
+from clip_callbacks.reduction import shard_of
 from clip_callbacks.weights import name_of
 
 
@@ -72,12 +73,13 @@ class AccumulationRescaling(Member):
         self._incoming: IncomingWeight | None = None
         self._last_weight = 1.0
         self._reference = 0.0
+        self._error: Exception | None = None
         self._hooks: list[RemovableHandle] = []
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._window, self._manual, self._lanes, self._reference = Window(), {}, {}, 0.0
+        self._window, self._manual, self._lanes, self._reference, self._error = Window(), {}, {}, 0.0, None
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -137,10 +139,10 @@ class AccumulationRescaling(Member):
         super().on_before_backward(trainer, pl_module, loss)
         weight = self._last_weight = self._incoming_weight(trainer) if self._incoming else 1.0
         if pl_module.automatic_optimization:
-            factor = self._window.loss_weight(trainer.accumulate_grad_batches, weight)
+            factor = self._window.loss_weight(trainer.accumulate_grad_batches, 1.0 if self._error else weight)
             self._window.add(weight)
         else:
-            factor = weight
+            factor = 1.0 if self._error else weight
             for window in self._manual.values() if self.divide else ():
                 window.before_backward()
         if factor != 1.0:
@@ -155,9 +157,14 @@ class AccumulationRescaling(Member):
         ranks, and being a power of two it changes no bit otherwise.
         """
         assert self._incoming is not None
-        weight = self._incoming.read()
+        try:
+            weight = self._incoming.read()
+        except Exception as error:
+            if trainer.world_size == 1:
+                raise
+            self._error, weight = error, math.inf  # all ranks are to learn of it, where they add up their weights
         if not self._reference:
-            largest = _reduced(trainer, weight, "max")
+            largest = self._agreed(_reduced(trainer, weight, "max"))
             self._reference = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
         return weight / self._reference if self._reference else 0.0
 
@@ -202,8 +209,18 @@ class AccumulationRescaling(Member):
     def _scale_of(self, trainer: Trainer, window: Window) -> float | None:
         if self.weight is None:
             return window.scale()
-        total = _reduced(trainer, window.weight, "sum")
+        total = self._agreed(_reduced(trainer, window.weight, "sum"))
         return window.scale(total, trainer.world_size) if total or not window.count else None
+
+    def _agreed(self, total: float) -> float:
+        """What all ranks' weights come to.
+
+        Raises:
+            RuntimeError: If another rank has none; that one raises its own error.
+        """
+        if math.isfinite(total):
+            return total
+        raise self._error or RuntimeError("`weight` failed on another rank: its message says on what.")
 
 
 def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) -> float:
@@ -241,7 +258,8 @@ class ManualWindow:
         self._seen = fingerprints
 
     def _gradients(self) -> list[Tensor | None]:
-        return [tensor.grad for tensor in self._lane.table.tensors]
+        gradients = (tensor.grad for tensor in self._lane.table.tensors)
+        return [None if gradient is None else shard_of(gradient) for gradient in gradients]
 
     def _is_zero(self) -> bool:
         return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)

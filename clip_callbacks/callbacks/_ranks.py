@@ -1,0 +1,29 @@
+"""Which ranks decide together under a strategy of Lightning's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from clip_callbacks.reduction import Reduction
+
+Reduce: TypeAlias = Callable[[Sequence[Tensor]], Reduction | None]
+
+
+def reduction_under(trainer: Trainer) -> Reduce:
+    """From parameters to what makes norms of this rank's parts norms of the whole.
+
+    Under DDP gradients are the same on all ranks, and nothing is reduced, unless DDP was told to leave parameters alone. Where
+    parameters are sharded all ranks decide together, also on those of which each holds a copy.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        assert strategy.model is not None
+        return partial(Reduction.of_flat, model=strategy.model)
+    leaves_alone = bool(getattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
+    return partial(Reduction.of, whole_world=leaves_alone or isinstance(strategy, ModelParallelStrategy))

@@ -1,0 +1,195 @@
+r"""From the norms of this rank's shards to the norms of whole tensors, the same on every rank: all that talks to other ranks.
+
+.. math::
+    \lVert g \rVert_p = \Bigl(\sum_r m_r \lVert g^{(r)} \rVert_p^p\Bigr)^{1/p}, \qquad
+    \lVert g \rVert_\infty = \max_r \lVert g^{(r)} \rVert_\infty
+
+where :math:`g^{(r)}` is the shard on rank r, and :math:`m_r` is 1 on one of the ranks that hold the same shard and 0 on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """The ranks that decide together, and whose part of each tensor counts.
+
+    Args:
+        groups: Process groups to reduce over, one after another; None is that of all ranks. One, but for a mesh of several
+            dimensions that does not span all ranks.
+        counts: For each of the N parameters, 1 if this rank's shard counts, 0 if another rank holds the same; float64, ``(N,)``, on
+            the device that the groups communicate from.
+        copied: For each, whether several ranks hold the same.
+    """
+
+    groups: tuple[dist.ProcessGroup | None, ...]
+    counts: Tensor
+    copied: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], *, whole_world: bool = False) -> Reduction | None:
+        """The reduction for parameters, on every rank of their meshes alike; None where there is nothing to reduce.
+
+        Args:
+            tensors: The N parameters: DTensors on any meshes, and plain tensors, of which each rank holds a copy.
+            whole_world: Whether all ranks decide together, DTensors or not; else those of the largest mesh, if it holds the others.
+        """
+        meshes = {tensor.device_mesh: None for tensor in tensors if isinstance(tensor, DTensor)}
+        if not meshes and not (whole_world and is_distributed()):
+            return None
+        groups, first = ((None,), 0) if whole_world else _cover(list(meshes))
+        counts = torch.tensor([_is_first_of_copies(tensor, first) for tensor in tensors], dtype=torch.float64)
+        ranks = math.prod(dist.get_world_size(group) for group in groups)
+        copied = tuple(_parts(tensor) < ranks for tensor in tensors)
+        return cls(groups, counts.to(_device(list(meshes), tensors)), copied)
+
+    @classmethod
+    def of_flat(cls, tensors: Sequence[Tensor], model: nn.Module) -> Reduction:
+        """The reduction for parameters that FullyShardedDataParallel, the first, keeps as plain shards of flat ones.
+
+        Args:
+            tensors: The N parameters.
+            model: What is wrapped, or holds what is.
+        """
+        first_copies: dict[int, bool] = {}
+        hybrid: set[int] = set()
+        for module in FullyShardedDataParallel.fsdp_modules(model):
+            if (handle := module._handle) is not None and handle.uses_sharded_strategy:
+                shards = [id(tensor) for tensor in (handle.flat_param, *(handle.flat_param._params or ()))]
+                is_first = not _is_hybrid(module) or dist.get_rank(module._inter_node_pg) == 0
+                first_copies |= dict.fromkeys(shards, is_first)
+                hybrid |= set(shards if _is_hybrid(module) else ())
+        counts = [first_copies.get(id(tensor), dist.get_rank() == 0) for tensor in tensors]
+        copied = tuple(id(tensor) not in first_copies or id(tensor) in hybrid for tensor in tensors)
+        return cls((None,), torch.tensor(counts, dtype=torch.float64, device=_device([], tensors)), copied)
+
+    def norms(self, local: Tensor, norm_type: float) -> Tensor:
+        """Norms of whole tensors, by one collective.
+
+        A part that does not count is let through where it is not finite: a copy gone bad on one rank is bad on all.
+
+        Args:
+            local: Norms of this rank's shards, 0 where it has none, shape ``(N,)``.
+            norm_type: The order p.
+
+        Returns:
+            The same on every rank, dtype and device of ``local``; inf or 0 where p-th powers leave the range of float64.
+        """
+        parts = local.to(self.counts.device, torch.float64)
+        if math.isinf(norm_type):
+            return self._largest(parts).to(local)
+        return self._summed(parts.pow(norm_type) * self.counts).pow(1.0 / norm_type).to(local)
+
+    def true_norms(self, local: Tensor, norm_type: float) -> Tensor:
+        """The same in float64, by two collectives, whatever the range; non-finite only where a shard is."""
+        parts = local.to(self.counts.device, torch.float64)
+        peaks = self._largest(parts)
+        if math.isinf(norm_type):
+            return peaks.to(local.device)
+        scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
+        sums = self._summed((parts / scales).pow(norm_type) * self.counts)
+        return (sums.pow(1.0 / norm_type) * scales).to(local.device)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        for group in self.groups:
+            dist.all_reduce(values, dist.ReduceOp.SUM, group)
+        return values
+
+    def _largest(self, values: Tensor) -> Tensor:
+        values = values.nan_to_num(nan=math.inf, posinf=math.inf)  # backends do not agree on the largest of a NaN and a number
+        for group in self.groups:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group)
+        return values
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(ours: T) -> list[T]:
+    """What each rank says, in the order of ranks; a collective of all of them, for bad steps only."""
+    if not is_distributed():
+        return [ours]
+    everybody: list[T] = [ours] * dist.get_world_size()
+    dist.all_gather_object(everybody, ours)
+    return everybody
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which a rank holds a shard."""
+    return isinstance(tensor, DTensor)
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, a view; a plain tensor is its own."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shard: Tensor = tensor.to_local().detach()
+    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
+
+
+def shard_of_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's shard of a parameter's gradient, a view; a gradient laid out otherwise than its parameter is laid out anew.
+
+    What is pending on it, a sum over the ranks of a tensor parallel layer, is done so.
+    """
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return None if gradient is None else shard_of(gradient)
+
+
+def _cover(meshes: Sequence[DeviceMesh]) -> tuple[tuple[dist.ProcessGroup | None, ...], int]:
+    """The groups of the largest mesh, if it holds the others, and its first rank; else that of all ranks."""
+    ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
+    largest, mesh = max(zip(ranks, meshes, strict=True), key=lambda pair: len(pair[0]))
+    if len(largest) == dist.get_world_size() or not all(some <= largest for some in ranks):
+        return (None,), 0
+    return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim)), min(largest)
+
+
+def _is_first_of_copies(tensor: Tensor, first: int) -> bool:
+    """Whether this rank is the first of those that hold the same shard."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank() == first
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or not bool((tensor.device_mesh.mesh == first).any()):
+        return False
+    return all(not place or not placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True))
+
+
+def _parts(tensor: Tensor) -> int:
+    """How many ranks hold different parts of it."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(dimension) for dimension, place in enumerate(tensor.placements) if not place.is_replicate())
+
+
+def _is_hybrid(module: FullyShardedDataParallel) -> bool:
+    return module.sharding_strategy in {ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2}
+
+
+def _device(meshes: Sequence[DeviceMesh], tensors: Sequence[Tensor]) -> torch.device:
+    """Where the groups communicate from; parameters may be offloaded to the CPU."""
+    kinds = [mesh.device_type for mesh in meshes] or [tensor.device.type for tensor in tensors] or ["cpu"]
+    kind = "cuda" if kinds[0] == "cpu" and dist.get_backend() == dist.Backend.NCCL else kinds[0]
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -1,0 +1,390 @@
+"""One answer on every rank, under every way of dividing a network, in real processes over gloo."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from tests import parallel
+from tests.conftest import assert_same_bits
+from tests.parallel import STRATEGIES
+from tests.ranks import RanksFailedError
+from tests.test_laws import RunningMean
+
+DIVIDED = [name for name, (ranks, _, _) in STRATEGIES.items() if ranks > 1]
+SCOPES = ("global", "group", "layer", "parameter")
+NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
+
+
+@pytest.fixture
+def run(one_rank, two_ranks, four_ranks):
+    """Run a function of this module's helpers on as many ranks as a strategy has."""
+    pools = {1: one_rank, 2: two_ranks, 4: four_ranks}
+
+    def on_all(name, *args, function=parallel.result, **kwargs):
+        return pools[STRATEGIES[name][0]].run(function, name, *args, **kwargs)
+
+    return on_all
+
+
+def assert_one_answer(results):
+    """The same bits on every rank."""
+    for other in results[1:]:
+        assert_same_bits(results[0]["weights"], other["weights"])
+        assert str(results[0]["norms"]) == str(other["norms"])
+        assert results[0]["coefficients"] == other["coefficients"]
+        torch.testing.assert_close(results[0]["states"], other["states"], rtol=0, atol=0)
+    return results[0]
+
+
+def assert_same_run(ours, single):
+    torch.testing.assert_close(ours["weights"], single["weights"])
+    for what in ("norms", "coefficients"):
+        torch.testing.assert_close(torch.tensor(ours[what]), torch.tensor(single[what]))
+
+
+# Equal to the single process
+
+
+def limits_of(scope, norm_type):
+    return (0.3 if scope == "parameter" else 0.6) * (4 if norm_type == 1 else 1), RunningMean()
+
+
+def clipped_runs(name, norm_type, combinations):
+    return [parallel.result(name, GradientClipping(max_norm, scope=scope, norm_type=norm_type)) for scope, max_norm in combinations]
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize("name", DIVIDED)
+def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm_type):
+    combinations = [(scope, limit) for scope in SCOPES for limit in limits_of(scope, norm_type)]
+    each = run(name, norm_type, combinations, function=clipped_runs)
+    for i, (scope, limit) in enumerate(combinations):
+        ours = assert_one_answer([results[i] for results in each])
+        alone = GradientClipping(limit, scope="global" if scope == "group" else scope, norm_type=norm_type)
+        single = parallel.result("single", alone)
+        if scope != "group" or "groups" not in name:
+            assert_same_run(ours, single)
+        assert min(ours["coefficients"]) < 1.0
+        assert limit != limits_of(scope, norm_type)[0] or max(ours["coefficients"]) == 1.0 or scope != "global"
+
+
+def grouped_reference():
+    """Two groups on one device, parameters of the 1-dim mesh and of the 2-dim one."""
+
+    class Grouped(parallel.Divided):
+        def configure_optimizers(self):
+            inner = [parameter for module in (self.net.up, self.net.down) for parameter in module.parameters()]
+            known = {id(parameter) for parameter in inner}
+            outer = [parameter for parameter in self.parameters() if id(parameter) not in known]
+            return torch.optim.SGD([{"params": outer}, {"params": inner}], lr=0.1)
+
+    return parallel.result("single", GradientClipping(0.4, scope="group"), module=Grouped())
+
+
+def test_parameter_groups_on_different_meshes_have_norms_of_their_own(run):
+    ours = assert_one_answer(run("fsdp2_tp_groups", GradientClipping(0.4, scope="group")))
+    assert_same_run(ours, grouped_reference())
+    assert min(ours["coefficients"]) < 1.0
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_with_momentum_clip_value_rescaling_and_all_metrics(run, name):
+    def family():
+        return [
+            GradientClipping(1.0, clip_value=0.3), NonFiniteGuard(), AccumulationRescaling(), GradientNormMonitor(scope="parameter")
+        ]  # fmt: skip
+
+    options = {"accumulate_grad_batches": 3, "steps": 5, "optimizer": torch.optim.AdamW, "lr": 0.05}
+    ours = assert_one_answer(run(name, *family(), **options))
+    single = parallel.result("single", *family(), **options)
+    assert_same_run(ours, single)
+    torch.testing.assert_close(ours["metrics"], single["metrics"])
+    assert any(name.startswith("grad_norm/") for name in ours["metrics"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "fsdp2_tp"])
+def test_windows_weighted_by_samples(run, name):
+    """With a short last window."""
+
+    def family():
+        return [GradientClipping(0.5), AccumulationRescaling(BatchSize())]
+
+    options = {"accumulate_grad_batches": 3, "steps": 4, "limit_train_batches": 11}
+    assert_same_run(assert_one_answer(run(name, *family(), **options)), parallel.result("single", *family(), **options))
+
+
+def hooked(name, *callbacks, **options):
+    return parallel.result("ddp", *callbacks, **parallel.compressed(), **options)
+
+
+def test_a_communication_hook_gives_the_bits_of_torchs_clip(run):
+    ours = assert_one_answer(run("ddp", GradientClipping(0.5), function=hooked))
+    theirs = run("ddp", function=hooked, gradient_clip_val=0.5)
+    assert_same_bits(ours["weights"], theirs[0]["weights"])
+    plain = parallel.result("single", GradientClipping(0.5))
+    assert any(not torch.equal(a, b) for a, b in zip(ours["weights"], plain["weights"], strict=True)), "the hook compresses"
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "fsdp2_tp"])
+def test_the_write_rides_on_fused_optimizers(run, name, deferred):
+    options = {"optimizer": torch.optim.AdamW, "lr": 0.02}
+    family = [GradientClipping(0.5), NonFiniteGuard(deferred=deferred)]
+    if "tp" in name.split("_"):  # DTensors beside plain tensors, or on two meshes: a fused kernel of torch takes neither
+        options["foreach"] = False
+        family = [GradientClipping(0.5), NonFiniteGuard()]
+    else:
+        options["fused"] = True
+    ours = assert_one_answer(run(name, *family, **options))
+    assert_same_run(ours, parallel.result("single", GradientClipping(0.5), optimizer=torch.optim.AdamW, lr=0.02))
+
+
+# A bad step
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [(0,), (7,), (0, 1, 19)])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_nan_on_one_rank_is_skipped_by_all(run, name, bad, poison, deferred):
+    fused = deferred and name in {"ddp", "fsdp2"}
+    options = {"optimizer": torch.optim.AdamW, "lr": 0.05} | ({"fused": True} if fused else {})
+
+    def family():
+        return [NonFiniteGuard(deferred=fused), GradientClipping(RunningMean())]
+
+    if deferred and not fused:
+        pytest.skip("no fused optimizer there")
+    start = time.monotonic()
+    ours = assert_one_answer(run(name, *family(), poison={(1, number): poison for number in bad}, **options))
+    assert time.monotonic() - start < 30
+    clean = assert_one_answer(run(name, *family(), bad=bad, **options))
+    assert_same_bits(ours["weights"], clean["weights"])
+    assert ours["states"][0]["counters"][0]["skipped"] == len(bad)
+    if not fused:
+        assert [step for step, skipped in enumerate(ours["skipped"]) if skipped] == list(bad)
+
+
+def reports(name, *callbacks, **options):
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parallel.result(name, *callbacks, **options)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_the_report_names_the_guilty_rank(run, name):
+    every = run(name, NonFiniteGuard(), poison={(1, 3): math.nan}, function=reports)
+    (report,) = [message for message in every[0] if "Non-finite gradients" in message]
+    assert "at step 3, epoch 0, batch 3, rank 0" in report
+    assert "Stage: the loss is non-finite" in report
+    assert "Where it began: rank 1" in report
+    assert "net.down.weight [5, 6]: " + {"tp": "15 NaN on rank 1"}.get(name, "") in report
+    assert "tp" in name or "net.down.weight [5, 6]: 30 NaN" in report
+    assert not [message for messages in every[1:] for message in messages if "Non-finite" in message], "said once"
+
+
+class GradientPoison(parallel.Divided):
+    """One entry of one rank's part of a gradient is bad; the losses are not."""
+
+    def on_after_backward(self):
+        if self.trainer.global_step == 2 and self.global_rank == 1:
+            gradient = self.net.down.weight.grad
+            (gradient.to_local() if hasattr(gradient, "to_local") else gradient).view(-1)[0] = math.nan
+
+
+def poisoned_gradient(name, *callbacks, **options):
+    module = GradientPoison(STRATEGIES[name][2])
+    return reports(name, *callbacks, module=module, **options), parallel.whole(module), [it.skipped_steps for it in callbacks]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp", "fsdp2_tp", "fsdp2_offload"])
+def test_the_report_names_the_rank_whose_shard_is_bad(run, name):
+    each = run(name, NonFiniteGuard(), function=poisoned_gradient)
+    (report,) = [message for message in each[0][0] if "Non-finite gradients" in message]
+    assert "Stage: the loss is finite, its gradients are not" in report
+    assert "net.down.weight [5, 6]: 1 NaN on rank 1" in report
+    assert "Nearest finite gradients: net.up.bias (before), net.down.bias (after)" in report
+    for _, weights, skipped in each:
+        assert skipped == [1]
+        assert_same_bits(weights, each[0][1])
+
+
+class CopyPoison(GradientPoison):
+    """The copy that one rank holds of an undivided gradient is bad."""
+
+    def on_after_backward(self):
+        if self.trainer.global_step == 2 and self.global_rank == 1:
+            self.net.head.bias.grad[0] = math.inf
+
+
+def poisoned_copy(name, *callbacks):
+    module = CopyPoison(STRATEGIES[name][2])
+    found = reports(name, *callbacks, module=module)
+    return found, parallel.whole(module), callbacks[0].skipped_steps
+
+
+def test_a_copy_gone_bad_on_one_rank_is_bad_on_all(run):
+    each = run("tp", NonFiniteGuard(), function=poisoned_copy)
+    (report,) = [message for message in each[0][0] if "Non-finite gradients" in message]
+    assert "net.head.bias [1]: 1 inf on rank 1" in report
+    assert each[0][2] == each[1][2] == 1
+    assert_same_bits(each[0][1], each[1][1])
+
+
+def left_alone(name, *callbacks):
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = CopyPoison()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["net.head.bias"])
+    reports(name, *callbacks, module=module, steps=5)
+    return callbacks[0].skipped_steps
+
+
+def test_parameters_that_ddp_leaves_alone_are_decided_on_together(run):
+    assert run("ddp", NonFiniteGuard(), function=left_alone) == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "fsdp2_tp"])
+@pytest.mark.parametrize("policy", ["raise", "streak"])
+def test_all_ranks_stop_together(run, name, policy):
+    guard = NonFiniteGuard("raise") if policy == "raise" else NonFiniteGuard(max_consecutive=2)
+    with pytest.raises(RanksFailedError) as caught:
+        run(name, guard, poison={(1, 2): math.nan, (1, 3): math.nan})
+    assert all("NonFiniteGradientError" in error for error in caught.value.errors)
+    assert all(f"at step {2 if policy == 'raise' else 3}" in error for error in caught.value.errors)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload", "tp", "fsdp2_tp"])
+def test_bad_entries_become_zero_on_all_ranks(run, name):
+    each = run(name, NonFiniteGuard("zero"), function=poisoned_gradient)
+    for messages, weights, _ in each:
+        assert_same_bits(weights, each[0][1])
+        assert all(torch.isfinite(weight).all() for weight in weights)
+        assert not [message for message in messages if "rank 0" in message and "become 0" not in message]
+
+
+class Counting(BatchSize):
+    """Fails on one rank."""
+
+    def __call__(self, batch):
+        import torch.distributed as dist
+
+        return -1 if dist.get_rank() == 1 and batch[0][0, 0] == self.bad else super().__call__(batch)
+
+    bad = parallel.rows(12)[5 * parallel.BATCH + 1][0][0]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_bad_weight_on_one_rank_stops_all(run, name):
+    start = time.monotonic()
+    with pytest.raises(RanksFailedError) as caught:
+        run(name, AccumulationRescaling(Counting()), accumulate_grad_batches=2, steps=6)
+    assert time.monotonic() - start < 30
+    good, bad = caught.value.errors
+    assert "`weight` must return a finite number of at least 0, got -1 from" in bad
+    assert "for batch 5" in bad
+    assert "`weight` failed on another rank" in good
+
+
+# What is logged
+
+
+def warnings_of(name, folder):
+    from lightning.pytorch.loggers import CSVLogger
+
+    family = [GradientClipping(0.5), NonFiniteGuard(), AccumulationRescaling(), GradientNormMonitor()]
+    found = reports(name, *family, logger=CSVLogger(folder), accumulate_grad_batches=2, steps=6, log_every_n_steps=2)
+    return [message for message in found if "sync_dist" in message or "grad/" in message]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp"])
+def test_metrics_are_logged_without_a_warning(run, name, tmp_path):
+    assert run(name, tmp_path, function=warnings_of) == [[], []]
+    (log,) = tmp_path.rglob("metrics.csv")
+    assert log.read_text().count("\n") > 3
+
+
+# How many collectives
+
+
+def counted(name, *callbacks, **options):
+    """Collectives of each step's pass, counted by torch."""
+    from lightning.pytorch import Callback
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    counts, mode = [], CommDebugMode()
+
+    class Begin(Callback):
+        def on_before_optimizer_step(self, *_):
+            mode.__enter__()
+
+    class End(Callback):
+        def on_before_optimizer_step(self, *_):
+            mode.__exit__(None, None, None)
+            counts.append(mode.get_total_counts())
+
+    parallel.result(name, Begin(), *callbacks, End(), **options)
+    return counts
+
+
+@pytest.mark.parametrize(("name", "expected"), parallel.COLLECTIVES.items())
+def test_collectives_of_a_step(run, name, expected):
+    family = [
+        GradientClipping(0.5, scope="layer"), NonFiniteGuard(), AccumulationRescaling(),
+        GradientNormMonitor(), GradientNormMonitor(scope="parameter"),
+    ]  # fmt: skip
+    for counts in run(name, *family, function=counted, steps=4):
+        assert counts == [expected] * 4
+
+
+# Checkpoints
+
+
+def saved(name, folder, *callbacks, **options):
+    found = parallel.train(name, *callbacks, **options)
+    found["trainer"].save_checkpoint(folder / "half.ckpt")
+    return True
+
+
+def resumed(name, folder, *callbacks, **options):
+    found = parallel.train(name, *callbacks, ckpt_path=folder / "half.ckpt", **options)
+    return {key: found[key] for key in ("weights", "norms", "coefficients")} | {
+        "states": [member.state_dict() for member in found["members"]]
+    }
+
+
+def stateful():
+    return [GradientClipping(RunningMean()), NonFiniteGuard()]
+
+
+AFTER = {"fsdp2": ["fsdp2_1", "fsdp2", "fsdp2_4", "single", "ddp"], "ddp": ["single", "ddp"]}
+RESUMED = [(before, after, False) for before, every in AFTER.items() for after in every]
+RESUMED += [("fsdp2", after, True) for after in ("fsdp2_1", "fsdp2", "fsdp2_4")]
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite")
+@pytest.mark.parametrize(("before", "after", "is_distributed"), RESUMED)
+def test_a_run_saved_on_two_ranks_resumes_on_one_and_on_four(run, tmp_path, before, after, is_distributed):
+    """Lightning reads a checkpoint folder by the strategy that wrote it, a single file by all but that one."""
+    options = {"max_epochs": 2, "steps": 8, "poison": {(0, 3): math.nan}, "lr": 0.02, "momentum": 0.9}
+    whole = parallel.result("single", *stateful(), **options)
+    kept = {} if before == "ddp" else {"save_distributed_checkpoint": is_distributed}
+    run(before, tmp_path, *stateful(), **options | {"max_epochs": 1}, function=saved, strategy_options=kept)
+    assert (tmp_path / "half.ckpt").is_dir() is is_distributed
+    options["poison"] = {}
+    if after == "single":
+        ours = resumed(after, tmp_path, *stateful(), **options)
+    else:
+        ours = assert_one_answer(run(after, tmp_path, *stateful(), **options, function=resumed))
+    torch.testing.assert_close(ours["weights"], whole["weights"])
+    torch.testing.assert_close(torch.tensor(ours["norms"]), torch.tensor(whole["norms"][8:]))
+    assert ours["states"][1]["counters"][0]["skipped"] == 1
+    assert ours["states"][0]["history"][0]["steps"] == 16

@@ -193,12 +193,16 @@ def _mended(tensors: list[Tensor], norms: Tensor, total: Tensor, norm_type: floa
 def _mended_together(
     gradients: Gradients, ours: Tensor, norms: Tensor, total: Tensor, norm_type: float, *, local: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same where ranks hold parts: whether it takes place hangs on what all of them know; a norm of 0 is taken for one."""
+    """The same where ranks hold parts: whether it takes place hangs on what all of them know.
+
+    A norm of 0 beside others is taken for one: it is that of an unused parameter, and seldom an underflow.
+    """
     table = gradients.table
     assert table.reduction is not None
     bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in table.tensors]
-    sound = [norm == 0 or bound <= norm < math.inf for bound, norm in zip(bounds, norms.tolist(), strict=True)]
-    if (all(sound) or not local) and (total.tolist() == [0.0] or _all_sound(total, max(bounds, default=0.0))):
+    zero = 0.0 if total.tolist()[0] > 0 else math.nan
+    sound = [norm == zero or bound <= norm < math.inf for bound, norm in zip(bounds, norms.tolist(), strict=True)]
+    if (all(sound) or not local) and _all_sound(total, max(bounds, default=0.0)):
         return norms, total
     mended = ours.double().cpu()
     suspects = [place for place, position in enumerate(gradients.positions) if not sound[position]]

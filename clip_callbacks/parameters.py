@@ -233,7 +233,7 @@ class ParameterTable:
     def index(self, positions: list[int], device: torch.device) -> Tensor:
         """Positions as a tensor, int64: made once for those that have gradients now, since making one on a GPU is a host sync."""
         if self._indices.get("positions") != (positions, device):
-            self._indices.update(positions=(positions, device), tensor=torch.tensor(positions, device=device))
+            self._indices.update(positions=(positions, device), tensor=torch.tensor(positions, dtype=torch.int64, device=device))
         index: Tensor = self._indices["tensor"]
         return index
 

@@ -133,6 +133,45 @@ def gathered(ours: T) -> list[T]:
     return everybody
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is set on any rank; one collective.
+
+    Args:
+        flag: Of this rank.
+        device: Where ranks communicate from.
+    """
+    together = torch.tensor(float(flag), device=device)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return bool(together)
+
+
+def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """Means over all ranks, where one that has no tensor counts as 0; None where no rank has one. One collective for each dtype.
+
+    Args:
+        tensors: Of this rank.
+        like: Tensors of the same shapes, dtypes and devices, of which there is none that is not there.
+    """
+    means: list[Tensor | None] = [None] * len(like)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(like):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+    for (dtype, device), places in kinds.items():
+        parts = [tensors[place] for place in places]
+        sizes = [like[place].numel() for place in places]
+        flat = torch.zeros(sum(sizes) + len(places), dtype=dtype, device=device)
+        *rooms, there = flat.split([*sizes, len(places)])  # type: ignore[no-untyped-call]
+        for room, part in zip(rooms, parts, strict=True):
+            if part is not None:
+                room.copy_(part.reshape(-1))
+        there.copy_(torch.tensor([part is not None for part in parts]))
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for place, room, count in zip(places, rooms, there.tolist(), strict=True):
+            means[place] = room.view(like[place].shape) if count else None
+    return means
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which a rank holds a shard."""
     return isinstance(tensor, DTensor)

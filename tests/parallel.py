@@ -110,7 +110,7 @@ class Tape(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         reports = [callback.last_report for callback in trainer.callbacks if isinstance(callback, Member)]
-        for report in reports[:1]:
+        for report in [report for report in reports if report][:1]:
             self.norms.append(report.total_norm.item())
             self.coefficients.append(report.clip_coef.item())
             self.skipped.append(bool(report.skipped))

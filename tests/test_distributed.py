@@ -15,6 +15,10 @@ from tests.parallel import STRATEGIES
 from tests.ranks import RanksFailedError
 from tests.test_laws import RunningMean
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Non-finite"
+)  # of the single process; those of ranks are looked at where they matter
+
 DIVIDED = [name for name, (ranks, _, _) in STRATEGIES.items() if ranks > 1]
 SCOPES = ("global", "group", "layer", "parameter")
 NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
@@ -294,6 +298,73 @@ def test_a_bad_weight_on_one_rank_stops_all(run, name):
     assert "`weight` failed on another rank" in good
 
 
+# Bad micro-batches
+
+
+def dropping(optimizer=torch.optim.AdamW, **options):
+    family = [NonFiniteGuard(level="microbatch"), GradientClipping(0.5), AccumulationRescaling()]
+    return family, {
+        "optimizer": optimizer,
+        "lr": 0.05,
+        "accumulate_grad_batches": 3,
+        "steps": 5,
+        "limit_train_batches": 13,
+    } | options
+
+
+@pytest.mark.parametrize("bad", [(1,), (0,), (2,), (4, 5), (3, 4, 5), (0, 1, 8), (12,)])
+@pytest.mark.parametrize("name", ["ddp", "ddp_find_unused_parameters_true"])
+def test_a_bad_micro_batch_of_one_rank_is_dropped_by_all(run, name, bad):
+    """The first, a middle and the last of a window, all of one, and one alone: as in one process that has the large batches."""
+    family, options = dropping()
+    ours = assert_one_answer(run(name, *family, poison={(1, number): math.nan for number in bad}, **options))
+    family, options = dropping()
+    single = parallel.result("single", *family, poison={(0, number): math.nan for number in bad}, **options)
+    assert_same_run(ours, single)
+    for what in ("counters", "dropped_micro_batches"):
+        assert ours["states"][0][what] == single["states"][0][what]
+    assert ours["states"][0]["dropped_micro_batches"] == len(bad)
+
+
+class Halves(parallel.Divided):
+    """Some micro-batches leave a layer without a gradient, on one rank only; and one micro-batch is bad."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        used = (self.global_rank + batch_idx) % 3 != 0
+        net = self.net
+        hidden = torch.tanh(net.up(net.norm(inputs)))
+        outputs = net.head(torch.tanh(net.down(hidden))) if used else hidden.sum(1, keepdim=True)
+        loss = torch.nn.functional.mse_loss(outputs, targets)
+        return loss * math.nan if (batch_idx, self.global_rank) == (4, 1) else loss
+
+
+def halves(name, *callbacks, **options):
+    return parallel.result(name, *callbacks, module=Halves(), **options)
+
+
+def test_gradients_that_only_some_ranks_have(run):
+    """As DDP itself does with the window level, where nothing is bad; and one answer where something is."""
+    options = {"accumulate_grad_batches": 3, "limit_train_batches": 4, "steps": 2}
+    ours = assert_one_answer(run("ddp_find_unused_parameters_true", NonFiniteGuard(level="microbatch"), function=halves, **options))
+    theirs = assert_one_answer(run("ddp_find_unused_parameters_true", NonFiniteGuard(), function=halves, **options))
+    torch.testing.assert_close(ours["weights"], theirs["weights"])
+    options["limit_train_batches"] = 6
+    ours = assert_one_answer(run("ddp_find_unused_parameters_true", NonFiniteGuard(level="microbatch"), function=halves, **options))
+    assert ours["states"][0]["dropped_micro_batches"] == 1
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp"])
+def test_micro_batches_are_not_dropped_where_gradients_are_sharded(run, name):
+    with pytest.raises(RanksFailedError, match='`level` must be "window" on several ranks unless plain DDP'):
+        run(name, NonFiniteGuard(level="microbatch"))
+
+
+def test_micro_batches_are_not_dropped_behind_a_communication_hook(run):
+    with pytest.raises(RanksFailedError, match='`level` must be "window" on several ranks unless plain DDP'):
+        run("ddp", NonFiniteGuard(level="microbatch"), function=hooked)
+
+
 # What is logged
 
 
@@ -370,7 +441,6 @@ RESUMED = [(before, after, False) for before, every in AFTER.items() for after i
 RESUMED += [("fsdp2", after, True) for after in ("fsdp2_1", "fsdp2", "fsdp2_4")]
 
 
-@pytest.mark.filterwarnings("ignore:Non-finite")
 @pytest.mark.parametrize(("before", "after", "is_distributed"), RESUMED)
 def test_a_run_saved_on_two_ranks_resumes_on_one_and_on_four(run, tmp_path, before, after, is_distributed):
     """Lightning reads a checkpoint folder by the strategy that wrote it, a single file by all but that one."""

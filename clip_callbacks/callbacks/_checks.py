@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
+from clip_callbacks.callbacks._ranks import averages_plainly
 from clip_callbacks.callbacks._scaler import takes_scaler_argument
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradS
     Raises:
         ValueError: It says why, and what to do instead.
     """
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not averages_plainly(trainer):
         raise ValueError(
-            f'`level` must be "window" where gradients are reduced in backward, got "microbatch" on {trainer.world_size} ranks: a '
-            "bad micro-batch of one rank is in every rank's gradient before anybody can look at it."
+            '`level` must be "window" on several ranks unless plain DDP averages the gradients, got "microbatch" with '
+            f"{type(trainer.strategy).__name__}: gradients are sharded, or pass through a communication hook, a static graph or "
+            "bucket views, so that those of a window cannot be set aside. Use strategy='ddp'."
         )
     if scaler is not None:
         raise ValueError(

@@ -2,6 +2,9 @@
 
 Before each backward pass the gradients so far are set aside; after it they are added to the new ones, as autograd would have done,
 or, if the new ones are bad, put back alone.
+
+On several ranks a micro-batch is bad if any rank's part of it is, and all ranks drop it. Under DDP the gradients of all but the
+last one are this rank's own. The last backward pass averages what it adds; those set aside are averaged after it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ from torch import Tensor
 from clip_callbacks.callbacks._rewind import BatchStatistics
 from clip_callbacks.nonfinite import all_finite
 from clip_callbacks.norms import measure
+from clip_callbacks.reduction import averaged, on_any_rank
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from clip_callbacks.callbacks._lane import Lane
 
 
@@ -29,14 +35,26 @@ class MicroBatches:
         lanes: Its optimizers.
         restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
         drops: Whether bad ones are dropped, or all only measured.
+        parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
 
     Attributes:
         norms: 2-norms of the window's good ones, as their gradients come.
     """
 
-    def __init__(self, module: LightningModule, lanes: Sequence[Lane], *, restore_buffers: bool, drops: bool) -> None:
+    def __init__(
+        self,
+        module: LightningModule,
+        lanes: Sequence[Lane],
+        *,
+        restore_buffers: bool,
+        drops: bool,
+        parallel: DistributedDataParallel | None = None,
+    ) -> None:
         self._lanes = lanes
         self._drops = drops
+        self._parallel = parallel
+        self._averages = False
+        self._used: set[int] = set()
         self.norms: list[float] = []
         self._statistics = BatchStatistics(module, is_on=restore_buffers)
         self._aside: list[tuple[Tensor, Tensor]] = []
@@ -48,10 +66,13 @@ class MicroBatches:
 
     def before_backward(self) -> None:
         """Set the gradients so far aside."""
-        tensors = [tensor for lane in self._lanes for tensor in lane.table.tensors]
-        self._aside = [(tensor, tensor.grad) for tensor in tensors if tensor.grad is not None]
+        self._averages = self._parallel is not None and self._parallel.require_backward_grad_sync
+        self._aside = [(tensor, tensor.grad) for tensor in self._tensors if tensor.grad is not None]
         for tensor, _ in self._aside:
             tensor.grad = None
+        if self._averages and self._parallel is not None and self._parallel.find_unused_parameters:
+            for tensor in self._tensors:  # DDP wants a gradient where any backward pass of the window has left one
+                tensor.grad = torch.zeros_like(tensor) if id(tensor) in self._used else None
 
     @torch.no_grad()
     def after_backward(self, losses: Sequence[Tensor], report: Callable[[Lane], None]) -> bool:
@@ -64,9 +85,16 @@ class MicroBatches:
         Returns:
             Whether the micro-batch was dropped.
         """
+        self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None} if self._parallel else set()
         measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]
         bad = [lane for lane, measurement in zip(self._lanes, measured, strict=True) if not measurement.is_finite]
         is_bad = self._drops and (bool(bad) or not all_finite(losses))
+        if self._parallel is not None:
+            is_bad = on_any_rank(is_bad, self._tensors[0].device)
+        if self._averages and self.good:
+            ours = {id(tensor): gradient for tensor, gradient in self._aside}
+            means = averaged([ours.get(id(tensor)) for tensor in self._tensors], self._tensors)
+            self._aside = [(tensor, mean) for tensor, mean in zip(self._tensors, means, strict=True) if mean is not None]
         if is_bad:
             for lane in bad or self._lanes[:1]:
                 report(lane)
@@ -79,10 +107,13 @@ class MicroBatches:
         self.dropped += is_bad
         return is_bad
 
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for lane in self._lanes for tensor in lane.table.tensors]
+
     def _drop(self) -> None:
-        for lane in self._lanes:
-            for tensor in lane.table.tensors:
-                tensor.grad = None
+        for tensor in self._tensors:
+            tensor.grad = None
         for tensor, gradient in self._aside:
             tensor.grad = gradient
         self._statistics.restore()
@@ -99,6 +130,7 @@ class MicroBatches:
         """Begin a new window."""
         self.good = self.dropped = 0
         self.norms = []
+        self._used = set()
 
     @property
     def scale(self) -> float:

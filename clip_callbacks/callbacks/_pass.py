@@ -21,6 +21,7 @@ from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._publisher import Publisher
+from clip_callbacks.callbacks._ranks import data_parallel
 from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
 from clip_callbacks.fused import take_back
 from clip_callbacks.noise_scale import WindowNorms
@@ -99,18 +100,19 @@ class Pass:
     def _equip(self, trainer: Trainer, module: LightningModule) -> None:
         """Have what puts skipped steps back, for the parameters that the optimizers hold now."""
         self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
-        self.micro_batches = self._micro_batches(module)
+        self.micro_batches = self._micro_batches(trainer, module)
         self.deferral = Deferral(trainer, module, self.roles, self.rewind)
         for lane in self.lanes:
             self.deferral.meet(lane)
 
-    def _micro_batches(self, module: LightningModule) -> MicroBatches | None:
+    def _micro_batches(self, trainer: Trainer, module: LightningModule) -> MicroBatches | None:
         """What looks at each micro-batch, if the guard is to drop bad ones, or a monitor compares them with their mean."""
         drops = self.guard is not None and self.guard.level == "microbatch"
         if not drops and not any(monitor.noise_scale for monitor in self.roles.monitors):
             return None
         restore_buffers = self.guard is not None and self.guard.restore_buffers
-        return MicroBatches(module, self.lanes, restore_buffers=restore_buffers, drops=drops)
+        parallel = data_parallel(trainer)
+        return MicroBatches(module, self.lanes, restore_buffers=restore_buffers, drops=drops, parallel=parallel)
 
     @property
     def skipped_steps(self) -> int:

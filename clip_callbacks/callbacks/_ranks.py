@@ -9,6 +9,7 @@ from typing import TypeAlias
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from clip_callbacks.reduction import Reduction
 
@@ -27,3 +28,16 @@ def reduction_under(trainer: Trainer) -> Reduce:
         return partial(Reduction.of_flat, model=strategy.model)
     leaves_alone = bool(getattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
     return partial(Reduction.of, whole_world=leaves_alone or isinstance(strategy, ModelParallelStrategy))
+
+
+def data_parallel(trainer: Trainer) -> DistributedDataParallel | None:
+    """What averages gradients over ranks in backward, if that is how they are averaged."""
+    model = trainer.strategy.model
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+def averages_plainly(trainer: Trainer) -> bool:
+    """Whether gradients are averaged over ranks by DDP, as they are and each in memory of its own."""
+    strategy, model = trainer.strategy, data_parallel(trainer)
+    hooked = getattr(strategy, "_ddp_comm_hook", None) is not None
+    return model is not None and not model.gradient_as_bucket_view and not model.static_graph and not hooked

@@ -37,6 +37,7 @@ examples: $(VENV)/.installed
 		--trainer.val_check_interval 10 --data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick \
 		--trainer.enable_progress_bar false
 	$(BIN)/python -W ignore examples/token_weighted.py --steps 12
+	$(BIN)/python -W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison
 	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
 	$(BIN)/python -m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1

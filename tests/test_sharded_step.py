@@ -9,20 +9,25 @@ DTensors of tensor parallel layers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clip_callbacks import ClipRule, ParameterTable, clip_grad_norm_, clip_step
 from clip_callbacks.reduction import Reduction, shard_of
 from tests.ranks import RanksFailedError
+from tests.test_budget import Transfers
 
 NORM_TYPES = (1.0, 2.0, 3.0, 8.0, math.inf)
 RULES = (
@@ -295,3 +300,42 @@ def part_of_the_world():
 def test_each_mesh_has_a_norm_of_its_own(four_ranks):
     first, second = math.sqrt(7), 2 * math.sqrt(7)
     assert four_ranks.run(part_of_the_world) == pytest.approx([first, first, second, second])
+
+
+# Host syncs, told without a GPU: fake CUDA shards in a fake process group
+
+
+@pytest.fixture
+def fake_shards():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh, mode = DeviceMesh("cuda", [0, 1]), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        shards = [DTensor.from_local(torch.zeros(10, device="cuda"), mesh, [Shard(0)], run_check=False) for _ in range(5)]
+        parameters = [nn.Parameter(shard) for shard in shards]
+        for parameter in parameters:
+            parameter.grad = DTensor.from_local(torch.ones(10, device="cuda"), mesh, [Shard(0)], run_check=False)
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+    with mock.patch("clip_callbacks.reduction._device", lambda *_: torch.device("cpu")):  # there is no current CUDA device
+        reduction = Reduction.of(parameters)
+    with mode:
+        on_device = dataclasses.replace(reduction, counts=torch.ones(5, dtype=torch.float64, device="cuda"))
+        yield optimizer, ParameterTable.of_optimizer(optimizer, reduce=lambda _: on_device)
+    dist.destroy_process_group()
+
+
+def test_a_deferred_sharded_step_reads_nothing_on_the_host(fake_shards):
+    optimizer, table = fake_shards
+    with Transfers() as transfers:
+        report, _ = clip_step(table, fused=optimizer, deferred=True)
+        report.to_host()
+    assert transfers.waits
+    assert not any(transfers.waits)
+    assert transfers.counts["c10d.allreduce_"] == 1
+    assert report.total_norm.device.type == "cuda"
+
+
+def test_a_sharded_step_that_is_not_deferred_waits_once(fake_shards):
+    with Transfers() as transfers, pytest.raises(DataDependentOutputException):
+        clip_step(fake_shards[1])
+    assert transfers.waits == [True]  # then the host goes on with numbers, which fake tensors do not have
+    assert transfers.counts["c10d.allreduce_"] == 1

@@ -315,7 +315,7 @@ def fake_shards():
         for parameter in parameters:
             parameter.grad = DTensor.from_local(torch.ones(10, device="cuda"), mesh, [Shard(0)], run_check=False)
         optimizer = torch.optim.AdamW(parameters, fused=True)
-    with mock.patch("clip_callbacks.reduction._device", lambda *_: torch.device("cpu")):  # there is no current CUDA device
+    with mock.patch("clip_callbacks.reduction._device", return_value=torch.device("cpu")):  # there is no current CUDA device
         reduction = Reduction.of(parameters)
     with mode:
         on_device = dataclasses.replace(reduction, counts=torch.ones(5, dtype=torch.float64, device="cuda"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.accumulation import Window
 from clip_callbacks.apply import drop
-from clip_callbacks.callbacks._incoming import IncomingWeight
 from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._manual_window import ManualWindow
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.reduction import shard_of
+from clip_callbacks.callbacks._silence import silence
+from clip_callbacks.callbacks._weighing import Weighing
 from clip_callbacks.weights import name_of
 
 
@@ -70,16 +69,14 @@ class AccumulationRescaling(Member):
         self._manual: dict[int, ManualWindow] = {}
         self._lanes: dict[int, Lane] = {}
         self._has_stepped = False
-        self._incoming: IncomingWeight | None = None
+        self._weighing: Weighing | None = None
         self._last_weight = 1.0
-        self._reference = 0.0
-        self._error: Exception | None = None
         self._hooks: list[RemovableHandle] = []
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._window, self._manual, self._lanes, self._reference, self._error = Window(), {}, {}, 0.0, None
+        self._window, self._manual, self._lanes, self._weighing = Window(), {}, {}, None
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -105,7 +102,7 @@ class AccumulationRescaling(Member):
         super().teardown(trainer, pl_module, stage)
         self._begin_window()
         self._remove_hooks()
-        self._manual, self._lanes, self._incoming = {}, {}, None
+        self._manual, self._lanes = {}, {}
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have a window for each optimizer of manual optimization."""
@@ -124,7 +121,8 @@ class AccumulationRescaling(Member):
                 drop(lane.table)
             self._begin_window()
         if self.weight:
-            self._incoming = IncomingWeight(self.weight, batch, batch_idx)
+            self._weighing = self._weighing or Weighing(self.weight)
+            self._weighing.ask(batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin a new window."""
@@ -137,41 +135,18 @@ class AccumulationRescaling(Member):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         super().on_before_backward(trainer, pl_module, loss)
-        weight = self._last_weight = self._incoming_weight(trainer) if self._incoming else 1.0
+        weight = self._last_weight = self._weighing.read(trainer) if self._weighing else 1.0
         if pl_module.automatic_optimization:
-            factor = self._window.loss_weight(trainer.accumulate_grad_batches, 1.0 if self._error else weight)
+            factor = self._window.loss_weight(trainer.accumulate_grad_batches, weight)
             self._window.add(weight)
         else:
-            factor = 1.0 if self._error else weight
+            factor = weight
             for window in self._manual.values() if self.divide else ():
                 window.before_backward()
         if factor != 1.0:
             self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
         if not weight:
-            self._silence()
-
-    def _incoming_weight(self, trainer: Trainer) -> float:
-        """The weight of the micro-batch in units of the run's first one, rounded to a power of two.
-
-        Weights count tokens: multiplied by thousands, a half-precision backward pass would overflow. The unit is the same on all
-        ranks, and being a power of two it changes no bit otherwise.
-        """
-        assert self._incoming is not None
-        try:
-            weight = self._incoming.read()
-        except Exception as error:
-            if trainer.world_size == 1:
-                raise
-            self._error, weight = error, math.inf  # all ranks are to learn of it, where they add up their weights
-        if not self._reference:
-            largest = self._agreed(_reduced(trainer, weight, "max"))
-            self._reference = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
-        return weight / self._reference if self._reference else 0.0
-
-    def _silence(self) -> None:
-        """Make the gradients of one backward pass 0 where they arrive: 0 times a NaN would be NaN."""
-        tensors = {id(tensor): tensor for lane in self._lanes.values() for tensor in lane.table.tensors if tensor.requires_grad}
-        self._hooks += [tensor.register_hook(torch.zeros_like) for tensor in tensors.values()]  # type: ignore[no-untyped-call]
+            self._hooks += silence(loss, [tensor for lane in self._lanes.values() for tensor in lane.table.tensors])
 
     def _remove_hooks(self) -> None:
         while self._hooks:
@@ -209,66 +184,6 @@ class AccumulationRescaling(Member):
     def _scale_of(self, trainer: Trainer, window: Window) -> float | None:
         if self.weight is None:
             return window.scale()
-        total = self._agreed(_reduced(trainer, window.weight, "sum"))
+        assert self._weighing is not None
+        total = self._weighing.total(trainer, window.weight)
         return window.scale(total, trainer.world_size) if total or not window.count else None
-
-    def _agreed(self, total: float) -> float:
-        """What all ranks' weights come to.
-
-        Raises:
-            RuntimeError: If another rank has none; that one raises its own error.
-        """
-        if math.isfinite(total):
-            return total
-        raise self._error or RuntimeError("`weight` failed on another rank: its message says on what.")
-
-
-def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) -> float:
-    """A number over all ranks."""
-    if trainer.world_size == 1:
-        return number
-    ours = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
-    return float(trainer.strategy.reduce(ours, reduce_op=reduce_op))
-
-
-class ManualWindow:
-    """Counts the backward passes that reached one optimizer since its gradients were last set to zero.
-
-    Lightning has no hook for ``zero_grad`` in manual optimization, so the gradients themselves tell: they change in a backward pass
-    that reaches them; changed between two passes and none or all zero, they were set to zero.
-    """
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-        self.window = Window(divisor=1)
-        self._seen = self._fingerprints()
-
-    def before_backward(self) -> None:
-        """See whether the gradients were set to zero since the last backward pass."""
-        fingerprints = self._fingerprints()
-        if fingerprints != self._seen and self._is_zero():
-            self.window = Window(divisor=1)
-        self._seen = fingerprints
-
-    def after_backward(self, weight: float) -> None:
-        """See whether the pass reached a gradient of this optimizer."""
-        fingerprints = self._fingerprints()
-        if fingerprints != self._seen:
-            self.window.add(weight)
-        self._seen = fingerprints
-
-    def _gradients(self) -> list[Tensor | None]:
-        gradients = (tensor.grad for tensor in self._lane.table.tensors)
-        return [None if gradient is None else shard_of(gradient) for gradient in gradients]
-
-    def _is_zero(self) -> bool:
-        return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)
-
-    def _fingerprints(self) -> list[tuple[int, int] | None]:
-        return [None if gradient is None else _fingerprint(gradient) for gradient in self._gradients()]
-
-
-def _fingerprint(gradient: Tensor) -> tuple[int, int]:
-    """Where a gradient's entries are, and how often they were written in place: neither reads an entry."""
-    entries = gradient if gradient.layout is torch.strided else gradient._values()
-    return entries.data_ptr(), gradient._version

@@ -1,0 +1,53 @@
+"""Accumulation windows of manual optimization, which only the gradients tell of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.accumulation import Window
+from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.reduction import shard_of
+
+
+class ManualWindow:
+    """Counts the backward passes that reached one optimizer since its gradients were last set to zero.
+
+    Lightning has no hook for ``zero_grad`` in manual optimization, so the gradients themselves tell: they change in a backward pass
+    that reaches them; changed between two passes and none or all zero, they were set to zero.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self.window = Window(divisor=1)
+        self._seen = self._fingerprints()
+
+    def before_backward(self) -> None:
+        """See whether the gradients were set to zero since the last backward pass."""
+        fingerprints = self._fingerprints()
+        if fingerprints != self._seen and self._is_zero():
+            self.window = Window(divisor=1)
+        self._seen = fingerprints
+
+    def after_backward(self, weight: float) -> None:
+        """See whether the pass reached a gradient of this optimizer."""
+        fingerprints = self._fingerprints()
+        if fingerprints != self._seen:
+            self.window.add(weight)
+        self._seen = fingerprints
+
+    def _gradients(self) -> list[Tensor | None]:
+        gradients = (tensor.grad for tensor in self._lane.table.tensors)
+        return [None if gradient is None else shard_of(gradient) for gradient in gradients]
+
+    def _is_zero(self) -> bool:
+        return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)
+
+    def _fingerprints(self) -> list[tuple[int, int] | None]:
+        return [None if gradient is None else _fingerprint(gradient) for gradient in self._gradients()]
+
+
+def _fingerprint(gradient: Tensor) -> tuple[int, int]:
+    """Where a gradient's entries are, and how often they were written in place: neither reads an entry."""
+    entries = gradient if gradient.layout is torch.strided else gradient._values()
+    return entries.data_ptr(), gradient._version

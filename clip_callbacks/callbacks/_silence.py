@@ -1,0 +1,45 @@
+"""A backward pass that adds nothing, even if its loss is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+def silence(loss: Tensor, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
+    """Make every gradient of one backward pass 0, where it arises and where it arrives: 0 times a NaN would be NaN.
+
+    Parameters alone would not do: the graph of a sharded module ends in other tensors, made for this pass.
+
+    Args:
+        loss: The loss, with its graph.
+        parameters: Where gradients arrive.
+
+    Returns:
+        The hooks, to be taken off after the pass.
+    """
+    hooks: list[RemovableHandle] = [node.register_hook(_zeros) for node in _nodes(loss)]
+    each = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
+    return hooks + [tensor.register_hook(torch.zeros_like) for tensor in each.values()]  # type: ignore[no-untyped-call]
+
+
+def _zeros(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in inputs)
+
+
+def _nodes(loss: Tensor) -> list[Any]:
+    """The graph of a loss, but for where gradients are accumulated."""
+    ahead, seen = [loss.grad_fn], set()
+    nodes = []
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or not node.next_functions:
+            continue
+        seen.add(node)
+        nodes.append(node)
+        ahead += [following for following, _ in node.next_functions]
+    return nodes

@@ -16,8 +16,8 @@ from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule
 
 if TYPE_CHECKING:
-    from clip_callbacks.callbacks._pass import Roles
     from clip_callbacks.callbacks._rewind import Rewind
+    from clip_callbacks.callbacks._roles import Roles
 
 
 class Verdict:

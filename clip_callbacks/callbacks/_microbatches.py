@@ -10,16 +10,18 @@ last one are this rank's own. The last backward pass averages what it adds; thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from clip_callbacks.callbacks._rewind import BatchStatistics
+from clip_callbacks.noise_scale import WindowNorms
 from clip_callbacks.nonfinite import all_finite
 from clip_callbacks.norms import measure
 from clip_callbacks.reduction import averaged, on_any_rank
+from clip_callbacks.weights import count_samples
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -55,14 +57,17 @@ class MicroBatches:
         self._parallel = parallel
         self._averages = False
         self._used: set[int] = set()
+        self._size: int | None = None
+        self._sizes: list[int | None] = []
         self.norms: list[float] = []
         self._statistics = BatchStatistics(module, is_on=restore_buffers)
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
 
-    def begin_batch(self) -> None:
-        """Keep batch statistics as they are before the micro-batch."""
+    def begin_batch(self, batch: Any) -> None:
+        """Keep batch statistics as they are before the micro-batch, and its size."""
         self._statistics.keep()
+        self._size = count_samples(batch)
 
     def before_backward(self) -> None:
         """Set the gradients so far aside."""
@@ -85,6 +90,7 @@ class MicroBatches:
         Returns:
             Whether the micro-batch was dropped.
         """
+        self._sizes.append(self._size)
         self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None} if self._parallel else set()
         measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]
         bad = [lane for lane, measurement in zip(self._lanes, measured, strict=True) if not measurement.is_finite]
@@ -130,7 +136,21 @@ class MicroBatches:
         """Begin a new window."""
         self.good = self.dropped = 0
         self.norms = []
+        self._sizes = []
         self._used = set()
+
+    def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
+        """Norms of the window's micro-batches and of their mean; None if they are not of one size.
+
+        Args:
+            total: Norm of their sum, divided by ``divisor``.
+            divisor: What each was divided by.
+            loss_scale: What each was multiplied by.
+        """
+        if len(set(self._sizes)) != 1:
+            return None
+        small = [(norm * divisor / loss_scale) ** 2 for norm in self.norms]
+        return WindowNorms(small, (total * divisor / max(len(small), 1)) ** 2, self._sizes[0])
 
     @property
     def scale(self) -> float:

@@ -6,8 +6,8 @@ The pass knows *when*; :func:`~clip_callbacks.clip_step` knows *what*.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -22,6 +22,7 @@ from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._ranks import data_parallel
+from clip_callbacks.callbacks._roles import Roles
 from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
 from clip_callbacks.fused import take_back
 from clip_callbacks.noise_scale import WindowNorms
@@ -30,36 +31,9 @@ from clip_callbacks.norms import FALSE, TRUE
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.step import Judge, clip_step
-from clip_callbacks.weights import count_samples
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
-    from clip_callbacks.callbacks.accumulation import AccumulationRescaling
-    from clip_callbacks.callbacks.clipping import GradientClipping
-    from clip_callbacks.callbacks.guard import NonFiniteGuard
-    from clip_callbacks.callbacks.monitor import GradientNormMonitor
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Who does what in a pass; without a guard of its own, a GradientClipping brings one."""
-
-    clipping: GradientClipping | None
-    guard: NonFiniteGuard | None
-    rescaling: AccumulationRescaling | None
-    monitors: tuple[GradientNormMonitor, ...]
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Roles:
-        """Cast the members of one Trainer."""
-        of_kind: dict[str, Member] = {member.kind: member for member in members}
-        clipping = cast("GradientClipping | None", of_kind.get("clipping"))
-        return cls(
-            clipping,
-            cast("NonFiniteGuard | None", of_kind.get("guard")) or (clipping.guard if clipping else None),
-            cast("AccumulationRescaling | None", of_kind.get("rescaling")),
-            tuple(cast("GradientNormMonitor", member) for member in members if member.kind == "monitor"),
-        )
 
 
 class Pass:
@@ -79,8 +53,6 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
-        self._batch_size: int | None = None
-        self._samples: list[int | None] = []
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -129,8 +101,6 @@ class Pass:
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         self._has_backward = False
-        if self.micro_batches:
-            self._batch_size = count_samples(batch)
         if self.guard and self.guard.trace_forward:
             self._batch = batch, batch_idx
         outdated = [lane for lane in self.lanes if lane.is_outdated]
@@ -139,7 +109,7 @@ class Pass:
         if self.rewind:
             self.rewind.begin_batch(in_window=self._in_window)
         if self.micro_batches:
-            self.micro_batches.begin_batch()
+            self.micro_batches.begin_batch(batch)
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
@@ -158,7 +128,6 @@ class Pass:
         if self.micro_batches:
             guard = self.guard
             (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
-            self._samples.append(self._batch_size)
             dropped = self.micro_batches.after_backward(
                 [] if is_silent else [micro_batch.loss],
                 lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True)) if guard else None,
@@ -180,7 +149,8 @@ class Pass:
         is_ours = is_still_scaled(scaler, optimizer)
         if is_ours and module.automatic_optimization and not self._has_backward:
             lane.window.clear()
-            self._end_window()
+            if self.micro_batches:
+                self.micro_batches.end_window()
             if self.rewind:
                 self.rewind.schedules.settle(trainer, skipped=False)
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
@@ -201,7 +171,7 @@ class Pass:
             return
         if self.micro_batches:
             lane.noise = self._noise(trainer, lane, report)
-            self._end_window()
+            self.micro_batches.end_window()
         lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
         if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
             report = replace(report, skipped=TRUE)
@@ -275,20 +245,12 @@ class Pass:
 
     def _noise(self, trainer: Trainer, lane: Lane, report: StepReport) -> WindowNorms | None:
         """Norms of the window's micro-batches and of their mean, without Lightning's division by N and the loss scale."""
-        sizes = set(self._samples)
-        if self.micro_batches is None or report.finite is not TRUE or len(sizes) != 1:
+        if self.micro_batches is None or report.finite is not TRUE:
             return None
         scaler = grad_scaler(trainer)
         divisor = self.rescaling.divisor if self.rescaling else trainer.accumulate_grad_batches
-        factor = divisor / (scaler.get_scale() if scaler else 1.0)
-        small = [(norm * factor) ** 2 for norm in self.micro_batches.norms]
-        mean = report.total.tolist()[0] / lane.scale * divisor / max(len(small), 1)
-        return WindowNorms(small, mean**2, sizes.pop())
-
-    def _end_window(self) -> None:
-        self._samples = []
-        if self.micro_batches:
-            self.micro_batches.end_window()
+        total = report.total.tolist()[0] / lane.scale
+        return self.micro_batches.window_norms(total, divisor=divisor, loss_scale=scaler.get_scale() if scaler else 1.0)
 
     def _lose(self, lane: Lane, incident: Incident) -> StepReport:
         """Skip a window of which nothing is left: every micro-batch was dropped, or has weight 0."""

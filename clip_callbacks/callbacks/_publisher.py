@@ -22,7 +22,7 @@ from clip_callbacks.report import (
 )
 
 if TYPE_CHECKING:
-    from clip_callbacks.callbacks._pass import Roles
+    from clip_callbacks.callbacks._roles import Roles
 
 SHOWN = (TOTAL_NORM, CLIP_COEF)
 """What the progress bar shows."""

@@ -19,7 +19,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from clip_callbacks.callbacks._rewind import BatchStatistics
+from clip_callbacks.callbacks._statistics import BatchStatistics
 from tests.conftest import Regression, data
 
 

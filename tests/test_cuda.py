@@ -18,7 +18,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from tests.conftest import Poisoned, assert_same_bits, data, weights
+from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
 from tests.reference import norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -217,3 +217,27 @@ def test_a_captured_fused_step_clips_and_skips():
     before, after = replay(1.0)
     assert not torch.equal(before[0], after[0])
     assert torch.isfinite(torch.cat([parameter.flatten() for parameter in after])).all()
+
+
+class Wrapped(Regression):
+    """For Lightning's FSDPStrategy, the first FullyShardedDataParallel: it runs on GPUs only."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp.wrap import wrap
+
+        self.net = nn.Sequential(*(wrap(layer) if isinstance(layer, nn.Linear) else layer for layer in self.net))
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+def test_the_first_fsdp_of_lightning(trainer, policy):
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    results = []
+    for options in ({"strategy": FSDPStrategy()}, {}):
+        torch.manual_seed(0)
+        module = (Wrapped if options else Regression)(torch.optim.AdamW)
+        clipping = GradientClipping(0.5)
+        fit = trainer(clipping, NonFiniteGuard(policy), accelerator="cuda", **options)
+        fit.fit(module, data())
+        results.append((fit.callback_metrics["grad/total_norm_p50"], fit.callback_metrics["grad/clip_fraction_epoch"]))
+    torch.testing.assert_close(*results)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -298,3 +299,15 @@ def test_with_several_optimizers_a_scaler_s_overflow_is_not_laid_to_another_s_lo
     fit.fit(TwoNetworks({3: math.nan}), data(8))
     assert guard.overflowed_steps >= 1
     assert fit.precision_plugin.scaler.get_scale() < 1024.0
+
+
+def test_a_journal_that_cannot_be_written_does_not_stop_the_run(trainer, tmp_path):
+    class Block(Callback):
+        def on_train_start(self, trainer, pl_module):
+            (Path(trainer.log_dir) / "nonfinite_steps.jsonl").mkdir(parents=True)
+
+    guard = NonFiniteGuard()
+    with pytest.warns(UserWarning, match="cannot be written") as caught:
+        trainer(guard, Block(), logger=CSVLogger(tmp_path)).fit(Poisoned({1: math.nan, 3: math.nan}), data(6))
+    assert guard.skipped_steps == 2
+    assert len([warning for warning in caught if "cannot be written" in str(warning.message)]) == 1

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from clip_callbacks.callbacks._rewind import BatchStatistics
+from clip_callbacks.callbacks._statistics import BatchStatistics
 from clip_callbacks.noise_scale import WindowNorms
 from clip_callbacks.nonfinite import all_finite
 from clip_callbacks.norms import measure

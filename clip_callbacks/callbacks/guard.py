@@ -257,10 +257,15 @@ class NonFiniteGuard(Member):
         self._journal = Path(folder) / JOURNAL if folder and trainer.is_global_zero else None
 
     def _write(self, facts: dict[str, Any]) -> None:
-        if self._journal:
+        if not self._journal:
+            return
+        try:
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             with self._journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
+        except OSError as error:  # one rank writes: if it stopped, the others would wait for it
+            rank_zero_warn(f"{self._journal} cannot be written ({error}): bad steps are reported as warnings only.", stacklevel=2)
+            self._journal = None
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """One line if the run had bad steps."""

@@ -42,11 +42,12 @@ def clip_grad_norm_(
         foreach: Accepted for compatibility; the result does not depend on it.
 
     Returns:
-        The norm before clipping, 0-dim, on the device of the first gradient; float64 for float64 gradients, else float32.
+        The norm before clipping, 0-dim, on the device of the first gradient; float64 for float64 gradients, else float32. Of
+        DTensors, a plain tensor, the same on every rank.
 
     Raises:
         RuntimeError: If a gradient is not finite and ``error_if_nonfinite`` is set; the gradients are as they were.
-        ValueError: If ``max_norm`` is negative or NaN.
+        ValueError: If ``max_norm`` is negative or NaN, or the order of a norm of DTensors is not above 0.
 
     Example::
 
@@ -62,6 +63,8 @@ def clip_grad_norm_(
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     gradients = ParameterTable.nameless(tensors).gradients(bucketed=False)
+    if gradients.table.reduction and not norm_type > 0:
+        raise ValueError(f"`norm_type` must be above 0 where ranks hold parts of the parameters, got {norm_type!r}.")
     if not gradients.exist:
         return torch.tensor(0.0)
     measured = measure(gradients, norm_type)

@@ -162,8 +162,8 @@ def examine(
     """
     if norms is None:
         held = [
-            (name, tensor, shard_of(tensor.grad))
-            for name, tensor in zip(table.names, table.tensors, strict=True)
+            (name, shape, shard_of(tensor.grad))
+            for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
             if tensor.grad is not None
         ]
         names, gradients = [name for name, _, _ in held], _offenders(held)
@@ -171,7 +171,7 @@ def examine(
         names, gradients = list(table.names), _offenders_by_norm(table, norms)
     return Findings(
         gradients,
-        _offenders((name, tensor, shard_of(tensor)) for name, tensor in zip(table.names, table.tensors, strict=True)),
+        _offenders(zip(table.names, table.shapes, map(shard_of, table.tensors), strict=True)),
         *_neighbours(names, gradients),
         count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
@@ -187,28 +187,45 @@ def examine_on_all_ranks(table: ParameterTable, findings: Findings) -> Findings:
         findings: What this rank has found.
     """
     counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
-    each = gathered((findings, [name for name, count in zip(table.names, counts, strict=True) if count]))
-    found = [findings for findings, _ in each]
-    owned = [set(names) for _, names in each]
+    rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
+    each = gathered(
+        _Share(
+            findings,
+            counted={name for name, _, _, count in rows if count},
+            with_gradient={name for name, tensor, _, _ in rows if tensor.grad is not None},
+            with_entries={name for name, _, shard, _ in rows if shard.numel()},
+        )
+    )
     is_divided = table.reduction is not None
-    gradients = _joined([it.gradients for it in found], owned, table.names, is_divided=is_divided)
-    before, after = _neighbours(table.names, gradients)
-    losses = [it.loss_is_finite for it in found]
+    gradients = _joined(each, [share.findings.gradients for share in each], table.names, is_divided=is_divided)
+    names = [name for name in table.names if any(name in share.with_gradient for share in each)]
+    before, after = _neighbours(names, gradients)
+    losses = [share.findings.loss_is_finite for share in each]
     return replace(
         findings,
         gradients=gradients,
-        parameters=_joined([it.parameters for it in found], owned, table.names, is_divided=is_divided),
+        parameters=_joined(each, [share.findings.parameters for share in each], table.names, is_divided=is_divided),
         before=before,
         after=after,
-        count=max(it.count for it in found),
+        count=len(names),
         loss_is_finite=None if set(losses) == {None} else False not in losses,
-        traced=next((it.traced for it in found if it.traced), None),
+        traced=next((share.findings.traced for share in each if share.findings.traced), None),
         loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
     )
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has found, and the names of the parameters whose part there counts, has a gradient, has any entry."""
+
+    findings: Findings
+    counted: set[str]
+    with_gradient: set[str]
+    with_entries: set[str]
+
+
 def _joined(
-    found: Sequence[Sequence[Offender]], owned: Sequence[set[str]], names: Sequence[str], *, is_divided: bool
+    each: Sequence[_Share], found: Sequence[Sequence[Offender]], names: Sequence[str], *, is_divided: bool
 ) -> tuple[Offender, ...]:
     """Offenders of all ranks, each once: parts of one tensor are summed up, copies are not."""
     by_name: dict[str, dict[int, Offender]] = {}
@@ -218,10 +235,11 @@ def _joined(
     joined = []
     for name in names:
         if guilty := by_name.get(name):
-            parts = [offender for rank, offender in guilty.items() if name in owned[rank]] if is_divided else []
+            parts = [offender for rank, offender in guilty.items() if name in each[rank].counted] if is_divided else []
             parts = parts or [next(iter(guilty.values()))]
-            ranks = tuple(guilty) if len(guilty) < len(found) else ()
+            others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
             nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
+            ranks = tuple(guilty) if set(others) - set(guilty) else ()
             joined.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
     return tuple(joined)
 
@@ -245,21 +263,19 @@ def _entries(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.values()
 
 
-def _offenders(named: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[Offender, ...]:
-    """Of names, parameters, and this rank's parts of them or of their gradients."""
+def _offenders(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[Offender, ...]:
+    """Of names, shapes, and this rank's parts of parameters or of their gradients."""
     found = []
-    for name, whole, part in named:
+    for name, shape, part in named:
         entries = _entries(part.detach())
         if not bool(torch.isfinite(entries).all()):
-            found.append(replace(count_nonfinite(entries, name), shape=tuple(whole.shape)))
+            found.append(replace(count_nonfinite(entries, name), shape=shape))
     return tuple(found)
 
 
 def _offenders_by_norm(table: ParameterTable, norms: Tensor) -> tuple[Offender, ...]:
-    rows = zip(table.names, table.tensors, norms.tolist(), strict=True)
-    return tuple(
-        Offender(name, tuple(tensor.shape), None, None, str(norm)) for name, tensor, norm in rows if not math.isfinite(norm)
-    )
+    rows = zip(table.names, table.shapes, norms.tolist(), strict=True)
+    return tuple(Offender(name, shape, None, None, str(norm)) for name, shape, norm in rows if not math.isfinite(norm))
 
 
 def count_nonfinite(tensor: Tensor, name: str = "") -> Offender:

@@ -158,8 +158,7 @@ def _norms_here(gradients: Gradients, norm_type: float) -> Tensor:
         norms = torch.zeros(0, device=table.shards[0].device if table.shards else "cpu")
     if not table.reduction:
         return norms
-    is_wide = any(_accumulated_in(tensor.dtype) is torch.float64 for tensor in table.tensors)
-    return gradients.fill(norms.to(torch.float64 if is_wide else torch.float32))
+    return gradients.fill(norms.to(torch.float64 if table.is_wide else torch.float32))
 
 
 def on_host(norms: Tensor, total: Tensor, loss_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
@@ -199,6 +198,9 @@ def _mended_together(
     """
     table = gradients.table
     assert table.reduction is not None
+    highest = smallest_sound_norm(norm_type, torch.float32)
+    if _all_sound(total, highest) and not (local and any(not (norm == 0 or highest <= norm < math.inf) for norm in norms.tolist())):
+        return norms, total
     bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in table.tensors]
     zero = 0.0 if total.tolist()[0] > 0 else math.nan
     sound = [norm == zero or bound <= norm < math.inf for bound, norm in zip(bounds, norms.tolist(), strict=True)]

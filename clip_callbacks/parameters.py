@@ -182,6 +182,16 @@ class ParameterTable:
         return any(map(is_sharded, self.tensors))
 
     @cached_property
+    def is_wide(self) -> bool:
+        """Whether any parameter is of double precision."""
+        return any(tensor.dtype in {torch.float64, torch.complex128} for tensor in self.tensors)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters, undivided."""
+        return self.reduction.shapes if self.reduction else tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    @cached_property
     def shards(self) -> tuple[Tensor, ...]:
         """This rank's part of each parameter; of a plain one, itself."""
         return tuple(map(shard_of, self.tensors)) if self.is_sharded else self.tensors
@@ -205,17 +215,17 @@ class ParameterTable:
             found = [parameter.grad for parameter in parameters]
         tensors = [gradient for gradient in found if gradient is not None]
         if {gradient.layout for gradient in tensors} - {torch.strided}:
-            return self._sparse_gradients()
+            return self._sparse_gradients(positions, found)
         if len(tensors) == len(found):
             return Gradients(self, positions, tensors, self._buckets if bucketed else None)
         there = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
         return Gradients(self, there, tensors, None)
 
-    def _sparse_gradients(self) -> Gradients:
+    def _sparse_gradients(self, positions: list[int], found: list[Tensor | None]) -> Gradients:
         entries = [
-            (position, parameter.grad if parameter.grad.layout is torch.strided else coalesced_values(parameter))
-            for position, parameter in zip(*self._filled, strict=True)
-            if parameter.grad is not None
+            (position, gradient if gradient.layout is torch.strided else coalesced_values(self.tensors[position]))
+            for position, gradient in zip(positions, found, strict=True)
+            if gradient is not None
         ]
         entries = [(position, values) for position, values in entries if values.numel()]
         return Gradients(self, [position for position, _ in entries], [values for _, values in entries], None)

@@ -10,15 +10,16 @@ where :math:`g^{(r)}` is the shard on rank r, and :math:`m_r` is 1 on one of the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Reduction:
         counts: For each of the N parameters, 1 if this rank's shard counts, 0 if another rank holds the same; float64, ``(N,)``, on
             the device that the groups communicate from.
         copied: For each, whether several ranks hold the same.
+        shapes: Their shapes, undivided.
     """
 
     groups: tuple[dist.ProcessGroup | None, ...]
     counts: Tensor
     copied: tuple[bool, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], *, whole_world: bool = False) -> Reduction | None:
@@ -55,10 +58,11 @@ class Reduction:
         if not meshes and not (whole_world and is_distributed()):
             return None
         groups, first = ((None,), 0) if whole_world else _cover(list(meshes))
-        counts = torch.tensor([_is_first_of_copies(tensor, first) for tensor in tensors], dtype=torch.float64)
         ranks = math.prod(dist.get_world_size(group) for group in groups)
+        holders = _holders(list(meshes)) if groups == (None,) and any(mesh.size() < ranks for mesh in meshes) else {}
+        counts = torch.tensor([_is_first_of_copies(tensor, first, holders) for tensor in tensors], dtype=torch.float64)
         copied = tuple(_parts(tensor) < ranks for tensor in tensors)
-        return cls(groups, counts.to(_device(list(meshes), tensors)), copied)
+        return cls(groups, counts.to(_device(list(meshes), tensors)), copied, tuple(tuple(tensor.shape) for tensor in tensors))
 
     @classmethod
     def of_flat(cls, tensors: Sequence[Tensor], model: nn.Module) -> Reduction:
@@ -70,15 +74,19 @@ class Reduction:
         """
         first_copies: dict[int, bool] = {}
         hybrid: set[int] = set()
+        shapes: dict[int, tuple[int, ...]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             if (handle := module._handle) is not None and handle.uses_sharded_strategy:
-                shards = [id(tensor) for tensor in (handle.flat_param, *(handle.flat_param._params or ()))]
+                originals = handle.flat_param._params or ()
+                shards = [id(tensor) for tensor in (handle.flat_param, *originals)]
+                shapes |= {id(tensor): tuple(shape) for tensor, shape in zip(originals, handle.flat_param._shapes, strict=False)}
                 is_first = not _is_hybrid(module) or dist.get_rank(module._inter_node_pg) == 0
                 first_copies |= dict.fromkeys(shards, is_first)
                 hybrid |= set(shards if _is_hybrid(module) else ())
         counts = [first_copies.get(id(tensor), dist.get_rank() == 0) for tensor in tensors]
         copied = tuple(id(tensor) not in first_copies or id(tensor) in hybrid for tensor in tensors)
-        return cls((None,), torch.tensor(counts, dtype=torch.float64, device=_device([], tensors)), copied)
+        undivided = tuple(shapes.get(id(tensor), tuple(tensor.shape)) for tensor in tensors)
+        return cls((None,), torch.tensor(counts, dtype=torch.float64, device=_device([], tensors)), copied, undivided)
 
     def norms(self, local: Tensor, norm_type: float) -> Tensor:
         """Norms of whole tensors, by one collective.
@@ -172,6 +180,12 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
     return means
 
 
+def reduces_in_backward(model: nn.Module) -> bool:
+    """Whether each backward pass brings sharded gradients up to date, and none keeps them back for a later one."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    return all(group.reduce_grads for group in groups if group is not None)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which a rank holds a shard."""
     return isinstance(tensor, DTensor)
@@ -181,8 +195,8 @@ def shard_of(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, a view; a plain tensor is its own."""
     if not isinstance(tensor, DTensor):
         return tensor
-    shard: Tensor = tensor.to_local().detach()
-    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
+    shard = tensor._local_tensor  # what to_local() returns, at a tenth of its cost
+    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard.detach() if shard.requires_grad else shard
 
 
 def shard_of_gradient(parameter: Tensor) -> Tensor | None:
@@ -205,12 +219,30 @@ def _cover(meshes: Sequence[DeviceMesh]) -> tuple[tuple[dist.ProcessGroup | None
     return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim)), min(largest)
 
 
-def _is_first_of_copies(tensor: Tensor, first: int) -> bool:
+_HOLDERS: WeakKeyDictionary[DeviceMesh, int] = WeakKeyDictionary()
+
+
+def _holders(meshes: Sequence[DeviceMesh]) -> dict[DeviceMesh, int]:
+    """For each mesh that is smaller than the world, the first rank that has one in its place; known after one exchange.
+
+    On other ranks another mesh may stand in the same place: of other ranks, with copies of the same shards.
+    """
+    unknown = [mesh for mesh in meshes if mesh not in _HOLDERS]
+    ours = [mesh.get_coordinate() is not None for mesh in unknown]
+    if unknown:
+        everybody = gathered(ours)
+        for place, mesh in enumerate(unknown):
+            _HOLDERS[mesh] = next((rank for rank, held in enumerate(everybody) if held[place]), 0)
+    return {mesh: _HOLDERS[mesh] for mesh in meshes}
+
+
+def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh, int]) -> bool:
     """Whether this rank is the first of those that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == first
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or not bool((tensor.device_mesh.mesh == first).any()):
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None or not bool((mesh.mesh == holders.get(mesh, first)).any()):
         return False
     return all(not place or not placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True))
 

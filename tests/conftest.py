@@ -146,6 +146,19 @@ def four_ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture
+def run(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Callable[..., list[Any]]:
+    """Run a function, by default a training, on as many ranks as a strategy of ``tests.parallel`` has."""
+    from tests import parallel
+
+    pools = {1: one_rank, 2: two_ranks, 4: four_ranks}
+
+    def on_all(name: str, *args: Any, function: Callable[..., Any] = parallel.result, **kwargs: Any) -> list[Any]:
+        return pools[parallel.STRATEGIES[name][0]].run(function, name, *args, **kwargs)
+
+    return on_all
+
+
 def weights(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 

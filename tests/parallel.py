@@ -7,10 +7,10 @@ import tempfile
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -28,16 +28,18 @@ STRATEGIES = {
     "ddp_find_unused_parameters_true": (2, 2, ""),
     "fsdp2": (2, 2, "fsdp"),
     "fsdp2_offload": (2, 2, "fsdp offload"),
+    "fsdp1": (2, 2, "fsdp1"),
     "tp": (2, 1, "tp"),
     "fsdp2_1": (1, 1, "fsdp"),
     "fsdp2_4": (4, 4, "fsdp"),
     "fsdp2_tp": (4, 2, "fsdp tp"),
     "fsdp2_tp_groups": (4, 2, "fsdp tp groups"),
+    "hsdp1": (4, 4, "fsdp1 hybrid"),
 }
 
 
 COLLECTIVES = {"ddp": 0, "ddp_find_unused_parameters_true": 0} | dict.fromkeys(
-    ("fsdp2", "fsdp2_4", "fsdp2_offload", "tp", "fsdp2_tp", "fsdp2_tp_groups"), 1
+    ("fsdp2", "fsdp2_4", "fsdp2_offload", "fsdp1", "hsdp1", "tp", "fsdp2_tp", "fsdp2_tp_groups"), 1
 )
 """Of a healthy step, however many callbacks and meshes: what docs/distributed.md says."""
 
@@ -102,11 +104,22 @@ class Divided(LightningModule):
         return self.make_optimizer(groups, **self.options)
 
 
+class CpuFsdp(FSDPStrategy):
+    """Lightning's strategy for the first FullyShardedDataParallel, which would put the model on a GPU."""
+
+    def _setup_model(self, model):
+        options = {"sharding_strategy": self.sharding_strategy, "device_id": torch.device("cpu"), **self.kwargs}
+        return FullyShardedDataParallel(model, **options)
+
+
 class Tape(Callback):
-    """Notes total_norm and clip_coef of every step."""
+    """Notes total_norm and clip_coef of every step, and what the strategy has wrapped."""
 
     def __init__(self):
-        self.norms, self.coefficients, self.skipped = [], [], []
+        self.norms, self.coefficients, self.skipped, self.model = [], [], [], None
+
+    def on_fit_start(self, trainer, pl_module):
+        self.model = trainer.strategy.model
 
     def on_train_batch_end(self, trainer, *_):
         reports = [callback.last_report for callback in trainer.callbacks if isinstance(callback, Member)]
@@ -123,6 +136,11 @@ def strategy(name, **options):
     if not division:
         options |= {"find_unused_parameters": True} if "unused" in name else {}
         return {"strategy": DDPStrategy(process_group_backend="gloo", **options), "devices": ranks}
+    if "fsdp1" in division:
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard")) if "hybrid" in division else None
+        sharding = {"sharding_strategy": "HYBRID_SHARD", "device_mesh": mesh} if mesh else {}
+        made = CpuFsdp(process_group_backend="gloo", auto_wrap_policy={nn.Linear}, use_orig_params=True, **sharding, **options)
+        return {"strategy": made, "devices": ranks}
     made = ModelParallelStrategy(
         data_parallel_size=data_parallel, tensor_parallel_size=ranks // data_parallel, process_group_backend="gloo", **options
     )
@@ -154,7 +172,7 @@ def train(name, *callbacks, steps=20, bad=(), poison=None, module=None, ckpt_pat
         fit = make_trainer(scratch, *callbacks, tape, **made | options, use_distributed_sampler=False)
         fit.fit(module, data, ckpt_path=ckpt_path, **({"weights_only": False} if ckpt_path else {}))
     return {
-        "weights": whole(module),
+        "weights": whole(module, tape.model),
         "norms": tape.norms,
         "coefficients": tape.coefficients,
         "skipped": tape.skipped,
@@ -163,8 +181,11 @@ def train(name, *callbacks, steps=20, bad=(), poison=None, module=None, ckpt_pat
     }
 
 
-def whole(module):
+def whole(module, model=None):
     """Every parameter, undivided."""
+    if any(isinstance(child, FullyShardedDataParallel) for child in (model or module).modules()):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return [parameter.detach().clone() for parameter in module.parameters()]
     parameters = [it.full_tensor() if isinstance(it, DTensor) else it for it in module.parameters()]
     return [parameter.detach().clone() for parameter in parameters]
 
@@ -176,7 +197,3 @@ def result(*args, **kwargs):
         "states": [member.state_dict() for member in found["members"]],
         "metrics": {key: value for key, value in found["trainer"].callback_metrics.items() if key.startswith("grad")},
     }
-
-
-def compressed(module_hook=default_hooks.bf16_compress_hook):
-    return {"strategy": DDPStrategy(process_group_backend="gloo", ddp_comm_hook=module_hook), "devices": 2}

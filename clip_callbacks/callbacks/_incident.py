@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from clip_callbacks.callbacks._lane import Lane, MicroBatch
-from clip_callbacks.callbacks._scaler import grad_scaler, has_overflowed
+from clip_callbacks.callbacks._scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.callbacks._trace import trace_forward
 from clip_callbacks.nonfinite import Findings, all_finite, examine, examine_on_all_ranks
 from clip_callbacks.reduction import gathered
@@ -43,11 +43,20 @@ class Incident:
     def _losses(self) -> list[Tensor]:
         return [loss for loss, _ in self.window]
 
-    @property
+    @cached_property
     def leaves_to_scaler(self) -> bool:
-        """Whether the scaler skips this bad step itself."""
+        """Whether the scaler skips this bad step itself, on all ranks if on any: not each may hold what is not finite."""
         scaler = grad_scaler(self.trainer)
-        return self.loss_scale is not None or (scaler is not None and has_overflowed(scaler, self.lane.optimizer))
+        if scaler is None or self.loss_scale is not None:
+            return self.loss_scale is not None
+        on_any = self._on_any_rank(has_overflowed(scaler, self.lane.optimizer))
+        if on_any:
+            mark_overflow(scaler, self.lane.optimizer)
+        return on_any
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank; asked on bad steps, by all of them."""
+        return any(gathered(flag)) if self.trainer.world_size > 1 and not self._is_alone else flag
 
     def is_overflow(self) -> bool:
         """Whether a lower loss scale may cure it: the scaler has found it, the scale is above 1, and no loss is bad by itself.
@@ -62,7 +71,7 @@ class Incident:
             return False
         if len(self.trainer.optimizers) > 1 or (self._is_alone and self.trainer.world_size > 1):
             return True
-        return not any(gathered(any(_is_bad(loss) for loss in self._losses())))
+        return not self._on_any_rank(any(_is_bad(loss) for loss in self._losses()))
 
     def findings(self, *, after_good_step: bool) -> Findings:
         """Walk over the parameters; on bad steps only."""

@@ -147,7 +147,8 @@ class Member(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
         if leading := self._leading():
-            self._history = leading.history_state()
+            if not self._is_loaded:  # by a strategy that loads late, and nothing was left to train
+                self._history = leading.history_state()
             leading.close()
         self._skipped_steps, self._pass = self.skipped_steps, None
 

@@ -53,6 +53,7 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
+        self._error: NonFiniteGradientError | None = None
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -145,6 +146,7 @@ class Pass:
         lane = self._lane(trainer, module, optimizer)
         self._in_window = False
         self._settle(lane)
+        self._raise_pending()
         scaler = grad_scaler(trainer)
         is_ours = is_still_scaled(scaler, optimizer)
         if is_ours and module.automatic_optimization and not self._has_backward:
@@ -191,9 +193,14 @@ class Pass:
             member.last_report = report
 
     def settle(self) -> None:
-        """Learn of every deferred step."""
+        """Learn of every deferred step. What is to be raised waits until all ranks come by: one of them may have asked alone."""
         for lane in self.lanes:
             self._settle(lane)
+
+    def _raise_pending(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def _settle(self, lane: Lane) -> None:
         if (verdict := lane.verdict) is None:
@@ -202,7 +209,11 @@ class Pass:
         report, incident = verdict.read(), verdict.incident
         if report.finite is FALSE and self.guard:
             incident.norms = report.parameter_norms
-            self.guard.judge(incident, lane.table)
+            try:
+                self.guard.judge(incident, lane.table)
+            except NonFiniteGradientError as error:
+                self._error = error
+                return
         lane.is_skipped = report.skipped is TRUE
         self._keep(lane, report, is_new=True)
 
@@ -328,17 +339,20 @@ class Pass:
         if self.publisher:
             if self.publisher.is_logging_step(trainer):
                 self.settle()
+                self._raise_pending()
             self.publisher.publish(trainer, module, self.lanes)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Publish the metrics of the epoch."""
         self.settle()
+        self._raise_pending()
         if self.publisher:
             self.publisher.end_epoch(trainer, self.lanes)
 
     def summarize(self) -> None:
         """Say in a line each what there is to say at the end of training."""
         self.settle()
+        self._raise_pending()
         for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
@@ -347,6 +361,7 @@ class Pass:
         """Learn of what is pending as far as that can be done: something has raised already."""
         try:
             self.settle()
+            self._raise_pending()
         except (NonFiniteGradientError, RuntimeError) as error:
             rank_zero_warn(f"The last step's verdict, beside what stopped the run: {error}", stacklevel=2)
 

@@ -19,15 +19,17 @@ Reduce: TypeAlias = Callable[[Sequence[Tensor]], Reduction | None]
 def reduction_under(trainer: Trainer) -> Reduce:
     """From parameters to what makes norms of this rank's parts norms of the whole.
 
-    Under DDP gradients are the same on all ranks, and nothing is reduced, unless DDP was told to leave parameters alone. Where
-    parameters are sharded all ranks decide together, also on those of which each holds a copy.
+    Under DDP gradients are the same on all ranks, and nothing is reduced, unless DDP was told to leave parameters alone or has a
+    communication hook, which may leave them different. Where parameters are sharded all ranks decide together, also on those of
+    which each holds a copy.
     """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         assert strategy.model is not None
         return partial(Reduction.of_flat, model=strategy.model)
     leaves_alone = bool(getattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
-    return partial(Reduction.of, whole_world=leaves_alone or isinstance(strategy, ModelParallelStrategy))
+    whole_world = leaves_alone or _is_hooked(trainer) or isinstance(strategy, ModelParallelStrategy)
+    return partial(Reduction.of, whole_world=whole_world)
 
 
 def data_parallel(trainer: Trainer) -> DistributedDataParallel | None:
@@ -38,6 +40,10 @@ def data_parallel(trainer: Trainer) -> DistributedDataParallel | None:
 
 def averages_plainly(trainer: Trainer) -> bool:
     """Whether gradients are averaged over ranks by DDP, as they are and each in memory of its own."""
-    strategy, model = trainer.strategy, data_parallel(trainer)
-    hooked = getattr(strategy, "_ddp_comm_hook", None) is not None
-    return model is not None and not model.gradient_as_bucket_view and not model.static_graph and not hooked
+    model = data_parallel(trainer)
+    return model is not None and not model.gradient_as_bucket_view and not model.static_graph and not _is_hooked(trainer)
+
+
+def _is_hooked(trainer: Trainer) -> bool:
+    """Whether a communication hook stands between gradients and their mean; Lightning registers its own on GPUs only."""
+    return bool(getattr(data_parallel(trainer), "_comm_hooks", ()))

@@ -72,7 +72,7 @@ class Rewind:
             if lane.index in self._searches:
                 self._searches[lane.index].undo_after_step()
             elif steps:
-                self._proofs.append(prove_stillness(lane.optimizer, lane.table.shards))
+                self._proofs.append(prove_stillness(lane.optimizer, lane.table.tensors, lane.table.shards))
         elif lane.index not in self._searches:
             self._at_step.keep()
         if not self._is_manual:
@@ -171,10 +171,11 @@ def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> RemovableHandle:
+def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor], shards: Sequence[Tensor]) -> RemovableHandle:
     """After the step that begins now, see that an optimizer without gradients has moved nothing.
 
-    Version counters tell, and the norms of the parameters, since ``parameter.data`` goes around the counters.
+    Version counters tell, and the norms of the parameters, since ``parameter.data`` goes around the counters: those of this rank's
+    shards, where ranks hold shards.
 
     Returns:
         The hook to take off when the step is over: a subclass that calls ``super().step()`` runs it twice.
@@ -182,10 +183,10 @@ def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> Removabl
     Raises:
         RuntimeError: From ``optimizer.step()``, if it has; it names the optimizer.
     """
-    before = _whereabouts(tensors)
+    before = _whereabouts(tensors, shards)
 
     def check(*_: Any) -> None:
-        if _whereabouts(tensors) != before:
+        if _whereabouts(tensors, shards) != before:
             raise RuntimeError(
                 f"`optimizer` must leave parameters without a gradient alone, got {type(optimizer).__name__}, which moved them in "
                 "a skipped step: a bad step cannot be undone with it. Use an optimizer of torch.optim, or NonFiniteGuard('raise')."
@@ -195,6 +196,6 @@ def prove_stillness(optimizer: Optimizer, tensors: Sequence[Tensor]) -> Removabl
 
 
 @torch.no_grad()
-def _whereabouts(tensors: Sequence[Tensor]) -> list[tuple[int, str]]:
-    norms = torch._foreach_norm([tensor.detach() for tensor in tensors]) if tensors else []
+def _whereabouts(tensors: Sequence[Tensor], shards: Sequence[Tensor]) -> list[tuple[int, str]]:
+    norms = torch._foreach_norm([shard.detach() for shard in shards]) if shards else []
     return [(tensor._version, str(norm.tolist())) for tensor, norm in zip(tensors, norms, strict=True)]

@@ -56,3 +56,10 @@ def has_overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether the scaler itself has found non-finite gradients, and so will not step; what came later it does not see."""
     found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(flag) for flag in found.values())
+
+
+def mark_overflow(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Have the scaler lower the scale and take no step, as those of other ranks do: not every rank may hold what is not finite."""
+    found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    for flag in found.values():
+        flag.fill_(1.0)

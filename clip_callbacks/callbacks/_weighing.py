@@ -41,7 +41,7 @@ class Weighing:
         """
         assert self._incoming is not None
         try:
-            weight = self._incoming.read()
+            weight = math.inf if self._error else self._incoming.read()
         except Exception as error:
             if trainer.world_size == 1:
                 raise

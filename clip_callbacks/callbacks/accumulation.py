@@ -17,6 +17,7 @@ from clip_callbacks.callbacks._manual_window import ManualWindow
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._silence import silence
 from clip_callbacks.callbacks._weighing import Weighing
+from clip_callbacks.reduction import reduces_in_backward
 from clip_callbacks.weights import name_of
 
 
@@ -141,6 +142,11 @@ class AccumulationRescaling(Member):
             self._window.add(weight)
         else:
             factor = weight
+            if self.divide and not reduces_in_backward(pl_module):
+                raise ValueError(
+                    "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False): "
+                    "nothing tells of the backward passes between. Leave it at True, or divide your losses."
+                )
             for window in self._manual.values() if self.divide else ():
                 window.before_backward()
         if factor != 1.0:

@@ -301,6 +301,8 @@ class NonFiniteGuard(Member):
         """
         super().load_state_dict(state_dict)
         self._left_out = tuple(state_dict["left_out"])
+        if self._rewind:  # a strategy that loads late
+            self._rewind.schedules.load_state(self._left_out)
         self.dropped_micro_batches = state_dict["dropped_micro_batches"]
         self._counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
 

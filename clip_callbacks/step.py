@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.apply import clamp_, drop, write, write_deferred, zero_nonfinite_
+from clip_callbacks.findings import examine
 from clip_callbacks.fused import can_carry, clear
-from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy, examine
+from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.norms import FALSE, TRUE, as_norm_type, measure
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport

@@ -12,7 +12,8 @@ from torch import Tensor
 from clip_callbacks.callbacks._lane import Lane, MicroBatch
 from clip_callbacks.callbacks._scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.callbacks._trace import trace_forward
-from clip_callbacks.nonfinite import Findings, all_finite, examine, examine_on_all_ranks
+from clip_callbacks.findings import Findings, examine, examine_on_all_ranks
+from clip_callbacks.nonfinite import all_finite
 from clip_callbacks.reduction import gathered
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from clip_callbacks.nonfinite import all_finite, count_nonfinite
+from clip_callbacks.findings import count_nonfinite
+from clip_callbacks.nonfinite import all_finite
 
 
 def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:

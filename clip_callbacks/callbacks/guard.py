@@ -16,7 +16,8 @@ from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
-from clip_callbacks.nonfinite import Findings, NonFiniteGradientError, Policy, as_policy
+from clip_callbacks.findings import Findings
+from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
 
 JOURNAL = "nonfinite_steps.jsonl"

@@ -40,6 +40,7 @@ examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison
 	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
+	$(BIN)/python -m benchmarks.ranks --sets 50 --rounds 5
 	$(BIN)/python -m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1
 
 configs: $(VENV)/.installed
@@ -52,6 +53,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
 	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
+	$(BIN)/python -m benchmarks.ranks --output ranks_cpu.md
 
 clean:
 	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -173,10 +172,12 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
             if part is not None:
                 room.copy_(part.reshape(-1))
         there.copy_(torch.tensor([part is not None for part in parts]))
+        flat /= dist.get_world_size()  # before they are summed, so that half precision does not overflow
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
         for place, room, count in zip(places, rooms, there.tolist(), strict=True):
-            means[place] = room.view(like[place].shape) if count else None
+            if count:  # laid out in memory as its parameter is: fused kernels go by that
+                mean = room.view(like[place].shape)
+                means[place] = mean if like[place].is_contiguous() else torch.empty_like(like[place]).copy_(mean)
     return means
 
 
@@ -216,24 +217,18 @@ def _cover(meshes: Sequence[DeviceMesh]) -> tuple[tuple[dist.ProcessGroup | None
     largest, mesh = max(zip(ranks, meshes, strict=True), key=lambda pair: len(pair[0]))
     if len(largest) == dist.get_world_size() or not all(some <= largest for some in ranks):
         return (None,), 0
+    if mesh.get_coordinate() is None:
+        return (), min(largest)  # nothing of it is on this rank, which is asked nothing
     return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim)), min(largest)
 
 
-_HOLDERS: WeakKeyDictionary[DeviceMesh, int] = WeakKeyDictionary()
-
-
 def _holders(meshes: Sequence[DeviceMesh]) -> dict[DeviceMesh, int]:
-    """For each mesh that is smaller than the world, the first rank that has one in its place; known after one exchange.
+    """For each mesh, the first rank that has one in its place: an exchange, when a table is made.
 
     On other ranks another mesh may stand in the same place: of other ranks, with copies of the same shards.
     """
-    unknown = [mesh for mesh in meshes if mesh not in _HOLDERS]
-    ours = [mesh.get_coordinate() is not None for mesh in unknown]
-    if unknown:
-        everybody = gathered(ours)
-        for place, mesh in enumerate(unknown):
-            _HOLDERS[mesh] = next((rank for rank, held in enumerate(everybody) if held[place]), 0)
-    return {mesh: _HOLDERS[mesh] for mesh in meshes}
+    everybody = gathered([mesh.get_coordinate() is not None for mesh in meshes])
+    return {mesh: next((rank for rank, held in enumerate(everybody) if held[place]), 0) for place, mesh in enumerate(meshes)}
 
 
 def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh, int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, NonFiniteGuard, clip_grad_norm_, clip_step
+from clip_callbacks import (
+    AccumulationRescaling,
+    ClipRule,
+    GradientClipping,
+    NonFiniteGuard,
+    ParameterTable,
+    clip_grad_norm_,
+    clip_step,
+)
+from clip_callbacks.reduction import Reduction, averaged
 from tests import parallel
 from tests.conftest import assert_same_bits
 from tests.parallel import STRATEGIES
@@ -196,7 +206,115 @@ def test_a_weight_that_failed_in_a_window_given_up_is_not_forgotten(run):
     assert "KeyError: 'no labels'" in caught.value.errors[1]
 
 
+# Micro-batches
+
+
+class ChannelsLast(parallel.Divided):
+    def configure_model(self):
+        if self.net is None:
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 1))
+            self.net[1].weight = nn.Parameter(torch.randn(2, 1, 2, 3).permute(3, 1, 0, 2))
+
+
+def channels_last(name, *callbacks):
+    options = {"steps": 4, "accumulate_grad_batches": 2}
+    return parallel.result(name, *callbacks, module=ChannelsLast(optimizer=torch.optim.AdamW, fused=True), **options)
+
+
+def test_means_are_laid_out_as_their_parameters_are(run):
+    """Fused kernels read memory in order."""
+    whole = assert_one_answer(run("ddp", NonFiniteGuard(), function=channels_last))
+    dropping = assert_one_answer(run("ddp", NonFiniteGuard(level="microbatch"), function=channels_last))
+    torch.testing.assert_close(dropping["weights"], whole["weights"])
+
+
+class FailsLater(FailsOnce):
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls == 5 and dist.get_rank() == 1:
+            raise KeyError("no labels")
+        return 2.0
+
+
+@pytest.mark.parametrize("level", ["window", "microbatch"])
+def test_a_weight_that_failed_is_not_dropped_with_its_micro_batch(run, level):
+    with pytest.raises(RanksFailedError) as caught:
+        run("ddp", NonFiniteGuard(level=level), AccumulationRescaling(FailsLater()), accumulate_grad_batches=2, steps=8)
+    assert "`weight` failed on another rank" in caught.value.errors[0]
+    assert "KeyError: 'no labels'" in caught.value.errors[1]
+
+
+class Embedded(parallel.Divided):
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.Sequential(nn.EmbeddingBag(4, 4, sparse=True), parallel.Net())
+
+    def training_step(self, batch, batch_idx):
+        return self.net((batch[0] > 0).long()).square().mean()
+
+
+def embedded(name, *callbacks):
+    return parallel.result(name, *callbacks, module=Embedded(), accumulate_grad_batches=2, steps=2)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_find_unused_parameters_true"])
+def test_sparse_micro_batches_are_refused(run, name):
+    with pytest.raises(RanksFailedError, match='`level` must be "window" with sparse gradients on several ranks'):
+        run(name, NonFiniteGuard(level="microbatch"), function=embedded)
+
+
+def ignoring(name, *callbacks):
+    module = parallel.Divided()
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["net.head.bias"])
+    return parallel.result(name, *callbacks, module=module)
+
+
+def test_micro_batches_are_not_dropped_where_ddp_ignores_parameters(run):
+    with pytest.raises(RanksFailedError, match="gradients are sharded, ignored"):
+        run("ddp", NonFiniteGuard(level="microbatch"), function=ignoring)
+
+
+def half_means():
+    return averaged([torch.full((2,), 40000.0).half()], [torch.zeros(2).half()])[0].tolist()
+
+
+def test_means_of_half_precision_do_not_overflow(two_ranks):
+    assert two_ranks.run(half_means) == [[40000.0] * 2] * 2
+
+
 # One rank asks alone
+
+
+class TwoNets(parallel.Divided):
+    """Two optimizers, one after the other; the second one's loss is bad at batch 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.ModuleList([parallel.Net(), parallel.Net()])
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1, fused=True) for net in self.net]
+
+    def training_step(self, batch, batch_idx):
+        for number, (net, optimizer) in enumerate(zip(self.net, self.optimizers(), strict=True)):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch[0]).square().mean() * (math.nan if (number, batch_idx) == (1, 2) else 1.0))
+            optimizer.step()
+
+
+def two_nets(name, *callbacks):
+    return parallel.result(name, *callbacks, module=TwoNets(), steps=8, log_every_n_steps=1000)
+
+
+def test_a_verdict_is_raised_at_its_own_optimizers_step(run):
+    with pytest.raises(RanksFailedError) as caught:
+        run("ddp_find_unused_parameters_true", NonFiniteGuard(deferred=True, max_consecutive=1), AskAlone(), function=two_nets)
+    assert all("NonFiniteGradientError" in error for error in caught.value.errors)
 
 
 class AskAlone(Callback):
@@ -251,6 +369,24 @@ def on_meshes(first, second):
 @pytest.mark.parametrize(("first", "second"), [([0, 1], [2, 3]), ([0, 1, 2, 3], [2, 3]), ([2, 3], [1, 2])])
 def test_meshes_of_some_of_the_ranks(four_ranks, first, second):
     assert four_ranks.run(on_meshes, first, second) == [([2.0, 20.0], [1.0, pytest.approx(0.2)])] * 4
+
+
+def met_before():
+    """First each rank a table on its own mesh, in the place of the other's; then one on a mesh that only one of them knows."""
+    together = partial(Reduction.of, whole_world=True)
+    totals = []
+    for gradient, mesh in (
+        (torch.ones(3), [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])][dist.get_rank()]),
+        (torch.ones(4), DeviceMesh("cpu", [1])),
+    ):
+        optimizer = torch.optim.SGD([parameter(gradient, mesh)], lr=0.1)
+        report, _ = clip_step(ParameterTable.of_optimizer(optimizer, reduce=together), rules=[])
+        totals.append(report.total_norm.item())
+    return totals
+
+
+def test_a_mesh_that_one_rank_has_met_before(two_ranks):
+    assert two_ranks.run(met_before) == [[pytest.approx(math.sqrt(3)), 2.0]] * 2
 
 
 def sparse_beside():

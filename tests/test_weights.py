@@ -518,3 +518,63 @@ def test_ignore_never_stops_a_run_for_empty_windows(trainer):
     with pytest.warns(RuntimeWarning, match="weight 0"):
         fit(trainer, sentences([4, 0, 0, 0, 0, 3]), 1, guard, AccumulationRescaling(LabelTokens()))
     assert guard.skipped_steps == 4
+
+
+class Oom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("out of memory")
+
+
+def test_a_silent_backward_that_was_caught_silences_no_other(trainer):
+    class Catching(Tagger):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.zero_grad()
+            loss = self.loss(batch)
+            try:
+                self.manual_backward(Oom.apply(loss) if batch_idx == 1 else loss)
+            except RuntimeError:
+                return
+            self.gradients.append(self.net.weight.grad.abs().sum())
+            self.optimizers().step()
+
+    weigh = iter([1.0, 0.0, 1.0, 1.0])
+    module = Catching()
+    trainer(AccumulationRescaling(lambda batch: next(weigh), divide=True)).fit(module, loader(sentences([3, 4, 5, 6])))
+    assert len([gradient for gradient in module.gradients if gradient is not None and gradient.ndim == 0 and gradient > 0]) == 3
+
+
+def test_a_fit_after_an_exception_begins_with_no_window(trainer, tmp_path):
+    """Resumed inside a window, with the same callback: it knows nothing of the window that the exception left."""
+
+    class Failing(Tagger):
+        fails = True
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 7 and self.fails:
+                raise KeyError("the drive is gone")
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 5 and self.fails:
+                self.trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    batches, gradients = sentences([3, 8, 5, 2, 7, 4, 6, 9, 1, 5, 2, 4]), []
+    used = AccumulationRescaling(LabelTokens())
+    with pytest.raises(KeyError):
+        fit(trainer, batches, 4, used, module=Failing())
+    for callback in (used, AccumulationRescaling(LabelTokens())):
+        module = Failing()
+        module.fails = False
+        run = trainer(callback, accumulate_grad_batches=4)
+        run.fit(module, loader(batches), ckpt_path=tmp_path / "mid.ckpt", weights_only=False)
+        gradients.append(module.gradients)
+    torch.testing.assert_close(*gradients)

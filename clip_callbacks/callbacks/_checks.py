@@ -49,8 +49,8 @@ def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradS
     if trainer.world_size > 1 and not averages_plainly(trainer):
         raise ValueError(
             '`level` must be "window" on several ranks unless plain DDP averages the gradients, got "microbatch" with '
-            f"{type(trainer.strategy).__name__}: gradients are sharded, or pass through a communication hook, a static graph or "
-            "bucket views, so that those of a window cannot be set aside. Use strategy='ddp'."
+            f"{type(trainer.strategy).__name__}: gradients are sharded, ignored, or pass through a communication hook, a static "
+            "graph or bucket views, so that those of a window cannot be set aside. Use strategy='ddp'."
         )
     if scaler is not None:
         raise ValueError(

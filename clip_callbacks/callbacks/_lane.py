@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from clip_callbacks.callbacks._history import RunHistory
 from clip_callbacks.callbacks._ranks import Reduce, reduction_under
 from clip_callbacks.noise_scale import WindowNorms
+from clip_callbacks.nonfinite import NonFiniteGradientError
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 
@@ -53,6 +54,7 @@ class Lane:
         self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
         self.report: StepReport | None = None
         self.verdict: Verdict | None = None
+        self.error: NonFiniteGradientError | None = None
         self.noise: WindowNorms | None = None
         self.scale = 1.0
         self.stepped = self.unlogged = self.is_skipped = False

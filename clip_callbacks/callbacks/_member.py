@@ -66,6 +66,8 @@ class Member(Callback):
 
     @staticmethod
     def _assemble(trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> None:
+        for member in members:
+            member.begin()
         the_pass = Pass(trainer, module, members)
         for member in members:
             member._pass, member._is_loaded = the_pass, False
@@ -74,6 +76,9 @@ class Member(Callback):
         """Begin a new run: what an earlier fit left, and no checkpoint brought, does not count."""
         self._history = {}
         self._skipped_steps = 0
+
+    def begin(self) -> None:
+        """Begin a fit: what no checkpoint brings does not outlive the last one."""
 
     def take_history(self) -> dict[int, dict[str, Any]]:
         """Hand over the histories of optimizers that a checkpoint brought, by their numbers."""

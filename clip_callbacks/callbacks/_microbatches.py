@@ -90,6 +90,11 @@ class MicroBatches:
         Returns:
             Whether the micro-batch was dropped.
         """
+        if self._parallel is not None and any(it.grad is not None and it.grad.layout is not torch.strided for it in self._tensors):
+            raise ValueError(
+                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": those set aside cannot be '
+                "averaged. Use sparse=False, or one device."
+            )
         self._sizes.append(self._size)
         self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None} if self._parallel else set()
         measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]

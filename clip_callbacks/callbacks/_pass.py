@@ -53,7 +53,6 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: tuple[Any, int] | None = None
-        self._error: NonFiniteGradientError | None = None
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -146,7 +145,7 @@ class Pass:
         lane = self._lane(trainer, module, optimizer)
         self._in_window = False
         self._settle(lane)
-        self._raise_pending()
+        _raise_pending([lane])
         scaler = grad_scaler(trainer)
         is_ours = is_still_scaled(scaler, optimizer)
         if is_ours and module.automatic_optimization and not self._has_backward:
@@ -197,11 +196,6 @@ class Pass:
         for lane in self.lanes:
             self._settle(lane)
 
-    def _raise_pending(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
     def _settle(self, lane: Lane) -> None:
         if (verdict := lane.verdict) is None:
             return
@@ -212,7 +206,7 @@ class Pass:
             try:
                 self.guard.judge(incident, lane.table)
             except NonFiniteGradientError as error:
-                self._error = error
+                lane.error = error
                 return
         lane.is_skipped = report.skipped is TRUE
         self._keep(lane, report, is_new=True)
@@ -339,20 +333,20 @@ class Pass:
         if self.publisher:
             if self.publisher.is_logging_step(trainer):
                 self.settle()
-                self._raise_pending()
+                _raise_pending(self.lanes)
             self.publisher.publish(trainer, module, self.lanes)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Publish the metrics of the epoch."""
         self.settle()
-        self._raise_pending()
+        _raise_pending(self.lanes)
         if self.publisher:
             self.publisher.end_epoch(trainer, self.lanes)
 
     def summarize(self) -> None:
         """Say in a line each what there is to say at the end of training."""
         self.settle()
-        self._raise_pending()
+        _raise_pending(self.lanes)
         for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
@@ -361,7 +355,7 @@ class Pass:
         """Learn of what is pending as far as that can be done: something has raised already."""
         try:
             self.settle()
-            self._raise_pending()
+            _raise_pending(self.lanes)
         except (NonFiniteGradientError, RuntimeError) as error:
             rank_zero_warn(f"The last step's verdict, beside what stopped the run: {error}", stacklevel=2)
 
@@ -379,3 +373,11 @@ class Pass:
         """What the lanes remember, by number of the optimizer."""
         self.settle()
         return {lane.index: lane.history.state_dict() for lane in self.lanes}
+
+
+def _raise_pending(lanes: Sequence[Lane]) -> None:
+    """Raise what verdicts on deferred steps have said, at a place that all ranks reach."""
+    for lane in lanes:
+        if lane.error is not None:
+            error, lane.error = lane.error, None
+            raise error

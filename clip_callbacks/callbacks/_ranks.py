@@ -27,8 +27,7 @@ def reduction_under(trainer: Trainer) -> Reduce:
     if isinstance(strategy, FSDPStrategy):
         assert strategy.model is not None
         return partial(Reduction.of_flat, model=strategy.model)
-    leaves_alone = bool(getattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
-    whole_world = leaves_alone or _is_hooked(trainer) or isinstance(strategy, ModelParallelStrategy)
+    whole_world = _leaves_alone(trainer) or _is_hooked(trainer) or isinstance(strategy, ModelParallelStrategy)
     return partial(Reduction.of, whole_world=whole_world)
 
 
@@ -41,7 +40,13 @@ def data_parallel(trainer: Trainer) -> DistributedDataParallel | None:
 def averages_plainly(trainer: Trainer) -> bool:
     """Whether gradients are averaged over ranks by DDP, as they are and each in memory of its own."""
     model = data_parallel(trainer)
-    return model is not None and not model.gradient_as_bucket_view and not model.static_graph and not _is_hooked(trainer)
+    is_special = _is_hooked(trainer) or _leaves_alone(trainer)
+    return model is not None and not model.gradient_as_bucket_view and not model.static_graph and not is_special
+
+
+def _leaves_alone(trainer: Trainer) -> bool:
+    """Whether DDP was told to ignore parameters."""
+    return bool(getattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
 
 
 def _is_hooked(trainer: Trainer) -> bool:

@@ -58,7 +58,7 @@ class Weighing:
             Exception: What the source raised for one of this rank's batches.
             RuntimeError: If that was on another rank.
         """
-        return self._agreed(_reduced(trainer, ours, "sum"))
+        return self._agreed(_reduced(trainer, math.inf if self._error else ours, "sum"))  # the guard may have dropped it
 
     def _agreed(self, total: float) -> float:
         if math.isfinite(total):

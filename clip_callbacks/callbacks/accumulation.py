@@ -74,11 +74,12 @@ class AccumulationRescaling(Member):
         self._last_weight = 1.0
         self._hooks: list[RemovableHandle] = []
 
-    def forget(self) -> None:
-        """Begin a new run."""
-        super().forget()
-        self._window, self._manual, self._lanes, self._weighing = Window(), {}, {}, None
+    def begin(self) -> None:
+        """Begin with no window, and no weight that failed: after an exception there was no teardown."""
+        super().begin()
+        self._begin_window()
         self._remove_hooks()
+        self._manual, self._lanes, self._weighing, self._last_weight = {}, {}, None, 1.0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook on a parameter: the backward pass may not have come to its end."""
@@ -136,6 +137,7 @@ class AccumulationRescaling(Member):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         super().on_before_backward(trainer, pl_module, loss)
+        self._remove_hooks()  # the backward pass before may have raised
         weight = self._last_weight = self._weighing.read(trainer) if self._weighing else 1.0
         if pl_module.automatic_optimization:
             factor = self._window.loss_weight(trainer.accumulate_grad_batches, weight)

@@ -36,6 +36,8 @@ class NonFiniteGuard(Member):
     counter advance: Lightning owns them. Random numbers that the batch has drawn stay drawn. An optimizer that moves parameters
     without a gradient is found out at the first skip.
 
+    On several ranks all skip together what is bad on one of them, and the report names it.
+
     Each bad step or dropped micro-batch warns once: where and when, which parameters (with counts of NaN and inf), their nearest
     finite neighbours, and whether the loss or the parameters were non-finite before. The parameters are walked over on bad steps
     only. The same facts go as a line of JSON into ``nonfinite_steps.jsonl`` in the log directory.
@@ -49,7 +51,8 @@ class NonFiniteGuard(Member):
         max_consecutive: After so many bad steps in a row an error is raised, on all ranks; at least 1.
         level: What is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", and the
             step is taken with the mean of the others. The latter reads the gradients after each backward pass, and needs room for
-            those of one micro-batch.
+            those of one micro-batch. On several ranks all drop what is bad on one, at the price of one more average of gradients
+            for each window; with plain DDP only.
         restore_buffers: Whether a skipped step puts back the running statistics of batch normalization.
         hold_schedulers: Whether step-interval learning-rate schedules stand still for a skipped step.
         trace_forward: Whether a batch whose loss is not finite is run again, under hooks, to name the first module whose output is

@@ -1,4 +1,4 @@
-# make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make check: all that CI runs.
+# make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
 # make benchmarks: time everything anew, about half an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
 
-.PHONY: demo test check lint types examples configs benchmarks clean
+.PHONY: demo test slow check lint types examples configs benchmarks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,10 @@ demo: $(VENV)/.installed
 	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest tests -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,7 +49,7 @@ examples: $(VENV)/.installed
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
 
-check: test lint types examples configs
+check: test slow lint types examples configs
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md

@@ -49,8 +49,8 @@ def clip_step(
         norm_type: The order p of all norms, above 0; inf is the maximum norm.
         clip_value: Afterwards every entry is clamped to ``[-clip_value, clip_value]``; a further pass.
         nonfinite: What to do if a gradient is not finite. "skip": all gradients become None, so that ``optimizer.step()``
-            changes nothing; "raise"; "zero": non-finite entries become 0 (of a tensor of which several ranks
-            hold copies, where parameters are sharded, all entries); "ignore": they stay. Or a function that is
+            changes nothing; "raise"; "zero": non-finite entries become 0 (where ranks decide
+            together, all entries of a tensor of which several hold copies); "ignore": they stay. Or a function that is
             asked on bad steps. A non-finite norm never scales a gradient.
         scale: A factor for all gradients before all else, such as 1 / micro-batches; norms are of the scaled gradients.
         loss_scale: What the loss was multiplied by against underflow, a tensor of one entry; gradients are divided by it.

@@ -60,7 +60,12 @@ def clipped_runs(name, norm_type, combinations):
 
 # four ranks share two cores here: the variants of sharding over four have half the orders
 HALF = {"fsdp2_4", "fsdp2_tp_groups", "hsdp1"}
-CELLS = [(name, p) for name in DIVIDED for p in NORM_TYPES if name not in HALF or p in {2.0, math.inf}]
+CELLS = [
+    pytest.param(name, p, marks=[pytest.mark.slow] if STRATEGIES[name][0] == 4 and (name, p) != ("fsdp2_tp", 2.0) else [])
+    for name in DIVIDED
+    for p in NORM_TYPES
+    if name not in HALF or p in {2.0, math.inf}
+]
 
 
 @pytest.mark.parametrize(("name", "norm_type"), CELLS)
@@ -74,7 +79,8 @@ def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm
         if scope != "group" or "groups" not in name:
             assert_same_run(ours, single)
         assert min(ours["coefficients"]) < 1.0
-        assert limit != limits_of(scope, norm_type)[0] or max(ours["coefficients"]) == 1.0 or scope != "global"
+        if scope == "global" and not isinstance(limit, RunningMean):
+            assert max(ours["coefficients"]) == 1.0, "some steps are clipped and some are not"
 
 
 def grouped_reference():

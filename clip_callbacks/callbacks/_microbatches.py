@@ -53,6 +53,7 @@ class MicroBatches:
         parallel: DistributedDataParallel | None = None,
     ) -> None:
         self._lanes = lanes
+        self._tensors = [tensor for lane in lanes for tensor in lane.table.tensors]
         self._drops = drops
         self._parallel = parallel
         self._averages = False
@@ -117,10 +118,6 @@ class MicroBatches:
         self.good += not is_bad
         self.dropped += is_bad
         return is_bad
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for lane in self._lanes for tensor in lane.table.tensors]
 
     def _drop(self) -> None:
         for tensor in self._tensors:

@@ -2,7 +2,20 @@
 
 from clip_callbacks.callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.clip_grad import clip_grad_norm_
-from clip_callbacks.limits import FixedLimit, Limit
+from clip_callbacks.limits import (
+    BlockNorms,
+    CosineLimit,
+    EmaLimit,
+    FixedLimit,
+    Limit,
+    LinearLimit,
+    QuantileLimit,
+    RatioLimit,
+    RobustZScoreLimit,
+    Tightest,
+    Warmup,
+    ZScoreLimit,
+)
 from clip_callbacks.nonfinite import NonFiniteGradientError
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
@@ -15,16 +28,26 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AccumulationRescaling",
     "BatchSize",
+    "BlockNorms",
     "ClipRule",
+    "CosineLimit",
+    "EmaLimit",
     "FixedLimit",
     "GradientClipping",
     "GradientNormMonitor",
     "LabelTokens",
     "Limit",
+    "LinearLimit",
     "NonFiniteGradientError",
     "NonFiniteGuard",
     "ParameterTable",
+    "QuantileLimit",
+    "RatioLimit",
+    "RobustZScoreLimit",
     "StepReport",
+    "Tightest",
+    "Warmup",
+    "ZScoreLimit",
     "clip_grad_norm_",
     "clip_step",
 ]

@@ -17,7 +17,7 @@ from clip_callbacks.parameters import Gradients, ParameterTable
 LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
 
 
-def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: Optimizer | None) -> None:
+def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: Optimizer | None, *, by_unit: bool = False) -> None:
     """Multiply gradients by factors that the host knows, or have a fused optimizer do it.
 
     Args:
@@ -25,6 +25,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: O
         factors: As for :func:`scale_`.
         scale: A factor for all of them.
         carrier: The fused optimizer that steps next; it carries one factor for all.
+        by_unit: As for :func:`scale_`.
     """
     if carrier is not None and (factors is None or factors.numel() == 1):
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
@@ -32,7 +33,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: O
             if factor != 1.0:
                 board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
             return
-    scale_(gradients, factors, scale)
+    scale_(gradients, factors, scale, by_unit=by_unit)
 
 
 def write_deferred(
@@ -60,13 +61,15 @@ def write_deferred(
         _multiply_(gradients, factors)
 
 
-def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> None:
+def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, by_unit: bool = False) -> None:
     """Multiply gradients in place; those whose factor is known to be 1 are not touched.
 
     Args:
         gradients: Of one step.
-        factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or one entry for all; None is 1 for all.
+        factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or for each unit, ``(U,)``, or one entry for
+            all; None is 1 for all.
         scale: A factor for all of them.
+        by_unit: Whether several factors are those of units.
     """
     if not gradients.tensors:
         return
@@ -78,6 +81,8 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0) -> 
         factors = factors * scale
     if factors.numel() == 1:
         _multiply_(gradients, factors)
+    elif by_unit:
+        _multiply_rows_(gradients, factors)
     else:
         _multiply_each_(gradients, factors)
 
@@ -102,6 +107,19 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
     places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0]
     if places:
         torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
+
+
+def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
+    """A factor for each row; tensors of which no row is to change are not touched."""
+    changing = factors != 1.0
+    there = factors.to(gradients.tensors[0].device)
+    rows = [
+        (entries, there[units if isinstance(units, slice) else units.to(there.device)].to(entries.device))
+        for entries, units in gradients.rows
+        if changing[units if isinstance(units, slice) else units.cpu()].any().tolist()
+    ]
+    if rows:
+        torch._foreach_mul_([entries for entries, _ in rows], [each.view(-1, *[1] * (entries.ndim - 1)) for entries, each in rows])
 
 
 def _on_cpu(gradients: Gradients) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.apply import scale_
+from clip_callbacks.coefficients import coefficients
 from clip_callbacks.norms import measure
 from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.rules import coefficients
 
 
 @torch.no_grad()

@@ -121,6 +121,41 @@ class Findings:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Spike:
+    """A finite step that is skipped for its norm.
+
+    Args:
+        total_norm: Of all gradients.
+        limit: The norm above which a step is skipped.
+        largest: The parameters with the largest norms, and these.
+    """
+
+    total_norm: float
+    limit: float
+    largest: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str], norms: Tensor, total: Tensor, limit: Tensor) -> Spike:
+        """From the norms of all parameters."""
+        places = norms.topk(min(LISTED, len(norms))).indices.tolist()
+        numbers = norms.tolist()
+        return cls(float(total), float(limit), tuple((names[place], numbers[place]) for place in places))
+
+    def facts(self) -> dict[str, Any]:
+        """The same as :meth:`describe`, for a line of JSON."""
+        largest = [{"name": name, "norm": norm} for name, norm in self.largest]
+        return {"stage": "spike", "message": str(self), "total_norm": self.total_norm, "limit": self.limit, "largest": largest}
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"total_norm {self.total_norm:.4g} is above skip_above, now {self.limit:.4g}"
+
+    def describe(self) -> str:
+        """The parameters with the largest norms."""
+        return "Largest gradients: " + ", ".join(f"{name} {norm:.4g}" for name, norm in self.largest[:4])
+
+
 _STAGES: dict[FaultStage, str] = {
     "step": "the optimizer step before made parameters non-finite, from finite gradients (its learning rate, or the optimizer).",
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",

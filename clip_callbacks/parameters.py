@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.blocks import OUTSIDE, Partition, Scope, no_match, unknown_scope
+from clip_callbacks.blocks import EVERYTHING, OUTSIDE, SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.buckets import Buckets
 from clip_callbacks.reduction import Reduction, is_sharded, shard_of, shard_of_gradient
+from clip_callbacks.units import Rows, Units
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What wrappers of torch put into the names of parameters: left out, so that names and patterns hold with and without them."""
@@ -39,9 +38,10 @@ class ParameterTable:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     reduction: Reduction | None = None
-    _partitions: dict[tuple[str, str | None], Partition] = field(default_factory=dict, repr=False)
+    _partitions: dict[tuple[str, Selection, bool], Partition] = field(default_factory=dict, repr=False)
+    _positions: dict[Selection, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _covered: WeakKeyDictionary[Optimizer, tuple[int, bool]] = field(default_factory=WeakKeyDictionary, repr=False)
-    _indices: dict[str, Any] = field(default_factory=dict, repr=False)
+    _indices: dict[str, tuple[list[int], torch.device, Tensor]] = field(default_factory=dict, repr=False)
     _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -122,37 +122,48 @@ class ParameterTable:
         """Whether any parameter has one; where ranks hold parts of them, whether any may have one."""
         return self.reduction is not None or any(tensor.grad is not None for tensor in self.tensors)
 
-    def partition(self, scope: Scope, pattern: str | None = None) -> Partition:
+    def partition(self, scope: Scope, selection: Selection = EVERYTHING, *, by_unit: bool = False) -> Partition:
         r"""Blocks of one scope.
 
         Args:
             scope: ``"global"`` one block; ``"group"`` one for each optimizer parameter group; ``"layer"`` one for the
-                parameters that one module owns directly; ``"parameter"`` one for each tensor.
-            pattern: A regular expression that ``re.search`` must find in a parameter's name; others are left out.
+                parameters that one module owns directly; ``"parameter"`` one for each tensor; ``"unit"`` one for each output row.
+            selection: Which parameters are in blocks; others are left out.
+            by_unit: Whether units are divided into blocks instead of parameters; for the scope "unit" they always are.
 
         Raises:
-            ValueError: If the scope is unknown or the pattern matches no name; it lists the choices or near names.
+            ValueError: If the scope is unknown or a pattern matches no name; it lists the choices or near names.
 
         Example::
 
             >>> table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
             >>> table.partition("layer").names
             ('0', '1')
-            >>> table.partition("parameter", r"bias$").names
-            ('0.bias', '1.bias')
+            >>> list(table.partition("unit").names)
+            ['0.weight[0]', '0.weight[1]', '0.bias', '1.weight[0]', '1.weight[1]', '1.bias']
         """
-        if (scope, pattern) not in self._partitions:
-            self._partitions[scope, pattern] = self._divide(scope, pattern)
-        return self._partitions[scope, pattern]
+        if scope not in SCOPES:
+            raise ValueError(unknown_scope(scope))
+        by_unit = by_unit or scope == "unit"
+        key = scope, selection, by_unit
+        if key not in self._partitions:
+            selection.check(self.names)
+            self._partitions[key] = self._divide(scope, [name in selection for name in self.names], by_unit=by_unit)
+        return self._partitions[key]
 
-    def _divide(self, scope: Scope, pattern: str | None) -> Partition:
+    def positions(self, selection: Selection) -> tuple[int, ...]:
+        """Where in the table the selected parameters are."""
+        if selection not in self._positions:
+            self._positions[selection] = tuple(position for position, name in enumerate(self.names) if name in selection)
+        return self._positions[selection]
+
+    def _divide(self, scope: Scope, inside: Sequence[bool], *, by_unit: bool) -> Partition:
+        if scope == "unit":
+            return Partition(*self.units.selected(self.names, inside))
         labels = self._labels(scope)
-        inside = [pattern is None or re.search(pattern, name) is not None for name in self.names]
-        if pattern is not None and not any(inside):
-            raise ValueError(no_match(pattern, self.names))
         numbers = {label: i for i, label in enumerate(dict.fromkeys(x for x, taken in zip(labels, inside, strict=True) if taken))}
         index = tuple(numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True))
-        return Partition(tuple(numbers), index)
+        return Partition(tuple(numbers), self.units.repeated(index) if by_unit else index)
 
     def _labels(self, scope: Scope) -> Sequence[str]:
         if scope == "global":
@@ -161,9 +172,7 @@ class ParameterTable:
             return self.groups
         if scope == "layer":
             return [name.rpartition(".")[0] or "(root)" for name in self.names]
-        if scope == "parameter":
-            return self.names
-        raise ValueError(unknown_scope(scope))
+        return self.names
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -190,6 +199,22 @@ class ParameterTable:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the parameters, undivided."""
         return self.reduction.shapes if self.reduction else tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    @cached_property
+    def units(self) -> Units:
+        """The output rows of the parameters."""
+        return Units(self.shapes)
+
+    @cached_property
+    def unit_reduction(self) -> Reduction | None:
+        """Where ranks hold parts of units, what makes norms of these parts norms of the whole."""
+        return self.reduction.of_units(self.units.owners) if self.reduction else None
+
+    def rows(self, position: int, part: Tensor) -> list[Rows]:
+        """The rows of this rank's part of a parameter or of its gradient, which is not sparse."""
+        ranks = self.reduction
+        first_row, first_entry = (ranks.first_rows[position], ranks.first_entries[position]) if ranks else (0, None)
+        return self.units.of_shard(position, part, first_row, first_entry)
 
     @cached_property
     def shards(self) -> tuple[Tensor, ...]:
@@ -240,12 +265,12 @@ class ParameterTable:
             self._covered[optimizer] = known
         return known[1]
 
-    def index(self, positions: list[int], device: torch.device) -> Tensor:
-        """Positions as a tensor, int64: made once for those that have gradients now, since making one on a GPU is a host sync."""
-        if self._indices.get("positions") != (positions, device):
-            self._indices.update(positions=(positions, device), tensor=torch.tensor(positions, dtype=torch.int64, device=device))
-        index: Tensor = self._indices["tensor"]
-        return index
+    def index(self, positions: list[int], device: torch.device, purpose: str = "gradients") -> Tensor:
+        """Positions as a tensor, int64, kept for each purpose until they change: making one on a GPU is a host sync."""
+        known = self._indices.get(purpose)
+        if known is None or known[:2] != (positions, device):
+            known = self._indices[purpose] = positions, device, torch.tensor(positions, dtype=torch.int64, device=device)
+        return known[2]
 
     def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""
@@ -291,6 +316,18 @@ class Gradients:
         """Whether every parameter has one."""
         return len(self.positions) == len(self.table)
 
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """All of them row by row."""
+        rows: list[Rows] = []
+        for position, tensor in zip(self.positions, self.tensors, strict=True):
+            gradient = self.table.tensors[position].grad
+            if gradient is None or gradient.layout is torch.strided:
+                rows += self.table.rows(position, tensor)
+            else:
+                rows.append(_rows_of_sparse(gradient, tensor, self.table.units.firsts[position], self.table.names[position]))
+        return rows
+
     def fill(self, values: Tensor) -> Tensor:
         """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
         if self.is_complete:
@@ -302,6 +339,16 @@ def _without_wrappers(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def _rows_of_sparse(gradient: Tensor, values: Tensor, first: int, name: str) -> Rows:
+    """The rows that a coalesced gradient has entries in."""
+    if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1 or gradient.ndim == 1:
+        raise ValueError(
+            '`scope` must not be "unit" for sparse gradients other than those of embeddings (COO, one sparse dimension), got '
+            f'{gradient.layout} for {name}. Leave it out of the rule by `exclude`, or choose the scope "parameter".'
+        )
+    return Rows(values, gradient.indices()[0] + first)
 
 
 def coalesced_values(parameter: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,12 +39,16 @@ class Reduction:
             the device that the groups communicate from.
         copied: For each, whether several ranks hold the same.
         shapes: Their shapes, undivided.
+        first_rows: Of this rank's parts, the first row of which each holds entries.
+        first_entries: Where a part is a flat piece, its first entry among those of the flattened parameter; else None.
     """
 
     groups: tuple[dist.ProcessGroup | None, ...]
     counts: Tensor
     copied: tuple[bool, ...]
     shapes: tuple[tuple[int, ...], ...]
+    first_rows: tuple[int, ...]
+    first_entries: tuple[int | None, ...]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], *, whole_world: bool = False) -> Reduction | None:
@@ -61,7 +66,9 @@ class Reduction:
         holders = _holders(list(meshes)) if groups == (None,) and any(mesh.size() < ranks for mesh in meshes) else {}
         counts = torch.tensor([_is_first_of_copies(tensor, first, holders) for tensor in tensors], dtype=torch.float64)
         copied = tuple(_parts(tensor) < ranks for tensor in tensors)
-        return cls(groups, counts.to(_device(list(meshes), tensors)), copied, tuple(tuple(tensor.shape) for tensor in tensors))
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        counts = counts.to(_device(list(meshes), tensors))
+        return cls(groups, counts, copied, shapes, tuple(map(_first_row, tensors)), (None,) * len(tensors))
 
     @classmethod
     def of_flat(cls, tensors: Sequence[Tensor], model: nn.Module) -> Reduction:
@@ -74,18 +81,33 @@ class Reduction:
         first_copies: dict[int, bool] = {}
         hybrid: set[int] = set()
         shapes: dict[int, tuple[int, ...]] = {}
+        starts: dict[int, int] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             if (handle := module._handle) is not None and handle.uses_sharded_strategy:
                 originals = handle.flat_param._params or ()
                 shards = [id(tensor) for tensor in (handle.flat_param, *originals)]
                 shapes |= {id(tensor): tuple(shape) for tensor, shape in zip(originals, handle.flat_param._shapes, strict=False)}
+                infos = handle.flat_param._shard_param_infos
+                starts |= {id(tensor): info.intra_param_start_idx or 0 for tensor, info in zip(originals, infos, strict=False)}
                 is_first = not _is_hybrid(module) or dist.get_rank(module._inter_node_pg) == 0
                 first_copies |= dict.fromkeys(shards, is_first)
                 hybrid |= set(shards if _is_hybrid(module) else ())
         counts = [first_copies.get(id(tensor), dist.get_rank() == 0) for tensor in tensors]
         copied = tuple(id(tensor) not in first_copies or id(tensor) in hybrid for tensor in tensors)
         undivided = tuple(shapes.get(id(tensor), tuple(tensor.shape)) for tensor in tensors)
-        return cls((None,), torch.tensor(counts, dtype=torch.float64, device=_device([], tensors)), copied, undivided)
+        first_entries = tuple(starts.get(id(tensor)) for tensor in tensors)
+        device = _device([], tensors)
+        return cls(
+            (None,), torch.tensor(counts, dtype=torch.float64, device=device), copied, undivided, (0,) * len(tensors), first_entries
+        )
+
+    def of_units(self, owners: Tensor) -> Reduction:
+        """The same for units of the parameters.
+
+        Args:
+            owners: The parameter that each unit is of, int64 of shape ``(U,)``.
+        """
+        return replace(self, counts=self.counts[owners.to(self.counts.device)])
 
     def norms(self, local: Tensor, norm_type: float) -> Tensor:
         """Norms of whole tensors, by one collective.
@@ -93,7 +115,8 @@ class Reduction:
         A part that does not count is let through where it is not finite: a copy gone bad on one rank is bad on all.
 
         Args:
-            local: Norms of this rank's shards, 0 where it has none, shape ``(N,)``.
+            local: Norms of this rank's shards, 0 where it has none, shape ``(N,)``, or of several tensors for each, one set after
+                another: ``(k * N,)``.
             norm_type: The order p.
 
         Returns:
@@ -102,7 +125,9 @@ class Reduction:
         parts = local.to(self.counts.device, torch.float64)
         if math.isinf(norm_type):
             return self._largest(parts).to(local)
-        return self._summed(parts.pow(norm_type) * self.counts).pow(1.0 / norm_type).to(local)
+        sets = len(local) // max(1, len(self.counts))
+        counts = self.counts if sets <= 1 else self.counts.repeat(sets)
+        return self._summed(parts.pow(norm_type) * counts).pow(1.0 / norm_type).to(local)
 
     def true_norms(self, local: Tensor, norm_type: float) -> Tensor:
         """The same in float64, by two collectives, whatever the range; non-finite only where a shard is."""
@@ -240,6 +265,13 @@ def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh,
     if coordinate is None or not bool((mesh.mesh == holders.get(mesh, first)).any()):
         return False
     return all(not place or not placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True))
+
+
+def _first_row(tensor: Tensor) -> int:
+    """The first row of which this rank's shard holds entries; 0 where it holds none."""
+    if not isinstance(tensor, DTensor) or not tensor.ndim or tensor.device_mesh.get_coordinate() is None:
+        return 0
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
 def _parts(tensor: Tensor) -> int:

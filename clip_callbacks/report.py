@@ -9,8 +9,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from clip_callbacks.norms import FALSE, TRUE, sound_total
-from clip_callbacks.rules import Outcome
+from clip_callbacks.norms import FALSE, TRUE, Measurement, sound_total
+from clip_callbacks.outcomes import Outcome
 
 TOTAL_NORM = "grad/total_norm"
 CLIPPED_NORM = "grad/clipped_norm"
@@ -18,12 +18,17 @@ CLIP_COEF = "grad/clip_coef"
 MAX_NORM = "grad/max_norm"
 CLIP_FRACTION = "grad/clip_fraction"
 CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
+RULE_CLIP_FRACTION = "grad/{}/clip_fraction"
+SHADOW_CLIP_FRACTION = "grad/shadow_clip_fraction/{}"
+SHADOW_CLIP_FRACTION_EPOCH = "grad/shadow_clip_fraction_epoch/{}"
 SKIPPED_STEPS = "grad/skipped_steps"
 AMP_SCALE = "grad/amp_scale"
 ACCUMULATION_SCALE = "grad/accumulation_scale"
 NOISE_SCALE = "grad/noise_scale"
 BLOCK_NORM = "grad_norm/"
 """Prefix of a monitor's metrics; the name of the block follows."""
+CONTRIBUTION = "grad_contribution/"
+SPILL_OVER = "grad_spill_over/"
 
 PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}
 
@@ -38,11 +43,15 @@ class StepReport:
         total: Norm of all gradients before clipping, shape ``(1,)``; :attr:`total_norm` is the same, 0-dim.
         parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``, 0 where there is none.
         outcomes: What each rule found and decided, in order.
-        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)`` or one entry for all; None is 1.
+        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)``, or each unit's, ``(U,)``, if
+            ``unit_norms`` is there, or one entry for all; None is 1.
         norm_type: The order p of all norms.
         finite: Whether every gradient was finite when it came, 0-dim bool.
         skipped: Whether the step is skipped, 0-dim bool.
         accumulation_scale: What all gradients were multiplied by before all else, to make a window's sum its mean.
+        unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".
+        shadows: What each shadow limit would have decided by itself.
+        skip_limit: The norm above which the step is skipped, 0-dim, if there is such a limit.
     """
 
     total: Tensor
@@ -53,6 +62,25 @@ class StepReport:
     finite: Tensor
     skipped: Tensor
     accumulation_scale: float = 1.0
+    unit_norms: Tensor | None = None
+    shadows: tuple[Outcome, ...] = ()
+    skip_limit: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        measured: Measurement,
+        outcomes: tuple[Outcome, ...],
+        norm_type: float,
+        *,
+        factors: Tensor | None = None,
+        skipped: Tensor,
+        scale: float,
+    ) -> StepReport:
+        """The report of a step that was measured and decided."""
+        unit_norms = None if measured.norms is measured.parameter_norms else measured.norms
+        finite = measured.finite
+        return cls(measured.total, measured.parameter_norms, outcomes, factors, norm_type, finite, skipped, scale, unit_norms)
 
     @cached_property
     def total_norm(self) -> Tensor:
@@ -66,7 +94,8 @@ class StepReport:
             return self.total_norm
         if self._is_global:
             return self.total_norm * self.clip_coef
-        return sound_total(self.parameter_norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
+        norms = self.parameter_norms if self.unit_norms is None or self.factors.numel() == 1 else self.unit_norms
+        return sound_total(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
 
     @cached_property
     def clip_coef(self) -> Tensor:
@@ -124,22 +153,27 @@ class StepReport:
                 copies[id(tensor)] = tensor.to("cpu", non_blocking=True)
             return copies[id(tensor)]
 
-        return replace(
-            self,
-            total=copy(self.total),
-            parameter_norms=copy(self.parameter_norms),
-            outcomes=tuple(
+        def copies_of(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+            return tuple(
                 replace(
                     outcome,
                     norms=copy(outcome.norms),
                     limits=copy(outcome.limits) if isinstance(outcome.limits, Tensor) else outcome.limits,
                     coefficients=copy(outcome.coefficients),
                 )
-                for outcome in self.outcomes
-            ),
+                for outcome in outcomes
+            )
+
+        return replace(
+            self,
+            total=copy(self.total),
+            parameter_norms=copy(self.parameter_norms),
+            outcomes=copies_of(self.outcomes),
             factors=None if self.factors is None else copy(self.factors),
             finite=copy(self.finite),
             skipped=copy(self.skipped),
+            shadows=copies_of(self.shadows),
+            skip_limit=None if self.skip_limit is None else copy(self.skip_limit),
         )
 
     def settled(self) -> StepReport:
@@ -147,13 +181,11 @@ class StepReport:
         is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
         return replace(
             self,
-            outcomes=tuple(
-                replace(outcome, clips=any(coefficient < 1.0 for coefficient in outcome.coefficients.reshape(-1).tolist()))
-                for outcome in self.outcomes
-            ),
+            outcomes=_settled(self.outcomes),
             factors=self.factors if is_clipped else None,
             finite=TRUE if bool(self.finite) else FALSE,
             skipped=TRUE if bool(self.skipped) else FALSE,
+            shadows=_settled(self.shadows),
         )
 
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
@@ -171,10 +203,31 @@ class StepReport:
             metrics[MAX_NORM] = self.max_norm
         return metrics
 
+    def rule_metrics(self) -> dict[str, Tensor]:
+        """For each rule with a name: the norm of its blocks together as it met them, its limit, and its part in the clipping."""
+        metrics = {}
+        for outcome in self.outcomes:
+            if outcome.name:
+                before, after = (
+                    sound_total(norms.double(), self.norm_type) for norms in (outcome.norms, outcome.norms * outcome.coefficients)
+                )
+                limits = outcome.limits
+                metrics[f"grad/{outcome.name}/total_norm"] = before
+                metrics[f"grad/{outcome.name}/max_norm"] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
+                metrics[f"grad/{outcome.name}/clip_coef"] = torch.where(before > 0, after / before, 1.0)
+        return metrics
+
     @property
     def _is_global(self) -> bool:
         """Whether one coefficient for everything is all there was to decide."""
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
+
+
+def _settled(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+    return tuple(
+        replace(outcome, clips=any(coefficient < 1.0 for coefficient in outcome.coefficients.reshape(-1).tolist()))
+        for outcome in outcomes
+    )
 
 
 @lru_cache(maxsize=64)

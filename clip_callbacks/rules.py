@@ -1,37 +1,21 @@
-r"""Rules: which blocks are held to which limit, and the coefficients that follow.
-
-.. math::
-    c_b = \min\Bigl(1, \frac{\ell_b}{n_b + 10^{-6}}\Bigr)
-
-Rules run in order, all from one read: after coefficients :math:`c` the norms are :math:`c \cdot n`.
-"""
+"""Rules: which parameters are held to which limit, alone and all of a step's together."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from ctypes import c_float
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-import torch
-from torch import Tensor
-
-from clip_callbacks.blocks import SCOPES, Partition, Scope, unknown_scope
-from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_max_norm
-from clip_callbacks.norms import Measurement, block_norms
+from clip_callbacks.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
+from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
+from clip_callbacks.norms import Wanted
 from clip_callbacks.parameters import ParameterTable
 
-EPS = 1e-6
-"""Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
-
-CLEARLY = 1.0 - 1e-6
-"""Below this share of the limit no rounding in float32 makes a coefficient less than 1: the division may be left out."""
-
 ClipState: TypeAlias = tuple[LimitState, ...]
-"""The state of a list of rules: one limit state for each."""
+"""The states of the limits of a step: of each rule, of each shadow, of ``skip_above``."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +24,13 @@ class ClipRule:
 
     Args:
         max_norm: The limit: a number above 0, a :class:`Limit`, or None (or inf) to measure and change nothing.
-        scope: Which entries share one norm: "global", "group", "layer" or "parameter".
+        scope: Which entries share one norm: "global", "group", "layer", "parameter" or "unit".
         params: A regular expression; the rule holds for parameters in whose name ``re.search`` finds it. None: for all.
+        exclude: A regular expression; the rule does not hold for parameters in whose name ``re.search`` finds it.
+        name: What the rule's metrics are called; None: by its place, ``rule_1`` and so on.
 
     Raises:
-        ValueError: If the limit is not above 0, the scope is unknown, or ``params`` is no regular expression.
+        ValueError: If the limit is not above 0, the scope is unknown, or a pattern is no regular expression.
 
     Example::
 
@@ -55,24 +41,40 @@ class ClipRule:
     max_norm: MaxNorm = 1.0
     scope: Scope = "global"
     params: str | None = None
+    exclude: str | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every argument."""
-        _as_limit(self.max_norm)
+        as_limit(self.max_norm)
         if self.scope not in SCOPES:
             raise ValueError(unknown_scope(self.scope))
-        try:
-            re.compile(self.params or "")
-        except (re.error, TypeError) as error:
-            raise ValueError(f"`params` must be a regular expression, got {self.params!r}: {error}.") from error
+        _ = self.selection
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(
+                f"`name` must consist of letters, digits, `_`, `-` and `.`, got {self.name!r}: it is part of metrics' names."
+            )
 
-    def stage(self, table: ParameterTable) -> Stage:
-        """The rule bound to the parameters of one optimizer."""
-        return Stage(self._limit, table.partition(self.scope, self.params))
+    @cached_property
+    def selection(self) -> Selection:
+        """Which parameters it holds for."""
+        return Selection(self.params, self.exclude)
+
+    def stage(self, table: ParameterTable, *, by_unit: bool = False) -> Stage:
+        """The rule bound to the parameters of one optimizer.
+
+        Args:
+            table: The parameters.
+            by_unit: Whether the norms that are measured will be those of units.
+        """
+        limit = self._limit
+        weighed = table.positions(self.selection) if limit is not None and limit.uses_weights else ()
+        return Stage(limit, table.partition(self.scope, self.selection, by_unit=by_unit), weighed, self.name)
 
     @cached_property
     def _limit(self) -> Limit | None:
-        return _as_limit(self.max_norm)
+        limit = as_limit(self.max_norm)
+        return None if limit == FixedLimit(math.inf) else limit
 
 
 @dataclass(frozen=True)
@@ -82,148 +84,72 @@ class Stage:
     Args:
         limit: None lets every norm pass.
         partition: The blocks.
+        weighed: Positions of the parameters whose own norms the limit asks for.
+        name: Of the rule.
     """
 
     limit: Limit | None
     partition: Partition
+    weighed: tuple[int, ...] = ()
+    name: str | None = None
 
     def init(self) -> LimitState:
         """State before the first step."""
         return self.limit.init(len(self.partition.names)) if self.limit else {}
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one stage found and decided.
+@dataclass(frozen=True)
+class Plan:
+    """All that a step decides, bound to parameters.
 
     Args:
-        names: Of the B blocks.
-        norms: Of the blocks as the stage met them, shape ``(B,)``.
-        limits: For them, shape ``(B,)`` or one number.
-        coefficients: Shape ``(B,)``, or 0-dim if there is one, in [0, 1]; exactly 1 where nothing is clipped.
-        clips: Whether any coefficient is below 1; of a deferred step, whether any may be.
+        rules: What clips, in order.
+        shadows: What would clip.
+        veto: What skips a finite step, if anything does.
+        by_unit: Whether units are measured, since a scope asks for them.
     """
 
-    names: tuple[str, ...]
-    norms: Tensor
-    limits: Tensor | float
-    coefficients: Tensor
-    clips: bool
+    rules: tuple[Stage, ...]
+    shadows: tuple[Stage, ...]
+    veto: Stage | None
+    by_unit: bool
 
+    @classmethod
+    def of(cls, table: ParameterTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
+        """Bind rules to parameters."""
+        by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))
+        veto = None if skip_above is None else ClipRule(skip_above).stage(table, by_unit=by_unit)
+        stages, shades = (tuple(rule.stage(table, by_unit=by_unit) for rule in some) for some in (rules, shadows))
+        return cls(stages, shades, veto, by_unit)
 
-def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = False) -> tuple[Tensor, bool]:
-    """The one division of the package: limits into coefficients.
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in the order of their states."""
+        return (*self.rules, *self.shadows, *([self.veto] if self.veto else []))
 
-    Args:
-        norms: Shape ``(B,)``. A block whose norm is 0 or not finite gets 1: such a norm never scales a gradient.
-        limits: Shape ``(B,)`` or one number.
-        deferred: Whether nothing is to be read on the host.
+    @property
+    def wanted(self) -> Wanted:
+        """What they need to know of the gradients."""
+        stages = self.stages
+        weighed = {stage.weighed for stage in stages if stage.weighed}
+        positions = next(iter(weighed)) if len(weighed) == 1 else tuple(sorted(set().union(*weighed)))
+        return Wanted(local=not all(stage.partition.is_whole for stage in stages), by_unit=self.by_unit, weights=positions)
 
-    Returns:
-        Coefficients of shape ``(B,)``, or 0-dim if there is one; and whether any is below 1, or, of a deferred step, may be.
-    """
-    if not deferred and isinstance(limits, float) and len(norms) == 1:
-        coefficient = _coefficient(norms.tolist()[0], limits, norms.dtype)
-        return (norms.new_tensor(coefficient), True) if coefficient < 1.0 else (_ones(norms), False)
-    on_host: list[float] = [] if deferred else norms.tolist()
-    if not deferred and isinstance(limits, float) and max(on_host, default=0.0) + EPS <= limits * CLEARLY:
-        return _ones(norms), False
-    # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
-    ratios = (norms + EPS).reciprocal() * limits
-    if not deferred:
-        if min(ratios.tolist(), default=1.0) >= 1.0:
-            return _ones(norms), False
-        if min(on_host) > 0.0 and math.isfinite(sum(on_host)):
-            return ratios.clamp(max=1.0), True
-    limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
-    return limited, deferred or any(coefficient < 1.0 for coefficient in limited.tolist())
+    def init(self) -> ClipState:
+        """States before the first step."""
+        return tuple(stage.init() for stage in self.stages)
 
+    def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:
+        """The states of the rules, of the shadows, and of the veto.
 
-def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
-    """The same on the host, each operation rounded to the dtype as torch rounds it: most steps need no tensor at all."""
-    if not 0.0 < norm < math.inf:
-        return 1.0
-    if dtype is torch.float64:
-        return 1.0 / (norm + EPS) * limit
-    return _float32(_float32(1.0 / _float32(norm + _float32(EPS))) * _float32(limit))
-
-
-def _float32(number: float) -> float:
-    return c_float(number).value
-
-
-def decide(
-    stages: Sequence[Stage], measured: Measurement, norm_type: float, state: ClipState
-) -> tuple[tuple[Outcome, ...], Tensor | None, ClipState]:
-    """Run the stages in order on the norms of one step.
-
-    Returns:
-        The outcome of each stage; the product of their coefficients for each parameter, shape ``(N,)``, or of one entry
-        if it is one for all, or None if all are 1; and the state after, which is the state before if any norm was not finite.
-    """
-    outcomes: list[Outcome] = []
-    after: list[LimitState] = []
-    factors: Tensor | None = None
-    for stage, held in zip(stages, state, strict=True):
-        before = {key: value.to(measured.total.device) for key, value in held.items()} if held else held
-        outcome = _outcome(stage, _norms_after(factors, stage.partition, measured, norm_type), before, measured)
-        outcomes.append(outcome)
-        after.append(_observed(stage, outcome, before, measured))
-        if outcome.clips:
-            spread = stage.partition.spread(outcome.coefficients)
-            factors = spread if factors is None else factors * spread
-    return tuple(outcomes), factors, tuple(after)
-
-
-def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement, norm_type: float) -> Tensor:
-    if partition.is_whole and measured.is_deferred:
-        return measured.total if factors is None else measured.total * factors
-    if factors is not None:
-        return block_norms(measured.norms * factors, partition, norm_type)
-    return measured.total if partition.is_whole else block_norms(measured.norms, partition, norm_type)
-
-
-def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -> tuple[Outcome, ...]:
-    """Outcomes of a step that is skipped: the blocks' norms, nothing decided."""
-    unlimited = [Stage(None, stage.partition) for stage in stages]
-    return decide(unlimited, measured, norm_type, tuple({} for _ in unlimited))[0]
-
-
-def _outcome(stage: Stage, norms: Tensor, state: LimitState, measured: Measurement) -> Outcome:
-    names = stage.partition.names
-    if stage.limit is None:
-        return Outcome(names, norms, math.inf, _ones(norms), clips=False)
-    may_be_bad = measured.is_deferred or not measured.is_finite
-    limits = stage.limit.limits(norms.nan_to_num(0.0, 0.0, 0.0) if may_be_bad else norms, state)
-    return Outcome(names, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred))
-
-
-def _observed(stage: Stage, outcome: Outcome, state: LimitState, measured: Measurement) -> LimitState:
-    """State after the step: what it was before, if any norm was not finite."""
-    if stage.limit is None or not state or not (measured.is_deferred or measured.is_finite):
-        return state
-    clipped = outcome.norms * outcome.coefficients
-    if not measured.is_deferred:
-        return stage.limit.observe(clipped, state)
-    after = stage.limit.observe(clipped.nan_to_num(0.0, 0.0, 0.0), state)
-    return {key: torch.where(measured.finite, value, state[key]) for key, value in after.items()}
-
-
-def _as_limit(max_norm: MaxNorm) -> Limit | None:
-    if max_norm is None or isinstance(max_norm, Limit):
-        return max_norm
-    number = as_max_norm(max_norm)
-    return None if math.isinf(number) else FixedLimit(number)
-
-
-_ONES: dict[tuple[int, torch.dtype], Tensor] = {}
-
-
-def _ones(norms: Tensor) -> Tensor:
-    """Ones like norms, on a CPU made once: what most steps report costs nothing."""
-    if type(norms) is not Tensor or not norms.is_cpu:  # made while a graph is captured or a program traced, they belong to that
-        return torch.ones_like(norms)
-    key = len(norms), norms.dtype
-    if key not in _ONES:
-        _ONES[key] = torch.ones_like(norms)
-    return _ONES[key]
+        Raises:
+            ValueError: If they are of other rules.
+        """
+        if len(state) != len(self.stages):
+            raise ValueError(
+                f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
+                "what the last call returned."
+            )
+        rules = len(self.rules)
+        shadows = rules + len(self.shadows)
+        return state[:rules], state[rules:shadows], state[shadows:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -12,11 +13,13 @@ from torch.optim import Optimizer
 from clip_callbacks.apply import clamp_, drop, write, write_deferred, zero_nonfinite_
 from clip_callbacks.findings import examine
 from clip_callbacks.fused import can_carry, clear
+from clip_callbacks.limits import MaxNorm
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
-from clip_callbacks.norms import FALSE, TRUE, as_norm_type, measure
+from clip_callbacks.norms import FALSE, TRUE, Measurement, as_norm_type, measure
+from clip_callbacks.outcomes import decide, describe, shadow, veto
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
-from clip_callbacks.rules import ClipRule, ClipState, decide, describe
+from clip_callbacks.rules import ClipRule, ClipState, Plan
 
 Judge: TypeAlias = Callable[[ParameterTable], Policy]
 """Asked on a bad step, before anything is touched, which policy to follow."""
@@ -31,6 +34,8 @@ def clip_step(
     norm_type: float = 2.0,
     clip_value: float | None = None,
     nonfinite: Policy | Judge = "skip",
+    skip_above: MaxNorm = None,
+    shadows: Sequence[ClipRule] = (),
     scale: float = 1.0,
     loss_scale: Tensor | None = None,
     fused: Optimizer | None = None,
@@ -52,6 +57,8 @@ def clip_step(
             changes nothing; "raise"; "zero": non-finite entries become 0 (where ranks decide
             together, all entries of a tensor of which several hold copies); "ignore": they stay. Or a function that is
             asked on bad steps. A non-finite norm never scales a gradient.
+        skip_above: A limit on the norm of all gradients before clipping, above which a finite step is skipped too.
+        shadows: Rules that clip nothing: what each would do by itself is in the report.
         scale: A factor for all gradients before all else, such as 1 / micro-batches; norms are of the scaled gradients.
         loss_scale: What the loss was multiplied by against underflow, a tensor of one entry; gradients are divided by it.
         fused: The optimizer that steps next with these gradients. Where it is a fused one of ``torch.optim``, holds no other
@@ -62,7 +69,8 @@ def clip_step(
             ``fused`` optimizer, or "ignore". A finite gradient whose norm overflows its dtype counts as not finite.
 
     Returns:
-        The report, and the state to pass to the next call. The state passed in is not changed.
+        The report, and the state to pass to the next call: one entry for each rule, then for each shadow, then, if it is given,
+        of ``skip_above``. The state passed in is not changed.
 
     Raises:
         NonFiniteGradientError: If a gradient is not finite and the policy is "raise"; it names the parameters.
@@ -78,54 +86,71 @@ def clip_step(
     """
     table = ParameterTable.of(parameters)
     norm_type = as_norm_type(norm_type)
-    stages = [rule.stage(table) for rule in rules]
-    state = tuple(stage.init() for stage in stages) if state is None else state
-    if len(state) != len(stages):
-        raise ValueError(
-            f"`state` must hold one entry for each of {len(stages)} rules, got {len(state)}: pass what the last call returned."
-        )
+    plan = Plan.of(table, rules, shadows, skip_above)
+    state = plan.init() if state is None else state
+    ours, shaded, vetoed = plan.parts(state)
 
     clear(fused)
-    gradients = table.gradients()
+    gradients, wanted = table.gradients(), plan.wanted
     deferred = deferred and gradients.exist
     carrier = fused if clip_value is None and can_carry(fused, gradients) else None
-    local = not all(stage.partition.is_whole for stage in stages)
     if deferred:
-        _check_deferrable(nonfinite, has_carrier=carrier is not None, local=local, clip_value=clip_value)
-    measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, local=local, deferred=deferred)
-    finite, skipped = measured.finite, FALSE
-    if deferred:
-        skipped = FALSE if nonfinite == "ignore" else finite.logical_not()
-    elif not measured.is_finite:
-        policy = as_policy(nonfinite, "nonfinite") if isinstance(nonfinite, str) else nonfinite(table)
-        if policy == "raise":
-            raise NonFiniteGradientError(examine(table).describe())
+        must_skip = nonfinite != "ignore" or plan.veto is not None
+        one = not wanted.local and clip_value is None
+        _check_deferrable(nonfinite, must_skip=must_skip, has_carrier=carrier is not None, one=one)
+    measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, wanted=wanted, deferred=deferred)
+    finite = measured.finite
+    if not deferred and not measured.is_finite:
+        policy = _policy(nonfinite, table)
         if policy == "skip":
-            drop(table)
-            outcomes = describe(stages, measured, norm_type)
-            return StepReport(measured.total, measured.norms, outcomes, None, norm_type, finite, TRUE, scale), state
+            return _skip(table, plan, measured, norm_type, scale), state
         if policy == "zero":
-            zero_nonfinite_(gradients, measured.norms)
-            measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, local=local)
+            zero_nonfinite_(gradients, measured.parameter_norms)
+            measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, wanted=wanted)
+    above, vetoed = veto(plan.veto, measured, norm_type, vetoed)
+    if above and not deferred and bool(above.is_exceeded):
+        report = _skip(table, plan, measured, norm_type, scale)
+        return replace(report, skip_limit=above.limit), (*ours, *shaded, *vetoed)
 
-    outcomes, factors, state = decide(stages, measured, norm_type, state)
+    counts = finite & ~above.is_exceeded if above and deferred else measured.finite
+    skipped = FALSE
+    if deferred and nonfinite != "ignore":
+        skipped = counts.logical_not()
+    elif deferred and above:
+        skipped = above.is_exceeded
+    shades, shaded = shadow(plan.shadows, measured, norm_type, shaded, counts=counts)
+    outcomes, factors, ours = decide(plan.rules, measured, norm_type, ours, counts=counts)
     if deferred:
         write_deferred(gradients, factors, measured.scale, carrier, skipped)
     else:
-        write(gradients, factors, float(measured.scale), carrier)
+        write(gradients, factors, float(measured.scale), carrier, by_unit=plan.by_unit)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
-    return StepReport(measured.total, measured.norms, outcomes, factors, norm_type, finite, skipped, scale), state
+    report = StepReport.of(measured, outcomes, norm_type, factors=factors, skipped=skipped, scale=scale)
+    report = replace(report, finite=finite, shadows=shades, skip_limit=above.limit if above else None)
+    return report, (*ours, *shaded, *vetoed)
 
 
-def _check_deferrable(nonfinite: Policy | Judge, *, has_carrier: bool, local: bool, clip_value: float | None) -> None:
-    if local or clip_value is not None:
+def _policy(nonfinite: Policy | Judge, table: ParameterTable) -> Policy:
+    policy = as_policy(nonfinite, "nonfinite") if isinstance(nonfinite, str) else nonfinite(table)
+    if policy == "raise":
+        raise NonFiniteGradientError(examine(table).describe())
+    return policy
+
+
+def _skip(table: ParameterTable, plan: Plan, measured: Measurement, norm_type: float, scale: float) -> StepReport:
+    drop(table)
+    return StepReport.of(measured, describe(plan.rules, measured, norm_type), norm_type, skipped=TRUE, scale=scale)
+
+
+def _check_deferrable(nonfinite: Policy | Judge, *, must_skip: bool, has_carrier: bool, one: bool) -> None:
+    if not one:
         raise ValueError(
             '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
             "Set deferred=False, which costs one host sync."
         )
-    if nonfinite != "ignore" and not (nonfinite == "skip" and has_carrier):
+    if nonfinite not in {"skip", "ignore"} or (must_skip and not has_carrier):
         raise ValueError(
-            f'`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore", got {nonfinite!r}: '
-            "without the host only a fused optimizer can stand still. Set deferred=False, which costs one host sync."
+            '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, '
+            f"got {nonfinite!r}: without the host only a fused optimizer can stand still. Set deferred=False: one host sync."
         )

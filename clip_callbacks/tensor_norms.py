@@ -83,6 +83,42 @@ def _norms_of_kinds(tensors: list[Tensor], norm_type: float) -> Tensor:
     return torch.stack([norm.to(tensors[0].device, dtype) for norm in norms])
 
 
+def row_norms(rows: Tensor, norm_type: float) -> Tensor:
+    """Norm of each row, by one read.
+
+    Args:
+        rows: Shape ``(r, …)`` with at least one entry.
+        norm_type: The order p.
+
+    Returns:
+        Shape ``(r,)``, on the device of the tensor; float64 if it is of double precision, else float32.
+    """
+    dtype = _dtype_to_accumulate(rows)
+    if len(rows) == 1:
+        norm: Tensor = torch.linalg.vector_norm(rows, norm_type, dtype=dtype)
+        return norm.reshape(1)
+    each = tuple(range(1, rows.ndim))
+    if dtype is None or not rows.is_cpu or rows.numel() <= CHUNK:
+        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=each, dtype=dtype)
+        return norms
+    return torch.cat([torch.linalg.vector_norm(piece, norm_type, dim=each, dtype=dtype) for piece in _pieces(rows)])
+
+
+def true_row_norms(rows: Tensor, norm_type: float) -> Tensor:
+    """The same in float64, of rows scaled by their largest entry, as :func:`true_norms`; a second, slow read."""
+    wide = torch.complex128 if rows.is_complex() else torch.float64
+    return torch.cat([_true_row_norms(piece.detach().flatten(1).to(wide), norm_type) for piece in _pieces(rows)])
+
+
+def _true_row_norms(rows: Tensor, norm_type: float) -> Tensor:
+    peaks = rows.abs().amax(1)
+    if math.isinf(norm_type):
+        return peaks
+    scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(rows / scales[:, None], norm_type, dim=1)
+    return norms * scales
+
+
 def true_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     """Norms in float64 of tensors scaled by their largest entry: right where powers overflow or underflow the other way.
 

@@ -8,6 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clip_callbacks import (
+    CosineLimit,
+    EmaLimit,
+    FixedLimit,
+    Limit,
+    LinearLimit,
+    QuantileLimit,
+    RatioLimit,
+    RobustZScoreLimit,
+    Tightest,
+    Warmup,
+    ZScoreLimit,
+)
+
 
 def entries(tensor: Tensor) -> list[float]:
     """Magnitudes of all entries of a gradient."""
@@ -33,11 +47,157 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or "(root)"
 
 
+def unit_of(name: str, gradient: Tensor, place: int) -> str:
+    """The unit of an entry, by its place in the flattened gradient."""
+    return name if gradient.ndim <= 1 else f"{name}[{place // (gradient.numel() // len(gradient))}]"
+
+
 def clip(gradients: dict[str, Tensor], limit: float, scope: str, p: float) -> tuple[dict[str, float], dict[str, float]]:
     """Norms and coefficients by block name."""
-    label = {"global": lambda name: "global", "group": lambda name: "pg1", "layer": layer_of, "parameter": lambda name: name}[scope]
+    label = {"global": lambda name: "global", "group": lambda name: "pg1", "layer": layer_of, "parameter": lambda name: name}
     blocks: dict[str, list[float]] = {}
     for name, gradient in gradients.items():
-        blocks.setdefault(label(name), []).extend(entries(gradient))
+        for place, magnitude in enumerate(entries(gradient)):
+            block = unit_of(name, gradient, place) if scope == "unit" else label[scope](name)
+            blocks.setdefault(block, []).append(magnitude)
     norms = {block: norm(magnitudes, p) for block, magnitudes in blocks.items()}
     return norms, {block: coefficient(value, limit) for block, value in norms.items()}
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """With linear interpolation, of values in any order."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def limits(limit: Limit, history: Sequence[Sequence[float]], p: float, weights: Sequence[float] | None = None) -> list[list[float]]:
+    """What a limit says at each step of a history of the blocks' norms: one float64 loop for each class."""
+    loop = {
+        FixedLimit: fixed_limits,
+        LinearLimit: schedule_limits,
+        CosineLimit: schedule_limits,
+        RatioLimit: ratio_limits,
+        QuantileLimit: quantile_limits,
+        ZScoreLimit: zscore_limits,
+        RobustZScoreLimit: robust_limits,
+        EmaLimit: ema_limits,
+        Tightest: tightest_limits,
+        Warmup: warmup_limits,
+    }[type(limit)]
+    return loop(limit, history, p, weights)
+
+
+def fixed_limits(limit, history, p, weights):
+    return [[limit.max_norm] * len(norms) for norms in history]
+
+
+def schedule_limits(limit, history, p, weights):
+    found = []
+    for step, norms in enumerate(history):
+        done = min(1.0, step / limit.steps)
+        done = (1 - math.cos(math.pi * done)) / 2 if isinstance(limit, CosineLimit) else done
+        found.append([limit.start + (limit.end - limit.start) * done] * len(norms))
+    return found
+
+
+def ratio_limits(limit, history, p, weights):
+    return [[limit.ratio * max(weight, limit.floor) for weight in weights] for _ in history]
+
+
+def per_block(block_limits):
+    """From a loop over one block's norms to one over steps."""
+
+    def loop(limit, history, p, weights):
+        each = [block_limits(limit, [norms[block] for norms in history]) for block in range(len(history[0]))]
+        return [list(row) for row in zip(*each, strict=True)]
+
+    return loop
+
+
+@per_block
+def quantile_limits(limit, norms):
+    seen: list[float] = []
+    found = []
+    count = 0
+    for norm in norms:
+        if norm > 0:
+            seen = [*seen, min(norm, 10 * max(seen, default=math.inf))][-limit.window :]
+            count += 1
+        found.append(quantile(seen, limit.quantile) if seen and count > limit.warmup else math.inf)
+    return found
+
+
+@per_block
+def zscore_limits(limit, norms):
+    found = []
+    warm: list[float] = []
+    mean = variance = 0.0
+    for norm in norms:
+        if len(warm) < limit.warmup:
+            found.append(math.inf)
+            if norm > 0:
+                warm.append(min(norm, 10 * math.fsum(warm) / len(warm)) if warm else norm)
+                mean = math.fsum(warm) / len(warm)
+                variance = math.fsum((x - mean) ** 2 for x in warm) / len(warm)
+            continue
+        threshold = mean + limit.z * math.sqrt(variance)
+        now = threshold
+        if norm > threshold:
+            if limit.clip_to == "mean":
+                now = mean
+            if limit.clip_to == "reciprocal":
+                zscore = (norm - mean) / math.sqrt(variance) if variance else math.inf
+                now = mean + limit.z * math.sqrt(variance) / (zscore / limit.z)
+        found.append(now)
+        if norm > 0:
+            mean = limit.decay * mean + (1 - limit.decay) * min(norm, now)
+            variance = limit.decay * variance + (1 - limit.decay) * (min(norm, now) - mean) ** 2
+    return found
+
+
+@per_block
+def robust_limits(limit, norms):
+    found = []
+    seen: list[float] = []
+    for norm in norms:
+        now = math.inf
+        if len(seen) >= limit.warmup:
+            median = quantile(seen, 0.5)
+            deviation = quantile([abs(x - median) for x in seen], 0.5)
+            now = math.exp(median + limit.z * max(1.4826 * deviation, limit.floor))
+        found.append(now)
+        if norm > 0:
+            seen = [*seen, math.log(min(norm, now))][-limit.window :]
+    return found
+
+
+def ema_limits(limit, history, p, weights):
+    means = [math.inf] * len(history[0])
+    found = []
+    for step, norms in enumerate(history):
+        total = norm(norms, p)
+        now = []
+        for block, size in enumerate(norms):
+            if step < limit.warmup:
+                now.append(size * limit.max_norm / total if size > 0 else math.inf)
+                means[block] = min(means[block], size, now[-1]) if size > 0 else means[block]
+            else:
+                now.append(limit.factor * means[block])
+                if size > 0:
+                    seen = min(size, now[-1])
+                    means[block] = limit.decay * means[block] + (1 - limit.decay) * seen if means[block] < math.inf else seen
+        found.append(now)
+    return found
+
+
+def tightest_limits(limit, history, p, weights):
+    each = [limits(inner, history, p, weights) for inner in limit.limits]
+    return [[min(blocks) for blocks in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+
+
+def warmup_limits(limit, history, p, weights):
+    until, then = limits(limit.until, history, p, weights), limits(limit.limit, history, p, weights)
+    return [until[step] if step < limit.steps else then[step] for step in range(len(history))]

@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import (
+    AccumulationRescaling,
+    BatchSize,
+    EmaLimit,
+    GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
+    QuantileLimit,
+    RatioLimit,
+    RobustZScoreLimit,
+    Tightest,
+)
+from clip_callbacks.blocks import SCOPES
 from tests import parallel
 from tests.conftest import assert_same_bits
 from tests.parallel import STRATEGIES
 from tests.ranks import RanksFailedError
-from tests.test_laws import RunningMean
+from tests.test_laws import ADAPTIVE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Non-finite"
@@ -23,7 +35,13 @@ pytestmark = pytest.mark.filterwarnings(
 DIVIDED = [name for name, (ranks, _, _) in STRATEGIES.items() if ranks > 1]
 DROPS_MICRO_BATCHES = {name for name in DIVIDED if name.startswith("ddp")}
 CARRIES = {name for name in DIVIDED if name != "tp"}
-SCOPES = ("global", "group", "layer", "parameter")
+ADAPTIVE_LIMITS = {
+    "global": ADAPTIVE,
+    "group": QuantileLimit(0.3, window=10),
+    "layer": RobustZScoreLimit(0.5, window=10, warmup=2),
+    "parameter": EmaLimit(warmup=2),
+    "unit": Tightest(RatioLimit(0.1), ADAPTIVE),
+}
 NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
 
 
@@ -51,7 +69,7 @@ def assert_same_run(ours, single):
 
 
 def limits_of(scope, norm_type):
-    return (0.3 if scope == "parameter" else 0.6) * (4 if norm_type == 1 else 1), RunningMean()
+    return (0.3 if scope in {"parameter", "unit"} else 0.6) * (4 if norm_type == 1 else 1), ADAPTIVE_LIMITS[scope]
 
 
 def clipped_runs(name, norm_type, combinations):
@@ -79,7 +97,7 @@ def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm
         if scope != "group" or "groups" not in name:
             assert_same_run(ours, single)
         assert min(ours["coefficients"]) < 1.0
-        if scope == "global" and not isinstance(limit, RunningMean):
+        if scope == "global" and isinstance(limit, float):
             assert max(ours["coefficients"]) == 1.0, "some steps are clipped and some are not"
 
 
@@ -195,7 +213,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(run, name, bad, poison, deferred):
     options = {"optimizer": torch.optim.AdamW, "lr": 0.05} | ({"fused": True} if deferred else {})
 
     def family():
-        return [NonFiniteGuard(deferred=deferred), GradientClipping(RunningMean())]
+        return [NonFiniteGuard(deferred=deferred), GradientClipping(ADAPTIVE)]
 
     run(name, function=nothing)
     start = time.monotonic()
@@ -474,7 +492,7 @@ def resumed(name, folder, *callbacks, **options):
 
 
 def stateful():
-    return [GradientClipping(RunningMean()), NonFiniteGuard()]
+    return [GradientClipping(ADAPTIVE), NonFiniteGuard()]
 
 
 AFTER = {"fsdp2": ["fsdp2_1", "fsdp2", "fsdp2_4", "single", "ddp"], "ddp": ["single", "ddp"]}

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard
 from tests.conftest import Poisoned, assert_same_bits, data, make_trainer
-from tests.test_laws import RunningMean
+from tests.test_laws import ADAPTIVE
 from tests.test_resume import leaves
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,7 +45,7 @@ class Slow(Poisoned):
 
 
 def run(folder: Path, pause: float = 0.0, ckpt_path: Path | None = None):
-    callbacks = [NonFiniteGuard(), GradientClipping(rules=[ClipRule(RunningMean()), ClipRule(0.5, "layer")])]
+    callbacks = [NonFiniteGuard(), GradientClipping(rules=[ClipRule(ADAPTIVE), ClipRule(0.5, "layer")])]
     checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
     trainer = make_trainer(folder, *callbacks, checkpoint, max_epochs=EPOCHS, enable_checkpointing=True)
     module = Slow(pause)

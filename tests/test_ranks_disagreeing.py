@@ -31,7 +31,7 @@ from tests.conftest import assert_same_bits
 from tests.parallel import STRATEGIES
 from tests.ranks import RanksFailedError
 from tests.test_distributed import assert_one_answer, assert_same_run, reports
-from tests.test_laws import RunningMean
+from tests.test_laws import ADAPTIVE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite")
 
@@ -434,7 +434,7 @@ class Rates(Callback):
 def rates(name, path, is_first):
     note, guard = Rates(path if is_first else None), NonFiniteGuard()
     module = Scheduled(STRATEGIES[name][2], momentum=0.5, poison={(1, 1): math.nan} if is_first else {})
-    family = [guard, GradientClipping(RunningMean()), note]
+    family = [guard, GradientClipping(ADAPTIVE), note]
     parallel.train(name, *family, module=module, steps=12, ckpt_path=None if is_first else path)
     return note.rates, guard.state_dict()
 
@@ -450,10 +450,10 @@ def test_held_schedules_go_on_where_they_were(run, name, tmp_path):
 
 
 def finished(name, path):
-    family = [NonFiniteGuard(), GradientClipping(RunningMean())]
+    family = [NonFiniteGuard(), GradientClipping(ADAPTIVE)]
     first = parallel.train(name, *family, steps=6, momentum=0.5)
     first["trainer"].save_checkpoint(path)
-    again = [NonFiniteGuard(), GradientClipping(RunningMean())]
+    again = [NonFiniteGuard(), GradientClipping(ADAPTIVE)]
     parallel.train(name, *again, steps=6, momentum=0.5, ckpt_path=path)
     return [str(member.state_dict()) for member in family], [str(member.state_dict()) for member in again]
 

@@ -9,7 +9,7 @@ import torch
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.conftest import Poisoned, assert_same_bits, data, weights
-from tests.test_laws import RunningMean
+from tests.test_laws import ADAPTIVE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
 
@@ -18,7 +18,7 @@ def family():
     return [
         AccumulationRescaling(),
         NonFiniteGuard(max_consecutive=4),
-        GradientClipping(rules=[ClipRule(RunningMean()), ClipRule(0.4, "layer")]),
+        GradientClipping(rules=[ClipRule(ADAPTIVE), ClipRule(0.4, "layer")]),
         GradientNormMonitor("layer"),
         GradientNormMonitor("parameter"),  # two of one class
     ]
@@ -126,7 +126,7 @@ def test_a_streak_goes_on_in_another_order_of_callbacks(trainer, tmp_path, saved
 def test_callbacks_may_move_on_to_another_model(trainer):
     from tests.test_clipping import TwoNetworks
 
-    callback = GradientClipping(RunningMean(), scope="layer")
+    callback = GradientClipping(ADAPTIVE, scope="layer")
     trainer(callback).fit(TwoNetworks(), data(4))
     trainer(callback).fit(Poisoned({}), data(4))
 

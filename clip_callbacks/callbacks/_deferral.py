@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from clip_callbacks.callbacks._arrival import Arrival
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._scaler import grad_scaler
 from clip_callbacks.fused import DEVICES, is_fused, starts_momentum
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
@@ -102,6 +103,9 @@ class Deferral:
             "a GradientNormMonitor with noise_scale looks at the gradients after each backward pass": any(
                 monitor.noise_scale for monitor in self._roles.monitors
             ),
+            "a GradScaler, which takes the place of what skip_above tells the optimizer": guard is not None
+            and guard.skip_above is not None
+            and grad_scaler(self._trainer) is not None,
             "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers), or batch statistics "
             "to be put back in manual optimization (restore_buffers)": rewind is not None
             and rewind.must_know_at_once(self._trainer, self._module),

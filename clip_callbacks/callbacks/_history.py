@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torchmetrics import CatMetric
 
-from clip_callbacks.report import CLIP_FRACTION_EPOCH, PERCENTILES, StepReport
+from clip_callbacks.report import (
+    CLIP_FRACTION_EPOCH,
+    PERCENTILES,
+    RULE_CLIP_FRACTION,
+    SHADOW_CLIP_FRACTION,
+    SHADOW_CLIP_FRACTION_EPOCH,
+    StepReport,
+)
 
 FLUSH = 128
 """Steps that wait before they go into the metric together: a step costs one list append."""
@@ -82,48 +89,104 @@ class StepCounts:
         self.steps = self.clipped = 0
 
 
+class Spans:
+    """Steps and how many of them were clipped, over three spans.
+
+    Attributes:
+        since_logged: Since the last logged step.
+        epoch: In this epoch.
+        run: In the whole run.
+    """
+
+    def __init__(self) -> None:
+        self.since_logged, self.epoch, self.run = StepCounts(), StepCounts(), StepCounts()
+
+    def add(self, *, clipped: bool) -> None:
+        """Count one step."""
+        for counts in (self.since_logged, self.epoch, self.run):
+            counts.add(clipped=clipped)
+
+    def state(self) -> list[int]:
+        """Everything, as numbers."""
+        return [number for counts in (self.since_logged, self.epoch, self.run) for number in (counts.steps, counts.clipped)]
+
+    def load(self, state: list[int]) -> None:
+        """Go on from what :meth:`state` returned."""
+        for counts, place in ((self.since_logged, 0), (self.epoch, 2), (self.run, 4)):
+            counts.steps, counts.clipped = state[place : place + 2]
+
+
 class RunHistory:
     """What one optimizer's run remembers for its metrics.
 
     Attributes:
         epoch_norms: Total norms of the epoch's healthy steps.
-        epoch: Counts of the epoch.
-        since_logged: Counts since the last logged step.
+        clips: How many of the healthy steps were clipped.
+        rules: The same for each rule with a name.
+        shadows: For each shadow limit, how many it would have clipped.
         steps: Optimizer steps so far, bad ones too.
     """
 
     def __init__(self) -> None:
         self.epoch_norms = NormHistory()
-        self.epoch = StepCounts()
-        self.since_logged = StepCounts()
+        self.clips = Spans()
+        self.rules: dict[str, Spans] = {}
+        self.shadows: dict[str, Spans] = {}
         self.steps = 0
 
     def add(self, report: StepReport) -> None:
         """Take in a healthy step."""
         self.epoch_norms.add(report.total)
-        self.epoch.add(clipped=report.clipped)
-        self.since_logged.add(clipped=report.clipped)
+        self.clips.add(clipped=report.clipped)
+        for outcomes, counted in ((report.outcomes, self.rules), (report.shadows, self.shadows)):
+            for outcome in outcomes:
+                if outcome.name:
+                    counted.setdefault(outcome.name, Spans()).add(clipped=outcome.clips)
+
+    def fractions(self) -> dict[str, float]:
+        """Clip fractions since the last logged step: of each rule with a name, and of each shadow."""
+        rules = {RULE_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.rules.items()}
+        shadows = {SHADOW_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.shadows.items()}
+        return rules | shadows
 
     def epoch_metrics(self, *, clipping: bool) -> dict[str, float]:
-        """Percentiles of total_norm and, if wanted, the clip fraction of this epoch; empty without a healthy step."""
+        """Percentiles of total_norm and, if wanted, the clip fractions of this epoch; empty without a healthy step."""
         percentiles = self.epoch_norms.percentiles(tuple(PERCENTILES))
         if percentiles is None:
             return {}
-        fraction = {CLIP_FRACTION_EPOCH: self.epoch.fraction} if clipping else {}
-        return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fraction
+        fractions = {CLIP_FRACTION_EPOCH: self.clips.epoch.fraction} if clipping else {}
+        fractions |= {SHADOW_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.shadows.items()}
+        return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
+
+    def begin_log(self) -> None:
+        """Begin to count anew: a step was logged."""
+        for spans in self._all:
+            spans.since_logged.reset()
 
     def end_epoch(self) -> None:
         """Begin a new epoch."""
         self.epoch_norms.reset()
-        self.epoch.reset()
+        for spans in self._all:
+            spans.epoch.reset()
+
+    @property
+    def _all(self) -> list[Spans]:
+        return [self.clips, *self.rules.values(), *self.shadows.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers."""
-        counts = [self.epoch.steps, self.epoch.clipped, self.since_logged.steps, self.since_logged.clipped]
-        return {"steps": self.steps, "norms": self.epoch_norms.values(), "counts": counts}
+        named = {kind: {name: spans.state() for name, spans in counted.items()} for kind, counted in self._named.items()}
+        return {"steps": self.steps, "norms": self.epoch_norms.values(), "counts": self.clips.state()} | named
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self.steps = state["steps"]
         self.epoch_norms.load(state["norms"])
-        self.epoch.steps, self.epoch.clipped, self.since_logged.steps, self.since_logged.clipped = state["counts"]
+        self.clips.load(state["counts"])
+        for kind, counted in self._named.items():
+            for name, counts in state[kind].items():
+                counted.setdefault(name, Spans()).load(counts)
+
+    @property
+    def _named(self) -> dict[str, dict[str, Spans]]:
+        return {"rules": self.rules, "shadows": self.shadows}

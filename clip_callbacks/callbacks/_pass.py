@@ -201,10 +201,13 @@ class Pass:
             return
         lane.verdict = None
         report, incident = verdict.read(), verdict.incident
-        if report.finite is FALSE and self.guard:
+        if self.guard and (report.finite is FALSE or report.skipped is TRUE):
             incident.norms = report.parameter_norms
             try:
-                self.guard.judge(incident, lane.table)
+                if report.finite is FALSE:
+                    self.guard.judge(incident, lane.table)
+                else:
+                    self.guard.judge_spike(incident, report)
             except NonFiniteGradientError as error:
                 lane.error = error
                 return
@@ -231,21 +234,30 @@ class Pass:
     def _clip(self, lane: Lane, incident: Incident, *, deferred: bool) -> StepReport:
         if not lane.table.has_gradients:
             self._warn_empty()
-        clipping = self.clipping
+        clipping, guard, index = self.clipping, self.guard, lane.index
+        # a line search may come by any point: LBFGS's step is judged by where it begins
+        skip_above = guard.skip_above if guard and incident.is_new else None
+        ours = clipping.state_of(index) if clipping else ()
         report, state = clip_step(
             lane.table,
-            clipping.state_of(lane.index) if clipping else None,
-            rules=clipping.rules_of(lane.index) if clipping else (),
+            (*ours, *(guard.limit_state_of(index) if guard and skip_above else ())),
+            rules=clipping.rules_of(index) if clipping else (),
             norm_type=self.norm_type,
             clip_value=clipping.clip_value if clipping else None,
             nonfinite=self._nonfinite(incident, deferred=deferred),
+            skip_above=skip_above,
+            shadows=clipping.shadows_of(index) if clipping else (),
             scale=lane.scale,
             loss_scale=incident.loss_scale,
             fused=lane.optimizer,
             deferred=deferred,
         )
         if clipping:
-            clipping.keep(lane.index, state)
+            clipping.keep(index, state[: len(ours)])
+        if guard and skip_above:
+            guard.keep_limit(index, state[len(ours) :])
+            if not deferred and report.finite is TRUE and report.skipped is TRUE:
+                guard.judge_spike(incident, report)
         return report
 
     def _noise(self, trainer: Trainer, lane: Lane, report: StepReport) -> WindowNorms | None:
@@ -347,7 +359,7 @@ class Pass:
         """Say in a line each what there is to say at the end of training."""
         self.settle()
         _raise_pending(self.lanes)
-        for member in (self.guard, *self.roles.monitors):
+        for member in (self.clipping, self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
 

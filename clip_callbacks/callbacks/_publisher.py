@@ -84,7 +84,9 @@ class Publisher:
         roles = self._roles
         metrics: dict[str, Tensor | float] = {**lane.report.metrics(clipping=roles.clipping is not None)}
         if roles.clipping:
-            metrics[CLIP_FRACTION] = lane.history.since_logged.fraction
+            metrics[CLIP_FRACTION] = lane.history.clips.since_logged.fraction
+            metrics.update(lane.report.rule_metrics())
+            metrics.update(lane.history.fractions())
         if roles.guard:
             metrics[SKIPPED_STEPS] = float(roles.guard.skipped_steps_of(lane.index))
         if roles.rescaling:
@@ -104,7 +106,7 @@ class Publisher:
         if lane.report.accumulation_scale == 1.0:
             metrics.pop(ACCUMULATION_SCALE, None)
         self._log(trainer, lane.named(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped)
-        lane.history.since_logged.reset()
+        lane.history.begin_log()
         lane.unlogged = False
 
     @property

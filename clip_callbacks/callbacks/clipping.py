@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.blocks import Scope, no_match
+from clip_callbacks.blocks import Scope
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
+from clip_callbacks.callbacks._states import fitting
 from clip_callbacks.callbacks.guard import NonFiniteGuard
-from clip_callbacks.limits import Limit, LimitState, as_max_norm
+from clip_callbacks.limits import Limit, LimitState, as_limit, as_max_norm, labels
 from clip_callbacks.nonfinite import Policy, as_policy
 from clip_callbacks.norms import as_norm_type
 from clip_callbacks.rules import ClipRule, ClipState
@@ -43,13 +45,17 @@ class GradientClipping(Member):
     Args:
         max_norm: The limit: a number above 0, a Limit, or None (or inf) to measure and change nothing.
         scope: Which entries share one norm: "global" (all that the optimizer holds), "group" (an optimizer's parameter group),
-            "layer" (the parameters that one module owns directly) or "parameter" (one tensor). All but "global" are local norms.
+            "layer" (the parameters that one module owns directly), "parameter" (one tensor) or "unit" (one output row of a tensor;
+            tensors of one dimension are one unit). All but "global" are local norms.
         norm_type: The order p of the norm, above 0; "inf" is the maximum norm.
-        rules: Several stages in order, all from one read of the gradients; ``max_norm`` and ``scope`` are left at their defaults.
+        rules: Several stages in order, from one read of the gradients; ``max_norm`` and ``scope`` are left at their defaults.
+            Each logs ``grad/<name>/total_norm``, ``max_norm``, ``clip_coef``, ``clip_fraction``; ``name`` may be ``rule_1``.
         clip_value: Afterwards every entry is clamped to [-clip_value, clip_value].
         nonfinite: What to do with a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries,
             or "ignore" them. Short for a NonFiniteGuard with its defaults; one in the same Trainer takes its place.
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
+        shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
+            ``grad/shadow_clip_fraction/<limit>`` and a line at the end of fit tell how many steps each would have clipped.
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
@@ -73,15 +79,19 @@ class GradientClipping(Member):
         clip_value: float | None = None,
         nonfinite: Policy = "skip",
         prog_bar: bool = False,
+        shadow: list[float | Limit] | None = None,
     ) -> None:
         super().__init__()
         self.rules = _as_rules(max_norm, scope, rules)
+        self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value")
         self.guard = NonFiniteGuard(as_policy(nonfinite, "nonfinite"))
         self.prog_bar = prog_bar
         self._rules: dict[int, list[ClipRule]] = {}
+        self._shadows: dict[int, list[ClipRule]] = {}
         self._states: dict[int, ClipState] = {}
+        self._shadow_states: dict[int, dict[str, LimitState]] = {}
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Find the rules that hold for each optimizer, and their states.
@@ -91,47 +101,75 @@ class GradientClipping(Member):
         """
         super().bind(lanes, names, renew=renew)
         for rule in () if renew else self.rules:
-            if not _matches(rule, [*names, *(name for lane in lanes for name in lane.table.names)]):
-                raise ValueError(no_match(str(rule.params), names))
-            if not any(_matches(rule, lane.table.names) for lane in lanes):
+            rule.selection.check(list(dict.fromkeys([*names, *(name for lane in lanes for name in lane.table.names)])))
+            if not any(_holds(rule, lane) for lane in lanes):
                 rank_zero_warn(f"The rule for {rule.params!r} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
-            rules = [rule for rule in self.rules if _matches(rule, lane.table.names)]
+            self._rules[lane.index] = rules = [_narrowed(rule, lane) for rule in self._named_rules() if _holds(rule, lane)]
             fresh = tuple(rule.stage(lane.table).init() for rule in rules)
-            state = self._states.get(lane.index, fresh)
-            if not _shapes(state) and not _shapes(fresh):
-                state = fresh  # rules that remember nothing may change between runs
-            if not _fits(state, fresh):
-                if not renew:
-                    raise ValueError(
-                        f"the checkpoint's state of GradientClipping must fit its rules and optimizer {lane.index}, got limits of "
-                        f"shapes {_shapes(state)} for {_shapes(fresh)}. Resume with the rules it was saved with."
-                    )
-                state = fresh
-            self._rules[lane.index], self._states[lane.index] = rules, state
+            whose = f"GradientClipping for optimizer {lane.index}"
+            self._states[lane.index] = fitting(self._states.get(lane.index, fresh), fresh, whose, renew=renew)
+            self._bind_shadows(lane)
         self.guard.bind(lanes, names, renew=renew)
+
+    def _bind_shadows(self, lane: Lane) -> None:
+        """Shadows may change between runs: they decide nothing."""
+        first = self.rules[0]
+        shadows = [replace(first, max_norm=limit, name=name) for limit, name in zip(self.shadow, labels(self.shadow), strict=True)]
+        self._shadows[lane.index] = shadows = [_narrowed(rule, lane) for rule in shadows if _holds(rule, lane)]
+        known, states = self._shadow_states.get(lane.index, {}), {}
+        for rule in shadows:
+            fresh = rule.stage(lane.table).init()
+            (states[str(rule.name)],) = fitting((known.get(str(rule.name), fresh),), (fresh,), "a shadow", renew=True)
+        self._shadow_states[lane.index] = states
+
+    def _named_rules(self) -> list[ClipRule]:
+        """Each of several rules has a name for its metrics."""
+        if len(self.rules) == 1:
+            return self.rules
+        return [rule if rule.name else replace(rule, name=f"rule_{number}") for number, rule in enumerate(self.rules, 1)]
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._states = {}
+        self._states, self._shadow_states = {}, {}
         self.guard.forget()
 
     def rules_of(self, index: int) -> list[ClipRule]:
         """The rules that hold for an optimizer."""
         return self._rules[index]
 
+    def shadows_of(self, index: int) -> list[ClipRule]:
+        """The limits that are tried on it, as rules."""
+        return self._shadows[index]
+
     def state_of(self, index: int) -> ClipState:
-        """Their states."""
-        return self._states[index]
+        """The states of both."""
+        return *self._states[index], *self._shadow_states[index].values()
 
     def keep(self, index: int, state: ClipState) -> None:
-        """Remember their states until the next step."""
-        self._states[index] = state
+        """Keep them for the next step."""
+        rules = len(self._rules[index])
+        self._states[index] = state[:rules]
+        self._shadow_states[index] = dict(zip(self._shadow_states[index], state[rules:], strict=True))
+
+    def summary(self, lanes: Sequence[Lane]) -> list[str]:
+        """How many of the run's steps each shadow limit would have clipped, in a line for each optimizer."""
+        lines = []
+        for lane in lanes:
+            if shadows := lane.history.shadows:
+                counted = {"as it was": lane.history.clips, **shadows}
+                each = ", ".join(f"{name} {spans.run.fraction:.1%}" for name, spans in counted.items())
+                lines.append(f"GradientClipping{lane.suffix}: share of {lane.history.clips.run.steps} steps clipped: {each}.")
+        return lines
 
     def state_dict(self) -> dict[str, Any]:
         """Limits' states and the guard's counters."""
-        return super().state_dict() | {"limits": self._states, "guard": self.guard.state_dict()}
+        return super().state_dict() | {
+            "limits": self._states,
+            "shadows": self._shadow_states,
+            "guard": self.guard.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -141,6 +179,7 @@ class GradientClipping(Member):
         """
         super().load_state_dict(state_dict)
         self._states = {int(index): tuple(states) for index, states in state_dict["limits"].items()}
+        self._shadow_states = {int(index): dict(states) for index, states in state_dict["shadows"].items()}
         self.guard.load_state_dict(state_dict["guard"])
 
 
@@ -156,17 +195,22 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
         raise TypeError(f"`rules` must be a list of ClipRule, got {rules!r}.")
     if not rules:
         raise ValueError("`rules` must hold at least one ClipRule, got []. To measure without clipping, set max_norm=None.")
+    _check_names(rules)
     return list(rules)
 
 
-def _matches(rule: ClipRule, names: Sequence[str]) -> bool:
-    return rule.params is None or any(re.search(rule.params, name) for name in names)
+def _check_names(rules: Sequence[ClipRule]) -> None:
+    names = [rule.name for rule in rules if rule.name]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`name` must be another one for each rule, got {', '.join(names)}: metrics are called by it.")
 
 
-def _shapes(state: Sequence[LimitState]) -> list[dict[str, tuple[int, ...]]]:
-    return [{key: tuple(value.shape) for key, value in limit.items()} for limit in state if limit]
+def _holds(rule: ClipRule, lane: Lane) -> bool:
+    return any(name in rule.selection for name in lane.table.names)
 
 
-def _fits(state: ClipState, fresh: ClipState) -> bool:
-    """Whether a restored state is one of these rules."""
-    return len(state) == len(fresh) and _shapes(state) == _shapes(fresh)
+def _narrowed(rule: ClipRule, lane: Lane) -> ClipRule:
+    """The rule for an optimizer that may hold none of what is excluded."""
+    if rule.exclude is None or any(re.search(rule.exclude, name) for name in lane.table.names):
+        return rule
+    return replace(rule, exclude=None)

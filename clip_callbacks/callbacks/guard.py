@@ -16,9 +16,13 @@ from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
-from clip_callbacks.findings import Findings
+from clip_callbacks.callbacks._states import fitting
+from clip_callbacks.findings import Findings, Spike
+from clip_callbacks.limits import Limit, as_limit
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
+from clip_callbacks.report import StepReport
+from clip_callbacks.rules import ClipState
 
 JOURNAL = "nonfinite_steps.jsonl"
 """In the log directory: a line of JSON for each bad step."""
@@ -61,9 +65,12 @@ class NonFiniteGuard(Member):
             then, the host learns of it one step later, and its report knows the norms of the parameters instead of counts. None:
             where the gradients are on a device, the policy is "skip" or "ignore", all of them get one factor, and no
             step-interval schedule is to stand still. True: raise an error where that cannot be.
+        skip_above: A number or a Limit: a step with finite gradients whose total norm, before clipping, is above it is a spike, and
+            skipped, counted and bounded like a bad one. In the limit's own state it counts as clipped. Needs the policy "skip".
 
     Raises:
-        ValueError: If the policy or level is unknown, or ``max_consecutive`` is below 1.
+        ValueError: If the policy or level is unknown, ``max_consecutive`` is below 1, or ``skip_above`` is not above 0 or stands
+            beside another policy.
 
     Example::
 
@@ -83,6 +90,7 @@ class NonFiniteGuard(Member):
         hold_schedulers: bool = True,
         trace_forward: bool = False,
         deferred: bool | None = None,
+        skip_above: float | Limit | None = None,
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
@@ -98,6 +106,10 @@ class NonFiniteGuard(Member):
         self.hold_schedulers = hold_schedulers
         self.trace_forward = trace_forward
         self.deferred = deferred
+        if skip_above is not None and self.policy != "skip":
+            raise ValueError(f'`skip_above` must be None for the policy {policy!r}, got {skip_above!r}: use the policy "skip".')
+        self.skip_above = None if skip_above is None else as_limit(skip_above, "skip_above")
+        self._limit_states: dict[int, ClipState] = {}
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
@@ -145,6 +157,17 @@ class NonFiniteGuard(Member):
             )
         for lane in lanes:
             self._counters.setdefault(lane.index, Counters())
+            fresh = (self.skip_above.init(1),) if self.skip_above else ()
+            state = self._limit_states.get(lane.index, fresh)
+            self._limit_states[lane.index] = fitting(state, fresh, "NonFiniteGuard's skip_above", renew=renew)
+
+    def limit_state_of(self, index: int) -> ClipState:
+        """The state of ``skip_above`` for an optimizer, if there is such a limit."""
+        return self._limit_states[index]
+
+    def keep_limit(self, index: int, state: ClipState) -> None:
+        """Keep it for the next step."""
+        self._limit_states[index] = state
 
     def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
         """What puts back the changes of skipped steps."""
@@ -185,6 +208,30 @@ class NonFiniteGuard(Member):
         # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
         return "ignore" if incident.is_undone and not incident.is_new else policy
 
+    def judge_spike(self, incident: Incident, report: StepReport) -> None:
+        """Count a finite step that is skipped for its norm.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+        incident.is_undone = True
+        assert report.skip_limit is not None
+        counters = self._counters[incident.lane.index]
+        counters.skipped += counters.add(incident.lane.history.steps)
+        spike = Spike.of(incident.lane.table.names, report.parameter_norms, report.total_norm, report.skip_limit)
+        self._write({**incident.place, "policy": self.policy, "streak": counters.streak, **spike.facts()})
+        what = f"Spike at {incident}: {spike}"
+        if counters.streak >= self.max_consecutive:
+            raise NonFiniteGradientError(
+                f"{what}: bad step {counters.streak} in a row (max_consecutive={self.max_consecutive}).\n{spike.describe()}\n"
+                "Lower the learning rate, or raise skip_above: a level that lasts is no spike."
+            )
+        rank_zero_warn(
+            f"{what}: the step is skipped (bad step {counters.streak} in a row, {self.max_consecutive} stop the run).\n"
+            f"{spike.describe()}",
+            category=RuntimeWarning,
+        )
+
     def judge_lost(self, incident: Incident, *, is_reported: bool) -> None:
         """Count a window of which nothing is left.
 
@@ -216,6 +263,7 @@ class NonFiniteGuard(Member):
         """Begin a new run."""
         super().forget()
         self._counters = {}
+        self._limit_states = {}
         self._left_out = (-1, 0, 0)
         self._last_findings = None
         self.dropped_micro_batches = 0
@@ -293,6 +341,7 @@ class NonFiniteGuard(Member):
         left_out = self._rewind.schedules.state() if self._rewind else self._left_out
         return state | {
             "counters": counters,
+            "skip_above": dict(self._limit_states),
             "left_out": left_out,
             "dropped_micro_batches": self.dropped_micro_batches,
         }
@@ -309,6 +358,7 @@ class NonFiniteGuard(Member):
             self._rewind.schedules.load_state(self._left_out)
         self.dropped_micro_batches = state_dict["dropped_micro_batches"]
         self._counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
+        self._limit_states = {int(index): tuple(state) for index, state in state_dict["skip_above"].items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to one Trainer's fit."""

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from clip_callbacks.blocks import SCOPES, Scope, unknown_scope
+from torch import Tensor
+
+from clip_callbacks.blocks import SCOPES, Scope
 from clip_callbacks.callbacks._history import NormHistory
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.noise_scale import NoiseScale
 from clip_callbacks.norms import as_norm_type, block_norms
-from clip_callbacks.report import BLOCK_NORM, NOISE_SCALE, StepReport
+from clip_callbacks.report import BLOCK_NORM, CONTRIBUTION, NOISE_SCALE, SPILL_OVER, StepReport
+from clip_callbacks.spill_over import contributions, spill_over
 
 TWO = 2.0
 
@@ -29,13 +32,17 @@ class GradientNormMonitor(Member):
     Metrics: ``grad_norm/<block>`` for each block of ``scope``, and those that the whole family logs.
 
     Args:
-        scope: Which entries share one norm: "global", "group", "layer" or "parameter".
+        scope: Which entries share one norm: "global", "group", "layer" or "parameter". (A metric for each "unit" would be
+            thousands.)
         norm_type: The order p of the norm, above 0; "inf" is the maximum norm. The same as GradientClipping's in the same Trainer.
         every_n_steps: Log the blocks' norms only every so many optimizer steps; None: on every logging step of the Trainer.
         noise_scale: Whether to estimate the gradient noise scale from the micro-batches of accumulation windows and log it as
             ``grad/noise_scale``, in samples (in micro-batches where a batch's tensors are of several lengths): about the batch
             beyond which more samples in a step stop to pay. Reads the gradients after each backward pass, and needs room for those
             of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.noise_scale.NoiseScale`.
+        contributions: Whether to log for each block ``grad_contribution/<block>``, its share of the total norm (of the sum of
+            squares, for p = 2), and ``grad_spill_over/<block>``, the share of its norm that clipping took because of other blocks:
+            1 less its norm after clipping over what that would be if all other gradients were 0.
 
     Raises:
         ValueError: If an argument is out of its range, or ``noise_scale`` is asked for with another norm than the 2-norm.
@@ -55,9 +62,10 @@ class GradientNormMonitor(Member):
         norm_type: float | Literal["inf"] = 2.0,
         every_n_steps: int | None = None,
         noise_scale: bool = False,
+        contributions: bool = False,
     ) -> None:
-        if scope not in SCOPES:
-            raise ValueError(unknown_scope(scope))
+        if scope not in SCOPES or scope == "unit":
+            raise ValueError(f"`scope` must be one of {', '.join(SCOPES[:-1])}, got {scope!r}.")
         self.scope: Scope = scope
         super().__init__()
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
@@ -67,6 +75,7 @@ class GradientNormMonitor(Member):
             raise ValueError(f"`norm_type` must be 2 beside noise_scale=True, got {norm_type!r}: the estimate is one of 2-norms.")
         self.every_n_steps = every_n_steps
         self.noise_scale = noise_scale
+        self.contributions = contributions
         self._noise: dict[int, NoiseScale] = {}
         self._norms: dict[int, NormHistory] = {}
         self._last_logged: dict[int, int] = {}
@@ -106,8 +115,22 @@ class GradientNormMonitor(Member):
             return {}
         self._last_logged[lane.index] = lane.history.steps
         partition = lane.table.partition(self.scope)
-        norms = block_norms(report.parameter_norms, partition, report.norm_type).tolist()
-        return {BLOCK_NORM + name: norm for name, norm in zip(partition.names, norms, strict=True)}
+        norms = block_norms(report.parameter_norms, partition, report.norm_type)
+        values = {BLOCK_NORM: norms} | (self._contributions(lane, report, norms) if self.contributions else {})
+        return {
+            prefix + name: value
+            for prefix, each in values.items()
+            for name, value in zip(partition.names, each.tolist(), strict=True)
+        }
+
+    def _contributions(self, lane: Lane, report: StepReport, norms: Tensor) -> dict[str, Tensor]:
+        by_unit = report.unit_norms is not None
+        parts = report.parameter_norms if report.unit_norms is None else report.unit_norms
+        blocks = lane.table.partition(self.scope, by_unit=by_unit)
+        return {
+            CONTRIBUTION: contributions(norms, report.total, report.norm_type),
+            SPILL_OVER: spill_over(report.outcomes, parts, report.factors, blocks, report.norm_type),
+        }
 
     def suggested_max_norm(self, index: int = 0) -> float | None:
         """The 90th percentile of the run's total norms, to two digits; None before a healthy step.

@@ -1,6 +1,32 @@
 """Limits: how large may each block's norm be now?"""
 
-from clip_callbacks.limits.base import Limit, LimitState, MaxNorm, as_max_norm
-from clip_callbacks.limits.fixed import FixedLimit
+from clip_callbacks.limits.base import BlockNorms, Limit, LimitState, MaxNorm, as_max_norm
+from clip_callbacks.limits.combine import Tightest, Warmup
+from clip_callbacks.limits.ema import EmaLimit
+from clip_callbacks.limits.fixed import FixedLimit, as_limit
+from clip_callbacks.limits.label import label, labels
+from clip_callbacks.limits.quantile import QuantileLimit
+from clip_callbacks.limits.ratio import RatioLimit
+from clip_callbacks.limits.schedule import CosineLimit, LinearLimit
+from clip_callbacks.limits.zscore import RobustZScoreLimit, ZScoreLimit
 
-__all__ = ["FixedLimit", "Limit", "LimitState", "MaxNorm", "as_max_norm"]
+__all__ = [
+    "BlockNorms",
+    "CosineLimit",
+    "EmaLimit",
+    "FixedLimit",
+    "Limit",
+    "LimitState",
+    "LinearLimit",
+    "MaxNorm",
+    "QuantileLimit",
+    "RatioLimit",
+    "RobustZScoreLimit",
+    "Tightest",
+    "Warmup",
+    "ZScoreLimit",
+    "as_limit",
+    "as_max_norm",
+    "label",
+    "labels",
+]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from clip_callbacks.limits.base import Limit, LimitState, as_max_norm
+from clip_callbacks.limits.base import BlockNorms, Limit, LimitState, MaxNorm, as_max_norm
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class FixedLimit(Limit):
 
     Example::
 
-        >>> FixedLimit(0.5).limits(torch.tensor([3.0, 4.0]), {})
-        0.5
+        >>> FixedLimit(0.5).step(BlockNorms(torch.tensor([3.0, 4.0])), {})
+        (0.5, {})
     """
 
     max_norm: float
@@ -34,6 +32,17 @@ class FixedLimit(Limit):
         """Check the threshold."""
         object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
 
-    def limits(self, norms: Tensor, state: LimitState) -> float:
+    def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
         """One number for all blocks."""
-        return self.max_norm
+        return self.max_norm, state
+
+
+def as_limit(max_norm: MaxNorm, argument: str = "max_norm") -> Limit:
+    """A limit however it is stated; a number is a fixed one, None is that of inf.
+
+    Raises:
+        ValueError: If it is a number that is not above 0.
+    """
+    if isinstance(max_norm, Limit):
+        return max_norm
+    return FixedLimit(float("inf") if max_norm is None else as_max_norm(max_norm, argument))

@@ -1,0 +1,81 @@
+"""The last norms of each block, by age and by size: exact order statistics at the cost of a shift, not of a sort."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.limits.base import LimitState
+
+
+def empty(window: int, blocks: int) -> LimitState:
+    """A window of so many values for each block, at least 2, with nothing in it: two float64 numbers each."""
+    nothing = torch.full((window, blocks), math.inf, dtype=torch.float64)
+    return {"recent": nothing, "sorted": nothing.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
+
+
+def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
+    """Take in a value for each block; when the window is full, the oldest one leaves it.
+
+    Args:
+        values: Float64, shape ``(B,)``.
+        is_new: Which blocks have one, bool, ``(B,)``.
+        state: Of :func:`empty` or the last call; it is not changed.
+    """
+    window = len(state["recent"])
+    place = (state["count"] % window)[None]
+    oldest = state["recent"].gather(0, place)
+    newest = torch.where(is_new, values, oldest[0])[None]
+    return {
+        "recent": state["recent"].scatter(0, place, newest),
+        "sorted": _replaced(state["sorted"], oldest, newest),
+        "count": state["count"] + is_new,
+    }
+
+
+def _replaced(ordered: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Sorted columns in which one value of each gives way to another one."""
+    without = torch.where(ordered[:-1] < old, ordered[:-1], ordered[1:])
+    replaced = torch.empty_like(ordered)
+    replaced[:1] = torch.minimum(without[:1], new)
+    torch.minimum(without[1:], torch.maximum(without[:-1], new), out=replaced[1:-1])
+    replaced[-1:] = torch.maximum(without[-1:], new)
+    return replaced
+
+
+def held(state: LimitState) -> Tensor:
+    """How many values there are for each block, int64, ``(B,)``."""
+    return state["count"].clamp(max=len(state["recent"]))
+
+
+def quantile(state: LimitState, share: float) -> Tensor:
+    """A quantile of each block's values with linear interpolation, ``(B,)``; inf where there is none."""
+    last = (held(state) - 1).clamp(min=0)
+    place = share * last.double()
+    below = place.floor().long()
+    lower, upper = state["sorted"].gather(0, torch.stack([below, torch.minimum(below + 1, last)]))
+    return torch.where(state["count"] > 0, lower + (upper - lower).nan_to_num(0.0) * (place - below), math.inf)
+
+
+def largest(state: LimitState) -> Tensor:
+    """The largest value of each block, ``(B,)``; inf where there is none."""
+    return state["sorted"].gather(0, (held(state) - 1).clamp(min=0)[None])[0]
+
+
+def deviation(state: LimitState, median: Tensor) -> Tensor:
+    """Median of the distances to the median, ``(B,)``; only where there are values.
+
+    In sorted order those next to the median stand side by side: the h-th smallest distance is the least, over all runs of h
+    values, of the larger distance of a run's ends.
+    """
+    ordered, count = state["sorted"], held(state)
+    starts = torch.arange(len(ordered), device=ordered.device)[:, None]
+
+    def smallest(rank: Tensor) -> Tensor:
+        ends = starts + rank - 1
+        last = torch.where(ends < count, ordered.gather(0, ends.clamp(0, len(ordered) - 1)), math.inf)
+        return torch.maximum(last - median, median - ordered).amin(0)
+
+    return 0.5 * (smallest((count + 1) // 2) + smallest(count // 2 + 1))

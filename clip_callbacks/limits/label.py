@@ -1,0 +1,49 @@
+"""What a limit is called on a dashboard."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from clip_callbacks.limits.base import Limit
+from clip_callbacks.limits.fixed import FixedLimit
+
+
+def label(limit: Limit) -> str:
+    """The class and whatever differs from its defaults, of characters that every logger takes.
+
+    Example::
+
+        >>> from clip_callbacks.limits import QuantileLimit
+        >>> label(FixedLimit(0.5)), label(QuantileLimit(0.9, window=1000))
+        ('FixedLimit-0.5', 'QuantileLimit-quantile_0.9')
+    """
+    if isinstance(limit, FixedLimit):
+        return f"{type(limit).__name__}-{limit.max_norm:g}"
+    options: list[str] = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
+    return re.sub(r"[^\w.-]", "_", "-".join([type(limit).__name__, *options]))
+
+
+def labels(limits: Sequence[Limit]) -> list[str]:
+    """A label for each, those that would be the same told apart by their numbers."""
+    each = [label(limit) for limit in limits]
+    return [name if each.index(name) == place else f"{name}-{place + 1}" for place, name in enumerate(each)]
+
+
+def _is_set(limit: Limit, field: Field[Any]) -> bool:
+    return field.default is MISSING or getattr(limit, field.name) != field.default
+
+
+def _option(limit: Limit, field: Field[Any]) -> str:
+    value = getattr(limit, field.name)
+    if isinstance(value, tuple):
+        return "-".join(map(_text, value))
+    return f"{field.name}_{_text(value)}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Limit):
+        return label(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -34,43 +34,41 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     Returns:
         Coefficients of shape ``(B,)``, or 0-dim if there is one; and whether any is below 1, or, of a deferred step, may be.
     """
-    if not deferred and isinstance(limits, float):
+    if deferred:
+        return _limited(norms, _ratios(norms, limits)), True
+    smallest, largest = _ends(norms)
+    if isinstance(limits, float):
         if len(norms) == 1:
-            coefficient = _coefficient(norms.tolist()[0], limits, norms.dtype)
+            coefficient = _coefficient(largest, limits, norms.dtype)
             return (norms.new_tensor(coefficient), True) if coefficient < 1.0 else (ones_like(norms), False)
-        if _largest(norms) + EPS <= limits * CLEARLY:
+        if largest + EPS <= limits * CLEARLY:
             return ones_like(norms), False
-    # reciprocal, then product: the two roundings of `max_norm / (total_norm + 1e-6)` in torch, for the same bits
-    ratios = (norms + EPS).reciprocal() * limits if isinstance(limits, float) else limits / norms
-    if not deferred and _smallest(ratios) >= 1.0:
+    ratios = _ratios(norms, limits)
+    if _ends(ratios)[0] >= 1.0:
         return ones_like(norms), False
-    if not deferred and _all_count(norms):
+    if 0.0 < smallest <= largest < math.inf:
         return ratios.clamp(max=1.0), True
-    limited = torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
-    return limited, deferred or _smallest(limited) < 1.0
+    limited = _limited(norms, ratios)
+    return limited, _ends(limited)[0] < 1.0
 
 
-def _largest(numbers: Tensor) -> float:
-    """On the host; NaN or any other if one is NaN."""
-    return max(_listed(numbers if len(numbers) <= FEW else numbers.amax(0, keepdim=True)), default=0.0)
+def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
+    """Reciprocal, then product: the two roundings of ``max_norm / (total_norm + 1e-6)`` in torch, for the same bits."""
+    return (norms + EPS).reciprocal() * limits if isinstance(limits, float) else limits / norms
 
 
-def _smallest(numbers: Tensor) -> float:
-    """On the host; NaN or any other if one is NaN."""
-    return min(_listed(numbers if len(numbers) <= FEW else numbers.amin(0, keepdim=True)), default=1.0)
+def _limited(norms: Tensor, ratios: Tensor) -> Tensor:
+    return torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
 
 
-def _all_count(norms: Tensor) -> bool:
-    """Whether all are above 0 and finite."""
-    if len(norms) > FEW:
-        return _smallest(norms) > 0.0 and _largest(norms) < math.inf
-    numbers = _listed(norms)
-    return min(numbers) > 0.0 and math.isfinite(sum(numbers))
-
-
-def _listed(numbers: Tensor) -> list[float]:
+def _ends(numbers: Tensor) -> tuple[float, float]:
+    """The smallest and the largest, on the host; both NaN if any is."""
+    if len(numbers) > FEW:
+        numbers = torch.stack(torch.aminmax(numbers))
     listed: list[float] = numbers.tolist()
-    return listed
+    if not listed:
+        return math.inf, 0.0
+    return (min(listed), max(listed)) if sum(listed) >= 0.0 else (math.nan, math.nan)
 
 
 def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:

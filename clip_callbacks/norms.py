@@ -150,7 +150,7 @@ def measure(
     weights = _weight_norms_here(table, norm_type, wanted) if wanted.weights else None
     if together:
         norms, weights = _over_all_ranks(table, ours, weights, norm_type, wanted)
-    total = total_norm(norms.double() if wanted.by_unit else norms, norm_type).to(norms.dtype)
+    total = total_norm(norms.double(), norm_type).to(norms.dtype) if wanted.by_unit else total_norm(norms, norm_type)
     if deferred:
         of_all = scale if loss_scale is None else scale / loss_scale
         if isinstance(of_all, Tensor) or of_all != 1.0:

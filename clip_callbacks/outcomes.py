@@ -96,10 +96,8 @@ class Ceiling:
     is_exceeded: Tensor
 
 
-def veto(stage: Stage | None, measured: Measurement, norm_type: float, state: ClipState) -> tuple[Ceiling | None, ClipState]:
+def veto(stage: Stage, measured: Measurement, norm_type: float, state: ClipState) -> tuple[Ceiling, ClipState]:
     """What a limit says to a step as a whole, and its state after it: a spike counts there as clipped."""
-    if stage is None:
-        return None, state
     outcome, after = apply_limit(stage, measured.total, measured, norm_type, state[0])
     limits, total = outcome.limits, measured.total.reshape(())
     limit = limits.reshape(()) if isinstance(limits, Tensor) else torch.full_like(total, limits)

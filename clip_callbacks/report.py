@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from clip_callbacks.norms import FALSE, TRUE, Measurement, sound_total
+from clip_callbacks.norms import FALSE, TRUE, sound_total
 from clip_callbacks.outcomes import Outcome
 
 TOTAL_NORM = "grad/total_norm"
@@ -65,22 +65,6 @@ class StepReport:
     unit_norms: Tensor | None = None
     shadows: tuple[Outcome, ...] = ()
     skip_limit: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        measured: Measurement,
-        outcomes: tuple[Outcome, ...],
-        norm_type: float,
-        *,
-        factors: Tensor | None = None,
-        skipped: Tensor,
-        scale: float,
-    ) -> StepReport:
-        """The report of a step that was measured and decided."""
-        unit_norms = None if measured.norms is measured.parameter_norms else measured.norms
-        finite = measured.finite
-        return cls(measured.total, measured.parameter_norms, outcomes, factors, norm_type, finite, skipped, scale, unit_norms)
 
     @cached_property
     def total_norm(self) -> Tensor:

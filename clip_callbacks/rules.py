@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import is_
 from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 from clip_callbacks.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
@@ -116,24 +118,29 @@ class Plan:
 
     @classmethod
     def of(cls, table: ParameterTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
-        """Bind rules to parameters."""
+        """Bind rules to parameters; the last plan of a table is kept, for the next step with the same rules."""
+        asked = (*rules, None, *shadows, None, skip_above)
+        known = _LAST.get(table)
+        if known is not None and len(known[0]) == len(asked) and all(map(is_, known[0], asked)):
+            return known[1]
         by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))
         veto = None if skip_above is None else ClipRule(skip_above).stage(table, by_unit=by_unit)
         stages, shades = (tuple(rule.stage(table, by_unit=by_unit) for rule in some) for some in (rules, shadows))
-        return cls(stages, shades, veto, by_unit)
+        plan = cls(stages, shades, veto, by_unit)
+        _LAST[table] = asked, plan
+        return plan
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All of them, in the order of their states."""
         return (*self.rules, *self.shadows, *([self.veto] if self.veto else []))
 
-    @property
+    @cached_property
     def wanted(self) -> Wanted:
         """What they need to know of the gradients."""
-        stages = self.stages
-        weighed = {stage.weighed for stage in stages if stage.weighed}
+        weighed = {stage.weighed for stage in self.stages if stage.weighed}
         positions = next(iter(weighed)) if len(weighed) == 1 else tuple(sorted(set().union(*weighed)))
-        return Wanted(local=not all(stage.partition.is_whole for stage in stages), by_unit=self.by_unit, weights=positions)
+        return Wanted(local=not all(stage.partition.is_whole for stage in self.stages), by_unit=self.by_unit, weights=positions)
 
     def init(self) -> ClipState:
         """States before the first step."""
@@ -153,3 +160,6 @@ class Plan:
         rules = len(self.rules)
         shadows = rules + len(self.shadows)
         return state[:rules], state[rules:shadows], state[shadows:]
+
+
+_LAST: WeakKeyDictionary[ParameterTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()

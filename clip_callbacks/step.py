@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -16,7 +15,7 @@ from clip_callbacks.fused import can_carry, clear
 from clip_callbacks.limits import MaxNorm
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.norms import FALSE, TRUE, Measurement, as_norm_type, measure
-from clip_callbacks.outcomes import decide, describe, shadow, veto
+from clip_callbacks.outcomes import Ceiling, decide, describe, shadow, veto
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule, ClipState, Plan
@@ -107,18 +106,12 @@ def clip_step(
         if policy == "zero":
             zero_nonfinite_(gradients, measured.parameter_norms)
             measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, wanted=wanted)
-    above, vetoed = veto(plan.veto, measured, norm_type, vetoed)
+    above, vetoed = veto(plan.veto, measured, norm_type, vetoed) if plan.veto else (None, vetoed)
     if above and not deferred and bool(above.is_exceeded):
-        report = _skip(table, plan, measured, norm_type, scale)
-        return replace(report, skip_limit=above.limit), (*ours, *shaded, *vetoed)
+        return _skip(table, plan, measured, norm_type, scale, above.limit), (*ours, *shaded, *vetoed)
 
-    counts = finite & ~above.is_exceeded if above and deferred else measured.finite
-    skipped = FALSE
-    if deferred and nonfinite != "ignore":
-        skipped = counts.logical_not()
-    elif deferred and above:
-        skipped = above.is_exceeded
-    shades, shaded = shadow(plan.shadows, measured, norm_type, shaded, counts=counts)
+    skipped, counts = _deferred_verdict(measured, above, nonfinite) if deferred else (FALSE, None)
+    shades, shaded = shadow(plan.shadows, measured, norm_type, shaded, counts=counts) if plan.shadows else ((), shaded)
     outcomes, factors, ours = decide(plan.rules, measured, norm_type, ours, counts=counts)
     if deferred:
         write_deferred(gradients, factors, measured.scale, carrier, skipped)
@@ -126,9 +119,19 @@ def clip_step(
         write(gradients, factors, float(measured.scale), carrier, by_unit=plan.by_unit)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
-    report = StepReport.of(measured, outcomes, norm_type, factors=factors, skipped=skipped, scale=scale)
-    report = replace(report, finite=finite, shadows=shades, skip_limit=above.limit if above else None)
+    unit_norms, ceiling = measured.norms if plan.by_unit else None, above.limit if above else None
+    norms = measured.total, measured.parameter_norms
+    report = StepReport(*norms, outcomes, factors, norm_type, finite, skipped, scale, unit_norms, shades, ceiling)
     return report, (*ours, *shaded, *vetoed)
+
+
+def _deferred_verdict(measured: Measurement, above: Ceiling | None, nonfinite: Policy | Judge) -> tuple[Tensor, Tensor]:
+    """Whether a step is skipped, and whether limits take it into their states, both 0-dim bool and unread."""
+    finite = measured.finite
+    counts = finite & ~above.is_exceeded if above else finite
+    if nonfinite == "ignore":
+        return above.is_exceeded if above else FALSE, counts
+    return counts.logical_not(), counts
 
 
 def _policy(nonfinite: Policy | Judge, table: ParameterTable) -> Policy:
@@ -138,9 +141,13 @@ def _policy(nonfinite: Policy | Judge, table: ParameterTable) -> Policy:
     return policy
 
 
-def _skip(table: ParameterTable, plan: Plan, measured: Measurement, norm_type: float, scale: float) -> StepReport:
+def _skip(
+    table: ParameterTable, plan: Plan, measured: Measurement, norm_type: float, scale: float, limit: Tensor | None = None
+) -> StepReport:
+    """Take the gradients away; say what was measured, with nothing decided."""
     drop(table)
-    return StepReport.of(measured, describe(plan.rules, measured, norm_type), norm_type, skipped=TRUE, scale=scale)
+    outcomes, norms = describe(plan.rules, measured, norm_type), (measured.total, measured.parameter_norms)
+    return StepReport(*norms, outcomes, None, norm_type, measured.finite, TRUE, scale, skip_limit=limit)
 
 
 def _check_deferrable(nonfinite: Policy | Judge, *, must_skip: bool, has_carrier: bool, one: bool) -> None:

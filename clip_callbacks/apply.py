@@ -111,12 +111,13 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
 
 def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
     """A factor for each row; tensors of which no row is to change are not touched."""
-    changing = factors != 1.0
+    table = gradients.table
+    clipped = torch.zeros(len(table), device="cpu").index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
     there = factors.to(gradients.tensors[0].device)
     rows = [
         (entries, there[units if isinstance(units, slice) else units.to(there.device)].to(entries.device))
-        for entries, units in gradients.rows
-        if changing[units if isinstance(units, slice) else units.cpu()].any().tolist()
+        for entries, units, position in gradients.rows
+        if clipped[position]
     ]
     if rows:
         torch._foreach_mul_([entries for entries, _ in rows], [each.view(-1, *[1] * (entries.ndim - 1)) for entries, each in rows])

@@ -213,8 +213,8 @@ def _unit_norms_here(gradients: Gradients, norm_type: float) -> Tensor:
     dtype = torch.float64 if table.is_wide else torch.float32
     device = table.shards[0].device if table.shards else torch.device("cpu")
     rows = gradients.rows
-    found = [row_norms(entries, norm_type).to(device, dtype) for entries, _ in rows]
-    return _laid_out(len(table.units), [units for _, units in rows], found, dtype, device)
+    found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
+    return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
 
 
 def _weight_norms_here(table: ParameterTable, norm_type: float, wanted: Wanted) -> Tensor:
@@ -225,8 +225,8 @@ def _weight_norms_here(table: ParameterTable, norm_type: float, wanted: Wanted) 
     shards = [table.shards[position].detach() for position in places]
     if wanted.by_unit:
         rows = [each for position, shard in zip(places, shards, strict=True) for each in table.rows(position, shard)]
-        found = [row_norms(entries, norm_type).to(device, dtype) for entries, _ in rows]
-        return _laid_out(len(table.units), [units for _, units in rows], found, dtype, device)
+        found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
+        return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
     norms = torch.zeros(len(table), dtype=dtype, device=device)
     if not shards:
         return norms
@@ -316,10 +316,10 @@ def _mended_units(gradients: Gradients, ours: Tensor, norms: Tensor, total: Tens
     is_sound = (norms >= bound) & (norms < math.inf)
     if _all_sound(total, bound):
         is_sound |= norms == 0
-        if bool(is_sound.all()):
+        if is_sound.all().tolist():
             return norms, total
     mended = ours.double().cpu()
-    for entries, units in gradients.rows:
+    for entries, units, _ in gradients.rows:
         suspects = ~is_sound[units if isinstance(units, slice) else units.cpu()]
         if bool(suspects.any()):
             places = suspects.nonzero()[:, 0].to(entries.device)

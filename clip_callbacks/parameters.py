@@ -325,7 +325,7 @@ class Gradients:
             if gradient is None or gradient.layout is torch.strided:
                 rows += self.table.rows(position, tensor)
             else:
-                rows.append(_rows_of_sparse(gradient, tensor, self.table.units.firsts[position], self.table.names[position]))
+                rows.append(_rows_of_sparse(self.table, position, gradient, tensor))
         return rows
 
     def fill(self, values: Tensor) -> Tensor:
@@ -341,14 +341,14 @@ def _without_wrappers(name: str) -> str:
     return name
 
 
-def _rows_of_sparse(gradient: Tensor, values: Tensor, first: int, name: str) -> Rows:
+def _rows_of_sparse(table: ParameterTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
     """The rows that a coalesced gradient has entries in."""
     if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1 or gradient.ndim == 1:
         raise ValueError(
-            '`scope` must not be "unit" for sparse gradients other than those of embeddings (COO, one sparse dimension), got '
-            f'{gradient.layout} for {name}. Leave it out of the rule by `exclude`, or choose the scope "parameter".'
+            '`scope` must not be "unit" for sparse gradients other than those of embeddings (COO, one sparse dimension), '
+            f'got {gradient.layout} for {table.names[position]}. Leave it out by `exclude`, or choose the scope "parameter".'
         )
-    return Rows(values, gradient.indices()[0] + first)
+    return Rows(values, gradient.indices()[0] + table.units.firsts[position], position)
 
 
 def coalesced_values(parameter: Tensor) -> Tensor:

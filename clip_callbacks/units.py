@@ -29,10 +29,12 @@ class Rows(NamedTuple):
     Args:
         entries: A view of them, row by row: shape ``(r, …)``.
         units: Which units they are of.
+        position: Of the parameter in the table.
     """
 
     entries: Tensor
     units: slice | Tensor
+    position: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +90,10 @@ class Units:
         """
         first, shape = self.firsts[position], self.shapes[position]
         if len(shape) <= 1:
-            return [Rows(shard.reshape(1, -1), slice(first, first + 1))]
+            return [Rows(shard.reshape(1, -1), slice(first, first + 1), position)]
         if first_entry is None:
             start = first + first_row
-            return [Rows(shard, slice(start, start + len(shard)))]
+            return [Rows(shard, slice(start, start + len(shard)), position)]
         width = math.prod(shape[1:])
         head = min(-first_entry % width, shard.numel())
         body = (shard.numel() - head) // width * width
@@ -100,7 +102,7 @@ class Units:
         for start, stop in pairwise(edges):
             if start < stop:
                 number, count = first + (first_entry + start) // width, max(1, (stop - start) // width)
-                rows.append(Rows(shard[start:stop].view(count, -1), slice(number, number + count)))
+                rows.append(Rows(shard[start:stop].view(count, -1), slice(number, number + count), position))
         return rows
 
 

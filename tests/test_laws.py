@@ -130,7 +130,7 @@ def test_below_the_limit_gradients_keep_their_bits(make, scope, p):
         kept = table.partition(scope, by_unit=True).spread(below).expand(len(table.units))
         for name, gradient in gradients(module).items():
             rows = [rows for position, other in enumerate(table.names) if other == name for rows in table.rows(position, gradient)]
-            for entries, units in rows:
+            for entries, units, _ in rows:
                 same = before[name].view_as(entries) == entries
                 assert same[kept[units]].all()
 

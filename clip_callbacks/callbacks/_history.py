@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from clip_callbacks.report import (
+    CLIP_FRACTION,
     CLIP_FRACTION_EPOCH,
     PERCENTILES,
     RULE_CLIP_FRACTION,
@@ -144,10 +145,12 @@ class RunHistory:
                     counted.setdefault(outcome.name, Spans()).add(clipped=outcome.clips)
 
     def fractions(self) -> dict[str, float]:
-        """Clip fractions since the last logged step: of each rule with a name, and of each shadow."""
+        """Clip fractions since the last logged step, if there was one: of all, of each rule with a name, and of each shadow."""
+        if not self.clips.since_logged.steps:
+            return {}
         rules = {RULE_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.rules.items()}
         shadows = {SHADOW_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.shadows.items()}
-        return rules | shadows
+        return {CLIP_FRACTION: self.clips.since_logged.fraction} | rules | shadows
 
     def epoch_metrics(self, *, clipping: bool) -> dict[str, float]:
         """Percentiles of total_norm and, if wanted, the clip fractions of this epoch; empty without a healthy step."""

@@ -16,7 +16,6 @@ from clip_callbacks.report import (
     ACCUMULATION_SCALE,
     AMP_SCALE,
     CLIP_COEF,
-    CLIP_FRACTION,
     SKIPPED_STEPS,
     TOTAL_NORM,
 )
@@ -84,7 +83,6 @@ class Publisher:
         roles = self._roles
         metrics: dict[str, Tensor | float] = {**lane.report.metrics(clipping=roles.clipping is not None)}
         if roles.clipping:
-            metrics[CLIP_FRACTION] = lane.history.clips.since_logged.fraction
             metrics.update(lane.report.rule_metrics())
             metrics.update(lane.history.fractions())
         if roles.guard:

@@ -20,9 +20,9 @@ def label(limit: Limit) -> str:
         >>> label(FixedLimit(0.5)), label(QuantileLimit(0.9, window=1000))
         ('FixedLimit-0.5', 'QuantileLimit-quantile_0.9')
     """
-    if isinstance(limit, FixedLimit):
-        return f"{type(limit).__name__}-{limit.max_norm:g}"
     options: list[str] = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
+    if isinstance(limit, FixedLimit):
+        options = [_text(limit.max_norm)]
     return re.sub(r"[^\w.-]", "_", "-".join([type(limit).__name__, *options]))
 
 

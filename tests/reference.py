@@ -194,7 +194,7 @@ def ema_limits(limit, history, p, weights):
 
 
 def tightest_limits(limit, history, p, weights):
-    each = [limits(inner, history, p, weights) for inner in limit.limits]
+    each = [limits(inner, history, p, weights) for inner in limit.members]
     return [[min(blocks) for blocks in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
 
 

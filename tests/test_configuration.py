@@ -15,7 +15,23 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from clip_callbacks import AccumulationRescaling, ClipRule, FixedLimit, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import (
+    AccumulationRescaling,
+    ClipRule,
+    CosineLimit,
+    EmaLimit,
+    FixedLimit,
+    GradientClipping,
+    GradientNormMonitor,
+    LinearLimit,
+    NonFiniteGuard,
+    QuantileLimit,
+    RatioLimit,
+    RobustZScoreLimit,
+    Tightest,
+    Warmup,
+    ZScoreLimit,
+)
 from tests.conftest import Regression, data
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +103,43 @@ trainer:
     assert clipping.rules == [ClipRule(FixedLimit(1e-3), "layer")]
 
 
+@pytest.mark.parametrize(
+    ("written", "limit"),
+    [
+        ("class_path: LinearLimit, init_args: {start: 10, end: 1e0, steps: 5}", LinearLimit(10.0, 1.0, 5)),
+        ("class_path: clip_callbacks.CosineLimit, init_args: {start: 10, end: 1, steps: 5}", CosineLimit(10.0, 1.0, 5)),
+        ("class_path: clip_callbacks.RatioLimit, init_args: {floor: 1e-2}", RatioLimit(floor=0.01)),
+        ("class_path: QuantileLimit, init_args: {quantile: 0.5, window: 10, warmup: 3}", QuantileLimit(0.5, 10, 3)),
+        ("class_path: clip_callbacks.ZScoreLimit, init_args: {z: 3, clip_to: mean}", ZScoreLimit(3.0, clip_to="mean")),
+        ("class_path: clip_callbacks.RobustZScoreLimit", RobustZScoreLimit()),
+        ("class_path: clip_callbacks.EmaLimit, init_args: {max_norm: 2}", EmaLimit(max_norm=2.0)),
+        (
+            "class_path: Tightest, init_args: {limits: [1.5, {class_path: ZScoreLimit}]}",
+            Tightest(1.5, ZScoreLimit()),
+        ),
+        (
+            "class_path: Warmup, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, until: 2}",
+            Warmup(ZScoreLimit(), 3, 2.0),
+        ),
+    ],
+)
+def test_every_limit_by_its_class_wherever_a_limit_may_stand(tmp_path, written, limit):
+    text = f"""
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        max_norm: {{{written}}}
+        shadow: [0.5, {{{written}}}]
+    - class_path: clip_callbacks.NonFiniteGuard
+      init_args: {{skip_above: {{{written}}}}}
+"""
+    clipping, guard = callbacks(write(tmp_path, text))
+    assert clipping.rules == [ClipRule(limit)]
+    assert clipping.shadow == [FixedLimit(0.5), limit]
+    assert guard.skip_above == limit
+
+
 def test_rules_with_a_nested_limit(tmp_path):
     text = """
 trainer:
@@ -96,9 +149,14 @@ trainer:
         rules:
           - max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 2}}
           - {max_norm: "1e-2", scope: parameter, params: "layer.*"}
+          - {max_norm: 3, scope: unit, exclude: bias, name: rows}
 """
     (clipping,) = callbacks(write(tmp_path, text))
-    assert clipping.rules == [ClipRule(FixedLimit(2.0)), ClipRule(0.01, "parameter", "layer.*")]
+    assert clipping.rules == [
+        ClipRule(FixedLimit(2.0)),
+        ClipRule(0.01, "parameter", "layer.*"),
+        ClipRule(3.0, "unit", exclude="bias", name="rows"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,3 +237,6 @@ def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
     made.fit(Regression(), data(6))
     clipping = next(callback for callback in made.callbacks if isinstance(callback, GradientClipping))
     assert clipping.rules[1] == ClipRule(FixedLimit(0.1), "parameter")
+    if path.name == "limits.yaml":
+        assert clipping.rules[0] == ClipRule(Tightest(5.0, ZScoreLimit()))
+        assert clipping.shadow == [FixedLimit(1.0), QuantileLimit(0.9)]

@@ -31,28 +31,28 @@ class Tightest(Limit):
         tensor([0.5000, 2.0000])
     """
 
-    limits: tuple[Limit, ...]
+    members: tuple[Limit, ...]
 
     def __init__(self, *first: float | Limit, limits: list[float | Limit] | None = None) -> None:
         """Take limits however they are stated."""
         each = (*first, *(limits or ()))
         if len(each) <= 1:
             raise ValueError(f"`limits` must be at least two limits or numbers, got {list(each)!r}.")
-        object.__setattr__(self, "limits", tuple(as_limit(limit, "limits") for limit in each))
+        object.__setattr__(self, "members", tuple(as_limit(limit, "limits") for limit in each))
 
     @property
     def uses_weights(self) -> bool:
         """Whether any of them does."""
-        return any(limit.uses_weights for limit in self.limits)
+        return any(limit.uses_weights for limit in self.members)
 
     def init(self, blocks: int) -> LimitState:
         """Their states, under their numbers."""
-        return _joined({str(i): limit.init(blocks) for i, limit in enumerate(self.limits)})
+        return _joined({str(i): limit.init(blocks) for i, limit in enumerate(self.members)})
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """A limit for each block."""
         found, after = [], {}
-        for i, limit in enumerate(self.limits):
+        for i, limit in enumerate(self.members):
             limits, after[str(i)] = limit.step(blocks, _part(state, str(i)))
             found.append(_each(limits, blocks))
         return torch.stack(found).amin(0), _joined(after)

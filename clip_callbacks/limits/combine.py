@@ -12,7 +12,6 @@ from clip_callbacks.limits.base import BlockNorms, Limit, LimitState, as_count, 
 from clip_callbacks.limits.fixed import as_limit
 
 
-@dataclass(frozen=True, init=False)
 class Tightest(Limit):
     r"""The lowest of several limits, block by block: :math:`\ell_b = \min_i \ell_b^{(i)}`.
 
@@ -31,14 +30,30 @@ class Tightest(Limit):
         tensor([0.5000, 2.0000])
     """
 
-    members: tuple[Limit, ...]
-
+    # no dataclass: jsonargparse would look for the types of arguments among its fields
     def __init__(self, *first: float | Limit, limits: list[float | Limit] | None = None) -> None:
         """Take limits however they are stated."""
         each = (*first, *(limits or ()))
         if len(each) <= 1:
             raise ValueError(f"`limits` must be at least two limits or numbers, got {list(each)!r}.")
-        object.__setattr__(self, "members", tuple(as_limit(limit, "limits") for limit in each))
+        self._members = tuple(as_limit(limit, "limits") for limit in each)
+
+    @property
+    def members(self) -> tuple[Limit, ...]:
+        """The limits."""
+        return self._members
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        return f"Tightest({', '.join(map(repr, self._members))})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the lowest of the same limits."""
+        return self._members == other._members if isinstance(other, Tightest) else NotImplemented
+
+    def __hash__(self) -> int:
+        """That of its limits."""
+        return hash(self._members)
 
     @property
     def uses_weights(self) -> bool:

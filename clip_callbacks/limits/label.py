@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from clip_callbacks.limits.base import Limit
+from clip_callbacks.limits.combine import Tightest
 from clip_callbacks.limits.fixed import FixedLimit
 
 
@@ -20,9 +21,12 @@ def label(limit: Limit) -> str:
         >>> label(FixedLimit(0.5)), label(QuantileLimit(0.9, window=1000))
         ('FixedLimit-0.5', 'QuantileLimit-quantile_0.9')
     """
-    options: list[str] = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
     if isinstance(limit, FixedLimit):
         options = [_text(limit.max_norm)]
+    elif isinstance(limit, Tightest):
+        options = [_text(member) for member in limit.members]
+    else:
+        options = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
     return re.sub(r"[^\w.-]", "_", "-".join([type(limit).__name__, *options]))
 
 
@@ -37,10 +41,7 @@ def _is_set(limit: Limit, field: Field[Any]) -> bool:
 
 
 def _option(limit: Limit, field: Field[Any]) -> str:
-    value = getattr(limit, field.name)
-    if isinstance(value, tuple):
-        return "-".join(map(_text, value))
-    return f"{field.name}_{_text(value)}"
+    return f"{field.name}_{_text(getattr(limit, field.name))}"
 
 
 def _text(value: object) -> str:

@@ -101,7 +101,7 @@ def veto(stage: Stage, measured: Measurement, norm_type: float, state: ClipState
     outcome, after = apply_limit(stage, measured.total, measured, norm_type, state[0])
     limits, total = outcome.limits, measured.total.reshape(())
     limit = limits.reshape(()) if isinstance(limits, Tensor) else torch.full_like(total, limits)
-    return Ceiling(limit, (total > limit) & (total < math.inf)), (after,)
+    return Ceiling(limit, (total > limit).logical_and(total < math.inf)), (after,)
 
 
 def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -> tuple[Outcome, ...]:

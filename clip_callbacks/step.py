@@ -128,7 +128,7 @@ def clip_step(
 def _deferred_verdict(measured: Measurement, above: Ceiling | None, nonfinite: Policy | Judge) -> tuple[Tensor, Tensor]:
     """Whether a step is skipped, and whether limits take it into their states, both 0-dim bool and unread."""
     finite = measured.finite
-    counts = finite & ~above.is_exceeded if above else finite
+    counts = finite.logical_and(above.is_exceeded.logical_not()) if above else finite
     if nonfinite == "ignore":
         return above.is_exceeded if above else FALSE, counts
     return counts.logical_not(), counts

@@ -17,10 +17,12 @@ from clip_callbacks import (
     GradientNormMonitor,
     NonFiniteGuard,
     ParameterTable,
+    RatioLimit,
     clip_step,
 )
 from clip_callbacks.callbacks._statistics import BatchStatistics
 from tests.conftest import Regression, data
+from tests.test_laws import NAMED
 
 
 class Operations(TorchDispatchMode):
@@ -187,10 +189,29 @@ def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options
         report.finite.item()  # the test can tell
 
 
-def test_a_step_that_is_not_deferred_waits_once(fake_cuda):
+@pytest.mark.parametrize("make", NAMED)
+def test_limits_shadows_and_vetoes_read_nothing_on_the_host(fake_cuda, make):
+    fused, limit, state = on_fake_cuda(), make(1.0), None
+    table, rules = ParameterTable.of(fused), [ClipRule(limit), ClipRule(1.0)]
+    with Transfers() as transfers:
+        for _ in range(3):
+            report, state = clip_step(
+                table, state, rules=rules, shadows=[ClipRule(limit)], skip_above=limit, fused=fused, deferred=True
+            )
+            fused.step()
+            report.to_host()
+    assert not any(transfers.waits)
+    assert all(value.device.type == "cuda" for each in state for value in each.values())
+    assert report.shadows[0].coefficients.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "rules", [[ClipRule(1.0)], [ClipRule(1.0, "unit"), ClipRule(2.0)], [ClipRule(RatioLimit(), "unit")], [ClipRule(RatioLimit())]]
+)
+def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
     fused = on_fake_cuda()
     with Transfers() as transfers, pytest.raises((DataDependentOutputException, RuntimeError)):
-        clip_step(fused, fused=fused, loss_scale=torch.full((), 1024.0, device="cuda"))
+        clip_step(fused, rules=rules, fused=fused, loss_scale=torch.full((), 1024.0, device="cuda"))
     assert transfers.waits == [True]  # then the host goes on with numbers, which fake tensors do not have
 
 

@@ -78,7 +78,7 @@ def test_no_host_sync_in_fifty_fused_steps(gpu, name, normed, precision):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("scope", ["global", "layer", "parameter"])
+@pytest.mark.parametrize("scope", ["global", "layer", "parameter", "unit"])
 def test_at_most_one_host_sync_otherwise(fused, scope):
     parameters = with_gradients("cuda")
     optimizer = torch.optim.AdamW(parameters, fused=fused)

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clip_callbacks.limits.base import LimitState
 
@@ -25,9 +26,9 @@ def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
         state: Of :func:`empty` or the last call; it is not changed.
     """
     window = len(state["recent"])
-    place = (state["count"] % window)[None]
+    place = (state["count"] % window).unsqueeze(0)
     oldest = state["recent"].gather(0, place)
-    newest = torch.where(is_new, values, oldest[0])[None]
+    newest = torch.where(is_new, values, oldest)
     return {
         "recent": state["recent"].scatter(0, place, newest),
         "sorted": _replaced(state["sorted"], oldest, newest),
@@ -37,12 +38,11 @@ def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
 
 def _replaced(ordered: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Sorted columns in which one value of each gives way to another one."""
-    without = torch.where(ordered[:-1] < old, ordered[:-1], ordered[1:])
-    replaced = torch.empty_like(ordered)
-    replaced[:1] = torch.minimum(without[:1], new)
-    torch.minimum(without[1:], torch.maximum(without[:-1], new), out=replaced[1:-1])
-    replaced[-1:] = torch.maximum(without[-1:], new)
-    return replaced
+    last = len(ordered) - 1
+    lower, upper = ordered.narrow(0, 0, last), ordered.narrow(0, 1, last)
+    without = torch.where(lower < old, lower, upper)
+    before, after = (pad(without, rows, value=end) for rows, end in (((0, 0, 1, 0), -math.inf), ((0, 0, 0, 1), math.inf)))
+    return torch.minimum(after, torch.maximum(before, new))
 
 
 def held(state: LimitState) -> Tensor:
@@ -55,13 +55,13 @@ def quantile(state: LimitState, share: float) -> Tensor:
     last = (held(state) - 1).clamp(min=0)
     place = share * last.double()
     below = place.floor().long()
-    lower, upper = state["sorted"].gather(0, torch.stack([below, torch.minimum(below + 1, last)]))
+    lower, upper = state["sorted"].gather(0, torch.stack([below, torch.minimum(below + 1, last)])).unbind()
     return torch.where(state["count"] > 0, lower + (upper - lower).nan_to_num(0.0) * (place - below), math.inf)
 
 
 def largest(state: LimitState) -> Tensor:
     """The largest value of each block, ``(B,)``; inf where there is none."""
-    return state["sorted"].gather(0, (held(state) - 1).clamp(min=0)[None])[0]
+    return state["sorted"].gather(0, (held(state) - 1).clamp(min=0).unsqueeze(0)).squeeze(0)
 
 
 def deviation(state: LimitState, median: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def deviation(state: LimitState, median: Tensor) -> Tensor:
     values, of the larger distance of a run's ends.
     """
     ordered, count = state["sorted"], held(state)
-    starts = torch.arange(len(ordered), device=ordered.device)[:, None]
+    starts = torch.arange(len(ordered), device=ordered.device).unsqueeze(1)
 
     def smallest(rank: Tensor) -> Tensor:
         ends = starts + rank - 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
@@ -24,7 +25,7 @@ OUTSIDE = -1
 """The block index of a parameter that belongs to no block of a partition."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Partition:
     """Blocks of parameters, or of units of them, that share one norm, in the order of their first part.
 
@@ -34,7 +35,8 @@ class Partition:
     """
 
     names: Sequence[str]
-    index: tuple[int, ...]
+    index: array[int]
+    _meets: dict[int, tuple[Partition, Partition, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def is_whole(self) -> bool:
@@ -44,12 +46,17 @@ class Partition:
     @cached_property
     def is_finest(self) -> bool:
         """Whether each part is a block of its own: block norms are the norms measured."""
-        return self.index == tuple(range(len(self.names)))
+        return self.index == array("q", range(len(self.names)))
 
     @cached_property
     def is_total(self) -> bool:
         """Whether every part is in some block."""
         return OUTSIDE not in self.index
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """The index as a tensor, int64, one entry for each part."""
+        return torch.tensor(self.index, dtype=torch.int64, device="cpu")
 
     @cached_property
     def members(self) -> Tensor:
@@ -60,6 +67,18 @@ class Partition:
     def member_blocks(self) -> Tensor:
         """The block of each of those parts, int64 of shape ``(M,)``."""
         return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64)
+
+    def meet(self, other: Partition) -> tuple[Partition, Tensor]:
+        """The parts that share a block of both partitions as blocks, and the other one's block for each; worked out once."""
+        known = self._meets.get(id(other))
+        if known is None:
+            both = (self.numbers != OUTSIDE) & (other.numbers != OUTSIDE)
+            pairs, numbers = torch.unique(self.numbers[both] * len(other.names) + other.numbers[both], return_inverse=True)
+            index = torch.full_like(self.numbers, OUTSIDE)
+            index[both] = numbers
+            meet = Partition(("",) * len(pairs), array("q", index.tolist()))
+            known = self._meets[id(other)] = other, meet, pairs % len(other.names)
+        return known[1], known[2]
 
     def spread(self, per_block: Tensor, outside: float = 1.0) -> Tensor:
         """Give each part the value of its block.

@@ -44,9 +44,10 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
         if largest + EPS <= limits * CLEARLY:
             return ones_like(norms), False
     ratios = _ratios(norms, limits)
-    if _ends(ratios)[0] >= 1.0:
+    least = _ends(ratios)[0]
+    if least >= 1.0:
         return ones_like(norms), False
-    if 0.0 < smallest <= largest < math.inf:
+    if 0.0 < smallest <= largest < math.inf and least >= 0.0:
         return ratios.clamp(max=1.0), True
     limited = _limited(norms, ratios)
     return limited, _ends(limited)[0] < 1.0
@@ -58,7 +59,8 @@ def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
 
 
 def _limited(norms: Tensor, ratios: Tensor) -> Tensor:
-    return torch.where((norms > 0) & (norms < math.inf), ratios, 1.0).clamp(max=1.0)
+    """1 also where a limit is NaN: that is none."""
+    return torch.where((norms > 0) & (norms < math.inf) & (ratios < 1.0), ratios, 1.0)
 
 
 def _ends(numbers: Tensor) -> tuple[float, float]:

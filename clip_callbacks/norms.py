@@ -230,7 +230,7 @@ def _weight_norms_here(table: ParameterTable, norm_type: float, wanted: Wanted) 
     norms = torch.zeros(len(table), dtype=dtype, device=device)
     if not shards:
         return norms
-    read = tensor_norms(shards, norm_type, is_uniform=table.is_uniform).to(dtype)
+    read = tensor_norms(shards, norm_type).to(dtype)
     return read if len(places) == len(table) else norms.index_copy_(0, table.index(places, device, "weights"), read)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Outcome:
     def names(self) -> Sequence[str]:
         """Of the blocks."""
         return self.partition.names
+
+    def undecided(self) -> Outcome:
+        """The same with nothing decided, as of a step that is skipped."""
+        return replace(self, limits=math.inf, coefficients=ones_like(self.norms), clips=False)
 
 
 def decide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,7 +163,7 @@ class ParameterTable:
             return Partition(*self.units.selected(self.names, inside))
         labels = self._labels(scope)
         numbers = {label: i for i, label in enumerate(dict.fromkeys(x for x, taken in zip(labels, inside, strict=True) if taken))}
-        index = tuple(numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True))
+        index = array("q", (numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True)))
         return Partition(tuple(numbers), self.units.repeated(index) if by_unit else index)
 
     def _labels(self, scope: Scope) -> Sequence[str]:
@@ -343,10 +344,12 @@ def _without_wrappers(name: str) -> str:
 
 def _rows_of_sparse(table: ParameterTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
     """The rows that a coalesced gradient has entries in."""
-    if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1 or gradient.ndim == 1:
+    if gradient.ndim <= 1:
+        return table.rows(position, values)[0]
+    if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
         raise ValueError(
-            '`scope` must not be "unit" for sparse gradients other than those of embeddings (COO, one sparse dimension), '
-            f'got {gradient.layout} for {table.names[position]}. Leave it out by `exclude`, or choose the scope "parameter".'
+            '`scope` must not be "unit" beside sparse gradients other than those of embeddings (COO, one sparse dimension), '
+            f'got {gradient.layout} for {table.names[position]}. Choose the scope "parameter" for all rules.'
         )
     return Rows(values, gradient.indices()[0] + table.units.firsts[position], position)
 

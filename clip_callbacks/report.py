@@ -163,12 +163,16 @@ class StepReport:
     def settled(self) -> StepReport:
         """The report of a deferred step that has come to the host, as if it had been decided there."""
         is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
+        finite = TRUE if bool(self.finite) else FALSE
+        if bool(self.skipped):
+            outcomes = tuple(outcome.undecided() for outcome in self.outcomes)
+            return replace(self, outcomes=outcomes, factors=None, finite=finite, skipped=TRUE, shadows=())
         return replace(
             self,
             outcomes=_settled(self.outcomes),
             factors=self.factors if is_clipped else None,
-            finite=TRUE if bool(self.finite) else FALSE,
-            skipped=TRUE if bool(self.skipped) else FALSE,
+            finite=finite,
+            skipped=FALSE,
             shadows=_settled(self.shadows),
         )
 
@@ -183,7 +187,7 @@ class StepReport:
         if not clipping:
             return {TOTAL_NORM: self.total_norm}
         metrics = {TOTAL_NORM: self.total_norm, CLIPPED_NORM: self.clipped_norm, CLIP_COEF: self.clip_coef}
-        if any(isinstance(outcome.limits, Tensor) or outcome.limits < math.inf for outcome in self.outcomes[:1]):
+        if math.isfinite(float(self.max_norm)):  # not so without a limit, or in its warm-up
             metrics[MAX_NORM] = self.max_norm
         return metrics
 

@@ -16,6 +16,9 @@ from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_lim
 from clip_callbacks.norms import Wanted
 from clip_callbacks.parameters import ParameterTable
 
+TAKEN = {"total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "skipped_steps", "shadow_clip_fraction"}
+"""Names under "grad/" that other metrics have: some loggers make folders of names."""
+
 ClipState: TypeAlias = tuple[LimitState, ...]
 """The states of the limits of a step: of each rule, of each shadow, of ``skip_above``."""
 
@@ -52,9 +55,11 @@ class ClipRule:
         if self.scope not in SCOPES:
             raise ValueError(unknown_scope(self.scope))
         _ = self.selection
-        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+        is_name = isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) and self.name not in TAKEN
+        if self.name is not None and not is_name:
             raise ValueError(
-                f"`name` must consist of letters, digits, `_`, `-` and `.`, got {self.name!r}: it is part of metrics' names."
+                f"`name` must consist of letters, digits, `_`, `-` and `.`, and not be that of another metric, got {self.name!r}: "
+                "the rule's metrics are called by it."
             )
 
     @cached_property

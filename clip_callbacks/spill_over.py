@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import OUTSIDE, Partition
+from clip_callbacks.blocks import Partition
 from clip_callbacks.coefficients import coefficients
 from clip_callbacks.norms import block_norms
 from clip_callbacks.outcomes import Outcome
@@ -60,11 +60,9 @@ def spill_over(outcomes: Sequence[Outcome], norms: Tensor, factors: Tensor | Non
 
 def _factors_alone(outcome: Outcome, norms: Tensor, blocks: Partition, norm_type: float) -> Tensor:
     """What the rule would multiply each part by, if there were only the block that it is in."""
-    both = list(zip(blocks.index, outcome.partition.index, strict=True))
-    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pair for pair in both if OUTSIDE not in pair))}
-    pairs = Partition(tuple(map(str, numbers)), tuple(numbers.get(pair, OUTSIDE) for pair in both))
+    pairs, ruled = blocks.meet(outcome.partition)
     limits = outcome.limits
     if isinstance(limits, Tensor):
-        limits = limits[[block for _, block in numbers]]
+        limits = limits[ruled]
     found = coefficients(block_norms(norms, pairs, norm_type), limits)[0]
     return pairs.spread(found.reshape(-1))

@@ -117,6 +117,8 @@ def clip_step(
         write_deferred(gradients, factors, measured.scale, carrier, skipped)
     else:
         write(gradients, factors, float(measured.scale), carrier, by_unit=plan.by_unit)
+        if finite is FALSE:  # zeroed or ignored: no state takes it in
+            ours, shaded, vetoed = plan.parts(state)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
     unit_norms, ceiling = measured.norms if plan.by_unit else None, above.limit if above else None

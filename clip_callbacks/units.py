@@ -8,6 +8,7 @@ Brock et al., arXiv 2102.06171.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,15 +67,20 @@ class Units:
         """The parameter that each unit is of, int64 of shape ``(U,)``."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device="cpu"), torch.tensor(self.counts, device="cpu"))
 
-    def repeated(self, per_parameter: Sequence[int]) -> tuple[int, ...]:
+    def repeated(self, per_parameter: Sequence[int]) -> array[int]:
         """A number for each parameter as one for each unit."""
-        return tuple(value for value, count in zip(per_parameter, self.counts, strict=True) for _ in range(count))
+        each = array("q")
+        for value, count in zip(per_parameter, self.counts, strict=True):
+            each.extend(array("q", [value]) * count)
+        return each
 
-    def selected(self, names: Sequence[str], inside: Sequence[bool]) -> tuple[UnitNames, tuple[int, ...]]:
+    def selected(self, names: Sequence[str], inside: Sequence[bool]) -> tuple[UnitNames, array[int]]:
         """Each unit of some parameters by itself: the names of the blocks, and for each unit its block, or ``OUTSIDE``."""
         taken = [place for place, is_inside in enumerate(inside) if is_inside]
-        blocks = iter(range(len(self)))
-        index = tuple(next(blocks) if is_inside else OUTSIDE for is_inside in self.repeated(inside))
+        index, block = array("q"), 0
+        for is_inside, count in zip(inside, self.counts, strict=True):
+            index.extend(range(block, block + count) if is_inside else array("q", [OUTSIDE]) * count)
+            block += count if is_inside else 0
         counts = [self.counts[place] if len(self.shapes[place]) > 1 else None for place in taken]
         return UnitNames([names[place] for place in taken], counts), index
 
@@ -119,6 +125,18 @@ class UnitNames(Sequence[str]):
         self._names = names
         self._counts = counts
         self._ends = list(accumulate(1 if count is None else count for count in counts))
+
+    def parts(self) -> tuple[list[str], list[int | None]]:
+        """What it is made of."""
+        return list(self._names), list(self._counts)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the names are the same."""
+        return self.parts() == other.parts() if isinstance(other, UnitNames) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Of what it is made of."""
+        return hash((tuple(self._names), tuple(self._counts)))
 
     def __len__(self) -> int:
         """How many."""

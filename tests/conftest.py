@@ -159,6 +159,13 @@ def run(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Callable[..., l
     return on_all
 
 
+def numbers(state: Any) -> Any:
+    """A state without its strings, which are no tensors to compare."""
+    if isinstance(state, dict):
+        return {key: numbers(value) for key, value in state.items() if not isinstance(value, str)}
+    return [numbers(item) for item in state if not isinstance(item, str)] if isinstance(state, (list, tuple)) else state
+
+
 def weights(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from clip_callbacks.callbacks._member import Member
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, numbers
 
 BATCH = 8
 """Rows of the large batch that all ranks have together."""
@@ -194,6 +194,6 @@ def result(*args, **kwargs):
     """The part of a training's result that can be sent."""
     found = train(*args, **kwargs)
     return {key: found[key] for key in ("weights", "norms", "coefficients", "skipped")} | {
-        "states": [member.state_dict() for member in found["members"]],
+        "states": [numbers(member.state_dict()) for member in found["members"]],
         "metrics": {key: value for key, value in found["trainer"].callback_metrics.items() if key.startswith("grad")},
     }

@@ -34,7 +34,7 @@ def leaves(state):
         return [x for key in sorted(state, key=str) for x in leaves(state[key])]
     if isinstance(state, (list, tuple)):
         return [x for item in state for x in leaves(item)]
-    return [] if state is None else [torch.as_tensor(state)]
+    return [] if state is None or isinstance(state, str) else [torch.as_tensor(state)]
 
 
 @pytest.mark.parametrize("leader", [0, 2, 4])

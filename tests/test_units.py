@@ -125,7 +125,7 @@ def test_sparse_embeddings():
 def test_sparse_gradients_without_rows_are_refused():
     weight = nn.Parameter(torch.zeros(3, 4))
     weight.grad = torch.eye(3, 4).to_sparse()
-    with pytest.raises(ValueError, match='`scope` must not be "unit" for sparse gradients .* got .* for w'):
+    with pytest.raises(ValueError, match='`scope` must not be "unit" beside sparse gradients .* got .* for w'):
         clip_step({"w": weight}, rules=[ClipRule(1.0, "unit")])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -160,6 +161,11 @@ class RunHistory:
         fractions = {CLIP_FRACTION_EPOCH: self.clips.epoch.fraction} if clipping else {}
         fractions |= {SHADOW_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.shadows.items()}
         return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
+
+    def keep_only(self, rules: Sequence[str], shadows: Sequence[str]) -> None:
+        """Forget the counts of rules and shadows that an earlier run had."""
+        self.rules = {name: spans for name, spans in self.rules.items() if name in rules}
+        self.shadows = {name: spans for name, spans in self.shadows.items() if name in shadows}
 
     def begin_log(self) -> None:
         """Begin to count anew: a step was logged."""

@@ -252,7 +252,7 @@ class Pass:
             fused=lane.optimizer,
             deferred=deferred,
         )
-        if clipping:
+        if clipping and incident.is_new:
             clipping.keep(index, state[: len(ours)])
         if guard and skip_above:
             guard.keep_limit(index, state[len(ours) :])

@@ -12,9 +12,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from clip_callbacks.blocks import Scope
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._states import fitting
+from clip_callbacks.callbacks._states import Held, adopt
 from clip_callbacks.callbacks.guard import NonFiniteGuard
-from clip_callbacks.limits import Limit, LimitState, as_limit, as_max_norm, labels
+from clip_callbacks.limits import Limit, as_limit, as_max_norm, labels
 from clip_callbacks.nonfinite import Policy, as_policy
 from clip_callbacks.norms import as_norm_type
 from clip_callbacks.rules import ClipRule, ClipState
@@ -59,7 +59,7 @@ class GradientClipping(Member):
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
-        TypeError: If ``rules`` holds anything but rules.
+        TypeError: If ``rules`` holds anything but rules, or ``shadow`` is no list.
 
     Example::
 
@@ -83,6 +83,8 @@ class GradientClipping(Member):
     ) -> None:
         super().__init__()
         self.rules = _as_rules(max_norm, scope, rules)
+        if shadow is not None and not isinstance(shadow, (list, tuple)):
+            raise TypeError(f"`shadow` must be a list of limits and numbers, got {shadow!r}.")
         self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value")
@@ -90,8 +92,9 @@ class GradientClipping(Member):
         self.prog_bar = prog_bar
         self._rules: dict[int, list[ClipRule]] = {}
         self._shadows: dict[int, list[ClipRule]] = {}
-        self._states: dict[int, ClipState] = {}
-        self._shadow_states: dict[int, dict[str, LimitState]] = {}
+        self._held: dict[int, dict[str, Held]] = {}
+        self._held_by_shadows: dict[int, dict[str, Held]] = {}
+        self._restored: tuple[dict[int, dict[str, Held]], dict[int, dict[str, Held]]] = {}, {}
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Find the rules that hold for each optimizer, and their states.
@@ -105,23 +108,39 @@ class GradientClipping(Member):
             if not any(_holds(rule, lane) for lane in lanes):
                 rank_zero_warn(f"The rule for {rule.params!r} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
-            self._rules[lane.index] = rules = [_narrowed(rule, lane) for rule in self._named_rules() if _holds(rule, lane)]
-            fresh = tuple(rule.stage(lane.table).init() for rule in rules)
+            numbered = [(number, rule) for number, rule in enumerate(self._named_rules(), 1) if _holds(rule, lane)]
+            rules = {str(number): _narrowed(rule, lane) for number, rule in numbered}
+            self._rules[lane.index] = list(rules.values())
             whose = f"GradientClipping for optimizer {lane.index}"
-            self._states[lane.index] = fitting(self._states.get(lane.index, fresh), fresh, whose, renew=renew)
+            self._held[lane.index] = self._adopted(rules, lane, self._held, self._restored[0], whose, strict=not renew)
             self._bind_shadows(lane)
         self.guard.bind(lanes, names, renew=renew)
 
     def _bind_shadows(self, lane: Lane) -> None:
         """Shadows may change between runs: they decide nothing."""
         first = self.rules[0]
-        shadows = [replace(first, max_norm=limit, name=name) for limit, name in zip(self.shadow, labels(self.shadow), strict=True)]
-        self._shadows[lane.index] = shadows = [_narrowed(rule, lane) for rule in shadows if _holds(rule, lane)]
-        known, states = self._shadow_states.get(lane.index, {}), {}
-        for rule in shadows:
-            fresh = rule.stage(lane.table).init()
-            (states[str(rule.name)],) = fitting((known.get(str(rule.name), fresh),), (fresh,), "a shadow", renew=True)
-        self._shadow_states[lane.index] = states
+        each = zip(self.shadow, labels(self.shadow), strict=True)
+        shadows = {name: _narrowed(replace(first, max_norm=limit, name=name), lane) for limit, name in each if _holds(first, lane)}
+        self._shadows[lane.index] = list(shadows.values())
+        held, restored = self._held_by_shadows, self._restored[1]
+        self._held_by_shadows[lane.index] = self._adopted(shadows, lane, held, restored, "shadow", strict=False)
+        lane.history.keep_only([rule.name for rule in self._rules[lane.index] if rule.name], list(shadows))
+
+    @staticmethod
+    def _adopted(
+        rules: dict[str, ClipRule],
+        lane: Lane,
+        held: dict[int, dict[str, Held]],
+        restored: dict[int, dict[str, Held]],
+        whose: str,
+        *,
+        strict: bool,
+    ) -> dict[str, Held]:
+        known = [source.get(lane.index, {}) for source in (held, restored)]
+        return {
+            key: adopt(Held.fresh(rule, lane.table), [source.get(key) for source in known], whose, strict=strict)
+            for key, rule in rules.items()
+        }
 
     def _named_rules(self) -> list[ClipRule]:
         """Each of several rules has a name for its metrics."""
@@ -132,7 +151,7 @@ class GradientClipping(Member):
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._states, self._shadow_states = {}, {}
+        self._held, self._held_by_shadows, self._restored = {}, {}, ({}, {})
         self.guard.forget()
 
     def rules_of(self, index: int) -> list[ClipRule]:
@@ -145,13 +164,15 @@ class GradientClipping(Member):
 
     def state_of(self, index: int) -> ClipState:
         """The states of both."""
-        return *self._states[index], *self._shadow_states[index].values()
+        return tuple(held.state for held in self._each_held(index))
 
     def keep(self, index: int, state: ClipState) -> None:
         """Keep them for the next step."""
-        rules = len(self._rules[index])
-        self._states[index] = state[:rules]
-        self._shadow_states[index] = dict(zip(self._shadow_states[index], state[rules:], strict=True))
+        for held, after in zip(self._each_held(index), state, strict=True):
+            held.state = after
+
+    def _each_held(self, index: int) -> list[Held]:
+        return [*self._held[index].values(), *self._held_by_shadows[index].values()]
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """How many of the run's steps each shadow limit would have clipped, in a line for each optimizer."""
@@ -159,15 +180,15 @@ class GradientClipping(Member):
         for lane in lanes:
             if shadows := lane.history.shadows:
                 counted = {"as it was": lane.history.clips, **shadows}
-                each = ", ".join(f"{name} {spans.run.fraction:.1%}" for name, spans in counted.items())
-                lines.append(f"GradientClipping{lane.suffix}: share of {lane.history.clips.run.steps} steps clipped: {each}.")
+                each = ", ".join(f"{name} {spans.run.fraction:.1%} of {spans.run.steps}" for name, spans in counted.items())
+                lines.append(f"GradientClipping{lane.suffix}: share of steps clipped: {each}.")
         return lines
 
     def state_dict(self) -> dict[str, Any]:
         """Limits' states and the guard's counters."""
         return super().state_dict() | {
-            "limits": self._states,
-            "shadows": self._shadow_states,
+            "limits": _dumped(self._held or self._restored[0]),
+            "shadows": _dumped(self._held_by_shadows or self._restored[1]),
             "guard": self.guard.state_dict(),
         }
 
@@ -178,8 +199,8 @@ class GradientClipping(Member):
             ValueError: If the state is not one of this callback.
         """
         super().load_state_dict(state_dict)
-        self._states = {int(index): tuple(states) for index, states in state_dict["limits"].items()}
-        self._shadow_states = {int(index): dict(states) for index, states in state_dict["shadows"].items()}
+        self._restored = _loaded(state_dict["limits"]), _loaded(state_dict["shadows"])
+        self._held, self._held_by_shadows = {}, {}
         self.guard.load_state_dict(state_dict["guard"])
 
 
@@ -200,9 +221,17 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
 
 
 def _check_names(rules: Sequence[ClipRule]) -> None:
-    names = [rule.name for rule in rules if rule.name]
+    names = [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
     if len(set(names)) < len(names):
         raise ValueError(f"`name` must be another one for each rule, got {', '.join(names)}: metrics are called by it.")
+
+
+def _dumped(held: dict[int, dict[str, Held]]) -> dict[int, dict[str, Any]]:
+    return {index: {key: each.dump() for key, each in by_rule.items()} for index, by_rule in held.items()}
+
+
+def _loaded(saved: dict[int, dict[str, Any]]) -> dict[int, dict[str, Held]]:
+    return {int(index): {key: Held.load(each) for key, each in by_rule.items()} for index, by_rule in saved.items()}
 
 
 def _holds(rule: ClipRule, lane: Lane) -> bool:

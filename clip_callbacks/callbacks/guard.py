@@ -16,13 +16,13 @@ from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
-from clip_callbacks.callbacks._states import fitting
+from clip_callbacks.callbacks._states import Held, adopt
 from clip_callbacks.findings import Findings, Spike
 from clip_callbacks.limits import Limit, as_limit
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.report import StepReport
-from clip_callbacks.rules import ClipState
+from clip_callbacks.rules import ClipRule, ClipState
 
 JOURNAL = "nonfinite_steps.jsonl"
 """In the log directory: a line of JSON for each bad step."""
@@ -66,7 +66,8 @@ class NonFiniteGuard(Member):
             where the gradients are on a device, the policy is "skip" or "ignore", all of them get one factor, and no
             step-interval schedule is to stand still. True: raise an error where that cannot be.
         skip_above: A number or a Limit: a step with finite gradients whose total norm, before clipping, is above it is a spike, and
-            skipped, counted and bounded like a bad one. In the limit's own state it counts as clipped. Needs the policy "skip".
+            skipped, counted and bounded like a bad one. In the limit's own state it counts as clipped. Needs the policy "skip", and
+            a limit that healthy steps stay under: not EmaLimit or QuantileLimit(0.1), which most steps exceed.
 
     Raises:
         ValueError: If the policy or level is unknown, ``max_consecutive`` is below 1, or ``skip_above`` is not above 0 or stands
@@ -109,7 +110,7 @@ class NonFiniteGuard(Member):
         if skip_above is not None and self.policy != "skip":
             raise ValueError(f'`skip_above` must be None for the policy {policy!r}, got {skip_above!r}: use the policy "skip".')
         self.skip_above = None if skip_above is None else as_limit(skip_above, "skip_above")
-        self._limit_states: dict[int, ClipState] = {}
+        self._held: dict[int, Held] = {}
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
@@ -157,17 +158,17 @@ class NonFiniteGuard(Member):
             )
         for lane in lanes:
             self._counters.setdefault(lane.index, Counters())
-            fresh = (self.skip_above.init(1),) if self.skip_above else ()
-            state = self._limit_states.get(lane.index, fresh)
-            self._limit_states[lane.index] = fitting(state, fresh, "NonFiniteGuard's skip_above", renew=renew)
+            if self.skip_above:
+                fresh, known = Held.fresh(ClipRule(self.skip_above), lane.table), self._held.get(lane.index)
+                self._held[lane.index] = adopt(fresh, [known], "NonFiniteGuard's skip_above", strict=not renew)
 
     def limit_state_of(self, index: int) -> ClipState:
-        """The state of ``skip_above`` for an optimizer, if there is such a limit."""
-        return self._limit_states[index]
+        """The state of ``skip_above`` for an optimizer."""
+        return (self._held[index].state,)
 
     def keep_limit(self, index: int, state: ClipState) -> None:
         """Keep it for the next step."""
-        self._limit_states[index] = state
+        (self._held[index].state,) = state
 
     def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
         """What puts back the changes of skipped steps."""
@@ -263,7 +264,7 @@ class NonFiniteGuard(Member):
         """Begin a new run."""
         super().forget()
         self._counters = {}
-        self._limit_states = {}
+        self._held = {}
         self._left_out = (-1, 0, 0)
         self._last_findings = None
         self.dropped_micro_batches = 0
@@ -341,7 +342,7 @@ class NonFiniteGuard(Member):
         left_out = self._rewind.schedules.state() if self._rewind else self._left_out
         return state | {
             "counters": counters,
-            "skip_above": dict(self._limit_states),
+            "skip_above": {index: held.dump() for index, held in self._held.items()},
             "left_out": left_out,
             "dropped_micro_batches": self.dropped_micro_batches,
         }
@@ -358,7 +359,7 @@ class NonFiniteGuard(Member):
             self._rewind.schedules.load_state(self._left_out)
         self.dropped_micro_batches = state_dict["dropped_micro_batches"]
         self._counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
-        self._limit_states = {int(index): tuple(state) for index, state in state_dict["skip_above"].items()}
+        self._held = {int(index): Held.load(held) for index, held in state_dict["skip_above"].items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to one Trainer's fit."""

@@ -4,7 +4,7 @@ from clip_callbacks.limits.base import BlockNorms, Limit, LimitState, MaxNorm, a
 from clip_callbacks.limits.combine import Tightest, Warmup
 from clip_callbacks.limits.ema import EmaLimit
 from clip_callbacks.limits.fixed import FixedLimit, as_limit
-from clip_callbacks.limits.label import label, labels
+from clip_callbacks.limits.label import kind, label, labels
 from clip_callbacks.limits.quantile import QuantileLimit
 from clip_callbacks.limits.ratio import RatioLimit
 from clip_callbacks.limits.schedule import CosineLimit, LinearLimit
@@ -27,6 +27,7 @@ __all__ = [
     "ZScoreLimit",
     "as_limit",
     "as_max_norm",
+    "kind",
     "label",
     "labels",
 ]

@@ -54,7 +54,11 @@ class Limit(ABC):
         return False
 
     def init(self, blocks: int) -> LimitState:
-        """State before the first step, for B blocks; empty for a limit that remembers nothing."""
+        """State before the first step, for B blocks; empty for a limit that remembers nothing.
+
+        A tensor is either 0-dim or has the blocks as its last dimension: so a block keeps what is known of it when an optimizer
+        takes on other parameters.
+        """
         return {}
 
     @abstractmethod
@@ -93,9 +97,12 @@ def as_finite(number: object, argument: str, *, low: float = 0.0, high: float = 
     Raises:
         ValueError: If it is none.
     """
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-    if is_number and (low < number < high or (low_too and number == low)):  # type: ignore[operator]
-        return float(number)  # type: ignore[arg-type]
+    try:
+        found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if low < found < high or (low_too and found == low):
+        return found
     lower = f"of at least {low:g}" if low_too else f"above {low:g}"
     upper = "finite" if math.isinf(high) else f"below {high:g}"
     raise ValueError(f"`{argument}` must be a number {lower} and {upper}, got {number!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Tightest(Limit):
 
     Raises:
         ValueError: If there are fewer than two limits, or a number is not above 0.
+        TypeError: If ``limits`` is no list.
 
     Example::
 
@@ -33,6 +35,8 @@ class Tightest(Limit):
     # no dataclass: jsonargparse would look for the types of arguments among its fields
     def __init__(self, *first: float | Limit, limits: list[float | Limit] | None = None) -> None:
         """Take limits however they are stated."""
+        if limits is not None and not isinstance(limits, (list, tuple)):
+            raise TypeError(f"`limits` must be a list of limits and numbers, got {limits!r}.")
         each = (*first, *(limits or ()))
         if len(each) <= 1:
             raise ValueError(f"`limits` must be at least two limits or numbers, got {list(each)!r}.")
@@ -97,7 +101,7 @@ class Warmup(Limit):
 
     limit: float | Limit
     steps: int
-    until: float | Limit
+    until: float | Literal["inf"] | Limit
 
     def __post_init__(self) -> None:
         """Check every argument."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class EmaLimit(Limit):
     factor: float = 1.05
     decay: float = 0.98
     warmup: int = 100
-    max_norm: float = 1.0
+    max_norm: float | Literal["inf"] = 1.0
 
     def __post_init__(self) -> None:
         """Check every argument."""
@@ -70,7 +71,7 @@ class EmaLimit(Limit):
         norms, mean = blocks.norms.double(), state["mean"]
         is_there = norms > 0
         is_warming_up = state["steps"] < self.warmup
-        together = torch.where(is_there, norms * (self.max_norm / blocks.total), math.inf)
+        together = torch.where(is_there, norms * (float(self.max_norm) / blocks.total), math.inf)
         limits = torch.where(is_warming_up, together, self.factor * mean)
         seen = torch.minimum(norms, limits)
         least = torch.minimum(mean, seen)

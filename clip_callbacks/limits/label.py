@@ -48,3 +48,20 @@ def _text(value: object) -> str:
     if isinstance(value, Limit):
         return label(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def kind(limit: Limit) -> str:
+    """What sort of limit it is, whatever its numbers: what its state may be taken for.
+
+    Example::
+
+        >>> from clip_callbacks.limits import Tightest, ZScoreLimit
+        >>> kind(Tightest(ZScoreLimit(3.0), 1.0))
+        'Tightest(ZScoreLimit, FixedLimit)'
+    """
+    if isinstance(limit, Tightest):
+        inner = limit.members
+    else:
+        inner = tuple(getattr(limit, field.name) for field in fields(limit)) if is_dataclass(limit) else ()
+    nested = [kind(each) for each in inner if isinstance(each, Limit)]
+    return f"{type(limit).__name__}({', '.join(nested)})" if nested else type(limit).__name__

@@ -1,5 +1,5 @@
 # make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
-# make benchmarks: time everything anew, about half an hour.
+# make benchmarks: time and compare everything anew, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
 BIN := $(VENV)/bin
@@ -23,7 +23,8 @@ demo: $(VENV)/.installed
 	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
+	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m "ranks and not slow" tests
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest tests -m slow
@@ -45,6 +46,9 @@ examples: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
 	$(BIN)/python -m benchmarks.ranks --sets 50 --rounds 5
 	$(BIN)/python -m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1
+	$(BIN)/python -m benchmarks.rules --set 50 --steps 200 --budget-s 0.1
+	$(BIN)/python -m benchmarks.after_nan
+	$(BIN)/python -m benchmarks.limits --quick
 
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
@@ -57,6 +61,9 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
 	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
 	$(BIN)/python -m benchmarks.ranks --output ranks_cpu.md
+	$(BIN)/python -m benchmarks.rules --output rules_cpu.md
+	$(BIN)/python -m benchmarks.after_nan --output after_nan.md
+	$(BIN)/python -m benchmarks.limits --output limits.md
 
 clean:
 	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

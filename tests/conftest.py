@@ -17,6 +17,12 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own ca
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"one_rank", "two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from tests import parallel
 from tests.conftest import assert_same_bits
 from tests.parallel import STRATEGIES
 from tests.ranks import RanksFailedError
-from tests.test_laws import ADAPTIVE
+from tests.test_laws import ADAPTIVE, LIMITS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Non-finite"
@@ -99,6 +100,23 @@ def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm
         assert min(ours["coefficients"]) < 1.0
         if scope == "global" and isinstance(limit, float):
             assert max(ours["coefficients"]) == 1.0, "some steps are clipped and some are not"
+
+
+def limited_runs(name):
+    """With each limit of the laws, by output rows: of shards along any dimension, and of flat pieces that cut rows."""
+    return [parallel.result(name, GradientClipping(make(1.0), scope="unit"), steps=8) for make in LIMITS]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp1", "tp"])
+def test_every_limit_of_the_laws_says_the_same_on_every_rank(run, name):
+    each = run(name, function=limited_runs)
+    for i in range(len(LIMITS)):
+        assert_same_run(assert_one_answer([results[i] for results in each]), single_limited_runs()[i])
+
+
+@lru_cache
+def single_limited_runs():
+    return limited_runs("single")
 
 
 def grouped_reference():

@@ -75,10 +75,9 @@ def gradients(module):
 
 
 def every(function):
-    """For each limit, scope and norm type."""
-    for name, values in {"make": NAMED, "scope": SCOPES, "p": NORM_TYPES}.items():
-        function = pytest.mark.parametrize(name, values, ids=None if name == "make" else str)(function)
-    return function
+    """For each limit, scope and norm type; the less usual of these with one scope."""
+    cells = [(scope, p) for scope in SCOPES for p in NORM_TYPES if p in {2.0, math.inf} or scope == "layer"]
+    return pytest.mark.parametrize("make", NAMED)(pytest.mark.parametrize(("scope", "p"), cells)(function))
 
 
 def run(module, limit, scope, p, state=None, **options):

@@ -1,0 +1,1 @@
+"""What the limits do to training, in small: ``python -m benchmarks.limits``."""

@@ -24,7 +24,7 @@ from clip_callbacks import (
 )
 from clip_callbacks.blocks import SCOPES
 from tests import parallel
-from tests.conftest import assert_same_bits
+from tests.conftest import assert_same_bits, numbers
 from tests.parallel import STRATEGIES
 from tests.ranks import RanksFailedError
 from tests.test_laws import ADAPTIVE, LIMITS
@@ -505,7 +505,7 @@ def saved(name, folder, *callbacks, **options):
 def resumed(name, folder, *callbacks, **options):
     found = parallel.train(name, *callbacks, ckpt_path=folder / "half.ckpt", **options)
     return {key: found[key] for key in ("weights", "norms", "coefficients")} | {
-        "states": [member.state_dict() for member in found["members"]]
+        "states": [numbers(member.state_dict()) for member in found["members"]]
     }
 
 

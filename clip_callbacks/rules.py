@@ -11,12 +11,18 @@ from operator import is_
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
+import torch
+
 from clip_callbacks.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
 from clip_callbacks.norms import Wanted
 from clip_callbacks.parameters import ParameterTable
 
-TAKEN = {"total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "skipped_steps", "shadow_clip_fraction"}
+TAKEN = {
+    *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
+    *("total_norm_p50", "total_norm_p90", "total_norm_p99", "amp_scale", "accumulation_scale", "noise_scale"),
+    *("shadow_clip_fraction", "shadow_clip_fraction_epoch"),
+}
 """Names under "grad/" that other metrics have: some loggers make folders of names."""
 
 ClipState: TypeAlias = tuple[LimitState, ...]
@@ -147,6 +153,10 @@ class Plan:
         positions = next(iter(weighed)) if len(weighed) == 1 else tuple(sorted(set().union(*weighed)))
         return Wanted(local=not all(stage.partition.is_whole for stage in self.stages), by_unit=self.by_unit, weights=positions)
 
+    @cached_property
+    def _shapes(self) -> tuple[dict[str, torch.Size], ...]:
+        return tuple({key: value.shape for key, value in held.items()} for held in self.init())
+
     def init(self) -> ClipState:
         """States before the first step."""
         return tuple(stage.init() for stage in self.stages)
@@ -162,6 +172,12 @@ class Plan:
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
                 "what the last call returned."
             )
+        for held, shapes in zip(state, self._shapes, strict=True):
+            if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
+                raise ValueError(
+                    f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "
+                    f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned."
+                )
         rules = len(self.rules)
         shadows = rules + len(self.shadows)
         return state[:rules], state[rules:shadows], state[shadows:]

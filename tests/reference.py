@@ -169,7 +169,7 @@ def robust_limits(limit, norms):
             deviation = quantile([abs(x - median) for x in seen], 0.5)
             z, freedom = limit.z, 0.37 * (len(seen) - 1)
             wide = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-            now = math.exp(median + wide * max(1.4826 * deviation, limit.floor))
+            now = math.exp(median + min(wide, 1.5 * z) * max(1.4826 * deviation, limit.floor))
         found.append(now)
         if norm > 0:
             seen = [*seen, math.log(min(norm, now))][-limit.window :]

@@ -18,6 +18,7 @@ from clip_callbacks import (
     NonFiniteGuard,
     QuantileLimit,
     RobustZScoreLimit,
+    Tightest,
     Warmup,
     ZScoreLimit,
     clip_step,
@@ -73,6 +74,54 @@ def test_skip_above_may_be_added_to_a_resumed_run(trainer, tmp_path):
     guard = NonFiniteGuard(skip_above=ZScoreLimit())
     trainer(guard, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert guard.state_dict()["skip_above"][0]["state"]["count"].item() == 4
+
+
+class Grouped(Regression):
+    """Two groups, by their order."""
+
+    def __init__(self, *order):
+        super().__init__(net=nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)))
+        self.order = order
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([{"params": list(self.net[place].parameters())} for place in self.order], lr=0.01)
+
+
+def test_groups_are_known_by_their_parameters(trainer, tmp_path):
+    first = GradientClipping(ZScoreLimit(), scope="group")
+    fit = trainer(first)
+    fit.fit(Grouped(0, 1), data(4))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    second = GradientClipping(ZScoreLimit(), scope="group")
+    fit = trainer(second, max_epochs=1)
+    fit.fit(Grouped(1, 0), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    means = [state_of(clipping)["state"]["mean"].tolist() for clipping in (first, second)]
+    assert means[1] == means[0][::-1]
+    assert means[0][0] != means[0][1]
+
+
+def test_rules_are_known_by_their_names_and_parameters(trainer, tmp_path):
+    def rules(*pairs):
+        return [ClipRule(ZScoreLimit(), params=params, name=name) for name, params in pairs]
+
+    fit = trainer(first := GradientClipping(rules=rules(("low", r"net\.0"), ("high", r"net\.1"))))
+    fit.fit(Grouped(0, 1), data(4))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    second = GradientClipping(rules=rules(("high", r"net\.1"), ("low", r"net\.0")))
+    trainer(second).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    for name in ("low", "high"):
+        assert torch.equal(state_of(second, name)["state"]["mean"], state_of(first, name)["state"]["mean"])
+    with pytest.raises(ValueError, match="must fit, got that of ZScoreLimit"):
+        clipping = GradientClipping(rules=rules(("low", r"net\.1"), ("high", r"net\.0")))
+        trainer(clipping, max_epochs=2).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_the_state_of_another_limit_in_a_plain_loop():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    _, state = clip_step([weight], rules=[ClipRule(ZScoreLimit())])
+    with pytest.raises(ValueError, match="`state` must be that of these rules, got tensors of shapes"):
+        clip_step([weight], state, rules=[ClipRule(QuantileLimit())])
 
 
 class TwoParts(Regression):
@@ -240,5 +289,11 @@ def test_names_of_rules_and_kinds_of_arguments():
             ClipRule(name=name)
     with pytest.raises(TypeError, match="`shadow` must be a list of limits and numbers, got 0.5"):
         GradientClipping(shadow=0.5)
+    with pytest.raises(TypeError, match="`rules` must be a list of ClipRule, got ClipRule"):
+        GradientClipping(rules=ClipRule(1.0))
+    with pytest.raises(TypeError, match=r"`first` must be limits and numbers, got \[\[1.0, 2.0\]\]. Write Tightest\(limits="):
+        Tightest([1.0, 2.0])
+    with pytest.raises(TypeError, match="`limits` must be a list of limits and numbers, got 1.0"):
+        Tightest(limits=1.0)
     assert EmaLimit(max_norm="inf").max_norm == math.inf
     assert LinearLimit("10", "1e-1", 3) == LinearLimit(10.0, 0.1, 3)

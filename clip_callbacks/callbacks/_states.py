@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clip_callbacks.blocks import OUTSIDE, Partition
 from clip_callbacks.limits import LimitState, kind
 from clip_callbacks.parameters import ParameterTable
 from clip_callbacks.rules import ClipRule
@@ -22,29 +23,35 @@ class Held:
         kind: Of limit.
         names: Of the blocks; none if nothing is remembered.
         state: What the limit remembers of them.
+        members: The parameters in each block, where a block's name does not say which: "global", or a group by its number.
     """
 
     kind: str
     names: Sequence[str]
     state: LimitState
+    members: list[list[str]] | None = None
 
     @classmethod
     def fresh(cls, rule: ClipRule, table: ParameterTable) -> Held:
         """What a rule begins with."""
         stage = rule.stage(table)
         state = stage.init()
-        return cls("" if stage.limit is None else kind(stage.limit), stage.partition.names if state else (), state)
+        sort, partition = "" if stage.limit is None else kind(stage.limit), stage.partition
+        if not state:
+            return cls(sort, (), state)
+        return cls(sort, partition.names, state, _members(table, partition) if rule.scope in {"global", "group"} else None)
 
     def dump(self) -> dict[str, Any]:
         """For a checkpoint: tensors, numbers, strings, and lists and dictionaries of them."""
         names = self.names.parts() if isinstance(self.names, UnitNames) else list(self.names)
-        return {"kind": self.kind, "names": names, "state": self.state}
+        return {"kind": self.kind, "names": names, "state": self.state, "members": self.members}
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> Held:
         """Take back what :meth:`dump` returned."""
         names = saved["names"]
-        return cls(saved["kind"], UnitNames(*names) if isinstance(names, tuple) else names, dict(saved["state"]))
+        names = UnitNames(*names) if isinstance(names, tuple) else names
+        return cls(saved["kind"], names, dict(saved["state"]), saved["members"])
 
 
 def adopt(fresh: Held, sources: Sequence[Held | None], whose: str, *, strict: bool) -> Held:
@@ -89,26 +96,44 @@ def _is_alike(source: Held, fresh: Held) -> bool:
 
 def _carried(fresh: Held, sources: Sequence[Held]) -> Held | None:
     """What the sources know of its blocks; None if they know none of them."""
-    state = dict(fresh.state)
-    wanted = dict.fromkeys(fresh.names) if sources else {}
-    is_known = False
+    state, missing, is_known = dict(fresh.state), set(range(len(fresh.names))) if sources else set(), False
     for source in sources:
-        if source.names == fresh.names and not is_known:
-            return Held(fresh.kind, fresh.names, dict(source.state))
-        places = {name: place for place, name in enumerate(source.names) if name in wanted}
-        if not places:
+        if not is_known and list(source.names) == list(fresh.names) and source.members == fresh.members:
+            return Held(fresh.kind, fresh.names, dict(source.state), fresh.members)
+        pairs = [(new, old) for new, old in _same_blocks(fresh, source) if new in missing]
+        if not pairs:
             continue
-        new = torch.tensor([place for place, name in enumerate(fresh.names) if name in places])
-        old = torch.tensor([places[name] for name in fresh.names if name in places])
+        new, old = (torch.tensor(places) for places in zip(*pairs, strict=True))
         for key, value in source.state.items():
             if value.ndim:
                 state[key] = state[key].index_copy(-1, new, value.cpu().index_select(-1, old))
             elif not is_known:
                 state[key] = value
-        for name in places:
-            del wanted[name]
+        missing -= {place for place, _ in pairs}
         is_known = True
-    return Held(fresh.kind, fresh.names, state) if is_known else None
+    return Held(fresh.kind, fresh.names, state, fresh.members) if is_known else None
+
+
+def _same_blocks(fresh: Held, source: Held) -> list[tuple[int, int]]:
+    """Which blocks are the same: by name, or as those with the most parameters in common."""
+    if fresh.members is None or source.members is None:
+        places = {name: place for place, name in enumerate(source.names)}
+        return [(place, places[name]) for place, name in enumerate(fresh.names) if name in places]
+    known = [set(names) for names in source.members]
+    pairs = []
+    for place, names in enumerate(fresh.members):
+        common = [len(other & set(names)) for other in known]
+        if max(common, default=0):
+            pairs.append((place, common.index(max(common))))
+    return pairs
+
+
+def _members(table: ParameterTable, partition: Partition) -> list[list[str]]:
+    members: list[list[str]] = [[] for _ in partition.names]
+    for name, block in zip(table.names, partition.index, strict=True):
+        if block != OUTSIDE:
+            members[block].append(name)
+    return members
 
 
 def _told(held: Held) -> str:

@@ -106,10 +106,10 @@ class GradientClipping(Member):
         for rule in () if renew else self.rules:
             rule.selection.check(list(dict.fromkeys([*names, *(name for lane in lanes for name in lane.table.names)])))
             if not any(_holds(rule, lane) for lane in lanes):
-                rank_zero_warn(f"The rule for {rule.params!r} holds for no parameter that an optimizer holds now.", stacklevel=2)
+                rank_zero_warn(f"{rule} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
-            numbered = [(number, rule) for number, rule in enumerate(self._named_rules(), 1) if _holds(rule, lane)]
-            rules = {str(number): _narrowed(rule, lane) for number, rule in numbered}
+            numbered = enumerate(zip(self.rules, self._named_rules(), strict=True), 1)
+            rules = {given.name or str(number): _narrowed(rule, lane) for number, (given, rule) in numbered if _holds(rule, lane)}
             self._rules[lane.index] = list(rules.values())
             whose = f"GradientClipping for optimizer {lane.index}"
             self._held[lane.index] = self._adopted(rules, lane, self._held, self._restored[0], whose, strict=not renew)
@@ -179,7 +179,7 @@ class GradientClipping(Member):
         lines = []
         for lane in lanes:
             if shadows := lane.history.shadows:
-                counted = {"as it was": lane.history.clips, **shadows}
+                counted = {"in force": lane.history.clips, **shadows}
                 each = ", ".join(f"{name} {spans.run.fraction:.1%} of {spans.run.steps}" for name, spans in counted.items())
                 lines.append(f"GradientClipping{lane.suffix}: share of steps clipped: {each}.")
         return lines
@@ -212,7 +212,7 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
             f"`rules` must not be given beside `max_norm` or `scope`, got rules and max_norm={max_norm!r}, scope={scope!r}. "
             "Each rule has its own max_norm and scope."
         )
-    if not all(isinstance(rule, ClipRule) for rule in rules):
+    if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, ClipRule) for rule in rules):
         raise TypeError(f"`rules` must be a list of ClipRule, got {rules!r}.")
     if not rules:
         raise ValueError("`rules` must hold at least one ClipRule, got []. To measure without clipping, set max_norm=None.")

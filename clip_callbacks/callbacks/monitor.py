@@ -42,7 +42,7 @@ class GradientNormMonitor(Member):
             of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.noise_scale.NoiseScale`.
         contributions: Whether to log for each block ``grad_contribution/<block>``, its share of the total norm (of the sum of
             squares, for p = 2), and ``grad_spill_over/<block>``, the share of its norm that clipping took because of other blocks:
-            1 less its norm after clipping over what that would be if all other gradients were 0.
+            1 less its norm after clipping over what that would be if all other gradients were 0, the limits being what they are.
 
     Raises:
         ValueError: If an argument is out of its range, or ``noise_scale`` is asked for with another norm than the 2-norm.

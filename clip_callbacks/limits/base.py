@@ -85,10 +85,9 @@ def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
     """
     if (number := number_above_zero(max_norm)) is not None:
         return number
-    raise ValueError(
-        f"`{argument}` must be a number above 0, a Limit, or None to measure without clipping, got {max_norm!r}. "
-        "Typical thresholds lie between 0.1 and 10."
-    )
+    advice = ", or None to measure without clipping" if argument == "max_norm" else ""
+    typical = " Typical thresholds lie between 0.1 and 10." if argument == "max_norm" else ""
+    raise ValueError(f"`{argument}` must be a number above 0, a Limit{advice}, got {max_norm!r}.{typical}")
 
 
 def as_finite(number: object, argument: str, *, low: float = 0.0, high: float = math.inf, low_too: bool = False) -> float:

@@ -37,6 +37,8 @@ class Tightest(Limit):
         """Take limits however they are stated."""
         if limits is not None and not isinstance(limits, (list, tuple)):
             raise TypeError(f"`limits` must be a list of limits and numbers, got {limits!r}.")
+        if any(isinstance(limit, (list, tuple)) for limit in first):
+            raise TypeError(f"`first` must be limits and numbers, got {list(first)!r}. Write Tightest(limits=[…]) for a list.")
         each = (*first, *(limits or ()))
         if len(each) <= 1:
             raise ValueError(f"`limits` must be at least two limits or numbers, got {list(each)!r}.")

@@ -23,6 +23,9 @@ MAD_OF_A_NORMAL = 1.4826
 EFFICIENCY_OF_THE_MAD = 0.37
 """Against the standard deviation, on normal data: n norms tell as much as 0.37 n would of the latter."""
 
+MOST_WIDENING = 1.5
+"""How many times as large as asked for a z-score may become for the uncertainty of a small window."""
+
 
 @dataclass(frozen=True)
 class ZScoreLimit(Limit):
@@ -44,9 +47,10 @@ class ZScoreLimit(Limit):
     The first ``warmup`` norms are not limited, and :math:`\mu, \sigma^2` their plain mean and variance: no bias towards a start
     value. Before there is a limit a norm counts as at most 10 times the mean so far.
 
-    Norms are heavy-tailed: of lognormal ones this cuts many times as many as the normal distribution promises (0.6 % for z = 2.5);
-    see :class:`RobustZScoreLimit`. After a lasting jump of the norms "reciprocal" and "mean" hold on to the old level, since
-    what they let through is the old level; "threshold" follows.
+    For z = 2.5 the normal distribution promises 0.6 % of cut norms, and about 1 % of normal ones are, since the variance is a
+    running one. Norms are heavy-tailed: of lognormal ones it cuts many times as many; see :class:`RobustZScoreLimit`. After a
+    lasting jump of the norms "reciprocal" and "mean" hold on to the old level, since what they let through is the old level;
+    "threshold" follows.
 
     Source: Kumar, Owen, Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, equations 3
     to 9; "threshold" is the mode "percentile" of its code. Unlike there, no 1e-6 beside :math:`\sigma`, which would matter for
@@ -124,6 +128,8 @@ class RobustZScoreLimit(Limit):
     .. math::
         z' = z + \frac{z^3 + z}{4 \nu} + \frac{5 z^5 + 16 z^3 + 3 z}{96 \nu^2}
 
+    but at most 1.5 z: so few norms cannot vouch for larger ones.
+
     Thus it cuts about as many lognormal norms, of whatever scale and spread, as the normal distribution promises: for z = 2.5
     0.6 %, for z = 3 0.13 %. Up to half of the window may be spikes.
 
@@ -183,4 +189,5 @@ class RobustZScoreLimit(Limit):
     def _widened(self, count: Tensor) -> Tensor:
         """The z-score for a deviation that is known from so many norms."""
         z, freedom = self.z, EFFICIENCY_OF_THE_MAD * (count - 1).clamp(min=1).double()
-        return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom.square())
+        widened = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom.square())
+        return widened.clamp(max=MOST_WIDENING * z)

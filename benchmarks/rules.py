@@ -175,7 +175,8 @@ def main() -> None:
     note = "Medians (quartiles) of ratios of the same round, interleaved in one process. Made by `python -m benchmarks.rules`."
     parts = [
         f"# What limits, scopes and rules cost, CPU\n\n{machine('cpu')}\n\n{note}\n\nGradients: {name}.",
-        f"## Limits and scopes, next to nothing to clip\n\n{scopes(holder, held, arguments.budget_s)}",
+        "## Limits and scopes\n\nThe same gradients again and again: fixed limits, EmaLimit and RatioLimit clip them, which costs a "
+        f"write, the others do not.\n\n{scopes(holder, held, arguments.budget_s)}",
         f"## Several rules\n\n{several(holder, held, arguments.budget_s)}",
         f"## Units\n\n{units(holder, held, arguments.budget_s)}",
         f"## Over steps\n\n{growth(int(arguments.steps))}",

@@ -106,7 +106,7 @@ def _draw(found: Curves) -> Figure:
         axis.legend(fontsize=8, loc="upper left")
     lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
     for axis in axes:
-        axis.set_ylim(min(lows), max(highs))
+        axis.set_ylim(min(lows) - 0.2, max(highs))
     return figure
 
 

@@ -20,6 +20,7 @@ from clip_callbacks import (
 )
 from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
 from tests.reference import norm
+from tests.test_laws import NAMED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -241,3 +242,29 @@ def test_the_first_fsdp_of_lightning(trainer, policy):
         fit.fit(module, data())
         results.append((fit.callback_metrics["grad/total_norm_p50"], fit.callback_metrics["grad/clip_fraction_epoch"]))
     torch.testing.assert_close(*results)
+
+
+def decided(device, make, scope, *, deferred):
+    """Limits of ten steps, and the states after them."""
+    limit, state, found = make(1.0), None, []
+    parameters = with_gradients(device)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    table, rules = ParameterTable.of(optimizer), [ClipRule(limit, scope)]
+    fresh = [parameter.grad.clone() for parameter in parameters]
+    for step in range(10):
+        for parameter, gradient in zip(parameters, fresh, strict=True):
+            parameter.grad = gradient * (1 + step % 3)
+        torch.cuda.set_sync_debug_mode("error" if deferred and step > 1 else "default")
+        try:
+            options = {"shadows": [ClipRule(limit)], "skip_above": 1e6, "fused": optimizer, "deferred": deferred}
+            report, state = clip_step(table, state, rules=rules, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append(report.limits.cpu())
+    return found, [{key: value.cpu() for key, value in held.items()} for held in state]
+
+
+@pytest.mark.parametrize("make", NAMED)
+@pytest.mark.parametrize(("scope", "deferred"), [("global", True), ("global", False), ("parameter", False), ("unit", False)])
+def test_limits_decide_as_on_the_cpu(make, scope, deferred):
+    torch.testing.assert_close(decided("cuda", make, scope, deferred=deferred), decided("cpu", make, scope, deferred=False))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_callbacks.blocks import Partition
 from clip_callbacks.coefficients import coefficients, ones_like
-from clip_callbacks.limits import BlockNorms, LimitState
+from clip_callbacks.limits import BlockNorms, FixedLimit, LimitState
 from clip_callbacks.norms import Measurement, block_norms
 from clip_callbacks.rules import ClipState, Stage
 
@@ -138,6 +138,9 @@ def apply_limit(
     blocks, limit = stage.partition, stage.limit
     if limit is None:
         return Outcome(blocks, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
+    if type(limit) is FixedLimit:  # of most steps all that there is: it needs to see nothing
+        limits: Tensor | float = limit.max_norm
+        return Outcome(blocks, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred), name=stage.name), state
     state = {key: value.to(norms.device) for key, value in state.items()} if state else state
     may_be_bad = measured.is_deferred or not measured.is_finite
     weights = (

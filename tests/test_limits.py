@@ -157,13 +157,13 @@ def test_the_robust_limit_follows_a_lasting_jump(jump):
     assert sum(clipped[700:]) / 300 < 0.05
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
+@pytest.mark.parametrize("spread", [0.1, 2.0])
 @pytest.mark.parametrize("window", [50, 128])
 @pytest.mark.parametrize(("z", "nominal"), [(2.0, 0.02275), (2.5, 0.00621), (3.0, 0.00135)])
 def test_false_alarms_of_the_robust_limit_on_lognormal_norms(spread, window, z, nominal):
     """Right after the warm-up, and with a full window."""
     torch.manual_seed(0)
-    blocks, steps = 2000, window + 40
+    blocks, steps = 1000, window + 40
     limit = RobustZScoreLimit(z, window=window)
     state, alarms, norms = limit.init(blocks), [], torch.exp(spread * torch.randn(steps, blocks).double())
     for step in range(steps):

@@ -27,7 +27,7 @@ from tests.conftest import Poisoned, Regression, data
 from tests.test_laws import NAMED, SCOPES, gradients, run, with_gradients
 
 
-def state_of(clipping, rule="1"):
+def state_of(clipping, rule="rule_1"):
     return clipping.state_dict()["limits"][0][rule]
 
 
@@ -122,6 +122,14 @@ def test_the_state_of_another_limit_in_a_plain_loop():
     _, state = clip_step([weight], rules=[ClipRule(ZScoreLimit())])
     with pytest.raises(ValueError, match="`state` must be that of these rules, got tensors of shapes"):
         clip_step([weight], state, rules=[ClipRule(QuantileLimit())])
+
+
+def test_a_name_that_is_a_number_hides_no_other_rule(trainer):
+    clipping = GradientClipping(rules=[ClipRule(ZScoreLimit(), name="2"), ClipRule(ZScoreLimit())])
+    fit = trainer(clipping)
+    fit.fit(Regression(), data(4))
+    assert {"grad/2/total_norm", "grad/rule_2/total_norm"} <= set(fit.callback_metrics)
+    assert list(clipping.state_dict()["limits"][0]) == ["2", "rule_2"]
 
 
 class TwoParts(Regression):
@@ -220,7 +228,7 @@ def test_lbfgs_takes_one_step_however_often_it_asks(trainer):
     clipping = GradientClipping(rules=[ClipRule(LinearLimit(2.0, 1.0, 100)), ClipRule(ZScoreLimit())])
     trainer(clipping).fit(Regression(optimizer=torch.optim.LBFGS, lr=0.1), data(6))
     assert state_of(clipping)["state"]["steps"].item() == 6
-    assert state_of(clipping, "2")["state"]["count"].item() == 6
+    assert state_of(clipping, "rule_2")["state"]["count"].item() == 6
 
 
 def test_no_limit_yet_is_no_metric(trainer):

@@ -109,8 +109,7 @@ class GradientClipping(Member):
                 which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
                 rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
         for lane in lanes:
-            numbered = enumerate(zip(self.rules, self._named_rules(), strict=True), 1)
-            rules = {given.name or str(number): _narrowed(rule, lane) for number, (given, rule) in numbered if _holds(rule, lane)}
+            rules = {key: _narrowed(rule, lane) for key, rule in self._named_rules().items() if _holds(rule, lane)}
             self._rules[lane.index] = list(rules.values())
             whose = f"GradientClipping for optimizer {lane.index}"
             self._held[lane.index] = self._adopted(rules, lane, self._held, self._restored[0], whose, strict=not renew)
@@ -143,11 +142,10 @@ class GradientClipping(Member):
             for key, rule in rules.items()
         }
 
-    def _named_rules(self) -> list[ClipRule]:
-        """Each of several rules has a name for its metrics."""
-        if len(self.rules) == 1:
-            return self.rules
-        return [rule if rule.name else replace(rule, name=f"rule_{number}") for number, rule in enumerate(self.rules, 1)]
+    def _named_rules(self) -> dict[str, ClipRule]:
+        """By their names, which each of several rules needs for its metrics."""
+        named = zip(_names(self.rules), self.rules, strict=True)
+        return {name: replace(rule, name=name) if len(self.rules) > 1 else rule for name, rule in named}
 
     def forget(self) -> None:
         """Begin a new run."""
@@ -221,8 +219,12 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
     return list(rules)
 
 
+def _names(rules: Sequence[ClipRule]) -> list[str]:
+    return [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
+
+
 def _check_names(rules: Sequence[ClipRule]) -> None:
-    names = [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
+    names = _names(rules)
     if len(set(names)) < len(names):
         raise ValueError(f"`name` must be another one for each rule, got {', '.join(names)}: metrics are called by it.")
 

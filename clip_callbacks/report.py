@@ -29,6 +29,10 @@ BLOCK_NORM = "grad_norm/"
 """Prefix of a monitor's metrics; the name of the block follows."""
 CONTRIBUTION = "grad_contribution/"
 SPILL_OVER = "grad_spill_over/"
+UPDATE_RATIO = "update_ratio/"
+
+JOURNAL = "nonfinite_steps.jsonl"
+"""In the log directory: a line of JSON for each bad step."""
 
 PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}
 

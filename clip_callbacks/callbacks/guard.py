@@ -21,11 +21,8 @@ from clip_callbacks.findings import Findings, Spike
 from clip_callbacks.limits import Limit, as_limit
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.report import StepReport
+from clip_callbacks.report import JOURNAL, StepReport
 from clip_callbacks.rules import ClipRule, ClipState
-
-JOURNAL = "nonfinite_steps.jsonl"
-"""In the log directory: a line of JSON for each bad step."""
 
 Level: TypeAlias = Literal["window", "microbatch"]
 

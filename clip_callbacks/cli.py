@@ -1,0 +1,119 @@
+"""The command ``clip-callbacks``: what the logs of runs tell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clip_callbacks.dashboard.page import Section
+
+UNUSABLE = 2
+"""Exit code if the input cannot be used, as argparse has it for wrong arguments."""
+
+LOGS = (
+    "a metrics.csv, one of TensorBoard's event files, a database of MLflow (mlflow.db), a folder with such anywhere "
+    "below it, or the "
+    "address of an MLflow store (sqlite:///mlflow.db, http://localhost:5000; behind # an experiment's name or a run's id)"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those of the command line; None: the process's own.
+
+    Returns:
+        The exit code: 0, or 2 if the logs cannot be used, with one line on stderr that says why.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        from clip_callbacks.dashboard.runs import UnusableLogError
+        from clip_callbacks.dashboard.sources import read_runs
+    except ImportError as error:
+        print(f"clip-callbacks: {error}; pip install 'clip_callbacks[report]'", file=sys.stderr)
+        return UNUSABLE
+    try:
+        runs, notes = read_runs(options.logs)
+        first, last = options.steps or (None, None)
+        if options.steps:
+            runs = [part for run in runs if (part := run.within(first, last)).tracks]
+            if not runs:
+                raise UnusableLogError(f"nothing was logged from step {first} to step {last}.")
+        return int(options.run(options, runs, notes))
+    except (UnusableLogError, OSError) as error:
+        print(f"clip-callbacks: {' '.join(str(error).split())}", file=sys.stderr)
+        return UNUSABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clip-callbacks", description="What the logs of runs with clip_callbacks tell.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    report = commands.add_parser("report", help="write a page that shows runs side by side", description="Write a report page.")
+    suggest = commands.add_parser("suggest", help="say which max_norm the norms suggest", description="Suggest a max_norm.")
+    for command in (report, suggest):
+        command.add_argument("logs", nargs="+", metavar="LOGS", help=LOGS)
+        command.add_argument("--steps", type=_steps, metavar="A:B", help="only steps from A to B; either may be left out")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write (default: %(default)s)")
+    report.add_argument("--png", type=Path, metavar="DIR", help="also write the pictures as PNG files into this folder")
+    report.add_argument("--loss", action="append", default=[], metavar="METRIC", help="a metric that is a loss; may be repeated")
+    report.add_argument("--title", default="Gradient report", help="heading of the page")
+    suggest.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(run=_report)
+    suggest.set_defaults(run=_suggest)
+    return parser
+
+
+def _steps(text: str) -> tuple[int | None, int | None]:
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return int(first) if first else None, int(last) if last else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, got {text!r}") from None
+
+
+def _report(options: argparse.Namespace, runs: list[object], notes: list[str]) -> int:
+    from clip_callbacks.dashboard.page import write_report
+
+    written = write_report(runs, options.output, notes=notes, losses=options.loss, png=options.png, title=options.title)  # type: ignore[arg-type]
+    for note in notes:
+        print(f"clip-callbacks: {note}", file=sys.stderr)
+    print(f"Report: {written[0]}")
+    if options.png:
+        print(f"Pictures: {', '.join(path.name for path in written[1:])} in {options.png}")
+    return 0
+
+
+def _suggest(options: argparse.Namespace, runs: list[object], notes: list[str]) -> int:
+    from clip_callbacks.dashboard.page import make_sections
+
+    sections = make_sections(runs, ())  # type: ignore[arg-type]
+    if options.json:
+        print(json.dumps({section.track.name: _facts(section) for section in sections}, indent=2))
+    else:
+        print("\n\n".join(_told(section) for section in sections))
+    return 0
+
+
+def _facts(section: Section) -> dict[str, object] | None:
+    return None if section.advice is None else section.advice.facts() | {"caution": section.caution}
+
+
+def _told(section: Section) -> str:
+    if section.advice is None:
+        return f"{section.track.name}: no finite norm above 0 was logged, nothing can be suggested."
+    snippets = (section.yaml(), section.yaml(adaptive=True))
+    caution = f"\n  ! {section.caution}" if section.caution else ""
+    told = f"{section.track.name}: {section.advice.describe()}{caution}"
+    return f"{told}\n\n{snippets[0]}\n# or, setting itself:\n{snippets[1]}".rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

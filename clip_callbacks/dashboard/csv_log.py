@@ -1,0 +1,141 @@
+"""Reads what Lightning's CSVLogger wrote."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from clip_callbacks.dashboard.runs import Series, Steps, UnusableLogError, Values
+
+STEP = "step"
+ROWS = 200_000
+"""Rows that are in memory as a table at once."""
+
+Columns = dict[str, list[tuple[Steps, Values]]]
+"""For each metric the steps and values of one chunk after another; metrics that were logged together share their steps."""
+
+
+def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
+    """Metrics and notes of a ``metrics.csv``.
+
+    An empty cell is a metric that was not logged; "nan" and "inf" are values. A file whose columns changed in mid-run, by rows of
+    another length or by another header, is read header by header; rows that fit none are left out and counted.
+
+    Raises:
+        UnusableLogError: If it is no such file, or an empty one.
+    """
+    notes: list[str] = []
+    try:
+        with progress(path) as file:
+            columns = _read_fast(file)
+    except (pd.errors.ParserError, _OtherHeader):
+        columns, notes = _read_by_header(path)
+    except pd.errors.EmptyDataError:
+        raise UnusableLogError(f"{path} is empty: nothing was logged.") from None
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UnusableLogError(f"{path} cannot be read: {error}.") from None
+    if not columns:
+        raise UnusableLogError(f"{path} holds a header and no values: nothing was logged.")
+    return joined(columns), notes
+
+
+def joined(columns: Columns) -> dict[str, Series]:
+    """Metrics from their chunks, which are let go of on the way."""
+    metrics: dict[str, Series] = {}
+    shared: dict[tuple[int, ...], Steps] = {}
+    kept = [part for chunks in columns.values() for part, _ in chunks]  # so that no two of them have had the same id
+    for key in list(columns):
+        chunks = columns.pop(key)
+        parts = tuple(id(part) for part, _ in chunks)
+        if parts not in shared:
+            shared[parts] = np.concatenate([part for part, _ in chunks])
+        metrics[key] = Series.of(shared[parts], np.concatenate([values for _, values in chunks]))
+    kept.clear()
+    return metrics
+
+
+@contextmanager
+def progress(path: Path) -> Iterator[Any]:
+    """A file open for reading whose bytes a progress bar counts, if it takes more than a moment and someone looks on."""
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1.0, "leave": False, "disable": None}
+    with path.open("rb") as file, tqdm.wrapattr(file, "read", path.stat().st_size, desc=path.parent.name, **options) as watched:
+        yield watched
+
+
+class _OtherHeader(Exception):  # noqa: N818 (no error: a way to read)
+    """The columns change in the middle of the file."""
+
+
+def _read_fast(file: BinaryIO) -> Columns:
+    columns: Columns = {}
+    reader = pd.read_csv(
+        file, chunksize=ROWS, keep_default_na=False, na_values=[""], encoding_errors="replace", index_col=False, low_memory=False
+    )
+    with reader:
+        for table in reader:
+            if STEP not in table:
+                raise _OtherHeader
+            steps = table[STEP]
+            if not pd.api.types.is_numeric_dtype(steps):
+                raise _OtherHeader
+            _take(columns, table, steps)
+    return columns
+
+
+def _take(columns: Columns, table: pd.DataFrame, steps: pd.Series[Any]) -> None:
+    """Keep what the columns of a chunk have: cells with text that is a number, NaN and infinities included."""
+    has_step, shared = steps.notna(), dict[bytes, Steps]()
+    for key in table.columns.drop(STEP):
+        is_logged = (table[key].notna() & has_step).to_numpy()
+        if not is_logged.any():
+            continue
+        logged = table[key][is_logged]
+        if not pd.api.types.is_numeric_dtype(logged):
+            logged = pd.to_numeric(logged, errors="coerce")
+        rows = np.packbits(is_logged).tobytes()
+        if rows not in shared:
+            shared[rows] = steps[is_logged].to_numpy(dtype=np.int64)
+        columns.setdefault(str(key), []).append((shared[rows], logged.to_numpy(dtype=np.float64, na_value=np.nan)))
+
+
+def _read_by_header(path: Path) -> tuple[Columns, list[str]]:
+    columns: Columns = {}
+    headers, misfits = 0, 0
+    for header, rows, misfit in _segments(path):
+        headers, misfits = headers + 1, misfits + misfit
+        table = pd.DataFrame(rows, columns=header, dtype=object).replace("", np.nan)
+        steps = pd.to_numeric(table[STEP], errors="coerce")
+        _take(columns, table, steps)
+    if not headers:
+        raise UnusableLogError(f"{path} has no column {STEP!r}: it is not what a CSVLogger writes.")
+    notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
+    if misfits:
+        notes.append(f"{misfits} rows of {path.name} do not fit its header and are left out.")
+    return columns, notes
+
+
+def _segments(path: Path) -> Iterator[tuple[list[str], list[list[str]], int]]:
+    """Each header with the rows under it that fit it, and how many do not."""
+    header: list[str] = []
+    rows: list[list[str]] = []
+    misfits = 0
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.reader(line.replace("\0", "") for line in file):
+            if STEP in row and len(set(row)) == len(row):
+                if header:
+                    yield header, rows, misfits
+                header, rows, misfits = row, [], 0
+            elif header and row:
+                if len(row) == len(header):
+                    rows.append(row)
+                else:
+                    misfits += 1
+    if header:
+        yield header, rows, misfits

@@ -1,0 +1,200 @@
+"""The report: one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from tqdm import tqdm
+
+from clip_callbacks.advice import Advice
+from clip_callbacks.dashboard.charts import COLORS, MOST, make_charts
+from clip_callbacks.dashboard.diagnosis import BadStep, Finding, bad_steps, diagnose, out_of_control
+from clip_callbacks.dashboard.pictures import Chart
+from clip_callbacks.dashboard.runs import Run, Series, Track, UnusableLogError
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one optimizer of a run.
+
+    Args:
+        track: The optimizer.
+        losses: The run's losses.
+        color: Of its lines.
+        findings: Sentences on it.
+        advice: A max_norm for it; None where no norm was logged.
+        bad_steps: The worst steps, in order.
+        bad_count: How many there were.
+    """
+
+    track: Track
+    losses: dict[str, Series]
+    color: str
+    findings: list[Finding]
+    advice: Advice | None
+    bad_steps: list[BadStep]
+    bad_count: int
+
+    @property
+    def row(self) -> list[str]:
+        """Its row in the table of runs."""
+        track, norms = self.track, self.track.total_norm
+        percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
+        steps = max((int(series.steps[-1]) + 1 for series in track.run.metrics.values() if series), default=0)
+        share, skipped = track.share_clipped, track.skipped_steps
+        losses = [f"{key} {number(series.values[-1])}" for key, series in list(self.losses.items())[:2]]
+        return [
+            f"{steps:,}",
+            *map(number, percentiles),
+            number(float(norms.values.max())) if norms else NONE,
+            number(track.max_norm.last),
+            NONE if math.isnan(share) else f"{share:.1%}",
+            f"{skipped.last:.0f}" if skipped else NONE,
+            number(self.advice.max_norm) if self.advice else NONE,
+            f"{len(norms):,}",
+            ", ".join(losses) or NONE,
+        ]
+
+    @property
+    def caution(self) -> str | None:
+        """Why the suggestion is not to be trusted, if so."""
+        return out_of_control(self.losses)
+
+    def yaml(self, *, adaptive: bool = False) -> str:
+        """The suggestion for a configuration file."""
+        return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
+
+
+HEADINGS = ("steps", "p50", "p90", "p99", "largest", "max_norm", "clipped", "skipped", "suggested", "norms logged", "last loss")
+
+
+def number(value: float) -> str:
+    """Three digits; a dash for NaN, a word for infinity."""
+    if math.isnan(value):
+        return NONE
+    return ("-" if value < 0 else "") + "inf" if math.isinf(value) else f"{value:.3g}"
+
+
+def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
+    """What there is to say of each optimizer of each run.
+
+    Args:
+        runs: The runs.
+        losses: Names of metrics that are losses; none: those whose names say so.
+
+    Raises:
+        UnusableLogError: If no run has a loss that was asked for.
+    """
+    for key in losses:
+        if not any(key in run.metrics for run in runs):
+            others = sorted({key for run in runs for key in run.metrics if not key.startswith("grad")})
+            raise UnusableLogError(f"no run has a metric {key!r}; there are {', '.join(others[:12]) or 'none but ours'}.")
+    sections: list[Section] = []
+    for track in [track for run in runs for track in run.tracks]:
+        found = track.run.losses(tuple(losses))
+        rows, count = bad_steps(track)
+        hue = COLORS[len(sections) % MOST]
+        sections.append(Section(track, found, hue, diagnose(track, found), track.advice, rows, count))
+    return sections
+
+
+def write_report(
+    runs: Sequence[Run],
+    path: Path,
+    *,
+    notes: Sequence[str] = (),
+    losses: Sequence[str] = (),
+    png: Path | None = None,
+    title: str = "Gradient report",
+) -> list[Path]:
+    """Write the page, whole or not at all.
+
+    Args:
+        runs: The runs to show side by side; the page shows the first ten optimizers of them.
+        path: Of the page.
+        notes: What else is to be said at its end.
+        losses: Names of metrics that are losses; none: those whose names say so.
+        png: A folder for the pictures as PNG files, if they are wanted.
+        title: The page's heading.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UnusableLogError: If there is nothing to show.
+        OSError: If it cannot be written.
+    """
+    sections = make_sections(runs, losses)
+    notes = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
+    if len(sections) > MOST:
+        notes.append(f"{MOST} of {len(sections)} runs are shown. Name fewer to see the others.")
+        sections = sections[:MOST]
+    charts = make_charts([section.track for section in sections], [section.losses for section in sections])
+    page = _render(sections, charts, notes, title)
+    _write(path, page)
+    return [path, *(_write_pngs(charts, png) if png else ())]
+
+
+def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], title: str) -> str:
+    from clip_callbacks import __version__
+
+    environment = Environment(
+        loader=PackageLoader("clip_callbacks.dashboard"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["number"] = number
+    drawn = [
+        (chart, Markup(chart.svg(narrow=False)), Markup(chart.svg(narrow=True)))
+        for chart in tqdm(charts, desc="Drawing", unit="picture", delay=1.0, leave=False, disable=None)
+    ]
+    style = files("clip_callbacks.dashboard").joinpath("templates/report.css").read_text(encoding="utf-8")
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        sections=sections,
+        headings=HEADINGS,
+        charts=drawn,
+        notes=notes,
+        style=Markup(style),
+        version=__version__,
+        now=datetime.now().astimezone(),
+    )
+
+
+def _write_pngs(charts: list[Chart], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [chart.write_png(folder) for chart in charts]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

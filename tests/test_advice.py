@@ -1,0 +1,121 @@
+"""Which max_norm? Against distributions whose percentiles are known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from clip_callbacks import advice as advice_module
+from clip_callbacks.advice import advise, two_digits
+
+DISTRIBUTIONS = {
+    "lognormal": stats.lognorm(0.6, scale=3.0),
+    "wide lognormal": stats.lognorm(1.5, scale=1e-4),
+    "gamma": stats.gamma(4.0, scale=50.0),
+    "uniform": stats.uniform(0.5, 2.0),
+    "pareto": stats.pareto(2.5, scale=0.1),
+}
+
+
+def drawn(distribution, count=20_000, seed=0):
+    return torch.from_numpy(distribution.rvs(count, random_state=np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_the_percentiles_of_known_distributions_are_recovered(distribution):
+    advice = advise(drawn(distribution))
+    for percent, value in advice.percentiles.items():
+        share = percent / 100
+        # four standard errors of an empirical share: one draw in 16,000 is further off
+        assert abs(distribution.cdf(value) - share) < 4 * math.sqrt(share * (1 - share) / 20_000), percent
+    assert advice.max_norm == pytest.approx(distribution.ppf(0.9), rel=0.05 + 0.03)  # two digits, and the same error
+    assert advice.clips == pytest.approx(0.1, abs=0.03)
+
+
+@given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=200), st.randoms())
+@settings(deadline=None, max_examples=200)
+def test_numbers_are_those_of_numpy(values, dice):
+    bad = [math.nan, math.inf, -math.inf, 0.0, -1.0]
+    mixed = values + bad
+    dice.shuffle(mixed)
+    advice = advise(torch.tensor(mixed, dtype=torch.float64))
+    assert (advice.steps, advice.left_out) == (len(values), len(bad))
+    for percent, value in advice.percentiles.items():
+        assert value == pytest.approx(np.percentile(values, percent), rel=1e-9)
+    assert advice.clips == np.mean(np.array(values) > advice.max_norm)
+    assert advice.max_norm > 0
+    assert advice.largest == max(values)
+
+
+@given(st.floats(1e-300, 1e300))
+def test_two_digits(value):
+    assert two_digits(value) == pytest.approx(value, rel=0.05)
+    assert float(f"{two_digits(value):.1e}") == two_digits(value)
+
+
+@pytest.mark.parametrize("norms", [[], [math.nan] * 3, [0.0], [math.inf, -1.0]])
+def test_without_a_norm_there_is_no_advice(norms):
+    assert advise(torch.tensor(norms)) is None
+
+
+def test_the_outliers_of_a_lognormal_distribution_are_its_share_beyond_three_sigma():
+    advice = advise(drawn(stats.lognorm(0.7), 200_000))
+    assert advice.outliers == pytest.approx(stats.norm.sf(3.0), rel=0.15)
+    assert advice.adaptive_call == "RobustZScoreLimit(z=3)"
+    assert any("insurance" in reason for reason in advice.reasons)
+
+
+def test_spikes_are_a_tail_that_clipping_is_for():
+    norms = drawn(stats.lognorm(0.3), 5000)
+    norms[::50] *= 40
+    advice = advise(norms)
+    assert advice.outliers == pytest.approx(0.02, abs=0.004)
+    assert any("a tail that clipping is for" in reason for reason in advice.reasons)
+
+
+def test_a_run_that_goes_out_of_control_is_judged_by_its_calmest_quarter():
+    calm, wild = drawn(stats.lognorm(0.2), 1000), drawn(stats.lognorm(0.2, scale=50.0), 3000)
+    advice = advise(torch.cat([calm, wild]))
+    assert advice.max_norm == two_digits(float(np.percentile(calm, 90)))
+    assert any("calmest quarter" in reason for reason in advice.reasons)
+    assert advice.adaptive_call == "QuantileLimit(quantile=0.9)"
+
+
+def test_norms_that_fall_get_a_limit_that_follows():
+    falling = drawn(stats.lognorm(0.1), 4000) * torch.logspace(1, -1, 4000)
+    advice = advise(falling)
+    assert advice.max_norm == two_digits(float(np.percentile(falling, 90)))
+    assert advice.adaptive_call == "QuantileLimit(quantile=0.9)"
+    assert advice.quarters == pytest.approx([float(np.median(part)) for part in np.array_split(falling.numpy(), 4)])
+
+
+def test_a_short_run_is_not_divided():
+    assert advise(torch.logspace(0, 3, advice_module.FEWEST - 1)).quarters == ()
+
+
+def test_facts_are_json_without_nan():
+    facts = advise(drawn(DISTRIBUTIONS["gamma"], 100)).facts()
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("shape", ["steady", "falling"])
+def test_the_configuration_is_one_that_lightning_cli_takes(adaptive, shape, tmp_path):
+    import yaml
+
+    from tests.test_configuration import callbacks
+
+    norms = drawn(stats.lognorm(0.2), 400) * (torch.logspace(2, 0, 400) if shape == "falling" else 1)
+    advice = advise(norms)
+    path = tmp_path / "advice.yaml"
+    path.write_text(yaml.safe_dump(advice.configuration(adaptive=adaptive)))
+    (callback,) = callbacks(f"--config={path}")
+    (rule,) = callback.rules
+    assert repr(rule.max_norm).startswith(f"{advice.adaptive}(") if adaptive else rule.max_norm == advice.max_norm

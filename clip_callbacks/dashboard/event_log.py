@@ -7,6 +7,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +17,8 @@ from clip_callbacks.dashboard.runs import Series, UnusableLogError
 LENGTH = struct.Struct("<Q")
 BEFORE, AFTER = 12, 4
 """Bytes of a record before its content (its length and that one's checksum) and after it (its checksum)."""
+Points = dict[str, tuple["array[int]", "array[float]"]]
+"""For each tag the steps and values."""
 
 
 def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
@@ -27,64 +30,74 @@ def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
     Raises:
         UnusableLogError: If they are no event files, or empty.
     """
-    scalars: dict[str, tuple[array[int], array[float]]] = {}
-    notes: list[str] = []
-    for path in sorted(paths):
-        for step, tag, value in _scalars(path, notes):
-            steps, values = scalars.setdefault(tag, (array("q"), array("d")))
-            steps.append(step)
-            values.append(value)
-    if not scalars:
+    points: Points = {}
+    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]
+    if not points:
         broken = f" ({' '.join(notes)})" if notes else ""
         raise UnusableLogError(f"{paths[0].parent} holds no scalars: nothing was logged{broken}.")
-    return {
-        tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in scalars.items()
-    }, notes
+    return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
 
 
-def _scalars(path: Path, notes: list[str]) -> Iterator[tuple[int, str, float]]:
+class _Broken(Exception):  # noqa: N818 (no error: the end of what can be read)
+    """How a file ends that does not end as it should."""
+
+
+def _read_file(path: Path, points: Points) -> str | None:
+    """Take in the scalars of a file; a note if its end is broken, as after a crash, or while the run goes on."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    try:
+        for event in _events(path):
+            step = event.step
+            for value in event.summary.value:
+                kind = value.WhichOneof("value")
+                if kind == "simple_value":
+                    number = value.simple_value
+                elif kind == "tensor" and value.metadata.plugin_data.plugin_name == "scalars":
+                    number = float(make_ndarray(value.tensor))
+                else:
+                    continue
+                tag = value.tag
+                if tag not in points:
+                    points[tag] = array("q"), array("d")
+                steps, values = points[tag]
+                steps.append(step)
+                values.append(number)
+    except _Broken as broken:
+        return f"{path.name} is {broken}: it was read up to there."
+    return None
+
+
+def _events(path: Path) -> Iterator[Any]:
+    """The events of a file, one after another.
+
+    Raises:
+        _Broken: Where they end too early.
+        UnusableLogError: If the first one cannot be read.
+    """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    first = True
-    for content in _records(path, notes):
-        try:
-            event = Event.FromString(content)
-        except DecodeError:
-            if first:
-                raise UnusableLogError(f"{path} is not one of TensorBoard's event files.") from None
-            notes.append(f"{path.name} is damaged: it was read up to there.")
-            return
-        first = False
-        for value in event.summary.value:
-            kind = value.WhichOneof("value")
-            if kind == "simple_value":
-                yield event.step, value.tag, value.simple_value
-            elif kind == "tensor" and value.metadata.plugin_data.plugin_name == "scalars":
-                from tensorboard.util.tensor_util import make_ndarray
-
-                yield event.step, value.tag, float(make_ndarray(value.tensor))
-
-
-def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
-    """The contents of the records; a note if the last one is cut off, as after a crash, or while the run goes on."""
-    size = path.stat().st_size
+    parse, size, at = Event.FromString, path.stat().st_size, 0
     if not size:
         return
-    options = {"unit": "B", "unit_scale": True, "delay": 1.0, "leave": False, "disable": None}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, tqdm(
-        total=size, desc=path.parent.name, **options
-    ) as bar:  # fmt: skip
-        at = 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, _bar(path, size) as bar:
         while at < size:
             start = at + BEFORE
-            end = start + LENGTH.unpack_from(data, at)[0] if start <= size else size + 1
-            if end + AFTER > size:
-                if not at:
-                    raise UnusableLogError(f"{path} is not one of TensorBoard's event files, or cut off in its first record.")
-                notes.append(f"{path.name} is cut off in its last record: it was read up to there.")
-                return
-            yield data[start:end]
-            if end - bar.n > 1 << 20:
-                bar.update(end - bar.n)
+            end = start + LENGTH.unpack_from(data, at)[0] if start <= size else size
+            try:
+                event = parse(data[start:end]) if end + AFTER <= size else None
+            except DecodeError:
+                event = None
+            if event is None and not at:
+                raise UnusableLogError(f"{path} is not one of TensorBoard's event files.")
+            if event is None:
+                raise _Broken("cut off in its last record" if end + AFTER > size else "damaged")
+            yield event
+            if at - bar.n > 1 << 22:
+                bar.update(at - bar.n)
             at = end + AFTER
+
+
+def _bar(path: Path, size: int) -> Any:
+    return tqdm(total=size, desc=path.parent.name, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None)

@@ -1,4 +1,4 @@
-# make demo: train on real text with and without clipping, draw what happened. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
+# make demo: train on real text with and without clipping, write a report page. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
 # make benchmarks: time and compare everything anew, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -19,8 +19,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --config configs/char_rnn_unclipped.yaml
 	@echo "== 2/2: with GradientClipping"
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml
-	$(BIN)/python examples/compare_runs.py $(LOGS)/csv/unclipped $(LOGS)/csv/clipped --picture $(LOGS)/runs.png
-	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard"
+	@echo "== What happened, and which max_norm?"
+	$(BIN)/clip-callbacks report $(LOGS)/csv --title "Character RNN with and without clipping" -o $(LOGS)/report.html --png $(LOGS)/png
+	$(BIN)/clip-callbacks suggest $(LOGS)/csv/clipped
+	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard (tab Custom Scalars)"
+	@echo "Report page, to open in a browser: $(CURDIR)/$(LOGS)/report.html"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
@@ -49,6 +52,8 @@ examples: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.rules --set 50 --steps 200 --budget-s 0.1
 	$(BIN)/python -m benchmarks.after_nan
 	$(BIN)/python -m benchmarks.limits --quick
+	$(BIN)/python -m benchmarks.report --steps 2000
+	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
 
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
@@ -64,6 +69,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.rules --output rules_cpu.md
 	$(BIN)/python -m benchmarks.after_nan --output after_nan.md
 	$(BIN)/python -m benchmarks.limits --output limits.md
+	$(BIN)/python -m benchmarks.report --output report_cpu.md
 
 clean:
 	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_callbacks.dashboard.page import Section
+    from clip_callbacks.dashboard.runs import Run
 
 UNUSABLE = 2
 """Exit code if the input cannot be used, as argparse has it for wrong arguments."""
@@ -79,22 +80,27 @@ def _steps(text: str) -> tuple[int | None, int | None]:
         raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, got {text!r}") from None
 
 
-def _report(options: argparse.Namespace, runs: list[object], notes: list[str]) -> int:
-    from clip_callbacks.dashboard.page import write_report
+def _report(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> int:
+    from tabulate import tabulate
 
-    written = write_report(runs, options.output, notes=notes, losses=options.loss, png=options.png, title=options.title)  # type: ignore[arg-type]
+    from clip_callbacks.dashboard.page import HEADINGS, make_sections, write_report
+
+    sections = make_sections(runs, options.loss)
+    written = write_report(sections, options.output, notes=notes, png=options.png, title=options.title)
     for note in notes:
         print(f"clip-callbacks: {note}", file=sys.stderr)
+    rows = [[section.track.name, *section.row] for section in sections]
+    print(tabulate(rows, ("run", *HEADINGS), disable_numparse=True, stralign="right"))
     print(f"Report: {written[0]}")
     if options.png:
         print(f"Pictures: {', '.join(path.name for path in written[1:])} in {options.png}")
     return 0
 
 
-def _suggest(options: argparse.Namespace, runs: list[object], notes: list[str]) -> int:
+def _suggest(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> int:
     from clip_callbacks.dashboard.page import make_sections
 
-    sections = make_sections(runs, ())  # type: ignore[arg-type]
+    sections = make_sections(runs, ())
     if options.json:
         print(json.dumps({section.track.name: _facts(section) for section in sections}, indent=2))
     else:

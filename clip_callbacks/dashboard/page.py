@@ -112,21 +112,19 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
 
 
 def write_report(
-    runs: Sequence[Run],
+    sections: Sequence[Section],
     path: Path,
     *,
     notes: Sequence[str] = (),
-    losses: Sequence[str] = (),
     png: Path | None = None,
     title: str = "Gradient report",
 ) -> list[Path]:
     """Write the page, whole or not at all.
 
     Args:
-        runs: The runs to show side by side; the page shows the first ten optimizers of them.
+        sections: What is to be shown; the first ten are.
         path: Of the page.
-        notes: What else is to be said at its end.
-        losses: Names of metrics that are losses; none: those whose names say so.
+        notes: What else is to be said at its end, beside the readers' notes.
         png: A folder for the pictures as PNG files, if they are wanted.
         title: The page's heading.
 
@@ -134,17 +132,15 @@ def write_report(
         The files written.
 
     Raises:
-        UnusableLogError: If there is nothing to show.
         OSError: If it cannot be written.
     """
-    sections = make_sections(runs, losses)
+    runs = list(dict.fromkeys(section.track.run for section in sections))
     notes = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     if len(sections) > MOST:
         notes.append(f"{MOST} of {len(sections)} runs are shown. Name fewer to see the others.")
-        sections = sections[:MOST]
-    charts = make_charts([section.track for section in sections], [section.losses for section in sections])
-    page = _render(sections, charts, notes, title)
-    _write(path, page)
+    shown = list(sections[:MOST])
+    charts = make_charts([section.track for section in shown], [section.losses for section in shown])
+    _write(path, _render(shown, charts, notes, title))
     return [path, *(_write_pngs(charts, png) if png else ())]
 
 

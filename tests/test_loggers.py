@@ -61,11 +61,12 @@ class Recording(NamedTuple):
     read: Callable[[], Readings]
 
 
-Recorder: TypeAlias = Callable[[Path], AbstractContextManager[Recording]]
+Recorder: TypeAlias = Callable[[Path, str], AbstractContextManager[Recording]]
+"""Of the folder to write to, and the address of an MLflow server."""
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _no_network():
     """These packages would like to tell their makers of the run."""
     quiet = {
         "WANDB_MODE": "offline",
@@ -77,8 +78,10 @@ def _no_network(monkeypatch):
         "COMET_DISABLE_AUTO_LOGGING": "1",
         "COMET_LOGGING_CONSOLE": "ERROR",
     }
-    for name, value in quiet.items():
-        monkeypatch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quiet.items():
+            patch.setenv(name, value)
+        yield
 
 
 def free_port() -> int:
@@ -123,7 +126,7 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def tensorboard(folder: Path) -> Iterator[Recording]:
+def tensorboard(folder: Path, server: str = "") -> Iterator[Recording]:
     logger = TensorBoardLogger(folder)
 
     def read() -> Readings:
@@ -143,7 +146,7 @@ def of_mlflow(logger: MLFlowLogger, uri: str) -> Readings:
 
 
 @contextmanager
-def mlflow_in_a_file(folder: Path) -> Iterator[Recording]:
+def mlflow_in_a_file(folder: Path, server: str = "") -> Iterator[Recording]:
     pytest.importorskip("mlflow")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     logger = MLFlowLogger(tracking_uri=uri, artifact_location=str(folder / "artifacts"))
@@ -151,12 +154,19 @@ def mlflow_in_a_file(folder: Path) -> Iterator[Recording]:
 
 
 @contextmanager
-def mlflow_on_a_server(folder: Path) -> Iterator[Recording]:
+def mlflow_on_a_server(folder: Path, server: str) -> Iterator[Recording]:
+    logger = MLFlowLogger(tracking_uri=server)
+    yield Recording(logger, lambda: of_mlflow(logger, server))
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory) -> Iterator[str]:
+    """Started once: it takes ten seconds to make its tables."""
     pytest.importorskip("mlflow")
+    folder = tmp_path_factory.mktemp("mlflow")
     store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", folder / "artifacts"]
     with served(["mlflow", "server", "--workers", "1", *store], "/health", folder) as url:
-        logger = MLFlowLogger(tracking_uri=url)
-        yield Recording(logger, lambda: of_mlflow(logger, url))
+        yield url
 
 
 def inspected(logger: WandbLogger, *options: str) -> str:
@@ -173,7 +183,7 @@ def records(logger: WandbLogger, kind: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def wandb(folder: Path) -> Iterator[Recording]:
+def wandb(folder: Path, server: str = "") -> Iterator[Recording]:
     pytest.importorskip("wandb")
     logger = WandbLogger(save_dir=folder)
 
@@ -191,7 +201,7 @@ def wandb(folder: Path) -> Iterator[Recording]:
 
 
 @contextmanager
-def comet(folder: Path) -> Iterator[Recording]:
+def comet(folder: Path, server: str = "") -> Iterator[Recording]:
     pytest.importorskip("comet_ml")
     unwanted = ("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_details")
     # Lightning's own `online=False` switches the experiment off altogether; COMET_START_ONLINE leaves it on
@@ -241,11 +251,12 @@ RECORDERS = [tensorboard, mlflow_in_a_file, mlflow_on_a_server, wandb, comet]
 
 
 @pytest.mark.parametrize("recorder", RECORDERS, ids=lambda recorder: recorder.__name__)
-def test_a_loggers_own_library_reads_back_what_the_csv_log_says(recorder: Recorder, trainer, tmp_path):
+def test_a_loggers_own_library_reads_back_what_the_csv_log_says(recorder: Recorder, trainer, tmp_path, request):
+    server = request.getfixturevalue("mlflow_server") if recorder is mlflow_on_a_server else ""
     csv = CSVLogger(tmp_path / "csv")
     folder = tmp_path / "other"
     folder.mkdir()
-    with recorder(folder) as recording:
+    with recorder(folder, server) as recording:
         fit_with_bad_steps(trainer, csv, recording.logger)
         readings = recording.read()
     expected = of_csv(csv)
@@ -273,12 +284,12 @@ def test_the_csv_log_says_what_happened(trainer, tmp_path):
 
 
 @needs_browser
-def test_mlflows_page_shows_our_metrics(trainer, tmp_path):
-    with mlflow_on_a_server(tmp_path) as recording:
+def test_mlflows_page_shows_our_metrics(trainer, tmp_path, mlflow_server):
+    with mlflow_on_a_server(tmp_path, mlflow_server) as recording:
         fit_with_bad_steps(trainer, recording.logger)
         last = list(recording.read()["grad/total_norm"].values())[-1]
-        server, experiment, run = (getattr(recording.logger, name) for name in ("_tracking_uri", "experiment_id", "run_id"))
-        with opened(f"{server}/#/experiments/{experiment}/runs/{run}") as seen:
+        experiment, run = recording.logger.experiment_id, recording.logger.run_id
+        with opened(f"{mlflow_server}/#/experiments/{experiment}/runs/{run}") as seen:
             seen.page.get_by_text("grad/total_norm", exact=True).wait_for()
             assert f"{last:.2f}"[:4] in seen.page.get_by_role("row").filter(has_text="grad/total_norm").first.inner_text()
             assert {urllib.parse.urlsplit(url).hostname for url in seen.requests} == {"127.0.0.1"}

@@ -18,6 +18,9 @@ CLIP_COEF = "grad/clip_coef"
 MAX_NORM = "grad/max_norm"
 CLIP_FRACTION = "grad/clip_fraction"
 CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
+RULE_TOTAL_NORM = "grad/{}/total_norm"
+RULE_MAX_NORM = "grad/{}/max_norm"
+RULE_CLIP_COEF = "grad/{}/clip_coef"
 RULE_CLIP_FRACTION = "grad/{}/clip_fraction"
 SHADOW_CLIP_FRACTION = "grad/shadow_clip_fraction/{}"
 SHADOW_CLIP_FRACTION_EPOCH = "grad/shadow_clip_fraction_epoch/{}"
@@ -204,9 +207,9 @@ class StepReport:
                     sound_total(norms.double(), self.norm_type) for norms in (outcome.norms, outcome.norms * outcome.coefficients)
                 )
                 limits = outcome.limits
-                metrics[f"grad/{outcome.name}/total_norm"] = before
-                metrics[f"grad/{outcome.name}/max_norm"] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
-                metrics[f"grad/{outcome.name}/clip_coef"] = torch.where(before > 0, after / before, 1.0)
+                metrics[RULE_TOTAL_NORM.format(outcome.name)] = before
+                metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
+                metrics[RULE_CLIP_COEF.format(outcome.name)] = torch.where(before > 0, after / before, 1.0)
         return metrics
 
     @property

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clip_callbacks.callbacks._charts import lay_out_charts
 from clip_callbacks.callbacks._checks import check_trainer
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._pass import Pass
@@ -62,15 +63,17 @@ class Member(Callback):
             for member in members:
                 if not member._is_loaded:
                     member.forget()
-            self._assemble(trainer, pl_module, members)
+            the_pass = self._assemble(trainer, pl_module, members)
+            lay_out_charts(trainer, the_pass.roles, the_pass.lanes)
 
     @staticmethod
-    def _assemble(trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> None:
+    def _assemble(trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> Pass:
         for member in members:
             member.begin()
         the_pass = Pass(trainer, module, members)
         for member in members:
             member._pass, member._is_loaded = the_pass, False
+        return the_pass
 
     def forget(self) -> None:
         """Begin a new run: what an earlier fit left, and no checkpoint brought, does not count."""

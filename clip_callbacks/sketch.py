@@ -1,4 +1,4 @@
-r"""Quantiles of streams of norms in bounded memory, each within 1 % of a norm that was there.
+r"""Quantiles of streams of norms in bounded memory, each within 1 %.
 
 Bin i counts what lies in :math:`(\gamma^{i-1}, \gamma^i]` with :math:`\gamma = (1 + \alpha) / (1 - \alpha)`. Whatever lies there is
 within a share :math:`\alpha` of :math:`2 \gamma^i / (\gamma + 1)`, which is what the sketch answers.
@@ -31,12 +31,12 @@ BINS = math.ceil(math.log(HIGHEST) / math.log(GAMMA)) - FIRST + 2
 class NormSketch:
     r"""Quantiles of the norms of B blocks over steps, at a cost for each step that stays the same however many there were.
 
-    The q-quantile of n norms is that of rank :math:`\lfloor q (n - 1) \rfloor` from below, counted from 0, and the answer is within
-    1 % of it. What was counted in one sketch and in another may be added up: it is the sketch of both.
+    The q-quantile of n norms is that of rank :math:`q (n - 1)` from below, counted from 0; between two ranks it is interpolated
+    linearly, as :func:`torch.quantile` does, and the answer is within 1 % of it.
 
     Source: Masson, Rim, Lee, "DDSketch: A fast and fully-mergeable quantile sketch with relative-error guarantees", VLDB 2019,
-    arXiv 1908.10693, definitions 2 and 3. Unlike there, bins are laid out for all norms between 1e-16 and 1e16 and never collapse;
-    norms outside count in the bins at the ends.
+    arXiv 1908.10693, definitions 2 and 3. Unlike there, bins are laid out for all norms between 1e-16 and 1e16 and never collapse,
+    norms outside count in the bins at the ends, and the quantile between two norms is not the lower one.
 
     Args:
         blocks: B.
@@ -45,8 +45,8 @@ class NormSketch:
 
         >>> sketch = NormSketch(2)
         >>> sketch.add(torch.tensor([[1.0, 0.0], [2.0, 10.0], [3.0, 20.0]]))
-        >>> sketch.quantiles((0.5, 1.0))
-        tensor([[ 1.9937, 10.0747],
+        >>> sketch.quantiles((0.25, 1.0))
+        tensor([[ 1.4918,  5.0373],
                 [ 2.9742, 19.8867]], dtype=torch.float64)
     """
 
@@ -98,9 +98,9 @@ class NormSketch:
             return answers
         up_to = self._counts.cumsum(1, dtype=torch.int64)
         counts = up_to[:, -1]
-        ranks = (torch.tensor(shares, dtype=torch.float64)[:, None] * (counts - 1).clamp(min=0)).floor().to(torch.int64)
-        bins = torch.searchsorted(up_to, ranks.T.contiguous(), right=True).T
-        return torch.where(counts > 0, torch.where(bins > 0, _middle(bins), 0.0), answers)
+        ranks = torch.tensor(shares, dtype=torch.float64)[:, None] * (counts - 1).clamp(min=0)
+        lower, upper = _at_ranks(up_to, ranks.floor()), _at_ranks(up_to, ranks.ceil())
+        return torch.where(counts > 0, torch.lerp(lower, upper, ranks.frac()), answers)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -130,6 +130,15 @@ class NormSketch:
             self._counts[state["blocks"].long().cpu(), state["bins"].long().cpu()] = state["counts"].cpu()
 
 
-def _middle(bins: Tensor) -> Tensor:
-    """What a bin of norms above 0 stands for: no norm in it is further away than a share of 1 %."""
-    return torch.exp((bins + (FIRST - 1)).double() * math.log(GAMMA)) * (2 / (GAMMA + 1))
+def _at_ranks(up_to: Tensor, ranks: Tensor) -> Tensor:
+    """The norms of some ranks, counted from 0: of the bins that they are in, what each stands for.
+
+    Args:
+        up_to: How many norms there are in each bin and those below it, ``(B, BINS)``.
+        ranks: Whole numbers, ``(Q, B)``.
+
+    Returns:
+        Shape ``(Q, B)``: no norm in a bin is further away than 1 %.
+    """
+    bins = torch.searchsorted(up_to, ranks.T.to(torch.int64).contiguous(), right=True).T
+    return torch.where(bins > 0, torch.exp((bins + (FIRST - 1)).double() * math.log(GAMMA)) * (2 / (GAMMA + 1)), 0.0)

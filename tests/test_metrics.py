@@ -192,7 +192,7 @@ def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, monkeypatch):
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.arange(1.0, 12.0)[:, None]))
     assert monitor.suggested_max_norm() == 10.0
-    assert said == [
+    assert said[1:] == [
         (
             "GradientNormMonitor: total_norm over 11 steps: p50 6, p90 10, p99 10.9. "
             "Suggested max_norm: 10, which clips the largest 10 % of the steps."
@@ -232,7 +232,7 @@ def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, monkeypatch):
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.zeros(3, 1)))
     assert monitor.suggested_max_norm() is None
-    assert said == ["GradientNormMonitor: total_norm over 3 steps: p50 0, p90 0, p99 0."]
+    assert said[1:] == ["GradientNormMonitor: total_norm over 3 steps: p50 0, p90 0, p99 0."]
 
 
 def test_callback_metrics_are_of_the_last_step(trainer, tmp_path):

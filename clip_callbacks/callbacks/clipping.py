@@ -55,7 +55,7 @@ class GradientClipping(Member):
             or "ignore" them. Short for a NonFiniteGuard with its defaults; one in the same Trainer takes its place.
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
-            ``grad/shadow_clip_fraction/<limit>`` and a line at the end of fit tell how many steps each would have clipped.
+            ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
@@ -172,16 +172,6 @@ class GradientClipping(Member):
 
     def _each_held(self, index: int) -> list[Held]:
         return [*self._held[index].values(), *self._held_by_shadows[index].values()]
-
-    def summary(self, lanes: Sequence[Lane]) -> list[str]:
-        """How many of the run's steps each shadow limit would have clipped, in a line for each optimizer."""
-        lines = []
-        for lane in lanes:
-            if shadows := lane.history.shadows:
-                counted = {"in force": lane.history.clips, **shadows}
-                each = ", ".join(f"{name} {spans.run.fraction:.1%} of {spans.run.steps}" for name, spans in counted.items())
-                lines.append(f"GradientClipping{lane.suffix}: share of steps clipped: {each}.")
-        return lines
 
     def state_dict(self) -> dict[str, Any]:
         """Limits' states and the guard's counters."""

@@ -80,7 +80,7 @@ class BlockHistory:
         found = self._sketch.quantiles([percent / 100 for percent in BLOCK_PERCENTILES])
         values = dict(zip(BLOCK_PERCENTILES.values(), found, strict=True))
         if self._is_local:
-            values[BLOCK_CLIP_FRACTION] = self._clipped / self._sketch.count
+            values[BLOCK_CLIP_FRACTION] = self._clipped.double() / self._sketch.count
         places = largest(found[-1], top_k)
         return {prefix + self._names[place]: float(each[place]) for prefix, each in values.items() for place in places}
 

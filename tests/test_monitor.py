@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from clip_callbacks import (
     AccumulationRescaling,
@@ -22,7 +22,6 @@ from clip_callbacks import (
     GradientNormMonitor,
     NonFiniteGuard,
 )
-from clip_callbacks.histogram import Histogram, code_counts
 from tests import parallel
 from tests.conftest import GradientTape, Poisoned, Regression, data
 from tests.test_clipping import TwoNetworks
@@ -50,7 +49,9 @@ class Witness(Callback):
 
 
 def blocks_of(names, scope):
-    labels = {name: {"layer": name.rpartition(".")[0], "parameter": name, "global": "global", "group": "pg1"}[scope] for name in names}
+    labels = {
+        name: {"layer": name.rpartition(".")[0], "parameter": name, "global": "global", "group": "pg1"}[scope] for name in names
+    }
     return {label: [name for name in names if labels[name] == label] for label in labels.values()}
 
 
@@ -121,7 +122,7 @@ def test_clip_fractions_of_blocks_are_for_local_norms(trainer, callbacks):
 
 def test_epoch_metrics_are_logged_at_the_epochs_end(trainer, tmp_path):
     csv = CSVLogger(tmp_path)
-    clipping = GradientClipping(0.5, scope="layer")
+    clipping = GradientClipping(0.5, scope="parameter")
     trainer(clipping, GradientNormMonitor(), logger=csv, max_epochs=2, log_every_n_steps=50).fit(TwoNetworks(), data(5))
     frame = read(csv)
     for key in ("grad_norm_p50", "grad_norm_p90", "grad_norm_p99", "grad_clip_fraction"):
@@ -135,17 +136,17 @@ def test_a_resume_in_mid_epoch_ends_with_the_same_percentiles(trainer, tmp_path)
 
         def loss(self, batch, batch_idx):
             number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-            return super().loss([batch[0] * 0 + feed[number], batch[1]], batch_idx)
+            return super().loss([feed[number], batch[1]], batch_idx)
 
     feed = torch.randn(20, 4, 4)
-    zeros = [[batch[0], torch.zeros(4, 1)] for batch in data(20)]
+    loader = DataLoader(TensorDataset(torch.zeros(80, 4), torch.zeros(80, 1)), batch_size=4)
 
     def fit(**options):
         torch.manual_seed(0)
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
         clipping = GradientClipping(0.2, scope="layer")
         made = trainer(clipping, GradientNormMonitor("parameter", every_n_steps=3), saving, enable_checkpointing=True)
-        made.fit(Numbered(), zeros, **options)
+        made.fit(Numbered(), loader, **options)
         return made.callback_metrics
 
     whole = fit()
@@ -305,3 +306,175 @@ def test_of_a_bad_step_the_largest_finite_blocks_are_logged(trainer, tmp_path):
     assert keys_of(frame, "grad_norm/") == {"layers.3", "layers.4", "layers.5"}
     assert column(frame, "grad_norm/layers.5").to_dict() == {0: 6.0}
     assert column(frame, "grad_norm/layers.3").to_dict() == {1: 4.0}
+
+
+# How far a step moves the weights
+
+
+class Scales(Callback):
+    """Keeps the parameters before each optimizer step (at LBFGS's first closure call) and after each batch."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+        self._step = None
+
+    @staticmethod
+    def weights(module):
+        return {name: tensor.detach().double().clone() for name, tensor in module.named_parameters()}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.before.append(self.weights(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.after.append(self.weights(pl_module))
+
+
+def expected_ratios(scales, number, scope, p=2.0):
+    before, after = scales.before[number], scales.after[number]
+    found = {}
+    for block, names in blocks_of(before, scope).items():
+        moved = norm([after[name] - before[name] for name in names], p)
+        found[block] = moved / norm([before[name] for name in names], p)
+    return found
+
+
+WAYS = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "adamw": {"optimizer": torch.optim.AdamW, "lr": 0.01},
+    "fused": {"optimizer": torch.optim.AdamW, "fused": True},
+    "lbfgs": {"optimizer": torch.optim.LBFGS, "lr": 0.5, "max_iter": 4},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("scope", "norm_type"), [("layer", 2.0), ("parameter", 1.0), ("global", math.inf)])
+def test_update_ratios_are_those_of_the_whole_step(trainer, tmp_path, way, scope, norm_type):
+    scales, csv = Scales(), CSVLogger(tmp_path)
+    monitor = GradientNormMonitor(scope, norm_type=norm_type, update_ratio=True)
+    clipping = GradientClipping(2.0, norm_type=norm_type)
+    trainer(clipping, monitor, scales, logger=csv, log_every_n_steps=3).fit(Regression(**WAYS[way]), data(9))
+    frame = read(csv)
+    for block in expected_ratios(scales, 0, scope):
+        expected = {step: expected_ratios(scales, step, scope, norm_type)[block] for step in (2, 5, 8)}
+        # a difference of float32 weights is known to their rounding, 6e-8 of weights that are 1e2 to 1e4 times as large
+        assert column(frame, f"update_ratio/{block}").to_dict() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_skipped_step_has_no_update_ratio(trainer, tmp_path, deferred):
+    scales, csv = Scales(), CSVLogger(tmp_path)
+    monitor = GradientNormMonitor(update_ratio=True)
+    module = Poisoned({1: math.nan, 4: math.inf}, optimizer=torch.optim.AdamW, lr=0.01, fused=True)
+    with pytest.warns(RuntimeWarning, match="Non-finite gradients"):
+        trainer(NonFiniteGuard(deferred=deferred), monitor, scales, logger=csv).fit(module, data(6))
+    found = column(read(csv), "update_ratio/net.0").to_dict()
+    assert found == pytest.approx({step: expected_ratios(scales, step, "layer")["net.0"] for step in (0, 2, 3, 5)}, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", [[], [NonFiniteGuard()]], ids=["alone", "guarded"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_leaves_out_has_no_update_ratio(trainer, tmp_path, family, fused):
+    scales, csv = Scales(), CSVLogger(tmp_path)
+    monitor = GradientNormMonitor(update_ratio=True)
+    options = scaled(init_scale=2.0**30, growth_interval=1000)
+    module = Regression(torch.optim.AdamW, lr=0.01, fused=fused)
+    trainer(monitor, *family, scales, logger=csv, **options).fit(module, data(24, size=1.0))
+    found = column(read(csv), "update_ratio/net.0").to_dict()
+    moved = [step for step in range(24) if expected_ratios(scales, step, "layer")["net.0"] > 0]
+    assert 0 < len(moved) < 24
+    assert found == pytest.approx({step: expected_ratios(scales, step, "layer")["net.0"] for step in moved}, rel=1e-3)
+
+
+def test_update_ratios_under_accumulation_are_of_the_step(trainer, tmp_path):
+    scales, csv = Scales(), CSVLogger(tmp_path)
+    monitor = GradientNormMonitor(update_ratio=True)
+    trainer(AccumulationRescaling(), monitor, scales, logger=csv, accumulate_grad_batches=3).fit(Regression(), data(9))
+    scales.after = scales.after[2::3]
+    expected = {step: expected_ratios(scales, step, "layer")["net.2"] for step in range(3)}
+    assert column(read(csv), "update_ratio/net.2").to_dict() == pytest.approx(expected, rel=1e-3)
+
+
+def test_update_ratios_of_several_optimizers_and_of_batches_that_are_logged(trainer, tmp_path):
+    """In manual optimization, where both step in one batch."""
+    csv, after, before = CSVLogger(tmp_path), [], []
+    module = TwoNetworks()
+    module.on_train_batch_start = lambda *_: before.append(Scales.weights(module))
+    module.on_train_batch_end = lambda *_: after.append(Scales.weights(module))
+    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=2).fit(module, data(6))
+    frame = read(csv)
+    for layer, suffix in (("generator", "-SGD"), ("discriminator", "-SGD-1")):
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        expected = {
+            step: norm([after[step][it] - before[step][it] for it in names], 2.0) / norm([before[step][it] for it in names], 2.0)
+            for step in (1, 3, 5)
+        }
+        assert column(frame, f"update_ratio/{layer}{suffix}").to_dict() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_step_of_a_batch_that_is_not_logged_has_no_update_ratio(trainer, tmp_path):
+    from tests.test_accumulation import Manual
+
+    csv = CSVLogger(tmp_path)
+    module = Manual(torch.ones(12, 1), window=4)  # steps in batches 3, 7, 11; logs in 4 and 9
+    nn.init.ones_(module.weight)
+    module.lr = 0.1
+    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=5).fit(module)
+    assert list(column(read(csv), "grad_norm/(root)").index) == [4, 9]
+    assert "update_ratio/(root)" not in read(csv)
+    csv = CSVLogger(tmp_path)
+    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=4).fit(module)
+    assert list(column(read(csv), "update_ratio/(root)").index) == [3, 7, 11]
+
+
+def test_weights_of_zero_have_no_update_ratio(trainer, tmp_path):
+    module, csv = Regression(), CSVLogger(tmp_path)
+    nn.init.zeros_(module.net[2].bias)
+    trainer(GradientNormMonitor("parameter", update_ratio=True), logger=csv).fit(module, data(3))
+    frame = read(csv)
+    assert list(column(frame, "update_ratio/net.2.bias").index) == [1, 2]
+    assert list(column(frame, "update_ratio/net.0.bias").index) == [0, 1, 2]
+    assert "inf" not in (Path(csv.log_dir) / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_update_ratios_in_other_precisions(trainer, precision):
+    scales, monitor = Scales(), GradientNormMonitor(update_ratio=True)
+    fit = trainer(monitor, scales, precision=precision)
+    fit.fit(Regression(), data(3))
+    assert metrics(fit, "update_ratio/") == pytest.approx(expected_ratios(scales, -1, "layer"), rel=1e-6)
+
+
+def test_nothing_is_copied_on_other_steps(trainer):
+    looked = []
+
+    class Looking(GradientNormMonitor):
+        def look(self, lane, loss_scale):
+            super().look(lane, loss_scale)
+            looked.append((lane.history.steps, len(self._before)))
+
+    monitor = Looking(update_ratio=True, every_n_steps=6)
+    module = Regression()
+    module.on_train_batch_end = lambda *_: looked.append(len(monitor._before))
+    trainer(monitor, log_every_n_steps=3).fit(module, data(12))
+    assert [entry for entry in looked if entry != 0] == [(2, 0), (5, 1), (8, 0), (11, 1)], "what is kept is let go in the batch"
+
+
+def moved(name, scope, norm_type):
+    found = parallel.train(name, GradientNormMonitor(scope, norm_type=norm_type, update_ratio=True), steps=5)
+    return {key: float(value) for key, value in found["trainer"].callback_metrics.items()}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_offload", "fsdp1", "tp"])
+@pytest.mark.parametrize(("scope", "norm_type"), [("layer", 2.0), ("parameter", math.inf), ("parameter", 1.0)])
+def test_update_ratios_are_those_of_one_process(run, name, scope, norm_type):
+    first, second = run(name, scope, norm_type, function=moved)
+    assert first == second
+    single = moved("single", scope, norm_type)
+    keys = [key for key in single if key.startswith("update_ratio/")]
+    assert len(keys) == (4 if scope == "layer" else 8)
+    for key in keys:
+        assert first[key] == pytest.approx(single[key], rel=1e-3), key
+    assert first.keys() == single.keys()

@@ -163,19 +163,6 @@ def test_quiet_and_working_everywhere(trainer, options, recwarn):
     assert [w for w in recwarn if "grad" in str(w.message)] == []
 
 
-@pytest.mark.parametrize("bar", ["tqdm", "rich"])
-def test_progress_bar_on_request(trainer, bar, capsys):
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-
-    for wanted in (True, False):
-        callback = GradientClipping(1.0, prog_bar=wanted)
-        progress = TQDMProgressBar() if bar == "tqdm" else RichProgressBar()
-        trainer(callback, progress, enable_progress_bar=True).fit(GradientTape(torch.tensor([[3.0, 4.0]])))
-        out = capsys.readouterr().out
-        assert ("total_norm" in out) is wanted
-        assert ("clip_coef" in out) is wanted
-
-
 def test_monitor_every_n_steps_and_scope(trainer, tmp_path):
     csv = CSVLogger(tmp_path)
     monitors = [GradientNormMonitor("parameter", every_n_steps=3), GradientNormMonitor("global")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -228,11 +227,10 @@ def _loaded(saved: dict[int, dict[str, Any]]) -> dict[int, dict[str, Held]]:
 
 
 def _holds(rule: ClipRule, lane: Lane) -> bool:
-    return any(name in rule.selection for name in lane.table.names)
+    return rule.selection.among(lane.table.names) is not None
 
 
 def _narrowed(rule: ClipRule, lane: Lane) -> ClipRule:
     """The rule for an optimizer that may hold none of what is excluded."""
-    if rule.exclude is None or any(re.search(rule.exclude, name) for name in lane.table.names):
-        return rule
-    return replace(rule, exclude=None)
+    selection = rule.selection.among(lane.table.names)
+    return rule if selection is None or selection.exclude == rule.exclude else replace(rule, exclude=None)

@@ -36,7 +36,7 @@ class GradientNormMonitor(Member):
     Metrics: ``grad_norm/<block>`` for each block of ``scope``, and those that the whole family logs. At the end of an epoch
     ``grad_norm_p50/<block>``, ``_p90`` and ``_p99`` over all its healthy steps, each within 1 % (see
     :class:`~clip_callbacks.sketch.NormSketch`); and where a rule clips local norms ``grad_clip_fraction/<block>``, the share of
-    these steps in which any entry of the block was made smaller.
+    these steps in which rules made any entry of the block smaller.
 
     Args:
         scope: Which entries share one norm: "global", "group", "layer" or "parameter". (A metric for each "unit" would be

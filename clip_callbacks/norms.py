@@ -67,14 +67,19 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     parts = (norms if partition.is_total else norms[..., partition.members.to(norms.device)]).double()
     shape = *norms.shape[:-1], len(partition.names)
     if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
-        sums = parts.new_zeros(shape).index_add_(-1, blocks, parts.pow(norm_type))
+        sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
     peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
     if math.isinf(norm_type):
         return peaks.to(norms.dtype)
     scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
-    sums = torch.zeros_like(peaks).index_add_(-1, blocks, (parts / scales[..., blocks]).pow(norm_type))
+    sums = _sums((parts / scales[..., blocks]).pow(norm_type), blocks, torch.zeros_like(peaks))
     return (sums.pow(1.0 / norm_type) * scales).to(norms.dtype)
+
+
+def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
+    """Add parts up by blocks; of several steps by scattering, since index_add_ would take a call for each part."""
+    return sums.index_add_(0, blocks, parts) if parts.ndim == 1 else sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_callbacks.blocks import OUTSIDE, Partition, Scope, Selection
+from clip_callbacks.blocks import Partition, Scope, Selection
 from clip_callbacks.callbacks._history import FLUSH
 from clip_callbacks.norms import block_norms
 from clip_callbacks.parameters import ParameterTable
@@ -128,9 +128,9 @@ def _smaller(clips: list[tuple[Tensor, Tensor]], blocks: Partition) -> Tensor:
     """In which steps which blocks had an entry made smaller, bool of shape ``(steps, B)``; a 0 stays one whatever its factor."""
     factors = torch.stack([factor.reshape(-1).expand(len(parts)) for factor, parts in clips])
     smaller = (factors < 1.0) & (torch.stack([parts for _, parts in clips]) > 0)
-    inside = blocks.numbers != OUTSIDE
-    hits = smaller.new_zeros(len(clips), len(blocks.names), dtype=torch.int64)
-    return hits.index_add_(1, blocks.numbers[inside], smaller[:, inside].long()) > 0
+    hits = torch.zeros(len(clips), len(blocks.names), dtype=torch.int32)
+    inside = smaller if blocks.is_total else smaller[:, blocks.members]
+    return hits.scatter_add_(1, blocks.member_blocks.expand(inside.shape), inside.int()) > 0
 
 
 def largest(values: Tensor, count: int | None) -> list[int]:

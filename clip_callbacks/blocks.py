@@ -140,6 +140,14 @@ class Selection:
             and (self.exclude is None or re.search(self.exclude, name) is None)
         )
 
+    def among(self, names: Sequence[str]) -> Selection | None:
+        """The selection for parameters that may be some of those it was made for; None if it selects none of them."""
+        if not any(name in self for name in names):
+            return None
+        if self.exclude is None or any(re.search(self.exclude, name) for name in names):
+            return self
+        return Selection(self.params)
+
     def check(self, names: Sequence[str]) -> None:
         """See that each pattern matches some name, and that some name is selected.
 

@@ -52,28 +52,34 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     """Norms of blocks from the norms of the parameters in them.
 
     Args:
-        norms: Shape ``(N,)``, one for each parameter of the table, 0 where there is no gradient.
+        norms: Shape ``(N,)``, one for each parameter of the table, 0 where there is no gradient; or ``(steps, N)``.
         partition: N parameters in B blocks.
         norm_type: The order p.
 
     Returns:
-        Shape ``(B,)``, dtype and device of ``norms``.
+        Shape ``(B,)``, or ``(steps, B)``; dtype and device of ``norms``.
     """
     if partition.is_finest:
         return norms
-    if partition.is_whole:
+    if partition.is_whole and norms.ndim == 1:
         return total_norm(norms, norm_type)
     blocks = partition.member_blocks.to(norms.device)
-    parts = (norms if partition.is_total else norms[partition.members.to(norms.device)]).double()
+    parts = (norms if partition.is_total else norms[..., partition.members.to(norms.device)]).double()
+    shape = *norms.shape[:-1], len(partition.names)
     if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
-        sums = parts.new_zeros(len(partition.names)).index_add_(0, blocks, parts.pow(norm_type))
+        sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
-    peaks = parts.new_zeros(len(partition.names)).scatter_reduce_(0, blocks, parts, "amax")
+    peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
     if math.isinf(norm_type):
         return peaks.to(norms.dtype)
     scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
-    sums = torch.zeros_like(peaks).index_add_(0, blocks, (parts / scales[blocks]).pow(norm_type))
+    sums = _sums((parts / scales[..., blocks]).pow(norm_type), blocks, torch.zeros_like(peaks))
     return (sums.pow(1.0 / norm_type) * scales).to(norms.dtype)
+
+
+def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
+    """Add parts up by blocks; of several steps by scattering, since index_add_ would take a call for each part."""
+    return sums.index_add_(0, blocks, parts) if parts.ndim == 1 else sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,10 @@ BLOCK_NORM = "grad_norm/"
 """Prefix of a monitor's metrics; the name of the block follows."""
 CONTRIBUTION = "grad_contribution/"
 SPILL_OVER = "grad_spill_over/"
+BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
+BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
 UPDATE_RATIO = "update_ratio/"
+HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"
 """In the log directory: a line of JSON for each bad step."""

@@ -90,6 +90,30 @@ def test_every_config_trains(path, tmp_path):
     assert cli.trainer.global_step == 3
 
 
+def test_every_option_of_the_monitor(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientNormMonitor
+      init_args:
+        scope: parameter
+        norm_type: inf
+        every_n_steps: 100
+        params: ^layer
+        exclude: bias
+        top_k: 10
+        update_ratio: true
+        histograms: true
+        contributions: true
+"""
+    (monitor,) = callbacks(write(tmp_path, text))
+    assert (monitor.scope, monitor.norm_type, monitor.every_n_steps) == ("parameter", float("inf"), 100)
+    assert (monitor.params, monitor.exclude, monitor.top_k) == ("^layer", "bias", 10)
+    assert monitor.update_ratio
+    assert monitor.histograms
+    assert monitor.contributions
+
+
 def test_class_path_with_a_nested_limit(tmp_path):
     text = """
 trainer:

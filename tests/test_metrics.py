@@ -163,19 +163,6 @@ def test_quiet_and_working_everywhere(trainer, options, recwarn):
     assert [w for w in recwarn if "grad" in str(w.message)] == []
 
 
-@pytest.mark.parametrize("bar", ["tqdm", "rich"])
-def test_progress_bar_on_request(trainer, bar, capsys):
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-
-    for wanted in (True, False):
-        callback = GradientClipping(1.0, prog_bar=wanted)
-        progress = TQDMProgressBar() if bar == "tqdm" else RichProgressBar()
-        trainer(callback, progress, enable_progress_bar=True).fit(GradientTape(torch.tensor([[3.0, 4.0]])))
-        out = capsys.readouterr().out
-        assert ("total_norm" in out) is wanted
-        assert ("clip_coef" in out) is wanted
-
-
 def test_monitor_every_n_steps_and_scope(trainer, tmp_path):
     csv = CSVLogger(tmp_path)
     monitors = [GradientNormMonitor("parameter", every_n_steps=3), GradientNormMonitor("global")]
@@ -191,13 +178,22 @@ def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, monkeypatch):
     monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.arange(1.0, 12.0)[:, None]))
-    assert monitor.suggested_max_norm() == 10.0
-    assert said == [
-        (
-            "GradientNormMonitor: total_norm over 11 steps: p50 6, p90 10, p99 10.9. "
-            "Suggested max_norm: 10, which clips the largest 10 % of the steps."
-        )
-    ]
+    advice = monitor.advice()
+    assert advice.max_norm == 10.0
+    assert said[1:] == [f"GradientNormMonitor: {advice.describe()}"]
+    assert "max_norm=10 would have clipped 9.1% of 11 steps" in said[1]
+    assert "p50 6, p90 10, p99 10.9, largest 11" in said[1]
+
+
+def test_the_monitor_and_the_log_of_every_step_give_the_same_advice(trainer, tmp_path):
+    from clip_callbacks.dashboard.sources import read_runs
+
+    csv, monitor = CSVLogger(tmp_path), GradientNormMonitor()
+    trainer(monitor, GradientClipping(0.5), logger=csv, max_epochs=5).fit(Regression(), data(20))
+    (run,), _ = read_runs([csv.log_dir])
+    (track,) = run.tracks
+    assert track.advice.reasons == monitor.advice().reasons
+    assert track.advice.configuration() == monitor.advice().configuration()
 
 
 def test_local_scope_metrics_follow_their_definition(trainer, tmp_path):
@@ -216,14 +212,14 @@ def test_percentiles_without_a_guard_take_finite_steps_only(trainer):
     fit = trainer(monitor, **scaled(init_scale=2.0**30))
     fit.fit(Regression(torch.optim.AdamW, lr=0.01), data(24, size=1.0))
     assert 0 < fit.callback_metrics["grad/total_norm_p99"] < 100
-    assert 0 < monitor.suggested_max_norm() < 100
+    assert 0 < monitor.advice().max_norm < 100
 
 
 @pytest.mark.parametrize("feed", [[1e-3, 1e40], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e40]])
 def test_huge_norms_do_not_break_the_end_of_a_run(trainer, feed):
     monitor = GradientNormMonitor()
     trainer(monitor, precision="64-true").fit(GradientTape(torch.tensor(feed, dtype=torch.float64)[:, None]))
-    assert math.isfinite(monitor.suggested_max_norm())
+    assert math.isfinite(monitor.advice().max_norm)
 
 
 def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, monkeypatch):
@@ -231,8 +227,8 @@ def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, monkeypatch):
     monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.zeros(3, 1)))
-    assert monitor.suggested_max_norm() is None
-    assert said == ["GradientNormMonitor: total_norm over 3 steps: p50 0, p90 0, p99 0."]
+    assert monitor.advice() is None
+    assert said[1:] == []
 
 
 def test_callback_metrics_are_of_the_last_step(trainer, tmp_path):

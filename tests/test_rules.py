@@ -176,14 +176,6 @@ def test_shadows_change_nothing_and_count_what_they_would_have_clipped(trainer, 
         assert epoch == pytest.approx(sum(would) / len(would))
 
 
-def test_the_run_ends_with_the_shares_of_all_shadows(trainer, caplog):
-    import logging
-
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        trainer(GradientClipping(None, shadow=[1e-3, 1e6])).fit(Parts(), data(4))
-    assert "share of steps clipped: in force 0.0% of 4, FixedLimit-0.001 100.0% of 4, FixedLimit-1e_06 0.0% of 4." in caplog.text
-
-
 def test_shadows_may_change_between_runs_and_otherwise_go_on(trainer, tmp_path):
     def fit(shadow, **options):
         clipping = GradientClipping(1.0, shadow=shadow)

@@ -18,6 +18,7 @@ from clip_callbacks.report import (
     SHADOW_CLIP_FRACTION_EPOCH,
     StepReport,
 )
+from clip_callbacks.sketch import NormSketch
 
 FLUSH = 128
 """Steps that wait before they go into the metric together: a step costs one list append."""
@@ -124,20 +125,25 @@ class RunHistory:
     Attributes:
         epoch_norms: Total norms of the epoch's healthy steps.
         clips: How many of the healthy steps were clipped.
+        run_norms: Total norms of the run's healthy steps, but for those of the epoch.
         rules: The same for each rule with a name.
         shadows: For each shadow limit, how many it would have clipped.
         steps: Optimizer steps so far, bad ones too.
+        last: What the last healthy step of this fit reported.
     """
 
     def __init__(self) -> None:
         self.epoch_norms = NormHistory()
+        self.run_norms = NormSketch()
         self.clips = Spans()
         self.rules: dict[str, Spans] = {}
         self.shadows: dict[str, Spans] = {}
         self.steps = 0
+        self.last: StepReport | None = None
 
     def add(self, report: StepReport) -> None:
         """Take in a healthy step."""
+        self.last = report
         self.epoch_norms.add(report.total)
         self.clips.add(clipped=report.clipped)
         for outcomes, counted in ((report.outcomes, self.rules), (report.shadows, self.shadows)):
@@ -162,6 +168,12 @@ class RunHistory:
         fractions |= {SHADOW_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.shadows.items()}
         return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
 
+    def run_percentiles(self) -> list[float]:
+        """Percentiles of total_norm over the run, each within 1 %; NaN without a healthy step."""
+        norms = self.run_norms.rows([0])
+        norms.add(self.epoch_norms.values()[:, None])
+        return [share.item() for share in norms.quantiles([percent / 100 for percent in PERCENTILES])]
+
     def keep_only(self, rules: Sequence[str], shadows: Sequence[str]) -> None:
         """Forget the counts of rules and shadows that an earlier run had."""
         self.rules = {name: spans for name, spans in self.rules.items() if name in rules}
@@ -174,6 +186,7 @@ class RunHistory:
 
     def end_epoch(self) -> None:
         """Begin a new epoch."""
+        self.run_norms.add(self.epoch_norms.values()[:, None])
         self.epoch_norms.reset()
         for spans in self._all:
             spans.epoch.reset()
@@ -185,12 +198,14 @@ class RunHistory:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers."""
         named = {kind: {name: spans.state() for name, spans in counted.items()} for kind, counted in self._named.items()}
-        return {"steps": self.steps, "norms": self.epoch_norms.values(), "counts": self.clips.state()} | named
+        norms = {"norms": self.epoch_norms.values(), "run_norms": self.run_norms.state()}
+        return {"steps": self.steps, "counts": self.clips.state()} | norms | named
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self.steps = state["steps"]
         self.epoch_norms.load(state["norms"])
+        self.run_norms.load(state["run_norms"])
         self.clips.load(state["counts"])
         for kind, counted in self._named.items():
             for name, counts in state[kind].items():

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from clip_callbacks.apply import drop
 from clip_callbacks.callbacks._checks import check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.callbacks._deferral import Deferral, Verdict
+from clip_callbacks.callbacks._histograms import check_histograms
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._microbatches import MicroBatches
@@ -24,6 +25,7 @@ from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._ranks import data_parallel
 from clip_callbacks.callbacks._roles import Roles
 from clip_callbacks.callbacks._scaler import grad_scaler, is_still_scaled, loss_scale, take_over
+from clip_callbacks.callbacks._summary import summary_table
 from clip_callbacks.fused import take_back
 from clip_callbacks.noise_scale import WindowNorms
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy
@@ -60,7 +62,10 @@ class Pass:
             check_micro_batches(trainer, module, scaler)
         if any(monitor.noise_scale for monitor in self.roles.monitors):
             check_noise_scale(trainer, module, self.rescaling)
+        self._lookers = [monitor for monitor in self.roles.monitors if monitor.looks]
         self.lanes = make_lanes(trainer, module)
+        if any(monitor.histograms for monitor in self._lookers):
+            check_histograms(trainer, self.lanes)
         for index, history in [entry for member in members for entry in member.take_history().items()]:
             if index < len(self.lanes):
                 self.lanes[index].history.load_state_dict(history)
@@ -181,6 +186,12 @@ class Pass:
             self.rewind.end_step(trainer, lane, skipped=lane.is_skipped, steps=steps)
         self._keep(lane, report, is_new=is_new)
 
+    def _look(self, lane: Lane, incident: Incident) -> None:
+        """Have monitors keep what the step is about to change, if it will be logged."""
+        if self.publisher and self.publisher.is_logging_step(incident.trainer):
+            for monitor in self._lookers:
+                monitor.look(lane, incident.loss_scale)
+
     def _send(self, lane: Lane, report: StepReport, incident: Incident) -> None:
         """Let the host learn of a deferred step when the next one comes, or somebody asks."""
         if self.rewind and report.skipped is not FALSE:
@@ -234,6 +245,8 @@ class Pass:
     def _clip(self, lane: Lane, incident: Incident, *, deferred: bool) -> StepReport:
         if not lane.table.has_gradients:
             self._warn_empty()
+        if self._lookers and incident.is_new:
+            self._look(lane, incident)
         clipping, guard, index = self.clipping, self.guard, lane.index
         # a line search may come by any point: LBFGS's step is judged by where it begins
         skip_above = guard.skip_above if guard and incident.is_new else None
@@ -356,10 +369,12 @@ class Pass:
             self.publisher.end_epoch(trainer, self.lanes)
 
     def summarize(self) -> None:
-        """Say in a line each what there is to say at the end of training."""
+        """Say in one table, and in a line each what only words can say, how the training went."""
         self.settle()
         _raise_pending(self.lanes)
-        for member in (self.clipping, self.guard, *self.roles.monitors):
+        if table := summary_table(self.roles, self.lanes):
+            rank_zero_info(f"Gradients of the run:\n{table}")
+        for member in (self.guard, *self.roles.monitors):
             for line in member.summary(self.lanes) if member else ():
                 rank_zero_info(line)
 
@@ -377,6 +392,8 @@ class Pass:
             self.rewind.close()
         if self.guard:
             self.guard.release()
+        for monitor in self.roles.monitors:
+            monitor.release()
         for lane in self.lanes:
             lane.verdict = None
             take_back(lane.optimizer)

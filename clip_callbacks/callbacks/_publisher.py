@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from clip_callbacks.callbacks._histograms import log_histograms
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._scaler import grad_scaler
+from clip_callbacks.histogram import Histogram
 from clip_callbacks.report import (
     ACCUMULATION_SCALE,
     AMP_SCALE,
@@ -60,11 +62,14 @@ class Publisher:
             lane.stepped = False
 
     def end_epoch(self, trainer: Trainer, lanes: Sequence[Lane]) -> None:
-        """Publish percentiles and the clip fraction of the epoch, at the step of Lightning's own epoch metrics."""
+        """Publish percentiles and clip fractions of the epoch, at the step of Lightning's own epoch metrics."""
         for lane in lanes:
             self._offer(lane.named(self._values(lane)))
-            metrics = as_floats(lane.named(lane.history.epoch_metrics(clipping=self._roles.clipping is not None)))
+            values = lane.history.epoch_metrics(clipping=self._roles.clipping is not None)
             lane.history.end_epoch()
+            for monitor in self._roles.monitors:
+                values |= monitor.end_epoch(lane)
+            metrics = as_floats(lane.named(values))
             self._offer(metrics)
             self._log(trainer, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
@@ -96,14 +101,19 @@ class Publisher:
         metrics = self._values(lane)
         if (scaler := grad_scaler(trainer)) is not None:
             metrics[AMP_SCALE] = scaler.get_scale()
+        histograms: dict[str, Histogram] = {}
         for monitor in self._roles.monitors:
-            metrics |= as_floats(monitor.metrics(lane, lane.report))
+            values, counts = monitor.readings(lane, lane.report)
+            metrics |= as_floats(values)
+            histograms |= counts
         self._offer(lane.named(metrics))
         if self._shows:
             self._show(lane, lane.named(metrics))
         if lane.report.accumulation_scale == 1.0:
             metrics.pop(ACCUMULATION_SCALE, None)
-        self._log(trainer, lane.named(metrics), trainer.fit_loop.epoch_loop._batches_that_stepped)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._log(trainer, lane.named(metrics), step)
+        log_histograms(trainer, lane.named(histograms), step)
         lane.history.begin_log()
         lane.unlogged = False
 

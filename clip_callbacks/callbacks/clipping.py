@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -55,7 +54,7 @@ class GradientClipping(Member):
             or "ignore" them. Short for a NonFiniteGuard with its defaults; one in the same Trainer takes its place.
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
-            ``grad/shadow_clip_fraction/<limit>`` and a line at the end of fit tell how many steps each would have clipped.
+            ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
@@ -173,16 +172,6 @@ class GradientClipping(Member):
     def _each_held(self, index: int) -> list[Held]:
         return [*self._held[index].values(), *self._held_by_shadows[index].values()]
 
-    def summary(self, lanes: Sequence[Lane]) -> list[str]:
-        """How many of the run's steps each shadow limit would have clipped, in a line for each optimizer."""
-        lines = []
-        for lane in lanes:
-            if shadows := lane.history.shadows:
-                counted = {"in force": lane.history.clips, **shadows}
-                each = ", ".join(f"{name} {spans.run.fraction:.1%} of {spans.run.steps}" for name, spans in counted.items())
-                lines.append(f"GradientClipping{lane.suffix}: share of steps clipped: {each}.")
-        return lines
-
     def state_dict(self) -> dict[str, Any]:
         """Limits' states and the guard's counters."""
         return super().state_dict() | {
@@ -238,11 +227,10 @@ def _loaded(saved: dict[int, dict[str, Any]]) -> dict[int, dict[str, Held]]:
 
 
 def _holds(rule: ClipRule, lane: Lane) -> bool:
-    return any(name in rule.selection for name in lane.table.names)
+    return rule.selection.among(lane.table.names) is not None
 
 
 def _narrowed(rule: ClipRule, lane: Lane) -> ClipRule:
     """The rule for an optimizer that may hold none of what is excluded."""
-    if rule.exclude is None or any(re.search(rule.exclude, name) for name in lane.table.names):
-        return rule
-    return replace(rule, exclude=None)
+    selection = rule.selection.among(lane.table.names)
+    return rule if selection is None or selection.exclude == rule.exclude else replace(rule, exclude=None)

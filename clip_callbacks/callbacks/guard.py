@@ -318,12 +318,11 @@ class NonFiniteGuard(Member):
             self._journal = None
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
-        """One line if the run had bad steps."""
+        """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
         steps = sum(lane.history.steps for lane in lanes)
         parts = [
             f"{count} {word}"
             for count, word in (
-                (self.skipped_steps, "skipped"),
                 (self.zeroed_steps, "taken with non-finite entries set to 0"),
                 (self.overflowed_steps, "left out by the GradScaler"),
                 (self.dropped_micro_batches, "micro-batches dropped"),

@@ -500,6 +500,19 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monk
     assert sorted(child.name for child in tmp_path.iterdir()) == ["log", "page.html"]
 
 
+def test_runs_whose_metrics_have_other_names_stand_side_by_side(tmp_path, capsys):
+    first = table(50)
+    second = table(80, seed=1).rename(columns={"train_loss": "train_bits"})
+    second.columns = [key + "-Adam" if key.startswith("grad/") else key for key in second]
+    write(tmp_path / "a", first), write(tmp_path / "b", second.drop(columns="grad/max_norm-Adam"))
+    code, out, err = run_main(capsys, "report", tmp_path, "-o", tmp_path / "page.html")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert f"train_loss {first['train_loss'].iloc[-1]:.3g}" in lines["a"]
+    assert f"train_bits {second['train_bits'].iloc[-1]:.3g}" in lines["b"]
+    assert "b · Adam" in (tmp_path / "page.html").read_text()
+
+
 def test_names_cannot_inject_markup(tmp_path, capsys):
     name = '<script>alert("x")</script>'
     frame = table(30, **{f"grad_norm/{name}": 1.0, "train_loss<b>": 1.0})

@@ -46,7 +46,13 @@ def test_import_boundaries(path):
     assert path.name == "reduction.py" or not {name for name in names if name.startswith("torch.distributed")}
 
 
+@pytest.mark.parametrize("path", [ROOT / "cli.py", *sorted((ROOT / "dashboard").glob("*.py"))], ids=lambda path: path.name)
+def test_the_dashboard_reads_files_and_knows_no_trainer(path):
+    assert not {name for name in imports(path) if name.split(".")[0] in {"lightning", "torchmetrics"} or ".callbacks" in name}
+
+
 def test_the_core_runs_without_lightning():
     core = [path for path in ROOT.glob("*.py") if path.name != "__init__.py"] + list((ROOT / "limits").glob("*.py"))
     for path in core:
-        assert not {name for name in imports(path) if name.startswith("clip_callbacks.callbacks")}, path
+        above = ("clip_callbacks.callbacks",) if path.name == "cli.py" else ("clip_callbacks.callbacks", "clip_callbacks.dashboard")
+        assert not {name for name in imports(path) if name.startswith(above)}, path

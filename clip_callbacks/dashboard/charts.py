@@ -74,7 +74,7 @@ def _norm_chart(tracks: list[Track]) -> Chart:
                 norms.plot(
                     thinned.steps,
                     thinned.middle,
-                    color=hue,
+                    color=hue if len(tracks) > 1 else look.ink,
                     linestyle=DASHED,
                     linewidth=1.4,
                     zorder=3,

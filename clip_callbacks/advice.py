@@ -20,8 +20,11 @@ CHANGED = 3.0
 """By this factor the medians of quarters must differ for a run to have changed: lognormal norms do not by chance."""
 STANDS_OUT = 3.0
 """A norm stands out that is so many robust standard deviations above the median, in logarithms."""
-OFTEN = 0.005
-"""Share of norms that stand out above which there is a tail; a lognormal distribution has 0.00135 of them."""
+SAME = 0.02
+"""By so much the share of steps that a rounded threshold clips may differ."""
+LEAST_SIGMA = 0.05
+"""The floor of RobustZScoreLimit too."""
+HIGHEST_LOG = math.log(1.79e308)
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -35,13 +38,14 @@ class Advice:
         left_out: How many were not finite, or not above 0.
         percentiles: Percentile to norm, with linear interpolation, of all steps.
         largest: The largest norm.
-        max_norm: The suggestion, to two significant digits.
+        max_norm: The suggestion, to two significant digits, or more.
         clips: The share of the steps that it would have clipped.
         quarters: Medians of the run's four quarters; empty in a short run.
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
         adaptive: The class of the limit that is suggested if the threshold is to follow the norms.
         options: Its arguments.
         reasons: Sentences.
+        is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
     """
 
     steps: int
@@ -55,6 +59,7 @@ class Advice:
     adaptive: str
     options: dict[str, float]
     reasons: tuple[str, ...]
+    is_of_calm_part: bool = False
 
     @property
     def adaptive_call(self) -> str:
@@ -92,20 +97,21 @@ class Advice:
         return "\n".join([*lines, f"A limit that sets itself: {self.adaptive_call}."])
 
 
-def advise(norms: Tensor) -> Advice | None:
+def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
     r"""Suggest a max_norm from the total norms of a run, in the order of its steps.
 
-    The suggestion is the 90th percentile of the norms, rounded to two digits: it leaves the typical step alone and bounds the
-    largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the average norm over many updates in the same
-    way, and found values from half to ten times that average to work. If the norms *grow* threefold over the run, which a run that
-    goes out of control does, it is that of the calmest quarter of the steps.
+    The suggestion is the 90th percentile of the norms, rounded to two digits, or to more where that would clip other steps: it
+    leaves the typical step alone and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
+    average norm over many updates in the same way, and found values from half to ten times that average to work.
 
     The adaptive limit is ``QuantileLimit(0.9)``, which clips a tenth of the steps at any scale, if the medians of the run's
-    quarters differ threefold; else ``RobustZScoreLimit``, which clips only what stands out.
+    quarters differ threefold; else ``RobustZScoreLimit(3)``, which clips only what stands out.
 
     Args:
         norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left
             out and counted.
+        out_of_control: Whether the run is known to have gone out of control. If its norms grew threefold from the first quarter to
+            the last, the suggestion then is the 90th percentile of the calmest quarter.
 
     Returns:
         The advice; None if no norm is left.
@@ -122,65 +128,85 @@ def advise(norms: Tensor) -> Advice | None:
     ordered = sound.sort().values
     quarters = [quarter.sort().values for quarter in sound.tensor_split(QUARTERS)] if len(sound) >= FEWEST else []
     medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
-    changed = max(medians) / min(medians) if medians else 1.0
-    grew = bool(medians) and medians[-1] / min(medians) >= CHANGED
-    basis = quarters[medians.index(min(medians))] if grew else ordered
+    calm = _quantile(quarters[medians.index(min(medians))], ADVISED / 100) if quarters else math.nan
+    grew = bool(medians) and medians[-1] >= CHANGED * medians[0]
+    has_changed = bool(medians) and max(medians) >= CHANGED * min(medians)
+    threshold = _threshold(ordered, STANDS_OUT)
     percentiles = {percent: _quantile(ordered, percent / 100) for percent in PERCENTILES}
-    max_norm = two_digits(_quantile(basis, ADVISED / 100))
-    outliers = float((sound > _threshold(ordered, STANDS_OUT)).double().mean())
-    clips = float((sound > max_norm).double().mean())
-    has_changed = changed >= CHANGED
-    adaptive, options = ("QuantileLimit", {"quantile": 0.9}) if has_changed else ("RobustZScoreLimit", {"z": STANDS_OUT})
-    p50, p90, p99, largest = (f"{value:.3g}" for value in (*(percentiles[key] for key in (50, 90, 99)), float(ordered[-1])))
-    reasons = [f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest}."]
-    if grew:
-        reasons.append(
-            f"The norm grew: its median was {_listed(medians)} in the four quarters of the run. The suggestion is the "
-            f"90th percentile "
-            "of the calmest quarter; those of the whole run are of a network that was going out of control."
-        )
+    from_calm = grew and out_of_control
+    max_norm = rounded(calm if from_calm else percentiles[ADVISED], ordered)
+    outliers = _share_above(ordered, threshold)
+    adaptive, options = ("QuantileLimit", {"quantile": ADVISED / 100}) if has_changed else ("RobustZScoreLimit", {"z": STANDS_OUT})
+    reasons = [_spread(percentiles, float(ordered[-1]))]
+    if len(sound) < FEWEST:
+        reasons.append(f"It is made from {len(sound)} norms only: ask again of a longer run.")
+    if from_calm:
+        reasons.append("It is the 90th percentile of the run's calmest quarter: the run went out of control later.")
     else:
         reasons.append("It is their 90th percentile: the typical step is left alone, the largest tenth is bounded.")
-    if has_changed and not grew:
+    if has_changed:
         reasons.append(
-            f"The norm changed {changed:.2g}-fold: its median was {_listed(medians)} in the four quarters of the run. "
-            f"One number "
-            "cannot fit all of them; QuantileLimit follows."
+            f"The median of the norm was {', '.join(f'{median:.3g}' for median in medians)} in the four quarters of the run: "
+            "no number fits all of them. QuantileLimit(0.9) follows, and clips a tenth of the steps at any scale."
         )
-    elif not has_changed:
-        tail = "a tail that clipping is for" if outliers > OFTEN else "hardly any: max_norm is an insurance"
-        reasons.append(f"{outliers:.2%} of the steps stand out (three robust standard deviations above the median): {tail}.")
-    left_out = len(values) - len(sound)
+    if grew and not out_of_control:
+        reasons.append(
+            f"It grew: if the loss did too, the run went out of control, and {calm:.2g}, from the calmest quarter, is better."
+        )
+    if not has_changed:
+        reasons.append(
+            f"{outliers:.2%} of the steps stand out, with norms above {threshold:.3g} (three robust standard deviations above "
+            "the median): they are what RobustZScoreLimit(3) clips, and hardly anything else."
+        )
     return Advice(
         steps=len(sound),
-        left_out=left_out,
+        left_out=len(values) - len(sound),
         percentiles=percentiles,
         largest=float(ordered[-1]),
         max_norm=max_norm,
-        clips=clips,
+        clips=_share_above(ordered, max_norm),
         quarters=medians,
         outliers=outliers,
         adaptive=adaptive,
         options=options,
         reasons=tuple(reasons),
+        is_of_calm_part=from_calm,
     )
 
 
-def two_digits(value: float) -> float:
-    """Round a number above 0 to two significant digits."""
-    return float(f"{value:.1e}")
+def rounded(value: float, ordered: Tensor) -> float:
+    """Round a threshold to two significant digits, or to as many more as it takes to clip about the same norms.
+
+    Args:
+        value: The threshold, above 0.
+        ordered: The norms, ascending.
+    """
+    exact = _share_above(ordered, value)
+    candidates = (float(f"{value:.{digits}e}") for digits in range(1, 17))
+    return next((short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= SAME), value)
 
 
-def robust_threshold(norms: Tensor, z: float) -> float:
-    """The norm that is ``z`` robust standard deviations above the median, in logarithms; ``norms`` above 0, float64."""
-    return _threshold(norms.sort().values, z)
+def robust_sigma(logs: Tensor) -> float:
+    """1.4826 times the median absolute deviation of logarithms of norms, 0.05 at least: what differs less does not stand out."""
+    median = _quantile(logs.sort().values, 0.5)
+    return max(MAD_TO_SIGMA * _quantile((logs - median).abs().sort().values, 0.5), LEAST_SIGMA)
 
 
 def _threshold(ordered: Tensor, z: float) -> float:
+    """The norm that is ``z`` robust standard deviations above the median, in logarithms."""
     logs = ordered.log()
-    median = _quantile(logs, 0.5)
-    sigma = MAD_TO_SIGMA * _quantile((logs - median).abs().sort().values, 0.5)
-    return math.exp(min(median + z * sigma, 700.0))
+    above = _quantile(logs, 0.5) + z * robust_sigma(logs)
+    return math.exp(above) if above < HIGHEST_LOG else math.inf
+
+
+def _share_above(ordered: Tensor, threshold: float) -> float:
+    above = len(ordered) - int(torch.searchsorted(ordered, torch.tensor(threshold, dtype=ordered.dtype), right=True))
+    return above / len(ordered)
+
+
+def _spread(percentiles: dict[int, float], largest: float) -> str:
+    p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
+    return f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}."
 
 
 def _quantile(ordered: Tensor, share: float) -> float:
@@ -188,7 +214,3 @@ def _quantile(ordered: Tensor, share: float) -> float:
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     return float(torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below))
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)

@@ -34,22 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        from clip_callbacks.dashboard.runs import UnusableLogError
-        from clip_callbacks.dashboard.sources import read_runs
+        return int(options.run(options))
     except ImportError as error:
         print(f"clip-callbacks: {error}; pip install 'clip_callbacks[report]'", file=sys.stderr)
-        return UNUSABLE
-    try:
-        runs, notes = read_runs(options.logs)
-        first, last = options.steps or (None, None)
-        if options.steps:
-            runs = [part for run in runs if (part := run.within(first, last)).tracks]
-            if not runs:
-                raise UnusableLogError(f"nothing was logged from step {first} to step {last}.")
-        return int(options.run(options, runs, notes))
-    except (UnusableLogError, OSError) as error:
+    except BrokenPipeError:  # as by "| head"
+        sys.stdout = None
+        return 0
+    except (ValueError, OSError) as error:
         print(f"clip-callbacks: {' '.join(str(error).split())}", file=sys.stderr)
-        return UNUSABLE
+    return UNUSABLE
+
+
+def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs that were asked for, and notes."""
+    from clip_callbacks.dashboard.runs import UnusableLogError
+    from clip_callbacks.dashboard.sources import read_runs
+
+    runs, notes = read_runs(options.logs)
+    if options.steps:
+        first, last = options.steps
+        runs = [part for run in runs if (part := run.within(first, last)).tracks]
+        if not runs:
+            raise UnusableLogError(f"nothing was logged from step {first} to step {last}.")
+    return runs, notes
+
+
+def _say(notes: Sequence[str], runs: Sequence[Run]) -> None:
+    for note in [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]:
+        print(f"clip-callbacks: {note}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,10 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     suggest = commands.add_parser("suggest", help="say which max_norm the norms suggest", description="Suggest a max_norm.")
     for command in (report, suggest):
         command.add_argument("logs", nargs="+", metavar="LOGS", help=LOGS)
+        command.add_argument(
+            "--loss", action="append", default=[], metavar="METRIC", help="a metric that is a loss; may be repeated"
+        )
         command.add_argument("--steps", type=_steps, metavar="A:B", help="only steps from A to B; either may be left out")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write (default: %(default)s)")
     report.add_argument("--png", type=Path, metavar="DIR", help="also write the pictures as PNG files into this folder")
-    report.add_argument("--loss", action="append", default=[], metavar="METRIC", help="a metric that is a loss; may be repeated")
     report.add_argument("--title", default="Gradient report", help="heading of the page")
     suggest.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(run=_report)
@@ -75,20 +89,27 @@ def _steps(text: str) -> tuple[int | None, int | None]:
     try:
         if not colon:
             raise ValueError
-        return int(first) if first else None, int(last) if last else None
+        span = int(first) if first else None, int(last) if last else None
+        if None not in span and span[0] > span[1]:  # type: ignore[operator]
+            raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, A up to B, got {text!r}") from None
+    return span
 
 
-def _report(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> int:
+def _report(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from clip_callbacks.dashboard.page import HEADINGS, make_sections, write_report
 
+    if options.output.is_dir():
+        raise ValueError(f"--output must be a file, got the folder {options.output}.")
+    if options.png and options.png.exists() and not options.png.is_dir():
+        raise ValueError(f"--png must be a folder, got the file {options.png}.")
+    runs, notes = _runs(options)
     sections = make_sections(runs, options.loss)
     written = write_report(sections, options.output, notes=notes, png=options.png, title=options.title)
-    for note in notes:
-        print(f"clip-callbacks: {note}", file=sys.stderr)
+    _say(notes, runs)
     rows = [[section.track.name, *section.row] for section in sections]
     print(tabulate(rows, ("run", *HEADINGS), disable_numparse=True, stralign="right"))
     print(f"Report: {written[0]}")
@@ -97,10 +118,12 @@ def _report(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> i
     return 0
 
 
-def _suggest(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> int:
+def _suggest(options: argparse.Namespace) -> int:
     from clip_callbacks.dashboard.page import make_sections
 
-    sections = make_sections(runs, ())
+    runs, notes = _runs(options)
+    sections = make_sections(runs, options.loss)
+    _say(notes, runs)
     if options.json:
         print(json.dumps({section.track.name: _facts(section) for section in sections}, indent=2))
     else:
@@ -108,17 +131,17 @@ def _suggest(options: argparse.Namespace, runs: list[Run], notes: list[str]) -> 
     return 0
 
 
-def _facts(section: Section) -> dict[str, object] | None:
-    return None if section.advice is None else section.advice.facts() | {"caution": section.caution}
+def _facts(section: Section) -> dict[str, object]:
+    advice = section.advice.facts() if section.advice else {"max_norm": None}
+    return advice | {"caution": section.caution, "notes": list(section.track.run.notes)}
 
 
 def _told(section: Section) -> str:
     if section.advice is None:
-        return f"{section.track.name}: no finite norm above 0 was logged, nothing can be suggested."
-    snippets = (section.yaml(), section.yaml(adaptive=True))
+        return f"{section.track.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
     caution = f"\n  ! {section.caution}" if section.caution else ""
     told = f"{section.track.name}: {section.advice.describe()}{caution}"
-    return f"{told}\n\n{snippets[0]}\n# or, setting itself:\n{snippets[1]}".rstrip()
+    return f"{told}\n\n{section.yaml()}\n# or, setting itself:\n{section.yaml(adaptive=True)}".rstrip()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.cli import main
 from clip_callbacks.dashboard import thinning
-from clip_callbacks.dashboard.diagnosis import bad_steps, diagnose
+from clip_callbacks.dashboard.bad_steps import bad_steps, spikes
+from clip_callbacks.dashboard.diagnosis import diagnose
 from clip_callbacks.dashboard.page import make_sections
 from clip_callbacks.dashboard.runs import Run, Series, UnusableLogError
 from clip_callbacks.dashboard.sources import read_runs
@@ -178,10 +179,12 @@ def test_a_damaged_event_file_is_read_up_to_there(fitted, tmp_path):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(allow_nan=False))))
-def test_series_are_in_order_and_the_last_of_a_step_counts(points):
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e300, 1e300))))
+def test_where_steps_go_back_the_later_branch_counts(points):
     series = Series.of([step for step, _ in points], [value for _, value in points])
-    expected = dict(sorted(dict(points).items()))
+    expected = {}
+    for step, value in points:
+        expected = {at: held for at, held in expected.items() if at < step} | {step: value}
     assert series.steps.tolist() == list(expected)
     assert series.values.tolist() == list(expected.values())
     at = np.array([-1, *expected, 10**7])
@@ -206,13 +209,28 @@ def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
     width = (last - first + 1) / columns
     for column in range(columns):
         inside = np.clip(((steps - first) / width).astype(int), 0, columns - 1) == column
-        peak, mean = (reduce(series, first, last, columns)[column] for reduce in (thinning.peaks, thinning.means))
+        peak = thinning.peaks(series, first, last, columns)[column]
         if inside.any():
             assert peak == series.values[inside].max()
-            assert mean == pytest.approx(series.values[inside].mean())
         else:
             assert math.isnan(peak)
-            assert math.isnan(mean)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(1, 20), st.floats(0, 1)), min_size=2, max_size=60), st.integers(1, 40))
+def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged, columns):
+    gaps, values = zip(*logged, strict=True)
+    steps = np.cumsum(gaps) - 1
+    series = Series.of(steps, values)
+    each = np.concatenate([np.full(gap, value) for gap, value in logged])  # of every step
+    each = each[series.begin :]
+    edges, found = thinning.shares(series, columns)
+    assert edges[0] == series.begin
+    assert edges[-1] == steps[-1] + 1
+    summed = np.concatenate([[0], np.cumsum(each)])
+    expected = np.diff(np.interp(edges - series.begin, np.arange(len(each) + 1), summed)) / np.diff(edges)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert series.mean == pytest.approx(each.mean())
 
 
 # ---- what it says --------------------------------------------------------------------------------------------------------------
@@ -271,7 +289,7 @@ def test_findings_name_what_they_find(tmp_path):
         "7 of 400 steps were skipped (1.75%)",
         "5e+03 at step 123",
         "The loss scale has fallen to 0.0312",
-        "whole alone makes 98% of the norm",
+        "The norm of whole alone is 99% of total_norm",
         "Hardly any gradient arrives at dead",
         "The update-to-weight ratio of whole is above 0.01",
         "The update-to-weight ratio of dead is below 1e-05",
@@ -308,7 +326,7 @@ def test_the_journal_names_offenders_in_the_table_of_bad_steps(trainer, tmp_path
     assert count == 2
     assert rows[0].where == "epoch 0, batch 2, rank 0"
     assert rows[0].offenders == "loss: net.0.weight, net.0.bias, net.2.weight, net.2.bias"
-    assert '2 of 8 steps were skipped (25.00%). Most often the stage is "loss"' in texts(diagnose(track, {}))
+    assert '2 of 8 steps were skipped (25.00%). Most often the stage is "loss".' in texts(diagnose(track, {}))
 
 
 def test_spikes_skipped_by_the_guard_are_rows_with_their_norm(trainer, tmp_path):
@@ -331,10 +349,10 @@ def test_without_a_journal_skips_are_rows_too(tmp_path):
 def test_a_broken_journal_is_noted(tmp_path):
     path = write(tmp_path, table())
     good = {"step": 3, "epoch": 0, "batch": 3, "rank": 0, "policy": "skip", "stage": "loss", "gradients": [{"name": "w"}]}
-    (tmp_path / "nonfinite_steps.jsonl").write_text(json.dumps(good) + "\n{not json\n[1]\n")
+    (tmp_path / "nonfinite_steps.jsonl").write_text(json.dumps(good) + "\n{not json\n[1]\n" + '{"step": 5, "gradients": 5}')
     run = read(path)
     assert len(run.bad_steps) == 1
-    assert "2 lines of nonfinite_steps.jsonl cannot be read" in run.notes[0]
+    assert "3 lines of nonfinite_steps.jsonl cannot be read" in run.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +362,11 @@ def test_a_broken_journal_is_noted(tmp_path):
         (["train_loss_step", "train_loss_epoch", "val_loss"], ["train_loss_step", "val_loss"]),
         (["train_loss_epoch"], ["train_loss_epoch"]),
         (["train_bits", "val_bits", "grad_norm/x"], ["train_bits", "val_bits"]),
-        (["accuracy"], []),
+        (
+            ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
+            ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
+        ),
+        (["train_acc", "val_f1", "train_time", "lossless", "accuracy"], []),
     ],
 )
 def test_losses_are_found_by_their_names(keys, losses):
@@ -427,11 +449,14 @@ def unusable(tmp_path):
         "no grad metrics": (write(tmp_path / "no_norm", no_norm), "holds no grad/total_norm"),
         "empty file": (write(tmp_path / "nothing", text=""), "is empty: nothing was logged"),
         "header only": (write(tmp_path / "header", text="step,grad/total_norm\n"), "holds a header and no values"),
-        "no step": (write(tmp_path / "stepless", text="a,b\n1,2\n"), "no column 'step'"),
+        "no step": (
+            write(tmp_path / "stepless", text="a;step\n1;2\n"),
+            "no column 'step', as what a CSVLogger writes: it begins with 'a;step'",
+        ),
         "binary": (tmp_path / "binary", "no column 'step'"),
         "no event file": (tmp_path / "events", "not one of TensorBoard's event files"),
-        "empty event file": (tmp_path / "no_events", "holds no scalars"),
-        "no database": (tmp_path / "other.db", "cannot be read"),
+        "empty event file": (tmp_path / "no_events", "holds no scalars: nothing was logged"),
+        "no database": (tmp_path / "other.db", "no database of MLflow"),
         "no server": ("http://localhost:9", "cannot be read"),
         "no such database": (f"sqlite:///{tmp_path}/none.db", "no such file"),
     }
@@ -470,6 +495,9 @@ def test_a_run_that_cannot_be_used_beside_others_is_noted(tmp_path, capsys):
     [
         (["--steps", "5"], "must be A:B"),
         (["--steps", "a:b"], "must be A:B"),
+        (["--steps", "50:10"], "A up to B"),
+        (["-o", "."], "--output must be a file"),
+        (["--png", __file__], "--png must be a folder"),
         (["--steps", "1000:2000"], "nothing was logged from step 1000 to step 2000"),
         (["--loss", "train_los"], "no run has a metric 'train_los'"),
     ],
@@ -483,6 +511,194 @@ def test_wrong_options_are_exit_code_2(arguments, message, tmp_path, capsys):
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_an_empty_argument_is_refused(capsys):
+    code, _, err = run_main(capsys, "suggest", "")
+    assert code == 2
+    assert "got an empty text" in err
+
+
+def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
+    clipped = np.zeros(1000)
+    clipped[:500], clipped[550] = 1.0, 1.0
+    frame = table(1000, **{"grad/clip_fraction": clipped, "grad/skipped_steps": np.minimum(np.arange(1000) // 10, 50)})
+    path = write(tmp_path, frame)
+    (run,), _ = read_runs([str(path)])
+    (whole,), (part,) = run.tracks, run.within(500, 599).tracks
+    assert (whole.steps, whole.share_clipped, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
+    assert (part.steps, part.share_clipped, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
+    assert len(part.skips[0]) == 0
+    assert "skipped" not in texts(diagnose(part, {}))
+
+
+def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):
+    frame = table(100, **{"grad/clip_fraction": [1.0] + [0.0] * 99, "grad/skipped_steps": 7.0})
+    frame["step"] += 90_000
+    (track,) = read(write(tmp_path, frame)).tracks
+    assert (track.steps, track.share_clipped) == (100, pytest.approx(0.01))
+    assert track.skipped_steps.last == 0
+
+
+def test_a_branch_that_was_given_up_is_left_out(tmp_path):
+    first, again = table(100), table(150, seed=1).iloc[45::7]
+    run = read(write(tmp_path, pd.concat([first, again])))
+    assert run.metrics["grad/total_norm"].steps.tolist() == [*range(45), *range(45, 150, 7)]
+    assert "Steps go back: 54 points" in run.notes[0]
+
+
+def test_a_loggers_prefix_is_taken_off(trainer, tmp_path):
+    logger = CSVLogger(tmp_path, prefix="ours")
+    trainer(GradientClipping(1.0), logger=logger).fit(Regression(), data())
+    run = read(Path(logger.log_dir))
+    assert {"grad/total_norm", "train_loss"} <= run.metrics.keys()
+
+
+def test_two_runs_of_one_kind_of_log_are_never_one(tmp_path, capsys):
+    write(tmp_path / "a", table()), write(tmp_path / "b", table())
+    assert len(read_runs([str(tmp_path)])[0]) == 2
+    assert len(read_runs([str(tmp_path), str(tmp_path / "a"), str(tmp_path)])[0]) == 2, "named twice, read once"
+
+
+def test_what_is_read_stays_as_it_is(fitted, tmp_path, capsys):
+    import hashlib
+    import shutil
+    import sqlite3
+
+    folder = tmp_path / "logs"
+    shutil.copytree(fitted, folder)
+    with sqlite3.connect(folder / "study.db") as database:
+        database.execute("CREATE TABLE trials (number INTEGER)")
+    database.close()
+
+    def state():
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    before = state()
+    assert run_main(capsys, "report", folder, "-o", tmp_path / "page.html")[0] == 0
+    assert state() == before
+    code, _, err = run_main(capsys, "suggest", folder / "study.db")
+    assert code == 2
+    assert "no database of MLflow" in err
+    assert state() == before
+
+
+def test_a_folder_of_mlflows_files(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(tracking_uri=str(tmp_path / "mlruns"))
+    experiment = client.create_experiment("ours")
+    kept, gone = (client.create_run(experiment, run_name=name).info.run_id for name in ("kept", "gone"))
+    for identifier in (kept, gone):
+        for step in range(5):
+            client.log_metric(identifier, "grad/total_norm", 1.0 + step, step=step)
+    client.delete_run(gone)
+    (run,), _ = read_runs([str(tmp_path)])
+    assert run.name == "kept"
+    assert run.metrics["grad/total_norm"].values.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    with pytest.raises(UnusableLogError):
+        read_runs([f"{(tmp_path / 'mlruns').as_uri()}#{gone}"])
+
+
+def test_one_file_that_cannot_be_read_does_not_take_the_others_along(fitted, tmp_path):
+    import shutil
+
+    shutil.copytree(fitted / "board", tmp_path / "board")
+    (tmp_path / "board/run/events.out.tfevents.9.other").write_bytes(b"no event file at all, but so it is called")
+    run = read(tmp_path / "board")
+    assert run.tracks
+    assert any("is not one of TensorBoard's event files" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$\bad{$run", "dollar $5 and $6", "ein Lauf äöü 猫", "x" * 200])
+def test_any_name_can_be_drawn(name, tmp_path, capsys):
+    frame = table(60, **{f"grad_norm/{name}.0": 1.0, f"grad_norm/{name}.1": 2.0, f"{name[:9]}_loss": 1.0})
+    write(tmp_path / name, frame), write(tmp_path / "other", table(50, seed=1))
+    code, _, err = run_main(capsys, "report", tmp_path, "-o", tmp_path / "page.html", "--png", tmp_path / "png")
+    assert (code, err) == (0, "")
+
+
+def test_text_in_cells_is_counted(tmp_path):
+    text = table(10).astype(object).to_csv(index=False).splitlines()
+    text[3] = ",".join(["2", "tensor(1.0)", *text[3].split(",")[2:]])
+    run = read(write(tmp_path, text="\n".join(text)))
+    assert "1 cells of metrics.csv are no numbers" in run.notes[0]
+    assert math.isnan(run.metrics["train_loss"].values[2])
+
+
+def test_suggest_says_its_notes(tmp_path, capsys):
+    text = table(30).to_csv(index=False) + "1,2,3,4,5,6,7,8,9,10\n"
+    code, out, err = run_main(capsys, "suggest", "--json", write(tmp_path, text=text))
+    assert code == 0
+    assert "do not fit its header" in err
+    assert "do not fit its header" in next(iter(json.loads(out).values()))["notes"][0]
+
+
+def test_the_command_itself_in_a_process_of_its_own(tmp_path):
+    import subprocess
+    import sys
+
+    path = write(tmp_path, table())
+    command = [sys.executable, "-m", "clip_callbacks.cli", "suggest", str(path)]
+    done = subprocess.run(" ".join(command) + " | head -1", shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "would have clipped" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["pandas", "matplotlib", "jinja2", "yaml", "tqdm"])
+def test_a_missing_package_is_named(missing, tmp_path):
+    import subprocess
+    import sys
+
+    path = write(tmp_path, table())
+    hidden = f"import sys, clip_callbacks; sys.modules[{missing!r}] = None"  # what Lightning needs itself it has by then
+    code = f"{hidden}; from clip_callbacks.cli import main; sys.exit(main(['report', {str(path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install 'clip_callbacks[report]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_spikes_are_told_by_the_norms_around_them():
+    falling = np.geomspace(10, 0.1, 400) * np.random.default_rng(0).lognormal(0, 0.05, 400)
+    falling[300] *= 8
+    run = Run("run", "", {"grad/total_norm": Series.of(np.arange(400), falling)})
+    found, times = spikes(run.tracks[0])
+    assert found.steps.tolist() == [300]
+    assert times[0] == pytest.approx(8, rel=0.2)
+
+
+def test_norms_logged_as_not_finite_are_rows(tmp_path):
+    frame = table(60)
+    frame.loc[7, "grad/total_norm"] = math.nan
+    rows, _ = bad_steps(read(write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))).tracks[0])
+    assert (7, "norm not finite") in [(row.step, row.what) for row in rows]
+
+
+def test_limits_that_were_not_logged_clip_all_the_same(tmp_path):
+    frame = table(60, **{"grad/clip_fraction": 1.0}).drop(columns="grad/max_norm")
+    assert "100% of steps are clipped by a limit that was not logged" in said(read(write(tmp_path, frame)))
+
+
+def test_a_run_out_of_control_gets_no_number(tmp_path, capsys):
+    frame = table(200, train_loss=np.concatenate([[7.0], np.full(199, 50.0)]))
+    path = write(tmp_path, frame)
+    assert "no suggestion: train_loss rose from 7 to 50" in run_main(capsys, "suggest", path)[1]
+    assert json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]["max_norm"] is None
+
+
+def test_blocks_keep_what_tells_them_apart():
+    from clip_callbacks.dashboard.axes import naturally, short, without_common_ends
+
+    names = [
+        f"encoder.transformer.layers.{number}.attention.{part}.projection" for number in range(12) for part in ("key", "value")
+    ]
+    assert without_common_ends(names) == [f"{number}.attention.{part}" for number in range(12) for part in ("key", "value")]
+    assert without_common_ends(["a.b", "a"]) == ["b", "a"]
+    assert without_common_ends(["one.name"]) == ["one.name"]
+    assert short("abcdefghij", 7) == "abc…hij"
+    assert sorted(["l.10", "l.9", "k"], key=naturally) == ["k", "l.9", "l.10"]
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monkeypatch):
@@ -531,7 +747,7 @@ def test_an_empty_run_without_finite_norms_has_a_page(tmp_path, capsys):
     code, *_ = run_main(capsys, "report", path, "-o", tmp_path / "page.html")
     assert code == 0
     assert "No logged step has a finite norm above 0" in (tmp_path / "page.html").read_text()
-    assert "nothing can be suggested" in run_main(capsys, "suggest", path)[1]
+    assert "no suggestion: no finite norm" in run_main(capsys, "suggest", path)[1]
 
 
 def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypatch):

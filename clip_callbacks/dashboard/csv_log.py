@@ -34,13 +34,15 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     notes: list[str] = []
     try:
         with progress(path) as file:
-            columns = _read_fast(file)
+            columns, texts = _read_fast(file)
     except (pd.errors.ParserError, _OtherHeader):
-        columns, notes = _read_by_header(path)
+        columns, texts, notes = _read_by_header(path)
     except pd.errors.EmptyDataError:
         raise UnusableLogError(f"{path} is empty: nothing was logged.") from None
     except (OSError, UnicodeError, csv.Error) as error:
         raise UnusableLogError(f"{path} cannot be read: {error}.") from None
+    if texts:
+        notes.append(f"{texts} cells of {path.name} are no numbers and count as NaN.")
     if not columns:
         raise UnusableLogError(f"{path} holds a header and no values: nothing was logged.")
     return joined(columns), notes
@@ -73,8 +75,9 @@ class _OtherHeader(Exception):  # noqa: N818 (no error: a way to read)
     """The columns change in the middle of the file."""
 
 
-def _read_fast(file: BinaryIO) -> Columns:
+def _read_fast(file: BinaryIO) -> tuple[Columns, int]:
     columns: Columns = {}
+    texts = 0
     reader = pd.read_csv(
         file, chunksize=ROWS, keep_default_na=False, na_values=[""], encoding_errors="replace", index_col=False, low_memory=False
     )
@@ -85,40 +88,44 @@ def _read_fast(file: BinaryIO) -> Columns:
             steps = table[STEP]
             if not pd.api.types.is_numeric_dtype(steps):
                 raise _OtherHeader
-            _take(columns, table, steps)
-    return columns
+            texts += _take(columns, table, steps)
+    return columns, texts
 
 
-def _take(columns: Columns, table: pd.DataFrame, steps: pd.Series[Any]) -> None:
-    """Keep what the columns of a chunk have: cells with text that is a number, NaN and infinities included."""
-    has_step, shared = steps.notna(), dict[bytes, Steps]()
+def _take(columns: Columns, table: pd.DataFrame, steps: pd.Series[Any]) -> int:
+    """Keep what the columns of a chunk have, NaN and infinities included; how many cells hold other text."""
+    has_step, shared, texts = steps.notna(), dict[bytes, Steps](), 0
     for key in table.columns.drop(STEP):
         is_logged = (table[key].notna() & has_step).to_numpy()
         if not is_logged.any():
             continue
         logged = table[key][is_logged]
         if not pd.api.types.is_numeric_dtype(logged):
-            logged = pd.to_numeric(logged, errors="coerce")
+            words, logged = logged.astype(str).str.strip().str.lower(), pd.to_numeric(logged, errors="coerce")
+            texts += int((logged.isna() & ~words.isin(["nan", "+nan", "-nan"])).sum())
         rows = np.packbits(is_logged).tobytes()
         if rows not in shared:
             shared[rows] = steps[is_logged].to_numpy(dtype=np.int64)
         columns.setdefault(str(key), []).append((shared[rows], logged.to_numpy(dtype=np.float64, na_value=np.nan)))
+    return texts
 
 
-def _read_by_header(path: Path) -> tuple[Columns, list[str]]:
+def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
     columns: Columns = {}
-    headers, misfits = 0, 0
+    headers, misfits, texts = 0, 0, 0
     for header, rows, misfit in _segments(path):
         headers, misfits = headers + 1, misfits + misfit
         table = pd.DataFrame(rows, columns=header, dtype=object).replace("", np.nan)
         steps = pd.to_numeric(table[STEP], errors="coerce")
-        _take(columns, table, steps)
+        texts += _take(columns, table, steps)
     if not headers:
-        raise UnusableLogError(f"{path} has no column {STEP!r}: it is not what a CSVLogger writes.")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline().strip()[:60]
+        raise UnusableLogError(f"{path} has no column {STEP!r}, as what a CSVLogger writes: it begins with {first!r}.")
     notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
     if misfits:
         notes.append(f"{misfits} rows of {path.name} do not fit its header and are left out.")
-    return columns, notes
+    return columns, texts, notes
 
 
 def _segments(path: Path) -> Iterator[tuple[list[str], list[list[str]], int]]:

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from clip_callbacks.advice import FEWEST, QUARTERS, robust_threshold
+from clip_callbacks.advice import FEWEST, QUARTERS
+from clip_callbacks.dashboard.bad_steps import offenders, spikes
 from clip_callbacks.dashboard.runs import Series, Track
 
 Severity = Literal["bad", "warn", "good", "note"]
 
-ALWAYS, OFTEN, SELDOM = 0.95, 0.5, 0.001
+ALWAYS, OFTEN, MUCH, SELDOM = 0.95, 0.5, 0.25, 0.001
 """Shares of clipped steps."""
-SPIKE = 4.0
-"""Robust standard deviations above the median, in logarithms, from which a step is listed as a spike."""
-DOMINANT = 0.8
-"""Share of the sum of squares with which one block is the whole norm."""
+HARD = 0.1
+"""A clip_coef below which clipping is hard."""
+MANY = 0.01
+"""A share of skipped steps that is bad."""
+DOMINANT = 0.9
+"""Share of the total norm with which one block is all of it."""
 FADING = 1e-4
 """Share of the total norm below which a block hardly learns."""
-LISTED = 20
-"""Rows of the table of bad steps."""
 HEALTHY_UPDATES = (1e-5, 1e-2)
 """Norms of updates over those of the weights that give no cause for concern; about 1e-3 is usual."""
 
@@ -41,25 +41,6 @@ class Finding:
 
     severity: Severity
     text: str
-
-
-@dataclass(frozen=True)
-class BadStep:
-    """A row of the table of bad steps.
-
-    Args:
-        step: The optimizer step, 0 at the start.
-        what: "skipped", "spike" and so on.
-        norm: total_norm; NaN if it was not finite.
-        where: Epoch and batch and rank, as far as known.
-        offenders: Which parameters, or what else is known.
-    """
-
-    step: int
-    what: str
-    norm: float
-    where: str
-    offenders: str
 
 
 def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
@@ -80,72 +61,23 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def spikes(track: Track) -> Series:
-    """Logged steps whose norm is four robust standard deviations (5 % at least each) above the median, in logarithms."""
-    norms = track.total_norm
-    if len(norms) < LISTED:
-        return Series.empty()
-    values = torch.from_numpy(np.array(norms.values))
-    level = max(robust_threshold(values, SPIKE), float(np.median(norms.values)) * math.exp(SPIKE * 0.05))
-    stands_out = norms.values > level
-    return Series(norms.steps[stands_out], norms.values[stands_out])
-
-
-def bad_steps(track: Track) -> tuple[list[BadStep], int]:
-    """Rows for the table of bad steps (the journal's, else the skips logged, and the largest spikes), and how many there are."""
-    rows = [_journal_row(entry) for entry in track.bad_steps]
-    if not rows:
-        counts = track.skipped_steps
-        gained = np.diff(counts.values, prepend=0.0) if counts else np.empty(0)
-        for step, count in zip(counts.steps[gained > 0], gained[gained > 0], strict=True):
-            rows.append(BadStep(int(step), "skipped", math.nan, "", f"{count:.0f} skipped since the last logged step; no journal"))
-    outliers = spikes(track)
-    largest = np.argsort(-outliers.values, kind="stable")[:LISTED]
-    median = float(np.median(track.total_norm.values)) if outliers else math.nan
-    limits = track.max_norm.at(outliers.steps)
-    for place in largest:
-        norm, limit = float(outliers.values[place]), float(limits[place])
-        held = f"; clipped to {limit:.3g}" if limit < norm else "; not clipped"
-        rows.append(BadStep(int(outliers.steps[place]), "spike", norm, "", f"{norm / median:.3g} times the median{held}"))
-    total = len(rows) + len(outliers) - len(largest)
-    worst = sorted(rows, key=lambda row: (row.what == "spike", row.step if row.what != "spike" else -row.norm))[: 2 * LISTED]
-    return sorted(worst, key=lambda row: row.step), total
-
-
 def out_of_control(losses: dict[str, Series]) -> str | None:
-    """What to say if a loss above 0 doubled: if in some quarter of the run its median was twice the first value logged."""
-    for key, series in losses.items():
-        finite = series.finite
+    """What to say if the training loss doubled: if in some quarter of the run its median was twice the first value logged."""
+    training = sorted(losses, key=lambda key: ("val" in key.lower() or "test" in key.lower(), "train" not in key.lower(), len(key)))
+    for key in training[:1]:
+        finite = losses[key].finite
         if len(finite) < FEWEST or not bool((finite.values > 0).all()):
             continue
         worst = max(float(np.median(part)) for part in np.array_split(finite.values, QUARTERS))
         if worst > 2 * finite.values[0]:
             return (
-                f"{key} rose from {finite.values[0]:.3g} to {worst:.3g} (a quarter's median): the run went out of "
-                f"control, and its norms say "
-                "little of a healthy one. Clip at 1, or lower the learning rate, and ask again after that run."
+                f"{key} rose from {finite.values[0]:.3g} to {worst:.3g} (the median of a quarter of the run): it went "
+                f"out of control, and "
+                "its norms say little of a healthy run. Lower the learning rate, or begin with QuantileLimit(0.1), "
+                "which needs no "
+                "number, and ask again of that run."
             )
     return None
-
-
-def _journal_row(entry: object) -> BadStep:
-    assert isinstance(entry, dict)
-    is_spike = entry.get("stage") == "spike"
-    named = [*(entry.get("parameters") or []), *(entry.get("gradients") or []), *(entry.get("largest") or [])]
-    names = list(dict.fromkeys(str(each.get("name", "?")) for each in named if isinstance(each, dict)))
-    offenders = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")  # noqa: PLR2004
-    place = ", ".join(f"{key} {entry[key]}" for key in ("epoch", "batch", "rank") if key in entry)
-    policy = {"skip": "skipped", "zero": "zeroed", "microbatch": "micro-batch dropped", "raise": "raised"}
-    what = "skipped as a spike" if is_spike else policy.get(str(entry.get("policy")), str(entry.get("policy", "bad")))
-    stage = str(entry.get("stage", "unknown"))
-    norm = entry.get("total_norm")
-    return BadStep(
-        int(entry["step"]),
-        what,
-        float(norm) if isinstance(norm, (int, float)) else math.nan,
-        place,
-        offenders if is_spike else f"{stage}: {offenders}".removesuffix(": "),
-    )
 
 
 def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
@@ -165,19 +97,17 @@ def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
 
 
 def _clipping(track: Track) -> Iterator[Finding]:
-    share, norms = track.share_clipped, track.total_norm
+    share, norms, limit = track.share_clipped, track.total_norm, track.max_norm
     if not norms:
         yield Finding(
             "bad", "No logged step has a finite norm above 0: there is nothing to clip. Did backward run, are weights NaN?"
         )
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
-    limit = track.max_norm
-    if not limit or math.isnan(share):
+    if math.isnan(share) or (not limit and not share):
         yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
-    moves = limit.values.max() > limit.values.min() * 1.01
-    force = f"a limit from {limit.values.min():.3g} to {limit.values.max():.3g}" if moves else f"max_norm {limit.last:.3g}"
+    force = _limit_in_words(limit)
     if share >= ALWAYS:
         yield Finding(
             "warn",
@@ -186,57 +116,61 @@ def _clipping(track: Track) -> Iterator[Finding]:
         )
     elif share >= OFTEN:
         yield Finding("warn", f"{share:.0%} of steps are clipped by {force}, more than half. p90 of the norm is {p90:.3g}.")
+    elif share >= MUCH:
+        yield Finding("note", f"{share:.0%} of steps are clipped by {force}: ordinary ones too. p90 of the norm is {p90:.3g}.")
     elif share < SELDOM:
         yield Finding("note", f"{force} hardly ever clips ({share:.2%} of steps): an insurance. p99 of the norm is {p99:.3g}.")
     else:
         yield Finding("good", f"{share:.1%} of steps are clipped by {force}: spikes are bounded, the typical step is left alone.")
     coefficients = track.clip_coef.values
     hard = coefficients[coefficients < 1]
-    if len(hard) and np.median(hard) < 0.1:  # noqa: PLR2004
+    if len(hard) and np.median(hard) < HARD:
         yield Finding(
             "note",
-            f"Where it clips it clips hard: the median clip_coef of clipped steps is {np.median(hard):.2g} (smallest "
-            f"{hard.min():.2g}).",
+            f"Where it clips it clips hard: the median clip_coef of clipped steps is {np.median(hard):.2g} "
+            f"(smallest {hard.min():.2g}).",
         )
+
+
+def _limit_in_words(limit: Series) -> str:
+    if not limit:
+        return "a limit that was not logged"
+    lowest, highest = limit.values.min(), limit.values.max()
+    return f"max_norm {limit.last:.3g}" if highest <= 1.01 * lowest else f"a limit from {lowest:.3g} to {highest:.3g}"
 
 
 def _skips(track: Track) -> Iterator[Finding]:
     skipped = int(track.skipped_steps.last) if track.skipped_steps else 0
     if not skipped:
         return
-    steps = int(track.skipped_steps.steps[-1]) + 1
-    share = skipped / steps
-    names = Counter(
-        str(each.get("name"))
-        for entry in track.bad_steps
-        for each in [*(entry.get("parameters") or []), *(entry.get("gradients") or [])][:1]
-        if isinstance(each, dict)
+    share = skipped / track.steps
+    entries = track.bad_steps
+    stages = Counter(str(entry.get("stage")) for entry in entries)
+    stage = stages.most_common(1)[0][0] if stages else ""
+    names = Counter(offenders(entry)[0] for entry in entries if entry.get("stage") != "loss" and offenders(entry))
+    where = f' Most often the stage is "{stage}"' if stage else ""
+    who = f", the first offender {names.most_common(1)[0][0]}." if names and stage != "loss" else "." if where else ""
+    were = "was" if skipped == 1 else "were"
+    yield Finding(
+        "bad" if share > MANY else "warn", f"{skipped:,} of {track.steps:,} steps {were} skipped ({share:.2%}).{where}{who}"
     )
-    stages = Counter(str(entry.get("stage")) for entry in track.bad_steps)
-    where = f' Most often the stage is "{stages.most_common(1)[0][0]}"' if stages else ""
-    who = f", the first offender {names.most_common(1)[0][0]}." if names else "." if where else ""
-    yield Finding("bad" if share > 0.01 else "warn", f"{skipped} of {steps:,} steps were skipped ({share:.2%}).{where}{who}")  # noqa: PLR2004
 
 
 def _spikes(track: Track) -> Iterator[Finding]:
-    found = spikes(track)
+    found, times = spikes(track)
     if found:
-        worst = int(np.argmax(found.values))
-        median = float(np.median(track.total_norm.values))
+        worst = int(np.argmax(times))
         yield Finding(
             "note",
-            f"{len(found)} of {len(track.total_norm):,} logged norms stand far out of the others; the largest, "
-            f"{found.values[worst]:.3g} "
-            f"at step {found.steps[worst]:,}, is {found.values[worst] / median:.3g} times the median.",
+            f"{len(found):,} of {len(track.total_norm):,} logged norms stand far out of those around them; most of all "
+            f"{found.values[worst]:.3g} at step {found.steps[worst]:,}, {times[worst]:.3g} times their median.",
         )
 
 
 def _scaler(track: Track) -> Iterator[Finding]:
     scale = track.amp_scale
     if scale and scale.last < 1:
-        yield Finding(
-            "bad", f"The loss scale has fallen to {scale.last:.3g}: nearly every step overflows in float16. Use bf16-mixed."
-        )
+        yield Finding("bad", f"The loss scale has fallen to {scale.last:.3g}: float16 overflows again and again. Use bf16-mixed.")
 
 
 def _blocks(track: Track) -> Iterator[Finding]:
@@ -249,12 +183,12 @@ def _blocks(track: Track) -> Iterator[Finding]:
         ratio = series.values / np.where(total > 0, total, np.nan)
         shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
     heaviest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
-    if shares[heaviest] ** 2 > DOMINANT:
+    if shares[heaviest] > DOMINANT:
         yield Finding(
             "note",
-            f"{heaviest} alone makes {min(shares[heaviest] ** 2, 1.0):.0%} of the norm (of the sum of squares, in the "
-            f"median): a global "
-            'norm is its norm, and clips all others because of it. scope="layer" gives each its own.',
+            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of total_norm, in the median: a global "
+            f"norm is its norm, and "
+            'clips all others because of it. scope="layer" gives each its own.',
         )
     fading = [name for name, share in shares.items() if share < FADING]
     if fading:

@@ -31,10 +31,9 @@ def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
         UnusableLogError: If they are no event files, or empty.
     """
     points: Points = {}
-    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]
+    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
     if not points:
-        broken = f" ({' '.join(notes)})" if notes else ""
-        raise UnusableLogError(f"{paths[0].parent} holds no scalars: nothing was logged{broken}.")
+        raise UnusableLogError(f"{paths[0].parent} holds no scalars: {' '.join(notes) or 'nothing was logged.'}")
     return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
 
 
@@ -64,7 +63,9 @@ def _read_file(path: Path, points: Points) -> str | None:
                 steps.append(step)
                 values.append(number)
     except _Broken as broken:
-        return f"{path.name} is {broken}: it was read up to there."
+        return f"{path.name} is {broken}."
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}."
     return None
 
 
@@ -73,7 +74,6 @@ def _events(path: Path) -> Iterator[Any]:
 
     Raises:
         _Broken: Where they end too early.
-        UnusableLogError: If the first one cannot be read.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
@@ -90,9 +90,10 @@ def _events(path: Path) -> Iterator[Any]:
             except DecodeError:
                 event = None
             if event is None and not at:
-                raise UnusableLogError(f"{path} is not one of TensorBoard's event files.")
+                raise _Broken("not one of TensorBoard's event files")
             if event is None:
-                raise _Broken("cut off in its last record" if end + AFTER > size else "damaged")
+                where = "cut off in its last record" if end + AFTER > size else "damaged"
+                raise _Broken(f"{where}: it was read up to there")
             yield event
             if at - bar.n > 1 << 22:
                 bar.update(at - bar.n)

@@ -12,14 +12,17 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
-from clip_callbacks.advice import Advice
+from clip_callbacks.advice import Advice, advise
+from clip_callbacks.dashboard.axes import Shown
+from clip_callbacks.dashboard.bad_steps import FEWEST, BadStep, bad_steps
 from clip_callbacks.dashboard.charts import COLORS, MOST, make_charts
-from clip_callbacks.dashboard.diagnosis import BadStep, Finding, bad_steps, diagnose, out_of_control
+from clip_callbacks.dashboard.diagnosis import Finding, diagnose, out_of_control
 from clip_callbacks.dashboard.pictures import Chart
 from clip_callbacks.dashboard.runs import Run, Series, Track, UnusableLogError
 
@@ -35,7 +38,8 @@ class Section:
         losses: The run's losses.
         color: Of its lines.
         findings: Sentences on it.
-        advice: A max_norm for it; None where no norm was logged.
+        caution: Why its norms are not to be trusted, if so.
+        advice: A max_norm for it; None where no norm was logged, or none is to be trusted.
         bad_steps: The worst steps, in order.
         bad_count: How many there were.
     """
@@ -44,6 +48,7 @@ class Section:
     losses: dict[str, Series]
     color: str
     findings: list[Finding]
+    caution: str | None
     advice: Advice | None
     bad_steps: list[BadStep]
     bad_count: int
@@ -53,25 +58,31 @@ class Section:
         """Its row in the table of runs."""
         track, norms = self.track, self.track.total_norm
         percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
-        steps = max((int(series.steps[-1]) + 1 for series in track.run.metrics.values() if series), default=0)
         share, skipped = track.share_clipped, track.skipped_steps
-        losses = [f"{key} {number(series.values[-1])}" for key, series in list(self.losses.items())[:2]]
+        losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.losses.items())[:2]]
         return [
-            f"{steps:,}",
+            f"{track.steps:,}",
             *map(number, percentiles),
             number(float(norms.values.max())) if norms else NONE,
             number(track.max_norm.last),
             NONE if math.isnan(share) else f"{share:.1%}",
             f"{skipped.last:.0f}" if skipped else NONE,
-            number(self.advice.max_norm) if self.advice else NONE,
+            f"{self.advice.max_norm:g}" if self.advice else NONE,
             f"{len(norms):,}",
             ", ".join(losses) or NONE,
         ]
 
     @property
-    def caution(self) -> str | None:
-        """Why the suggestion is not to be trusted, if so."""
-        return out_of_control(self.losses)
+    def shown(self) -> Shown:
+        """For the pictures."""
+        return Shown(self.track, self.losses, self.color, self.advice.max_norm if self.advice else math.nan)
+
+    @property
+    def nothing_bad(self) -> str:
+        """What to say where the table of bad steps is empty."""
+        if len(self.track.total_norm) < FEWEST:
+            return "No step was skipped. Too few norms were logged to tell spikes."
+        return "None: no step was skipped, no norm stands far out of those around it."
 
     def yaml(self, *, adaptive: bool = False) -> str:
         """The suggestion for a configuration file."""
@@ -106,8 +117,11 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
     for track in [track for run in runs for track in run.tracks]:
         found = track.run.losses(tuple(losses))
         rows, count = bad_steps(track)
-        hue = COLORS[len(sections) % MOST]
-        sections.append(Section(track, found, hue, diagnose(track, found), track.advice, rows, count))
+        hue, caution = COLORS[len(sections) % MOST], out_of_control(found)
+        advice = advise(torch.from_numpy(np.array(track.total_norm.values)), out_of_control=caution is not None)
+        if advice and caution and not advice.is_of_calm_part:
+            advice = None
+        sections.append(Section(track, found, hue, diagnose(track, found), caution, advice, rows, count))
     return sections
 
 
@@ -139,7 +153,7 @@ def write_report(
     if len(sections) > MOST:
         notes.append(f"{MOST} of {len(sections)} runs are shown. Name fewer to see the others.")
     shown = list(sections[:MOST])
-    charts = make_charts([section.track for section in shown], [section.losses for section in shown])
+    charts = make_charts([section.shown for section in shown])
     _write(path, _render(shown, charts, notes, title))
     return [path, *(_write_pngs(charts, png) if png else ())]
 
@@ -163,6 +177,7 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
     return environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
+        runs=len({section.track.run.name for section in sections}),
         headings=HEADINGS,
         charts=drawn,
         notes=notes,

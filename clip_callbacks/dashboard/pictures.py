@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class Look:
         """For matplotlib."""
         return {
             "svg.fonttype": "none",
+            "text.parse_math": False,
+            "path.simplify": False,
             "svg.hashsalt": "clip_callbacks",
             "font.family": "sans-serif",
             "font.size": 9.0,
@@ -87,7 +90,8 @@ class Chart:
     def figure(self, look: Look) -> Figure:
         """Draw it."""
         size = (4.3, self.heights[1]) if look.narrow else (9.4, self.heights[0])
-        with mpl.rc_context(look.style):
+        with mpl.rc_context(look.style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font has not
             figure = Figure(figsize=size, layout="constrained")
             self.draw(figure, look)
             return figure
@@ -96,7 +100,8 @@ class Chart:
         """As an SVG element whose colors are the page's."""
         look, buffer = Look(narrow=narrow), io.StringIO()
         figure = self.figure(look)
-        with mpl.rc_context(look.style):
+        with mpl.rc_context(look.style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
 
@@ -105,7 +110,8 @@ class Chart:
         look = Look(ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
         figure = self.figure(look)
         path = folder / f"{self.key}.png"
-        with mpl.rc_context(look.style):
+        with mpl.rc_context(look.style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             figure.savefig(path, dpi=150, facecolor=look.paper)
         return path
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from clip_callbacks.advice import Advice, advise
 from clip_callbacks.report import (
     AMP_SCALE,
     BLOCK_NORM,
     CLIP_COEF,
     CLIP_FRACTION,
-    CLIP_FRACTION_EPOCH,
-    CLIPPED_NORM,
     MAX_NORM,
-    NOISE_SCALE,
     SHADOW_CLIP_FRACTION,
-    SHADOW_CLIP_FRACTION_EPOCH,
     SKIPPED_STEPS,
     TOTAL_NORM,
     UPDATE_RATIO,
@@ -31,8 +27,28 @@ from clip_callbacks.report import (
 Steps = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
-LOSS_WORDS = ("loss", "train", "val")
-"""What the names of losses hold or begin with, the best first."""
+OURS = ("grad/", "grad_", "update_ratio/")
+LOSS_WORDS = {
+    "loss",
+    "losses",
+    "nll",
+    "bits",
+    "bpc",
+    "bpb",
+    "perplexity",
+    "ppl",
+    "elbo",
+    "ce",
+    "bce",
+    "mse",
+    "mae",
+    "rmse",
+    "error",
+}
+"""What metrics are called that ought to fall."""
+PREFIXED = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
+LARGEST = 1.7976931348623157e308
+"""What MLflow stores for infinity."""
 
 
 class UnusableLogError(ValueError):
@@ -46,21 +62,28 @@ class Series:
     Args:
         steps: Of the logger's x-axis, int64 of shape ``(n,)``.
         values: float64 of shape ``(n,)``; what was logged as NaN or inf is among them.
+        taken_back: How many points were left out because the steps went back behind them.
     """
 
     steps: Steps
     values: Values
+    taken_back: int = 0
 
     @classmethod
     def of(cls, steps: npt.ArrayLike, values: npt.ArrayLike) -> Series:
-        """Bring points into the order of their steps; of several at one step the last one counts."""
+        """Make a series of points in the order in which they were logged.
+
+        Of several points at one step the last counts. Where the steps go back, as in a run that was resumed from an earlier
+        checkpoint, what was logged from there on before is left out: that branch of the run was given up.
+        """
         at, what = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+        taken_back = 0
         if len(at) > 1 and not bool(np.all(at[1:] > at[:-1])):
-            order = np.argsort(at, kind="stable")
-            at, what = at[order], what[order]
-            is_last = np.append(at[1:] != at[:-1], True)
-            at, what = at[is_last], what[is_last]
-        return cls(at, what)
+            later = np.minimum.accumulate(at[::-1])[::-1]  # the lowest step from each point on
+            taken_back = int((at[:-1] > later[1:]).sum())
+            stays = np.append(at[:-1] < later[1:], True)
+            at, what = at[stays], what[stays]
+        return cls(at, np.where(np.abs(what) >= LARGEST, np.copysign(np.inf, what), what), taken_back)
 
     @classmethod
     def empty(cls) -> Series:
@@ -95,6 +118,24 @@ class Series:
         return np.where(place >= 0, self.values[np.maximum(place, 0)], np.nan)
 
     @property
+    def begin(self) -> int:
+        """The first step that the log tells of: 0, or one interval before the first point if logging began later."""
+        if len(self) < 2:  # noqa: PLR2004
+            return int(self.steps[0]) if self else 0
+        gap = int(np.median(np.diff(self.steps)))
+        return 0 if 0 <= self.steps[0] < 2 * gap else int(self.steps[0]) - gap + 1
+
+    @property
+    def ends(self) -> Steps:
+        """Before the first point and after each: where the steps that it sums up begin and end, shape ``(n + 1,)``."""
+        return np.concatenate([[self.begin], self.steps + 1]) if self else np.zeros(1, np.int64)
+
+    @property
+    def mean(self) -> float:
+        """Of values that sum up all steps since the last point, each weighted by how many those are; NaN without one."""
+        return float(np.average(self.values, weights=np.diff(self.ends))) if self else float("nan")
+
+    @property
     def last(self) -> float:
         """The last finite value; NaN without one."""
         return float(self.finite.values[-1]) if self.finite else float("nan")
@@ -108,6 +149,7 @@ class Run:
         name: What tells it from the others.
         source: Where it was read.
         metrics: By name.
+        kind: Of log: "CSV", "TensorBoard" or "MLflow".
         bad_steps: The guard's journal: a dictionary for each bad step.
         notes: What the reader has to say, in sentences.
     """
@@ -115,8 +157,23 @@ class Run:
     name: str
     source: str
     metrics: Mapping[str, Series]
+    kind: str = "CSV"
     bad_steps: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
+        """A run as it was logged: without the prefix that its logger may have been given, with a note if steps went back."""
+        prefix = next((match[1] for key in metrics if (match := PREFIXED.match(key))), "")
+        if prefix and TOTAL_NORM not in metrics:
+            metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
+        taken_back = max((series.taken_back for series in metrics.values()), default=0)
+        if taken_back:
+            notes = [
+                *notes,
+                f"Steps go back: {taken_back} points that were logged before are left out, as of a part that was run again.",
+            ]
+        return cls(name, source, metrics, kind, notes=tuple(notes))
 
     def within(self, first: int | None, last: int | None) -> Run:
         """The run from one step to another."""
@@ -133,18 +190,12 @@ class Run:
         return [Track(self, suffix) for suffix in sorted(suffixes)]
 
     def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:
-        """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if there is nothing else."""
+        """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if it stands alone."""
         if wanted:
             return {key: self.metrics[key] for key in wanted if key in self.metrics}
-        ours = ("grad", "update_ratio", "lr-", "epoch", "step")
-        others = [key for key in self.metrics if not key.startswith(ours)]
-        for word in LOSS_WORDS:
-            found = [key for key in others if (word in key if word == "loss" else key.startswith(LOSS_WORDS[1:]))]
-            if found:
-                steps = {key.removesuffix("_step") for key in found if key.endswith("_step")}
-                kept = [key for key in found if not (key.endswith("_epoch") and key.removesuffix("_epoch") in steps)]
-                return {key: self.metrics[key] for key in kept}
-        return {}
+        found = [key for key in self.metrics if not key.startswith(OURS) and LOSS_WORDS & set(re.split("[^a-z]+", key.lower()))]
+        by_step = {key.removesuffix("_step") for key in found if key.endswith("_step")}
+        return {key: self.metrics[key] for key in found if key.removesuffix("_epoch") not in by_step or not key.endswith("_epoch")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,16 +226,6 @@ class Track:
         positive = finite.values > 0
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
-    @cached_property
-    def advice(self) -> Advice | None:
-        """A max_norm from what was logged."""
-        return advise(torch.from_numpy(np.array(self.total_norm.values)))
-
-    @property
-    def clipped_norm(self) -> Series:
-        """Norm after clipping."""
-        return self.metric(CLIPPED_NORM).finite
-
     @property
     def max_norm(self) -> Series:
         """The limit in force."""
@@ -205,23 +246,23 @@ class Track:
         """The GradScaler's scale."""
         return self.metric(AMP_SCALE).finite
 
-    @property
-    def noise_scale(self) -> Series:
-        """The gradient noise scale."""
-        return self.metric(NOISE_SCALE).finite
-
-    @property
+    @cached_property
     def skipped_steps(self) -> Series:
-        """How many steps were skipped so far."""
-        return self.metric(SKIPPED_STEPS).finite
+        """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
+        counts = self.metric(SKIPPED_STEPS).finite
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and counts.begin else counts
 
     @property
-    def skips(self) -> Steps:
-        """Logged steps up to which more steps had been skipped than before."""
+    def skips(self) -> tuple[Steps, Values]:
+        """Logged steps up to which more steps had been skipped than before, and how many more."""
         counts = self.skipped_steps
-        if not counts:
-            return np.empty(0, np.int64)
-        return counts.steps[np.diff(counts.values, prepend=0.0) > 0]
+        more = np.diff(counts.values, prepend=0.0)
+        return counts.steps[more > 0], more[more > 0]
+
+    @property
+    def steps(self) -> int:
+        """How many steps the log tells of."""
+        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self.metric(TOTAL_NORM).begin
 
     @property
     def bad_steps(self) -> list[Mapping[str, Any]]:
@@ -230,12 +271,8 @@ class Track:
 
     @property
     def share_clipped(self) -> float:
-        """Share of all the run's steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
-        fraction = self.clip_fraction
-        if not fraction:
-            return float("nan")
-        weights = np.diff(fraction.steps, prepend=-1).astype(np.float64)
-        return float(np.average(fraction.values, weights=weights))
+        """Share of all steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
+        return self.clip_fraction.mean
 
     def blocks(self, prefix: str = BLOCK_NORM) -> dict[str, Series]:
         """What was logged of each block under a prefix, by the blocks' names."""
@@ -252,16 +289,6 @@ class Track:
 
     @property
     def shadows(self) -> dict[str, float]:
-        """For each shadow limit the share of steps it would have clipped, over the epochs, or over the logged steps."""
-        shares: dict[str, float] = {}
-        for pattern in (SHADOW_CLIP_FRACTION, SHADOW_CLIP_FRACTION_EPOCH):
-            for name, series in self.blocks(pattern.format("")).items():
-                if series:
-                    weights = np.diff(series.steps, prepend=-1).astype(np.float64)
-                    shares.setdefault(name, float(np.average(series.values, weights=weights)))
-        return shares
-
-    @property
-    def epoch_clip_fractions(self) -> Series:
-        """Share of each epoch's steps that were clipped."""
-        return self.metric(CLIP_FRACTION_EPOCH).finite
+        """For each shadow limit the share of steps that it would have clipped."""
+        shares = {name: series.mean for name, series in self.blocks(SHADOW_CLIP_FRACTION.format("")).items()}
+        return {name: share for name, share in shares.items() if not math.isnan(share)}

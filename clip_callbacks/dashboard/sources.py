@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_callbacks.dashboard.csv_log import read_csv
 from clip_callbacks.dashboard.event_log import read_events
-from clip_callbacks.dashboard.mlflow_log import read_mlflow
+from clip_callbacks.dashboard.mlflow_log import is_database, read_mlflow
 from clip_callbacks.dashboard.runs import Run, UnusableLogError
 from clip_callbacks.report import JOURNAL, TOTAL_NORM
 
@@ -36,8 +36,9 @@ def read_runs(logs: Sequence[str]) -> tuple[list[Run], list[str]]:
     """
     runs: list[Run] = []
     problems: list[str] = []
+    seen: set[str] = set()
     for log in logs:
-        found, problem = _read(log)
+        found, problem = _read(log, seen)
         runs += found
         problems += problem
     usable, notes = [], []
@@ -54,8 +55,14 @@ def read_runs(logs: Sequence[str]) -> tuple[list[Run], list[str]]:
     return _named(kept), notes
 
 
-def _read(log: str) -> tuple[list[Run], list[str]]:
+def _read(log: str, seen: set[str]) -> tuple[list[Run], list[str]]:
+    """The runs of one argument, and what cannot be used; what an earlier argument named is not read again."""
+    if not log:
+        raise UnusableLogError("LOGS must be a file, a folder or an address, got an empty text.")
     if "://" in log:
+        if log in seen:
+            return [], []
+        seen.add(log)
         return read_mlflow(log), []
     path = Path(log)
     if not path.exists():
@@ -68,6 +75,9 @@ def _read(log: str) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     problems: list[str] = []
     for files in units:
+        if (known := str(files[0].resolve())) in seen:
+            continue
+        seen.add(known)
         with collected(problems):
             runs += _read_files(files)
     return runs, problems
@@ -78,7 +88,7 @@ def collected(problems: list[str]) -> Iterator[None]:
     """Note that a log cannot be used, and go on."""
     try:
         yield
-    except UnusableLogError as error:
+    except (UnusableLogError, OSError) as error:
         problems.append(str(error))
 
 
@@ -90,7 +100,9 @@ def _units(path: Path) -> list[list[Path]]:
     for file in files:
         if EVENTS in file.name:
             events.setdefault(file.parent, []).append(file)
-        elif file.suffix in DATABASES or (file.suffix == ".csv" and (file is path or file.name == "metrics.csv")):
+        elif (file.suffix in DATABASES and (file is path or is_database(file))) or (
+            file.suffix == ".csv" and (file is path or file.name == "metrics.csv")
+        ):
             units.append([file])
     stores = [[store] for store in sorted({file.parents[1] for file in files if _is_experiment(file)})]
     return units + list(events.values()) + stores
@@ -98,7 +110,12 @@ def _units(path: Path) -> list[list[Path]]:
 
 def _is_experiment(file: Path) -> bool:
     """Whether this is what an MLflow store of files keeps of an experiment."""
-    return file.name == "meta.yaml" and b"artifact_location" in file.read_bytes()[:4096]
+    if file.name != "meta.yaml":
+        return False
+    try:
+        return b"artifact_location" in file.read_bytes()[:4096]
+    except OSError:
+        return False
 
 
 def _read_files(files: list[Path]) -> list[Run]:
@@ -106,28 +123,39 @@ def _read_files(files: list[Path]) -> list[Run]:
     if first.is_dir() or first.suffix in DATABASES:
         return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}")
     if EVENTS in first.name:
-        metrics, notes = read_events(files)
+        kind, (metrics, notes) = "TensorBoard", read_events(files)
     else:
-        metrics, notes = read_csv(first)
+        kind, (metrics, notes) = "CSV", read_csv(first)
     journal, more = read_journal(first.parent / JOURNAL)
-    return [Run(str(first.parent.absolute()), str(first.parent), metrics, journal, (*notes, *more))]
+    run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*notes, *more])
+    return [replace(run, bad_steps=journal)]
 
 
 def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
     """The guard's entries for bad steps, and a note if lines cannot be read."""
     if not path.is_file():
         return (), []
-    entries, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-        else:
-            broken += bool(line.strip())
-    return tuple(entries), [f"{broken} lines of {path.name} cannot be read and are left out."] if broken else []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return (), [f"{path.name} cannot be read: {error.strerror}."]
+    entries = [_entry(line) for line in lines if line.strip()]
+    broken = entries.count(None)
+    notes = [f"{broken} lines of {path.name} cannot be read and are left out."] if broken else []
+    return tuple(entry for entry in entries if entry is not None), notes
+
+
+def _entry(line: str) -> Mapping[str, Any] | None:
+    """One bad step; None if the line is not what the guard writes."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    named = [entry.get(key) or [] for key in ("gradients", "parameters", "largest")]
+    is_sound = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
+    return entry if is_sound else None
 
 
 def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
@@ -140,18 +168,21 @@ def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
             kept.append(run)
         else:
             kept[place] = replace(double, bad_steps=double.bad_steps or run.bad_steps)  # the journal lies beside one of them
-            notes.append(f"{run.source} is the same run as {double.source}, of another logger, and is shown once.")
+            notes.append(f"{run.source} is the same run as {double.source} ({double.kind}) and is shown once.")
     return kept, notes
 
 
 def _is_same(run: Run, other: Run) -> bool:
-    pairs = [(run.metrics[key], other.metrics.get(key)) for key in run.metrics if key.startswith(TOTAL_NORM)]
-    return all(
-        theirs is not None
-        and len(ours) > 1
-        and np.array_equal(ours.steps, theirs.steps)
-        and np.allclose(ours.values, theirs.values, rtol=1e-6, equal_nan=True)  # event files hold float32
-        for ours, theirs in pairs
+    """Whether two logs of different kinds agree in all that they share."""
+    shared = run.metrics.keys() & other.metrics.keys()
+    return (
+        run.kind != other.kind
+        and any(key.startswith(TOTAL_NORM) and len(run.metrics[key]) > 1 for key in shared)
+        and all(
+            np.array_equal(run.metrics[key].steps, other.metrics[key].steps)
+            and np.allclose(run.metrics[key].values, other.metrics[key].values, rtol=1e-6, equal_nan=True)  # float32 in event files
+            for key in shared
+        )
     )
 
 

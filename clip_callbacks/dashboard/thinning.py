@@ -41,26 +41,24 @@ def thin(series: Series, columns: int = COLUMNS) -> Thinned:
     return Thinned(middles, middle, low, high, is_whole=False)
 
 
-def means(series: Series, first: int, last: int, columns: int) -> Values:
-    """The mean in each of so many columns from one step to another, shape ``(columns,)``, NaN where nothing was logged."""
-    return _reduced(series, first, last, columns, np.add) / np.maximum(_counts(series, first, last, columns), 1)
+def shares(series: Series, columns: int) -> tuple[Values, Values]:
+    """Of values that sum up all steps since the last point: the mean over the steps of each column.
+
+    Returns:
+        The edges of the columns, shape ``(columns + 1,)``, and the means, shape ``(columns,)``.
+    """
+    ends = series.ends.astype(np.float64)
+    summed = np.concatenate([[0.0], np.cumsum(series.values * np.diff(ends))])
+    edges = np.linspace(ends[0], ends[-1], columns + 1)
+    return edges, np.diff(np.interp(edges, ends, summed)) / np.diff(edges)
 
 
 def peaks(series: Series, first: int, last: int, columns: int) -> Values:
-    """The largest value in each column, NaN where nothing was logged."""
-    return _reduced(series, first, last, columns, np.maximum)
-
-
-def _reduced(series: Series, first: int, last: int, columns: int, by: np.ufunc) -> Values:
-    place = _places(series, first, last, columns)
-    result = np.full(columns, -np.inf if by is np.maximum else 0.0)
-    by.at(result, place, series.values)
-    result[_counts(series, first, last, columns) == 0] = np.nan
+    """The largest value in each of so many columns from one step to another, NaN where nothing was logged."""
+    result = np.full(columns, -np.inf)
+    np.maximum.at(result, _places(series, first, last, columns), series.values)
+    result[np.isneginf(result)] = np.nan
     return result
-
-
-def _counts(series: Series, first: int, last: int, columns: int) -> Values:
-    return np.bincount(_places(series, first, last, columns), minlength=columns).astype(np.float64)
 
 
 def _places(series: Series, first: int, last: int, columns: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

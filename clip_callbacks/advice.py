@@ -25,6 +25,8 @@ SAME = 0.02
 LEAST_SIGMA = 0.05
 """The floor of RobustZScoreLimit too."""
 HIGHEST_LOG = math.log(1.79e308)
+WARMUP = 100
+"""Steps for which the number is in force before a limit that sets itself."""
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -42,7 +44,7 @@ class Advice:
         clips: The share of the steps that it would have clipped.
         quarters: Medians of the run's four quarters; empty in a short run.
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
-        adaptive: The class of the limit that is suggested if the threshold is to follow the norms.
+        adaptive: The class of the limit that is suggested if the threshold is to follow the norms, after a warm-up at ``max_norm``.
         options: Its arguments.
         reasons: Sentences.
         is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
@@ -64,23 +66,24 @@ class Advice:
     @property
     def adaptive_call(self) -> str:
         """The adaptive limit as one writes it in Python."""
-        return f"{self.adaptive}({', '.join(f'{key}={value:g}' for key, value in self.options.items())})"
+        limit = f"{self.adaptive}({', '.join(f'{key}={value:g}' for key, value in self.options.items())})"
+        return f"Warmup({limit}, steps={WARMUP}, until={self.max_norm:g})"
 
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
         """What to put under LightningCLI's configuration, as nested dictionaries."""
-        limit = {"class_path": f"clip_callbacks.{self.adaptive}", "init_args": dict(self.options)}
-        clipping = {
-            "class_path": "clip_callbacks.GradientClipping",
-            "init_args": {"max_norm": limit if adaptive else self.max_norm},
-        }
-        return {"trainer": {"callbacks": [clipping]}}
+        limit = self._adaptive if adaptive else self.max_norm
+        return {"trainer": {"callbacks": [_named("GradientClipping", max_norm=limit)]}}
+
+    @property
+    def _adaptive(self) -> dict[str, Any]:
+        return _named("Warmup", limit=_named(self.adaptive, **self.options), steps=WARMUP, until=self.max_norm)
 
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             "max_norm": self.max_norm,
             "clips": self.clips,
-            "adaptive": {"class_path": f"clip_callbacks.{self.adaptive}", "init_args": self.options},
+            "adaptive": self._adaptive,
             "reasons": list(self.reasons),
             "steps": self.steps,
             "left_out": self.left_out,
@@ -105,7 +108,8 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
     average norm over many updates in the same way, and found values from half to ten times that average to work.
 
     The adaptive limit is ``QuantileLimit(0.9)``, which clips a tenth of the steps at any scale, if the medians of the run's
-    quarters differ threefold; else ``RobustZScoreLimit(3)``, which clips only what stands out.
+    quarters differ threefold; else ``RobustZScoreLimit(3)``, which clips only what stands out. For the first hundred steps the
+    number is in force: a limit that has seen nothing yet clips nothing, and that is when a run breaks.
 
     Args:
         norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left
@@ -172,6 +176,10 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
         reasons=tuple(reasons),
         is_of_calm_part=from_calm,
     )
+
+
+def _named(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"clip_callbacks.{name}", "init_args": arguments}
 
 
 def rounded(value: float, ordered: Tensor) -> float:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import clip_callbacks
 from clip_callbacks import advice as advice_module
 from clip_callbacks.advice import advise, rounded
 
@@ -85,7 +86,7 @@ def test_without_a_norm_there_is_no_advice(norms):
 def test_the_outliers_of_a_lognormal_distribution_are_its_share_beyond_three_sigma():
     advice = advise(drawn(stats.lognorm(0.7), 200_000))
     assert advice.outliers == pytest.approx(stats.norm.sf(3.0), rel=0.15)
-    assert advice.adaptive_call == "RobustZScoreLimit(z=3)"
+    assert advice.adaptive_call == f"Warmup(RobustZScoreLimit(z=3), steps=100, until={advice.max_norm:g})"
 
 
 def test_spikes_are_a_tail_that_clipping_is_for():
@@ -102,7 +103,7 @@ def test_a_run_that_went_out_of_control_is_judged_by_its_calmest_quarter():
     assert advice.max_norm == float(f"{np.percentile(calm, 90):.1e}")
     assert advice.is_of_calm_part
     assert any("calmest quarter" in reason for reason in advice.reasons)
-    assert advice.adaptive_call == "QuantileLimit(quantile=0.9)"
+    assert advice.adaptive_call.startswith("Warmup(QuantileLimit(quantile=0.9), steps=100, until=")
 
 
 def test_norms_that_grow_in_a_healthy_run_are_judged_by_all_of_them():
@@ -124,7 +125,7 @@ def test_norms_that_fall_get_a_limit_that_follows():
     falling = drawn(stats.lognorm(0.1), 4000) * torch.logspace(1, -1, 4000)
     advice = advise(falling)
     assert advice.max_norm == float(f"{np.percentile(falling, 90):.1e}")
-    assert advice.adaptive_call == "QuantileLimit(quantile=0.9)"
+    assert advice.adaptive_call.startswith("Warmup(QuantileLimit(quantile=0.9), steps=100, until=")
     assert advice.quarters == pytest.approx([float(np.median(part)) for part in np.array_split(falling.numpy(), 4)])
 
 
@@ -150,4 +151,4 @@ def test_the_configuration_is_one_that_lightning_cli_takes(adaptive, shape, tmp_
     path.write_text(yaml.safe_dump(advice.configuration(adaptive=adaptive)))
     (callback,) = callbacks(f"--config={path}")
     (rule,) = callback.rules
-    assert repr(rule.max_norm).startswith(f"{advice.adaptive}(") if adaptive else rule.max_norm == advice.max_norm
+    assert rule.max_norm == (eval(advice.adaptive_call, vars(clip_callbacks)) if adaptive else advice.max_norm)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 
-ADVISED = 90
+ADVISED, QUANTILE = 90, 0.9
 """The percentile that is advised: what it clips are the largest 10 % of the steps."""
 QUARTERS = 4
 FEWEST = 40
@@ -25,8 +26,6 @@ SAME = 0.02
 LEAST_SIGMA = 0.05
 """The floor of RobustZScoreLimit too."""
 HIGHEST_LOG = math.log(1.79e308)
-WARMUP = 100
-"""Steps for which the number is in force before a limit that sets itself."""
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -44,8 +43,6 @@ class Advice:
         clips: The share of the steps that it would have clipped.
         quarters: Medians of the run's four quarters; empty in a short run.
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
-        adaptive: The class of the limit that is suggested if the threshold is to follow the norms, after a warm-up at ``max_norm``.
-        options: Its arguments.
         reasons: Sentences.
         is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
     """
@@ -58,16 +55,13 @@ class Advice:
     clips: float
     quarters: tuple[float, ...]
     outliers: float
-    adaptive: str
-    options: dict[str, float]
     reasons: tuple[str, ...]
     is_of_calm_part: bool = False
 
     @property
     def adaptive_call(self) -> str:
-        """The adaptive limit as one writes it in Python."""
-        limit = f"{self.adaptive}({', '.join(f'{key}={value:g}' for key, value in self.options.items())})"
-        return f"Warmup({limit}, steps={WARMUP}, until={self.max_norm:g})"
+        """The limit that sets itself, as one writes it in Python."""
+        return f"Tightest(QuantileLimit({QUANTILE:g}), {self.max_norm:g})"
 
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
         """What to put under LightningCLI's configuration, as nested dictionaries."""
@@ -76,7 +70,7 @@ class Advice:
 
     @property
     def _adaptive(self) -> dict[str, Any]:
-        return _named("Warmup", limit=_named(self.adaptive, **self.options), steps=WARMUP, until=self.max_norm)
+        return _named("Tightest", limits=[_named("QuantileLimit", quantile=QUANTILE), self.max_norm])
 
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -97,7 +91,7 @@ class Advice:
         """A few lines of text."""
         lines = [f"max_norm={self.max_norm:g} would have clipped {self.clips:.1%} of {self.steps} steps."]
         lines += [f"  - {reason}" for reason in self.reasons]
-        return "\n".join([*lines, f"A limit that sets itself: {self.adaptive_call}."])
+        return "\n".join([*lines, f"Or a limit that sets itself, never above that: {self.adaptive_call}."])
 
 
 def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
@@ -107,9 +101,8 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
     leaves the typical step alone and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
     average norm over many updates in the same way, and found values from half to ten times that average to work.
 
-    The adaptive limit is ``QuantileLimit(0.9)``, which clips a tenth of the steps at any scale, if the medians of the run's
-    quarters differ threefold; else ``RobustZScoreLimit(3)``, which clips only what stands out. For the first hundred steps the
-    number is in force: a limit that has seen nothing yet clips nothing, and that is when a run breaks.
+    The limit that sets itself is ``Tightest(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe, and
+    below it where norms fall, of which it goes on clipping a tenth. An adaptive limit alone follows a run that goes out of control.
 
     Args:
         norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left
@@ -129,53 +122,73 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
     sound = values[torch.isfinite(values) & (values > 0)]
     if not len(sound):
         return None
-    ordered = sound.sort().values
-    quarters = [quarter.sort().values for quarter in sound.tensor_split(QUARTERS)] if len(sound) >= FEWEST else []
-    medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
-    calm = _quantile(quarters[medians.index(min(medians))], ADVISED / 100) if quarters else math.nan
-    grew = bool(medians) and medians[-1] >= CHANGED * medians[0]
-    has_changed = bool(medians) and max(medians) >= CHANGED * min(medians)
-    threshold = _threshold(ordered, STANDS_OUT)
+    ordered, quarters = sound.sort().values, _Quarters.of(sound)
     percentiles = {percent: _quantile(ordered, percent / 100) for percent in PERCENTILES}
-    from_calm = grew and out_of_control
-    max_norm = rounded(calm if from_calm else percentiles[ADVISED], ordered)
-    outliers = _share_above(ordered, threshold)
-    adaptive, options = ("QuantileLimit", {"quantile": ADVISED / 100}) if has_changed else ("RobustZScoreLimit", {"z": STANDS_OUT})
-    reasons = [_spread(percentiles, float(ordered[-1]))]
-    if len(sound) < FEWEST:
-        reasons.append(f"It is made from {len(sound)} norms only: ask again of a longer run.")
-    if from_calm:
-        reasons.append("It is the 90th percentile of the run's calmest quarter: the run went out of control later.")
-    else:
-        reasons.append("It is their 90th percentile: the typical step is left alone, the largest tenth is bounded.")
-    if has_changed:
-        reasons.append(
-            f"The median of the norm was {', '.join(f'{median:.3g}' for median in medians)} in the four quarters of the run: "
-            "no number fits all of them. QuantileLimit(0.9) follows, and clips a tenth of the steps at any scale."
-        )
-    if grew and not out_of_control:
-        reasons.append(
-            f"It grew: if the loss did too, the run went out of control, and {calm:.2g}, from the calmest quarter, is better."
-        )
-    if not has_changed:
-        reasons.append(
-            f"{outliers:.2%} of the steps stand out, with norms above {threshold:.3g} (three robust standard deviations above "
-            "the median): they are what RobustZScoreLimit(3) clips, and hardly anything else."
-        )
+    threshold = _threshold(ordered, STANDS_OUT)
+    from_calm = quarters.grew and out_of_control
+    max_norm = rounded(quarters.calm if from_calm else percentiles[ADVISED], ordered)
+    outliers, largest = _share_above(ordered, threshold), float(ordered[-1])
+    p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
+    source = (
+        "It is the 90th percentile of the run's calmest quarter: the run went out of control later."
+        if from_calm
+        else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
+    )
+    stand_out = f"{outliers:.2%} of the steps stand out, with norms above {threshold:.3g} (three robust standard deviations above the median)."
     return Advice(
         steps=len(sound),
         left_out=len(values) - len(sound),
         percentiles=percentiles,
-        largest=float(ordered[-1]),
+        largest=largest,
         max_norm=max_norm,
         clips=_share_above(ordered, max_norm),
-        quarters=medians,
+        quarters=quarters.medians,
         outliers=outliers,
-        adaptive=adaptive,
-        options=options,
-        reasons=tuple(reasons),
+        reasons=(
+            f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
+            source,
+            *quarters.reasons(out_of_control=out_of_control),
+            *(() if quarters.changed else (stand_out,)),
+        ),
         is_of_calm_part=from_calm,
     )
+
+
+class _Quarters(NamedTuple):
+    """The four quarters of a run: their medians, and the 90th percentile of the calmest one; nothing of a short run."""
+
+    medians: tuple[float, ...]
+    calm: float
+
+    @classmethod
+    def of(cls, norms: Tensor) -> _Quarters:
+        if len(norms) < FEWEST:
+            return cls((), math.nan)
+        quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTERS)]
+        medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
+        return cls(medians, _quantile(quarters[medians.index(min(medians))], ADVISED / 100))
+
+    @property
+    def grew(self) -> bool:
+        return bool(self.medians) and self.medians[-1] >= CHANGED * self.medians[0]
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.medians) and max(self.medians) >= CHANGED * min(self.medians)
+
+    def reasons(self, *, out_of_control: bool) -> Iterator[str]:
+        if not self.medians:
+            yield f"Fewer than {FEWEST} norms: ask again of a longer run."
+        if self.changed:
+            yield (
+                f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "
+                "run: no number fits all of them. The limit that sets itself follows where they fall."
+            )
+        if self.grew and not out_of_control:
+            yield (
+                f"It grew: if the loss did too, the run went out of control, and {self.calm:.2g}, from the calmest quarter, is "
+                "better."
+            )
 
 
 def _named(name: str, **arguments: Any) -> dict[str, Any]:
@@ -210,11 +223,6 @@ def _threshold(ordered: Tensor, z: float) -> float:
 def _share_above(ordered: Tensor, threshold: float) -> float:
     above = len(ordered) - int(torch.searchsorted(ordered, torch.tensor(threshold, dtype=ordered.dtype), right=True))
     return above / len(ordered)
-
-
-def _spread(percentiles: dict[int, float], largest: float) -> str:
-    p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
-    return f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}."
 
 
 def _quantile(ordered: Tensor, share: float) -> float:

@@ -86,7 +86,6 @@ def test_without_a_norm_there_is_no_advice(norms):
 def test_the_outliers_of_a_lognormal_distribution_are_its_share_beyond_three_sigma():
     advice = advise(drawn(stats.lognorm(0.7), 200_000))
     assert advice.outliers == pytest.approx(stats.norm.sf(3.0), rel=0.15)
-    assert advice.adaptive_call == f"Warmup(RobustZScoreLimit(z=3), steps=100, until={advice.max_norm:g})"
 
 
 def test_spikes_are_a_tail_that_clipping_is_for():
@@ -103,7 +102,6 @@ def test_a_run_that_went_out_of_control_is_judged_by_its_calmest_quarter():
     assert advice.max_norm == float(f"{np.percentile(calm, 90):.1e}")
     assert advice.is_of_calm_part
     assert any("calmest quarter" in reason for reason in advice.reasons)
-    assert advice.adaptive_call.startswith("Warmup(QuantileLimit(quantile=0.9), steps=100, until=")
 
 
 def test_norms_that_grow_in_a_healthy_run_are_judged_by_all_of_them():
@@ -121,11 +119,11 @@ def test_a_dip_in_the_middle_is_no_growth():
     assert advice.clips == pytest.approx(0.1, abs=0.021)
 
 
-def test_norms_that_fall_get_a_limit_that_follows():
+def test_norms_that_fall_are_told_of():
     falling = drawn(stats.lognorm(0.1), 4000) * torch.logspace(1, -1, 4000)
     advice = advise(falling)
     assert advice.max_norm == float(f"{np.percentile(falling, 90):.1e}")
-    assert advice.adaptive_call.startswith("Warmup(QuantileLimit(quantile=0.9), steps=100, until=")
+    assert any("no number fits all of them" in reason for reason in advice.reasons)
     assert advice.quarters == pytest.approx([float(np.median(part)) for part in np.array_split(falling.numpy(), 4)])
 
 

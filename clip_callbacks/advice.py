@@ -134,7 +134,7 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
         if from_calm
         else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
     )
-    stand_out = f"{outliers:.2%} of the steps stand out, with norms above {threshold:.3g} (three robust standard deviations above the median)."
+    stand_out = f"{outliers:.2%} of the steps stand out: above {threshold:.3g}, three robust standard deviations from the median."
     return Advice(
         steps=len(sound),
         left_out=len(values) - len(sound),

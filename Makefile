@@ -8,12 +8,16 @@ LOGS := logs/char_rnn
 
 .PHONY: demo test slow check lint types examples configs benchmarks clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.examples
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,bench,test,dev]"
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.examples
 	rm -rf $(LOGS)
 	@echo "== 1/2: the same run without clipping"
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --config configs/char_rnn_unclipped.yaml

@@ -24,7 +24,7 @@ from clip_callbacks.dashboard.bad_steps import FEWEST, BadStep, bad_steps
 from clip_callbacks.dashboard.charts import COLORS, MOST, make_charts
 from clip_callbacks.dashboard.diagnosis import Finding, diagnose, out_of_control
 from clip_callbacks.dashboard.pictures import Chart
-from clip_callbacks.dashboard.runs import Run, Series, Track, UnusableLogError
+from clip_callbacks.dashboard.runs import Run, Track, UnusableLogError
 
 NONE = "-"
 
@@ -34,9 +34,7 @@ class Section:
     """What the page says of one optimizer of a run.
 
     Args:
-        track: The optimizer.
-        losses: The run's losses.
-        color: Of its lines.
+        shown: The optimizer, as in the pictures.
         findings: Sentences on it.
         caution: Why its norms are not to be trusted, if so.
         advice: A max_norm for it; None where no norm was logged, or none is to be trusted.
@@ -44,9 +42,7 @@ class Section:
         bad_count: How many there were.
     """
 
-    track: Track
-    losses: dict[str, Series]
-    color: str
+    shown: Shown
     findings: list[Finding]
     caution: str | None
     advice: Advice | None
@@ -54,12 +50,17 @@ class Section:
     bad_count: int
 
     @property
+    def track(self) -> Track:
+        """The optimizer."""
+        return self.shown.track
+
+    @property
     def row(self) -> list[str]:
         """Its row in the table of runs."""
         track, norms = self.track, self.track.total_norm
         percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
         share, skipped = track.share_clipped, track.skipped_steps
-        losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.losses.items())[:2]]
+        losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.shown.losses.items())[:2]]
         return [
             f"{track.steps:,}",
             *map(number, percentiles),
@@ -71,11 +72,6 @@ class Section:
             f"{len(norms):,}",
             ", ".join(losses) or NONE,
         ]
-
-    @property
-    def shown(self) -> Shown:
-        """For the pictures."""
-        return Shown(self.track, self.losses, self.color, self.advice.max_norm if self.advice else math.nan)
 
     @property
     def nothing_bad(self) -> str:
@@ -121,7 +117,8 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
         advice = advise(torch.from_numpy(np.array(track.total_norm.values)), out_of_control=caution is not None)
         if advice and caution and not advice.is_of_calm_part:
             advice = None
-        sections.append(Section(track, found, hue, diagnose(track, found), caution, advice, rows, count))
+        shown = Shown(track, found, hue, advice.max_norm if advice else math.nan)
+        sections.append(Section(shown, diagnose(track, found), caution, advice, rows, count))
     return sections
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -513,6 +514,28 @@ def test_wrong_options_are_exit_code_2(arguments, message, tmp_path, capsys):
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"), [("csv", ["run", "Drawing"]), ("board", ["run", "Drawing"]), ("mlflow.db", ["run", "Drawing"])]
+)
+def test_a_progress_bar_is_shown_to_a_terminal(fitted, tmp_path, source, shown, monkeypatch):
+    from clip_callbacks.dashboard import csv_log, progress
+
+    monkeypatch.setattr(progress, "DELAY_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(csv_log, "ROWS", 5)
+    for terminal in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main(["report", str(fitted / source), "-o", str(tmp_path / "page.html")]) == 0
+        lines = terminal.getvalue().split("\r")
+        found = [what for what in shown if any(line.startswith(f"{what}: 100%") for line in lines)]
+        assert found == (shown if terminal.isatty() else [])
 
 
 def test_an_empty_argument_is_refused(capsys):

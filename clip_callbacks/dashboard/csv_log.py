@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
+from clip_callbacks.dashboard.progress import progress_bar
 from clip_callbacks.dashboard.runs import Series, Steps, UnusableLogError, Values
 
 STEP = "step"
@@ -33,8 +32,7 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     """
     notes: list[str] = []
     try:
-        with progress(path) as file:
-            columns, texts = _read_fast(file)
+        columns, texts = _read_fast(path)
     except (pd.errors.ParserError, _OtherHeader):
         columns, texts, notes = _read_by_header(path)
     except pd.errors.EmptyDataError:
@@ -63,32 +61,20 @@ def joined(columns: Columns) -> dict[str, Series]:
     return metrics
 
 
-@contextmanager
-def progress(path: Path) -> Iterator[Any]:
-    """A file open for reading whose bytes a progress bar counts, if it takes more than a moment and someone looks on."""
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 1.0, "leave": False, "disable": None}
-    with path.open("rb") as file, tqdm.wrapattr(file, "read", path.stat().st_size, desc=path.parent.name, **options) as watched:
-        yield watched
-
-
 class _OtherHeader(Exception):  # noqa: N818 (no error: a way to read)
     """The columns change in the middle of the file."""
 
 
-def _read_fast(file: BinaryIO) -> tuple[Columns, int]:
+def _read_fast(path: Path) -> tuple[Columns, int]:
     columns: Columns = {}
     texts = 0
-    reader = pd.read_csv(
-        file, chunksize=ROWS, keep_default_na=False, na_values=[""], encoding_errors="replace", index_col=False, low_memory=False
-    )
-    with reader:
-        for table in reader:
-            if STEP not in table:
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False}
+    with path.open("rb") as file, progress_bar(path.parent.name, path.stat().st_size, "B") as bar:
+        for table in pd.read_csv(file, chunksize=ROWS, encoding_errors="replace", **options):
+            if STEP not in table or not pd.api.types.is_numeric_dtype(table[STEP]):
                 raise _OtherHeader
-            steps = table[STEP]
-            if not pd.api.types.is_numeric_dtype(steps):
-                raise _OtherHeader
-            texts += _take(columns, table, steps)
+            texts += _take(columns, table, table[STEP])
+            bar.update(file.tell() - bar.n)
     return columns, texts
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from clip_callbacks.dashboard.progress import progress_bar
 from clip_callbacks.dashboard.runs import Series, UnusableLogError
 
 LENGTH = struct.Struct("<Q")
 BEFORE, AFTER = 12, 4
 """Bytes of a record before its content (its length and that one's checksum) and after it (its checksum)."""
+STRIDE = 1 << 22
+"""Bytes after which the progress bar is told."""
 Points = dict[str, tuple["array[int]", "array[float]"]]
 """For each tag the steps and values."""
 
@@ -81,7 +83,11 @@ def _events(path: Path) -> Iterator[Any]:
     parse, size, at = Event.FromString, path.stat().st_size, 0
     if not size:
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, _bar(path, size) as bar:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        progress_bar(path.parent.name, size, "B") as bar,
+    ):
         while at < size:
             start = at + BEFORE
             end = start + LENGTH.unpack_from(data, at)[0] if start <= size else size
@@ -95,10 +101,6 @@ def _events(path: Path) -> Iterator[Any]:
                 where = "cut off in its last record" if end + AFTER > size else "damaged"
                 raise _Broken(f"{where}: it was read up to there")
             yield event
-            if at - bar.n > 1 << 22:
-                bar.update(at - bar.n)
             at = end + AFTER
-
-
-def _bar(path: Path, size: int) -> Any:
-    return tqdm(total=size, desc=path.parent.name, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None)
+            if at - bar.n > STRIDE or at == size:
+                bar.update(at - bar.n)

@@ -8,8 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from clip_callbacks.dashboard.progress import progress_bar
 from clip_callbacks.dashboard.runs import Run, Series, UnusableLogError
 from clip_callbacks.report import TOTAL_NORM
 
@@ -75,7 +74,9 @@ def _all_runs(client: Any, wanted: str) -> list[Any]:
 def _read(client: Any, uri: str, run: Any) -> Run:
     metrics = {}
     name = run.info.run_name or run.info.run_id
-    for key in tqdm(sorted(run.data.metrics), desc=name, unit="metric", delay=1.0, leave=False, disable=None):
-        points = sorted(client.get_metric_history(run.info.run_id, key), key=lambda point: point.timestamp)
-        metrics[key] = Series.of([point.step for point in points], [point.value for point in points])
+    with progress_bar(name, len(run.data.metrics), "metric") as bar:
+        for key in sorted(run.data.metrics):
+            points = sorted(client.get_metric_history(run.info.run_id, key), key=lambda point: point.timestamp)
+            metrics[key] = Series.of([point.step for point in points], [point.value for point in points])
+            bar.update()
     return Run.of(name, f"{uri} {run.info.run_id}", metrics, "MLflow")

@@ -16,7 +16,6 @@ import torch
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from tqdm import tqdm
 
 from clip_callbacks.advice import Advice, advise
 from clip_callbacks.dashboard.axes import Shown
@@ -24,6 +23,7 @@ from clip_callbacks.dashboard.bad_steps import FEWEST, BadStep, bad_steps
 from clip_callbacks.dashboard.charts import COLORS, MOST, make_charts
 from clip_callbacks.dashboard.diagnosis import Finding, diagnose, out_of_control
 from clip_callbacks.dashboard.pictures import Chart
+from clip_callbacks.dashboard.progress import progress_bar
 from clip_callbacks.dashboard.runs import Run, Track, UnusableLogError
 
 NONE = "-"
@@ -166,10 +166,11 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
         undefined=StrictUndefined,
     )
     environment.filters["number"] = number
-    drawn = [
-        (chart, Markup(chart.svg(narrow=False)), Markup(chart.svg(narrow=True)))
-        for chart in tqdm(charts, desc="Drawing", unit="picture", delay=1.0, leave=False, disable=None)
-    ]
+    drawn = []
+    with progress_bar("Drawing", len(charts), "picture") as bar:
+        for chart in charts:
+            drawn.append((chart, Markup(chart.svg(narrow=False)), Markup(chart.svg(narrow=True))))
+            bar.update()
     style = files("clip_callbacks.dashboard").joinpath("templates/report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         title=title,

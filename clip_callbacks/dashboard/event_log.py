@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,22 @@ def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
         UnusableLogError: If they are no event files, or empty.
     """
     points: Points = {}
-    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
+    with _without_garbage_collection():  # millions of messages come and go, none of them in a cycle
+        notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
     if not points:
         raise UnusableLogError(f"{paths[0].parent} holds no scalars: {' '.join(notes) or 'nothing was logged.'}")
     return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Broken(Exception):  # noqa: N818 (no error: the end of what can be read)
@@ -51,10 +65,9 @@ def _read_file(path: Path, points: Points) -> str | None:
         for event in _events(path):
             step = event.step
             for value in event.summary.value:
-                kind = value.WhichOneof("value")
-                if kind == "simple_value":
+                if value.HasField("simple_value"):
                     number = value.simple_value
-                elif kind == "tensor" and value.metadata.plugin_data.plugin_name == "scalars":
+                elif value.HasField("tensor") and value.metadata.plugin_data.plugin_name == "scalars":
                     number = float(make_ndarray(value.tensor))
                 else:
                     continue

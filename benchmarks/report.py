@@ -67,7 +67,7 @@ def write_events(log: pd.DataFrame, folder: Path) -> Path:
             step = int(row.pop("step"))
             for tag, value in row.items():
                 summary = Summary(value=[Summary.Value(tag=str(tag), simple_value=value)])
-                writer.write(Event(step=step, summary=summary).SerializeToString())
+                writer.write(Event(wall_time=1.7e9 + step, step=step, summary=summary).SerializeToString())
     return path
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
@@ -168,6 +168,57 @@ def test_a_cut_off_event_file_is_read_up_to_there(fitted, tmp_path):
         assert "cut off in its last record" in run.notes[0]
         assert len(run.metrics["grad/total_norm"]) <= len(whole.metrics["grad/total_norm"])
         assert run.metrics["grad/total_norm"].values[0] == whole.metrics["grad/total_norm"].values[0]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    events=st.lists(
+        st.tuples(
+            st.sampled_from(["grad/total_norm", "a", "a\x15b", "\x15" * 9, "x" * 130, "ü"]),
+            st.integers(0, 2**40),
+            st.floats(width=32),
+            st.sampled_from(["scalar", "tensor", "text", "two"]),
+        ),
+        min_size=1,
+    )
+)
+def test_events_are_read_as_tensorboard_reads_them(events, tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    from clip_callbacks.dashboard.event_log import read_events
+
+    path = tmp_path / "events.out.tfevents.1"
+    scalars = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+    with path.open("wb") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString())
+        for tag, step, number, form in [*events, ("end", 1, 1.0, "scalar")]:
+            value = {
+                "scalar": Summary.Value(tag=tag, simple_value=number),
+                "two": Summary.Value(tag=tag, simple_value=number),
+                "tensor": Summary.Value(tag=tag, tensor=make_tensor_proto(np.float32(number)), metadata=scalars),
+                "text": Summary.Value(tag=tag, tensor=make_tensor_proto("text")),
+            }[form]
+            values = [value, Summary.Value(tag="second", simple_value=2.0)] if form == "two" else [value]
+            writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=values)).SerializeToString())
+    expected = {}
+    for event in LegacyEventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                expected.setdefault(value.tag, []).append((event.step, value.simple_value))
+            elif value.metadata.plugin_data.plugin_name == "scalars":
+                expected.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    metrics, notes = read_events([path])
+    assert notes == []
+    assert metrics.keys() == expected.keys()
+    for tag, points in expected.items():
+        series = Series.of(*zip(*points, strict=True))
+        np.testing.assert_array_equal(metrics[tag].steps, series.steps)
+        np.testing.assert_array_equal(metrics[tag].values, series.values)
 
 
 def test_a_damaged_event_file_is_read_up_to_there(fitted, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -193,14 +195,20 @@ def chunks(content, block=1 << 15, header=7):
 
 def records(folder):
     """All that an offline run has logged, by wandb's own messages."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     (path,) = Path(folder).rglob("*.wandb")
-    for chunk in chunks(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(chunk)
-        if record.WhichOneof("record_type") == "history":
-            yield {tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+    found, deadline = [], time.monotonic() + 60
+    while not found or found[-1].WhichOneof("record_type") != "exit":  # another process writes, and may be behind
+        assert time.monotonic() < deadline
+        with suppress(DecodeError):  # of a record that is half written
+            found = [wandb_internal_pb2.Record.FromString(chunk) for chunk in chunks(path.read_bytes())]
+    return [
+        {tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -174,6 +174,14 @@ def inspected(logger: WandbLogger, *options: str) -> str:
     (file,) = Path(logger.experiment.dir).parent.glob("*.wandb")
     logger.experiment.finish()
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, file]
+    whole = [argument for argument in command if argument not in options]
+    deadline = time.monotonic() + STARTING_S
+    while '"type":"exit"' not in _output(whole).replace(" ", ""):  # another process writes the file, and may be behind
+        assert time.monotonic() < deadline
+    return _output(command)
+
+
+def _output(command: list[Any]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=STARTING_S).stdout
 
 

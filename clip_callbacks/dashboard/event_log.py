@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ BEFORE, AFTER = 12, 4
 TIME, STEP, SIMPLE = b"\x09", b"\x10", b"\x15"
 """What stands before an event's time (8 bytes), its step (a varint) and a simple_value (a float)."""
 TIME_END, VALUE, FLOAT = 9, 4, struct.Struct("<f")
+NEGATIVE = 1 << 63
+"""From here on a varint is a number below 0."""
 FOREIGN = "not one of TensorBoard's event files"
 STRIDE = 1 << 22
 """Bytes after which the progress bar is told."""
@@ -40,22 +40,10 @@ def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
         UnusableLogError: If they are no event files, or empty.
     """
     points: Points = {}
-    with _without_garbage_collection():  # millions of messages come and go, none of them in a cycle
-        notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
+    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
     if not points:
         raise UnusableLogError(f"{paths[0].parent} holds no scalars: {' '.join(notes) or 'nothing was logged.'}")
     return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _Broken(Exception):  # noqa: N818 (no error: the end of what can be read)
@@ -109,7 +97,7 @@ def _take(event: Any, points: Points) -> None:
 def _step_of(content: bytes) -> tuple[int, int]:
     """The step of a record that has its time and its step ahead, as all writers put them, and where what follows begins.
 
-    Of any other record, and of step 0, which is not written, nothing is said: ``(0, 0)``.
+    Of any other record, of step 0, which is not written, and of steps below it nothing is said: ``(0, 0)``.
     """
     if content[:1] != TIME or content[TIME_END : TIME_END + 1] != STEP:
         return 0, 0
@@ -119,7 +107,7 @@ def _step_of(content: bytes) -> tuple[int, int]:
         step |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:  # noqa: PLR2004 (the last one of a varint)
-            return step, at
+            return (step, at) if step < NEGATIVE else (0, 0)
         shift += 7
     return 0, 0
 
@@ -129,7 +117,7 @@ def _is_plain(event: Any, content: bytes, rest: int) -> bool:
 
     Then records that are the same but for time, step and value, byte by byte, are the same but for these, and need not be parsed.
     """
-    if not rest or event.step < 0 or len(event.summary.value) != 1 or content[-VALUE - 1 : -VALUE] != SIMPLE:
+    if not rest or len(event.summary.value) != 1 or content[-VALUE - 1 : -VALUE] != SIMPLE:
         return False
     (value,) = event.summary.value
     return bool(value.HasField("simple_value")) and FLOAT.pack(value.simple_value) == content[-VALUE:]

@@ -26,7 +26,8 @@ from clip_callbacks.dashboard import thinning
 from clip_callbacks.dashboard.bad_steps import bad_steps, spikes
 from clip_callbacks.dashboard.diagnosis import diagnose
 from clip_callbacks.dashboard.page import make_sections
-from clip_callbacks.dashboard.runs import Run, Series, UnusableLogError
+from clip_callbacks.dashboard.runs import Run, UnusableLogError
+from clip_callbacks.dashboard.series import Series
 from clip_callbacks.dashboard.sources import read_runs
 from tests.conftest import Poisoned, Regression, data
 from tests.test_clipping import TwoNetworks

@@ -11,7 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from clip_callbacks.dashboard.pictures import Look
-from clip_callbacks.dashboard.runs import Series, Track
+from clip_callbacks.dashboard.runs import Track
+from clip_callbacks.dashboard.series import Series
 from clip_callbacks.dashboard.thinning import thin
 
 DASHED = (0, (4, 2))

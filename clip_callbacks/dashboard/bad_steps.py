@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from clip_callbacks.advice import robust_sigma
-from clip_callbacks.dashboard.runs import Series, Track, Values
+from clip_callbacks.dashboard.runs import Track
+from clip_callbacks.dashboard.series import Series, Values
 from clip_callbacks.report import TOTAL_NORM
 
 SPIKE = 4.0

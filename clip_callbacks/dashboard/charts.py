@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from clip_callbacks.dashboard.axes import DASHED, Shown, draw_line, name_lines, number_plainly, over_steps
 from clip_callbacks.dashboard.heat_map import heat_map
 from clip_callbacks.dashboard.pictures import Chart, Look
-from clip_callbacks.dashboard.runs import Series, Steps
+from clip_callbacks.dashboard.series import Series, Steps
 from clip_callbacks.dashboard.thinning import COLUMNS, shares, thin
 
 COLORS = ("#3a86c8", "#d97706", "#2f9e6b", "#d1495b", "#9467bd", "#a0714f", "#d670a6", "#7f8b99", "#9a9a2e", "#1b9aaa")

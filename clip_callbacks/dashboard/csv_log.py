@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from clip_callbacks.dashboard.progress import progress_bar
-from clip_callbacks.dashboard.runs import Series, Steps, UnusableLogError, Values
+from clip_callbacks.dashboard.runs import UnusableLogError
+from clip_callbacks.dashboard.series import Series, Steps, Values
 
 STEP = "step"
 ROWS = 200_000

@@ -12,7 +12,8 @@ import numpy as np
 
 from clip_callbacks.advice import FEWEST, QUARTERS
 from clip_callbacks.dashboard.bad_steps import offenders, spikes
-from clip_callbacks.dashboard.runs import Series, Track
+from clip_callbacks.dashboard.runs import Track
+from clip_callbacks.dashboard.series import Series
 
 Severity = Literal["bad", "warn", "good", "note"]
 

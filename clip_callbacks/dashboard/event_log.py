@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from clip_callbacks.dashboard.progress import progress_bar
-from clip_callbacks.dashboard.runs import Series, UnusableLogError
+from clip_callbacks.dashboard.runs import UnusableLogError
+from clip_callbacks.dashboard.series import Series
 
 LENGTH = struct.Struct("<Q")
 BEFORE, AFTER = 12, 4

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from clip_callbacks.dashboard.axes import naturally, number_plainly, over_steps, short, without_common_ends
 from clip_callbacks.dashboard.pictures import Chart, Look
-from clip_callbacks.dashboard.runs import Series
+from clip_callbacks.dashboard.series import Series
 from clip_callbacks.dashboard.thinning import COLUMNS, peaks
 
 BLOCKS = 40

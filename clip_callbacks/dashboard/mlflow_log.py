@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_callbacks.dashboard.progress import progress_bar
-from clip_callbacks.dashboard.runs import Run, Series, UnusableLogError
+from clip_callbacks.dashboard.runs import Run, UnusableLogError
+from clip_callbacks.dashboard.series import Series
 from clip_callbacks.report import TOTAL_NORM
 
 SQLITE = "sqlite:///"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_callbacks.dashboard.runs import Series, Values
+from clip_callbacks.dashboard.series import Series, Values
 
 COLUMNS = 600
 """Columns of a picture; fewer points than twice as many are drawn as they are."""

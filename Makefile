@@ -42,6 +42,7 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_script.py
 
 examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \

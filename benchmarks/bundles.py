@@ -1,6 +1,7 @@
 """What a good step costs with ``bundle_dir`` set, over one without, in the demo's model: ``python -m benchmarks.bundles``.
 
-One fit; each step draws whether bundles are on. So both kinds of steps share the process, the weights and whatever else disturbs the machine.
+One fit; each step draws whether bundles are on. So both kinds
+of steps share the process, the weights and whatever else disturbs the machine.
 """
 
 from __future__ import annotations

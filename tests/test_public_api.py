@@ -1,4 +1,7 @@
-"""What users write against: names, arguments, defaults. A change is made on purpose: ``python -m tests.test_public_api`` writes the file anew."""
+"""What users write against: names, arguments, defaults. A change is made on purpose.
+
+``python -m tests.test_public_api`` writes the file anew.
+"""
 
 from __future__ import annotations
 

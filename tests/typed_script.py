@@ -1,4 +1,4 @@
-"""What a user writes, for ``mypy --strict`` (``make types``): right lines pass; wrong ones are errors, or their ignore would be one."""
+"""What a user writes, for ``mypy --strict`` (``make types``): wrong lines are errors, or their ignore would be one."""
 
 from lightning.pytorch import Trainer
 

@@ -24,7 +24,7 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.fused import starts_momentum, take_back
-from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
+from tests.conftest import TRUSTING, Poisoned, Regression, assert_same_bits, data, weights
 from tests.test_budget import WRITES, Operations
 
 FUSED = {
@@ -316,9 +316,7 @@ def test_resume_counts_deferred_skips(trainer, tmp_path):
         fit.fit(network("AdamW", poison={7: math.nan}), data(8))
     fit.save_checkpoint(tmp_path / "end.ckpt")
     guard = on_device()
-    trainer(guard, GradientClipping(0.5), max_epochs=2).fit(
-        network("AdamW"), data(8), ckpt_path=tmp_path / "end.ckpt", weights_only=False
-    )
+    trainer(guard, GradientClipping(0.5), max_epochs=2).fit(network("AdamW"), data(8), ckpt_path=tmp_path / "end.ckpt", **TRUSTING)
     assert guard.skipped_steps == 1
 
 

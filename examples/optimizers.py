@@ -4,10 +4,10 @@
     python examples/optimizers.py --quick    # seconds
 
 The same classifier of handwritten digits (scikit-learn's) is trained with its loss as it is, a tenth of it, and ten times it. SGD
-moves a tenth or ten times as far; Adam, RMSprop and Adagrad divide by what they remember of the gradient and hardly notice. So a
-constant clip_coef slows SGD as a smaller learning rate would, and does nothing to Adam: for it clipping is against outliers. A
-threshold below every norm makes all of them blind to the scale. Last, one batch of each run has a NaN loss: under the guard every
-optimizer ends with the bits of a run in which that batch was never drawn.
+moves a tenth or, at first, ten times as far; Adam, RMSprop and Adagrad divide by what they remember of the gradient and hardly
+notice. So a constant clip_coef slows SGD as a smaller learning rate would, and does nothing to Adam: for it clipping is against
+outliers. A threshold below every norm makes all of them blind to the scale. Last, one batch of each run has a NaN loss: under the
+guard every optimizer ends with the bits of a run in which that batch was never drawn.
 """
 
 from __future__ import annotations

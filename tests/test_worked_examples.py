@@ -107,7 +107,7 @@ def with_gradient(entries):
     return weight
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ENTRIES, st.floats(0.5, 16), st.one_of(st.floats(1, 4), st.just(math.inf)))
 def test_a_larger_norm_type_never_gives_a_larger_total_norm(entries, norm_type, factor):
     smaller, larger = (
@@ -116,7 +116,7 @@ def test_a_larger_norm_type_never_gives_a_larger_total_norm(entries, norm_type, 
     assert larger <= smaller * (1 + 1e-12), "but for the rounding of powers and roots in float64"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ENTRIES, st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0, 3.0, math.inf]))
 def test_clipping_shrinks_and_never_enlarges(entries, max_norm, norm_type):
     weight = with_gradient(entries)
@@ -124,7 +124,7 @@ def test_clipping_shrinks_and_never_enlarges(entries, max_norm, norm_type):
     report, _ = clip_step([weight], rules=[ClipRule(max_norm)], norm_type=norm_type)
     assert (weight.grad.abs() <= before.abs()).all()
     assert report.clipped_norm <= report.total_norm
-    if report.total_norm < max_norm / 2:
+    if report.total_norm + 1e-6 < 0.999 * max_norm:
         assert torch.equal(weight.grad, before), "a gradient that vanishes is left to vanish"
 
 

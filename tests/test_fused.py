@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from importlib import import_module
 from unittest import mock
 
 import pytest
@@ -112,7 +113,10 @@ def test_attributes_are_taken_back_after_an_exception_in_the_step(deferred):
     parameters, optimizer = two_parameters()
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
     assert hasattr(optimizer, "grad_scale")
-    with mock.patch("torch.optim.adam.adam", side_effect=RuntimeError("out of memory")), pytest.raises(RuntimeError):
+    with (
+        mock.patch.object(import_module("torch.optim.adam"), "adam", side_effect=RuntimeError("out of memory")),
+        pytest.raises(RuntimeError),
+    ):
         optimizer.step()
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)

@@ -73,12 +73,13 @@ def of_steps(rows, suffix=""):
     return [row for row in rows if f"grad/clipped_norm{suffix}" in row]
 
 
-def assert_clipped(rows, suffix="", name=""):
-    """Never above the limit; some steps were, some were not."""
+def assert_clipped(rows, highest, suffix="", name=""):
+    """Never above the limit, which is never above the highest; some steps were clipped, some were not."""
     prefix = f"grad/{name}/" if name else "grad/"
     steps = [row for row in rows if f"{prefix}clip_coef{suffix}" in row]
     for row in steps:
         assert row[f"grad/clipped_norm{suffix}"] <= row[f"{prefix}max_norm{suffix}"] * AT_MOST
+        assert row[f"{prefix}max_norm{suffix}"] <= highest
     coefficients = [row[f"{prefix}clip_coef{suffix}"] for row in steps]
     assert min(coefficients) < 1.0
     assert max(coefficients) == 1.0
@@ -94,7 +95,7 @@ def test_a_place_is_short_and_says_how_to_run_it(place):
 def test_a_plain_loop(printed, tmp_path, capsys):
     last, rows = printed("plain_loop.py", "--steps", "30")
     assert len(rows) == 30
-    assert_clipped(rows)
+    assert_clipped(rows, 1.0)
     assert "grad/total_norm" not in rows[5]
     assert [row["grad/skipped_steps"] for row in rows] == [0.0] * 5 + [1.0] * 25
     assert last["grad/skipped_steps"] == 1
@@ -105,7 +106,7 @@ def test_a_plain_loop(printed, tmp_path, capsys):
 
 def test_fabric(printed):
     _, rows = printed("fabric.py", "--steps", "20")
-    assert_clipped(rows)
+    assert_clipped(rows, 1.0)
     assert [row["grad/skipped_steps"] for row in rows] == [0.0] * 5 + [1.0] * 15
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
@@ -124,7 +125,7 @@ def test_a_gan(printed):
     last, rows = printed("gan.py", "--batches", "60")
     assert last["grad/skipped_steps-Adam"] == 1
     assert last["grad/skipped_steps-Adam-1"] == 0
-    assert_clipped(rows, "-Adam-1", "generator")
+    assert_clipped(rows, 0.5, "-Adam-1", "generator")
     assert {row["grad/generator/max_norm-Adam-1"] for row in of_steps(rows, "-Adam-1")} == {0.5}
     assert {row["grad/discriminator/max_norm-Adam"] for row in of_steps(rows, "-Adam")} == {1.0}
     assert {row["grad/accumulation_scale-Adam"] for row in of_steps(rows, "-Adam")} == {0.5}

@@ -40,10 +40,10 @@ def run(script, *arguments, cwd):
 def printed(monkeypatch, capsys, tmp_path):
     """Run a script here; what its last line says, and the rows that it logged."""
 
-    def run_here(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *arguments, "--poison", "--folder", str(tmp_path)])
+    def run_here(script, *arguments, folder="logs"):
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--poison", "--folder", str(tmp_path / folder)])
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1]), logged(tmp_path)
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), logged(tmp_path / folder)
 
     return run_here
 
@@ -108,7 +108,9 @@ def test_fabric(printed):
     _, rows = printed("fabric.py", "--steps", "20")
     assert_clipped(rows, 1.0)
     assert [row["grad/skipped_steps"] for row in rows] == [0.0] * 5 + [1.0] * 15
-    assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    _, full = printed("fabric.py", "--steps", "20", "--precision", "32-true", folder="full")
+    assert rows[0]["train_loss"] != full[0]["train_loss"]
+    assert rows[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=1e-2), "of bf16, with 8 bits"
 
 
 @pytest.mark.ranks

@@ -53,12 +53,12 @@ def without(loader, numbers):
 class Subject(Poisoned):
     """With batch statistics and a buffer that every forward pass replaces, and a schedule if one is given."""
 
-    def __init__(self, factors=BAD, schedule=None, **options):
+    def __init__(self, factors=BAD, schedule=None, frequency=1, **options):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
         super().__init__(dict(factors), net=net, **{"lr": 0.02} | options)
         self.register_buffer("mean", torch.zeros(4))
-        self.schedule = schedule
+        self.schedule, self.frequency = schedule, frequency
 
     def loss(self, batch, batch_idx):
         self.mean = 0.9 * self.mean + 0.1 * batch[0].mean(0)
@@ -68,7 +68,8 @@ class Subject(Poisoned):
         optimizer = super().configure_optimizers()
         if self.schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+        config = {"scheduler": self.schedule(optimizer), "interval": "step", "frequency": self.frequency}
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
 
 def everything(fit):
@@ -182,6 +183,14 @@ def test_schedules_and_buffers_go_back_even_if_single_skips_leave_them(trainer, 
     guard = rollback(hold_schedulers=hold_schedulers, restore_buffers=restore_buffers)
     ours = fitted(trainer(guard), Subject(schedule=schedule), loader)
     clean = fitted(trainer(), Subject({}, schedule=schedule), without(loader, LOST))
+    assert differences(ours, clean) == []
+
+
+@pytest.mark.parametrize("frequency", [2, 3, 4])
+def test_schedules_that_step_now_and_then_count_on_from_the_copy(trainer, frequency):
+    loader, options = data(BATCHES, batch_size=6), {"schedule": SCHEDULES["Step"], "frequency": frequency}
+    ours = fitted(trainer(rollback()), Subject(**options), loader)
+    clean = fitted(trainer(), Subject({}, **options), without(loader, LOST))
     assert differences(ours, clean) == []
 
 

@@ -286,6 +286,25 @@ def test_two_optimizers_by_hand_go_back_together(trainer, turn):
     assert differences(ours, clean) == []
 
 
+def test_no_copy_is_made_of_weights_that_another_optimizer_s_step_has_ruined(trainer):
+    class Apart(Adversaries):
+        def training_step(self, batch, batch_idx):
+            for optimizer, net in zip(self.optimizers(), (self.net, self.second), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(net(batch[0]).square().mean())
+                if batch_idx == 3 and net is self.second:  # a finite gradient, a learning rate beyond all bounds
+                    optimizer.param_groups[0]["lr"] = 1e38
+                optimizer.step()
+
+    guard = rollback(every=2)
+    copies = Copies(guard)
+    fit = trainer(guard, copies)
+    fit.fit(Apart({}), data(10, batch_size=6))
+    assert guard.rollbacks == 1
+    assert copies.steps[:6] == [0, 2, 4, 6, 6, 6]
+    assert all(tensor.isfinite().all() for tensor in fit.lightning_module.parameters())
+
+
 class Copies(Callback):
     """After each batch: before which step the copy was made."""
 

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -16,7 +17,7 @@ from clip_callbacks.callbacks._scaler import grad_scaler
 from clip_callbacks.callbacks._snapshot import Snapshot
 from clip_callbacks.nonfinite import Policy, all_finite
 from clip_callbacks.norms import TRUE
-from clip_callbacks.reduction import on_any_rank, shard_of
+from clip_callbacks.reduction import on_any_rank
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._lane import Lane
@@ -176,7 +177,8 @@ class Rollback:
             return True
         if any(other.report is not None and (other.is_skipped or other.report.finite is not TRUE) for other in others):
             return False
-        are_finite = all_finite(shard_of(tensor.detach()) for other in others for tensor in other.table.tensors)
+        shards = [shard.detach() for other in others for shard in other.table.shards]
+        are_finite = all_finite(torch._foreach_norm(shards)) if shards else True  # of norms: a weight of 1e30 is as lost as a NaN
         return not on_any_rank(not are_finite, lane.table.shards[0].device) if self._trainer.world_size > 1 else are_finite
 
     def _keep(self) -> None:

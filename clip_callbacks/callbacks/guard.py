@@ -93,8 +93,8 @@ class NonFiniteGuard(Member):
 
     Optimizers are known by ``state`` and ``param_groups``, schedules by their ``state_dict``: what a checkpoint would hold of
     them. Schedules by epochs go back too, though the epochs do not. With several optimizers, copies are made before the
-    first step of a batch, if the others' last steps were good and the norms of what they hold finite; after a rollback the rest of the
-    batch does not count.
+    first step of a batch, if the others' last steps were good and the norms of what they hold finite; after a rollback the rest of
+    the batch does not count.
 
     ``lr_factor`` adds up: twice 0.5 is 0.25. It holds for the schedules of ``torch.optim``, which afterwards give that factor
     times what they would: ``lr``, ``initial_lr``, ``max_lr``, ``min_lr`` and ``swa_lr`` in parameter groups, and ``base_lrs``,

@@ -1,14 +1,16 @@
 """A bad step in a folder: what is needed to run it again, in formats that cannot run code.
 
-``bundle.json`` says where, when and what, with the sizes and hashes of the other files; ``batches.pt`` holds the micro-batches of the
-window with the random numbers' states before each; ``weights.pt``, if asked for, the weights and the optimizers' state before the step;
-``config.yaml`` the configuration of the run, if it came from LightningCLI. Tensors are read by ``torch.load(weights_only=True)``.
+``bundle.json`` says where, when and what, with the sizes and hashes of the other files; ``batches.pt`` holds the micro-batches of
+the window with the random numbers' states before each; ``weights.pt`` and ``optimizers.pt``, if asked for, the weights and the
+optimizers' states before the step; ``config.yaml`` the configuration of the run, if it came from LightningCLI. Tensors are read by
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 import tempfile
@@ -23,9 +25,11 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+KINDS = ("nonfinite", "spike")
 FACTS = "bundle.json"
 BATCHES = "batches.pt"
 WEIGHTS = "weights.pt"
+OPTIMIZERS = "optimizers.pt"
 CONFIG = "config.yaml"
 
 _UNFINISHED = ".unfinished-"
@@ -69,6 +73,17 @@ class Bundle:
         return cls(path, facts)
 
     @property
+    def notes(self) -> list[str]:
+        """What stands in the way of a replay, in words."""
+        notes = [f"its {name} could not be written: {why}" for name, why in self.facts["missing"].items()]
+        classes = _classes_in(self.path / BATCHES)
+        if classes:
+            notes += [f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
+        if self.facts["batches"].get("changed_in_place"):
+            notes += ["training_step has changed the batch in place: it is not what it was"]
+        return notes
+
+    @property
     def place(self) -> dict[str, Any]:
         """Step, epoch, batch and rank of the bad step; with several optimizers, which."""
         keys = ("step", "epoch", "batch", "rank", "optimizer")
@@ -84,13 +99,13 @@ class Bundle:
             UnusableBundleError: If it holds none, or objects of classes that are not trusted.
         """
         if BATCHES not in self.facts["files"]:
-            raise UnusableBundleError(f"{self.path} holds no batches: {self.facts['batches']['missing']}")
+            raise UnusableBundleError(f"{self.path} holds no batches: {self.facts['missing'].get(BATCHES, 'none were kept')}.")
         with torch.serialization.safe_globals(list(trust)):
             rows = self._load(BATCHES)
-        return [row | {"batch": _decoded(row["batch"])} for row in rows]
+        return [row | {"batch": _decoded(row["batch"]), "rng": _decoded(row["rng"])} for row in rows]
 
     def weights(self) -> dict[str, Any] | None:
-        """The ``state_dict`` of the module and, in a list, of each optimizer before the step; None if they are not in the bundle."""
+        """The ``state_dict`` of the module before the step, under "module"; None if it is not in the bundle."""
         weights: dict[str, Any] | None = self._load(WEIGHTS) if WEIGHTS in self.facts["files"] else None
         return weights
 
@@ -98,21 +113,21 @@ class Bundle:
         try:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
         except Exception as error:
-            classes = self.facts["batches"].get("classes")
-            if name == BATCHES and classes:
+            if classes := _classes_in(self.path / name):
                 raise UnusableBundleError(
-                    f"{self.path / name} holds objects that could run code: {', '.join(classes)}. If you trust whoever wrote the "
-                    f"bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
+                    f"{self.path / name} holds objects that could run code, of {', '.join(classes)}. If you trust whoever wrote "
+                    f"the bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
                 ) from None
-            raise UnusableBundleError(f"{self.path / name} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UnusableBundleError(f"{self.path / name} cannot be read: {_first_line(error)}") from None
 
 
 def _check(path: Path, facts: dict[str, Any]) -> None:
     """See that all files are there as they were written, and that nothing is missing that readers rely on."""
-    kinds = {"kind": str, "report": dict, "versions": dict, "module": dict, "trainer": dict, "weights": dict, "batches": dict}
-    for key, kind in (kinds | {"files": dict}).items():
-        if not isinstance(facts.get(key), kind):
+    for key in ("report", "versions", "module", "trainer", "weights", "batches", "files", "missing"):
+        if not isinstance(facts.get(key), dict):
             raise UnusableBundleError(f"{path / FACTS} must tell of `{key}`, got {facts.get(key)!r}.")
+    if facts.get("kind") not in KINDS:
+        raise UnusableBundleError(f"{path / FACTS} must tell of a `kind` among {', '.join(KINDS)}, got {facts.get('kind')!r}.")
     for name, known in facts["files"].items():
         file = path / name
         if file.parent != path or not isinstance(known, dict):  # a stranger's bundle may not point elsewhere
@@ -136,6 +151,7 @@ class BundleFolder:
     """
 
     def __init__(self, path: Path, max_bundles: int, max_bytes: float) -> None:
+        """Touch nothing yet."""
         self.path = path
         self._max_bundles = max_bundles
         self._max_bytes = max_bytes
@@ -169,8 +185,10 @@ class BundleFolder:
             return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bundle_bytes={self._max_bytes:g})"
         return None
 
-    def write(self, name: str, facts: Mapping[str, Any], parts: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
+    def write(self, name: str, facts: Mapping[str, Any], parts: Mapping[str, Any], texts: Mapping[str, str]) -> Bundle:
         """Write a bundle into a hidden folder and give that its name when it is complete.
+
+        A part that cannot be pickled is left out, and the bundle says why.
 
         Args:
             name: Of the new folder; a number is put behind it if there is one of that name.
@@ -178,25 +196,24 @@ class BundleFolder:
             parts: What goes into files of tensors, by name.
             texts: What goes into text files, by name.
 
-        Returns:
-            The folder.
-
         Raises:
-            Exception: Whatever went wrong; nothing of the bundle is left.
+            OSError: Whatever went wrong, as a full disk; nothing of the bundle is left.
         """
         half = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
         try:
             half.chmod(0o755)
-            for file, part in parts.items():
-                torch.save(part, half / file)
+            missing = {file: why for file, part in parts.items() if (why := _save(part, half / file))}
             for file, text in texts.items():
                 (half / file).write_text(text, encoding="utf-8")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(half.iterdir())}
-            told = json.dumps({"format": FORMAT, **facts, "files": files}, indent=1)
-            (half / FACTS).write_text(told + "\n", encoding="utf-8")
-            return self._rename(half, name)
-        except BaseException:
+            told = {"format": FORMAT, **facts, "files": files, "missing": missing}
+            (half / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            return Bundle(self._rename(half, name), told)
+        except BaseException as error:
             shutil.rmtree(half, ignore_errors=True)
+            if isinstance(error, RuntimeError):  # what torch makes of a full disk, which it mentions as the context
+                context = error.__context__
+                raise OSError(str(context) if isinstance(context, OSError) else _first_line(error)) from error
             raise
 
     def _rename(self, half: Path, name: str) -> Path:
@@ -208,15 +225,33 @@ class BundleFolder:
             number += 1
 
 
-def classes_in(part: Path) -> list[str]:
+def _save(part: Any, file: Path) -> str | None:
+    """Write a file of tensors, or say why that cannot be."""
+    try:
+        with file.open("wb") as stream:  # so that a full disk is an OSError that says so
+            torch.save(part, stream)
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        file.unlink(missing_ok=True)
+        return _first_line(error)
+    return None
+
+
+def _classes_in(file: Path) -> list[str]:
     """Names of the classes in a file of tensors that ``weights_only=True`` refuses."""
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(part))
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # not such a file at all
+        return []
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def encoded(value: Any) -> Any:
     """A batch without graphs, devices, and the rest of storages that its tensors are views of; arrays of NumPy as tensors.
 
-    Mappings become dictionaries, so that batches of text libraries need no class of theirs. Objects of other classes stay as they are.
+    Mappings become dictionaries, so that batches of text libraries need no class of theirs. Other objects stay as they are.
     """
     if type(value) is Tensor:
         return _compact(value)

@@ -30,6 +30,7 @@ class Incident:
         is_new: Whether the optimizer's step is new, not another closure call of the last one.
         loss_scale: Where the scaler has left unscaling to us, its scale at this step, 0-dim.
         norms: Of the gradients, on the host, if the step is over and nothing else is left of them.
+        traces: Whether a batch with a bad loss is run again to find the module.
     """
 
     trainer: Trainer
@@ -38,6 +39,7 @@ class Incident:
     is_new: bool
     loss_scale: Tensor | None = None
     norms: Tensor | None = None
+    traces: bool = False
     happened: bool = False
     is_undone: bool = False
 
@@ -84,6 +86,10 @@ class Incident:
             return examine_on_all_ranks(self.lane.table, findings)
         return replace(findings, loss_is_finite=None) if findings.loss_is_finite else findings  # another rank's may not be
 
+    def is_guilty(self, findings: Findings) -> bool:
+        """Whether the step may be this rank's fault: it is one of those where it began, or nobody knows where."""
+        return not findings.guilty_ranks or self.trainer.global_rank in findings.guilty_ranks
+
     @property
     def _is_alone(self) -> bool:
         """Whether this rank learns of the step when it likes: a deferred one, after it is over."""
@@ -94,9 +100,9 @@ class Incident:
         module = self.trainer.lightning_module
         if not module.automatic_optimization:
             return None
-        for loss, batch in self.window:
-            if batch and not all_finite([loss]):
-                return trace_forward(self.trainer, module, *batch)
+        for loss, kept in self.window if self.traces else ():
+            if kept and not all_finite([loss]):
+                return trace_forward(self.trainer, module, kept.batch, kept.batch_idx)
         return None
 
     @cached_property

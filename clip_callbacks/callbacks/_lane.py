@@ -27,11 +27,20 @@ WINDOW = 1024
 """How many micro-batches of a window are remembered at most."""
 
 
+class KeptBatch(NamedTuple):
+    """A batch that may have to be run again, its index; if wanted, the states of random numbers and versions of tensors before."""
+
+    batch: Any
+    batch_idx: int
+    rng: dict[str, Any] | None = None
+    versions: tuple[int, ...] = ()
+
+
 class MicroBatch(NamedTuple):
-    """The loss of one backward pass, and the batch with its index if it may have to be run again."""
+    """The loss of one backward pass, and the batch if it may have to be run again."""
 
     loss: Tensor
-    batch: tuple[Any, int] | None
+    kept: KeptBatch | None
 
 
 class Lane:

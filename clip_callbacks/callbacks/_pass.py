@@ -19,7 +19,7 @@ from clip_callbacks.callbacks._checks import check_micro_batches, check_noise_sc
 from clip_callbacks.callbacks._deferral import Deferral, Verdict
 from clip_callbacks.callbacks._histograms import check_histograms
 from clip_callbacks.callbacks._incident import Incident
-from clip_callbacks.callbacks._lane import Lane, MicroBatch, make_lanes
+from clip_callbacks.callbacks._lane import KeptBatch, Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._ranks import data_parallel
@@ -54,7 +54,7 @@ class Pass:
         self.clipping, self.guard, self.rescaling = self.roles.clipping, self.roles.guard, self.roles.rescaling
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
-        self._batch: tuple[Any, int] | None = None
+        self._batch: KeptBatch | None = None
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -102,12 +102,13 @@ class Pass:
         self.publisher = Publisher(trainer, self.roles)
         if self.guard:
             self.guard.open_journal(trainer)
+            self.guard.open_bundles(trainer)
 
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         self._has_backward = False
-        if self.guard and self.guard.trace_forward:
-            self._batch = batch, batch_idx
+        if self.guard:
+            self._batch = self.guard.remember(batch, batch_idx)
         outdated = [lane for lane in self.lanes if lane.is_outdated]
         if outdated:
             self._renew(trainer, module, outdated)
@@ -135,7 +136,7 @@ class Pass:
             (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
             dropped = self.micro_batches.after_backward(
                 [] if is_silent else [micro_batch.loss],
-                lambda lane: guard.report_micro_batch(Incident(trainer, lane, [micro_batch], is_new=True)) if guard else None,
+                lambda lane: guard.report_micro_batch(self._incident(trainer, lane, [micro_batch])) if guard else None,
             )
             if not dropped and not is_silent:
                 for lane in self.lanes:
@@ -167,7 +168,8 @@ class Pass:
         is_lost = scale is None or (self.micro_batches is not None and self.micro_batches.is_lost)
         lane.scale = 1.0 if scale is None else scale
         deferred = not is_lost and self.deferral.is_on(lane)
-        incident = Incident(trainer, lane, list(lane.window), is_new, loss_scale(scaler) if scaler and is_ours else None)
+        incident = self._incident(trainer, lane, list(lane.window))
+        incident.is_new, incident.loss_scale = is_new, loss_scale(scaler) if scaler and is_ours else None
         report = self._lose(lane, incident) if is_lost else self._clip(lane, incident, deferred=deferred)
         if scaler and is_ours:
             take_over(scaler, optimizer, TRUE if is_lost else report.finite)
@@ -185,6 +187,9 @@ class Pass:
             steps = not (incident.happened and incident.leaves_to_scaler)
             self.rewind.end_step(trainer, lane, skipped=lane.is_skipped, steps=steps)
         self._keep(lane, report, is_new=is_new)
+
+    def _incident(self, trainer: Trainer, lane: Lane, window: list[MicroBatch]) -> Incident:
+        return Incident(trainer, lane, window, is_new=True, traces=self.guard is not None and self.guard.trace_forward)
 
     def _look(self, lane: Lane, incident: Incident) -> None:
         """Have monitors keep what the step is about to change, if it will be logged."""
@@ -392,6 +397,7 @@ class Pass:
             self.rewind.close()
         if self.guard:
             self.guard.release()
+            self.guard.close_bundles()
         for monitor in self.roles.monitors:
             monitor.release()
         for lane in self.lanes:

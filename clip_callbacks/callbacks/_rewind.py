@@ -96,12 +96,18 @@ class Rewind:
             self.schedules.settle(trainer, skipped=False)
 
     def _restore_statistics(self) -> None:
-        """Go back to the last step, or, if another optimizer's bad pass was part of that already, to the batch's beginning."""
-        if self._is_manual and self._at_step.is_finite:
-            self._at_step.restore()
-        else:
-            self._at_batch.restore()
+        before = self._before()
+        before.restore()
+        if before is self._at_batch:
             self._at_step.keep()
+
+    def _before(self) -> BatchStatistics:
+        """Those of the last step, or, if another optimizer's bad pass was part of that already, of the batch's beginning."""
+        return self._at_step if self._is_manual and self._at_step.is_finite else self._at_batch
+
+    def statistics_before(self) -> dict[int, Tensor]:
+        """Batch statistics as a skip would put them back, by the ``id`` of the buffer."""
+        return self._before().copies()
 
     def end_batch(self) -> None:
         """Let schedules go on."""

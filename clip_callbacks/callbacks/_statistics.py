@@ -47,6 +47,10 @@ class BatchStatistics:
         for buffers in self._kinds:
             buffers.restore_where(flag)
 
+    def copies(self) -> dict[int, Tensor]:
+        """The copies, by the ``id`` of the buffer."""
+        return {key: copy for buffers in self._kinds for key, copy in buffers.copies().items()}
+
     @property
     def is_finite(self) -> bool:
         """Whether the copies are; asked on bad steps only."""
@@ -65,6 +69,9 @@ class _Buffers:
         flat = torch.empty(sum(buffer.numel() for buffer in self._live), dtype=self._live[0].dtype, device=self._live[0].device)
         parts = flat.split([buffer.numel() for buffer in self._live])  # type: ignore[no-untyped-call]
         return flat, [part.view_as(buffer) for part, buffer in zip(parts, self._live, strict=True)]
+
+    def copies(self) -> dict[int, Tensor]:
+        return {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
 
     @torch.no_grad()
     def keep(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Literal, TypeAlias, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from clip_callbacks.bundle import BundleFolder
+from clip_callbacks.callbacks._bundles import Bundles, Weights
 from clip_callbacks.callbacks._counters import Counters
 from clip_callbacks.callbacks._incident import Incident
-from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._lane import KeptBatch, Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
 from clip_callbacks.callbacks._states import Held, adopt
@@ -65,10 +68,20 @@ class NonFiniteGuard(Member):
         skip_above: A number or a Limit: a step with finite gradients whose total norm, before clipping, is above it is a spike, and
             skipped, counted and bounded like a bad one. In the limit's own state it counts as clipped. Needs the policy "skip", and
             a limit that healthy steps stay under: not EmaLimit or QuantileLimit(0.1), which most steps exceed.
+        bundle_dir: A folder in which each bad step or dropped micro-batch gets a folder, to be run again by ``clip-callbacks
+            replay``: the micro-batches of the window, the states of random numbers before each, the report, versions and the
+            configuration. Until a step is over the batches of its window are kept, by reference. Of several ranks each writes where
+            it began, all of them if nobody knows. A bundle is written whole or not at all; if it cannot be, one warning says so,
+            and training goes on.
+        weights: What of the weights and the optimizers' states before the step goes into a bundle: "none", a "reference" to the
+            last checkpoint, or them in "full", which is what an exact replay needs; not with sharded parameters.
+        max_bundles: How many bundles ``bundle_dir`` may hold, those of earlier runs counted.
+        max_bundle_bytes: How much they may take together, in bytes.
 
     Raises:
-        ValueError: If the policy or level is unknown, ``max_consecutive`` is below 1, or ``skip_above`` is not above 0 or stands
-            beside another policy.
+        ValueError: If the policy, level or ``weights`` is unknown, ``max_consecutive`` or ``max_bundles`` is below 1,
+            ``max_bundle_bytes`` is not above 0, or ``skip_above`` is not above 0 or stands beside another policy; at fit start, if
+            ``bundle_dir`` cannot be written to.
 
     Example::
 
@@ -89,6 +102,10 @@ class NonFiniteGuard(Member):
         trace_forward: bool = False,
         deferred: bool | None = None,
         skip_above: float | Limit | None = None,
+        bundle_dir: str | Path | None = None,
+        weights: Weights = "reference",
+        max_bundles: int = 20,
+        max_bundle_bytes: float = 2e9,
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
@@ -107,6 +124,16 @@ class NonFiniteGuard(Member):
         if skip_above is not None and self.policy != "skip":
             raise ValueError(f'`skip_above` must be None for the policy {policy!r}, got {skip_above!r}: use the policy "skip".')
         self.skip_above = None if skip_above is None else as_limit(skip_above, "skip_above")
+        self.bundle_dir = None if bundle_dir is None else Path(bundle_dir)
+        if weights not in get_args(Weights):
+            raise ValueError(f"`weights` must be one of {', '.join(get_args(Weights))}, got {weights!r}.")
+        self.weights: Weights = weights
+        if not isinstance(max_bundles, int) or max_bundles < 1:
+            raise ValueError(f"`max_bundles` must be a whole number of at least 1, got {max_bundles!r}.")
+        if not max_bundle_bytes > 0:
+            raise ValueError(f"`max_bundle_bytes` must be above 0, got {max_bundle_bytes!r}.")
+        self.max_bundles, self.max_bundle_bytes = max_bundles, max_bundle_bytes
+        self._bundles: Bundles | None = None
         self._held: dict[int, Held] = {}
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
@@ -141,13 +168,48 @@ class NonFiniteGuard(Member):
         """How many steps of one optimizer were skipped so far."""
         return self._counters[index].skipped
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be done right before anything is trained.
+
+        Raises:
+            ValueError: If so.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and (folder := self._folder()):
+            try:
+                folder.prepare()
+            except OSError as error:
+                raise ValueError(f"`bundle_dir` must be a folder that can be written to, got {folder.path}: {error}") from error
+
+    def _folder(self) -> BundleFolder | None:
+        return BundleFolder(self.bundle_dir, self.max_bundles, self.max_bundle_bytes) if self.bundle_dir else None
+
+    def open_bundles(self, trainer: Trainer) -> None:
+        """Be ready to write bundles, unless the folder is full."""
+        folder = self._folder()
+        if folder and (full := folder.fullness()):
+            rank_zero_warn(f"{full}: no more will be written. Clear the folder, or name another.", stacklevel=2)
+        elif folder:
+            self._bundles = Bundles(folder, self.weights, trainer.lightning_module)
+
+    def remember(self, batch: Any, batch_idx: int) -> KeptBatch | None:
+        """What is kept of a batch until its step: a reference, if it may have to be run again."""
+        if self._bundles:
+            return self._bundles.remember(batch, batch_idx)
+        return KeptBatch(batch, batch_idx) if self.trace_forward else None
+
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have counters for each optimizer.
 
         Raises:
-            ValueError: If restored counters are those of other optimizers.
+            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
         """
         super().bind(lanes, names, renew=renew)
+        if self.bundle_dir and self.weights == "full" and any(lane.table.reduction for lane in lanes):
+            raise ValueError(
+                '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
+                "no rank has all of them. Save checkpoints."
+            )
         if not renew and not self._counters.keys() <= {lane.index for lane in lanes}:
             raise ValueError(
                 "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
@@ -217,16 +279,18 @@ class NonFiniteGuard(Member):
         counters = self._counters[incident.lane.index]
         counters.skipped += counters.add(incident.lane.history.steps)
         spike = Spike.of(incident.lane.table.names, report.parameter_norms, report.total_norm, report.skip_limit)
-        self._write({**incident.place, "policy": self.policy, "streak": counters.streak, **spike.facts()})
+        facts = {**incident.place, "policy": self.policy, "streak": counters.streak, **spike.facts()}
+        bundle = self._bundle(incident, facts)
+        self._write(facts)
         what = f"Spike at {incident}: {spike}"
         if counters.streak >= self.max_consecutive:
             raise NonFiniteGradientError(
                 f"{what}: bad step {counters.streak} in a row (max_consecutive={self.max_consecutive}).\n{spike.describe()}\n"
-                "Lower the learning rate, or raise skip_above: a level that lasts is no spike."
+                f"Lower the learning rate, or raise skip_above: a level that lasts is no spike.{bundle}"
             )
         rank_zero_warn(
             f"{what}: the step is skipped (bad step {counters.streak} in a row, {self.max_consecutive} stop the run).\n"
-            f"{spike.describe()}",
+            f"{spike.describe()}{bundle}",
             category=RuntimeWarning,
         )
 
@@ -271,12 +335,18 @@ class NonFiniteGuard(Member):
         if self._rewind:
             self._left_out, self._rewind = self._rewind.schedules.state(), None
 
+    def close_bundles(self) -> None:
+        """Let go of the module and its batches."""
+        self._bundles = None
+
     def report_micro_batch(self, incident: Incident) -> None:
         """Warn of a micro-batch about to be dropped, and write a line of the journal."""
         self._last_findings = findings = incident.findings(after_good_step=False)
-        self._write({**incident.place, "policy": "microbatch", **findings.facts()})
+        facts = {**incident.place, "policy": "microbatch", **findings.facts()}
+        bundle = self._bundle(incident, facts, is_window=False) if incident.is_guilty(findings) else ""
+        self._write(facts)
         what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
-        rank_zero_warn(f"{what}\n{findings.describe()}", category=RuntimeWarning)
+        rank_zero_warn(f"{what}\n{findings.describe()}{bundle}", category=RuntimeWarning)
 
     def _speak(self, incident: Incident, findings: Findings, streak: int) -> None:
         """Raise, or warn and write a line of the journal.
@@ -284,22 +354,40 @@ class NonFiniteGuard(Member):
         Raises:
             NonFiniteGradientError: As :meth:`judge` says.
         """
-        what, found = f"Non-finite gradients at {incident}", findings.describe()
-        self._write({**incident.place, "policy": self.policy, "streak": streak, **findings.facts()})
+        facts = {**incident.place, "policy": self.policy, "streak": streak, **findings.facts()}
+        bundle = self._bundle(incident, facts) if incident.is_guilty(findings) else ""
+        self._write(facts)
+        what, found = f"Non-finite gradients at {incident}", findings.describe() + bundle
         if self.policy == "raise":
             raise NonFiniteGradientError(f"{what}.\n{found}")
         if streak >= self.max_consecutive:
-            raise self._streak_error(incident, findings, streak)
+            raise self._streak_error(incident, findings, streak, bundle)
         done = "non-finite entries become 0" if self.policy == "zero" else "the step is skipped"
         rank_zero_warn(
             f"{what}: {done} (bad step {streak} in a row, {self.max_consecutive} stop the run).\n{found}", category=RuntimeWarning
         )
 
-    def _streak_error(self, incident: Incident, findings: Findings, streak: int) -> NonFiniteGradientError:
+    def _streak_error(self, incident: Incident, findings: Findings, streak: int, bundle: str = "") -> NonFiniteGradientError:
         return NonFiniteGradientError(
             f"Non-finite gradients at {incident}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).\n"
-            f"{findings.describe()}\nLower the learning rate, clip harder, or look at the stage named above."
+            f"{findings.describe()}\nLower the learning rate, clip harder, or look at the stage named above.{bundle}"
         )
+
+    def _bundle(self, incident: Incident, facts: dict[str, Any], *, is_window: bool = True) -> str:
+        """Write a bundle, if that is wanted, and put its place into the facts; lines for a message to tell of it."""
+        if not self._bundles:
+            return ""
+        try:
+            bundle = self._bundles.write(incident, facts, self._rewind, is_window=is_window)
+        except Exception as error:  # whatever it was: the training must not end for it
+            self._bundles = None
+            warnings.warn(
+                f"The bundle of {incident} cannot be written ({error}): training goes on, and no more bundles will be.",
+                stacklevel=2,
+            )
+            return ""
+        facts["bundle"] = str(bundle.path)
+        return "\n".join([f"\nBundle: {bundle.path} (see clip-callbacks replay)", *(f"  {note}" for note in bundle.notes)])
 
     def open_journal(self, trainer: Trainer) -> None:
         """Find the log directory; the file is made at the first bad step."""
@@ -359,4 +447,4 @@ class NonFiniteGuard(Member):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to one Trainer's fit."""
-        return super().__getstate__() | {"_rewind": None, "_journal": None}
+        return super().__getstate__() | {"_rewind": None, "_journal": None, "_bundles": None}

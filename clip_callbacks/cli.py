@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line; None: the process's own.
 
     Returns:
-        The exit code: 0, or 2 if the input cannot be used, with one line on stderr that says why; of ``replay`` 1 if the step is not
-        bad again.
+        The exit code: 0, or 2 if the input cannot be used, with one line on stderr that says why; of ``replay`` 1 if the step is
+        not bad again.
     """
     options = _parser().parse_args(arguments)
     try:

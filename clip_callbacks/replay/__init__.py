@@ -1,1 +1,1 @@
-"""Run a bad step again from its bundle, and see which module began it; the only folder besides ``callbacks`` that imports Lightning."""
+"""Run a bad step again from its bundle, and see which module began it; beside ``callbacks`` the only folder with Lightning."""

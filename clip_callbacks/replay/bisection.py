@@ -42,8 +42,8 @@ class Bisection:
 def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
     r"""Find a subset that fails and of which no sample can be left out.
 
-    Halves are tried first, then what is left without each, then quarters and so on: for one guilty sample of :math:`n` this takes at most
-    :math:`2 \log_2 n` runs, for several that only fail together at most :math:`n^2 + 3n`.
+    Halves are tried first, then quarters and what is left without each of them, and so on: for one guilty sample of :math:`n` this
+    takes at most :math:`2 \log_2 n` runs and one to see it again, for several that only fail together at most :math:`n^2 + 3n`.
 
     Args:
         size: Samples in the batch, which as a whole is known to fail.

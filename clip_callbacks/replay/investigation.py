@@ -62,8 +62,8 @@ class Investigation:
         """What was run."""
         recorded = self.recorded
         lines = [
-            f"Bundle {self.bundle}: {recorded.kind} step ({recorded.place}) of {recorded.module}, "
-            f"on {recorded.device} in {recorded.precision}",
+            f"Bundle {self.bundle}: {recorded.kind} step ({recorded.place}) of {recorded.module}",
+            f"Recorded on {recorded.device} in {recorded.precision}",
             f"Weights: {self.weights.text}",
             f"Replayed on {self.device} in {self.precision}",
         ]
@@ -96,7 +96,8 @@ class Investigation:
             largest = sorted(shown.gradients.items(), key=lambda pair: -_or_zero(pair[1].largest))[:LISTED]
             lines.append(f"Largest gradients: {', '.join(f'{name} |max| {span.largest:.3g}' for name, span in largest)}")
         if self.anomaly:
-            lines.append(f"Autograd's anomaly detection: {self.anomaly}")
+            already = "" if shown.has_finite_loss else " (the loss was not finite already)"
+            lines.append(f"Autograd's anomaly detection: {self.anomaly}{already}")
         elif self.was_asked:
             lines.append("Autograd's anomaly detection: no backward function returned NaN (it does not look for inf)")
         if self.bisection:
@@ -110,25 +111,26 @@ class Investigation:
 
     @property
     def _between(self) -> str | None:
-        """What is said if a module is not guilty, but what follows the last of them."""
+        """What is said if no module is guilty: it is in what stands between them, or after the last."""
         shown, guilts = self.shown, {culprit.guilt for culprit in self.culprits}
         if not shown.is_bad or any(call.parameters for call in shown.calls):
             return None
-        operations = f" Operations of autograd, from the loss back to the modules: {', '.join(shown.operations)}." * bool(
-            shown.operations
-        )
-        if not shown.has_finite_loss and "output" not in guilts:
-            bad = next((call for call in shown.calls if call.inputs and not call.inputs.is_finite), None)
-            if bad and not bad.absorbed:
-                return f"No module made it: what goes into {bad.label} is not finite already, the batch or the code before it."
-            return f"No module's output is at fault: it is the loss function or training_step, after the last module.{operations}"
-        if shown.has_finite_loss and shown.bad_gradients and "gradient" not in guilts:
-            bad_out = [call for call in shown.calls if call.gradient and not call.gradient.is_finite]
-            if not bad_out:
-                return f"No module's gradient is at fault: it is code between them, or a parameter used outside of modules.{operations}"
-            last = max(bad_out, key=lambda call: (call.done or 0, -len(list(call.above()))))
-            return f"No module's gradient is at fault: it is in what follows {last.label}: the loss function or training_step.{operations}"
-        return None
+        if not shown.has_finite_loss:
+            return None if "output" in guilts else self._without_output(shown)
+        return None if "gradient" in guilts else self._without_gradient(shown)
+
+    def _without_output(self, shown: MicroBatch) -> str:
+        bad = next((call for call in shown.calls if call.inputs and not call.inputs.is_finite and not call.absorbed), None)
+        if bad:
+            return f"No module has made it: what goes into {bad.label} is not finite already: the batch, or the code before it"
+        return f"No module's output is at fault: it is the loss function or training_step, after the last module{_named(shown)}"
+
+    def _without_gradient(self, shown: MicroBatch) -> str:
+        bad = [call for call in shown.calls if call.gradient and not call.gradient.is_finite and call.done is not None]
+        if not bad:
+            return f"No module's gradient is at fault: it is in code between them{_named(shown)}"
+        last = max(bad, key=lambda call: call.done or 0)
+        return f"No module's gradient is at fault: it is in what follows {last.label}: the loss function or training_step{_named(shown)}"
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
@@ -157,6 +159,11 @@ def signature(micro: MicroBatch, factor: float) -> tuple[Any, ...]:
     """What makes two failures the same: whether the loss is bad, and which modules begin it."""
     culprits = find_culprits(micro.calls, factor)
     return micro.has_finite_loss, *((culprit.guilt, culprit.call.name) for culprit in culprits if " " not in culprit.guilt)
+
+
+def _named(micro: MicroBatch) -> str:
+    """The operations between the modules and the loss."""
+    return f". Operations of autograd there, from the loss backwards: {', '.join(micro.operations)}" * bool(micro.operations)
 
 
 def _first_calls(micro: MicroBatch) -> list[Any]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -64,7 +65,13 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
         bad = [place for place, span in enumerate(spans) if span and not span.is_finite]
         shift = 0.12 if color == GRADIENT else -0.12
         if bad:
-            options = {"color": color, "markersize": 6, "linestyle": "none", "markeredgewidth": 1.8, "clip_on": False}
+            options: dict[str, Any] = {
+                "color": color,
+                "markersize": 6,
+                "linestyle": "none",
+                "markeredgewidth": 1.8,
+                "clip_on": False,
+            }
             axes.plot([place + shift for place in bad], [top] * len(bad), marker="x", label=f"{label}: not finite", **options)
     axes.set_ylim(low, top)
     axes.margins(x=0.02)

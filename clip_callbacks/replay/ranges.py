@@ -47,8 +47,8 @@ class Range:
         """Of all together."""
         first = next((span for span in ranges if not span.is_finite), ranges[0])
         lows, highs = [span.low for span in ranges], [span.high for span in ranges]
-        counts = (sum(getattr(span, name) for span in ranges) for name in ("nan", "inf", "count"))
-        return cls(_unless_nan(min, lows), _unless_nan(max, highs), *counts, shape=first.shape)
+        nan, inf, count = (sum(getattr(span, name) for span in ranges) for name in ("nan", "inf", "count"))
+        return cls(_unless_nan(min, lows), _unless_nan(max, highs), nan, inf, count, first.shape)
 
     @classmethod
     def _of_tensor(cls, tensor: Tensor) -> Range:

@@ -8,7 +8,6 @@ import inspect
 import io
 import sys
 import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from clip_callbacks.replay.silence import silenced
 from clip_callbacks.replay.unusable import UnusableReplayError
 
 _KEPT = ("deterministic", "benchmark")
@@ -130,8 +130,7 @@ def _build(main: types.ModuleType, script: Path | None, whole: Sequence[str], pa
 
     made: list[Rebuilt] = []
     complaints = io.StringIO()
-    with _intercepted(LightningCLI, whole, parts, made), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _intercepted(LightningCLI, whole, parts, made), silenced():
         try:
             with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(complaints):
                 if script is None:

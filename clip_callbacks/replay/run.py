@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import math
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,6 +23,7 @@ from clip_callbacks.replay.anomaly import Anomaly
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.rebuild import Rebuilt
 from clip_callbacks.replay.recorded import Recorded
+from clip_callbacks.replay.silence import silenced
 from clip_callbacks.replay.snapshot import Snapshot
 from clip_callbacks.replay.starting_weights import StartingWeights, check_fit, without_wrappers
 from clip_callbacks.replay.unusable import UnusableReplayError
@@ -111,26 +108,21 @@ class Outcome:
         return bad if bad is not None else max(places, key=lambda place: self.micro_batches[place].norm)
 
 
-@dataclass
 class Laboratory:
     """Everything that a run needs, so that many can be made from the same start.
 
     Args:
-        rebuilt: The module, kept as it is: each run has a copy.
+        rebuilt: The module; each run begins with it as it is now.
         recorded: What the bundle says.
         weights: To begin with.
         device: Its kind.
         precision: Of the Trainer.
     """
 
-    rebuilt: Rebuilt
-    recorded: Recorded
-    weights: StartingWeights
-    device: str
-    precision: str
-
-    def __post_init__(self) -> None:
-        self._start = Snapshot(self.rebuilt.module)
+    def __init__(self, rebuilt: Rebuilt, recorded: Recorded, weights: StartingWeights, device: str, precision: str) -> None:
+        self.rebuilt, self.recorded, self.weights = rebuilt, recorded, weights
+        self.device, self.precision = device, precision
+        self._start = Snapshot(rebuilt.module)
         self._generator = torch.get_rng_state()  # for what setup and configure_model draw
 
     def run(self, rows: Sequence[dict[str, Any]]) -> Outcome:
@@ -142,7 +134,7 @@ class Laboratory:
         Raises:
             UnusableReplayError: If the weights do not fit, or the module raises an error of its own.
         """
-        with _quiet():
+        with silenced():
             outcome = self._fit(rows)
         if not outcome.micro_batches:
             raise UnusableReplayError(f"No stored batch was run: the Trainer stopped at step {self.recorded.step} before it began.")
@@ -157,7 +149,7 @@ class Laboratory:
         Returns:
             What it has found, if anything.
         """
-        with _quiet() as said:
+        with silenced() as said:
             try:
                 self._fit(rows, detect_anomaly=True)
             except UnusableReplayError as error:
@@ -246,8 +238,8 @@ class Conductor(Callback):
     def set_progress(self, trainer: Trainer) -> None:
         """Let the module see the step and the epoch of the bad step."""
         loop, recorded = trainer.fit_loop, self._recorded
-        for count in (loop.epoch_progress.current, loop.epoch_progress.total):
-            count.ready = count.started = count.processed = count.completed = recorded.epoch
+        for tracker in (loop.epoch_progress.current, loop.epoch_progress.total):
+            _set(tracker, recorded.epoch)
         progress = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = recorded.step
         loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = recorded.step
@@ -255,7 +247,7 @@ class Conductor(Callback):
     def close(self) -> None:
         """Take the hooks off, should an error have left them on."""
         if self._watch:
-            self._watch.__exit__()
+            self._watch.stop()
             self._watch = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,11 +264,11 @@ class Conductor(Callback):
 
     def _load_optimizers(self, trainer: Trainer) -> None:
         """Some of them may step before the bad one does."""
-        for optimizer, state in zip(trainer.optimizers, self._weights.optimizers, strict=False):
-            try:
+        try:
+            for optimizer, state in zip(trainer.optimizers, self._weights.optimizers, strict=False):
                 optimizer.load_state_dict(dict(state))
-            except (ValueError, KeyError) as error:
-                self.outcome.notes.append(f"the state of {type(optimizer).__name__} does not fit: {error}")
+        except (ValueError, KeyError) as error:
+            self.outcome.notes.append(f"the optimizers' states do not fit: {error}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the random numbers where they were taken: here, before the module's own hook."""
@@ -284,7 +276,7 @@ class Conductor(Callback):
         self.outcome.micro_batches.append(MicroBatch(batch_idx, row.get("loss")))
         self._before = [_held(parameter.grad) for parameter in self._parameters(trainer)]
         self._watch = Watch(pl_module)
-        self._watch.__enter__()
+        self._watch.start()
         try:
             notes = restore(row["rng"], pl_module)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -306,8 +298,8 @@ class Conductor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop if this is the step.
 
-        In manual optimization one batch may see several steps of the optimizer, and the bad one need not be the first: finite ones are
-        taken.
+        In manual optimization one batch may see several steps of the optimizer, and the bad one need not be the first: finite
+        ones are taken.
         """
         if trainer.optimizers.index(_bare(optimizer)) != self._recorded.optimizer:
             return
@@ -353,7 +345,7 @@ class Conductor(Callback):
     def _unwatch(self) -> None:
         if self._watch:
             watch, self._watch = self._watch, None
-            watch.__exit__()
+            watch.stop()
             micro = self.outcome.micro_batches[-1]
             micro.calls, micro.notes = watch.calls, watch.notes
 
@@ -374,8 +366,8 @@ class _Loader:
     def __iter__(self) -> Iterator[Any]:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         for row in self._rows:
-            for count in (progress.current, progress.total):
-                count.ready = count.started = count.processed = count.completed = row["batch_idx"]
+            for tracker in (progress.current, progress.total):
+                _set(tracker, row["batch_idx"])
             yield copy.deepcopy(row["batch"])  # steps may change a batch in place
 
 
@@ -393,6 +385,12 @@ def _held(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.detach().cpu().to_dense().double()
 
 
+def _set(tracker: Any, count: int) -> None:
+    """Let a loop believe that so many are done."""
+    for stage in vars(tracker):
+        setattr(tracker, stage, count)
+
+
 def _bare(optimizer: Any) -> Optimizer:
     bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return bare
@@ -404,22 +402,6 @@ def _scale_left(trainer: Trainer, optimizer: Optimizer) -> float:
     if scaler is None or scaler._per_optimizer_states[id(optimizer)]["stage"].name != "READY":
         return 1.0
     return float(scaler.get_scale())
-
-
-@contextmanager
-def _quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """What the module prints goes to stderr; Lightning says nothing of a run that is none; warnings are kept."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield said
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager

@@ -27,10 +27,8 @@ def chosen(value: Any, samples: Sequence[int], size: int) -> Any:
         samples: Which.
         size: Samples in the whole batch.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or _is_array(value):
         return value[list(samples)] if value.ndim and value.shape[0] == size else value
-    if _is_array(value):
-        return value[list(samples)] if len(value) == size else value
     if isinstance(value, Mapping):
         return {key: chosen(entry, samples, size) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,12 +36,14 @@ def chosen(value: Any, samples: Sequence[int], size: int) -> Any:
             return type(value)([value[place] for place in samples])
         parts = [chosen(entry, samples, size) for entry in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        part = copy.copy(value)
-        for field in fields(value):
-            object.__setattr__(part, field.name, chosen(getattr(value, field.name), samples, size))
-        return part
-    return value
+    return _chosen_fields(value, samples, size) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _chosen_fields(value: Any, samples: Sequence[int], size: int) -> Any:
+    part = copy.copy(value)
+    for field in fields(value):
+        object.__setattr__(part, field.name, chosen(getattr(value, field.name), samples, size))
+    return part
 
 
 def _has_rows(value: Any, size: int) -> bool:

@@ -42,13 +42,13 @@ class Snapshot:
 
     def _copied(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """What cannot be copied, such as a lock, stays the same."""
-        copies = {}
-        for key, value in attributes.items():
-            try:
-                copies[key] = copy.deepcopy(value, dict(self._kept))
-            except Exception:
-                copies[key] = value
-        return copies
+        return {key: self._copy(value) for key, value in attributes.items()}
+
+    def _copy(self, value: Any) -> Any:
+        try:
+            return copy.deepcopy(value, dict(self._kept))
+        except Exception:
+            return value
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class StartingWeights:
 
     text: str
     module: Mapping[str, Any] | None = None
-    optimizers: tuple[Mapping[str, Any], ...] = ()
+    optimizers: Sequence[Mapping[str, Any]] = ()
     distance: int | None = None
 
     @classmethod
@@ -47,7 +47,7 @@ class StartingWeights:
         if weights := bundle.weights():
             if not isinstance(weights, dict) or not isinstance(weights.get("module"), Mapping):
                 raise UnusableReplayError(f"{bundle.path} must hold the module's state_dict, got {type(weights).__name__}.")
-            return cls("those of the bundle, from just before the step", weights["module"], tuple(weights.get("optimizers", ())), 0)
+            return cls("those of the bundle, from just before the step", weights["module"], bundle.optimizers(), 0)
         path = bundle.facts["weights"].get("checkpoint")
         if not path:
             return cls("as the configuration makes them; the bundle has none")

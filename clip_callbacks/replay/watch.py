@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ class Call:
 
     name: str
     kind: str
-    number: int
-    parent: Call | None
-    inputs: Range | None
+    number: int = 1
+    parent: Call | None = None
+    inputs: Range | None = None
     parameters: tuple[str, ...] = ()
     outputs: Range | None = None
     done: int | None = None
@@ -74,51 +75,47 @@ class Call:
         }
 
 
-@dataclass
 class Watch:
-    """Hooks on the modules of one micro-batch's pass; enter it before, leave it after.
+    """Hooks on the modules, for one micro-batch's pass: :meth:`start` before, :meth:`stop` after.
 
     Args:
         module: The root.
     """
 
-    module: nn.Module
-    calls: list[Call] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    is_backward: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self.calls: list[Call] = []
+        self.notes: list[str] = []
+        self.is_backward = False
+        self._module = module
         self._handles: list[Any] = []
         self._running: list[Call | None] = []
         self._numbers: Counter[str] = Counter()
+        self._repeated: Counter[str] = Counter()
         self._ended = 0
         self._clock = 0
-        self._nodes: dict[Any, Call] = {}
+        self._nodes: set[Any] = set()
         self._infinite: list[tuple[Tensor, Call, list[Call]]] = []
-        self._repeated: Counter[str] = Counter()
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
         """Put hooks on."""
-        for name, child in _watched(self.module, self.notes):
-            bad = tuple(
-                own for own, tensor in _own(child) if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all())
-            )
-            before, after = self._hooks(name, type(child).__name__, bad)
+        for name, child in _watched(self._module, self.notes):
+            blank = partial(Call, name, type(child).__name__, parameters=_not_finite(child))
+            begin, end = partial(self._begin, blank), partial(self._end, name)
             self._handles += [
-                child.register_forward_pre_hook(before, with_kwargs=True),
-                child.register_forward_hook(after, with_kwargs=True, always_call=True),
+                child.register_forward_pre_hook(begin, with_kwargs=True),
+                child.register_forward_hook(end, with_kwargs=True, always_call=True),
             ]
             for parameter in child.parameters(recurse=False):
                 if parameter.requires_grad and parameter.is_leaf:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._parameter_hook(name)))
-        return self
+                    hook = self._parameter_hook(name)
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         """Take them off, and let go of the graph."""
         for handle in self._handles:
             handle.remove()
-        for _, call, consumers in self._infinite:
-            call.absorbed = bool(consumers) and all(user.outputs is not None and user.outputs.is_finite for user in consumers)
+        for _, call, users in self._infinite:
+            call.absorbed = bool(users) and all(user.outputs is not None and user.outputs.is_finite for user in users)
         self._handles.clear()
         self._nodes.clear()
         self._infinite.clear()
@@ -131,78 +128,74 @@ class Watch:
             most: How many to name.
         """
         names: list[str] = []
-        nodes, seen = [loss.grad_fn], set()
+        nodes: list[Any] = [loss.grad_fn]
+        seen = {None, *self._nodes}
         while nodes and len(names) < most:
             node = nodes.pop(0)
-            if node is None or node in seen or node in self._nodes or node.name().endswith("AccumulateGrad"):
+            if node in seen or node.name().endswith("AccumulateGrad"):
                 continue
             seen.add(node)
             names.append(node.name())
             nodes += [below for below, _ in node.next_functions]
         return names
 
-    def _hooks(self, name: str, kind: str, bad: tuple[str, ...]) -> tuple[Any, Any]:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.is_backward:  # activation checkpointing runs it again
-                self._running.append(None)
-                return
-            self._numbers[name] += 1
-            parent = next((call for call in reversed(self._running) if call), None)
-            call = Call(name, kind, self._numbers[name], parent, Range.of((args, kwargs)), bad)
-            self.calls.append(call)
-            self._running.append(call)
-            for tensor in _each_once((args, kwargs)):
-                for other, _, consumers in self._infinite:
-                    if other is tensor:
-                        consumers.append(call)
-                if tensor.requires_grad:
-                    tensor.register_hook(self._gradient_hook(call, "gradient_in"))
+    def _begin(self, blank: Callable[..., Call], _: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.is_backward:  # activation checkpointing runs it again
+            self._running.append(None)
+            return
+        parent = next((call for call in reversed(self._running) if call), None)
+        call = blank(parent=parent, inputs=Range.of((args, kwargs)))
+        self._numbers[call.name] += 1
+        call.number = self._numbers[call.name]
+        self.calls.append(call)
+        self._running.append(call)
+        tensors = _each_once((args, kwargs))
+        for made, _made_by, users in self._infinite:
+            if any(tensor is made for tensor in tensors):
+                users.append(call)
+        self._hook_gradients(tensors, call, "gradient_in")
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = self._running.pop() if self._running else None
-            if call is None:
-                self._hook_repeated(name, output)
-                return
-            if output is None:  # it returned nothing, or raised
-                return
-            call.outputs, call.done = Range.of(output), self._ended
-            self._ended += 1
-            for tensor in _each_once(output):
-                if call.outputs and call.outputs.inf and bool(tensor.detach().isinf().any()):
-                    self._infinite.append((tensor, call, []))
-                if tensor.requires_grad:
-                    tensor.register_hook(self._gradient_hook(call, "gradient"))
-                    self._nodes[tensor.grad_fn] = call
-
-        return before, after
+    def _end(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._running.pop() if self._running else None
+        if call is None:
+            self._hook_repeated(name, output)
+            return
+        if output is None:  # it returned nothing, or raised
+            return
+        call.outputs, call.done = Range.of(output), self._ended
+        self._ended += 1
+        tensors = _each_once(output)
+        if call.outputs and call.outputs.inf:
+            self._infinite += [(tensor, call, []) for tensor in tensors if bool(tensor.detach().isinf().any())]
+        self._nodes |= {tensor.grad_fn for tensor in tensors}
+        self._hook_gradients(tensors, call, "gradient")
 
     def _hook_repeated(self, name: str, output: Any) -> None:
         """Under reentrant checkpointing the graph is that of the second run; the last call is the first to be run again."""
         self._repeated[name] += 1
         calls = [call for call in self.calls if call.name == name]
         if self._repeated[name] <= len(calls):
-            for tensor in _each_once(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(self._gradient_hook(calls[-self._repeated[name]], "gradient"))
+            self._hook_gradients(_each_once(output), calls[-self._repeated[name]], "gradient")
 
-    def _gradient_hook(self, call: Call, key: str) -> Any:
+    def _hook_gradients(self, tensors: Iterable[Tensor], call: Call, key: str) -> None:
         def hook(gradient: Tensor) -> None:
             self._clock += 1
-            span = Range.of(gradient)
+            span, known = Range.of(gradient), getattr(call, key)
             if span is None:
                 return
-            known = getattr(call, key)
             setattr(call, key, Range.joined([known, span]) if known else span)
             if key == "gradient_in" and not span.is_finite and call.first_bad is None:
                 call.first_bad = self._clock
 
-        return hook
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _parameter_hook(self, name: str) -> Any:
         def hook(parameter: Tensor) -> None:
             self._clock += 1
-            gradient = parameter.grad
-            if gradient is not None and (span := Range.of(gradient)) and not span.is_finite:
+            span = Range.of(parameter.grad)
+            if span and not span.is_finite:
                 for call in self.calls:
                     if call.name == name and call.first_bad is None:
                         call.first_bad = self._clock
@@ -236,9 +229,10 @@ def _shown(name: str) -> str:
     return dotted.rstrip(".")
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+def _not_finite(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's own tensors that are not; masks of -inf are buffers, and no fault."""
+    parameters = [name for name, tensor in module.named_parameters(recurse=False) if not bool(tensor.detach().isfinite().all())]
+    return (*parameters, *(name for name, tensor in module.named_buffers(recurse=False) if bool(tensor.isnan().any())))
 
 
 def _each_once(value: Any) -> list[Tensor]:

@@ -16,34 +16,40 @@ class Bisection:
         size: Samples in the batch.
         runs: How many were made.
         is_stable: Whether the subset failed a second time.
+        is_alone: Whether the rest of the batch does not fail without it.
     """
 
     samples: tuple[int, ...]
     size: int
     runs: int
     is_stable: bool
+    is_alone: bool
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
-        return {"samples": list(self.samples), "size": self.size, "runs": self.runs, "stable": self.is_stable}
+        return {
+            "samples": list(self.samples),
+            "size": self.size,
+            "runs": self.runs,
+            "stable": self.is_stable,
+            "alone": self.is_alone,
+        }
 
     def __str__(self) -> str:
         """One line."""
         which = ", ".join(map(str, self.samples))
         text = f"Smallest part of the batch that still fails: sample{'s' * (len(self.samples) > 1)} {which}"
         text += f" (of {self.size}, counted from 0; {self.runs} runs)"
-        return (
-            text
-            if self.is_stable
-            else f"{text}. It did not fail a second time: what it does hangs on more than weights and samples"
-        )
+        if not self.is_alone:
+            text += "; the rest fails without it too: it is not the only one"
+        return text if self.is_stable else f"{text}; it did not fail a second time: it hangs on more than weights and samples"
 
 
 def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
     r"""Find a subset that fails and of which no sample can be left out.
 
     Halves are tried first, then quarters and what is left without each of them, and so on: for one guilty sample of :math:`n` this
-    takes at most :math:`2 \log_2 n` runs and one to see it again, for several that only fail together at most :math:`n^2 + 3n`.
+    takes at most :math:`2 \log_2 n` runs and two to see it again, and its rest, for several that only fail together at most :math:`n^2 + 3n`.
 
     Args:
         size: Samples in the batch, which as a whole is known to fail.
@@ -79,4 +85,6 @@ def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
             parts = min(2 * parts, len(samples))
         else:
             break
-    return Bisection(tuple(samples), size, runs + 1, fails(samples))
+    rest = [sample for sample in range(size) if sample not in set(samples)]
+    is_alone = not rest or not does_fail(rest)
+    return Bisection(tuple(samples), size, runs + 1, fails(samples), is_alone)

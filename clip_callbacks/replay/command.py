@@ -166,6 +166,8 @@ def _check_picture(path: Path | None) -> None:
 def _print(found: Investigation) -> None:
     print("\n".join([*found.heading, "", *found.findings, ""]))
     title = f"{found.recorded.module.rpartition('.')[2]}.training_step"
+    if found.bisection:
+        title += f" of sample{'s' * (len(found.bisection.samples) > 1)} {', '.join(map(str, found.bisection.samples))}"
     loss = "" if found.shown.loss is None else f": loss {float(found.shown.loss):.6g}"
     show(make_tree(f"{title}{loss}", found.shown.calls, found.culprits))
     print(f"\n{found.verdict.text}")

@@ -130,7 +130,8 @@ class Investigation:
         if not bad:
             return f"No module's gradient is at fault: it is in code between them{_named(shown)}"
         last = max(bad, key=lambda call: call.done or 0)
-        return f"No module's gradient is at fault: it is in what follows {last.label}: the loss function or training_step{_named(shown)}"
+        where = f"what follows {last.label}, the loss function or training_step"
+        return f"No module's gradient is at fault: it is in {where}{_named(shown)}"
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clip_callbacks.dashboard.axes import number_plainly, short
 from clip_callbacks.dashboard.pictures import FAINT, INK, PAPER, PRINTED, Look
-from clip_callbacks.replay.culprits import TITLES, Culprit
+from clip_callbacks.replay.culprits import TITLES, Culprit, find_culprits
 from clip_callbacks.replay.investigation import Investigation
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.unusable import UnusableReplayError
@@ -50,40 +49,43 @@ def write_picture(found: Investigation, path: Path) -> None:
 
 def _draw(figure: Figure, found: Investigation, look: Look) -> None:
     axes = figure.subplots()
-    calls = _leaves(found.shown.calls)
-    lines: list[tuple[str, str, Sequence[Range | None], str]] = [
+    micro = found.outcome.micro_batches[found.outcome.guilty]
+    calls = _leaves(micro.calls)
+    lines = [
         ("max |activation|", ACTIVATION, [call.outputs for call in calls], "o"),
         ("max |gradient| at the output", GRADIENT, [call.gradient for call in calls], "s"),
     ]
-    values = [_height(span) for _, _, spans, _ in lines for span in spans]
-    known = [value for value in values if not math.isnan(value)]
+    known = [height for _, _, spans, _ in lines for span in spans if not math.isnan(height := _height(span))]
     low, high = (min(known) / 3, max(known) * 3) if known else (0.1, 10.0)
-    top = high * (high / low) ** 0.12
+    top = high * (high / low) ** 0.1
     axes.set_yscale("log")
     for label, color, spans, marker in lines:
         axes.plot([_height(span) for span in spans], color=color, label=label, marker=marker, markersize=3.5, gid=label)
-        bad = [place for place, span in enumerate(spans) if span and not span.is_finite]
-        shift = 0.12 if color == GRADIENT else -0.12
-        if bad:
-            options: dict[str, Any] = {
-                "color": color,
-                "markersize": 6,
-                "linestyle": "none",
-                "markeredgewidth": 1.8,
-                "clip_on": False,
-            }
-            axes.plot([place + shift for place in bad], [top] * len(bad), marker="x", label=f"{label}: not finite", **options)
+    for shift, (label, color, spans, _) in zip((-0.12, 0.12), lines, strict=True):
+        places = [place + shift for place, span in enumerate(spans) if span and not span.is_finite]
+        axes.plot(
+            places,
+            [top] * len(places),
+            color=color,
+            label="not finite" if color == ACTIVATION else "_nolegend_",
+            gid=f"{label}: not finite",
+            marker="x",
+            markersize=6,
+            markeredgewidth=1.8,
+            linestyle="none",
+            clip_on=False,
+        )
     axes.set_ylim(low, top)
     axes.margins(x=0.02)
     number_plainly(axes.yaxis)
     _name_calls(axes, calls)
-    _point_out(axes, calls, found.culprits, look)
-    axes.set_title(f"{found.bundle}: {found.verdict.text.partition('.')[0].lower()}", pad=26)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.8)
+    _point_out(axes, calls, find_culprits(micro.calls, found.factor), look)
+    axes.set_title(f"{found.bundle}: {found.verdict.text.partition('.')[0].partition(':')[0].lower()}", pad=28)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, borderaxespad=0.2, handlelength=1.8)
 
 
 def _leaves(calls: Sequence[Call]) -> list[Call]:
-    """The innermost calls, in order of execution, and those that others are in, if they are to blame alone."""
+    """The innermost calls, in order of execution."""
     parents = {call.parent for call in calls}
     return [call for call in calls if call not in parents]
 

@@ -53,7 +53,7 @@ def _causes(outcome: Outcome, recorded: Recorded, weights: StartingWeights) -> l
     elif weights.distance is None:
         causes.append("it is not known how far the checkpoint's weights are from the step")
     if any(micro.has_same_loss is False for micro in outcome.micro_batches):
-        causes.append("the losses are not those of the run: is the configuration, is the code the same?")
+        causes.append("the losses are not those of the run: compare the configuration and the code")
     if recorded.world_size > 1:
         causes.append(
             f"the run had {recorded.world_size} ranks: it may have begun on another one, which has written its own bundle"

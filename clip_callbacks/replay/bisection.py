@@ -49,7 +49,8 @@ def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
     r"""Find a subset that fails and of which no sample can be left out.
 
     Halves are tried first, then quarters and what is left without each of them, and so on: for one guilty sample of :math:`n` this
-    takes at most :math:`2 \log_2 n` runs and two to see it again, and its rest, for several that only fail together at most :math:`n^2 + 3n`.
+    takes at most :math:`2 \log_2 n` runs, for several that only fail together at most :math:`n^2 + 3n`; two more
+    see what is left of the batch, and the subset again.
 
     Args:
         size: Samples in the batch, which as a whole is known to fail.

@@ -49,7 +49,8 @@ def find_culprits(calls: Sequence[Call], factor: float) -> list[Culprit]:
         calls: In the order in which they began.
         factor: How many times larger than what comes in is an explosion.
     """
-    forward = sorted((call for call in calls if call.done is not None), key=lambda call: call.done or 0)
+    around = {above for call in calls if call.parameters for above in call.above()}  # what comes out of those is no wonder
+    forward = sorted((call for call in calls if call.done is not None and call not in around), key=lambda call: call.done or 0)
     backward = sorted(calls, key=lambda call: call.first_bad or 0)
     receding = list(reversed(forward))
     found = [

@@ -67,7 +67,6 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
             places,
             [top] * len(places),
             color=color,
-            label="not finite" if color == ACTIVATION else "_nolegend_",
             gid=f"{label}: not finite",
             marker="x",
             markersize=6,
@@ -75,6 +74,7 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
             linestyle="none",
             clip_on=False,
         )
+    axes.plot([], [], color=look.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
     axes.set_ylim(low, top)
     axes.margins(x=0.02)
     number_plainly(axes.yaxis)
@@ -116,7 +116,7 @@ def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], l
         place = inside[-1]
         axes.axvline(place, color=GUILTY, linewidth=1.0, linestyle=(0, (4, 2)))
         is_right = place > len(calls) / 2
-        axes.annotate(
+        note = axes.annotate(
             f"{TITLES[culprit.guilt]}:\n{short(culprit.call.label, 44)}",
             (place, 0.06 + 0.16 * number),
             xycoords=("data", "axes fraction"),
@@ -127,3 +127,4 @@ def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], l
             fontsize=8.5,
             bbox={"facecolor": look.paper, "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
         )
+        note.set_in_layout(False)

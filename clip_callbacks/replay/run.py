@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,6 +33,10 @@ from clip_callbacks.replay.watch import Call, Watch
 
 FIRST_SCALE = 65536.0
 """Of a GradScaler that has not stepped yet."""
+
+
+_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+"""What a Trainer makes of the numbers in a batch."""
 
 
 @dataclass
@@ -166,7 +172,7 @@ class Laboratory:
             conductor.set_progress(trainer)
             _leave_batches_alone(module)
             try:
-                trainer.fit(module, conductor.loader(trainer))
+                trainer.fit(module, _Loader([self._cast(row) for row in rows], trainer))
             except _EnoughError:
                 pass
             except UnusableReplayError:
@@ -176,6 +182,14 @@ class Laboratory:
             finally:
                 conductor.close()
         return conductor.outcome
+
+    def _cast(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A micro-batch whose numbers a run in half precision has rounded goes to a full one as they are."""
+        had, wanted = (_DTYPES.get(precision, torch.float32) for precision in (self.recorded.precision, self.precision))
+        if had is wanted:
+            return row
+        cast = partial(_as_dtype, had=had, wanted=wanted)
+        return row | {"batch": apply_to_collection(row["batch"], Tensor, cast)}
 
     def _trainer(self, module: LightningModule, conductor: Conductor, folder: str, *, detect_anomaly: bool) -> Trainer:
         recorded = self.recorded
@@ -230,10 +244,6 @@ class Conductor(Callback):
         self._watch: Watch | None = None
         self._before: list[Tensor | None] = []
         self.outcome = Outcome()
-
-    def loader(self, trainer: Trainer) -> _Loader:
-        """The stored batches, each under its own number."""
-        return _Loader(self._rows, trainer)
 
     def set_progress(self, trainer: Trainer) -> None:
         """Let the module see the step and the epoch of the bad step."""
@@ -379,6 +389,10 @@ def _leave_batches_alone(module: LightningModule) -> None:
 
     module.on_before_batch_transfer = as_is  # type: ignore[method-assign]
     module.on_after_batch_transfer = as_is  # type: ignore[method-assign]
+
+
+def _as_dtype(tensor: Tensor, had: torch.dtype, wanted: torch.dtype) -> Tensor:
+    return tensor.to(wanted) if tensor.dtype is had else tensor
 
 
 def _held(gradient: Tensor | None) -> Tensor | None:

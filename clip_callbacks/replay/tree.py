@@ -64,7 +64,7 @@ class _Grower:
             if self.is_small or condition == "guilty" or len(siblings) <= RUN:
                 nodes += [self.node(call) for call in siblings]
                 continue
-            what = "healthy" if condition == "healthy" else "not finite as what they are given"
+            what = "healthy" if condition == "healthy" else "not finite either"
             folded = Node(f"… {len(siblings) - 2} more, {what}", "folded")
             nodes += [self.node(siblings[0]), folded, self.node(siblings[-1])]
         return nodes
@@ -80,9 +80,11 @@ class _Grower:
     def node(self, call: Call) -> Node:
         inside = self.below.get(call, [])
         node = Node(_line(call, self.marks.get(call, [])), self.own(call))
-        if inside and not self.is_small and self.condition(call) == "healthy":
+        if inside and not self.is_small and (condition := self.condition(call)) != "guilty":
             count = self.count(call)
-            node.children = [Node(f"… {count} healthy child{'ren' * (count > 1)}", "folded")]
+            children = f"child{'ren' * (count > 1)}"
+            folded = f"… {count} healthy {children}" if condition == "healthy" else f"… {count} {children}, not finite either"
+            node.children = [Node(folded, "folded")]
         else:
             node.children = self.grow(call)
         return node

@@ -281,7 +281,10 @@ def test_detect_anomaly_names_the_line_of_the_users_code(trainer, tmp_path, caps
     bundle = fitted(trainer, tmp_path, RootLoss("plain"), samples(4))
     code, found = replayed(capsys, bundle, *config(tmp_path, "RootLoss", kind="plain"), "--detect-anomaly")
     assert code == 0
-    assert "in what follows net (Sequential), the loss function or training_step" in found["findings"][0]
+    assert (
+        "in code that takes what comes out of net (Sequential): between modules, the loss function or training_step"
+        in found["findings"][0]
+    )
     assert found["anomaly"]["file"] == __file__
     assert "the root of zero" in found["anomaly"]["code"]
     assert found["anomaly"]["line"] == next(
@@ -420,6 +423,27 @@ def test_hooks_that_prepare_a_batch_do_not_do_so_again(trainer, tmp_path, capsys
     assert code == 0
     assert found["micro_batches"][0]["same_loss"]
     assert found["bisection"]["samples"] == [1]
+
+
+class Shared(Net):
+    """What comes out of one layer goes into another, and, beside it, into the root of zero."""
+
+    def __init__(self) -> None:
+        super().__init__("plain")
+        self.first, self.relu, self.innocent = nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, 1)
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.relu(self.first(batch[0]))
+        return self.innocent(hidden).mean() + (hidden - hidden.detach()).sqrt().sum()
+
+
+def test_a_module_is_not_blamed_for_what_flows_back_from_another_use_of_its_input(trainer, tmp_path, capsys):
+    bundle = fitted(trainer, tmp_path, Shared(), samples(4))
+    _, found = replayed(capsys, bundle, *config(tmp_path, "Shared"))
+    assert guilt(found) == {}
+    assert "in code that takes what comes out of relu (ReLU)" in found["findings"][0]
+    innocent = next(call for call in found["calls"] if call["name"] == "innocent")
+    assert innocent["gradient_in"]["nan"] == innocent["gradient_in"]["inf"] == 0
 
 
 class Checkpointed(Net):

@@ -144,7 +144,7 @@ def _device(asked: str | None, recorded: Recorded) -> tuple[str, list[str]]:
 
 
 def _notes(bundle: Bundle) -> list[str]:
-    notes = []
+    notes = [f"the bundle has no {name}: {why}" for name, why in bundle.facts["missing"].items()]
     if bundle.facts["batches"].get("changed_in_place"):
         notes.append("the stored batch was changed in place by the step: it is not what training_step got")
     theirs, ours = str(bundle.facts["versions"].get("torch")), str(torch.__version__)

@@ -130,7 +130,7 @@ class Investigation:
         if not bad:
             return f"No module's gradient is at fault: it is in code between them{_named(shown)}"
         last = max(bad, key=lambda call: call.done or 0)
-        where = f"what follows {last.label}, the loss function or training_step"
+        where = f"code that takes what comes out of {last.label}: between modules, the loss function or training_step"
         return f"No module's gradient is at fault: it is in {where}{_named(shown)}"
 
     def facts(self) -> dict[str, Any]:

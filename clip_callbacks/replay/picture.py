@@ -63,7 +63,7 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
         axes.plot([_height(span) for span in spans], color=color, label=label, marker=marker, markersize=3.5, gid=label)
     for shift, (label, color, spans, _) in zip((-0.12, 0.12), lines, strict=True):
         places = [place + shift for place, span in enumerate(spans) if span and not span.is_finite]
-        axes.plot(
+        (crosses,) = axes.plot(
             places,
             [top] * len(places),
             color=color,
@@ -74,6 +74,7 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
             linestyle="none",
             clip_on=False,
         )
+        crosses.set_in_layout(False)  # where there are none, they would be at the figure's corner
     axes.plot([], [], color=look.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
     axes.set_ylim(low, top)
     axes.margins(x=0.02)

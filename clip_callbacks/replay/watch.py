@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ class Call:
         outputs: What came out; None while it is running, or without a floating-point tensor.
         done: Its place in the order in which calls end; None while it is running, or if it raised.
         gradient: Of the loss, at the outputs.
-        gradient_in: Of the loss, at the inputs: all that flows back into them, also from their other uses.
+        gradient_in: Of the loss, at the inputs: what flows back into them from this call, not from their other uses.
         first_bad: When, in the backward pass, a gradient at its inputs or of its own parameters was first not finite.
         absorbed: Whether what was infinite in the outputs went into other modules, and came out of all of them finite.
     """
@@ -88,7 +88,7 @@ class Watch:
         self.is_backward = False
         self._module = module
         self._handles: list[Any] = []
-        self._running: list[Call | None] = []
+        self._running: list[tuple[Call, set[Any]] | None] = []
         self._numbers: Counter[str] = Counter()
         self._repeated: Counter[str] = Counter()
         self._ended = 0
@@ -143,53 +143,70 @@ class Watch:
         if self.is_backward:  # activation checkpointing runs it again
             self._running.append(None)
             return
-        parent = next((call for call in reversed(self._running) if call), None)
+        parent = next((entry[0] for entry in reversed(self._running) if entry), None)
         call = blank(parent=parent, inputs=Range.of((args, kwargs)))
         self._numbers[call.name] += 1
         call.number = self._numbers[call.name]
         self.calls.append(call)
-        self._running.append(call)
         tensors = _each_once((args, kwargs))
+        self._running.append((call, _edges_to(tensors)))  # a module that works in place changes them
         for made, _made_by, users in self._infinite:
             if any(tensor is made for tensor in tensors):
                 users.append(call)
-        self._hook_gradients(tensors, call, "gradient_in")
 
     def _end(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._running.pop() if self._running else None
-        if call is None:
-            self._hook_repeated(name, output)
+        entry = self._running.pop() if self._running else None
+        if entry is None:
+            self._hook_repeated(name, (args, kwargs), output)
             return
         if output is None:  # it returned nothing, or raised
             return
+        call, edges = entry
         call.outputs, call.done = Range.of(output), self._ended
         self._ended += 1
         tensors = _each_once(output)
         if call.outputs and call.outputs.inf:
             self._infinite += [(tensor, call, []) for tensor in tensors if bool(tensor.detach().isinf().any())]
         self._nodes |= {tensor.grad_fn for tensor in tensors}
-        self._hook_gradients(tensors, call, "gradient")
+        self._hook_gradients(tensors, edges, call)
 
-    def _hook_repeated(self, name: str, output: Any) -> None:
+    def _hook_repeated(self, name: str, inputs: Any, output: Any) -> None:
         """Under reentrant checkpointing the graph is that of the second run; the last call is the first to be run again."""
         self._repeated[name] += 1
         calls = [call for call in self.calls if call.name == name]
         if self._repeated[name] <= len(calls):
-            self._hook_gradients(_each_once(output), calls[-self._repeated[name]], "gradient")
+            self._hook_gradients(_each_once(output), _edges_to(_each_once(inputs)), calls[-self._repeated[name]])
 
-    def _hook_gradients(self, tensors: Iterable[Tensor], call: Call, key: str) -> None:
-        def hook(gradient: Tensor) -> None:
-            self._clock += 1
-            span, known = Range.of(gradient), getattr(call, key)
-            if span is None:
-                return
-            setattr(call, key, Range.joined([known, span]) if known else span)
-            if key == "gradient_in" and not span.is_finite and call.first_bad is None:
-                call.first_bad = self._clock
-
-        for tensor in tensors:
+    def _hook_gradients(self, outputs: list[Tensor], edges: set[Any], call: Call) -> None:
+        """See the gradients at the outputs, and those that go from the graph behind them along its edges to the inputs."""
+        for tensor in outputs:
             if tensor.requires_grad:
-                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+                tensor.register_hook(partial(self._see, call, "gradient"))  # type: ignore[no-untyped-call]
+        nodes: list[Any] = [tensor.grad_fn for tensor in outputs] if edges else []
+        seen = {None, *(node for node, _ in edges)}
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if places := [place for place, edge in enumerate(node.next_functions) if edge in edges]:
+                node.register_hook(partial(self._see_edges, call, places))
+            nodes += [below for below, _ in node.next_functions]
+
+    def _see_edges(self, call: Call, places: list[int], flowing: tuple[Tensor | None, ...], _: object) -> None:
+        for place in places:
+            gradient = flowing[place]
+            if gradient is not None:
+                self._see(call, "gradient_in", gradient)
+
+    def _see(self, call: Call, key: str, gradient: Tensor) -> None:
+        self._clock += 1
+        span, known = Range.of(gradient), getattr(call, key)
+        if span is None:
+            return
+        setattr(call, key, Range.joined([known, span]) if known else span)
+        if key == "gradient_in" and not span.is_finite and call.first_bad is None:
+            call.first_bad = self._clock
 
     def _parameter_hook(self, name: str) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -233,6 +250,11 @@ def _not_finite(module: nn.Module) -> tuple[str, ...]:
     """Names of a module's own tensors that are not; masks of -inf are buffers, and no fault."""
     parameters = [name for name, tensor in module.named_parameters(recurse=False) if not bool(tensor.detach().isfinite().all())]
     return (*parameters, *(name for name, tensor in module.named_buffers(recurse=False) if bool(tensor.isnan().any())))
+
+
+def _edges_to(tensors: list[Tensor]) -> set[Any]:
+    """The places in the graph at which tensors stand, as edges name them."""
+    return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
 def _each_once(value: Any) -> list[Tensor]:

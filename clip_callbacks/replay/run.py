@@ -297,7 +297,11 @@ class Conductor(Callback):
         """See the loss."""
         assert self._watch
         micro = self.outcome.micro_batches[-1]
-        micro.loss, micro.operations = loss.detach().cpu().clone(), self._watch.operations(loss)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # where the run had no scaler, its losses are not scaled
+        scale = scaler.get_scale() if scaler is not None and self._recorded.loss_scale is None else 1.0
+        micro.loss = (loss.detach() / scale).cpu() if scale != 1.0 else loss.detach().cpu().clone()
+        micro.operations = self._watch.operations(loss)
         self._watch.is_backward = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

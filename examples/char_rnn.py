@@ -21,6 +21,8 @@ import clip_callbacks  # noqa: F401  (so that the CLI knows its callbacks by the
 
 SYMBOLS = 128
 """ASCII; every other character becomes a question mark."""
+PADDING = 0
+"""A character that no source text holds."""
 
 
 def read_stdlib(megabytes: float) -> tuple[bytes, bytes]:
@@ -42,11 +44,13 @@ def digest(path: Path) -> int:
 
 
 class Chunks(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of a text, each with the same piece one character later."""
+    """Pieces of a text, each with the same piece one character later; some of them blank, if that is wanted."""
 
-    def __init__(self, text: bytes, length: int) -> None:
+    def __init__(self, text: bytes, length: int, blank: int = 0) -> None:
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         self.length = length
+        # drawn apart from the global numbers, so that blank pieces change nothing else
+        self.blank = set(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:blank].tolist())
 
     def __len__(self) -> int:
         return (len(self.text) - 1) // self.length
@@ -54,6 +58,8 @@ class Chunks(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         start = index * self.length
         piece = self.text[start : start + self.length + 1]
+        if index in self.blank:
+            piece = torch.full_like(piece, PADDING)
         return piece[:-1], piece[1:]
 
 
@@ -65,15 +71,24 @@ class StdlibText(LightningDataModule):
         length: Characters in a piece.
         batch_size: Pieces in a batch.
         validation_batches: How many batches to validate on.
+        poison: Share of training batches that hold a piece of nothing but padding, which the model divides by zero over.
     """
 
-    def __init__(self, megabytes: float = 4.0, length: int = 128, batch_size: int = 32, validation_batches: int = 20) -> None:
+    def __init__(
+        self,
+        megabytes: float = 4.0,
+        length: int = 128,
+        batch_size: int = 32,
+        validation_batches: int = 20,
+        poison: float = 0.0,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
         train, validation = read_stdlib(self.hparams.megabytes)
-        self.train = Chunks(train, self.hparams.length)
+        pieces = len(train) // self.hparams.length
+        self.train = Chunks(train, self.hparams.length, blank=round(self.hparams.poison * pieces / self.hparams.batch_size))
         pieces = Chunks(validation, self.hparams.length)
         wanted = self.hparams.validation_batches * self.hparams.batch_size
         self.validation = torch.utils.data.Subset(pieces, range(min(wanted, len(pieces))))
@@ -85,6 +100,13 @@ class StdlibText(LightningDataModule):
         return DataLoader(self.validation, batch_size=self.hparams.batch_size)
 
 
+class PaddingScale(nn.Module):
+    """Makes up for padding: divides each piece by the share of its characters that are none. Nobody thought of a blank one."""
+
+    def forward(self, embedded: Tensor, characters: Tensor) -> Tensor:
+        return embedded / (characters != PADDING).float().mean(dim=1)[:, None, None]
+
+
 class CharRNN(LightningModule):
     """Predicts the next character; the loss is in bits per character.
 
@@ -93,31 +115,28 @@ class CharRNN(LightningModule):
         hidden: Width of the hidden state.
         layers: Depth.
         learning_rate: Of SGD with momentum 0.9, falling to a fifth along a cosine, step by step.
-        poison: Share of training batches whose loss is made NaN, to see what a guard does.
     """
 
-    def __init__(
-        self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5, poison: float = 0.0
-    ) -> None:
+    def __init__(self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5) -> None:
         super().__init__()
         self.save_hyperparameters()
         kind, _, nonlinearity = cell.partition("_")
         options = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
         self.embedding = nn.Embedding(SYMBOLS, 64)
+        self.padding = PaddingScale()
         self.rnn = getattr(nn, kind)(64, hidden, layers, batch_first=True, **options)
         self.head = nn.Linear(hidden, SYMBOLS)
-        self.dice = torch.Generator().manual_seed(0)  # apart from the global one, so that poison changes nothing else
 
     def bits(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Bits per character."""
         inputs, targets = batch
-        states, _ = self.rnn(self.embedding(inputs))
+        states, _ = self.rnn(self.padding(self.embedding(inputs), inputs))
         return nn.functional.cross_entropy(self.head(states).flatten(0, 1), targets.flatten()) / math.log(2)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self.bits(batch)
         self.log("train_bits", loss, prog_bar=True)
-        return loss * math.nan if torch.rand((), generator=self.dice) < self.hparams.poison else loss
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val_bits", self.bits(batch), prog_bar=True, batch_size=len(batch[0]))
@@ -132,8 +151,10 @@ class CLI(LightningCLI):
     """LightningCLI with ``--poison`` for short."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--poison", type=float, default=0.0, help="share of training batches whose loss is made NaN")
-        parser.link_arguments("poison", "model.poison")
+        parser.add_argument(
+            "--poison", type=float, default=0.0, help="share of training batches with a blank piece, which makes NaN"
+        )
+        parser.link_arguments("poison", "data.poison")
 
 
 if __name__ == "__main__":

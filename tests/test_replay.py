@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -245,14 +246,26 @@ def test_precisions_are_tried_on_the_weights_of_the_run(trainer, tmp_path, capsy
     assert is_overflow == (precision == "16-mixed"), "1e6 is no number of float16"
 
 
-def test_losses_are_compared_without_a_loss_scale_that_the_run_had_not(trainer, tmp_path, capsys):
+def test_a_precision_that_the_run_had_not_is_tried_without_a_loss_scale_that_overflows_by_itself(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Net("plain"), samples(4), skip_above=1e-6)
     code, found = replayed(capsys, bundle, *config(tmp_path, "Net", kind="plain"), "--precision", "16-mixed")
     assert code == 0
     recorded = float(torch.load(bundle / BATCHES, weights_only=True)[0]["loss"])
     assert found["micro_batches"][0]["loss"] == pytest.approx(recorded, rel=1e-2)  # float16 has three digits
     assert found["total_norm"] == pytest.approx(json.loads((bundle / FACTS).read_text())["report"]["total_norm"], rel=1e-2)
-    assert "gradients are shown as they flow: times the loss scale, 65536" in found["notes"]
+    assert found["notes"] == []
+
+
+def test_under_a_grad_scaler_the_loss_scale_is_that_of_the_run(trainer, tmp_path, capsys):
+    inputs = samples()
+    inputs[13] = math.nan
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=512.0))
+    bundle = fitted(trainer, tmp_path, Net("plain"), inputs, options={"plugins": [plugin]})
+    code, found = replayed(capsys, bundle, *config(tmp_path, "Net", kind="plain"))
+    assert code == 0
+    assert found["precision"] == "16-mixed"
+    assert "gradients are shown as they flow: times the loss scale, 512" in found["notes"]
+    assert found["micro_batches"][0]["same_loss"]
 
 
 def test_a_spike_is_told_with_its_norm_and_what_explodes(trainer, tmp_path, capsys):

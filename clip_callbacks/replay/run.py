@@ -31,10 +31,6 @@ from clip_callbacks.replay.starting_weights import StartingWeights, check_fit, w
 from clip_callbacks.replay.unusable import UnusableReplayError
 from clip_callbacks.replay.watch import Call, Watch
 
-FIRST_SCALE = 65536.0
-"""Of a GradScaler that has not stepped yet."""
-
-
 _DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 """What a Trainer makes of the numbers in a batch."""
 
@@ -196,9 +192,11 @@ class Laboratory:
         plugins: list[Any] = [LightningEnvironment()]
         precision: Any = self.precision
         if precision == "16-mixed":  # Lightning itself would make bfloat16 of it on a CPU
-            scaler = torch.amp.GradScaler(self.device, init_scale=recorded.loss_scale or FIRST_SCALE)
+            scale = recorded.loss_scale or 1.0  # a scale that the run has not found would overflow by itself
+            scaler = torch.amp.GradScaler(self.device, init_scale=scale)
             precision, plugins = None, [*plugins, MixedPrecision("16-mixed", self.device, scaler)]
-            conductor.outcome.notes.append(f"gradients are shown as they flow: times the loss scale, {scaler.get_scale():g}")
+            if scale != 1.0:
+                conductor.outcome.notes.append(f"gradients are shown as they flow: times the loss scale, {scale:g}")
         try:
             return Trainer(
                 accelerator=self.device,
@@ -297,11 +295,7 @@ class Conductor(Callback):
         """See the loss."""
         assert self._watch
         micro = self.outcome.micro_batches[-1]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        # where the run had no scaler, its losses are not scaled
-        scale = scaler.get_scale() if scaler is not None and self._recorded.loss_scale is None else 1.0
-        micro.loss = (loss.detach() / scale).cpu() if scale != 1.0 else loss.detach().cpu().clone()
-        micro.operations = self._watch.operations(loss)
+        micro.loss, micro.operations = loss.detach().cpu().clone(), self._watch.operations(loss)
         self._watch.is_backward = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -374,20 +374,21 @@ def test_a_dropped_micro_batch_is_replayed_alone(trainer, tmp_path, capsys):
 
 
 class Gan(LightningModule):
-    """Two optimizers, by hand; the generator's gradient is at fault in its third step."""
+    """Two optimizers, by hand; the generator's loss is at fault once the other has stepped three times, as its state tells."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.generator = nn.Sequential(nn.Linear(WIDTH, WIDTH), Root())
+        self.generator = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
         self.discriminator = nn.Linear(WIDTH, 1)
 
     def training_step(self, batch, batch_idx):
         discriminator, generator = self.optimizers()
-        made = self.generator(batch[0] - batch[0].amin()).nan_to_num()
+        made = self.generator(batch[0])
         loss = (self.discriminator(made.detach()) - self.discriminator(batch[0])).mean()
         self.one_step(discriminator, loss)
-        self.one_step(generator, -self.discriminator(made).mean() * (math.nan if batch_idx == 2 else 1))
+        steps = next(iter(discriminator.optimizer.state.values()))["step"]
+        self.one_step(generator, -self.discriminator(made).mean() * (math.nan if steps >= 3 else 1))
 
     def one_step(self, optimizer, loss):
         optimizer.zero_grad()
@@ -400,9 +401,7 @@ class Gan(LightningModule):
 
 def test_in_manual_optimization_the_earlier_optimizer_steps_and_the_bad_one_is_stopped(trainer, tmp_path, capsys):
     torch.manual_seed(0)
-    module = Gan()
-    module.generator[1] = nn.Identity()
-    bundle = fitted(trainer, tmp_path, module, samples(16))
+    bundle = fitted(trainer, tmp_path, Gan(), samples(12))
     assert json.loads((bundle / FACTS).read_text())["optimizer"] == 1
     code, found = replayed(capsys, bundle, *config(tmp_path, "Gan"))
     assert code == 0
@@ -410,6 +409,29 @@ def test_in_manual_optimization_the_earlier_optimizer_steps_and_the_bad_one_is_s
     assert set(found["gradients"]) == {"generator.0.weight", "generator.0.bias"}
     numbers = [call["call"] for call in found["calls"] if call["name"] == "discriminator"]
     assert numbers == [1, 2, 3]
+
+
+class ByHand(Net):
+    """Steps at every third batch, the first included: a window may begin anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__("log")
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.net(batch[0]).square().mean())
+        if batch_idx % 3 == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_all_micro_batches_of_a_window_by_hand_are_run(trainer, tmp_path, capsys):
+    inputs = samples(16)
+    inputs[13, 3] = 0
+    bundle = fitted(trainer, tmp_path, ByHand(), inputs)
+    code, found = replayed(capsys, bundle, *config(tmp_path, "ByHand"))
+    assert code == 0
+    assert [(micro["batch"], micro["loss"] == "inf") for micro in found["micro_batches"]] == [(1, False), (2, False), (3, True)]
 
 
 class Seeing(Net):
@@ -540,6 +562,26 @@ def test_bisection_finds_the_one_bad_sample_among_64(trainer, tmp_path, capsys):
     assert found["bisection"]["alone"]
     assert found["bisection"]["runs"] <= 2 * 6 + 2
     assert found["calls"][0]["inputs"]["shape"] == [1, WIDTH], "the tree is that of the subset"
+
+
+class Counting(Net):
+    """Remembers, beside its weights, that it has run; fails the first time only."""
+
+    def __init__(self) -> None:
+        super().__init__("log")
+        self.runs = []
+
+    def training_step(self, batch, batch_idx):
+        self.runs.append(batch_idx)
+        return super().training_step([batch[0] + (len(self.runs) > 1)], batch_idx)
+
+
+def test_each_run_begins_with_the_module_as_it_was_made(trainer, tmp_path, capsys):
+    inputs = samples(16)
+    inputs[3, 3] = 0
+    bundle = fitted(trainer, tmp_path, Counting(), inputs)
+    _, found = replayed(capsys, bundle, *config(tmp_path, "Counting"), "--bisect", "--detect-anomaly")
+    assert found["bisection"]["samples"] == [3]
 
 
 class Pairwise(Net):
@@ -841,7 +883,7 @@ SCRIPT = """
     import sys
     from pathlib import Path
     import torch
-    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch import Callback, LightningDataModule
     from lightning.pytorch.cli import LightningCLI
     from torch.utils.data import DataLoader, TensorDataset
     import beside
@@ -858,6 +900,10 @@ SCRIPT = """
     class Data(LightningDataModule):
         def train_dataloader(self):
             return DataLoader(TensorDataset(samples(8)), batch_size=4)
+
+    class Loud(Callback):
+        def __init__(self):
+            Path(__file__).with_name("loud").touch()
 
     class CLI(LightningCLI):
         def __init__(self, *args, **kwargs):
@@ -900,10 +946,11 @@ def script(tmp_path):
                         "enable_checkpointing": False,
                         "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder / "logs")}},
                         "callbacks": [
+                            {"class_path": "__main__.Loud"},
                             {
                                 "class_path": "clip_callbacks.NonFiniteGuard",
                                 "init_args": {"bundle_dir": str(folder / "bad"), "max_bundles": 1},
-                            }
+                            },
                         ],
                     },
                 }
@@ -925,7 +972,8 @@ def script(tmp_path):
 
 def test_scripts_with_their_own_cli_are_run_up_to_the_module(script, capsys):
     folder, bundle = script()
-    (folder / "trained").unlink()
+    for name in ("trained", "loud"):
+        (folder / name).unlink()
     path, before = list(sys.path), sys.modules["__main__"]
     code, found = replayed(capsys, bundle, "--script", folder / "train.py", "--config", folder / "cfg.yaml")
     assert code == 0
@@ -933,7 +981,7 @@ def test_scripts_with_their_own_cli_are_run_up_to_the_module(script, capsys):
     assert found["weights"].startswith("as the configuration makes them")
     assert found["micro_batches"][0]["same_loss"], "the seed of the configuration makes the weights of the run"
     assert not (folder / "trained").exists()
-    assert len(list((folder / "logs").rglob("metrics.csv"))) <= 1
+    assert not (folder / "loud").exists(), "what the Trainer of the configuration has is not made"
     assert sys.path == path
     assert sys.modules["__main__"] is before
     sys.modules.pop("beside", None)

@@ -27,7 +27,7 @@ from clip_callbacks import NonFiniteGuard
 from clip_callbacks.bundle import BATCHES, FACTS, WEIGHTS
 from clip_callbacks.cli import main
 from clip_callbacks.replay.bisection import bisect
-from clip_callbacks.replay.culprits import Culprit
+from clip_callbacks.replay.culprits import Culprit, find_culprits
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.samples import batch_size, chosen
 from clip_callbacks.replay.starting_weights import check_fit
@@ -611,9 +611,11 @@ def test_a_subset_at_which_the_module_raises_does_not_count_and_statistics_are_p
 
 
 def test_bisection_of_a_spike_finds_the_sample_with_most_of_the_norm(trainer, tmp_path, capsys):
-    inputs = samples(64)
+    inputs, module = samples(64), Scaled()
+    (gradient, _) = torch.autograd.grad(module.net(inputs).square().mean(), module.parameters())
     inputs[50] *= 1e4
-    bundle = fitted(trainer, tmp_path, Scaled(), inputs, 64, skip_above=1e3)
+    limit = 0.8 * float(gradient.norm())  # each healthy sample alone is above it, its share in the mean is not
+    bundle = fitted(trainer, tmp_path, module, inputs, 64, skip_above=limit)
     code, found = replayed(capsys, bundle, *config(tmp_path, "Scaled"), "--bisect")
     assert code == 0
     assert found["bisection"]["samples"] == [50]
@@ -1041,6 +1043,20 @@ def test_a_picture_is_drawn_in_the_format_of_its_suffix(bad, tmp_path, capsys, k
 
 def span(value):
     return Range.of(torch.tensor([value]))
+
+
+def test_of_calls_within_each_other_that_break_a_gradient_the_innermost_is_blamed():
+    outer = Call("net", "Sequential", gradient=span(1.0), first_bad=3, done=1)
+    inner = Call("net.0", "Root", parent=outer, gradient=span(1.0), first_bad=3, done=0)
+    assert [culprit.call for culprit in find_culprits([outer, inner], 1e3)] == [inner]
+
+
+def test_nobody_is_blamed_for_parameters_that_were_not_finite_before():
+    outer = Call("net", "Sequential", inputs=span(1.0), outputs=span(math.nan), done=1)
+    inner = Call("net.0", "Linear", 1, outer, span(1.0), ("weight",), span(math.nan), done=0)
+    assert find_culprits([outer, inner], 1e3) == []
+    inner.parameters = ()
+    assert [culprit.call for culprit in find_culprits([outer, inner], 1e3)] == [inner]
 
 
 def test_trees_fold_what_is_healthy_and_what_is_infected():

@@ -58,6 +58,12 @@ examples: $(VENV)/.installed
 	$(BIN)/python examples/nan_questions.py --quick --output logs/quick_examples/nan_questions
 	$(BIN)/python examples/recurrent.py --quick --output logs/quick_examples/recurrent
 	$(BIN)/python examples/optimizers.py --quick --output logs/quick_examples/optimizers
+	$(BIN)/python -W ignore examples/plain_loop.py --steps 60 --poison --folder logs/quick/plain_loop
+	$(BIN)/python -W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric
+	$(BIN)/python -W ignore examples/gan.py --batches 60 --poison --folder logs/quick/gan
+	$(BIN)/python -W ignore examples/transformer.py --batches 20 --poison --folder logs/quick/transformer
+	$(BIN)/python -W ignore examples/hydra_template/train.py -m callbacks.clip.max_norm=0.5,1.0 trainer.max_epochs=1 \
+		data.train_batches=20 trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
 	$(BIN)/python -m benchmarks.bundles --steps 100
 	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from clip_callbacks.dashboard.axes import number_plainly, short
 from clip_callbacks.dashboard.pictures import FAINT, INK, PAPER, PRINTED, Look
@@ -23,6 +24,8 @@ from clip_callbacks.replay.watch import Call
 ACTIVATION, GRADIENT, GUILTY = "#2f6fb3", "#c9751b", "#b3261e"
 NAMES = 36
 """So many names of modules stand at the axis."""
+SHIFT = 4.0
+"""Points to either side of a module, for crosses of activations and of gradients."""
 _BOTH = 2
 
 
@@ -61,8 +64,8 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
     axes.set_yscale("log")
     for label, color, spans, marker in lines:
         axes.plot([_height(span) for span in spans], color=color, label=label, marker=marker, markersize=3.5, gid=label)
-    for shift, (label, color, spans, _) in zip((-0.12, 0.12), lines, strict=True):
-        places = [place + shift for place, span in enumerate(spans) if span and not span.is_finite]
+    for shift, (label, color, spans, _) in zip((-SHIFT, SHIFT), lines, strict=True):
+        places = [place for place, span in enumerate(spans) if span and not span.is_finite]
         (crosses,) = axes.plot(
             places,
             [top] * len(places),
@@ -73,6 +76,7 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
             markeredgewidth=1.8,
             linestyle="none",
             clip_on=False,
+            transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
         )
         crosses.set_in_layout(False)  # where there are none, they would be at the figure's corner
     axes.plot([], [], color=look.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")

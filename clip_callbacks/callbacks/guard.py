@@ -78,8 +78,8 @@ class NonFiniteGuard(Member):
             it began, all of them if nobody knows. A bundle is written whole or not at all; if it cannot be, one warning says so,
             and training goes on.
         weights: What of the weights and the optimizers' states before the step goes into a bundle: "none", a "reference" to the
-            last checkpoint (which ModelCheckpoint deletes when it has a better one, unless save_top_k=-1), or them in "full", which is
-            what an exact replay needs; not with sharded parameters.
+            last checkpoint (which ModelCheckpoint deletes when it has a better one, unless save_top_k=-1), or them in "full", which
+            is what an exact replay needs; not with sharded parameters.
         max_bundles: How many bundles ``bundle_dir`` may hold, those of earlier runs counted.
         max_bundle_bytes: How much they may take together, in bytes.
         every: Good optimizer steps between copies for a rollback, over all optimizers; at least 1.

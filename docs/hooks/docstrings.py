@@ -34,7 +34,7 @@ def as_markdown(docstring: str) -> str:
 
 def _equation(match: re.Match[str]) -> str:
     indent, first, rest = match.groups()
-    html = block(f"{first} {textwrap.dedent(rest)}".replace(r"\bigl", "").replace(r"\bigr", ""))
+    html = block(f"{first} {textwrap.dedent(rest)}")
     return f"{indent}{html}\n\n"
 
 

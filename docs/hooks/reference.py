@@ -10,6 +10,24 @@ from markdown_it import MarkdownIt
 import clip_callbacks
 from clip_callbacks import cli
 
+MEMBERS = {
+    "GradientNormMonitor": ("advice",),
+    "Limit": ("uses_weights", "init", "step"),
+    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps"),
+    "ParameterTable": ("of_optimizer", "of_named", "of_tensors"),
+    "StepReport": (
+        *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clipped", "names", "norms", "limits", "coefficients"),
+        *("metrics", "rule_metrics"),
+    ),
+}
+"""What users ask of a class, beside its arguments; the other members are for the pass."""
+
+INTRODUCTIONS = {
+    "callbacks": "Each of the family has `last_report`, the `StepReport` of the last step or None, and a count `skipped_steps`.",
+    "limits": "What `max_norm`, `shadow` and `skip_above` take beside numbers.",
+    "functions": "What callbacks are made of, for plain loops and Fabric; and what they take and give.",
+}
+
 
 def group_of(name: str) -> str:
     """The page of the reference that tells of a public name."""
@@ -27,10 +45,15 @@ def reference_pages(readme: str) -> Iterator[tuple[str, str]]:
     for group, title in titles.items():
         names = [name for name in clip_callbacks.__all__ if group_of(name) == group]
         listed = ", ".join(f"[`{name}`][clip_callbacks.{name}]" for name in names)
-        parts = "\n".join(f"::: clip_callbacks.{name}\n" for name in names)
-        yield f"reference/{group}.md", f"# {title}\n\n{listed}\n\n{parts}"
+        parts = "\n".join(_directive(name) for name in names)
+        yield f"reference/{group}.md", f"# {title}\n\n{INTRODUCTIONS[group]}\n\n{listed}\n\n{parts}"
     yield "reference/metrics.md", f"# Metrics\n\n{section(readme, 'What you see')}"
     yield "reference/command_line.md", _command_line()
+
+
+def _directive(name: str) -> str:
+    members = list(MEMBERS.get(name, ()))
+    return f"::: clip_callbacks.{name}\n    options:\n      members: {members or 'false'}\n"
 
 
 def section(markdown: str, heading: str) -> str:

@@ -46,6 +46,8 @@ ONLY_COMPILED = {
 AWAITED = (
     *(f"examples/{name}.py" for name in ("norms", "where_to_clip", "global_and_local", "accumulation", "frozen")),
     *(f"examples/{name}.py" for name in ("nan_questions", "recurrent", "optimizers", "plain_loop", "fabric", "gan", "transformer")),
+    *(f"examples/{name}.png" for name in ("global_and_local_outlier", "global_and_local_training", "recurrent_norms")),
+    *(f"examples/{name}.png" for name in ("norms", "accumulation", "frozen", "optimizers", "recurrent_training")),
     *("examples/hydra_template/train.py", 'on_streak="rollback"', "clip-callbacks replay", "FaultInjection"),
 )
 """What is written of here, and comes from branches not merged yet. To be deleted, with `is_awaited` and its calls."""
@@ -100,7 +102,7 @@ def is_awaited(text: str) -> bool:
 
 def exists(word: str) -> bool:
     if word.startswith("examples"):
-        return (ROOT / word).exists()
+        return (ROOT / word).exists() or (ROOT / "docs" / word).exists()
     return (
         "on_streak" in inspect.signature(clip_callbacks.NonFiniteGuard).parameters
         if "on_streak" in word
@@ -243,9 +245,11 @@ def parsed(*arguments: str, model: type[LightningModule] = BoringModel, datamodu
 
 
 def command_lines(source: str) -> list[list[str]]:
-    """Commands as words: comments dropped, continued lines joined."""
-    joined = source.replace("\\\n", " ").splitlines()
-    return [words for line in joined if (words := shlex.split(line, comments=True))]
+    """Commands as words: comments and what they print dropped, continued lines joined."""
+    lines = source.replace("\\\n", " ").replace("\n    ", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

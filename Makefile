@@ -42,6 +42,7 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_script.py
 
 examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \
@@ -49,6 +50,21 @@ examples: $(VENV)/.installed
 		--trainer.enable_progress_bar false
 	$(BIN)/python -W ignore examples/token_weighted.py --steps 12
 	$(BIN)/python -W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison
+	$(BIN)/python examples/norms.py --quick --output logs/quick_examples/norms
+	$(BIN)/python examples/where_to_clip.py --quick --output logs/quick_examples/where_to_clip
+	$(BIN)/python examples/global_and_local.py --quick --dropout 0.2 --l1 1e-4 --l2 1e-3 --output logs/quick_examples/regularized
+	$(BIN)/python examples/accumulation.py --quick --output logs/quick_examples/accumulation
+	$(BIN)/python examples/frozen.py --quick --output logs/quick_examples/frozen
+	$(BIN)/python examples/nan_questions.py --quick --output logs/quick_examples/nan_questions
+	$(BIN)/python examples/recurrent.py --quick --output logs/quick_examples/recurrent
+	$(BIN)/python examples/optimizers.py --quick --output logs/quick_examples/optimizers
+	$(BIN)/python -W ignore examples/plain_loop.py --steps 60 --poison --folder logs/quick/plain_loop
+	$(BIN)/python -W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric
+	$(BIN)/python -W ignore examples/gan.py --batches 60 --poison --folder logs/quick/gan
+	$(BIN)/python -W ignore examples/transformer.py --batches 20 --poison --folder logs/quick/transformer
+	$(BIN)/python -W ignore examples/hydra_template/train.py -m callbacks.clip.max_norm=0.5,1.0 trainer.max_epochs=1 \
+		data.train_batches=20 trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
+	$(BIN)/python -m benchmarks.bundles --steps 100
 	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
 	$(BIN)/python -m benchmarks.ranks --sets 50 --rounds 5
@@ -74,6 +90,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.after_nan --output after_nan.md
 	$(BIN)/python -m benchmarks.limits --output limits.md
 	$(BIN)/python -m benchmarks.report --output report_cpu.md
+	$(BIN)/python -m benchmarks.bundles --output bundles_cpu.md
 
 clean:
 	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

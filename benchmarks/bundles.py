@@ -1,6 +1,7 @@
 """What a good step costs with ``bundle_dir`` set, over one without, in the demo's model: ``python -m benchmarks.bundles``.
 
-One fit; each step draws whether bundles are on. So both kinds of steps share the process, the weights and whatever else disturbs the machine.
+One fit; each step draws whether bundles are on. So both kinds
+of steps share the process, the weights and whatever else disturbs the machine.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class Switch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose, and start the clock."""
         if batch_idx == 0:
-            self.bundles = self.guard._bundles
+            self.bundles = self.guard.evidence._bundles
             assert self.bundles is not None, "or both kinds are the same"
         if batch_idx % BLOCK == 0:
             if not self._pair:
                 self._pair = self.dice.sample([True, False], 2)
             self._is_on = self._pair.pop()
-            self.guard._bundles = self.bundles if self._is_on else None
+            self.guard.evidence._bundles = self.bundles if self._is_on else None
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

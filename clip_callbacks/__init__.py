@@ -1,6 +1,6 @@
 """Gradient health for PyTorch Lightning: clipping, guarding, rescaling and watching gradients in one pass."""
 
-from clip_callbacks.callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.clip_grad import clip_grad_norm_
 from clip_callbacks.limits import (
     BlockNorms,
@@ -32,6 +32,7 @@ __all__ = [
     "ClipRule",
     "CosineLimit",
     "EmaLimit",
+    "FaultInjection",
     "FixedLimit",
     "GradientClipping",
     "GradientNormMonitor",

@@ -157,7 +157,8 @@ class Spike:
 
 
 _STAGES: dict[FaultStage, str] = {
-    "step": "the optimizer step before made parameters non-finite, from finite gradients (its learning rate, or the optimizer).",
+    "step": "the optimizer step before made parameters non-finite, from finite gradients (its learning rate, the optimizer, or "
+    "code that wrote to them).",
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
     "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",

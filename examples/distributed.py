@@ -3,10 +3,8 @@
 In one process:            python examples/distributed.py
 Launched by Lightning:     python examples/distributed.py --strategy fsdp2 --devices 2
 Launched by torchrun:      torchrun --standalone --nproc-per-node 4 examples/distributed.py --strategy fsdp2_tp --devices 4
-On two hosts, on each of them, RANK 0 on the first one and 1 on the second:
-    torchrun --nnodes 2 --node-rank RANK --nproc-per-node 1 --master-addr FIRST_HOST --master-port 29500 \\
-        examples/distributed.py --strategy fsdp2 --devices 1 --nodes 2
-
+On two hosts, RANK 0 and 1: torchrun --nnodes 2 --node-rank RANK --nproc-per-node 1 --master-addr FIRST_HOST --master-port 29500 \\
+                            examples/distributed.py --strategy fsdp2 --devices 1 --nodes 2
 With --poison the last rank's loss is NaN at step 5: all ranks skip that step, and the report names the rank.
 """
 
@@ -17,7 +15,7 @@ import math
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -26,20 +24,19 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from clip_callbacks import GradientClipping, NonFiniteGuard
 
 CONTEXT, CLASSES = 16, 128
-TENSOR_PARALLEL = {"tp": 2, "fsdp2_tp": 2}
 
 
 class NextCharacter(LightningModule):
-    def __init__(self, strategy: str, poison: bool) -> None:
+    def __init__(self, strategy, copies, poison):
         super().__init__()
-        self.kind, self.poison, self.net = strategy, poison, None
+        self.kind, self.copies, self.poison, self.net = strategy, copies, poison, None
 
-    def configure_model(self) -> None:
+    def configure_model(self):
         if self.net is None:
             torch.manual_seed(0)
             head = nn.Sequential(nn.Linear(CONTEXT * 16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES))
             self.net = nn.Sequential(nn.Embedding(CLASSES, 16), nn.Flatten(), *head)
-            if self.kind in TENSOR_PARALLEL:
+            if self.copies > 1:
                 parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"2": ColwiseParallel(), "4": RowwiseParallel()})
             if self.kind.startswith("fsdp2"):
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
@@ -49,27 +46,13 @@ class NextCharacter(LightningModule):
         return loss * math.nan if self.poison and batch_idx == 5 and self.global_rank == self.trainer.world_size - 1 else loss
 
     def train_dataloader(self):
-        text = inspect.getsource(argparse).encode("ascii", "replace")
-        windows = torch.tensor(list(text)).unfold(0, CONTEXT + 1, 1)
-        data = TensorDataset(windows[:, :-1], windows[:, -1])
-        parts, part = self.trainer.world_size // TENSOR_PARALLEL.get(self.kind, 1), 0
-        if parts > 1:
-            part = self.global_rank // TENSOR_PARALLEL.get(self.kind, 1)
-        sampler = DistributedSampler(data, parts, part, shuffle=True, seed=0)
+        windows = torch.tensor(list(inspect.getsource(argparse).encode("ascii", "replace"))).unfold(0, CONTEXT + 1, 1)
+        data, parts = TensorDataset(windows[:, :-1], windows[:, -1]), self.trainer.world_size // self.copies
+        sampler = DistributedSampler(data, parts, self.global_rank // self.copies, shuffle=True, seed=0)
         return DataLoader(data, batch_size=64 // parts, sampler=sampler, drop_last=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def strategy_of(kind: str):
-    if kind == "single":
-        return "auto"
-    if kind == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
-    tensor_parallel = TENSOR_PARALLEL.get(kind, 1)
-    ranks = arguments.devices * arguments.nodes
-    return ModelParallelStrategy(ranks // tensor_parallel, tensor_parallel, process_group_backend="gloo")
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,13 +64,16 @@ parser.add_argument("--poison", action="store_true", help="make the last rank's 
 
 if __name__ == "__main__":
     arguments = parser.parse_args()
+    copies = 2 if arguments.strategy.endswith("tp") else 1  # ranks that see the same rows
+    sizes = arguments.devices * arguments.nodes // copies, copies
+    strategy = {"single": "auto", "ddp": "ddp"}.get(arguments.strategy) or ModelParallelStrategy(*sizes)
     clipping, guard = GradientClipping(2.0), NonFiniteGuard()
     trainer = Trainer(
-        accelerator="cpu", devices=arguments.devices, num_nodes=arguments.nodes, strategy=strategy_of(arguments.strategy),
-        max_steps=arguments.steps, max_epochs=-1, callbacks=[clipping, guard], use_distributed_sampler=False, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=arguments.devices, num_nodes=arguments.nodes, strategy=strategy,
+        max_steps=arguments.steps, max_epochs=-1, callbacks=[clipping, guard], use_distributed_sampler=False,
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
     )  # fmt: skip
-    trainer.fit(NextCharacter(arguments.strategy, arguments.poison))
+    trainer.fit(NextCharacter(arguments.strategy, copies, arguments.poison))
     if trainer.is_global_zero:
         metrics = {key: round(float(value), 4) for key, value in trainer.callback_metrics.items() if key.startswith("grad/")}
         print(json.dumps({"skipped": guard.skipped_steps} | metrics), flush=True)

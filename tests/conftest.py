@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -39,6 +40,12 @@ def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
     from clip_callbacks import rules
 
     doctest_namespace.update(vars(clip_callbacks) | {"torch": torch, "ClipRule": rules.ClipRule})
+
+
+TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(Trainer.fit).parameters
+"""Lightning before 2.6 loads all of a checkpoint, whatever it holds."""
+SAFELY: dict[str, Any] = {"weights_only": True} if TAKES_WEIGHTS_ONLY else {}
+TRUSTING: dict[str, Any] = {"weights_only": False} if TAKES_WEIGHTS_ONLY else {}
 
 
 class Regression(LightningModule):

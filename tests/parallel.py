@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from clip_callbacks.callbacks._member import Member
-from tests.conftest import make_trainer, numbers
+from tests.conftest import TRUSTING, make_trainer, numbers
 
 BATCH = 8
 """Rows of the large batch that all ranks have together."""
@@ -170,7 +170,7 @@ def train(name, *callbacks, steps=20, bad=(), poison=None, module=None, ckpt_pat
     tape, made = Tape(), strategy(name, **strategy_options or {})
     with tempfile.TemporaryDirectory() as scratch:
         fit = make_trainer(scratch, *callbacks, tape, **made | options, use_distributed_sampler=False)
-        fit.fit(module, data, ckpt_path=ckpt_path, **({"weights_only": False} if ckpt_path else {}))
+        fit.fit(module, data, ckpt_path=ckpt_path, **(TRUSTING if ckpt_path else {}))
     return {
         "weights": whole(module, tape.model),
         "norms": tape.norms,

@@ -10,7 +10,7 @@ from torch import nn
 
 from clip_callbacks import AccumulationRescaling, GradientClipping
 from clip_callbacks.accumulation import Window
-from tests.conftest import GradientTape, Poisoned, Regression, assert_same_bits, data, weights
+from tests.conftest import TRUSTING, GradientTape, Poisoned, Regression, assert_same_bits, data, weights
 
 
 class Recorder(GradientTape):
@@ -135,7 +135,7 @@ def test_resume_inside_a_window_is_the_mean_of_what_it_has(trainer, tmp_path):
     feed = torch.tensor([[1.0], [2.0], [6.0], [8.0]])
     trainer(AccumulationRescaling(), accumulate_grad_batches=4).fit(Saving(feed))
     resumed = Saving(feed)
-    trainer(AccumulationRescaling(), accumulate_grad_batches=4).fit(resumed, ckpt_path=tmp_path / "inside.ckpt", weights_only=False)
+    trainer(AccumulationRescaling(), accumulate_grad_batches=4).fit(resumed, ckpt_path=tmp_path / "inside.ckpt", **TRUSTING)
     # Lightning's loader begins anew: the two batches left of the window are the first two; their gradients are 1 and 2
     assert next(gradient[0] for gradient in resumed.gradients) == 1.5
 

@@ -19,7 +19,7 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.blocks import Selection
-from tests.conftest import Regression, assert_same_bits, data, weights
+from tests.conftest import SAFELY, Regression, assert_same_bits, data, weights
 from tests.test_laws import ADAPTIVE
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_whose_state_does_not_fit(trainer, tmp_path):
     first.save_checkpoint(tmp_path / "layer.ckpt")
     resumed = trainer(GradientClipping(ADAPTIVE, scope="parameter"), max_epochs=2)
     with pytest.raises(ValueError, match=r"GradientClipping for optimizer 0 must fit, got .*\(2,\).*\(4,\)"):
-        resumed.fit(Regression(), data(4), ckpt_path=tmp_path / "layer.ckpt", weights_only=True)
+        resumed.fit(Regression(), data(4), ckpt_path=tmp_path / "layer.ckpt", **SAFELY)
     for callback in (GradientClipping(), NonFiniteGuard(), GradientNormMonitor()):
         with pytest.raises(ValueError, match=f"the checkpoint's state must be one of {type(callback).__name__}, got keys"):
             callback.load_state_dict({"history": {}})

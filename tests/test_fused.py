@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from importlib import import_module
 from unittest import mock
 
 import pytest
@@ -24,7 +25,7 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.fused import starts_momentum, take_back
-from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
+from tests.conftest import TRUSTING, Poisoned, Regression, assert_same_bits, data, weights
 from tests.test_budget import WRITES, Operations
 
 FUSED = {
@@ -112,7 +113,10 @@ def test_attributes_are_taken_back_after_an_exception_in_the_step(deferred):
     parameters, optimizer = two_parameters()
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
     assert hasattr(optimizer, "grad_scale")
-    with mock.patch("torch.optim.adam.adam", side_effect=RuntimeError("out of memory")), pytest.raises(RuntimeError):
+    with (
+        mock.patch.object(import_module("torch.optim.adam"), "adam", side_effect=RuntimeError("out of memory")),
+        pytest.raises(RuntimeError),
+    ):
         optimizer.step()
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
@@ -316,9 +320,7 @@ def test_resume_counts_deferred_skips(trainer, tmp_path):
         fit.fit(network("AdamW", poison={7: math.nan}), data(8))
     fit.save_checkpoint(tmp_path / "end.ckpt")
     guard = on_device()
-    trainer(guard, GradientClipping(0.5), max_epochs=2).fit(
-        network("AdamW"), data(8), ckpt_path=tmp_path / "end.ckpt", weights_only=False
-    )
+    trainer(guard, GradientClipping(0.5), max_epochs=2).fit(network("AdamW"), data(8), ckpt_path=tmp_path / "end.ckpt", **TRUSTING)
     assert guard.skipped_steps == 1
 
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard
-from tests.conftest import Poisoned, assert_same_bits, data, make_trainer
+from tests.conftest import SAFELY, Poisoned, assert_same_bits, data, make_trainer
 from tests.test_laws import ADAPTIVE
 from tests.test_resume import leaves
 
@@ -49,7 +49,7 @@ def run(folder: Path, pause: float = 0.0, ckpt_path: Path | None = None):
     checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
     trainer = make_trainer(folder, *callbacks, checkpoint, max_epochs=EPOCHS, enable_checkpointing=True)
     module = Slow(pause)
-    trainer.fit(module, data(BATCHES), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, data(BATCHES), ckpt_path=ckpt_path, **SAFELY)
     state = [trainer.optimizers[0].state_dict(), trainer.lr_scheduler_configs[0].scheduler.last_epoch]
     return module, callbacks, leaves(state)
 

@@ -23,7 +23,7 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from tests.conftest import Poisoned, Regression, data
+from tests.conftest import SAFELY, Poisoned, Regression, data
 from tests.test_laws import NAMED, SCOPES, gradients, run, with_gradients
 
 
@@ -39,7 +39,7 @@ def saved(trainer, tmp_path, *rules):
 
 def resume(trainer, tmp_path, *rules):
     clipping = GradientClipping(rules=list(rules))
-    trainer(clipping, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(clipping, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     return clipping
 
 
@@ -72,7 +72,7 @@ def test_skip_above_may_be_added_to_a_resumed_run(trainer, tmp_path):
     fit.fit(Regression(), data(4))
     fit.save_checkpoint(tmp_path / "a.ckpt")
     guard = NonFiniteGuard(skip_above=ZScoreLimit())
-    trainer(guard, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(guard, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     assert guard.state_dict()["skip_above"][0]["state"]["count"].item() == 4
 
 
@@ -94,7 +94,7 @@ def test_groups_are_known_by_their_parameters(trainer, tmp_path):
     fit.save_checkpoint(tmp_path / "a.ckpt")
     second = GradientClipping(ZScoreLimit(), scope="group")
     fit = trainer(second, max_epochs=1)
-    fit.fit(Grouped(1, 0), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    fit.fit(Grouped(1, 0), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     means = [state_of(clipping)["state"]["mean"].tolist() for clipping in (first, second)]
     assert means[1] == means[0][::-1]
     assert means[0][0] != means[0][1]
@@ -108,12 +108,12 @@ def test_rules_are_known_by_their_names_and_parameters(trainer, tmp_path):
     fit.fit(Grouped(0, 1), data(4))
     fit.save_checkpoint(tmp_path / "a.ckpt")
     second = GradientClipping(rules=rules(("high", r"net\.1"), ("low", r"net\.0")))
-    trainer(second).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(second).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     for name in ("low", "high"):
         assert torch.equal(state_of(second, name)["state"]["mean"], state_of(first, name)["state"]["mean"])
     with pytest.raises(ValueError, match="must fit, got that of ZScoreLimit"):
         clipping = GradientClipping(rules=rules(("low", r"net\.1"), ("high", r"net\.0")))
-        trainer(clipping, max_epochs=2).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        trainer(clipping, max_epochs=2).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
 
 
 def test_the_state_of_another_limit_in_a_plain_loop():
@@ -200,7 +200,7 @@ def test_a_finetuned_run_resumes(trainer, tmp_path, ours_first):
     fit.fit(Thawed(), data(6))
     fit.save_checkpoint(tmp_path / "a.ckpt")
     clipping, callbacks = family()
-    trainer(*callbacks, max_epochs=3).fit(Thawed(), data(6), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(*callbacks, max_epochs=3).fit(Thawed(), data(6), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     held = state_of(clipping)
     counts = dict(zip(held["names"], held["state"]["count"].tolist(), strict=True))
     assert counts == {"net.1.weight": 18, "net.1.bias": 18, "net.0.weight": 6, "net.0.bias": 6}

@@ -35,7 +35,7 @@ from tensorboard.plugins.base_plugin import TBContext
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
 from tests.browser import needs_browser, opened
-from tests.conftest import Poisoned, Regression, data
+from tests.conftest import SAFELY, Poisoned, Regression, data
 from tests.test_clipping import TwoNetworks
 
 Readings: TypeAlias = dict[str, dict[int, float]]
@@ -451,7 +451,7 @@ def test_a_layout_is_there_once_after_several_fits_and_a_resume(trainer, tmp_pat
     again = TensorBoardLogger(tmp_path / "logs", version="run")
     members = [GradientClipping(1.0), ModelCheckpoint(checkpoint.dirpath)]
     second = trainer(*members, logger=again, enable_checkpointing=True, max_epochs=3)
-    second.fit(Regression(), data(3), ckpt_path=checkpoint.last_model_path, weights_only=True)
+    second.fit(Regression(), data(3), ckpt_path=checkpoint.last_model_path, **SAFELY)
     assert layout_of(tmp_path / "logs") == once
     assert list(once) == ["Gradients"]
 

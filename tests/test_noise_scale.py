@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
 from clip_callbacks.noise_scale import NoiseScale
-from tests.conftest import GradientTape, Poisoned, Regression, data
+from tests.conftest import SAFELY, GradientTape, Poisoned, Regression, data
 
 WIDTH = 20
 
@@ -102,7 +102,7 @@ def test_the_estimate_goes_on_after_a_resume(trainer, tmp_path):
     first.fit(GradientTape(feed))
     first.save_checkpoint(tmp_path / "x.ckpt")
     second = trainer(after, accumulate_grad_batches=8, max_epochs=2)
-    second.fit(GradientTape(feed), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    second.fit(GradientTape(feed), ckpt_path=tmp_path / "x.ckpt", **SAFELY)
     assert whole._noise == after._noise != before._noise
 
 

@@ -38,17 +38,20 @@ def imports(path):
             yield node.module
 
 
+LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics"}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_import_boundaries(path):
     names = set(imports(path))
     inside = path.parent.name == "callbacks"
-    assert inside or path.parent != ROOT or not {name for name in names if name.split(".")[0] in {"lightning", "torchmetrics"}}
+    assert inside or path.parent != ROOT or not {name for name in names if name.split(".")[0] in LIGHTNING}
     assert path.name == "reduction.py" or not {name for name in names if name.startswith("torch.distributed")}
 
 
 @pytest.mark.parametrize("path", [ROOT / "cli.py", *sorted((ROOT / "dashboard").glob("*.py"))], ids=lambda path: path.name)
 def test_the_dashboard_reads_files_and_knows_no_trainer(path):
-    assert not {name for name in imports(path) if name.split(".")[0] in {"lightning", "torchmetrics"} or ".callbacks" in name}
+    assert not {name for name in imports(path) if name.split(".")[0] in LIGHTNING or ".callbacks" in name}
 
 
 def test_the_core_runs_without_lightning():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
-from tests.conftest import Poisoned, assert_same_bits, data, weights
+from tests.conftest import SAFELY, Poisoned, assert_same_bits, data, weights
 from tests.test_laws import ADAPTIVE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
@@ -54,7 +54,7 @@ def test_interrupted_and_whole_runs_end_in_the_same_bits(trainer, tmp_path, lead
 
     second, second_family = module(), members()
     after = trainer(*second_family, max_epochs=3, accumulate_grad_batches=2)
-    after.fit(second, data(11), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    after.fit(second, data(11), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
     assert_same_bits(weights(second), weights(whole))
     for ours, theirs in zip(second_family, whole_family, strict=True):
         assert ours.state_key == theirs.state_key
@@ -74,7 +74,7 @@ def test_a_streak_goes_on_over_a_resume(trainer, tmp_path):
     first.save_checkpoint(tmp_path / "bad.ckpt")
     callback = GradientClipping(1.0)
     with pytest.raises(NonFiniteGradientError, match="bad step 10 in a row"):
-        trainer(callback, max_epochs=3).fit(Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", weights_only=True)
+        trainer(callback, max_epochs=3).fit(Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", **SAFELY)
     assert callback.skipped_steps == 10
 
 
@@ -83,7 +83,7 @@ def test_a_changed_threshold_may_resume(trainer, tmp_path):
     first.fit(Poisoned({}), data(4))
     first.save_checkpoint(tmp_path / "a.ckpt")
     callback = GradientClipping(2.0)
-    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     assert callback.last_report.max_norm == 2.0
 
 
@@ -118,9 +118,7 @@ def test_a_streak_goes_on_in_another_order_of_callbacks(trainer, tmp_path, saved
     first.fit(Poisoned(poison), data(8))
     first.save_checkpoint(tmp_path / "bad.ckpt")
     with pytest.raises(NonFiniteGradientError, match="bad step 10 in a row"):
-        trainer(*members(saved[::-1]), max_epochs=3).fit(
-            Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", weights_only=True
-        )
+        trainer(*members(saved[::-1]), max_epochs=3).fit(Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", **SAFELY)
 
 
 def test_callbacks_may_move_on_to_another_model(trainer):
@@ -136,5 +134,5 @@ def test_rules_that_remember_nothing_may_change_between_runs(trainer, tmp_path):
     first.fit(Poisoned({}), data(4))
     first.save_checkpoint(tmp_path / "a.ckpt")
     callback = GradientClipping(rules=[ClipRule(1.0), ClipRule(0.5, "layer")])
-    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     assert len(callback.last_report.outcomes) == 2

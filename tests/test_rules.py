@@ -23,7 +23,7 @@ from clip_callbacks.blocks import SCOPES
 from clip_callbacks.limits import labels
 from clip_callbacks.spill_over import contributions, spill_over
 from tests import reference
-from tests.conftest import Poisoned, Regression, assert_same_bits, data, weights
+from tests.conftest import SAFELY, Poisoned, Regression, assert_same_bits, data, weights
 from tests.test_laws import gradients, with_gradients
 
 
@@ -187,7 +187,7 @@ def test_shadows_may_change_between_runs_and_otherwise_go_on(trainer, tmp_path):
     first.save_checkpoint(tmp_path / "a.ckpt")
     same, other = GradientClipping(1.0, shadow=[ZScoreLimit(warmup=2)]), GradientClipping(1.0, shadow=[QuantileLimit(), 2.0])
     for resumed in (same, other):
-        trainer(resumed, max_epochs=2).fit(Parts(), data(5), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        trainer(resumed, max_epochs=2).fit(Parts(), data(5), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     (held,) = same.state_dict()["shadows"][0].values()
     assert held["state"]["count"].item() == 10
     assert other.state_dict()["shadows"][0]["QuantileLimit"]["state"]["count"].item() == 5

@@ -19,7 +19,7 @@ from clip_callbacks import (
     Warmup,
     clip_step,
 )
-from tests.conftest import Poisoned, assert_same_bits, data, weights
+from tests.conftest import SAFELY, Poisoned, assert_same_bits, data, weights
 from tests.test_laws import with_gradients
 
 SPIKES = pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning")
@@ -131,14 +131,14 @@ def test_the_state_is_in_the_checkpoint(trainer, tmp_path):
     first.fit(module(), data(12))
     first.save_checkpoint(tmp_path / "middle.ckpt")
     second, guard = module(), NonFiniteGuard(skip_above=limit)
-    trainer(guard, max_epochs=2).fit(second, data(12), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    trainer(guard, max_epochs=2).fit(second, data(12), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
     assert_same_bits(weights(second), weights(whole))
     assert guard.skipped_steps == whole_guard.skipped_steps == 1
     states = [it.state_dict()["skip_above"][0]["state"] for it in (guard, whole_guard)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     with pytest.raises(ValueError, match="NonFiniteGuard's skip_above must fit"):
         trainer(NonFiniteGuard(skip_above=RobustZScoreLimit()), max_epochs=2).fit(
-            module(), data(12), ckpt_path=tmp_path / "middle.ckpt", weights_only=True
+            module(), data(12), ckpt_path=tmp_path / "middle.ckpt", **SAFELY
         )
 
 

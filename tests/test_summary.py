@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
-from tests.conftest import GradientTape, Poisoned, Regression, data
+from tests.conftest import SAFELY, GradientTape, Poisoned, Regression, data
 from tests.test_clipping import TwoNetworks
 
 
@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_with_the_table_of_the_whole(trainer, tmp_path, said,
     feed = torch.rand(16, 1) * 10
     feed[[1, 6]] = math.nan
     fit()
-    fit(ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+    fit(ckpt_path=tmp_path / f"step={stop}.ckpt", **SAFELY)
     whole, after = map(cells, said)
     assert whole[0]["steps"] == "16"
     assert after == whole

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, LabelTokens, NonFiniteGradientError, NonFiniteGuard
 from clip_callbacks.weights import checked
-from tests.conftest import assert_same_bits, make_trainer, weights
+from tests.conftest import TRUSTING, assert_same_bits, make_trainer, weights
 
 CLASSES, LENGTH = 5, 12
 
@@ -317,7 +317,7 @@ def test_resume_inside_a_window_is_the_mean_of_what_it_has(trainer, tmp_path):
     fit(trainer, batches, 4, AccumulationRescaling(LabelTokens()), module=Saving())
     resumed = Saving()
     run = trainer(AccumulationRescaling(LabelTokens()), accumulate_grad_batches=4)
-    run.fit(resumed, loader(batches), ckpt_path=tmp_path / "inside.ckpt", weights_only=False)
+    run.fit(resumed, loader(batches), ckpt_path=tmp_path / "inside.ckpt", **TRUSTING)
     # Lightning's loader begins anew: the two batches left of the window are the first two
     torch.testing.assert_close(resumed.gradients[0], large_batch(batches[:2]))
 
@@ -575,6 +575,6 @@ def test_a_fit_after_an_exception_begins_with_no_window(trainer, tmp_path):
         module = Failing()
         module.fails = False
         run = trainer(callback, accumulate_grad_batches=4)
-        run.fit(module, loader(batches), ckpt_path=tmp_path / "mid.ckpt", weights_only=False)
+        run.fit(module, loader(batches), ckpt_path=tmp_path / "mid.ckpt", **TRUSTING)
         gradients.append(module.gradients)
     torch.testing.assert_close(*gradients)

@@ -2,7 +2,8 @@
 
 from clip_callbacks.callbacks.accumulation import AccumulationRescaling
 from clip_callbacks.callbacks.clipping import GradientClipping
+from clip_callbacks.callbacks.fault_injection import FaultInjection
 from clip_callbacks.callbacks.guard import NonFiniteGuard
 from clip_callbacks.callbacks.monitor import GradientNormMonitor
 
-__all__ = ["AccumulationRescaling", "GradientClipping", "GradientNormMonitor", "NonFiniteGuard"]
+__all__ = ["AccumulationRescaling", "FaultInjection", "GradientClipping", "GradientNormMonitor", "NonFiniteGuard"]

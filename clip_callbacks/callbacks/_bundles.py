@@ -43,7 +43,7 @@ class Bundles:
         self._module = module
         self._states = RandomStates(module)
 
-    def remember(self, batch: Any, batch_idx: int) -> KeptBatch:
+    def keep(self, batch: Any, batch_idx: int) -> KeptBatch:
         """Keep a batch by reference, and where the random numbers stand."""
         return KeptBatch(batch, batch_idx, self._states.capture(), _versions(batch))
 

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._roles import Roles
 from clip_callbacks.callbacks._scaler import grad_scaler
+from clip_callbacks.callbacks._twins import is_of
 from clip_callbacks.report import (
     ACCUMULATION_SCALE,
     AMP_SCALE,
@@ -58,9 +59,9 @@ def lay_out_charts(trainer: Trainer, roles: Roles, lanes: Sequence[Lane]) -> Non
         return
     charts = {lane.suffix: _charts(trainer, roles, lane) for lane in lanes}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_of(logger, TensorBoardLogger):
             _write_layout(logger, charts)
-        elif isinstance(logger, WandbLogger):
+        elif is_of(logger, WandbLogger):
             _define_metrics(logger, charts)
 
 

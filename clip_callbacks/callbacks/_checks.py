@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.callbacks._ranks import averages_plainly
 from clip_callbacks.callbacks._scaler import takes_scaler_argument
+from clip_callbacks.callbacks._twins import is_of, overrides
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._member import Member
@@ -91,7 +91,7 @@ def check_noise_scale(trainer: Trainer, module: LightningModule, rescaling: Accu
 
 def warn_of_single_micro_batches(trainer: Trainer) -> None:
     """Say that windows of one micro-batch tell nothing of the noise scale."""
-    schedulers = [it for it in trainer.callbacks if isinstance(it, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    schedulers = [it for it in trainer.callbacks if is_of(it, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches <= 1 and not schedulers:
         rank_zero_warn(
             "noise_scale=True needs windows of several micro-batches: set accumulate_grad_batches above 1.", stacklevel=2
@@ -138,7 +138,7 @@ def _check_members(family: Sequence[Member]) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if is_of(trainer.strategy, DeepSpeedStrategy):
         raise ValueError(
             "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
             "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "
@@ -152,7 +152,7 @@ def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
             "`gradient_clip_val` must not be set beside GradientClipping, got "
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the Trainer."
         )
-    if is_overridden("configure_gradient_clipping", module):
+    if overrides(module, "configure_gradient_clipping"):
         raise ValueError(
             "`configure_gradient_clipping` must not be overridden beside GradientClipping, got "
             f"{type(module).__name__}.configure_gradient_clipping: gradients would be clipped twice. Remove one of them."

@@ -100,6 +100,8 @@ class Deferral:
             and (clipping.clip_value is not None or any(_is_local(rule, table) for rule in clipping.rules_of(lane.index))),
             "the guard looks at bad gradients before the step is taken (its policy, or its level)": guard is not None
             and (guard.policy not in {"skip", "ignore"} or guard.level == "microbatch"),
+            'on_streak="rollback", which must know of a good step before it is taken': guard is not None
+            and guard.on_streak == "rollback",
             "a GradientNormMonitor with noise_scale looks at the gradients after each backward pass": any(
                 monitor.noise_scale for monitor in self._roles.monitors
             ),

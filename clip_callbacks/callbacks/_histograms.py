@@ -7,11 +7,12 @@ from importlib import import_module
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clip_callbacks.blocks import OUTSIDE, Partition
 from clip_callbacks.callbacks._lane import Lane
+from clip_callbacks.callbacks._twins import is_of
 from clip_callbacks.histogram import CODES, Histogram, code_counts
 
 
@@ -21,7 +22,7 @@ def check_histograms(trainer: Trainer, lanes: Sequence[Lane]) -> None:
     Raises:
         ValueError: It says why, and what to do instead.
     """
-    if not trainer.fast_dev_run and not any(isinstance(logger, (TensorBoardLogger, WandbLogger)) for logger in trainer.loggers):  # type: ignore[attr-defined]
+    if not trainer.fast_dev_run and not any(_takes_histograms(logger) for logger in trainer.loggers):  # type: ignore[attr-defined]
         names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
         raise ValueError(
             f"`histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: no other takes "
@@ -63,11 +64,15 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Histogram], step: 
     if not histograms or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_of(logger, TensorBoardLogger):
             for tag, histogram in histograms.items():
                 _write_to_tensorboard(logger, _prefix(logger) + tag, histogram, step)
-        elif isinstance(logger, WandbLogger):
+        elif is_of(logger, WandbLogger):
             _write_to_wandb(logger, histograms, step)
+
+
+def _takes_histograms(logger: Logger) -> bool:
+    return is_of(logger, TensorBoardLogger) or is_of(logger, WandbLogger)
 
 
 def _write_to_tensorboard(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:

@@ -1,5 +1,8 @@
 """What the four callbacks have in common: they join one pass, and the first of them in the Trainer's list drives it."""
 
+# mypy: disable-error-code="override"
+# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,13 +16,14 @@ from clip_callbacks.callbacks._charts import lay_out_charts
 from clip_callbacks.callbacks._checks import check_trainer
 from clip_callbacks.callbacks._lane import Lane
 from clip_callbacks.callbacks._pass import Pass
+from clip_callbacks.callbacks._twins import TwinCallback
 from clip_callbacks.report import StepReport
 
 Kind = Literal["clipping", "guard", "rescaling", "monitor"]
 
 
-class Member(Callback):
-    """One callback of the family.
+class Member(Callback, TwinCallback):  # type: ignore[misc]
+    """One callback of the family, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     Attributes:
         last_report: What the last optimizer step's pass found and did; None before the first.

@@ -78,6 +78,7 @@ class Pass:
         """Have what puts skipped steps back, for the parameters that the optimizers hold now."""
         self.rewind = self.guard.rewind(module, self.lanes) if self.guard else None
         self.micro_batches = self._micro_batches(trainer, module)
+        self.rollback = self.guard.rollback(trainer, module, self.lanes, self.roles) if self.guard else None
         self.deferral = Deferral(trainer, module, self.roles, self.rewind)
         for lane in self.lanes:
             self.deferral.meet(lane)
@@ -101,8 +102,7 @@ class Pass:
         """Take hold of where metrics go: training starts."""
         self.publisher = Publisher(trainer, self.roles)
         if self.guard:
-            self.guard.open_journal(trainer)
-            self.guard.open_bundles(trainer)
+            self.guard.evidence.open(trainer)
 
     def begin_batch(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
@@ -114,6 +114,8 @@ class Pass:
             self._renew(trainer, module, outdated)
         if self.rewind:
             self.rewind.begin_batch(in_window=self._in_window)
+        if self.rollback:
+            self.rollback.begin_batch(in_window=self._in_window)
         if self.micro_batches:
             self.micro_batches.begin_batch(batch)
 
@@ -163,14 +165,13 @@ class Pass:
             return  # 16-mixed and the window's last training_step returned None: Lightning will not step either
         is_new = lane.begin(trainer.global_step)
         scale = self._scale(trainer, module, lane)
-        if self.rewind:
-            self.rewind.begin_step(lane, is_new=is_new)
-        is_lost = scale is None or (self.micro_batches is not None and self.micro_batches.is_lost)
+        is_stale = self._begin_step(lane, is_new=is_new)
+        is_lost = is_stale or scale is None or (self.micro_batches is not None and self.micro_batches.is_lost)
         lane.scale = 1.0 if scale is None else scale
         deferred = not is_lost and self.deferral.is_on(lane)
         incident = self._incident(trainer, lane, list(lane.window))
         incident.is_new, incident.loss_scale = is_new, loss_scale(scaler) if scaler and is_ours else None
-        report = self._lose(lane, incident) if is_lost else self._clip(lane, incident, deferred=deferred)
+        report = self._lose(lane, incident, is_stale=is_stale) if is_lost else self._clip(lane, incident, deferred=deferred)
         if scaler and is_ours:
             take_over(scaler, optimizer, TRUE if is_lost else report.finite)
         lane.window.clear()
@@ -183,10 +184,26 @@ class Pass:
         lane.is_skipped = incident.is_undone or (lane.is_skipped and not is_new)
         if lane.is_skipped:  # LBFGS may find good points after a bad one: its step is undone all the same
             report = replace(report, skipped=TRUE)
+        self._end_step(lane, incident, report)
+        self._keep(lane, report, is_new=is_new)
+
+    def _begin_step(self, lane: Lane, *, is_new: bool) -> bool:
+        """Keep what this step may have to put back; whether the run went back in its batch, so that its gradients mean nothing."""
+        if self.rewind:
+            self.rewind.begin_step(lane, is_new=is_new)
+        if self.rollback:
+            self.rollback.begin_step()
+        return is_new and self.rollback is not None and self.rollback.is_fresh
+
+    def _end_step(self, lane: Lane, incident: Incident, report: StepReport) -> None:
+        """Undo a skipped step, and more if bad ones do not end."""
+        if self.rollback:
+            self.rollback.go_back(lane)
         if self.rewind:
             steps = not (incident.happened and incident.leaves_to_scaler)
-            self.rewind.end_step(trainer, lane, skipped=lane.is_skipped, steps=steps)
-        self._keep(lane, report, is_new=is_new)
+            self.rewind.end_step(incident.trainer, lane, skipped=lane.is_skipped, steps=steps)
+        if self.rollback:
+            self.rollback.end_step(lane, report, is_new=incident.is_new)
 
     def _incident(self, trainer: Trainer, lane: Lane, window: list[MicroBatch]) -> Incident:
         return Incident(trainer, lane, window, is_new=True, traces=self.guard is not None and self.guard.trace_forward)
@@ -287,11 +304,13 @@ class Pass:
         total = report.total.tolist()[0] / lane.scale
         return self.micro_batches.window_norms(total, divisor=divisor, loss_scale=scaler.get_scale() if scaler else 1.0)
 
-    def _lose(self, lane: Lane, incident: Incident) -> StepReport:
-        """Skip a window of which nothing is left: every micro-batch was dropped, or has weight 0."""
+    def _lose(self, lane: Lane, incident: Incident, *, is_stale: bool) -> StepReport:
+        """Skip a window of which nothing is left: every micro-batch was dropped, or has weight 0, or its weights are gone."""
         drop(lane.table)
         is_dropped = self.micro_batches is not None and self.micro_batches.is_lost
-        if self.guard:
+        if self.guard and is_stale:
+            self.guard.skip_stale(incident)
+        elif self.guard:
             self.guard.judge_lost(incident, is_reported=is_dropped)
         else:
             rank_zero_warn(f"Every micro-batch of the window has weight 0 at {incident}: the step is skipped.", stacklevel=2)
@@ -360,6 +379,8 @@ class Pass:
         """Let schedules go on; publish what the batch's steps reported."""
         if self.rewind:
             self.rewind.end_batch()
+        if self.rollback:
+            self.rollback.end_batch()
         if self.publisher:
             if self.publisher.is_logging_step(trainer):
                 self.settle()
@@ -395,9 +416,10 @@ class Pass:
         """Let go of the optimizers."""
         if self.rewind:
             self.rewind.close()
+        self.rollback = None  # its memory
         if self.guard:
             self.guard.release()
-            self.guard.close_bundles()
+            self.guard.evidence.close()
         for monitor in self.roles.monitors:
             monitor.release()
         for lane in self.lanes:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_callbacks.callbacks._twins import is_of
 from clip_callbacks.reduction import Reduction
 
 Reduce: TypeAlias = Callable[[Sequence[Tensor]], Reduction | None]
@@ -24,10 +25,10 @@ def reduction_under(trainer: Trainer) -> Reduce:
     which each holds a copy.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
+    if is_of(strategy, FSDPStrategy):
         assert strategy.model is not None
         return partial(Reduction.of_flat, model=strategy.model)
-    whole_world = _leaves_alone(trainer) or _is_hooked(trainer) or isinstance(strategy, ModelParallelStrategy)
+    whole_world = _leaves_alone(trainer) or _is_hooked(trainer) or is_of(strategy, ModelParallelStrategy)
     return partial(Reduction.of, whole_world=whole_world)
 
 

@@ -95,6 +95,11 @@ class Rewind:
             self._at_batch.restore_where(skipped)
             self.schedules.settle(trainer, skipped=False)
 
+    def take_statistics(self) -> None:
+        """Take the statistics as they are now for those that a skip goes back to: a rollback has put them there."""
+        self._at_batch.keep()
+        self._at_step.keep()
+
     def _restore_statistics(self) -> None:
         before = self._before()
         before.restore()

@@ -44,6 +44,20 @@ class HeldSchedules:
             config.interval == "step" and not config.reduce_on_plateau for config in trainer.lr_scheduler_configs
         )
 
+    @property
+    def mark(self) -> int:
+        """How many batches of the epoch the schedules had counted when the window began that a step has just been settled for."""
+        return self._window_start - self._left_out
+
+    def go_back(self, trainer: Trainer, mark: int) -> None:
+        """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped."""
+        self.release()
+        self._left_out = self._seen - mark
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau:
+                self._altered.append((config, config.interval, config.frequency))
+                config.interval = "held"
+
     def _begin(self, epoch: int, batches: int) -> None:
         """Take note of the batches of the epoch seen so far; those since the last step are the window."""
         if epoch != self._epoch:

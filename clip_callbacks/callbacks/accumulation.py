@@ -1,5 +1,8 @@
 """AccumulationRescaling."""
 
+# mypy: disable-error-code="override"
+# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """NonFiniteGuard."""
 
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,22 +12,25 @@ from typing import Any, Literal, TypeAlias, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.bundle import BundleFolder
-from clip_callbacks.callbacks._bundles import Bundles, Weights
+from clip_callbacks.callbacks._bundles import Weights
 from clip_callbacks.callbacks._counters import Counters
+from clip_callbacks.callbacks._evidence import Evidence
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import KeptBatch, Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
+from clip_callbacks.callbacks._roles import Roles
+from clip_callbacks.callbacks._rollback import Rollback, check_rollback
 from clip_callbacks.callbacks._states import Held, adopt
 from clip_callbacks.findings import Findings, Spike
 from clip_callbacks.limits import Limit, as_limit
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.report import JOURNAL, StepReport
+from clip_callbacks.report import StepReport
 from clip_callbacks.rules import ClipRule, ClipState
 
 Level: TypeAlias = Literal["window", "microbatch"]
+OnStreak: TypeAlias = Literal["raise", "rollback"]
 
 
 class NonFiniteGuard(Member):
@@ -53,6 +56,7 @@ class NonFiniteGuard(Member):
     Args:
         policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step.
         max_consecutive: After so many bad steps in a row an error is raised, on all ranks; at least 1.
+        on_streak: What comes after so many: "raise" the error, or "rollback" to the last good weights.
         level: What is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", and the
             step is taken with the mean of the others. The latter reads the gradients after each backward pass, and needs room for
             those of one micro-batch. On several ranks all drop what is bad on one, at the price of one more average of gradients
@@ -77,16 +81,44 @@ class NonFiniteGuard(Member):
             last checkpoint, or them in "full", which is what an exact replay needs; not with sharded parameters.
         max_bundles: How many bundles ``bundle_dir`` may hold, those of earlier runs counted.
         max_bundle_bytes: How much they may take together, in bytes.
+        every: Good optimizer steps between copies for a rollback, over all optimizers; at least 1.
+        max_rollbacks: After so many rollbacks in a run the next streak raises the error; at least 1.
+        lr_factor: What each rollback multiplies learning rates by, above 0 and up to 1.
 
     Raises:
-        ValueError: If the policy, level or ``weights`` is unknown, ``max_consecutive`` or ``max_bundles`` is below 1,
-            ``max_bundle_bytes`` is not above 0, or ``skip_above`` is not above 0 or stands beside another policy; at fit start, if
-            ``bundle_dir`` cannot be written to.
+        ValueError: If the policy, level, ``weights`` or ``on_streak`` is unknown, a number is out of its range, ``skip_above`` or
+            "rollback" stands beside a policy that does not go with it, or a number for rollbacks is set without "rollback"; at fit
+            start, if ``bundle_dir`` cannot be written to.
 
     Example::
 
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[NonFiniteGuard(max_consecutive=3)], logger=False, enable_checkpointing=False)
+
+    **Rollback.** With ``on_streak="rollback"`` one copy of the weights is kept in memory: the parameters and buffers, the
+    optimizers' state and parameter groups, the learning-rate schedules, the limits' states, the GradScaler's scale. It is made
+    right before a good step is taken, of what gave finite gradients, as things stood when the step's window began; at the first
+    good step and then every ``every``. When bad steps do not end all of it is put back in place, the last of them is skipped too,
+    and the run is, bit for bit, one that starts from there with the batches that follow. Data, random numbers,
+    ``global_step``, epochs, metrics and counts go on. Each rank keeps its own shards. Copies of a GPU's tensors are in pinned host
+    memory and do not hold up the host. A scale that was lowered since is forgotten: bad losses halve it for no fault of its own,
+    and if it was too high the scaler finds out again.
+
+    Optimizers are known by ``state`` and ``param_groups``, schedules by their ``state_dict``: what a checkpoint would hold of
+    them. Schedules by epochs go back too, though the epochs do not. With several optimizers, copies are made before the
+    first step of a batch, if the others' last steps were good and the norms of what they hold finite; after a rollback the rest of
+    the batch does not count.
+
+    ``lr_factor`` adds up: twice 0.5 is 0.25. It holds for the schedules of ``torch.optim``, which afterwards give that factor
+    times what they would: ``lr``, ``initial_lr``, ``max_lr``, ``min_lr`` and ``swa_lr`` in parameter groups, and ``base_lrs``,
+    ``max_lrs``, ``min_lrs`` and ``eta_min`` in schedules. A schedule of your own that knows rates by other names sets them
+    again. The copy is not in checkpoints: after a resume the first good step makes a new one.
+
+    Example::
+
+        >>> guard = NonFiniteGuard(max_consecutive=5, on_streak="rollback", every=100, lr_factor=0.5)
+        >>> guard.rollbacks
+        0
     """
 
     kind = "guard"
@@ -106,6 +138,10 @@ class NonFiniteGuard(Member):
         weights: Weights = "reference",
         max_bundles: int = 20,
         max_bundle_bytes: float = 2e9,
+        on_streak: OnStreak = "raise",
+        every: int = 100,
+        max_rollbacks: int = 3,
+        lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, "policy")
@@ -124,23 +160,20 @@ class NonFiniteGuard(Member):
         if skip_above is not None and self.policy != "skip":
             raise ValueError(f'`skip_above` must be None for the policy {policy!r}, got {skip_above!r}: use the policy "skip".')
         self.skip_above = None if skip_above is None else as_limit(skip_above, "skip_above")
-        self.bundle_dir = None if bundle_dir is None else Path(bundle_dir)
-        if weights not in get_args(Weights):
-            raise ValueError(f"`weights` must be one of {', '.join(get_args(Weights))}, got {weights!r}.")
-        self.weights: Weights = weights
-        if not isinstance(max_bundles, int) or max_bundles < 1:
-            raise ValueError(f"`max_bundles` must be a whole number of at least 1, got {max_bundles!r}.")
-        if not max_bundle_bytes > 0:
-            raise ValueError(f"`max_bundle_bytes` must be above 0, got {max_bundle_bytes!r}.")
-        self.max_bundles, self.max_bundle_bytes = max_bundles, max_bundle_bytes
-        self._bundles: Bundles | None = None
+        self.evidence = Evidence(bundle_dir, weights, max_bundles, max_bundle_bytes)
+        if on_streak not in get_args(OnStreak):
+            raise ValueError(f"`on_streak` must be one of {', '.join(get_args(OnStreak))}, got {on_streak!r}.")
+        check_rollback(self.policy, is_on=on_streak == "rollback", every=every, max_rollbacks=max_rollbacks, lr_factor=lr_factor)
+        self.on_streak: OnStreak = on_streak
+        self.every, self.max_rollbacks, self.lr_factor = every, max_rollbacks, lr_factor
+        self._rollbacks = 0
+        self._rollback: Rollback | None = None
         self._held: dict[int, Held] = {}
         self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
         self._left_out = (-1, 0, 0)
         self.dropped_micro_batches = 0
         self._last_findings: Findings | None = None
-        self._journal: Path | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -160,6 +193,11 @@ class NonFiniteGuard(Member):
         self._settle()
         return sum(counters.overflowed for counters in self._counters.values())
 
+    @property
+    def rollbacks(self) -> int:
+        """How often the run went back to earlier weights."""
+        return self._rollbacks
+
     def _settle(self) -> None:
         if self._pass:
             self._pass.settle()
@@ -175,28 +213,12 @@ class NonFiniteGuard(Member):
             ValueError: If so.
         """
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and (folder := self._folder()):
-            try:
-                folder.prepare()
-            except OSError as error:
-                raise ValueError(f"`bundle_dir` must be a folder that can be written to, got {folder.path}: {error}") from error
-
-    def _folder(self) -> BundleFolder | None:
-        return BundleFolder(self.bundle_dir, self.max_bundles, self.max_bundle_bytes) if self.bundle_dir else None
-
-    def open_bundles(self, trainer: Trainer) -> None:
-        """Be ready to write bundles, unless the folder is full."""
-        folder = self._folder()
-        if folder and (full := folder.fullness()):
-            rank_zero_warn(f"{full}: no more will be written. Clear the folder, or name another.", stacklevel=2)
-        elif folder:
-            self._bundles = Bundles(folder, self.weights, trainer.lightning_module)
+        if stage == "fit":
+            self.evidence.prepare()
 
     def remember(self, batch: Any, batch_idx: int) -> KeptBatch | None:
         """What is kept of a batch until its step: a reference, if it may have to be run again."""
-        if self._bundles:
-            return self._bundles.remember(batch, batch_idx)
-        return KeptBatch(batch, batch_idx) if self.trace_forward else None
+        return self.evidence.keep(batch, batch_idx) or (KeptBatch(batch, batch_idx) if self.trace_forward else None)
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have counters for each optimizer.
@@ -205,7 +227,7 @@ class NonFiniteGuard(Member):
             ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
         """
         super().bind(lanes, names, renew=renew)
-        if self.bundle_dir and self.weights == "full" and any(lane.table.reduction for lane in lanes):
+        if self.evidence.holds_weights and any(lane.table.reduction for lane in lanes):
             raise ValueError(
                 '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
                 "no rank has all of them. Save checkpoints."
@@ -236,6 +258,13 @@ class NonFiniteGuard(Member):
         self._rewind.schedules.load_state(self._left_out)
         return self._rewind
 
+    def rollback(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane], roles: Roles) -> Rollback | None:
+        """What goes back to earlier weights, if that is wanted; its copy is made at the next good step."""
+        if self.on_streak == "rollback" and self._rewind:
+            rewind, every, lr_factor = self._rewind, self.every, self.lr_factor
+            self._rollback = Rollback(trainer, module, lanes, roles, rewind, every=every, lr_factor=lr_factor)
+        return self._rollback
+
     def judge(self, incident: Incident, table: ParameterTable) -> Policy:
         """Decide on a step whose gradients are not finite, before anything is touched.
 
@@ -261,6 +290,7 @@ class NonFiniteGuard(Member):
         number = incident.lane.history.steps - (not incident.is_new)
         after_good_step = 0 < number != counters.last_bad + 1
         if counters.add(number):
+            policy = "skip" if self._can_go_back(counters.streak) else policy
             counters.skipped += policy == "skip"
             counters.zeroed += policy == "zero"
             self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
@@ -280,12 +310,13 @@ class NonFiniteGuard(Member):
         counters.skipped += counters.add(incident.lane.history.steps)
         spike = Spike.of(incident.lane.table.names, report.parameter_norms, report.total_norm, report.skip_limit)
         facts = {**incident.place, "policy": self.policy, "streak": counters.streak, **spike.facts()}
-        bundle = self._bundle(incident, facts)
-        self._write(facts)
+        bundle = self.evidence.record(incident, facts, self._rewind)
         what = f"Spike at {incident}: {spike}"
         if counters.streak >= self.max_consecutive:
+            if self._go_back(incident, what, spike.describe() + bundle, counters.streak):
+                return
             raise NonFiniteGradientError(
-                f"{what}: bad step {counters.streak} in a row (max_consecutive={self.max_consecutive}).\n{spike.describe()}\n"
+                f"{what}: bad step {counters.streak} in a row ({self._cap}).\n{spike.describe()}\n"
                 f"Lower the learning rate, or raise skip_above: a level that lasts is no spike.{bundle}"
             )
         rank_zero_warn(
@@ -310,20 +341,65 @@ class NonFiniteGuard(Member):
         streak, is_last = counters.streak, counters.streak >= self.max_consecutive and self.policy != "ignore"
         if is_reported:
             if is_last and self._last_findings:
+                what = f"Non-finite gradients in every micro-batch at {incident}"
+                if self._go_back(incident, what, self._last_findings.describe(), streak):
+                    return
                 raise self._streak_error(incident, self._last_findings, streak)
             return
         what = f"Every micro-batch of the window has weight 0 at {incident}"
-        self._write({**incident.place, "policy": self.policy, "streak": streak, "stage": "weight", "message": what})
+        self.evidence.note({**incident.place, "policy": self.policy, "streak": streak, "stage": "weight", "message": what})
         if is_last:
-            raise NonFiniteGradientError(f"{what}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).")
+            if self._go_back(incident, what, "", streak):
+                return
+            raise NonFiniteGradientError(f"{what}: bad step {streak} in a row ({self._cap}).")
         rank_zero_warn(
             f"{what}: the step is skipped (bad step {streak} in a row, {self.max_consecutive} stop the run).",
             category=RuntimeWarning,
         )
 
+    def skip_stale(self, incident: Incident) -> None:
+        """Count a step that is skipped since the run has gone back in its batch: its gradients are of weights that are gone."""
+        incident.is_undone = True
+        self._counters[incident.lane.index].skipped += 1
+
+    def _can_go_back(self, streak: int) -> bool:
+        """Whether a streak ends in a rollback."""
+        is_over = streak >= self.max_consecutive and self._rollbacks < self.max_rollbacks
+        return is_over and self._rollback is not None and self._rollback.step is not None
+
+    def _go_back(self, incident: Incident, what: str, found: str, streak: int) -> bool:
+        """Go back to earlier weights at the end of this step, if that can be done; warn, and write a line of the journal."""
+        rollback = self._rollback
+        if rollback is None or not self._can_go_back(streak):
+            return False
+        self._rollbacks += 1
+        for counters in self._counters.values():
+            counters.streak = 0
+        facts = {"rollback": self._rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
+        self.evidence.note({**incident.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
+        rates = "" if self.lr_factor == 1.0 else f", with {rollback.factor:.4g} times the learning rates of then"
+        rank_zero_warn(
+            f"{what}: bad step {streak} in a row. The run goes back to where it was before step {rollback.step}{rates} "
+            f"(rollback {self._rollbacks} of {self.max_rollbacks}).\n{found}".rstrip(),
+            category=RuntimeWarning,
+        )
+        rollback.ask()
+        return True
+
+    @property
+    def _cap(self) -> str:
+        """For the error at the end of a streak: what allowed no more."""
+        cap = f"max_consecutive={self.max_consecutive}"
+        if self.on_streak == "raise":
+            return cap
+        if self._rollbacks >= self.max_rollbacks:
+            return f"{cap}, after {self._rollbacks} rollbacks, max_rollbacks={self.max_rollbacks}"
+        return f"{cap}, and no good step to go back to"
+
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
+        self._rollbacks = 0
         self._counters = {}
         self._held = {}
         self._left_out = (-1, 0, 0)
@@ -334,17 +410,14 @@ class NonFiniteGuard(Member):
         """Let go of the run; what a checkpoint needs stays."""
         if self._rewind:
             self._left_out, self._rewind = self._rewind.schedules.state(), None
-
-    def close_bundles(self) -> None:
-        """Let go of the module and its batches."""
-        self._bundles = None
+        self._rollback = None
 
     def report_micro_batch(self, incident: Incident) -> None:
         """Warn of a micro-batch about to be dropped, and write a line of the journal."""
         self._last_findings = findings = incident.findings(after_good_step=False)
         facts = {**incident.place, "policy": "microbatch", **findings.facts()}
-        bundle = self._bundle(incident, facts, is_window=False) if incident.is_guilty(findings) else ""
-        self._write(facts)
+        is_guilty = incident.is_guilty(findings)
+        bundle = self.evidence.record(incident, facts, self._rewind, is_window=False, is_guilty=is_guilty)
         what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
         rank_zero_warn(f"{what}\n{findings.describe()}{bundle}", category=RuntimeWarning)
 
@@ -355,12 +428,13 @@ class NonFiniteGuard(Member):
             NonFiniteGradientError: As :meth:`judge` says.
         """
         facts = {**incident.place, "policy": self.policy, "streak": streak, **findings.facts()}
-        bundle = self._bundle(incident, facts) if incident.is_guilty(findings) else ""
-        self._write(facts)
+        bundle = self.evidence.record(incident, facts, self._rewind, is_guilty=incident.is_guilty(findings))
         what, found = f"Non-finite gradients at {incident}", findings.describe() + bundle
         if self.policy == "raise":
             raise NonFiniteGradientError(f"{what}.\n{found}")
         if streak >= self.max_consecutive:
+            if self._go_back(incident, what, found, streak):
+                return
             raise self._streak_error(incident, findings, streak, bundle)
         done = "non-finite entries become 0" if self.policy == "zero" else "the step is skipped"
         rank_zero_warn(
@@ -369,41 +443,9 @@ class NonFiniteGuard(Member):
 
     def _streak_error(self, incident: Incident, findings: Findings, streak: int, bundle: str = "") -> NonFiniteGradientError:
         return NonFiniteGradientError(
-            f"Non-finite gradients at {incident}: bad step {streak} in a row (max_consecutive={self.max_consecutive}).\n"
+            f"Non-finite gradients at {incident}: bad step {streak} in a row ({self._cap}).\n"
             f"{findings.describe()}\nLower the learning rate, clip harder, or look at the stage named above.{bundle}"
         )
-
-    def _bundle(self, incident: Incident, facts: dict[str, Any], *, is_window: bool = True) -> str:
-        """Write a bundle, if that is wanted, and put its place into the facts; lines for a message to tell of it."""
-        if not self._bundles:
-            return ""
-        try:
-            bundle = self._bundles.write(incident, facts, self._rewind, is_window=is_window)
-        except Exception as error:  # whatever it was: the training must not end for it
-            self._bundles = None
-            warnings.warn(
-                f"The bundle of {incident} cannot be written ({error}): training goes on, and no more bundles will be.",
-                stacklevel=2,
-            )
-            return ""
-        facts["bundle"] = str(bundle.path)
-        return "\n".join([f"\nBundle: {bundle.path} (see clip-callbacks replay)", *(f"  {note}" for note in bundle.notes)])
-
-    def open_journal(self, trainer: Trainer) -> None:
-        """Find the log directory; the file is made at the first bad step."""
-        folder = trainer.log_dir if trainer.loggers else None
-        self._journal = Path(folder) / JOURNAL if folder and trainer.is_global_zero else None
-
-    def _write(self, facts: dict[str, Any]) -> None:
-        if not self._journal:
-            return
-        try:
-            self._journal.parent.mkdir(parents=True, exist_ok=True)
-            with self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
-        except OSError as error:  # one rank writes: if it stopped, the others would wait for it
-            rank_zero_warn(f"{self._journal} cannot be written ({error}): bad steps are reported as warnings only.", stacklevel=2)
-            self._journal = None
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
@@ -414,6 +456,7 @@ class NonFiniteGuard(Member):
                 (self.zeroed_steps, "taken with non-finite entries set to 0"),
                 (self.overflowed_steps, "left out by the GradScaler"),
                 (self.dropped_micro_batches, "micro-batches dropped"),
+                (self.rollbacks, "ended in a return to earlier weights"),
             )
             if count
         ]
@@ -429,6 +472,7 @@ class NonFiniteGuard(Member):
             "skip_above": {index: held.dump() for index, held in self._held.items()},
             "left_out": left_out,
             "dropped_micro_batches": self.dropped_micro_batches,
+            "rollbacks": self._rollbacks,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -437,7 +481,8 @@ class NonFiniteGuard(Member):
         Raises:
             ValueError: If the state is not one of this callback.
         """
-        super().load_state_dict(state_dict)
+        super().load_state_dict({"rollbacks": 0} | state_dict)
+        self._rollbacks = state_dict.get("rollbacks", 0)
         self._left_out = tuple(state_dict["left_out"])
         if self._rewind:  # a strategy that loads late
             self._rewind.schedules.load_state(self._left_out)
@@ -447,4 +492,4 @@ class NonFiniteGuard(Member):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without what belongs to one Trainer's fit."""
-        return super().__getstate__() | {"_rewind": None, "_journal": None, "_bundles": None}
+        return super().__getstate__() | {"_rewind": None, "_rollback": None}

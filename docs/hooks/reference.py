@@ -13,7 +13,7 @@ from clip_callbacks import cli
 MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
-    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps"),
+    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "rollbacks"),
     "ParameterTable": ("of_optimizer", "of_named", "of_tensors"),
     "StepReport": (
         *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clipped", "names", "norms", "limits", "coefficients"),

@@ -61,7 +61,7 @@ def as_on_site(link: str, source: str, place: str) -> str:
     if not path or ":" in path or path.startswith("/"):
         return link
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-    if target == "README.md":
+    if target in {"README.md", "docs"}:
         target = "index.md"
     elif target.startswith("docs/"):
         target = target.removeprefix("docs/")

@@ -38,7 +38,8 @@ def _code_pages() -> Iterator[tuple[str, str]]:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             yield f"{name}.md", f"{UNSEARCHED}# {name}\n\n{_fenced(path)}"
-    parts = [f"## {path.name}\n\n{_fenced(path)}" for path in sorted((ROOT / "configs").glob("**/*.yaml"))]
+    folder = ROOT / "configs"
+    parts = [f"## {path.relative_to(folder).as_posix()}\n\n{_fenced(path)}" for path in sorted(folder.glob("**/*.yaml"))]
     yield (
         "configs/index.md",
         "\n".join(["# Configurations\n\nThe files of `configs/`: one question each, to paste from.\n", *parts]),

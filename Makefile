@@ -5,8 +5,11 @@ VENV := .venv-make
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
+LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
+ALONE := .venv-wheel
+QUICK := $(addprefix tests/test_,clipping.py norms.py guard.py rules.py resume.py bundle.py)
 
-.PHONY: demo test slow check lint types examples configs benchmarks clean
+.PHONY: demo test slow check lint types examples configs dist wheel-test benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -78,7 +81,21 @@ examples: $(VENV)/.installed
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
 
-check: test slow lint types examples configs
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# the wheel alone in an empty environment, with the oldest Lightning that is admitted and with the newest; the rest of the checkout is not seen
+wheel-test: dist
+	for lightning in $(LIGHTNING); do \
+		rm -rf $(ALONE) && mkdir $(ALONE) && cp -r tests pyproject.toml $(ALONE) && $(PYTHON) -m venv $(ALONE)/venv && \
+		$(ALONE)/venv/bin/python -m pip --disable-pip-version-check install --quiet $$(grep ^torch== constraints.txt) \
+			lightning==$$lightning pytorch-lightning==$$lightning numpy hypothesis pytest pytest-timeout dist/*.whl && \
+		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks") || exit 1; \
+	done
+
+check: test slow lint types examples configs wheel-test
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
@@ -93,4 +110,4 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bundles --output bundles_cpu.md
 
 clean:
-	rm -rf $(VENV) logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALONE) dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -109,6 +109,10 @@ class Bundle:
         weights: dict[str, Any] | None = self._load(WEIGHTS) if WEIGHTS in self.facts["files"] else None
         return weights
 
+    def optimizers(self) -> list[dict[str, Any]]:
+        """The ``state_dict`` of each optimizer before the step; none if they are not in the bundle."""
+        return list(self._load(OPTIMIZERS)) if OPTIMIZERS in self.facts["files"] else []
+
     def _load(self, name: str) -> Any:
         try:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)

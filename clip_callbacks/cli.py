@@ -1,4 +1,4 @@
-"""The command ``clip-callbacks``: what the logs of runs tell."""
+"""The command ``clip-callbacks``: what the logs of runs tell, and what a bad step was."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line; None: the process's own.
 
     Returns:
-        The exit code: 0, or 2 if the logs cannot be used, with one line on stderr that says why.
+        The exit code: 0, or 2 if the input cannot be used, with one line on stderr that says why; of ``replay`` 1 if the step is
+        not bad again.
     """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except ImportError as error:
-        print(f"clip-callbacks: {error}; pip install 'clip_callbacks[report]'", file=sys.stderr)
+        print(f"clip-callbacks: {error}; pip install 'clip_callbacks[{options.extra}]'", file=sys.stderr)
     except BrokenPipeError:  # as by "| head"
         sys.stdout = None
         return 0
@@ -65,7 +66,7 @@ def _say(notes: Sequence[str], runs: Sequence[Run]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="clip-callbacks", description="What the logs of runs with clip_callbacks tell.")
+    parser = argparse.ArgumentParser(prog="clip-callbacks", description="What the logs and the bad steps of runs tell.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="write a page that shows runs side by side", description="Write a report page.")
     suggest = commands.add_parser("suggest", help="say which max_norm the norms suggest", description="Suggest a max_norm.")
@@ -79,9 +80,60 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--png", type=Path, metavar="DIR", help="also write the pictures as PNG files into this folder")
     report.add_argument("--title", default="Gradient report", help="heading of the page")
     suggest.add_argument("--json", action="store_true", help="print JSON")
-    report.set_defaults(run=_report)
-    suggest.set_defaults(run=_suggest)
+    report.set_defaults(run=_report, extra="report")
+    suggest.set_defaults(run=_suggest, extra="report")
+    _add_replay(commands)
     return parser
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="run a bad step again and say which module began it",
+        description="Run a bad step again from its bundle. Exit code 0: it is bad again; 1: it is not; 2: unusable input.",
+    )
+    replay.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that NonFiniteGuard(bundle_dir=...) has written")
+    replay.add_argument(
+        "--config", type=Path, action="append", required=True, help="configuration of the run, for LightningCLI; may be repeated"
+    )
+    replay.add_argument(
+        "--script", type=Path, help="the script whose LightningCLI takes it; not needed if it names the model's class"
+    )
+    replay.add_argument("--ckpt", type=Path, metavar="PATH", help="a checkpoint to take the weights from instead of the bundle's")
+    replay.add_argument("--device", help="cpu, cuda or mps (default: that of the run, if it is there)")
+    replay.add_argument("--precision", help="as the Trainer has it: 32-true, bf16-mixed, ... (default: that of the run)")
+    replay.add_argument("--detect-anomaly", action="store_true", help="also have autograd name the line of code")
+    replay.add_argument("--bisect", action="store_true", help="find the smallest subset of samples that still fails")
+    replay.add_argument(
+        "--explodes", type=_factor, default=1000.0, metavar="FACTOR", help="growth within a module to be named (default: 1000)"
+    )
+    replay.add_argument(
+        "--trust", action="append", default=[], metavar="CLASS", help="a class that batches may hold, as package.module.Class"
+    )
+    replay.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="draw activations and gradients: a .png or .svg")
+    replay.add_argument("--json", action="store_true", help="print JSON")
+    replay.set_defaults(run=_replay, extra="replay")
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not factor > 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 1, got {text!r}")
+    return factor
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from clip_callbacks.replay.command import replay, say_frames
+    from clip_callbacks.replay.unusable import UnusableReplayError
+
+    try:
+        return replay(options)
+    except UnusableReplayError as error:
+        say_frames(error)
+        raise
 
 
 def _steps(text: str) -> tuple[int | None, int | None]:

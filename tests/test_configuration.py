@@ -83,6 +83,7 @@ def test_every_config_builds_a_trainer_and_asks_one_question(path, tmp_path, mon
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "char_rnn" not in path.name], ids=lambda path: path.name)
 def test_every_config_trains(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_CALLBACKS_INJECT", "1")
     arguments = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3"]
     cli = parse(f"--config={path}", *QUIET, *arguments, f"--trainer.default_root_dir={tmp_path}")

@@ -86,11 +86,6 @@ def test_there_is_no_block_in_a_language_that_nothing_checks():
     assert sum(block.language == "python" for block in BLOCKS) > 40
 
 
-def is_awaited(text: str) -> bool:
-    """Whether it comes with another branch. To be deleted, with what calls it, when that is merged."""
-    return "clip-callbacks replay" in text and "replay" not in commands()
-
-
 # Python
 
 
@@ -238,8 +233,6 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 @of("console")
 def test_commands_and_their_options_exist(block, monkeypatch, capsys):
     for words in command_lines(block.source):
-        if is_awaited(" ".join(words)):
-            pytest.xfail("waits for another branch")
         check_command(words, monkeypatch, capsys)
 
 

@@ -1,4 +1,5 @@
 # make demo: train on real text with and without clipping, write a report page. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
+# make docs: build the site into build/site. make wheel-test: try the wheel by itself.
 # make benchmarks: time and compare everything anew, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -9,7 +10,7 @@ LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
 QUICK := $(addprefix tests/test_,clipping.py norms.py guard.py rules.py resume.py bundle.py)
 
-.PHONY: demo test slow check lint types examples configs dist wheel-test benchmarks clean
+.PHONY: demo test slow check lint types examples configs docs dist wheel-test benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +82,14 @@ examples: $(VENV)/.installed
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# python -m mkdocs: its hooks are imported from here
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 dist: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m build
@@ -95,7 +104,7 @@ wheel-test: dist
 		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks") || exit 1; \
 	done
 
-check: test slow lint types examples configs wheel-test
+check: test slow lint types examples configs docs wheel-test
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
@@ -110,4 +119,4 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bundles --output bundles_cpu.md
 
 clean:
-	rm -rf $(VENV) $(ALONE) dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALONE) build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -36,6 +36,7 @@ demo: $(VENV)/.examples
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
 	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m "ranks and not slow" tests
+	@echo "make test: all tests have passed; above, the coverage of the package by lines and branches"
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest tests -m slow

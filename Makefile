@@ -33,6 +33,9 @@ demo: $(VENV)/.examples
 	@echo "Dashboard: $(BIN)/tensorboard --logdir $(LOGS)/tensorboard (tab Custom Scalars)"
 	@echo "Report page, to open in a browser: $(CURDIR)/$(LOGS)/report.html"
 
+# several processes at once: each has one thread
+test slow examples wheel-test: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
 	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m "ranks and not slow" tests

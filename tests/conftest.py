@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.ranks import Ranks
 
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
+collect_ignore = ["typed_script.py"]  # for mypy only: some of its lines are wrong
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 

@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections import UserDict
 from pathlib import Path
@@ -455,29 +454,21 @@ def test_a_strangers_bundle_cannot_run_code(bundle):
     assert not trace.exists()
 
 
+class Configured(Poisoned):
+    def __init__(self, size: float = 1.0):
+        super().__init__({1: NAN})
+        self.size = size
+
+    def train_dataloader(self):
+        return data(3, size=self.size)
+
+
 def test_configuration_of_the_command_line_goes_along(tmp_path):
-    pytest.importorskip("jsonargparse")
-    script = textwrap.dedent(
-        """
-        import sys
-        from lightning.pytorch.cli import LightningCLI
-        from tests.conftest import Poisoned, data
-        import clip_callbacks
-
-        class Module(Poisoned):
-            def __init__(self, size: float = 1.0):
-                super().__init__({1: float("nan")})
-                self.size = size
-            def train_dataloader(self):
-                return data(3, size=self.size)
-
-        LightningCLI(Module, args=["fit", "--model.size=2.5", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-            "--trainer.default_root_dir", sys.argv[1], "--trainer.callbacks+=NonFiniteGuard",
-            "--trainer.callbacks.bundle_dir", sys.argv[1] + "/bad"])
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    cli = pytest.importorskip("lightning.pytorch.cli")
+    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    guard = ["--trainer.callbacks+=clip_callbacks.NonFiniteGuard", f"--trainer.callbacks.bundle_dir={tmp_path / 'bad'}"]
+    where = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    cli.LightningCLI(Configured, args=["fit", "--model.size=2.5", *quiet, *where, *guard])
     (bundle,) = bundles_in(tmp_path / "bad")
     assert "size: 2.5" in (bundle.path / "config.yaml").read_text()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 import sys
 import tempfile
@@ -80,7 +79,7 @@ class Bundle:
         if classes:
             notes += [f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
         if self.facts["batches"].get("changed_in_place"):
-            notes += ["training_step has changed the batch in place: it is not what it was"]
+            notes += ["the batch was changed in place after it began: it may not be what training_step got"]
         return notes
 
     @property
@@ -181,7 +180,7 @@ class BundleFolder:
         Args:
             more: How many bytes it will take.
         """
-        bundles = [found.parent for found in self.path.glob(f"*/{FACTS}")]
+        bundles = [found.parent for found in self.path.glob(f"[!.]*/{FACTS}")]  # but unfinished ones
         if len(bundles) >= self._max_bundles:
             return f"{self.path} holds {len(bundles)} bundles (max_bundles={self._max_bundles})"
         size = sum(_size(bundle) for bundle in bundles)
@@ -189,7 +188,14 @@ class BundleFolder:
             return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bundle_bytes={self._max_bytes:g})"
         return None
 
-    def write(self, name: str, facts: Mapping[str, Any], parts: Mapping[str, Any], texts: Mapping[str, str]) -> Bundle:
+    def write(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        parts: Mapping[str, Any],
+        texts: Mapping[str, str],
+        missing: Mapping[str, str] | None = None,
+    ) -> Bundle:
         """Write a bundle into a hidden folder and give that its name when it is complete.
 
         A part that cannot be pickled is left out, and the bundle says why.
@@ -199,19 +205,22 @@ class BundleFolder:
             facts: For ``bundle.json``.
             parts: What goes into files of tensors, by name.
             texts: What goes into text files, by name.
+            missing: Why files are not there, by name.
 
         Raises:
-            OSError: Whatever went wrong, as a full disk; nothing of the bundle is left.
+            OSError: Whatever went wrong, as a full disk, or more bytes than are allowed; nothing of the bundle is left.
         """
         half = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
         try:
             half.chmod(0o755)
-            missing = {file: why for file, part in parts.items() if (why := _save(part, half / file))}
+            unwritten = {file: why for file, part in parts.items() if (why := _save(part, half / file))}
             for file, text in texts.items():
                 (half / file).write_text(text, encoding="utf-8")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(half.iterdir())}
-            told = {"format": FORMAT, **facts, "files": files, "missing": missing}
+            told = {"format": FORMAT, **facts, "files": files, "missing": {**(missing or {}), **unwritten}}
             (half / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            if obstacle := self.fullness(_size(half)):  # no more can be told of it beforehand than what its tensors take
+                raise OSError(obstacle)
             return Bundle(self._rename(half, name), told)
         except BaseException as error:
             shutil.rmtree(half, ignore_errors=True)
@@ -225,7 +234,11 @@ class BundleFolder:
         while True:
             path = self.path / (name if number == 1 else f"{name}_{number}")
             if not path.exists():
-                return half.rename(path)
+                try:
+                    return half.rename(path)
+                except OSError:
+                    if not path.exists():  # or another process was faster
+                        raise
             number += 1
 
 
@@ -234,8 +247,12 @@ def _save(part: Any, file: Path) -> str | None:
     try:
         with file.open("wb") as stream:  # so that a full disk is an OSError that says so
             torch.save(part, stream)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever pickling meets
         file.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # what torch makes of a full disk
+            raise
         return _first_line(error)
     return None
 
@@ -263,6 +280,8 @@ def encoded(value: Any) -> Any:
         return {key: encoded(entry) for key, entry in value.items()}
     if type(value) in {list, tuple}:
         return type(value)(encoded(entry) for entry in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(encoded, value))
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
         return {_NDARRAY: torch.from_numpy(numpy.array(value)), "scalar": isinstance(value, numpy.generic)}
@@ -289,7 +308,13 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def bytes_of(value: Any) -> int:
     """How much the tensors in something will take on the disk."""
-    return sum(tensor.nbytes for tensor in _tensors(value))
+    return sum(_nbytes(tensor) for tensor in _tensors(value))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -304,7 +329,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    size = 0
+    with suppress(OSError):  # somebody is clearing it away
+        for file in folder.iterdir():
+            size += file.lstat().st_size
+    return size
 
 
 def _hash(file: Path) -> str:

@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections import UserDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -283,7 +286,7 @@ def test_a_batch_changed_in_place_is_told(trainer, tmp_path):
             batch[0].mul_(2)
             return super().loss(batch, batch_idx)
 
-    with pytest.warns(RuntimeWarning, match="training_step has changed the batch in place"):
+    with pytest.warns(RuntimeWarning, match="the batch was changed in place after it began"):
         trainer(guard_to(tmp_path)).fit(Changes({2: NAN}), data(4))
     trainer(guard_to(tmp_path)).fit(Poisoned({3: NAN}), data(4))
     changed, untouched = bundles_in(tmp_path / "bad")
@@ -452,6 +455,171 @@ def test_a_strangers_bundle_cannot_run_code(bundle):
             load()
     assert Bundle.read(written.path).notes
     assert not trace.exists()
+
+
+def test_jobs_that_share_a_folder_do_not_disturb_one_another(tmp_path):
+    folders = [BundleFolder(tmp_path, 1000, 1e9) for _ in range(3)]
+    facts = {"kind": "nonfinite", **{key: {} for key in ("report", "versions", "module", "trainer", "weights", "batches")}}
+
+    def work(folder):
+        for _ in range(40):
+            assert folder.fullness() is None
+            folder.write("one_place", facts, {"batches.pt": [torch.ones(3)]}, {})
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(work, folder) for folder in folders]:
+            done.result()
+    assert len(bundles_in(tmp_path)) == 120
+
+
+def test_what_killed_runs_left_does_not_count(tmp_path):
+    half = tmp_path / ".unfinished-x"
+    half.mkdir()
+    (half / "bundle.json").write_text("{}")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "bundle.json").symlink_to(tmp_path / "nowhere")
+    assert BundleFolder(tmp_path, 2, 1e6).fullness() is None
+
+
+class SeldomSteps(LightningModule):
+    """The second network does not step for long, and its gradients are cleared before each pass."""
+
+    def __init__(self, *, clears):
+        super().__init__()
+        self.automatic_optimization, self.clears = False, clears
+        self.first, self.second, self.batches, self.alive = nn.Linear(4, 1), nn.Linear(4, 1), [], []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(weakref.ref(batch[0]))
+        first, second = self.optimizers()
+        first.zero_grad()
+        if self.clears:
+            second.zero_grad()
+        loss = (self.first(batch[0]) + self.second(batch[0])).square().mean()
+        self.manual_backward(loss * NAN if batch_idx == 39 else loss)
+        first.step()
+        if batch_idx == 39:
+            second.step()
+        self.alive.append(sum(batch() is not None for batch in self.batches))
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.first, self.second)]
+
+
+@pytest.mark.parametrize(("clears", "most"), [(True, 3), (False, 18)])
+def test_an_optimizer_that_seldom_steps_does_not_keep_every_batch(trainer, tmp_path, clears, most):
+    module = SeldomSteps(clears=clears)
+    trainer(guard_to(tmp_path)).fit(module, data(40))
+    assert max(module.alive) <= most
+    of_second = next(bundle for bundle in bundles_in(tmp_path / "bad") if bundle.place["optimizer"] == "SGD-1")
+    assert [row["batch_idx"] for row in of_second.micro_batches()] == ([39] if clears else list(range(24, 40)))
+
+
+def test_a_training_step_that_takes_the_iterator_leaves_no_wrong_batch(trainer, tmp_path):
+    class Iterates(Regression):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            loss = self.loss(batch, batch_idx)
+            return loss * NAN if batch_idx == 3 else loss
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*dataloader_iter.*")
+        trainer(guard_to(tmp_path)).fit(Iterates(), data(6))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    with pytest.raises(UnusableBundleError, match="holds no batches: training_step takes the dataloader's iterator"):
+        bundle.micro_batches()
+
+
+def test_random_numbers_are_those_of_the_closure_call_that_was_bad(trainer, tmp_path):
+    class Noisy(Regression):
+        calls = 0
+
+        def loss(self, batch, batch_idx):
+            self.calls += 1
+            self.drawn = torch.rand(())
+            loss = super().loss(batch, batch_idx)
+            if self.calls == 3:
+                self.bad = self.drawn
+                return loss * NAN
+            return loss
+
+    module = Noisy(torch.optim.LBFGS, lr=0.1, max_iter=4)
+    trainer(guard_to(tmp_path)).fit(module, data(1))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    restore(bundle.micro_batches()[-1]["rng"], module)
+    assert torch.equal(torch.rand(()), module.bad)
+
+
+@dataclass
+class Opaque:
+    x: torch.Tensor
+
+
+def test_views_in_named_tuples_are_written_small_and_those_in_other_objects_capped(trainer, tmp_path):
+    large = torch.randn(1_000_000, 4)
+    trainer(guard_to(tmp_path, max_bundle_bytes=1e5)).fit(Unsafe(), loader_of(Pair(large[:2], torch.ones(2, 1))))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    assert (bundle.path / "batches.pt").stat().st_size < 20_000
+
+    class Takes(Regression):
+        def loss(self, batch, batch_idx):
+            return self.net(batch.x).mean() * NAN
+
+    with pytest.warns(UserWarning, match=r"a further bundle takes 16.0 MB \(max_bundle_bytes=100000\)"):
+        trainer(guard_to(tmp_path, max_bundle_bytes=1e5)).fit(Takes(), loader_of(Opaque(large[:2])))
+    assert len(bundles_in(tmp_path / "bad")) == 1
+
+
+class Stubborn:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error("not me")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, NotImplementedError, KeyError])
+def test_whatever_pickling_raises_costs_the_batch_alone(trainer, tmp_path, error):
+    batch = {"x": torch.ones(2, 4), "y": torch.full((2, 1), NAN), "it": Stubborn(error)}
+    trainer(guard_to(tmp_path)).fit(Views(), loader_of(batch))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    assert "not me" in bundle.facts["missing"]["batches.pt"]
+
+
+def test_odd_hyperparameters_sparse_and_lazy_tensors_are_no_obstacle(trainer, tmp_path):
+    class Odd(Poisoned):
+        def __init__(self):
+            super().__init__({1: NAN})
+            self.save_hyperparameters({"grid": {(1, 2): [torch.ones(1), {3}]}})
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+            self.unused = nn.LazyLinear(3)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    trainer(guard_to(tmp_path)).fit(Odd(), data(3))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    assert bundle.facts["module"]["hparams"] == {"grid": {"(1, 2)": ["tensor([1.])", "{3}"]}}
+    assert "unused.weight" not in bundle.facts["module"]["state"]
+
+
+def test_full_weights_are_written_before_other_optimizers_step(trainer, tmp_path):
+    class Fused(SeldomSteps):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), lr=0.01, fused=True) for net in (self.first, self.second)]
+
+    with pytest.raises(ValueError, match="`deferred` cannot be True here: bundles of the weights"):
+        trainer(guard_to(tmp_path, deferred=True, weights="full")).fit(Fused(clears=True), data(2))
+
+
+def test_the_folder_stays_where_it_was_when_the_process_goes_elsewhere(trainer, tmp_path, monkeypatch):
+    class Wanders(Poisoned):
+        def on_train_start(self):
+            monkeypatch.chdir("/")
+
+    monkeypatch.chdir(tmp_path)
+    trainer(NonFiniteGuard(bundle_dir="bad")).fit(Wanders({1: NAN}), data(3))
+    assert len(bundles_in(tmp_path / "bad")) == 1
 
 
 class Configured(Poisoned):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -263,3 +264,22 @@ def test_what_strikes_one_rank_before_the_average_all_drop(run, first):
 def test_a_spike_on_one_rank_is_averaged(run):
     one, two = run("ddp", "spike", 1, function=on_ranks, first=True, skip_above=100.0)
     assert one["skipped"] == two["skipped"] == [False, False, True, False, True, False, False]
+
+
+def test_it_can_be_sent_to_other_processes():
+    injection = FaultInjection("spike", probability=0.5, seed=3)
+    again = pickle.loads(pickle.dumps(injection))
+    assert not [value for value in injection.__getstate__().values() if isinstance(value, torch.Tensor)], (
+        "shared memory may be gone"
+    )
+    assert torch.equal(torch.rand(5, generator=again._generator), torch.rand(5, generator=injection._generator))
+
+
+def test_steps_that_never_came_are_told(trainer, caplog, monkeypatch):
+    monkeypatch.setenv("CLIP_CALLBACKS_INJECT", "1")
+    with caplog.at_level("WARNING"):
+        trainer(FaultInjection("spike", step=[1, 1000]), FaultInjection("spike", step=[1, 1000], factor=5.0)).fit(
+            Regression(), data(4)
+        )
+    told = [record.getMessage() for record in caplog.records if "has not struck" in record.getMessage()]
+    assert told == ["FaultInjection has not struck step 1000: no backward pass began there. The run ends at step 4."] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 import clip_callbacks
@@ -63,6 +63,9 @@ class Bundles:
             OSError: If the folder is full, or the disk; nothing of the bundle is left.
         """
         parts, batches = self._batches(incident)
+        texts, missing = _config(incident.trainer)
+        if not parts:
+            missing[BATCHES] = "training_step takes the dataloader's iterator, and hooks do not see its batch"
         if self._weights == "full":
             parts |= self._state(incident.trainer, rewind)
         if obstacle := self._folder.fullness(sum(map(bytes_of, parts.values()))):
@@ -78,7 +81,7 @@ class Bundles:
             "weights": _weights_facts(incident.trainer, self._weights),
             "batches": batches,
         }
-        return self._folder.write(_name(incident.place), facts, parts, _config(incident.trainer))
+        return self._folder.write(_name(incident.place), facts, parts, texts, missing)
 
     @staticmethod
     def _batches(incident: Incident) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,7 +91,7 @@ class Bundles:
             for loss, it in kept
         ]
         changed = any(_versions(it.batch) != it.versions for _, it in kept)
-        return {BATCHES: rows}, {"count": len(rows), "changed_in_place": changed}
+        return {BATCHES: rows} if rows else {}, {"count": len(rows), "changed_in_place": changed}
 
     def _state(self, trainer: Trainer, rewind: Rewind | None) -> dict[str, Any]:
         before = rewind.statistics_before() if rewind else {}
@@ -102,11 +105,11 @@ class Bundles:
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
             "script": sys.argv[0],
             "automatic_optimization": module.automatic_optimization,
-            "hparams": json.loads(json.dumps(dict(module.hparams), default=repr)),
+            "hparams": _as_json(dict(module.hparams)),
             "state": {
                 name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
                 for name, value in module.state_dict().items()
-                if isinstance(value, Tensor)
+                if isinstance(value, Tensor) and not is_lazy(value)
             },
         }
 
@@ -123,7 +126,7 @@ def _trainer_facts(incident: Incident) -> dict[str, Any]:
         "global_step": incident.place["step"],
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
-        "loss_scale": scaler.get_scale() if scaler else None,
+        "loss_scale": float(incident.loss_scale) if incident.loss_scale is not None else scaler.get_scale() if scaler else None,
     }
 
 
@@ -144,16 +147,28 @@ def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
     if saved:
         step, path = max(saved)
         return str(Path(path).absolute()), step
-    return (str(trainer.ckpt_path), None) if trainer.ckpt_path else (None, None)
+    return (str(Path(trainer.ckpt_path).absolute()), None) if trainer.ckpt_path else (None, None)
 
 
-def _config(trainer: Trainer) -> dict[str, str]:
-    """The configuration, if LightningCLI is there to tell it."""
+def _config(trainer: Trainer) -> tuple[dict[str, str], dict[str, str]]:
+    """The configuration, if LightningCLI is there to tell it; or why it cannot be told."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
         if parser is not None and config is not None:
-            return {CONFIG: parser.dump(config, skip_none=False)}
-    return {}
+            try:
+                return {CONFIG: parser.dump(config, skip_none=False)}, {}
+            except Exception as error:  # of somebody's own types
+                return {}, {CONFIG: f"{type(error).__name__}: {error}"}
+    return {}, {}
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON can say of it; the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(entry) for entry in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def _versions_of_software() -> dict[str, str | None]:
@@ -174,9 +189,11 @@ def _name(place: Mapping[str, int | str]) -> str:
     return f"step-{place['step']:07d}_batch-{place['batch']:07d}_epoch-{place['epoch']}_rank-{place['rank']}{suffix}"
 
 
-def _versions(batch: Any) -> tuple[int, ...]:
-    """Of all tensors of a batch: they count changes in place."""
-    return tuple(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_inference())
+def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
+    """Which things a batch consists of, and how often its tensors were changed in place."""
+    return tuple(
+        (id(leaf), leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0) for leaf in tree_leaves(batch)
+    )
 
 
 def _data(value: Any) -> Any:

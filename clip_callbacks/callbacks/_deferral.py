@@ -105,6 +105,9 @@ class Deferral:
             "a GradientNormMonitor with noise_scale looks at the gradients after each backward pass": any(
                 monitor.noise_scale for monitor in self._roles.monitors
             ),
+            'bundles of the weights (bundle_dir, weights="full") are written before other optimizers step': guard is not None
+            and guard.evidence.holds_weights
+            and len(self._trainer.optimizers) > 1,
             "a GradScaler, which takes the place of what skip_above tells the optimizer": guard is not None
             and guard.skip_above is not None
             and grad_scaler(self._trainer) is not None,

@@ -41,7 +41,8 @@ class Evidence:
         if not max_bundle_bytes > 0:
             raise ValueError(f"`max_bundle_bytes` must be above 0, got {max_bundle_bytes!r}.")
         self._weights: Weights = weights
-        self._folder = None if bundle_dir is None else BundleFolder(Path(bundle_dir), max_bundles, max_bundle_bytes)
+        where = None if bundle_dir is None else Path(bundle_dir).expanduser().absolute()  # wherever the process goes later
+        self._folder = None if where is None else BundleFolder(where, max_bundles, max_bundle_bytes)
         self._bundles: Bundles | None = None
         self._journal: Path | None = None
 

@@ -26,6 +26,9 @@ T = TypeVar("T")
 WINDOW = 1024
 """How many micro-batches of a window are remembered at most."""
 
+KEPT = 16
+"""How many batches are kept in manual optimization, where nobody says how long a window is."""
+
 
 class KeptBatch(NamedTuple):
     """A batch that may have to be run again, its index; if wanted, the states of random numbers and versions of tensors before."""
@@ -33,7 +36,7 @@ class KeptBatch(NamedTuple):
     batch: Any
     batch_idx: int
     rng: dict[str, Any] | None = None
-    versions: tuple[int, ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 class MicroBatch(NamedTuple):

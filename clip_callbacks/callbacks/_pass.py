@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.apply import drop
 from clip_callbacks.callbacks._checks import check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.callbacks._deferral import Deferral, Verdict
 from clip_callbacks.callbacks._histograms import check_histograms
 from clip_callbacks.callbacks._incident import Incident
-from clip_callbacks.callbacks._lane import KeptBatch, Lane, MicroBatch, make_lanes
+from clip_callbacks.callbacks._lane import KEPT, KeptBatch, Lane, MicroBatch, make_lanes
 from clip_callbacks.callbacks._microbatches import MicroBatches
 from clip_callbacks.callbacks._publisher import Publisher
 from clip_callbacks.callbacks._ranks import data_parallel
@@ -55,6 +55,7 @@ class Pass:
         self.norm_type = next((member.norm_type for member in members if member.norm_type is not None), 2.0)
         self.publisher: Publisher | None = None
         self._batch: KeptBatch | None = None
+        self._is_manual = not module.automatic_optimization
         self._warned_empty = self._in_window = self._has_backward = False
         scaler = grad_scaler(trainer)
         check_optimizers(trainer.optimizers, scaler, members)
@@ -108,7 +109,7 @@ class Pass:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         self._has_backward = False
         if self.guard:
-            self._batch = self.guard.remember(batch, batch_idx)
+            self._batch = self.guard.remember(trainer, batch, batch_idx)
         outdated = [lane for lane in self.lanes if lane.is_outdated]
         if outdated:
             self._renew(trainer, module, outdated)
@@ -123,7 +124,11 @@ class Pass:
         """Remember the loss until the step, to be looked at only if the step is bad."""
         self._in_window = self._has_backward = True
         for lane in self.lanes:
+            if self._is_manual and not lane.table.has_gradients:
+                lane.window.clear()  # zero_grad began another window
             lane.window.append(MicroBatch(loss.detach(), self._batch))
+            if self._is_manual and len(lane.window) > KEPT:  # an optimizer that steps seldom, or never
+                lane.window[-KEPT - 1] = lane.window[-KEPT - 1]._replace(kept=None)
         if self.micro_batches:
             self.micro_batches.before_backward()
 
@@ -186,6 +191,10 @@ class Pass:
             report = replace(report, skipped=TRUE)
         self._end_step(lane, incident, report)
         self._keep(lane, report, is_new=is_new)
+        if (
+            self._batch and self.guard and isinstance(optimizer, LBFGS)
+        ):  # its closure runs the batch again, with other random numbers
+            self._batch = self.guard.remember(trainer, self._batch.batch, self._batch.batch_idx)
 
     def _begin_step(self, lane: Lane, *, is_new: bool) -> bool:
         """Keep what this step may have to put back; whether the run went back in its batch, so that its gradients mean nothing."""
@@ -422,8 +431,10 @@ class Pass:
             self.guard.evidence.close()
         for monitor in self.roles.monitors:
             monitor.release()
+        self._batch = None
         for lane in self.lanes:
             lane.verdict = None
+            lane.window.clear()
             take_back(lane.optimizer)
 
     def history_state(self) -> dict[int, dict[str, Any]]:

@@ -47,7 +47,7 @@ class FaultInjection(Callback, TwinCallback):  # type: ignore[misc]
     Args:
         kind: "nan" or "inf": the first entry of each chosen parameter's gradient; "spike": their gradients times ``factor``;
             "loss": the loss becomes NaN, and with it all gradients.
-        step: The optimizer steps to strike, one or several, as ``trainer.global_step`` counts them from 0.
+        step: The optimizer steps to strike, one or several, as ``trainer.global_step`` stands, from 0, when the loss goes backward.
         parameter: A regular expression that ``re.search`` must find in the name of a parameter; None takes all. Not for "loss".
         rank: The rank to strike; None strikes all.
         probability: In place of ``step``: of each optimizer step, above 0 and up to 1, drawn independently and alike on all ranks.
@@ -121,7 +121,7 @@ class FaultInjection(Callback, TwinCallback):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """Several of them may stand in one Trainer."""
-        given = {"kind": self.kind, "step": self.steps, "parameter": self.parameter, "rank": self.rank}
+        given = {"kind": self.kind, "step": self.steps, "parameter": self.parameter, "rank": self.rank, "factor": self.factor}
         return self._generate_state_key(**given, probability=self.probability, seed=self.seed)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -177,9 +177,21 @@ class FaultInjection(Callback, TwinCallback):  # type: ignore[misc]
             _log.warning(_told(self._strike))
         self._withdraw()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which of the chosen steps never came: a rehearsal without a fault has shown nothing."""
+        missed = sorted(set(self.steps or ()) - {strike["step"] for strike in self.injected})
+        if missed and self.rank in {None, trainer.global_rank}:
+            steps = ", ".join(map(str, missed))
+            _log.warning(
+                "FaultInjection has not struck step %s: no backward pass began there. The run ends at step %d.",
+                steps,
+                trainer.global_step,
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on a parameter."""
+        """Leave no hook on a parameter, and let go of them."""
         self._withdraw()
+        self._targets = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the parameters."""
@@ -232,13 +244,13 @@ class FaultInjection(Callback, TwinCallback):  # type: ignore[misc]
         self._is_loaded = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the run, and with the generator's state: generators cannot be copied."""
-        return self.__dict__ | {"_generator": self._generator.get_state(), "_targets": {}, "_strike": None, "_hooks": []}
+        """Pickle and copy without the run, and with the generator's state, as numbers: neither it nor shared memory can be sent."""
+        return self.__dict__ | {"_generator": self._generator.get_state().tolist(), "_targets": {}, "_strike": None, "_hooks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the generator's state back."""
         generator = torch.Generator()
-        generator.set_state(state["_generator"])
+        generator.set_state(torch.tensor(state["_generator"], dtype=torch.uint8))
         self.__dict__.update(state | {"_generator": generator})
 
 

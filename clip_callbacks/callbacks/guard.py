@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.callbacks._bundles import Weights
@@ -22,6 +23,7 @@ from clip_callbacks.callbacks._rewind import Rewind
 from clip_callbacks.callbacks._roles import Roles
 from clip_callbacks.callbacks._rollback import Rollback, check_rollback
 from clip_callbacks.callbacks._states import Held, adopt
+from clip_callbacks.callbacks._twins import is_of
 from clip_callbacks.findings import Findings, Spike
 from clip_callbacks.limits import Limit, as_limit
 from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
@@ -217,8 +219,13 @@ class NonFiniteGuard(Member):
         if stage == "fit":
             self.evidence.prepare()
 
-    def remember(self, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """What is kept of a batch until its step: a reference, if it may have to be run again."""
+    def remember(self, trainer: Trainer, batch: Any, batch_idx: int) -> KeptBatch | None:
+        """What is kept of a batch until its step: a reference, if it may have to be run again.
+
+        Nothing of a ``training_step`` that takes the iterator: what hooks are given then is the batch before.
+        """
+        if is_of(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+            return None
         return self.evidence.keep(batch, batch_idx) or (KeptBatch(batch, batch_idx) if self.trace_forward else None)
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:

@@ -33,6 +33,7 @@ from clip_callbacks.replay.watch import Call, Watch
 
 _DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 """What a Trainer makes of the numbers in a batch."""
+AGAIN = "optimizers that stepped in the window before the bad step do so again, by hand: losses need not be the run's"
 
 
 @dataclass
@@ -275,8 +276,8 @@ class Conductor(Callback):
         try:
             for optimizer, state in zip(trainer.optimizers, self._weights.optimizers, strict=False):
                 optimizer.load_state_dict(dict(state))
-        except (ValueError, KeyError) as error:
-            self.outcome.notes.append(f"the optimizers' states do not fit: {error}")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            self.outcome.notes.append(f"the optimizers' states do not fit: {type(error).__name__}: {error}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the random numbers where they were taken: here, before the module's own hook."""
@@ -287,7 +288,7 @@ class Conductor(Callback):
         self._watch.start()
         try:
             notes = restore(row["rng"], pl_module)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a stranger's may be anything
             raise UnusableReplayError(f"The random numbers' states cannot be set: {type(error).__name__}: {error}") from None
         self.outcome.notes += [note for note in notes if note not in self.outcome.notes]
 
@@ -309,11 +310,12 @@ class Conductor(Callback):
         In manual optimization one batch may see several steps of the optimizer, and the bad one need not be the first: finite
         ones are taken.
         """
-        if trainer.optimizers.index(_bare(optimizer)) != self._recorded.optimizer:
-            return
-        self._weigh(trainer)
-        if self._is_over and (pl_module.automatic_optimization or self._has_failed):
-            self._end(trainer)
+        if trainer.optimizers.index(_bare(optimizer)) == self._recorded.optimizer:
+            self._weigh(trainer)
+            if self._is_over and (pl_module.automatic_optimization or self._has_failed):
+                self._end(trainer)
+        if AGAIN not in self.outcome.notes:
+            self.outcome.notes.append(AGAIN)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop if there was no step: the window goes on, or its micro-batch was left out."""

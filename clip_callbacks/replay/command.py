@@ -18,9 +18,10 @@ from clip_callbacks.bundle import Bundle
 from clip_callbacks.control_characters import escaped
 from clip_callbacks.replay.bisection import bisect
 from clip_callbacks.replay.investigation import Investigation, signature
+from clip_callbacks.replay.laboratory import Laboratory
+from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.rebuild import named_class, rebuilt
 from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.run import Laboratory, MicroBatch, Outcome
 from clip_callbacks.replay.samples import batch_size, chosen
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.tree import make_tree, show

@@ -79,7 +79,7 @@ class Bundle:
     def notes(self) -> list[str]:
         """What stands in the way of a replay, in words."""
         notes = [f"its {name} could not be written: {why}" for name, why in self.facts["missing"].items()]
-        classes = _classes_in(self.path / BATCHES)
+        classes = classes_in(self.path / BATCHES)
         if classes:
             notes += [f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
         if self.facts["batches"].get("changed_in_place"):
@@ -137,7 +137,7 @@ class Bundle:
         try:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
         except Exception as error:
-            if classes := _classes_in(self.path / name):
+            if classes := classes_in(self.path / name):
                 raise UnusableBundleError(
                     f"{self.path / name} holds objects that could run code, of {', '.join(classes)}. If you trust whoever wrote "
                     f"the bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
@@ -279,8 +279,12 @@ def _save(part: Any, file: Path) -> str | None:
     return None
 
 
-def _classes_in(file: Path) -> list[str]:
-    """Names of the classes in a file of tensors that ``weights_only=True`` refuses."""
+def classes_in(file: Path) -> list[str]:
+    """Names of the classes in a file of tensors that ``weights_only=True`` refuses.
+
+    Args:
+        file: As ``torch.save`` writes it; of any other there are none.
+    """
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not such a file at all

@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clip_callbacks.parameters import without_wrappers
 from clip_callbacks.random_states import restore
 from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.starting_weights import StartingWeights, check_fit, without_wrappers
+from clip_callbacks.replay.starting_weights import StartingWeights, check_fit
 from clip_callbacks.replay.stored_batches import set_tracker
 from clip_callbacks.replay.unusable import UnusableReplayError
 from clip_callbacks.replay.watch import Watch

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_callbacks.bundle import Bundle
-from clip_callbacks.parameters import WRAPPERS
+from clip_callbacks.bundle import Bundle, classes_in
+from clip_callbacks.parameters import without_wrappers
 from clip_callbacks.replay.recorded import Recorded
 from clip_callbacks.replay.unusable import UnusableReplayError
 
@@ -62,7 +62,7 @@ class StartingWeights:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            classes = _refused(path)
+            classes = classes_in(path)
             if classes:
                 raise UnusableReplayError(
                     f"{path} holds objects that could run code: {', '.join(classes)}. Save it anew without them (for example "
@@ -145,20 +145,6 @@ def _check_kinds(state: Mapping[str, Any], module: nn.Module) -> None:
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
-
-
-def without_wrappers(name: str) -> str:
-    """A key as it is without wrappers of torch."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _refused(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it is no such file at all
-        return []
 
 
 def _listed(names: list[str]) -> str:

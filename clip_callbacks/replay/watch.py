@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from clip_callbacks.parameters import WRAPPERS
+from clip_callbacks.parameters import without_wrappers
 from clip_callbacks.replay.ranges import Range, floats_in
 
 
@@ -219,7 +219,7 @@ def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Modu
     """The modules that are hooked: not torchmetrics, nor what is inside of compiled modules."""
     shut: list[str] = []
     for name, child in module.named_modules():
-        shown = _shown(name)
+        shown = without_wrappers(f"{name}.").rstrip(".")
         if any(name.startswith(prefix) for prefix in shut):
             continue
         if isinstance(child, Metric):
@@ -232,13 +232,6 @@ def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Modu
             if not hasattr(child, "_orig_mod"):
                 continue
         yield shown, child
-
-
-def _shown(name: str) -> str:
-    dotted = f"{name}."
-    for wrapper in WRAPPERS:
-        dotted = dotted.replace(wrapper, "")
-    return dotted.rstrip(".")
 
 
 def _not_finite(module: nn.Module) -> tuple[str, ...]:

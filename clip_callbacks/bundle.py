@@ -34,6 +34,7 @@ CONFIG = "config.yaml"
 _UNFINISHED = ".unfinished-"
 _STALE_S = 3600.0
 _NDARRAY = "clip_callbacks.ndarray"
+_TOLD = 6
 
 
 class UnusableBundleError(ValueError):
@@ -61,9 +62,11 @@ class Bundle:
         """
         try:
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UnusableBundleError(f"`bundle` must be a folder with a {FACTS}, got {path}.") from None
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            inside = sorted(found.parent.name for found in path.glob(f"*/{FACTS}"))
+            hint = f", which holds {len(inside)} of them: name one, such as {path / inside[0]}" if inside else ""
+            raise UnusableBundleError(f"`bundle` must be a folder with a {FACTS}, got {path}{hint}.") from None
+        except (OSError, ValueError, RecursionError) as error:
             raise UnusableBundleError(f"{path / FACTS} cannot be read: {error}") from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             got = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
@@ -75,7 +78,7 @@ class Bundle:
     def notes(self) -> list[str]:
         """What stands in the way of a replay, in words."""
         notes = [f"its {name} could not be written: {why}" for name, why in self.facts["missing"].items()]
-        classes = _classes_in(self.path / BATCHES)
+        classes = classes_in(self.path / BATCHES)
         if classes:
             notes += [f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
         if self.facts["batches"].get("changed_in_place"):
@@ -101,27 +104,63 @@ class Bundle:
             raise UnusableBundleError(f"{self.path} holds no batches: {self.facts['missing'].get(BATCHES, 'none were kept')}.")
         with torch.serialization.safe_globals(list(trust)):
             rows = self._load(BATCHES)
-        return [row | {"batch": _decoded(row["batch"]), "rng": _decoded(row["rng"])} for row in rows]
+        if not isinstance(rows, list) or not all(map(_is_micro_batch, rows)):
+            raise UnusableBundleError(
+                f"{self.path / BATCHES} must hold a list of micro-batches with batch, batch_idx, loss and rng, got "
+                f"{_shape_of(rows)}."
+            )
+        try:
+            return [row | {"batch": _decoded(row["batch"]), "rng": _decoded(row["rng"])} for row in rows]
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of arrays that are none
+            raise UnusableBundleError(f"{self.path / BATCHES} cannot be read: {type(error).__name__}: {error}") from None
 
     def weights(self) -> dict[str, Any] | None:
         """The ``state_dict`` of the module before the step, under "module"; None if it is not in the bundle."""
-        weights: dict[str, Any] | None = self._load(WEIGHTS) if WEIGHTS in self.facts["files"] else None
+        if WEIGHTS not in self.facts["files"]:
+            return None
+        weights = self._load(WEIGHTS)
+        if not isinstance(weights, dict) or not isinstance(weights.get("module"), dict):
+            raise UnusableBundleError(
+                f"{self.path / WEIGHTS} must hold the module's state_dict under `module`, got {_shape_of(weights)}."
+            )
         return weights
 
     def optimizers(self) -> list[dict[str, Any]]:
         """The ``state_dict`` of each optimizer before the step; none if they are not in the bundle."""
-        return list(self._load(OPTIMIZERS)) if OPTIMIZERS in self.facts["files"] else []
+        states = self._load(OPTIMIZERS) if OPTIMIZERS in self.facts["files"] else []
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+            raise UnusableBundleError(f"{self.path / OPTIMIZERS} must hold a list of state_dicts, got {_shape_of(states)}.")
+        return states
 
     def _load(self, name: str) -> Any:
         try:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
         except Exception as error:
-            if classes := _classes_in(self.path / name):
+            if classes := classes_in(self.path / name):
                 raise UnusableBundleError(
                     f"{self.path / name} holds objects that could run code, of {', '.join(classes)}. If you trust whoever wrote "
                     f"the bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
                 ) from None
-            raise UnusableBundleError(f"{self.path / name} cannot be read: {_first_line(error)}") from None
+            raise UnusableBundleError(
+                f"{self.path / name} cannot be read as torch.save writes it: {type(error).__name__}: {_first_line(error)}"
+            ) from None
+
+
+def _is_micro_batch(row: Any) -> bool:
+    if not isinstance(row, dict) or "batch" not in row or not isinstance(row.get("rng"), dict):
+        return False
+    loss, batch_idx = row.get("loss"), row.get("batch_idx")
+    has_loss = loss is None or (isinstance(loss, Tensor) and loss.numel() == 1)
+    return has_loss and isinstance(batch_idx, int) and batch_idx >= 0
+
+
+def _shape_of(content: Any) -> str:
+    """What it is instead, as briefly as can be."""
+    if isinstance(content, dict):
+        return f"a dict with {', '.join(map(str, list(content)[:_TOLD])) or 'nothing'}"
+    if isinstance(content, list):
+        return f"a list of {', '.join(sorted({type(entry).__name__ for entry in content})) or 'nothing'}"
+    return f"a {type(content).__name__}"
 
 
 def _check(path: Path, facts: dict[str, Any]) -> None:
@@ -257,8 +296,12 @@ def _save(part: Any, file: Path) -> str | None:
     return None
 
 
-def _classes_in(file: Path) -> list[str]:
-    """Names of the classes in a file of tensors that ``weights_only=True`` refuses."""
+def classes_in(file: Path) -> list[str]:
+    """Names of the classes in a file of tensors that ``weights_only=True`` refuses.
+
+    Args:
+        file: As ``torch.save`` writes it; of any other there are none.
+    """
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not such a file at all

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_callbacks.control_characters import escaped
+
 if TYPE_CHECKING:
     from clip_callbacks.dashboard.page import Section
     from clip_callbacks.dashboard.runs import Run
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (ValueError, OSError) as error:
-        print(f"clip-callbacks: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"clip-callbacks: {escaped(' '.join(str(error).split()))}", file=sys.stderr)
     return UNUSABLE
 
 

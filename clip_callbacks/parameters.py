@@ -112,7 +112,7 @@ class ParameterTable:
         for row in rows:
             first.setdefault(id(row[1]), row)
         names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())
-        return cls(tensors, tuple(map(_without_wrappers, names)), groups, reduce(tensors))
+        return cls(tensors, tuple(map(without_wrappers, names)), groups, reduce(tensors))
 
     def __len__(self) -> int:
         """Count of the parameters, N."""
@@ -336,7 +336,12 @@ class Gradients:
         return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """A name as it is without wrappers of torch.
+
+    Args:
+        name: Of a parameter, buffer or module; of a module with a dot at its end.
+    """
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -491,6 +491,77 @@ def test_a_module_is_not_blamed_for_what_flows_back_from_another_use_of_its_inpu
     assert innocent["gradient_in"]["nan"] == innocent["gradient_in"]["inf"] == 0
 
 
+class Twice(Net):
+    """One layer is called twice; only what comes out of its second call goes into the root of zero."""
+
+    def training_step(self, batch, batch_idx):
+        layer = self.net[0]
+        first, second = layer(batch[0]), layer(batch[0])
+        return first.square().mean() + (second - second.detach()).sqrt().sum()
+
+
+def test_of_two_calls_of_a_module_the_innocent_one_is_not_blamed(trainer, tmp_path, capsys):
+    bundle = fitted(trainer, tmp_path, Twice("plain"), samples(4))
+    _, found = replayed(capsys, bundle, *config(tmp_path, "Twice", kind="plain"))
+    assert guilt(found) == {}
+    assert "in code that takes what comes out of net.0 (Linear, call 2)" in found["findings"][0]
+
+
+class Penalized(Net):
+    """The norm of a bias that begins with zeros, by hand."""
+
+    def training_step(self, batch, batch_idx):
+        nn.init.zeros_(self.net[0].bias)
+        return self.net(batch[0]).square().mean() + self.net[0].bias.square().sum().sqrt()
+
+
+def test_a_module_is_not_blamed_for_a_penalty_on_its_parameters(trainer, tmp_path, capsys):
+    bundle = fitted(trainer, tmp_path, Penalized("plain"), samples(4))
+    _, found = replayed(capsys, bundle, *config(tmp_path, "Penalized", kind="plain"))
+    assert guilt(found) == {}
+    assert "or that takes parameters itself, as a penalty on weights does" in found["findings"][0]
+    assert "SqrtBackward0" in found["findings"][0]
+
+
+class Weighted(nn.Module):
+    """The root of a parameter that is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.weight.square().sqrt()
+
+
+class OwnParameter(Net):
+    def __init__(self) -> None:
+        super().__init__("plain")
+        self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Weighted(), nn.Linear(WIDTH, 1))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_module_that_breaks_only_the_gradient_of_its_own_parameter_is_named(trainer, tmp_path, capsys, precision):
+    bundle = fitted(trainer, tmp_path, OwnParameter(), samples(4), options={"precision": precision})
+    _, found = replayed(capsys, bundle, *config(tmp_path, "OwnParameter"))
+    assert guilt(found) == {"gradient": "net.1"}
+    assert "gradients of its own parameters non-finite" in found["culprits"][0]["text"]
+
+
+class Between(Net):
+    """The exponential between modules is infinite, and the layer that takes it makes NaN of it."""
+
+    def training_step(self, batch, batch_idx):
+        return self.net((200 * batch[0]).exp()).square().mean()
+
+
+def test_infinities_that_no_module_has_made_are_said_to_be_so(trainer, tmp_path, capsys):
+    bundle = fitted(trainer, tmp_path, Between("plain"), samples(4))
+    _, found = replayed(capsys, bundle, *config(tmp_path, "Between", kind="plain"))
+    assert guilt(found)["output"] == "net.0"
+    assert "what is infinite there is of no module: a mask, the batch, or code before it" in found["findings"][0]
+
+
 class Checkpointed(Net):
     def __init__(self, reentrant: bool) -> None:
         super().__init__("root")
@@ -582,6 +653,30 @@ def test_each_run_begins_with_the_module_as_it_was_made(trainer, tmp_path, capsy
     bundle = fitted(trainer, tmp_path, Counting(), inputs)
     _, found = replayed(capsys, bundle, *config(tmp_path, "Counting"), "--bisect", "--detect-anomaly")
     assert found["bisection"]["samples"] == [3]
+
+
+class Toggled(Gan):
+    """Its discriminator's loss is at fault while the generator's parameters need no gradient."""
+
+    def training_step(self, batch, batch_idx):
+        discriminator, generator = self.optimizers()
+        made = self.generator(batch[0])
+        self.toggle_optimizer(discriminator)
+        self.one_step(discriminator, self.discriminator(made.detach() * batch[0].log()).mean())
+        self.untoggle_optimizer(discriminator)
+        self.toggle_optimizer(generator)
+        self.one_step(generator, -self.discriminator(self.generator(batch[0])).mean())
+        self.untoggle_optimizer(generator)
+
+
+def test_a_run_that_ends_between_toggle_and_untoggle_leaves_nothing_to_the_next(trainer, tmp_path, capsys):
+    inputs = samples()
+    inputs[9, 3] = 0
+    bundle = fitted(trainer, tmp_path, Toggled(), inputs)
+    code, found = replayed(capsys, bundle, *config(tmp_path, "Toggled"), "--bisect", "--detect-anomaly")
+    assert code == 0
+    assert found["bisection"]["samples"] == [1]
+    assert any("before the bad step do so again" in note for note in found["notes"])
 
 
 class Pairwise(Net):

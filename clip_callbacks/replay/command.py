@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from clip_callbacks.bundle import Bundle
+from clip_callbacks.control_characters import escaped
 from clip_callbacks.replay.bisection import bisect
 from clip_callbacks.replay.investigation import Investigation, signature
+from clip_callbacks.replay.laboratory import Laboratory
+from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.rebuild import named_class, rebuilt
 from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.run import Laboratory, MicroBatch, Outcome
 from clip_callbacks.replay.samples import batch_size, chosen
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.tree import make_tree, show
@@ -164,7 +166,7 @@ def _check_picture(path: Path | None) -> None:
 
 
 def _print(found: Investigation) -> None:
-    print("\n".join([*found.heading, "", *found.findings, ""]))
+    print("\n".join(map(escaped, [*found.heading, "", *found.findings, ""])))
     title = f"{found.recorded.module.rpartition('.')[2]}.training_step"
     if found.bisection:
         title += f" of sample{'s' * (len(found.bisection.samples) > 1)} {', '.join(map(str, found.bisection.samples))}"
@@ -180,4 +182,5 @@ def say_frames(error: UnusableReplayError) -> None:
         error: Raised by code of the user's.
     """
     with redirect_stdout(sys.stderr):
-        print(error.frames, end="")
+        for line in error.frames.splitlines():
+            print(escaped(line))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -52,10 +53,11 @@ def find_culprits(calls: Sequence[Call], factor: float) -> list[Culprit]:
     around = {above for call in calls if call.parameters for above in call.above()}  # what comes out of those is no wonder
     forward = sorted((call for call in calls if call.done is not None and call not in around), key=lambda call: call.done or 0)
     backward = sorted(calls, key=lambda call: call.first_bad or 0)
+    infected = {call.name for call in calls if call.gradient and not call.gradient.is_finite}
     receding = list(reversed(forward))
     found = [
         _first("output", forward, _makes_nonfinite, lambda call: _forward_text(call, calls)),
-        _first("gradient", backward, _breaks_gradient, _backward_text),
+        _first("gradient", backward, lambda call: _breaks_gradient(call, infected), _backward_text),
         _first("output explodes", forward, lambda call: _explodes(call.inputs, call.outputs, factor), _growth_text),
         _first(
             "gradient explodes", receding, lambda call: _explodes(call.gradient, call.gradient_in, factor), _gradient_growth_text
@@ -79,8 +81,11 @@ def _makes_nonfinite(call: Call) -> bool:
     return not nan_in and (bool(call.outputs.nan) or (bool(call.outputs.inf) and not inf_in))
 
 
-def _breaks_gradient(call: Call) -> bool:
-    return call.first_bad is not None and call.gradient is not None and call.gradient.is_finite
+def _breaks_gradient(call: Call, infected: AbstractSet[str]) -> bool:
+    """Whether it does; under autocast calls of one module share the cast of its parameters, and what flows back into that."""
+    if call.first_bad is None or call.gradient is None or not call.gradient.is_finite:
+        return False
+    return bool(call.gradient_in and not call.gradient_in.is_finite) or call.name not in infected
 
 
 def _explodes(before: Range | None, after: Range | None, factor: float) -> bool:
@@ -96,7 +101,7 @@ def _forward_text(call: Call, calls: Sequence[Call]) -> str:
     elif call.inputs.is_finite:
         inputs = f"inputs finite in {call.inputs}"
     else:
-        inputs = f"inputs {call.inputs}"
+        inputs = f"inputs {call.inputs} (what is infinite there is of no module: a mask, the batch, or code before it)"
     text = f"output {call.outputs.faults()}, {inputs}"
     inside = [inner for inner in calls if inner.parent is call]
     if not inside:
@@ -109,7 +114,8 @@ def _forward_text(call: Call, calls: Sequence[Call]) -> str:
 def _backward_text(call: Call) -> str:
     bad = call.gradient_in if call.gradient_in and not call.gradient_in.is_finite else None
     what = f"gradient at its input {bad.faults()}" if bad else "gradients of its own parameters non-finite"
-    return f"{what}, finite in {call.gradient} at its output"
+    already = "; NaN went into it already" if call.inputs and call.inputs.nan else ""
+    return f"{what}, finite in {call.gradient} at its output{already}"
 
 
 def _growth_text(call: Call) -> str:

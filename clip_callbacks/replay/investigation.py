@@ -9,8 +9,8 @@ from typing import Any
 from clip_callbacks.replay.anomaly import Anomaly
 from clip_callbacks.replay.bisection import Bisection
 from clip_callbacks.replay.culprits import Culprit, find_culprits
+from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.run import MicroBatch, Outcome
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.verdict import Verdict
 
@@ -128,7 +128,8 @@ class Investigation:
     def _without_gradient(self, shown: MicroBatch) -> str:
         bad = [call for call in shown.calls if call.gradient and not call.gradient.is_finite and call.done is not None]
         if not bad:
-            return f"No module's gradient is at fault: it is in code between them{_named(shown)}"
+            where = "code between them, or that takes parameters itself, as a penalty on weights does"
+            return f"No module's gradient is at fault: it is in {where}{_named(shown)}"
         last = max(bad, key=lambda call: call.done or 0)
         where = f"code that takes what comes out of {last.label}: between modules, the loss function or training_step"
         return f"No module's gradient is at fault: it is in {where}{_named(shown)}"

@@ -84,7 +84,7 @@ def rebuilt(configs: Sequence[Path], script: Path | None, recorded_script: str =
         part for path, section in zip(configs, sections, strict=True) if "fit" not in section for part in ("--config", str(path))
     ]
     with _as_main(script) as main:
-        yield _build(main, script, whole, parts)
+        yield _build(main, script, whole, parts, recorded_script)
 
 
 def _section(path: Path) -> Mapping[str, Any]:
@@ -125,7 +125,9 @@ def _as_main(script: Path | None) -> Iterator[types.ModuleType]:
         sys.modules["__main__"], sys.argv, sys.path[:] = kept
 
 
-def _build(main: types.ModuleType, script: Path | None, whole: Sequence[str], parts: Sequence[str]) -> Rebuilt:
+def _build(
+    main: types.ModuleType, script: Path | None, whole: Sequence[str], parts: Sequence[str], recorded_script: str
+) -> Rebuilt:
     from lightning.pytorch.cli import LightningCLI
 
     made: list[Rebuilt] = []
@@ -141,7 +143,8 @@ def _build(main: types.ModuleType, script: Path | None, whole: Sequence[str], pa
             pass
         except SystemExit:
             if not made:
-                raise UnusableReplayError(f"LightningCLI refused the configuration: {_last(complaints.getvalue())}") from None
+                hint = f"; if {recorded_script} adds arguments or links, give it too: --script" if script is None else ""
+                raise UnusableReplayError(f"LightningCLI refused the configuration: {_last(complaints.getvalue())}{hint}") from None
         except Exception as error:
             raise UnusableReplayError.of(str(script or "LightningCLI"), error) from error
     if not made:
@@ -213,8 +216,10 @@ def named_class(name: str) -> type:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UnusableReplayError(f"`--trust` must be a class as package.module.Class, got {name}: {error}") from None
+    except Exception as error:
+        raise UnusableReplayError.of(f"`--trust`: importing {module}", error) from error
     if not isinstance(found, type):
         raise UnusableReplayError(f"`--trust` must be a class, got {name}, a {type(found).__name__}.")
     return found

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from clip_callbacks.bundle import FACTS, Bundle, UnusableBundleError
+
+MOST = 2**62
+"""No count of steps is as large."""
+LONGEST = 1000
+"""No name is as long."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +69,36 @@ class Recorded:
             is_spike = facts["kind"] == "spike"
             return cls(
                 kind=facts["kind"],
-                step=int(trainer["global_step"]),
-                epoch=int(report["epoch"]),
-                optimizer=int(facts["optimizer"]),
-                precision=str(trainer["precision"]),
-                accumulate_grad_batches=max(1, int(trainer["accumulate_grad_batches"])),
-                world_size=int(trainer["world_size"]),
-                device=str(trainer["device"]).partition(":")[0],
-                max_steps=int(trainer["max_steps"]),
-                max_epochs=_or_none(int, trainer["max_epochs"]),
-                loss_scale=_or_none(float, trainer["loss_scale"]),
+                step=_count(trainer["global_step"]),
+                epoch=_count(report["epoch"]),
+                optimizer=_count(facts["optimizer"]),
+                precision=_word(trainer["precision"]),
+                accumulate_grad_batches=max(1, _count(trainer["accumulate_grad_batches"])),
+                world_size=_count(trainer["world_size"]),
+                device=_word(trainer["device"]).partition(":")[0],
+                max_steps=_count(trainer["max_steps"], -1),
+                max_epochs=None if trainer["max_epochs"] is None else _count(trainer["max_epochs"], -1),
+                loss_scale=None if trainer["loss_scale"] is None else float(trainer["loss_scale"]),
                 total_norm=float(report["total_norm"]) if is_spike else None,
                 limit=float(report["limit"]) if is_spike else None,
-                script=str(module["script"]),
-                module=str(module["class"]),
+                script=_word(module["script"]),
+                module=_word(module["class"]),
                 state={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in module["state"].items()},
-                place=", ".join(f"{what} {where}" for what, where in bundle.place.items()),
+                place=", ".join(f"{what} {_word(str(where))}" for what, where in bundle.place.items()),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UnusableBundleError(
                 f"{bundle.path / FACTS} must tell of the step, the Trainer and the module, got {type(error).__name__}: {error}."
             ) from None
 
 
-def _or_none(kind: Any, value: Any) -> Any:
-    return None if value is None else kind(value)
+def _count(value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < MOST:
+        raise ValueError(f"{value!r:.60} as a count")
+    return value
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST:
+        raise ValueError(f"{value!r:.60} as a name")
+    return value

@@ -22,15 +22,17 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+        self._values = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors.values()]
         self._kept = tensors | {id(child): child for child in module.modules()}
         self._tables = [(child, {key: dict(vars(child)[key]) for key in _TABLES}) for child in module.modules()]
         self._attributes = [(child, self._copied(_own(child))) for child in module.modules()]
 
     def restore(self) -> None:
         """Make the module what it was."""
-        for tensor, value in self._values:
+        for tensor, value, requires_grad in self._values:
             tensor.data, tensor.grad = value.clone(), None
+            if tensor.requires_grad != requires_grad:  # a run may have ended between toggle_optimizer and untoggle_optimizer
+                tensor.requires_grad_(requires_grad)
         for child, tables in self._tables:
             for key, table in tables.items():
                 vars(child)[key].clear()

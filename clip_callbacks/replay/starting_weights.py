@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_callbacks.bundle import Bundle
-from clip_callbacks.parameters import WRAPPERS
+from clip_callbacks.bundle import Bundle, classes_in
+from clip_callbacks.parameters import without_wrappers
 from clip_callbacks.replay.recorded import Recorded
 from clip_callbacks.replay.unusable import UnusableReplayError
 
@@ -45,12 +45,12 @@ class StartingWeights:
         if checkpoint is not None:
             return cls._of_checkpoint(checkpoint, recorded, "")
         if weights := bundle.weights():
-            if not isinstance(weights, dict) or not isinstance(weights.get("module"), Mapping):
-                raise UnusableReplayError(f"{bundle.path} must hold the module's state_dict, got {type(weights).__name__}.")
             return cls("those of the bundle, from just before the step", weights["module"], bundle.optimizers(), 0)
         path = bundle.facts["weights"].get("checkpoint")
         if not path:
             return cls("as the configuration makes them; the bundle has none")
+        if not isinstance(path, str):
+            raise UnusableReplayError(f"{bundle.path} must tell of a checkpoint's path, got {path!r:.100}; give one by --ckpt.")
         if not Path(path).is_file():
             raise UnusableReplayError(f"The bundle's weights are those of {path}, which is gone; give another one by --ckpt PATH.")
         return cls._of_checkpoint(Path(path), recorded, ", which the bundle refers to")
@@ -62,13 +62,14 @@ class StartingWeights:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            classes = _refused(path)
+            classes = classes_in(path)
             if classes:
                 raise UnusableReplayError(
                     f"{path} holds objects that could run code: {', '.join(classes)}. Save it anew without them (for example "
                     "without save_hyperparameters of such objects), or give one saved with save_weights_only=True."
                 ) from None
-            raise UnusableReplayError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+            said = next(iter(str(error).splitlines()), "")
+            raise UnusableReplayError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {said}") from None
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
             raise UnusableReplayError(f"`--ckpt` must be a checkpoint of Lightning with a state_dict, got {path}.")
         step = content.get("global_step")
@@ -82,7 +83,7 @@ class StartingWeights:
                 else "that of the bad one"
             )
             text += f", of step {step}, {where}"
-        return cls(text, content["state_dict"], tuple(content.get("optimizer_states", ())), distance)
+        return cls(text, content["state_dict"], tuple(content.get("optimizer_states") or ()), distance)
 
     def load(self, module: nn.Module) -> None:
         """Give them to the module.
@@ -92,7 +93,10 @@ class StartingWeights:
         """
         if self.module is None:
             return
+        if not all(isinstance(name, str) for name in self.module):
+            raise UnusableReplayError(f"The weights must be a state_dict with names, got {list(self.module)[:NAMED]!r:.100}.")
         state = self._named_as_in(module)
+        _check_kinds(state, module)
         check_fit({name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}, module, "weights")
         try:
             module.load_state_dict(state, strict=False)
@@ -126,18 +130,21 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], module: nn.Module, what: st
         )
 
 
-def without_wrappers(name: str) -> str:
-    """A key as it is without wrappers of torch."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+def _check_kinds(state: Mapping[str, Any], module: nn.Module) -> None:
+    """See that no whole numbers take the place of others, which torch would convert without a word."""
+    own = module.state_dict()
+    pairs = [(name, own[name], value) for name, value in state.items() if isinstance(value, Tensor) and name in own]
+    others = [
+        f"{name} {theirs.dtype} instead of {ours.dtype}"
+        for name, ours, theirs in pairs
+        if isinstance(ours, Tensor) and _kind(ours) != _kind(theirs)
+    ]
+    if others:
+        raise UnusableReplayError(f"The weights must be numbers of the kind that the module has, got {_listed(others)}.")
 
 
-def _refused(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it is no such file at all
-        return []
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _listed(names: list[str]) -> str:

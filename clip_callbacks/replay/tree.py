@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TextIO
 
+from clip_callbacks.control_characters import escaped
 from clip_callbacks.replay.culprits import TITLES, Culprit
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.watch import Call
@@ -135,7 +136,7 @@ def rich_tree(node: Node) -> Any:
     from rich.tree import Tree
 
     styles = {"guilty": "bold red", "bad": "yellow", "healthy": "", "folded": "dim"}
-    tree = Tree(Text(node.text, style=styles[node.style]))
+    tree = Tree(Text(escaped(node.text), style=styles[node.style]))
     for child in node.children:
         tree.add(rich_tree(child))
     return tree
@@ -153,7 +154,7 @@ def plain_text(node: Node, encoding: str = "utf-8") -> str:
 
 
 def _lines(node: Node) -> list[str]:
-    lines = [node.text]
+    lines = [escaped(node.text)]
     for child in node.children:
         is_last = child is node.children[-1]
         first, *rest = _lines(child)

@@ -10,6 +10,8 @@ import torch
 
 import clip_callbacks
 
+LONG = 400
+"""So much of an error's message is told."""
 _FOREIGN = tuple(str(Path(package.__path__[0]).resolve()) for package in (torch, lightning, clip_callbacks))
 
 
@@ -36,6 +38,8 @@ class UnusableReplayError(ValueError):
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         said = next(iter(str(error).strip().splitlines()), "no message")
+        if len(said) > LONG:
+            said = f"{said[:LONG]} …"
         return cls(f"{what} raised {type(error).__name__}: {said}{where}", "".join(traceback.format_list(frames)))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clip_callbacks.replay.outcome import Outcome
 from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.run import Outcome
 from clip_callbacks.replay.starting_weights import StartingWeights
 
 FULL = ("32-true", "64-true")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from clip_callbacks.parameters import WRAPPERS
+from clip_callbacks.parameters import without_wrappers
 from clip_callbacks.replay.ranges import Range, floats_in
 
 
@@ -31,7 +31,7 @@ class Call:
         done: Its place in the order in which calls end; None while it is running, or if it raised.
         gradient: Of the loss, at the outputs.
         gradient_in: Of the loss, at the inputs: what flows back into them from this call, not from their other uses.
-        first_bad: When, in the backward pass, a gradient at its inputs or of its own parameters was first not finite.
+        first_bad: When, in the backward pass, what flows from this call to its inputs or its own parameters was first not finite.
         absorbed: Whether what was infinite in the outputs went into other modules, and came out of all of them finite.
     """
 
@@ -105,10 +105,6 @@ class Watch:
                 child.register_forward_pre_hook(begin, with_kwargs=True),
                 child.register_forward_hook(end, with_kwargs=True, always_call=True),
             ]
-            for parameter in child.parameters(recurse=False):
-                if parameter.requires_grad and parameter.is_leaf:
-                    hook = self._parameter_hook(name)
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Take them off, and let go of the graph."""
@@ -154,10 +150,10 @@ class Watch:
             if any(tensor is made for tensor in tensors):
                 users.append(call)
 
-    def _end(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         entry = self._running.pop() if self._running else None
         if entry is None:
-            self._hook_repeated(name, (args, kwargs), output)
+            self._hook_repeated(name, module, (args, kwargs), output)
             return
         if output is None:  # it returned nothing, or raised
             return
@@ -168,36 +164,46 @@ class Watch:
         if call.outputs and call.outputs.inf:
             self._infinite += [(tensor, call, []) for tensor in tensors if bool(tensor.detach().isinf().any())]
         self._nodes |= {tensor.grad_fn for tensor in tensors}
-        self._hook_gradients(tensors, edges, call)
+        self._hook_gradients(module, tensors, edges, call)
 
-    def _hook_repeated(self, name: str, inputs: Any, output: Any) -> None:
+    def _hook_repeated(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Under reentrant checkpointing the graph is that of the second run; the last call is the first to be run again."""
         self._repeated[name] += 1
         calls = [call for call in self.calls if call.name == name]
         if self._repeated[name] <= len(calls):
-            self._hook_gradients(_each_once(output), _edges_to(_each_once(inputs)), calls[-self._repeated[name]])
+            call = calls[-self._repeated[name]]
+            self._hook_gradients(module, _each_once(output), _edges_to(_each_once(inputs)), call)
 
-    def _hook_gradients(self, outputs: list[Tensor], edges: set[Any], call: Call) -> None:
-        """See the gradients at the outputs, and those that go from the graph behind them along its edges to the inputs."""
+    def _hook_gradients(self, module: nn.Module, outputs: list[Tensor], edges: set[Any], call: Call) -> None:
+        """See the gradients at the outputs, and those that go from the graph behind them to the inputs and to own parameters."""
         for tensor in outputs:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._see, call, "gradient"))  # type: ignore[no-untyped-call]
-        nodes: list[Any] = [tensor.grad_fn for tensor in outputs] if edges else []
+        own = {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
+        nodes: list[Any] = [tensor.grad_fn for tensor in outputs] if edges or own else []
         seen = {None, *(node for node, _ in edges)}
         while nodes:
             node = nodes.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if places := [place for place, edge in enumerate(node.next_functions) if edge in edges]:
-                node.register_hook(partial(self._see_edges, call, places))
-            nodes += [below for below, _ in node.next_functions]
+            below = [child for child, _ in node.next_functions]
+            to_inputs = [place for place, edge in enumerate(node.next_functions) if edge in edges]
+            to_own = [place for place, child in enumerate(below) if id(getattr(child, "variable", None)) in own]
+            if to_inputs or to_own:
+                node.register_hook(partial(self._see_edges, call, to_inputs, to_own))
+            nodes += below
 
-    def _see_edges(self, call: Call, places: list[int], flowing: tuple[Tensor | None, ...], _: object) -> None:
-        for place in places:
-            gradient = flowing[place]
-            if gradient is not None:
+    def _see_edges(
+        self, call: Call, to_inputs: list[int], to_own: list[int], flowing: tuple[Tensor | None, ...], _: object
+    ) -> None:
+        for place in to_inputs:
+            if (gradient := flowing[place]) is not None:
                 self._see(call, "gradient_in", gradient)
+        spans = [Range.of(flowing[place]) for place in to_own]
+        self._clock += 1
+        if call.first_bad is None and any(span and not span.is_finite for span in spans):
+            call.first_bad = self._clock
 
     def _see(self, call: Call, key: str, gradient: Tensor) -> None:
         self._clock += 1
@@ -208,23 +214,12 @@ class Watch:
         if key == "gradient_in" and not span.is_finite and call.first_bad is None:
             call.first_bad = self._clock
 
-    def _parameter_hook(self, name: str) -> Any:
-        def hook(parameter: Tensor) -> None:
-            self._clock += 1
-            span = Range.of(parameter.grad)
-            if span and not span.is_finite:
-                for call in self.calls:
-                    if call.name == name and call.first_bad is None:
-                        call.first_bad = self._clock
-
-        return hook
-
 
 def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are hooked: not torchmetrics, nor what is inside of compiled modules."""
     shut: list[str] = []
     for name, child in module.named_modules():
-        shown = _shown(name)
+        shown = without_wrappers(f"{name}.").rstrip(".")
         if any(name.startswith(prefix) for prefix in shut):
             continue
         if isinstance(child, Metric):
@@ -237,13 +232,6 @@ def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Modu
             if not hasattr(child, "_orig_mod"):
                 continue
         yield shown, child
-
-
-def _shown(name: str) -> str:
-    dotted = f"{name}."
-    for wrapper in WRAPPERS:
-        dotted = dotted.replace(wrapper, "")
-    return dotted.rstrip(".")
 
 
 def _not_finite(module: nn.Module) -> tuple[str, ...]:

@@ -676,7 +676,25 @@ def test_a_run_that_ends_between_toggle_and_untoggle_leaves_nothing_to_the_next(
     code, found = replayed(capsys, bundle, *config(tmp_path, "Toggled"), "--bisect", "--detect-anomaly")
     assert code == 0
     assert found["bisection"]["samples"] == [1]
-    assert any("before the bad step do so again" in note for note in found["notes"])
+    assert not found["notes"], "no optimizer has stepped before it in its window"
+
+
+class Behind(Gan):
+    """Its generator's loss is at fault, when the discriminator has stepped."""
+
+    def training_step(self, batch, batch_idx):
+        discriminator, generator = self.optimizers()
+        self.one_step(discriminator, self.discriminator(self.generator(batch[0]).detach()).mean())
+        self.one_step(generator, -self.discriminator(self.generator(batch[0]) * batch[0].log()).mean())
+
+
+def test_optimizers_that_step_again_before_the_bad_step_are_told(trainer, tmp_path, capsys):
+    inputs = samples()
+    inputs[9, 3] = 0
+    bundle = fitted(trainer, tmp_path, Behind(), inputs)
+    code, found = replayed(capsys, bundle, *config(tmp_path, "Behind"))
+    assert code == 0
+    assert any("stepped in the window before the bad step do so again" in note for note in found["notes"])
 
 
 class Pairwise(Net):

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clip_callbacks.batch_encoding import decoded
 
 FORMAT = 1
 KINDS = ("nonfinite", "spike")
@@ -31,9 +29,7 @@ WEIGHTS = "weights.pt"
 OPTIMIZERS = "optimizers.pt"
 CONFIG = "config.yaml"
 
-_UNFINISHED = ".unfinished-"
-_STALE_S = 3600.0
-_NDARRAY = "clip_callbacks.ndarray"
+_FACTS_BYTES = 64_000_000
 _TOLD = 6
 
 
@@ -61,7 +57,11 @@ class Bundle:
             UnusableBundleError: If it is no bundle, of another format, truncated, or not as it was written.
         """
         try:
+            if (path / FACTS).stat().st_size > _FACTS_BYTES or ((path / FACTS).exists() and not (path / FACTS).is_file()):
+                raise UnusableBundleError(f"{path / FACTS} must be a file of up to {_FACTS_BYTES // 10**6} MB.")
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        except UnusableBundleError:
+            raise
         except (FileNotFoundError, NotADirectoryError):
             inside = sorted(found.parent.name for found in path.glob(f"*/{FACTS}"))
             hint = f", which holds {len(inside)} of them: name one, such as {path / inside[0]}" if inside else ""
@@ -110,8 +110,8 @@ class Bundle:
                 f"{_shape_of(rows)}."
             )
         try:
-            return [row | {"batch": _decoded(row["batch"]), "rng": _decoded(row["rng"])} for row in rows]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of arrays that are none
+            return [row | {"batch": decoded(row["batch"]), "rng": decoded(row["rng"])} for row in rows]
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of arrays that are none, or nested too deep
             raise UnusableBundleError(f"{self.path / BATCHES} cannot be read: {type(error).__name__}: {error}") from None
 
     def weights(self) -> dict[str, Any] | None:
@@ -134,7 +134,10 @@ class Bundle:
 
     def _load(self, name: str) -> Any:
         try:
+            _check_size(self.path / name)
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
+        except UnusableBundleError:
+            raise
         except Exception as error:
             if classes := classes_in(self.path / name):
                 raise UnusableBundleError(
@@ -142,8 +145,16 @@ class Bundle:
                     f"the bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
                 ) from None
             raise UnusableBundleError(
-                f"{self.path / name} cannot be read as torch.save writes it: {type(error).__name__}: {_first_line(error)}"
+                f"{self.path / name} cannot be read as torch.save writes it: {type(error).__name__}: {first_line(error)}"
             ) from None
+
+
+def _check_size(file: Path) -> None:
+    """See that reading takes about as much memory as the file takes room: torch compresses nothing, and who does may mean harm."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise UnusableBundleError(f"{file} must not be compressed.")
 
 
 def _is_micro_batch(row: Any) -> bool:
@@ -174,126 +185,17 @@ def _check(path: Path, facts: dict[str, Any]) -> None:
         file = path / name
         if file.parent != path or not isinstance(known, dict):  # a stranger's bundle may not point elsewhere
             raise UnusableBundleError(f"{path / FACTS} must name files of its own folder, got {name!r}.")
-        if not file.is_file():
-            raise UnusableBundleError(f"{file} is missing.")
+        try:
+            is_there = file.is_file() and not file.is_symlink()
+        except OSError:  # a name that is too long
+            is_there = False
+        if not is_there:
+            raise UnusableBundleError(f"{file} is missing, or no file.")
         size = file.stat().st_size
         if size != known.get("bytes"):
             raise UnusableBundleError(f"{file} must have {known.get('bytes')} bytes, got {size}: it is truncated or changed.")
-        if _hash(file) != known.get("sha256"):
+        if hash_of(file) != known.get("sha256"):
             raise UnusableBundleError(f"{file} is not as it was written: its hash is another one.")
-
-
-class BundleFolder:
-    """Where bundles go, written whole or not at all, up to a number and a size.
-
-    Args:
-        path: The folder.
-        max_bundles: How many it may hold.
-        max_bytes: How much they may take together.
-    """
-
-    def __init__(self, path: Path, max_bundles: int, max_bytes: float) -> None:
-        """Touch nothing yet."""
-        self.path = path
-        self._max_bundles = max_bundles
-        self._max_bytes = max_bytes
-
-    def prepare(self) -> None:
-        """Make the folder, see that it can be written to, and clear away what killed runs have left half-written.
-
-        Raises:
-            OSError: If it cannot.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.path) as file:
-            file.write(b"?")
-            file.flush()
-        for half in self.path.glob(f"{_UNFINISHED}*"):
-            with suppress(OSError):
-                if time.time() - half.stat().st_mtime > _STALE_S:
-                    shutil.rmtree(half)
-
-    def fullness(self, more: int = 0) -> str | None:
-        """What stands in the way of a further bundle, if anything does.
-
-        Args:
-            more: How many bytes it will take.
-        """
-        bundles = [found.parent for found in self.path.glob(f"[!.]*/{FACTS}")]  # but unfinished ones
-        if len(bundles) >= self._max_bundles:
-            return f"{self.path} holds {len(bundles)} bundles (max_bundles={self._max_bundles})"
-        size = sum(_size(bundle) for bundle in bundles)
-        if size + more > self._max_bytes:
-            return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bundle_bytes={self._max_bytes:g})"
-        return None
-
-    def write(
-        self,
-        name: str,
-        facts: Mapping[str, Any],
-        parts: Mapping[str, Any],
-        texts: Mapping[str, str],
-        missing: Mapping[str, str] | None = None,
-    ) -> Bundle:
-        """Write a bundle into a hidden folder and give that its name when it is complete.
-
-        A part that cannot be pickled is left out, and the bundle says why.
-
-        Args:
-            name: Of the new folder; a number is put behind it if there is one of that name.
-            facts: For ``bundle.json``.
-            parts: What goes into files of tensors, by name.
-            texts: What goes into text files, by name.
-            missing: Why files are not there, by name.
-
-        Raises:
-            OSError: Whatever went wrong, as a full disk, or more bytes than are allowed; nothing of the bundle is left.
-        """
-        half = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
-        try:
-            half.chmod(0o755)
-            unwritten = {file: why for file, part in parts.items() if (why := _save(part, half / file))}
-            for file, text in texts.items():
-                (half / file).write_text(text, encoding="utf-8")
-            files = {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(half.iterdir())}
-            told = {"format": FORMAT, **facts, "files": files, "missing": {**(missing or {}), **unwritten}}
-            (half / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            if obstacle := self.fullness(_size(half)):  # no more can be told of it beforehand than what its tensors take
-                raise OSError(obstacle)
-            return Bundle(self._rename(half, name), told)
-        except BaseException as error:
-            shutil.rmtree(half, ignore_errors=True)
-            if isinstance(error, RuntimeError):  # what torch makes of a full disk, which it mentions as the context
-                context = error.__context__
-                raise OSError(str(context) if isinstance(context, OSError) else _first_line(error)) from error
-            raise
-
-    def _rename(self, half: Path, name: str) -> Path:
-        number = 1
-        while True:
-            path = self.path / (name if number == 1 else f"{name}_{number}")
-            if not path.exists():
-                try:
-                    return half.rename(path)
-                except OSError:
-                    if not path.exists():  # or another process was faster
-                        raise
-            number += 1
-
-
-def _save(part: Any, file: Path) -> str | None:
-    """Write a file of tensors, or say why that cannot be."""
-    try:
-        with file.open("wb") as stream:  # so that a full disk is an OSError that says so
-            torch.save(part, stream)
-    except OSError:
-        raise
-    except Exception as error:  # whatever pickling meets
-        file.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # what torch makes of a full disk
-            raise
-        return _first_line(error)
-    return None
 
 
 def classes_in(file: Path) -> list[str]:
@@ -308,84 +210,15 @@ def classes_in(file: Path) -> list[str]:
         return []
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what it says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def encoded(value: Any) -> Any:
-    """A batch without graphs, devices, and the rest of storages that its tensors are views of; arrays of NumPy as tensors.
-
-    Mappings become dictionaries, so that batches of text libraries need no class of theirs. Other objects stay as they are.
-    """
-    if type(value) is Tensor:
-        return _compact(value)
-    if isinstance(value, Mapping):
-        return {key: encoded(entry) for key, entry in value.items()}
-    if type(value) in {list, tuple}:
-        return type(value)(encoded(entry) for entry in value)
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(encoded, value))
-    numpy = sys.modules.get("numpy")
-    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
-        return {_NDARRAY: torch.from_numpy(numpy.array(value)), "scalar": isinstance(value, numpy.generic)}
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        if _NDARRAY in value:
-            array = value[_NDARRAY].numpy()
-            return array[()] if value["scalar"] else array
-        return {key: _decoded(entry) for key, entry in value.items()}
-    if type(value) in {list, tuple}:
-        return type(value)(_decoded(entry) for entry in value)
-    return value
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    if tensor.layout is torch.strided and not tensor.is_nested and tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return tensor.clone()
-    return tensor
-
-
-def bytes_of(value: Any) -> int:
-    """How much the tensors in something will take on the disk."""
-    return sum(_nbytes(tensor) for tensor in _tensors(value))
-
-
-def _nbytes(tensor: Tensor) -> int:
-    if tensor.layout is torch.sparse_coo:
-        return tensor._indices().nbytes + tensor._values().nbytes
-    return tensor.nbytes
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-def _size(folder: Path) -> int:
-    size = 0
-    with suppress(OSError):  # somebody is clearing it away
-        for file in folder.iterdir():
-            size += file.lstat().st_size
-    return size
-
-
-def _hash(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """Of a file, by SHA-256."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _told(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"

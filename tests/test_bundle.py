@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+import zipfile
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import NonFiniteGradientError, NonFiniteGuard
-from clip_callbacks.bundle import Bundle, BundleFolder, UnusableBundleError
+from clip_callbacks.bundle import Bundle, UnusableBundleError
+from clip_callbacks.bundle_folder import BundleFolder
 from clip_callbacks.random_states import RandomStates, restore
 from tests import parallel
 from tests.conftest import Poisoned, Regression, assert_same_bits, data
@@ -396,7 +398,7 @@ def test_a_truncated_bundle_is_refused(bundle):
     with pytest.raises(UnusableBundleError, match=r"batches.pt must have \d+ bytes, got \d+: it is truncated or changed"):
         Bundle.read(bundle.path)
     file.unlink()
-    with pytest.raises(UnusableBundleError, match=r"batches.pt is missing"):
+    with pytest.raises(UnusableBundleError, match=r"batches.pt is missing, or no file"):
         Bundle.read(bundle.path)
 
 
@@ -455,6 +457,58 @@ def test_a_strangers_bundle_cannot_run_code(bundle):
             load()
     assert Bundle.read(written.path).notes
     assert not trace.exists()
+
+
+def rewritten(bundle, **parts):
+    """The same bundle with other files of tensors, their hashes right."""
+    facts = {key: value for key, value in bundle.facts.items() if key not in ("files", "missing")}
+    return BundleFolder(bundle.path.parent, 99, 1e9).write("other", facts, {f"{name}.pt": part for name, part in parts.items()}, {})
+
+
+def test_a_small_file_does_not_grow_in_memory(bundle):
+    value = [torch.ones(1)]
+    for _ in range(60):
+        value = [value, value]
+    row = {"batch": value, "batch_idx": 0, "loss": torch.ones(()), "rng": {}}
+    (read,) = rewritten(bundle, batches=[row]).micro_batches()
+    assert read["batch"][0] is read["batch"][1]
+    other = rewritten(bundle, batches=[row])
+    file = other.path / "batches.pt"
+    with zipfile.ZipFile(file) as parts, zipfile.ZipFile(other.path / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in parts.infolist():
+            packed.writestr(part.filename, parts.read(part))
+    (other.path / "packed").replace(file)
+    with pytest.raises(UnusableBundleError, match=r"batches.pt must not be compressed"):
+        other.micro_batches()
+
+
+def test_links_pipes_and_long_names_are_refused(bundle):
+    file = bundle.path / "weights.pt"
+    file.rename(bundle.path.parent / "elsewhere")
+    file.symlink_to(bundle.path.parent / "elsewhere")
+    with pytest.raises(UnusableBundleError, match=r"weights.pt is missing, or no file"):
+        Bundle.read(bundle.path)
+    facts = bundle.path / "bundle.json"
+    facts.write_text(facts.read_text().replace('"weights.pt": {', f'"{"w" * 300}": {{'))
+    with pytest.raises(UnusableBundleError, match="w is missing, or no file"):
+        Bundle.read(bundle.path)
+    facts.unlink()
+    os.mkfifo(facts)
+    with pytest.raises(UnusableBundleError, match="bundle.json must be a file of up to 64 MB"):
+        Bundle.read(bundle.path)
+
+
+def test_arrays_in_named_tuples_come_back(trainer, tmp_path):
+    batch = Pair(torch.ones(2, 4), np.ones((2, 1), np.float32))
+
+    class Takes(Regression):
+        def loss(self, batch, batch_idx):
+            return nn.functional.mse_loss(self.net(batch.inputs), torch.as_tensor(batch.targets)) * NAN
+
+    trainer(guard_to(tmp_path)).fit(Takes(), loader_of(batch))
+    (row,) = bundles_in(tmp_path / "bad")[0].micro_batches(trust=[Pair])
+    assert isinstance(row["batch"], Pair)
+    np.testing.assert_array_equal(row["batch"].targets, batch.targets)
 
 
 def test_jobs_that_share_a_folder_do_not_disturb_one_another(tmp_path):

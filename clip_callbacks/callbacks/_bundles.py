@@ -16,7 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 import clip_callbacks
-from clip_callbacks.bundle import BATCHES, CONFIG, OPTIMIZERS, WEIGHTS, Bundle, BundleFolder, bytes_of, encoded
+from clip_callbacks.batch_encoding import bytes_of, encoded
+from clip_callbacks.bundle import BATCHES, CONFIG, OPTIMIZERS, WEIGHTS, Bundle
+from clip_callbacks.bundle_folder import BundleFolder
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import KeptBatch
 from clip_callbacks.callbacks._scaler import grad_scaler

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.bundle import BundleFolder
+from clip_callbacks.bundle_folder import BundleFolder
 from clip_callbacks.callbacks._bundles import Bundles, Weights
 from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import KeptBatch

@@ -23,7 +23,7 @@ from clip_callbacks.rules import ClipRule
 from clip_callbacks.step import clip_step
 from clip_callbacks.weights import BatchSize, LabelTokens
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AccumulationRescaling",

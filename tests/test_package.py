@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,10 @@ def test_the_core_runs_without_lightning():
     for path in core:
         above = ("clip_callbacks.callbacks",) if path.name == "cli.py" else ("clip_callbacks.callbacks", "clip_callbacks.dashboard")
         assert not {name for name in imports(path) if name.startswith(above)}, path
+
+
+def test_the_version_is_told_alike():
+    top = ROOT.parent
+    versions = re.findall(r"^## \[(\d[^\]]*)\]", (top / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == clip_callbacks.__version__
+    assert f"\nversion: {clip_callbacks.__version__}\n" in (top / "CITATION.cff").read_text()

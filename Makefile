@@ -10,7 +10,7 @@ LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
 QUICK := $(addprefix tests/test_,clipping.py norms.py guard.py rules.py resume.py bundle.py)
 
-.PHONY: demo test slow check lint types examples configs docs dist wheel-test benchmarks clean
+.PHONY: demo test slow check lint types examples run-examples run-benchmarks configs docs dist wheel-test benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +34,7 @@ demo: $(VENV)/.examples
 	@echo "Report page, to open in a browser: $(CURDIR)/$(LOGS)/report.html"
 
 # several processes at once: each has one thread
-test slow examples wheel-test: export OMP_NUM_THREADS := 1
+test slow run-examples wheel-test: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
@@ -52,7 +52,10 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_script.py
 
-examples: $(VENV)/.installed
+# every example and benchmark, as quickly as can be; two at a time: make -j2 examples
+examples: run-examples run-benchmarks
+
+run-examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \
 		--trainer.val_check_interval 10 --data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick \
 		--trainer.enable_progress_bar false
@@ -72,7 +75,11 @@ examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/transformer.py --batches 20 --poison --folder logs/quick/transformer
 	$(BIN)/python -W ignore examples/hydra_template/train.py -m callbacks.clip.max_norm=0.5,1.0 trainer.max_epochs=1 \
 		data.train_batches=20 trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
+	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
+
+run-benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bundles --steps 100
+	$(BIN)/python -m benchmarks.rollback --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
 	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
 	$(BIN)/python -m benchmarks.ranks --sets 50 --rounds 5
@@ -81,7 +88,6 @@ examples: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.after_nan
 	$(BIN)/python -m benchmarks.limits --quick
 	$(BIN)/python -m benchmarks.report --steps 2000
-	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
 
 configs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
@@ -101,11 +107,11 @@ dist: $(VENV)/.installed
 
 # the wheel alone in an empty environment, with the oldest Lightning that is admitted and with the newest; the rest of the checkout is not seen
 wheel-test: dist
+	rm -rf $(ALONE) && mkdir $(ALONE) && cp -r tests pyproject.toml $(ALONE) && $(PYTHON) -m venv $(ALONE)/venv
 	for lightning in $(LIGHTNING); do \
-		rm -rf $(ALONE) && mkdir $(ALONE) && cp -r tests pyproject.toml $(ALONE) && $(PYTHON) -m venv $(ALONE)/venv && \
 		$(ALONE)/venv/bin/python -m pip --disable-pip-version-check install --quiet $$(grep ^torch== constraints.txt) \
-			lightning==$$lightning pytorch-lightning==$$lightning numpy hypothesis pytest pytest-timeout dist/*.whl && \
-		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks") || exit 1; \
+			lightning==$$lightning pytorch-lightning==$$lightning numpy hypothesis pytest pytest-timeout pytest-xdist dist/*.whl && \
+		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks" --numprocesses 2) || exit 1; \
 	done
 
 check: test slow lint types examples configs docs wheel-test
@@ -121,6 +127,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.limits --output limits.md
 	$(BIN)/python -m benchmarks.report --output report_cpu.md
 	$(BIN)/python -m benchmarks.bundles --output bundles_cpu.md
+	$(BIN)/python -m benchmarks.rollback --output rollback_cpu.md
 
 clean:
 	rm -rf $(VENV) $(ALONE) build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

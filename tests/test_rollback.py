@@ -509,7 +509,7 @@ class Unfreezes(Poisoned):
 @pytest.mark.parametrize("bad", [(4, 5), (3, 4), (2, 3)], ids=["later", "at once", "from before"])
 def test_the_copy_still_serves_when_an_optimizer_takes_up_what_was_frozen(trainer, bad):
     guard, path = rollback(every=100, max_consecutive=2), Weights()
-    fit = trainer(guard, path)
+    fit = trainer(guard, path, GradientClipping(QuantileLimit(0.5, window=5, warmup=2), scope="parameter"))
     fit.fit(Unfreezes(bad, at=3), data(7))
     assert guard.rollbacks == 1
     assert torch.equal(path.weights[bad[-1] + 1], path.weights[0])
@@ -673,6 +673,25 @@ def test_the_step_that_is_taken_all_the_same_leaves_no_trace(trainer, subject, o
     assert differences(ours, clean) == []
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in fit.optimizers)
     assert [config.frequency for config in fit.lr_scheduler_configs] == [1] * (subject is Plateau)
+
+
+def test_a_plateau_schedule_goes_on_after_a_line_search_that_turned_bad_on_its_way(trainer):
+    class Later(Plateau):
+        """Bad from the second closure call of a batch on."""
+
+        calls, last = 0, -1
+
+        def loss(self, batch, batch_idx):
+            self.calls, self.last = (self.calls + 1 if batch_idx == self.last else 1), batch_idx
+            loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+            return loss * self.factors.get(batch_idx, 1.0) if self.calls > 1 else loss
+
+    fit = trainer(guard := rollback(every=100))
+    fit.fit(Later(optimizer=O.LBFGS, max_iter=4), data(BATCHES, batch_size=6))
+    assert guard.rollbacks == 1
+    (config,) = fit.lr_scheduler_configs
+    assert config.frequency == 1
+    assert config.scheduler.last_epoch == BATCHES - 8, "the batches that follow"
 
 
 class Odd(Poisoned):

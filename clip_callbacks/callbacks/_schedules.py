@@ -62,6 +62,7 @@ class HeldSchedules:
         Plateau schedules too: the batch's loss is one of weights that are gone.
         """
         self.release()
+        self.release_plateaus()
         self._left_out = self._seen - mark
         for config in [config for config in trainer.lr_scheduler_configs if config.interval == "step"]:
             if config.reduce_on_plateau:

@@ -586,18 +586,38 @@ def test_a_rollback_crosses_the_start_of_stochastic_weight_averaging(trainer, sc
     assert fit.optimizers[0].param_groups[0]["swa_lr"] == 0.01
 
 
-def test_a_schedule_that_was_swapped_in_the_batch_itself_stays(trainer):
+@pytest.mark.parametrize(
+    ("batch", "steps", "rate"), [(4, 1, 0.02 / 8), (7, 0, 0.02 / 8)], ids=["before the bad batches", "in the last of them"]
+)
+def test_a_schedule_that_was_swapped_stays_and_goes_back_to_where_it_was_found(trainer, batch, steps, rate):
+    """It is found when the next batch begins, or where the run goes back; here it is not held in between."""
+    swap_at = batch
+
     class Swaps(Subject):
         def on_train_batch_start(self, batch, batch_idx):
-            if batch_idx == 7:
+            if batch_idx == swap_at:
                 (optimizer,) = self.trainer.optimizers
-                self.trainer.lr_scheduler_configs[0].scheduler = O.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=100)
+                self.trainer.lr_scheduler_configs[0].scheduler = O.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    fit = trainer(guard := rollback(every=100, hold_schedulers=False))
+    fit.fit(Swaps(schedule=SCHEDULES["Step"]), data(8, batch_size=6))
+    assert guard.rollbacks == 1
+    (config,) = fit.lr_scheduler_configs
+    assert type(config.scheduler) is O.lr_scheduler.ExponentialLR
+    assert config.scheduler.last_epoch == steps
+    assert fit.optimizers[0].param_groups[0]["lr"] == rate
+
+
+def test_schedules_that_step_now_and_then_count_on_from_where_parameters_were_taken_up(trainer):
+    class Scheduled(Unfreezes):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": O.lr_scheduler.StepLR(optimizer, 1), "interval": "step", "frequency": 2}]
 
     fit = trainer(guard := rollback(every=100))
-    fit.fit(Swaps(schedule=SCHEDULES["Lambda"]), data(8, batch_size=6))
+    fit.fit(Scheduled(BAD, at=3), data(9))
     assert guard.rollbacks == 1
-    assert type(fit.lr_scheduler_configs[0].scheduler) is O.lr_scheduler.ConstantLR
-    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 / 6 / 2)
+    assert fit.lr_scheduler_configs[0].scheduler.last_epoch == 2, "batches 0 to 2 and 8 are four"
 
 
 class Averages(Callback):

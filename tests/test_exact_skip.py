@@ -485,3 +485,30 @@ def test_one_warning_for_one_bad_step_of_lbfgs(trainer):
     with pytest.warns(RuntimeWarning) as caught:
         trainer(NonFiniteGuard("zero")).fit(module, data(4, size=0.1))
     assert len([w for w in caught if "Non-finite" in str(w.message)]) == 1
+
+
+def test_a_skip_leaves_graphs_alone_that_another_optimizer_is_still_to_use(trainer):
+    """By hand: one forward pass through batch statistics, two losses; the first optimizer's step is skipped between them."""
+
+    class Two(Regression):
+        def __init__(self) -> None:
+            super().__init__(net=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+            self.automatic_optimization, self.second = False, nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            first, second = self.optimizers()
+            hidden = self.net(batch[0])
+            first.zero_grad()
+            second.zero_grad()
+            self.manual_backward(hidden.mean() * math.nan, retain_graph=True, inputs=list(self.net.parameters()))
+            first.step()
+            self.manual_backward(self.second(hidden).square().mean(), inputs=[*self.second.parameters(), self.net[0].weight])
+            second.step()
+
+        def configure_optimizers(self) -> Any:
+            return O.SGD(self.net.parameters(), lr=0.0), O.SGD(self.second.parameters(), lr=0.1)
+
+    module = Two()
+    trainer(guard := NonFiniteGuard()).fit(module, data(1))
+    assert [guard.skipped_steps_of(index) for index in (0, 1)] == [1, 0]
+    assert module.net[0].weight.grad.isfinite().all()

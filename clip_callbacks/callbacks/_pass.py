@@ -425,6 +425,8 @@ class Pass:
         """Let go of the optimizers."""
         if self.rewind:
             self.rewind.close()
+        if self.rollback:
+            self.rollback.close()
         self.rollback = None  # its memory
         if self.guard:
             self.guard.release()

@@ -47,6 +47,7 @@ class Rewind:
         Args:
             in_window: Whether backward passes wait for their step: then a skip goes back to before the first of them.
         """
+        self.schedules.release_plateaus()
         if self._is_manual or not in_window:
             self._at_batch.keep()
         if not in_window:
@@ -122,6 +123,7 @@ class Rewind:
         """Take hooks off the optimizers."""
         self._end_proofs()
         self.schedules.release()
+        self.schedules.release_plateaus()
         for search in self._searches.values():
             search.close()
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS
+from torch.utils.hooks import RemovableHandle
 
+from clip_callbacks.callbacks._averages import begin_anew, live_averages
+from clip_callbacks.callbacks._buffers import live_buffers, put_back_buffers
 from clip_callbacks.callbacks._learning_rates import scaled_groups, scaled_schedule
 from clip_callbacks.callbacks._scaler import grad_scaler
-from clip_callbacks.callbacks._snapshot import Snapshot
+from clip_callbacks.callbacks._snapshot import Snapshot, overlaps
 from clip_callbacks.nonfinite import Policy, all_finite
 from clip_callbacks.norms import TRUE
-from clip_callbacks.reduction import on_any_rank
+from clip_callbacks.reduction import on_any_rank, shard_of
 
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._lane import Lane
@@ -36,17 +40,19 @@ class _Point:
 
     Args:
         step: ``global_step``.
-        trees: Parameters, optimizers' states and groups, the scaler's tensors, with copies in place of tensors.
+        trees: Parameters, optimizers' states, the scaler's tensors, averages in other callbacks, with copies in place of tensors.
+        groups: The optimizers' groups in the same way.
         buffers: The module's buffers when the step's window began.
-        schedules: States of learning-rate schedules.
+        schedules: Learning-rate schedules, each with its state.
         mark: How far the epoch's step-interval schedules had counted.
         limits: States of limits.
     """
 
     step: int
     trees: dict[str, Any]
+    groups: Any
     buffers: Any
-    schedules: list[dict[str, Any]]
+    schedules: list[tuple[Any, dict[str, Any]]]
     mark: int
     limits: LimitStates
 
@@ -85,14 +91,44 @@ class Rollback:
         self._rewind = rewind
         self._every = every
         self._lr_factor = lr_factor
-        self._memory = Snapshot()
+        self._memory, self._groups = Snapshot(), Snapshot()
         self._buffers, self._next_buffers = Snapshot(), Snapshot()
         self._kept_buffers: Any = None
         self._limits: LimitStates = {}
         self._point: _Point | None = None
         self._good_steps = self._returns = 0
-        self._is_candidate = self._is_asked = False
+        self._is_candidate = self._is_asked = self._is_lost = False
+        self._handles: list[RemovableHandle] = []
         self.is_fresh = False
+
+    def is_of(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether this run is the one."""
+        return self._trainer is trainer and self._module is module
+
+    def renew(self, lanes: Sequence[Lane], rewind: Rewind) -> None:
+        """Go on after optimizers have taken up or given up parameters.
+
+        The copy still serves if it holds all the weights: those that were frozen until now are in it. What the optimizers,
+        schedules and limits were told since stays.
+
+        Args:
+            lanes: The optimizers.
+            rewind: What puts single skipped steps back.
+        """
+        is_same = [lane.optimizer for lane in lanes] == [lane.optimizer for lane in self._lanes]
+        self._lanes, self._rewind = lanes, rewind
+        point, self._point = self._point, None
+        if point is None:
+            return
+        if not is_same or not self._live_parameters().keys() <= point.trees["parameters"].keys():
+            self._is_lost = True
+            return
+        held = [{parameter for group in lane.optimizer.param_groups for parameter in group["params"]} for lane in lanes]
+        states = [
+            {key: state for key, state in each.items() if not isinstance(key, Tensor) or key in parameters}
+            for each, parameters in zip(point.trees["states"], held, strict=True)
+        ]
+        self._point = replace(self._retold(point), trees=point.trees | {"states": states}, limits=self._limit_states())
 
     @property
     def step(self) -> int | None:
@@ -103,6 +139,13 @@ class Rollback:
     def factor(self) -> float:
         """What the next return multiplies the copy's learning rates by: it may be one of several to the same copy."""
         return self._lr_factor ** (self._returns + 1)
+
+    @property
+    def since(self) -> str:
+        """For the message that there is no copy: since when."""
+        if self._is_lost:
+            return " since the optimizers took up other parameters"
+        return " since the resume" if self._trainer.ckpt_path else ""
 
     def ask(self) -> None:
         """Go back at the end of this optimizer step."""
@@ -115,11 +158,12 @@ class Rollback:
             in_window: Whether backward passes wait for their step.
         """
         self.is_fresh = False
+        self._meet_schedules()
         if in_window:
             return
         self._is_candidate = self._point is None or self._good_steps >= self._every
         if self._is_candidate:
-            self._kept_buffers = self._next_buffers.keep(self._live_buffers())
+            self._kept_buffers = self._next_buffers.keep(live_buffers(self._module))
 
     def begin_step(self) -> None:
         """Hold the limits' states as they are before this step."""
@@ -127,15 +171,18 @@ class Rollback:
             self._limits = self._limit_states()
 
     def go_back(self, lane: Lane) -> None:
-        """Put everything back if it was asked for: LBFGS's after its step, in which it moves on."""
+        """Put everything back if it was asked for, and once more after the step, which is taken all the same.
+
+        LBFGS moves on in it, and others count their steps in their groups.
+        """
         if not self._is_asked:
             return
+        self._meet_schedules()
         self._is_asked, self.is_fresh = False, True
         self._returns += 1
         self._good_steps = 0
-        if isinstance(lane.optimizer, LBFGS):
-            self._after_step(lane.optimizer, self._restore)
-        else:
+        self._handles.append(lane.optimizer.register_step_post_hook(lambda *_: self._restore()))
+        if not isinstance(lane.optimizer, LBFGS):
             self._restore()
             self._rewind.take_statistics()
 
@@ -163,12 +210,18 @@ class Rollback:
 
     def end_batch(self) -> None:
         """Undo what the rest of a batch did to what was put back."""
+        self.close()
         if not self.is_fresh or self._point is None:
             return
         if self._module.automatic_optimization:
             self._memory.put_back(self._point.trees["scaler"], self._scaler_tensors())
         else:
             self._restore()
+
+    def close(self) -> None:
+        """Take hooks off the optimizers: a GradScaler that found an overflow has not called theirs."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def _others_are_good(self, lane: Lane) -> bool:
         """Whether what other optimizers hold may be copied with this one's weights: it has no part in these gradients."""
@@ -185,27 +238,40 @@ class Rollback:
         self._point = None  # what is in memory is no longer that of the old one
         trees = self._memory.keep(self._live_trees())
         self._buffers, self._next_buffers = self._next_buffers, self._buffers
-        schedules = [deepcopy(config.scheduler.state_dict()) for config in self._trainer.lr_scheduler_configs]
-        mark = self._rewind.schedules.mark
-        self._point = _Point(self._trainer.global_step, trees, self._kept_buffers, schedules, mark, self._limits)
+        groups, schedules, mark = self._groups.keep(self._live_groups()), self._live_schedules(), self._rewind.schedules.mark
+        self._point = _Point(self._trainer.global_step, trees, groups, self._kept_buffers, schedules, mark, self._limits)
         self._good_steps = self._returns = 0
+
+    def _meet_schedules(self) -> None:
+        """Take up schedules that came in the place of others, as with SWA: what those were before is of no use to them."""
+        point, now = self._point, [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        if point is not None and now != [scheduler for scheduler, _ in point.schedules]:
+            self._point = self._retold(point)
+
+    def _retold(self, point: _Point) -> _Point:
+        """A copy with groups and schedules as they are now, learning rates lowered at earlier returns among them."""
+        self._returns = 0
+        mark = self._rewind.schedules.mark_in(self._trainer.current_epoch)
+        return replace(point, groups=self._groups.keep(self._live_groups()), schedules=self._live_schedules(), mark=mark)
 
     def _restore(self) -> None:
         point = self._point
         assert point is not None
         factor = self._lr_factor**self._returns
         live = self._live_trees()
-        restored = self._memory.put_back(point.trees, live)
-        for lane, groups in zip(self._lanes, restored["groups"], strict=True):
+        begun = live["averages"].keys() - point.trees["averages"].keys()
+        self._memory.put_back(point.trees, live)
+        for lane, groups in zip(self._lanes, self._groups.put_back(point.groups, self._live_groups()), strict=True):
             rescaled = groups if factor == 1.0 else scaled_groups(groups, factor)
             for group, values in zip(lane.optimizer.param_groups, rescaled, strict=True):
                 parameters = group["params"]
                 group.clear()
                 group.update({"params": parameters} | values)
-        self._buffers.put_back(point.buffers, self._live_buffers())
-        for config, state in zip(self._trainer.lr_scheduler_configs, point.schedules, strict=True):
-            own = deepcopy(dict(state))
-            config.scheduler.load_state_dict(own if factor == 1.0 else scaled_schedule(own, factor))
+        put_back_buffers(self._buffers, point.buffers, self._module)
+        begin_anew(self._trainer, self._module, begun)
+        for scheduler, state in point.schedules:
+            own = deepcopy(state)
+            scheduler.load_state_dict(own if factor == 1.0 else scaled_schedule(own, factor))
         for index, (clipping, guard) in point.limits.items():
             if self._roles.clipping:
                 self._roles.clipping.keep(index, clipping)
@@ -216,22 +282,32 @@ class Rollback:
                 tensor.grad = None
 
     def _live_trees(self) -> dict[str, Any]:
-        each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
-        each |= {id(tensor): tensor for lane in self._lanes for tensor in lane.table.tensors}
-        optimizers = [lane.optimizer for lane in self._lanes]
         return {
-            "parameters": list(each.values()),
-            "states": [optimizer.state for optimizer in optimizers],
-            "groups": [
-                [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-                for optimizer in optimizers
-            ],
+            "parameters": self._live_parameters(),
+            "states": [lane.optimizer.state for lane in self._lanes],
             "scaler": self._scaler_tensors(),
+            "averages": live_averages(self._trainer),
         }
 
-    def _live_buffers(self) -> dict[str, Any]:
-        """By the modules that own them: a forward pass may put another tensor there."""
-        return {name: module._buffers for name, module in self._module.named_modules() if module._buffers}
+    def _live_parameters(self) -> dict[Tensor, Tensor]:
+        """By themselves, without those that cannot be trained: lazy ones before their first pass, sparse and expanded ones."""
+        each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
+        each |= {id(tensor): tensor for lane in self._lanes for tensor in lane.table.tensors}
+        return {
+            tensor: tensor
+            for tensor in each.values()
+            if not is_lazy(tensor) and tensor.layout is torch.strided and not overlaps(shard_of(tensor))
+        }
+
+    def _live_groups(self) -> list[list[dict[str, Any]]]:
+        return [
+            [{key: value for key, value in group.items() if key != "params"} for group in lane.optimizer.param_groups]
+            for lane in self._lanes
+        ]
+
+    def _live_schedules(self) -> list[tuple[Any, dict[str, Any]]]:
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        return [(scheduler, deepcopy(dict(scheduler.state_dict()))) for scheduler in schedulers]
 
     def _scaler_tensors(self) -> list[Tensor | None]:
         scaler = grad_scaler(self._trainer)
@@ -246,14 +322,6 @@ class Rollback:
             )
             for lane in self._lanes
         }
-
-    @staticmethod
-    def _after_step(optimizer: Optimizer, do: Callable[[], None]) -> None:
-        def once(*_: Any) -> None:
-            handle.remove()
-            do()
-
-        handle = optimizer.register_step_post_hook(once)
 
 
 def check_rollback(policy: Policy, *, is_on: bool, every: int, max_rollbacks: int, lr_factor: float) -> None:

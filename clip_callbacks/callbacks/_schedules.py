@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
@@ -19,6 +21,7 @@ class HeldSchedules:
     def __init__(self, is_on: bool) -> None:
         self._is_on = is_on
         self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
+        self._plateaus: list[tuple[LRSchedulerConfig, int]] = []
         self._epoch = -1
         self._left_out = self._window_start = self._seen = 0
         self._is_counted = False
@@ -49,12 +52,23 @@ class HeldSchedules:
         """How many batches of the epoch the schedules had counted when the window began that a step has just been settled for."""
         return self._window_start - self._left_out
 
+    def mark_in(self, epoch: int) -> int:
+        """How many batches of an epoch the schedules have counted, in mid-window without those of the window."""
+        return self._seen - self._left_out if epoch == self._epoch else 0
+
     def go_back(self, trainer: Trainer, mark: int) -> None:
-        """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped."""
+        """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped.
+
+        Plateau schedules too: the batch's loss is one of weights that are gone.
+        """
         self.release()
+        self.release_plateaus()
         self._left_out = self._seen - mark
-        for config in trainer.lr_scheduler_configs:
-            if config.interval == "step" and not config.reduce_on_plateau:
+        for config in [config for config in trainer.lr_scheduler_configs if config.interval == "step"]:
+            if config.reduce_on_plateau:
+                self._plateaus.append((config, config.frequency))
+                config.frequency = sys.maxsize
+            else:
                 self._altered.append((config, config.interval, config.frequency))
                 config.interval = "held"
 
@@ -78,3 +92,9 @@ class HeldSchedules:
         for config, interval, frequency in self._altered:
             config.interval, config.frequency = interval, frequency
         self._altered.clear()
+
+    def release_plateaus(self) -> None:
+        """Put frequencies of plateau schedules back: Lightning asks for them after the batch's last hook."""
+        for config, frequency in self._plateaus:
+            config.frequency = frequency
+        self._plateaus.clear()

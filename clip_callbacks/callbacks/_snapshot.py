@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from clip_callbacks.callbacks._arrival import Arrival
 from clip_callbacks.reduction import shard_of
 
 Path = tuple[Any, ...]
+AS_IS = object()
+"""Stands for a tensor without values, as that of a lazy module before its first pass: whatever it has become stays."""
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether entries of a tensor share memory, as after ``expand``: nothing can be written there."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +43,7 @@ class Slot:
             return False
         shard = shard_of(live)
         is_alike = (shard.shape, shard.dtype, shard.device) == (self.copy.shape, self.copy.dtype, self.device)
-        return is_alike and (shard is live) == (self.like is None)
+        return is_alike and not overlaps(shard) and (shard is live) == (self.like is None)
 
     def renewed(self) -> Tensor:
         """A tensor to take the place of one that is gone."""
@@ -107,13 +115,19 @@ class _Copying:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, live: Any, path: Path) -> Any:
-        if isinstance(live, Tensor) and live.layout is torch.strided:
-            return self._slot(live, path)
+        if isinstance(live, Tensor):
+            return self._tensor(live, path)
         if isinstance(live, dict):
             return {key: self.visit(value, (*path, id(key) if isinstance(key, Tensor) else key)) for key, value in live.items()}
         if type(live) in {list, tuple}:
             return type(live)(self.visit(value, (*path, place)) for place, value in enumerate(live))
         return deepcopy(live)
+
+    def _tensor(self, live: Tensor, path: Path) -> Any:
+        if is_lazy(live):
+            return AS_IS
+        # sparse ones are few and small: they stay where they are
+        return self._slot(live, path) if live.layout is torch.strided else live.detach().clone()
 
     def _slot(self, live: Tensor, path: Path) -> Slot:
         if id(live) not in self._slots:
@@ -138,6 +152,8 @@ class _Writing:
     def visit(self, kept: Any, live: Any) -> Any:
         if isinstance(kept, Slot):
             return self._target(kept, live)
+        if kept is AS_IS:
+            return live
         if isinstance(kept, dict):
             into = live if isinstance(live, dict) else {}
             restored = {key: self.visit(value, into.get(key)) for key, value in kept.items()}
@@ -151,7 +167,7 @@ class _Writing:
                 live[:] = items
                 return live
             return type(kept)(items)
-        return deepcopy(kept)
+        return kept.clone() if isinstance(kept, Tensor) else deepcopy(kept)
 
     def _target(self, slot: Slot, live: Any) -> Tensor:
         """One tensor for each that there was: two places may have held the same, and may hold the same now."""

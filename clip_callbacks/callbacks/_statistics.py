@@ -58,7 +58,11 @@ class BatchStatistics:
 
 
 class _Buffers:
-    """Buffers of one dtype on one device, and their copies side by side in one tensor."""
+    """Buffers of one dtype on one device, and their copies side by side in one tensor.
+
+    They are put back around their version counters: batch normalization in training saves them for its backward pass but does not
+    read them there, and a graph that another optimizer is still to use must not raise for a skipped step.
+    """
 
     def __init__(self, live: list[Tensor]) -> None:
         self._live = live
@@ -79,7 +83,7 @@ class _Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        torch._foreach_copy_(self._live, self._copies)
+        torch._foreach_copy_([live.data for live in self._live], self._copies)
 
     @torch.no_grad()
     def restore_where(self, flag: Tensor) -> None:
@@ -87,4 +91,4 @@ class _Buffers:
         flat, chosen = self._scratch = self._scratch or self._room()
         torch._foreach_copy_(chosen, self._live)
         torch.where(flag, self.kept, flat, out=flat)
-        torch._foreach_copy_(self._live, chosen)
+        torch._foreach_copy_([live.data for live in self._live], chosen)

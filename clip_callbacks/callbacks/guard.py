@@ -112,6 +112,14 @@ class NonFiniteGuard(Member):
     first step of a batch, if the others' last steps were good and the norms of what they hold finite; after a rollback the rest of
     the batch does not count.
 
+    Averages of the weights go back too: an ``AveragedModel`` that a callback holds, as WeightAveraging does, and that of
+    StochasticWeightAveraging. WeightAveraging counts the return as a step like any other, and averages the old weights in. Two
+    kinds of buffers stay as they are: those that are new, and non-persistent ones whose shape has changed, as caches that grow.
+
+    Where optimizers take up parameters that the module has had all along, as fine-tuning callbacks do, or schedules are swapped, as
+    SWA does, the copy still serves: weights and moments go back to it, parameter groups and schedules to where they were at that
+    moment. With parameters that are new to the module it is lost, and the next good step makes another.
+
     ``lr_factor`` adds up: twice 0.5 is 0.25. It holds for the schedules of ``torch.optim``, which afterwards give that factor
     times what they would: ``lr``, ``initial_lr``, ``max_lr``, ``min_lr`` and ``swa_lr`` in parameter groups, and ``base_lrs``,
     ``max_lrs``, ``min_lrs`` and ``eta_min`` in schedules. A schedule of your own that knows rates by other names sets them
@@ -261,16 +269,20 @@ class NonFiniteGuard(Member):
 
     def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
         """What puts back the changes of skipped steps."""
-        self.release()
+        if self._rewind:
+            self._left_out = self._rewind.schedules.state()
         self._rewind = Rewind(module, lanes, restore_buffers=self.restore_buffers, hold_schedulers=self.hold_schedulers)
         self._rewind.schedules.load_state(self._left_out)
         return self._rewind
 
     def rollback(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane], roles: Roles) -> Rollback | None:
-        """What goes back to earlier weights, if that is wanted; its copy is made at the next good step."""
+        """What goes back to earlier weights, if that is wanted: its copy is made at the next good step, or is one it has."""
         if self.on_streak == "rollback" and self._rewind:
-            rewind, every, lr_factor = self._rewind, self.every, self.lr_factor
-            self._rollback = Rollback(trainer, module, lanes, roles, rewind, every=every, lr_factor=lr_factor)
+            if self._rollback and self._rollback.is_of(trainer, module):
+                self._rollback.renew(lanes, self._rewind)
+            else:
+                rewind, every, lr_factor = self._rewind, self.every, self.lr_factor
+                self._rollback = Rollback(trainer, module, lanes, roles, rewind, every=every, lr_factor=lr_factor)
         return self._rollback
 
     def judge(self, incident: Incident, table: ParameterTable) -> Policy:
@@ -402,7 +414,7 @@ class NonFiniteGuard(Member):
             return cap
         if self._rollbacks >= self.max_rollbacks:
             return f"{cap}, after {self._rollbacks} rollbacks, max_rollbacks={self.max_rollbacks}"
-        return f"{cap}, and no good step to go back to"
+        return f"{cap}, and no good step to go back to{self._rollback.since if self._rollback else ''}"
 
     def forget(self) -> None:
         """Begin a new run."""

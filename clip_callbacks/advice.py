@@ -148,7 +148,7 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
             f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
             source,
             *quarters.reasons(out_of_control=out_of_control),
-            *(() if quarters.changed else (stand_out,)),
+            *(() if quarters.changed or not quarters.medians else (stand_out,)),
         ),
         is_of_calm_part=from_calm,
     )
@@ -178,7 +178,7 @@ class _Quarters(NamedTuple):
 
     def reasons(self, *, out_of_control: bool) -> Iterator[str]:
         if not self.medians:
-            yield f"Fewer than {FEWEST} norms: ask again of a longer run."
+            yield f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…))."
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "

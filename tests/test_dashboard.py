@@ -841,3 +841,13 @@ def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypa
     trainer(GradientClipping(0.1), logger=CSVLogger("lightning_logs", "")).fit(Regression(), data())
     assert run_main(capsys, "report", "lightning_logs")[0] == 0
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("scope", "is_local"), [("layer", True), ("global", False)])
+def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, is_local):
+    logger = CSVLogger(tmp_path, name="", version="run")
+    trainer(GradientClipping(0.5, scope=scope), logger=logger, max_epochs=4).fit(Regression(lr=1e-4), data(12))
+    assert main(["suggest", str(tmp_path)]) == 0
+    assert ("This run was clipped by local norms" in capsys.readouterr().out) is is_local
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
+    assert ("clipped_norm lies above max_norm: the norms are local" in (tmp_path / "report.html").read_text()) is is_local

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -111,7 +112,9 @@ class Evidence:
             warnings.warn(message, stacklevel=2)  # by the rank it happens to
             return ""
         facts["bundle"] = str(bundle.path)
-        return "\n".join([f"\nBundle: {bundle.path} (see clip-callbacks replay)", *(f"  {note}" for note in bundle.notes)])
+        script = f" --script {sys.argv[0]}" if sys.argv[0].endswith(".py") else ""
+        again = f"clip-callbacks replay {bundle.path} --config YOURS.yaml{script}"
+        return "\n".join([f"\nBundle: {bundle.path}", f"  Run it again: {again}", *(f"  {note}" for note in bundle.notes)])
 
     def note(self, facts: dict[str, Any]) -> None:
         """Write a line of the journal, on the first rank."""

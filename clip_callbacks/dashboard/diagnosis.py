@@ -109,6 +109,12 @@ def _clipping(track: Track) -> Iterator[Finding]:
         yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
     force = _limit_in_words(limit)
+    if track.is_local:
+        yield Finding(
+            "note",
+            f"clipped_norm lies above max_norm: the norms are local, and {force} held for each block by itself. Compare it with "
+            "the norms of blocks (GradientNormMonitor), not with total_norm.",
+        )
     if share >= ALWAYS:
         yield Finding(
             "warn",

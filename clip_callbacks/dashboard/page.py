@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -85,6 +85,11 @@ class Section:
         return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
 
 
+LOCAL = (
+    "This run was clipped by local norms, each block by itself: there max_norm is a block's limit. What is suggested is for the "
+    "norm of all gradients (scope: global)."
+)
+
 HEADINGS = ("steps", "p50", "p90", "p99", "largest", "max_norm", "clipped", "skipped", "suggested", "norms logged", "last loss")
 
 
@@ -117,6 +122,8 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
         advice = advise(torch.from_numpy(np.array(track.total_norm.values)), out_of_control=caution is not None)
         if advice and caution and not advice.is_of_calm_part:
             advice = None
+        if advice and track.is_local:
+            advice = replace(advice, reasons=(*advice.reasons, LOCAL))
         shown = Shown(track, found, hue, advice.max_norm if advice else math.nan)
         sections.append(Section(shown, diagnose(track, found), caution, advice, rows, count))
     return sections

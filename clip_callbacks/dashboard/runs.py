@@ -17,6 +17,7 @@ from clip_callbacks.report import (
     BLOCK_NORM,
     CLIP_COEF,
     CLIP_FRACTION,
+    CLIPPED_NORM,
     MAX_NORM,
     SHADOW_CLIP_FRACTION,
     SKIPPED_STEPS,
@@ -24,6 +25,8 @@ from clip_callbacks.report import (
     UPDATE_RATIO,
 )
 
+ROUNDING = 1.001
+"""A clipped norm may be above its limit by so much without meaning anything."""
 OURS = ("grad/", "grad_", "update_ratio/")
 LOSS_WORDS = {
     "loss",
@@ -139,6 +142,13 @@ class Track:
     def max_norm(self) -> Series:
         """The limit in force."""
         return self.metric(MAX_NORM).finite
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the limit held for blocks by themselves: the norm of all gradients was above it after clipping."""
+        clipped, limit = self.metric(CLIPPED_NORM).finite, self.max_norm
+        _, first, second = np.intersect1d(clipped.steps, limit.steps, return_indices=True)
+        return bool((clipped.values[first] > ROUNDING * limit.values[second]).any())
 
     @property
     def clip_coef(self) -> Series:

@@ -845,8 +845,12 @@ def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize(("scope", "is_local"), [("layer", True), ("global", False)])
 def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, is_local):
+    class Silent(Regression):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch, batch_idx)
+
     logger = CSVLogger(tmp_path, name="", version="run")
-    trainer(GradientClipping(0.5, scope=scope), logger=logger, max_epochs=4).fit(Regression(lr=1e-4), data(12))
+    trainer(GradientClipping(0.5, scope=scope), logger=logger, max_epochs=4).fit(Silent(), data(12))
     assert main(["suggest", str(tmp_path)]) == 0
     assert ("This run was clipped by local norms" in capsys.readouterr().out) is is_local
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0

@@ -272,7 +272,7 @@ def test_the_verdict_is_known_one_step_later_or_when_asked_for(trainer):
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            seen.append(guard.state_dict()["counters"][0]["skipped"] if trainer.global_step == 6 else guard._counters[0].skipped)
+            seen.append(guard.state_dict()["counters"][0]["skipped"] if trainer.global_step == 6 else guard.skipped_steps_of(0))
 
     guard = on_device()
     with pytest.warns(RuntimeWarning) as caught:
@@ -467,7 +467,7 @@ def test_a_loss_that_no_scale_can_cure_counts_as_bad(trainer, deferred):
 def test_whatever_the_policy_the_scaler_skips(trainer, policy):
     module = network("SGD-momentum", poison={0: math.nan})
     guard = NonFiniteGuard(policy)
-    with mock.patch("clip_callbacks.callbacks.guard.rank_zero_warn"):
+    with mock.patch("clip_callbacks.callbacks._bad_steps.rank_zero_warn"):
         fit = trainer(guard, **scaled(init_scale=1024.0))
         fit.fit(module, data(size=1.0))
     assert all(torch.isfinite(tensor).all() for tensor in [*weights(module), *state_of(fit)])

@@ -143,7 +143,7 @@ class Pass:
             (micro_batch, *_) = [lane.window.pop() for lane in self.lanes]
             dropped = self.micro_batches.after_backward(
                 [] if is_silent else [micro_batch.loss],
-                lambda lane: guard.report_micro_batch(self._incident(trainer, lane, [micro_batch])) if guard else None,
+                lambda lane: guard.bad_steps.report_micro_batch(self._incident(trainer, lane, [micro_batch])) if guard else None,
             )
             if not dropped and not is_silent:
                 for lane in self.lanes:
@@ -247,9 +247,9 @@ class Pass:
             incident.norms = report.parameter_norms
             try:
                 if report.finite is FALSE:
-                    self.guard.judge(incident, lane.table)
+                    self.guard.bad_steps.judge(incident)
                 else:
-                    self.guard.judge_spike(incident, report)
+                    self.guard.bad_steps.judge_spike(incident, report)
             except NonFiniteGradientError as error:
                 lane.error = error
                 return
@@ -301,7 +301,7 @@ class Pass:
         if guard and skip_above:
             guard.keep_limit(index, state[len(ours) :])
             if not deferred and report.finite is TRUE and report.skipped is TRUE:
-                guard.judge_spike(incident, report)
+                guard.bad_steps.judge_spike(incident, report)
         return report
 
     def _noise(self, trainer: Trainer, lane: Lane, report: StepReport) -> WindowNorms | None:
@@ -318,9 +318,9 @@ class Pass:
         drop(lane.table)
         is_dropped = self.micro_batches is not None and self.micro_batches.is_lost
         if self.guard and is_stale:
-            self.guard.skip_stale(incident)
+            self.guard.bad_steps.skip_stale(incident)
         elif self.guard:
-            self.guard.judge_lost(incident, is_reported=is_dropped)
+            self.guard.bad_steps.judge_lost(incident, is_reported=is_dropped)
         else:
             rank_zero_warn(f"Every micro-batch of the window has weight 0 at {incident}: the step is skipped.", stacklevel=2)
         report, _ = clip_step(lane.table, rules=(), norm_type=self.norm_type)
@@ -334,7 +334,7 @@ class Pass:
         guard = self.guard
 
         def judge(table: ParameterTable) -> Policy:
-            policy = guard.judge(incident, table)
+            policy = guard.bad_steps.judge(incident)
             return "skip" if is_ours else policy
 
         return judge

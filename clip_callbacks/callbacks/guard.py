@@ -5,18 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from clip_callbacks.callbacks._bad_steps import BadSteps
 from clip_callbacks.callbacks._bundles import Weights
 from clip_callbacks.callbacks._counters import Counters
 from clip_callbacks.callbacks._evidence import Evidence
-from clip_callbacks.callbacks._incident import Incident
 from clip_callbacks.callbacks._lane import KeptBatch, Lane
 from clip_callbacks.callbacks._member import Member
 from clip_callbacks.callbacks._rewind import Rewind
@@ -24,11 +22,8 @@ from clip_callbacks.callbacks._roles import Roles
 from clip_callbacks.callbacks._rollback import Rollback, check_rollback
 from clip_callbacks.callbacks._states import Held, adopt
 from clip_callbacks.callbacks._twins import is_of
-from clip_callbacks.findings import Findings, Spike
 from clip_callbacks.limits import Limit, as_limit
-from clip_callbacks.nonfinite import NonFiniteGradientError, Policy, as_policy
-from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.report import StepReport
+from clip_callbacks.nonfinite import Policy, as_policy
 from clip_callbacks.rules import ClipRule, ClipState
 
 Level: TypeAlias = Literal["window", "microbatch"]
@@ -158,7 +153,6 @@ class NonFiniteGuard(Member):
         self.policy = as_policy(policy, "policy")
         if not isinstance(max_consecutive, int) or max_consecutive < 1:
             raise ValueError(f"`max_consecutive` must be a whole number of at least 1, got {max_consecutive!r}.")
-        self.max_consecutive = max_consecutive
         if level not in get_args(Level):
             raise ValueError(f"`level` must be one of {', '.join(get_args(Level))}, got {level!r}.")
         if level == "microbatch" and self.policy != "skip":
@@ -176,38 +170,37 @@ class NonFiniteGuard(Member):
             raise ValueError(f"`on_streak` must be one of {', '.join(get_args(OnStreak))}, got {on_streak!r}.")
         check_rollback(self.policy, is_on=on_streak == "rollback", every=every, max_rollbacks=max_rollbacks, lr_factor=lr_factor)
         self.on_streak: OnStreak = on_streak
-        self.every, self.max_rollbacks, self.lr_factor = every, max_rollbacks, lr_factor
-        self._rollbacks = 0
-        self._rollback: Rollback | None = None
+        self.every, self.lr_factor = every, lr_factor
+        most = max_rollbacks if on_streak == "rollback" else 0
+        self.bad_steps = BadSteps(self.policy, self.evidence, max_consecutive=max_consecutive, max_rollbacks=most)
         self._held: dict[int, Held] = {}
-        self._counters: dict[int, Counters] = {}
         self._rewind: Rewind | None = None
+        self._rollback: Rollback | None = None
         self._left_out = (-1, 0, 0)
         self.dropped_micro_batches = 0
-        self._last_findings: Findings | None = None
 
     @property
     def skipped_steps(self) -> int:
         """How many optimizer steps were skipped so far, over all optimizers."""
         self._settle()
-        return sum(counters.skipped for counters in self._counters.values())
+        return sum(counters.skipped for counters in self.bad_steps.counters.values())
 
     @property
     def zeroed_steps(self) -> int:
         """How many steps were taken after non-finite entries were set to 0."""
         self._settle()
-        return sum(counters.zeroed for counters in self._counters.values())
+        return sum(counters.zeroed for counters in self.bad_steps.counters.values())
 
     @property
     def overflowed_steps(self) -> int:
         """How many steps a GradScaler skipped for an overflow."""
         self._settle()
-        return sum(counters.overflowed for counters in self._counters.values())
+        return sum(counters.overflowed for counters in self.bad_steps.counters.values())
 
     @property
     def rollbacks(self) -> int:
         """How often the run went back to earlier weights."""
-        return self._rollbacks
+        return self.bad_steps.rollbacks
 
     def _settle(self) -> None:
         if self._pass:
@@ -215,7 +208,7 @@ class NonFiniteGuard(Member):
 
     def skipped_steps_of(self, index: int) -> int:
         """How many steps of one optimizer were skipped so far."""
-        return self._counters[index].skipped
+        return self.bad_steps.counters[index].skipped
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained.
@@ -248,13 +241,14 @@ class NonFiniteGuard(Member):
                 '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
                 "no rank has all of them. Save checkpoints."
             )
-        if not renew and not self._counters.keys() <= {lane.index for lane in lanes}:
+        counters = self.bad_steps.counters
+        if not renew and not counters.keys() <= {lane.index for lane in lanes}:
             raise ValueError(
                 "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
-                f"got counters of {len(self._counters)} for {len(lanes)}."
+                f"got counters of {len(counters)} for {len(lanes)}."
             )
         for lane in lanes:
-            self._counters.setdefault(lane.index, Counters())
+            counters.setdefault(lane.index, Counters())
             if self.skip_above:
                 fresh, known = Held.fresh(ClipRule(self.skip_above), lane.table), self._held.get(lane.index)
                 self._held[lane.index] = adopt(fresh, [known], "NonFiniteGuard's skip_above", strict=not renew)
@@ -273,6 +267,7 @@ class NonFiniteGuard(Member):
             self._left_out = self._rewind.schedules.state()
         self._rewind = Rewind(module, lanes, restore_buffers=self.restore_buffers, hold_schedulers=self.hold_schedulers)
         self._rewind.schedules.load_state(self._left_out)
+        self.bad_steps.rewind = self._rewind
         return self._rewind
 
     def rollback(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane], roles: Roles) -> Rollback | None:
@@ -283,147 +278,15 @@ class NonFiniteGuard(Member):
             else:
                 rewind, every, lr_factor = self._rewind, self.every, self.lr_factor
                 self._rollback = Rollback(trainer, module, lanes, roles, rewind, every=every, lr_factor=lr_factor)
+        self.bad_steps.rollback = self._rollback
         return self._rollback
-
-    def judge(self, incident: Incident, table: ParameterTable) -> Policy:
-        """Decide on a step whose gradients are not finite, before anything is touched.
-
-        Args:
-            incident: Where and when.
-            table: The parameters of the optimizer.
-
-        Returns:
-            The policy to follow.
-
-        Raises:
-            NonFiniteGradientError: If the policy is "raise", or this is one bad step too many in a row.
-        """
-        incident.happened = True
-        counters = self._counters[incident.lane.index]
-        if incident.is_overflow():
-            counters.overflowed += incident.is_new
-            incident.is_undone = True
-            return "skip"
-        if self.policy == "ignore":
-            return "ignore"
-        policy: Policy = "skip" if incident.leaves_to_scaler else self.policy
-        number = incident.lane.history.steps - (not incident.is_new)
-        after_good_step = 0 < number != counters.last_bad + 1
-        if counters.add(number):
-            policy = "skip" if self._can_go_back(counters.streak) else policy
-            counters.skipped += policy == "skip"
-            counters.zeroed += policy == "zero"
-            self._speak(incident, incident.findings(after_good_step=after_good_step), counters.streak)
-        incident.is_undone = policy == "skip"
-        # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
-        return "ignore" if incident.is_undone and not incident.is_new else policy
-
-    def judge_spike(self, incident: Incident, report: StepReport) -> None:
-        """Count a finite step that is skipped for its norm.
-
-        Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
-        """
-        incident.is_undone = True
-        assert report.skip_limit is not None
-        counters = self._counters[incident.lane.index]
-        counters.skipped += counters.add(incident.lane.history.steps)
-        spike = Spike.of(incident.lane.table.names, report.parameter_norms, report.total_norm, report.skip_limit)
-        facts = {**incident.place, "policy": self.policy, "streak": counters.streak, **spike.facts()}
-        bundle = self.evidence.record(incident, facts, self._rewind)
-        what = f"Spike at {incident}: {spike}"
-        if counters.streak >= self.max_consecutive:
-            if self._go_back(incident, what, spike.describe() + bundle, counters.streak):
-                return
-            raise NonFiniteGradientError(
-                f"{what}: bad step {counters.streak} in a row ({self._cap}).\n{spike.describe()}\n"
-                f"Lower the learning rate, or raise skip_above: a level that lasts is no spike.{bundle}"
-            )
-        rank_zero_warn(
-            f"{what}: the step is skipped (bad step {counters.streak} in a row, {self.max_consecutive} stop the run).\n"
-            f"{spike.describe()}{bundle}",
-            category=RuntimeWarning,
-        )
-
-    def judge_lost(self, incident: Incident, *, is_reported: bool) -> None:
-        """Count a window of which nothing is left.
-
-        Args:
-            incident: Where and when.
-            is_reported: Whether every micro-batch was dropped, and reported then; if not, all of them have weight 0.
-
-        Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
-        """
-        incident.happened = incident.is_undone = True
-        counters = self._counters[incident.lane.index]
-        counters.skipped += counters.add(incident.lane.history.steps)
-        streak, is_last = counters.streak, counters.streak >= self.max_consecutive and self.policy != "ignore"
-        if is_reported:
-            if is_last and self._last_findings:
-                what = f"Non-finite gradients in every micro-batch at {incident}"
-                if self._go_back(incident, what, self._last_findings.describe(), streak):
-                    return
-                raise self._streak_error(incident, self._last_findings, streak)
-            return
-        what = f"Every micro-batch of the window has weight 0 at {incident}"
-        self.evidence.note({**incident.place, "policy": self.policy, "streak": streak, "stage": "weight", "message": what})
-        if is_last:
-            if self._go_back(incident, what, "", streak):
-                return
-            raise NonFiniteGradientError(f"{what}: bad step {streak} in a row ({self._cap}).")
-        rank_zero_warn(
-            f"{what}: the step is skipped (bad step {streak} in a row, {self.max_consecutive} stop the run).",
-            category=RuntimeWarning,
-        )
-
-    def skip_stale(self, incident: Incident) -> None:
-        """Count a step that is skipped since the run has gone back in its batch: its gradients are of weights that are gone."""
-        incident.is_undone = True
-        self._counters[incident.lane.index].skipped += 1
-
-    def _can_go_back(self, streak: int) -> bool:
-        """Whether a streak ends in a rollback."""
-        is_over = streak >= self.max_consecutive and self._rollbacks < self.max_rollbacks
-        return is_over and self._rollback is not None and self._rollback.step is not None
-
-    def _go_back(self, incident: Incident, what: str, found: str, streak: int) -> bool:
-        """Go back to earlier weights at the end of this step, if that can be done; warn, and write a line of the journal."""
-        rollback = self._rollback
-        if rollback is None or not self._can_go_back(streak):
-            return False
-        self._rollbacks += 1
-        for counters in self._counters.values():
-            counters.streak = 0
-        facts = {"rollback": self._rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
-        self.evidence.note({**incident.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
-        rates = "" if self.lr_factor == 1.0 else f", with {rollback.factor:.4g} times the learning rates of then"
-        rank_zero_warn(
-            f"{what}: bad step {streak} in a row. The run goes back to where it was before step {rollback.step}{rates} "
-            f"(rollback {self._rollbacks} of {self.max_rollbacks}).\n{found}".rstrip(),
-            category=RuntimeWarning,
-        )
-        rollback.ask()
-        return True
-
-    @property
-    def _cap(self) -> str:
-        """For the error at the end of a streak: what allowed no more."""
-        cap = f"max_consecutive={self.max_consecutive}"
-        if self.on_streak == "raise":
-            return cap
-        if self._rollbacks >= self.max_rollbacks:
-            return f"{cap}, after {self._rollbacks} rollbacks, max_rollbacks={self.max_rollbacks}"
-        return f"{cap}, and no good step to go back to{self._rollback.since if self._rollback else ''}"
 
     def forget(self) -> None:
         """Begin a new run."""
         super().forget()
-        self._rollbacks = 0
-        self._counters = {}
+        self.bad_steps.forget()
         self._held = {}
         self._left_out = (-1, 0, 0)
-        self._last_findings = None
         self.dropped_micro_batches = 0
 
     def release(self) -> None:
@@ -431,41 +294,7 @@ class NonFiniteGuard(Member):
         if self._rewind:
             self._left_out, self._rewind = self._rewind.schedules.state(), None
         self._rollback = None
-
-    def report_micro_batch(self, incident: Incident) -> None:
-        """Warn of a micro-batch about to be dropped, and write a line of the journal."""
-        self._last_findings = findings = incident.findings(after_good_step=False)
-        facts = {**incident.place, "policy": "microbatch", **findings.facts()}
-        is_guilty = incident.is_guilty(findings)
-        bundle = self.evidence.record(incident, facts, self._rewind, is_window=False, is_guilty=is_guilty)
-        what = f"Non-finite gradients at {incident}: the micro-batch is dropped from its window."
-        rank_zero_warn(f"{what}\n{findings.describe()}{bundle}", category=RuntimeWarning)
-
-    def _speak(self, incident: Incident, findings: Findings, streak: int) -> None:
-        """Raise, or warn and write a line of the journal.
-
-        Raises:
-            NonFiniteGradientError: As :meth:`judge` says.
-        """
-        facts = {**incident.place, "policy": self.policy, "streak": streak, **findings.facts()}
-        bundle = self.evidence.record(incident, facts, self._rewind, is_guilty=incident.is_guilty(findings))
-        what, found = f"Non-finite gradients at {incident}", findings.describe() + bundle
-        if self.policy == "raise":
-            raise NonFiniteGradientError(f"{what}.\n{found}")
-        if streak >= self.max_consecutive:
-            if self._go_back(incident, what, found, streak):
-                return
-            raise self._streak_error(incident, findings, streak, bundle)
-        done = "non-finite entries become 0" if self.policy == "zero" else "the step is skipped"
-        rank_zero_warn(
-            f"{what}: {done} (bad step {streak} in a row, {self.max_consecutive} stop the run).\n{found}", category=RuntimeWarning
-        )
-
-    def _streak_error(self, incident: Incident, findings: Findings, streak: int, bundle: str = "") -> NonFiniteGradientError:
-        return NonFiniteGradientError(
-            f"Non-finite gradients at {incident}: bad step {streak} in a row ({self._cap}).\n"
-            f"{findings.describe()}\nLower the learning rate, clip harder, or look at the stage named above.{bundle}"
-        )
+        self.bad_steps.release()
 
     def summary(self, lanes: Sequence[Lane]) -> list[str]:
         """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
@@ -484,16 +313,13 @@ class NonFiniteGuard(Member):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, and where held schedules stand in the epoch."""
-        state = super().state_dict()
-        counters = {index: asdict(counters) for index, counters in self._counters.items()}
         left_out = self._rewind.schedules.state() if self._rewind else self._left_out
-        return state | {
-            "counters": counters,
+        ours = {
             "skip_above": {index: held.dump() for index, held in self._held.items()},
             "left_out": left_out,
             "dropped_micro_batches": self.dropped_micro_batches,
-            "rollbacks": self._rollbacks,
         }
+        return super().state_dict() | self.bad_steps.state_dict() | ours
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -501,13 +327,12 @@ class NonFiniteGuard(Member):
         Raises:
             ValueError: If the state is not one of this callback.
         """
-        super().load_state_dict({"rollbacks": 0} | state_dict)
-        self._rollbacks = state_dict.get("rollbacks", 0)
+        super().load_state_dict(state_dict)
+        self.bad_steps.load_state_dict(state_dict)
         self._left_out = tuple(state_dict["left_out"])
         if self._rewind:  # a strategy that loads late
             self._rewind.schedules.load_state(self._left_out)
         self.dropped_micro_batches = state_dict["dropped_micro_batches"]
-        self._counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
         self._held = {int(index): Held.load(held) for index, held in state_dict["skip_above"].items()}
 
     def __getstate__(self) -> dict[str, Any]:

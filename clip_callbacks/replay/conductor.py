@@ -114,7 +114,7 @@ class Conductor(Callback):
         if trainer.optimizers.index(_bare(optimizer)) == self._recorded.optimizer:
             self._weigh(trainer)
             if self._is_over and (pl_module.automatic_optimization or self._has_failed):
-                self._end(trainer)
+                self._end()
         if AGAIN not in self.outcome.notes:
             self.outcome.notes.append(AGAIN)
 
@@ -123,7 +123,7 @@ class Conductor(Callback):
         if not self.outcome.micro_batches[-1].gradients:
             self._weigh(trainer)
         if self._is_over:
-            self._end(trainer)
+            self._end()
         self._unwatch()
 
     @property
@@ -160,7 +160,7 @@ class Conductor(Callback):
             micro = self.outcome.micro_batches[-1]
             micro.calls, micro.notes = watch.calls, watch.notes
 
-    def _end(self, trainer: Trainer) -> None:
+    def _end(self) -> None:
         self._unwatch()
         raise EnoughError
 

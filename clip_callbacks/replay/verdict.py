@@ -8,8 +8,6 @@ from clip_callbacks.replay.outcome import Outcome
 from clip_callbacks.replay.recorded import Recorded
 from clip_callbacks.replay.starting_weights import StartingWeights
 
-FULL = ("32-true", "64-true")
-
 
 @dataclass(frozen=True)
 class Verdict:

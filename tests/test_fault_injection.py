@@ -14,7 +14,7 @@ from torch import nn
 
 from clip_callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests import parallel
-from tests.conftest import Regression, assert_same_bits, data, weights
+from tests.conftest import SAFELY, Regression, assert_same_bits, data, weights
 from tests.test_clipping import TwoNetworks
 from tests.test_precision import scaled
 
@@ -152,7 +152,7 @@ def test_draws_are_those_of_the_seed_and_go_on_after_a_resume(trainer, tmp_path)
     before.fit(Regression(lr=0.001), data(20))
     before.save_checkpoint(tmp_path / "middle.ckpt")
     fit = trainer(second, max_epochs=2)
-    fit.fit(Regression(lr=0.001), data(20), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    fit.fit(Regression(lr=0.001), data(20), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
     assert steps(second) == steps(whole)
     trainer(second, max_epochs=1).fit(Regression(lr=0.001), data(20))
     assert steps(second) == steps(first), "another run"

@@ -445,7 +445,7 @@ def test_checkpoints_hold_the_count_and_not_the_copy(trainer, tmp_path):
     copies = Copies(resumed)
     with pytest.raises(NonFiniteGradientError, match="after 1 rollbacks"):
         trainer(resumed, copies, max_epochs=2).fit(
-            Subject({12: math.nan, 13: math.nan}), data(8), ckpt_path=tmp_path / "middle.ckpt", weights_only=True
+            Subject({12: math.nan, 13: math.nan}), data(8), ckpt_path=tmp_path / "middle.ckpt", **SAFELY
         )
     assert copies.steps[0] == 8
     trainer(resumed).fit(Subject({}), data(2))

@@ -69,6 +69,8 @@ run-examples: $(VENV)/.installed
 	$(BIN)/python examples/nan_questions.py --quick --output logs/quick_examples/nan_questions
 	$(BIN)/python examples/recurrent.py --quick --output logs/quick_examples/recurrent
 	$(BIN)/python examples/optimizers.py --quick --output logs/quick_examples/optimizers
+	$(BIN)/python -W ignore examples/lightning_cli.py fit --config configs/lightning_cli.yaml --trainer.max_epochs 1 \
+		--trainer.enable_progress_bar false
 	$(BIN)/python -W ignore examples/plain_loop.py --steps 60 --poison --folder logs/quick/plain_loop
 	$(BIN)/python -W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric
 	$(BIN)/python -W ignore examples/gan.py --batches 60 --poison --folder logs/quick/gan

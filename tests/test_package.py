@@ -67,3 +67,18 @@ def test_the_version_is_told_alike():
     versions = re.findall(r"^## \[(\d[^\]]*)\]", (top / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == clip_callbacks.__version__
     assert f"\nversion: {clip_callbacks.__version__}\n" in (top / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflows_run_what_there_is(path):
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([\w-]+):", (ROOT.parent / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    commands = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
+    for command in commands:
+        if command[0] == "make":
+            assert command[1] in targets
+        else:
+            assert command[0] in {"test", ".ci/run"}
+            assert command[0] == "test" or (ROOT.parent / command[0]).stat().st_mode & 0o100
+    assert commands

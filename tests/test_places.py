@@ -22,7 +22,7 @@ from tests.conftest import make_trainer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-PLACES = ["distributed.py", "fabric.py", "gan.py", "hydra_template/train.py", "plain_loop.py", "transformer.py"]
+PLACES = ["distributed.py", "fabric.py", "gan.py", "hydra_template/train.py", "lightning_cli.py", "plain_loop.py", "transformer.py"]
 AT_MOST = 1 + 1e-6
 """A clipped norm over its limit: norms are float32."""
 
@@ -46,6 +46,26 @@ def printed(monkeypatch, capsys, tmp_path):
         return json.loads(capsys.readouterr().out.splitlines()[-1]), logged(tmp_path / folder)
 
     return run_here
+
+
+def test_lightning_cli_takes_everything_from_yaml(tmp_path):
+    config = ROOT / "configs" / "lightning_cli.yaml"
+    run(
+        "lightning_cli.py",
+        "fit",
+        "--config",
+        config,
+        "--trainer.callbacks.max_norm=0.5",
+        "--trainer.enable_progress_bar=false",
+        cwd=tmp_path,
+    )
+    rows = logged(tmp_path / "logs" / "lightning_cli" / "run")
+    norms = [row for row in rows if row.get("grad/total_norm")]
+    assert {float(row["grad/max_norm"]) for row in norms} == {0.5}, "the command line changes the callback that the YAML has"
+    assert all(float(row["grad/clipped_norm"]) <= 0.5 * AT_MOST for row in norms)
+    assert max(float(row["grad/total_norm"]) for row in norms) > 0.5
+    assert float([row["val_accuracy"] for row in rows if row.get("val_accuracy")][-1]) > 0.9
+    assert (tmp_path / "logs" / "bad_steps").is_dir()
 
 
 class Fitted(LightningModule):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clip_callbacks.nested import tensors_in
 
 _NDARRAY = "clip_callbacks.ndarray"
 
@@ -68,21 +70,10 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def bytes_of(value: Any) -> int:
     """How much the tensors in something will take on the disk."""
-    return sum(_nbytes(tensor) for tensor in _tensors(value))
+    return sum(_nbytes(tensor) for tensor in tensors_in(value))
 
 
 def _nbytes(tensor: Tensor) -> int:
     if tensor.layout is torch.sparse_coo:
         return tensor._indices().nbytes + tensor._values().nbytes
     return tensor.nbytes
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)

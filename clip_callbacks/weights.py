@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from clip_callbacks.nested import tensors_in
 
 Weight: TypeAlias = Callable[[Any], Any]
 """From a batch, as ``training_step`` gets it, to a number of at least 0: a Python number or a tensor of one entry."""
@@ -73,7 +75,7 @@ class BatchSize:
         Raises:
             ValueError: If the batch has no tensor, or tensors of several lengths.
         """
-        lengths = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
+        lengths = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
         if len(lengths) != 1:
             raise ValueError(
                 f"the batch must hold tensors of one length, got {_described(batch)} with lengths {sorted(lengths)}. "
@@ -129,17 +131,6 @@ def _item(batch: Any, part: str, key: str | int) -> Any:
     if part.isidentifier() and hasattr(batch, part) and not isinstance(batch, Mapping):
         return getattr(batch, part)
     raise ValueError(f"`key` must lead to the labels of a batch, got {key!r}: there is no {part!r} in {_described(batch)}.")
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def _described(batch: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clip_callbacks.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,3 @@ def entries_of(tensor: Tensor) -> Tensor:
 def floats_in(value: Any) -> Iterator[Tensor]:
     """The tensors of real or complex numbers in a value."""
     return (tensor for tensor in tensors_in(value) if tensor.is_floating_point() or tensor.is_complex())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value: a tensor, or mappings, sequences and data classes of such."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, (list, tuple, set)):
-        for entry in value:
-            yield from tensors_in(entry)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name, None))

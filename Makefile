@@ -76,7 +76,7 @@ run-examples: $(VENV)/.installed
 	$(BIN)/python -W ignore examples/gan.py --batches 60 --poison --folder logs/quick/gan
 	$(BIN)/python -W ignore examples/transformer.py --batches 20 --poison --folder logs/quick/transformer
 	$(BIN)/python -W ignore examples/hydra_template/train.py -m callbacks.clip.max_norm=0.5,1.0 trainer.max_epochs=1 \
-		data.train_batches=20 trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
+		data.train_batches=20 +trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
 	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
 
 run-benchmarks: $(VENV)/.installed

@@ -39,7 +39,7 @@ class Switch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose, and start the clock."""
-        if batch_idx == 0:
+        if self.bundles is None:
             self.bundles = self.guard.evidence._bundles
             assert self.bundles is not None, "or both kinds are the same"
         if batch_idx % BLOCK == 0:

@@ -90,7 +90,8 @@ def main() -> None:
         pairs = list(zip(times[True], times[False], strict=False))
         ratio = Ratio.of(*map(list, zip(*pairs, strict=True)))
         on, off = (sorted(times[kind])[len(times[kind]) // 2] for kind in (True, False))
-        rows.append([name, len(pairs), f"{off * 1e3:.2f}", f"{on * 1e3:.2f}", f"{on / off:.4f}", ratio])
+        paired = f"{ratio.median:.4f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+        rows.append([name, len(pairs), f"{off * 1e3:.2f}", f"{on * 1e3:.2f}", f"{on / off:.4f}", paired])
     headers = ["run", "pairs of steps", "without, ms", "with, ms", "ratio of the medians", "median of the ratios (quartiles)"]
     text = "# Good steps with `bundle_dir`, over those without\n\n" + machine("cpu") + "\n\n" + table(rows, headers)
     publish(text, options.output)

@@ -584,6 +584,19 @@ def test_a_training_step_that_takes_the_iterator_leaves_no_wrong_batch(trainer, 
         bundle.micro_batches()
 
 
+def test_a_backward_pass_that_lightning_is_not_told_of_leaves_a_bundle_that_says_so(trainer, tmp_path):
+    class ByItself(SeldomSteps):
+        def manual_backward(self, loss):
+            loss.backward()
+
+    trainer(guard_to(tmp_path)).fit(ByItself(clears=True), data(40))
+    bundles = bundles_in(tmp_path / "bad")
+    assert bundles
+    for bundle in bundles:
+        with pytest.raises(UnusableBundleError, match=r"or calls loss.backward\(\) and not self.manual_backward"):
+            bundle.micro_batches()
+
+
 def test_random_numbers_are_those_of_the_closure_call_that_was_bad(trainer, tmp_path):
     class Noisy(Regression):
         calls = 0

@@ -27,6 +27,9 @@ from clip_callbacks.random_states import RandomStates
 if TYPE_CHECKING:
     from clip_callbacks.callbacks._rewind import Rewind
 
+NOT_SEEN = "training_step takes the dataloader's iterator, or calls loss.backward() and not self.manual_backward(loss)"
+"""Why hooks have not seen what a bad step was made of."""
+
 Weights: TypeAlias = Literal["none", "reference", "full"]
 
 
@@ -67,7 +70,7 @@ class Bundles:
         parts, batches = self._batches(incident)
         texts, missing = _config(incident.trainer)
         if not parts:
-            missing[BATCHES] = "training_step takes the dataloader's iterator, and hooks do not see its batch"
+            missing[BATCHES] = NOT_SEEN
         if self._weights == "full":
             parts |= self._state(incident.trainer, rewind)
         if obstacle := self._folder.fullness(sum(map(bytes_of, parts.values()))):

@@ -191,9 +191,8 @@ class Pass:
             report = replace(report, skipped=TRUE)
         self._end_step(lane, incident, report)
         self._keep(lane, report, is_new=is_new)
-        if (
-            self._batch and self.guard and isinstance(optimizer, LBFGS)
-        ):  # its closure runs the batch again, with other random numbers
+        if isinstance(optimizer, LBFGS) and self._batch and self.guard:
+            # its closure runs the batch again, with other random numbers
             self._batch = self.guard.remember(trainer, self._batch.batch, self._batch.batch_idx)
 
     def _begin_step(self, lane: Lane, *, is_new: bool) -> bool:

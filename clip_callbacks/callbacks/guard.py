@@ -225,9 +225,8 @@ class NonFiniteGuard(Member):
 
         Nothing of a ``training_step`` that takes the iterator: what hooks are given then is the batch before.
         """
-        if is_of(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
-            return None
-        return self.evidence.keep(batch, batch_idx) or (KeptBatch(batch, batch_idx) if self.trace_forward else None)
+        kept = self.evidence.keep(batch, batch_idx) or (KeptBatch(batch, batch_idx) if self.trace_forward else None)
+        return None if kept and is_of(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher) else kept
 
     def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
         """Have counters for each optimizer.

@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
 LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
-QUICK := $(addprefix tests/test_,clipping.py norms.py guard.py rules.py resume.py bundle.py)
+QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guard/test_guard.py limits/test_rules.py integration/test_resume.py $(addprefix bundles/test_,bundle.py batches.py folder.py hostile_bundles.py))
 
 .PHONY: demo test slow check lint types examples run-examples run-benchmarks configs docs dist wheel-test benchmarks clean
 
@@ -50,7 +50,7 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
-	$(BIN)/mypy tests/typed_script.py
+	$(BIN)/mypy tests/package/typed_script.py
 
 # every example and benchmark, as quickly as can be; two at a time: make -j2 examples
 examples: run-examples run-benchmarks
@@ -92,7 +92,7 @@ run-benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report --steps 2000
 
 configs: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/test_configuration.py --no-cov -q
+	$(BIN)/python -m pytest tests/integration/test_configuration.py --no-cov -q
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -1,0 +1,200 @@
+"""The write that rides on fused optimizers."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from clip_callbacks import (
+    ClipRule,
+    ParameterTable,
+    clip_step,
+)
+from clip_callbacks.fused import take_back
+from tests.helpers.fused import ALL, FUSED, two_parameters
+from tests.helpers.operations import WRITES, Operations
+from tests.helpers.training import weights
+
+
+@ALL
+def test_no_gradient_is_written_before_the_kernel_does(trainer, name):
+    parameters, optimizer = two_parameters(FUSED[name][0], **{k: v for k, v in FUSED[name][1].items() if k != "lr"})
+    table = ParameterTable.of(optimizer)
+    with Operations() as operations:
+        report, _ = clip_step(table, rules=[ClipRule(1.0)], scale=0.5, fused=optimizer)
+    assert not WRITES & set(operations.counts)
+    assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
+    optimizer.step()
+    clipped = torch.cat([parameter.grad for parameter in parameters])
+    torch.testing.assert_close(clipped.norm(), report.clipped_norm)
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+
+
+def test_nothing_to_clip_sets_nothing():
+    _, optimizer = two_parameters()
+    clip_step(optimizer, rules=[ClipRule(100.0)], fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_attributes_are_taken_back_after_an_exception_in_the_step(deferred):
+    parameters, optimizer = two_parameters()
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
+    assert hasattr(optimizer, "grad_scale")
+    with (
+        mock.patch.object(import_module("torch.optim.adam"), "adam", side_effect=RuntimeError("out of memory")),
+        pytest.raises(RuntimeError),
+    ):
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer.step()  # nothing rides on this one
+    assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+
+
+def test_attributes_are_taken_back_on_request():
+    _, optimizer = two_parameters()
+    hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer)
+    take_back(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)) == hooks
+
+
+class OwnStep(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rules", "clip_value"),
+    [
+        (torch.optim.AdamW, [ClipRule(0.1, "parameter")], None),
+        (torch.optim.AdamW, [ClipRule(0.1)], 0.01),
+        (OwnStep, [ClipRule(0.1)], None),
+    ],
+)
+def test_what_cannot_ride_is_written(optimizer, rules, clip_value):
+    parameters, fused = two_parameters(optimizer)
+    clip_step(fused, rules=rules, clip_value=clip_value, fused=fused)
+    assert not hasattr(fused, "grad_scale")
+    assert all(parameter.grad.max() < 0.2 for parameter in parameters)
+
+
+def test_double_precision_is_written_since_the_kernels_take_factors_in_single():
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+def test_groups_that_a_checkpoint_made_unfused_are_written():
+    parameters, optimizer = two_parameters()
+    optimizer.load_state_dict(torch.optim.AdamW(parameters, fused=False).state_dict())
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    optimizer.step()
+
+
+def test_plain_loop_with_a_grad_scaler():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 1)
+        optimizer, scaler = torch.optim.AdamW(net.parameters(), fused=fused), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        state = None
+        for _ in range(5):
+            optimizer.zero_grad()
+            scaler.scale(net(torch.ones(8, 4)).square().sum()).backward()
+            scaler.unscale_(optimizer)
+            report, state = clip_step(optimizer, state, rules=[ClipRule(0.5)], fused=optimizer)
+            assert report.clip_coef < 1
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(weights(net))
+    torch.testing.assert_close(*results)
+
+
+# What has gone wrong once
+
+
+def test_what_has_not_ridden_is_not_for_the_next_step():
+    parameters, optimizer = two_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[0].grad[0] = math.nan
+    clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=True)
+    assert hasattr(optimizer, "found_inf")
+    parameters[0].grad[0] = 2.0  # the user left the step out
+    clip_step(optimizer, rules=[ClipRule(100.0)], fused=optimizer)
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+    optimizer.step()
+    assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_half_precision_as_default_keeps_factors_in_single(deferred):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        parameters, optimizer = two_parameters()
+        clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
+        assert optimizer.grad_scale.dtype is torch.float32
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    clipped = torch.cat([parameter.grad for parameter in parameters]).float()
+    torch.testing.assert_close(clipped.norm(), torch.tensor(0.1), rtol=1e-2, atol=0.0)
+
+
+def test_a_part_of_an_optimizers_parameters_does_not_ride():
+    """What rides is for all that the optimizer holds: of two calls each writes its own part."""
+    parameters, optimizer = two_parameters()
+    clip_step(parameters[:1], rules=[ClipRule(1.0)], fused=optimizer)
+    clip_step(parameters[1:], rules=[ClipRule(0.5)], fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    for parameter, limit in zip(parameters, (1.0, 0.5), strict=True):
+        torch.testing.assert_close(parameter.grad.norm(), torch.tensor(limit))
+
+
+def test_parameters_given_other_entries_in_mid_run():
+    """Buckets of small tensors are planned once; shapes and dtypes may change under them."""
+    parameters = [nn.Parameter(torch.zeros(8)) for _ in range(20)]
+    table = ParameterTable.of_tensors(parameters)
+    for change in (lambda i: torch.zeros(8), lambda i: torch.zeros(9 if i == 3 else 8), lambda i: torch.zeros(4, 2).double()):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = None
+            parameter.data = change(i)
+            parameter.grad = torch.full_like(parameter, float(i))
+        report, _ = clip_step(table, rules=[])
+        expected = math.sqrt(sum(i * i * parameter.numel() for i, parameter in enumerate(parameters)))
+        assert report.total_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_transposed_gradients_have_the_bits_of_torch():
+    parameters = [nn.Parameter(torch.zeros(5, 7).t() if i % 2 else torch.zeros(7, 5)) for i in range(24)]
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(5, 7).t() if i % 2 else torch.randn(7, 5)
+    expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    for _ in range(2):
+        report, _ = clip_step(ParameterTable.of_tensors(parameters), rules=[])
+        assert torch.equal(report.total_norm, expected)
+
+
+def test_a_default_device_is_not_where_reports_live():
+    _, optimizer = two_parameters()
+    torch.set_default_device("meta")
+    try:
+        for rules in ([ClipRule(1.0)], [ClipRule(1.0, "parameter")], [ClipRule(100.0)], []):
+            report, _ = clip_step(optimizer, rules=rules, fused=optimizer)
+            assert report.total_norm.is_cpu
+            assert report.clip_coef.item() <= 1.0
+            assert report.coefficients.is_cpu
+    finally:
+        torch.set_default_device(None)

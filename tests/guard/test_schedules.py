@@ -1,0 +1,54 @@
+"""Schedules stand still for a skipped step."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from torch.utils.data import DataLoader
+
+from clip_callbacks import GradientClipping, NonFiniteGuard
+from tests.helpers.exact_skip import SCHEDULES, O, Recorded
+from tests.helpers.training import data
+
+pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("frequency", [1, 2, 3])
+@pytest.mark.parametrize("poison", [{0}, {3}, {2, 3, 7}])
+def test_schedules_stand_still(trainer, name, frequency, poison):
+    batches = list(data(12, size=0.1))
+    poisoned = Recorded(SCHEDULES[name], frequency=frequency, poison=poison)
+    trainer(GradientClipping(1.0)).fit(poisoned, DataLoader(batches, batch_size=None))
+    clean = Recorded(SCHEDULES[name], frequency=frequency)
+    kept = [batch for number, batch in enumerate(batches) if number not in poison]
+    trainer(GradientClipping(1.0)).fit(clean, DataLoader(kept, batch_size=None))
+    assert poisoned.rates == clean.rates
+
+
+def test_schedules_are_held_for_skipped_windows(trainer):
+    batches = list(data(12, size=0.1))
+    poisoned = Recorded(SCHEDULES["OneCycle"], frequency=3, poison={4})
+    trainer(GradientClipping(1.0), accumulate_grad_batches=3).fit(poisoned, DataLoader(batches, batch_size=None))
+    clean = Recorded(SCHEDULES["OneCycle"], frequency=3)
+    trainer(GradientClipping(1.0), accumulate_grad_batches=3).fit(clean, DataLoader(batches[:3] + batches[6:], batch_size=None))
+    assert poisoned.rates[-1] == clean.rates[-1]
+
+
+def test_schedules_of_epochs_and_plateaus_are_left_to_lightning(trainer):
+    for interval, schedule in (("epoch", SCHEDULES["Step"]), ("epoch", O.lr_scheduler.ReduceLROnPlateau)):
+        rates = []
+        for poison in (set(), {1}):
+            module = Recorded(schedule, interval, poison=poison)
+            trainer(GradientClipping(1.0), max_epochs=4).fit(module, data(4, size=0.1))
+            rates.append(module.rates[-1])
+        assert rates[0] == rates[1]
+
+
+def test_both_can_be_turned_off(trainer):
+    guard = NonFiniteGuard(restore_buffers=False, hold_schedulers=False)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    module = Recorded(SCHEDULES["Step"], poison={2}, net=net)
+    trainer(guard).fit(module, data(6, size=0.1))
+    assert net[1].num_batches_tracked == 6
+    assert len({rate for rate, _ in module.rates}) == 3

@@ -1,0 +1,40 @@
+"""Guards that write bundles, and what they wrote."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from clip_callbacks import NonFiniteGuard
+from clip_callbacks.bundle import Bundle
+from tests.helpers.training import Poisoned, data
+
+NAN = math.nan
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+def bundles_in(folder):
+    return [Bundle.read(path) for path in sorted(folder.iterdir())]
+
+
+def guard_to(folder, **options):
+    return NonFiniteGuard(bundle_dir=folder / "bad", **options)
+
+
+def loader_of(*batches):
+    return DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)
+
+
+@pytest.fixture
+def bundle(trainer, tmp_path):
+    trainer(guard_to(tmp_path, weights="full")).fit(Poisoned({1: NAN}), data(3))
+    (bundle,) = bundles_in(tmp_path / "bad")
+    return bundle

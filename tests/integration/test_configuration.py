@@ -1,0 +1,270 @@
+"""LightningCLI, Hydra, and every file in configs/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from clip_callbacks import (
+    AccumulationRescaling,
+    ClipRule,
+    CosineLimit,
+    EmaLimit,
+    FixedLimit,
+    GradientClipping,
+    GradientNormMonitor,
+    LinearLimit,
+    NonFiniteGuard,
+    QuantileLimit,
+    RatioLimit,
+    RobustZScoreLimit,
+    Tightest,
+    Warmup,
+    ZScoreLimit,
+)
+from tests.helpers.training import Regression, data
+
+ROOT = Path(__file__).parents[2]
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
+
+
+class Keyed(Regression):
+    """Takes batches under the names that the configuration of tokens expects."""
+
+    def loss(self, batch, batch_idx):
+        return super().loss([batch["inputs"], batch["labels"]], batch_idx)
+
+
+def keyed(loader):
+    return DataLoader([{"inputs": inputs, "labels": labels} for inputs, labels in loader], batch_size=None)
+
+
+def parse(*arguments, model=BoringModel, datamodule=None):
+    return LightningCLI(model, datamodule, run=False, save_config_callback=None, args=list(arguments))
+
+
+def callbacks(*arguments):
+    family = (GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor)
+    return [callback for callback in parse(*arguments, *QUIET).trainer.callbacks if isinstance(callback, family)]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_builds_a_trainer_and_asks_one_question(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from char_rnn import CharRNN, StdlibText
+
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert "?" in first
+    base = [f"--config={ROOT / 'configs/char_rnn.yaml'}"] if path.name == "char_rnn_unclipped.yaml" else []
+    cli = parse(*base, f"--config={path}", "--trainer.accelerator=cpu", model=CharRNN, datamodule=StdlibText)
+    named = [entry["class_path"] for entry in yaml.safe_load(path.read_text())["trainer"]["callbacks"]]
+    ours = [callback for callback in cli.trainer.callbacks if type(callback).__module__.startswith("clip_callbacks")]
+    assert [f"clip_callbacks.{type(callback).__name__}" for callback in ours] == named
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "char_rnn" not in path.name], ids=lambda path: path.name)
+def test_every_config_trains(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_CALLBACKS_INJECT", "1")
+    arguments = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3"]
+    cli = parse(f"--config={path}", *QUIET, *arguments, f"--trainer.default_root_dir={tmp_path}")
+    torch.manual_seed(0)
+    cli.trainer.fit(*((Keyed(), keyed(data(48))) if "tokens" in path.name else (Regression(), data(48))))
+    assert cli.trainer.global_step == 3
+
+
+def test_every_option_of_the_monitor(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientNormMonitor
+      init_args:
+        scope: parameter
+        norm_type: inf
+        every_n_steps: 100
+        params: ^layer
+        exclude: bias
+        top_k: 10
+        update_ratio: true
+        histograms: true
+        contributions: true
+"""
+    (monitor,) = callbacks(write(tmp_path, text))
+    assert (monitor.scope, monitor.norm_type, monitor.every_n_steps) == ("parameter", float("inf"), 100)
+    assert (monitor.params, monitor.exclude, monitor.top_k) == ("^layer", "bias", 10)
+    assert monitor.update_ratio
+    assert monitor.histograms
+    assert monitor.contributions
+
+
+def test_class_path_with_a_nested_limit(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 1e-3}}
+        scope: layer
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [ClipRule(FixedLimit(1e-3), "layer")]
+
+
+@pytest.mark.parametrize(
+    ("written", "limit"),
+    [
+        ("class_path: LinearLimit, init_args: {start: 10, end: 1e0, steps: 5}", LinearLimit(10.0, 1.0, 5)),
+        ("class_path: clip_callbacks.CosineLimit, init_args: {start: 10, end: 1, steps: 5}", CosineLimit(10.0, 1.0, 5)),
+        ("class_path: clip_callbacks.RatioLimit, init_args: {floor: 1e-2}", RatioLimit(floor=0.01)),
+        ("class_path: QuantileLimit, init_args: {quantile: 0.5, window: 10, warmup: 3}", QuantileLimit(0.5, 10, 3)),
+        ("class_path: clip_callbacks.ZScoreLimit, init_args: {z: 3, clip_to: mean}", ZScoreLimit(3.0, clip_to="mean")),
+        ("class_path: clip_callbacks.RobustZScoreLimit", RobustZScoreLimit()),
+        ("class_path: clip_callbacks.EmaLimit, init_args: {max_norm: 2}", EmaLimit(max_norm=2.0)),
+        (
+            "class_path: Tightest, init_args: {limits: [1.5, {class_path: ZScoreLimit}]}",
+            Tightest(1.5, ZScoreLimit()),
+        ),
+        (
+            "class_path: Warmup, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, until: 2}",
+            Warmup(ZScoreLimit(), 3, 2.0),
+        ),
+    ],
+)
+def test_every_limit_by_its_class_wherever_a_limit_may_stand(tmp_path, written, limit):
+    text = f"""
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        max_norm: {{{written}}}
+        shadow: [0.5, {{{written}}}]
+    - class_path: clip_callbacks.NonFiniteGuard
+      init_args: {{skip_above: {{{written}}}}}
+"""
+    clipping, guard = callbacks(write(tmp_path, text))
+    assert clipping.rules == [ClipRule(limit)]
+    assert clipping.shadow == [FixedLimit(0.5), limit]
+    assert guard.skip_above == limit
+
+
+def test_rules_with_a_nested_limit(tmp_path):
+    text = """
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        rules:
+          - max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 2}}
+          - {max_norm: "1e-2", scope: parameter, params: "layer.*"}
+          - {max_norm: 3, scope: unit, exclude: bias, name: rows}
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [
+        ClipRule(FixedLimit(2.0)),
+        ClipRule(0.01, "parameter", "layer.*"),
+        ClipRule(3.0, "unit", exclude="bias", name="rows"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ("1e-3", ClipRule(1e-3)),
+        ('"1e-3"', ClipRule(1e-3)),
+        ("inf", ClipRule("inf")),
+        (".inf", ClipRule(float("inf"))),
+        ("null", ClipRule(None)),
+        ("2", ClipRule(2.0)),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path, written, rule):
+    text = f"""
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.GradientClipping
+      init_args: {{max_norm: {written}, norm_type: inf}}
+"""
+    (clipping,) = callbacks(write(tmp_path, text))
+    assert clipping.rules == [rule]
+    assert clipping.norm_type == float("inf")
+
+
+def test_short_names_on_the_command_line():
+    (clipping,) = callbacks("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=0.5")
+    assert clipping.rules == [ClipRule(0.5)]
+    clipping, guard = callbacks(
+        "--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=FixedLimit",
+        "--trainer.callbacks.max_norm.max_norm=3", "--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.policy=zero",
+    )  # fmt: skip
+    assert clipping.rules == [ClipRule(FixedLimit(3.0))]
+    assert guard.policy == "zero"
+
+
+@pytest.mark.parametrize(
+    ("argument", "match"),
+    [("max_norm=-1", "`max_norm` must be a number above 0"), ("scope=tensor", "tensor"), ("nonfinite=drop", "drop")],
+)
+def test_mistakes_on_the_command_line_end_in_one_error(argument, match, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        callbacks("--trainer.callbacks+=GradientClipping", f"--trainer.callbacks.{argument}")
+    assert match in capsys.readouterr().err + str(caught.value)
+
+
+def printed(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", [GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor])
+def test_print_config_shows_every_option_with_its_help(monkeypatch, capsys, family):
+    import inspect
+
+    out = " ".join(printed(monkeypatch, capsys, f"--trainer.callbacks+={family.__name__}", "--print_config=comments").split())
+    documentation = inspect.getdoc(family)
+    for name in list(inspect.signature(family.__init__).parameters)[1:]:
+        assert f"{name}: " in out
+        (line,) = [line for line in documentation.splitlines() if line.strip().startswith(f"{name}: ")]
+        assert " ".join(line.strip().removeprefix(f"{name}: ").split()[:6]) in out
+
+
+def test_printed_config_can_be_read_back(monkeypatch, capsys, tmp_path):
+    arguments = ["--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=FixedLimit"]
+    out = printed(monkeypatch, capsys, *arguments, "--trainer.callbacks.max_norm.max_norm=3", "--print_config")
+    (clipping,) = callbacks(write(tmp_path, out))
+    assert clipping.rules == [ClipRule(FixedLimit(3.0))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/hydra").glob("*.yaml")), ids=lambda path: path.name)
+def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
+    config = OmegaConf.load(path)
+    made = hydra.utils.instantiate(config.trainer, max_epochs=1, enable_progress_bar=False, default_root_dir=str(tmp_path))
+    assert isinstance(made, Trainer)
+    made.fit(Regression(), data(6))
+    clipping = next(callback for callback in made.callbacks if isinstance(callback, GradientClipping))
+    assert clipping.rules[1] == ClipRule(FixedLimit(0.1), "parameter")
+    if path.name == "limits.yaml":
+        assert clipping.rules[0] == ClipRule(Tightest(5.0, ZScoreLimit()))
+        assert clipping.shadow == [FixedLimit(1.0), QuantileLimit(0.9)]

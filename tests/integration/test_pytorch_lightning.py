@@ -1,0 +1,150 @@
+"""Trainer and CLI of ``pytorch_lightning``: what ``lightning.pytorch`` is under its other name, with classes of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.callbacks._twins import is_of
+from tests.helpers.training import assert_same_bits, data, numbers, weights
+from tests.helpers.twins import QUIET, TWINS, regression
+
+
+def make_trainer(package, tmp_path, *callbacks, **options):
+    options = {"max_epochs": 1, "logger": False, "log_every_n_steps": 1} | dict.fromkeys(QUIET, False) | options
+    return package.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), default_root_dir=tmp_path, **options)
+
+
+def family():
+    monitor = GradientNormMonitor(histograms=True, update_ratio=True)
+    return [AccumulationRescaling(), GradientClipping(1.0), NonFiniteGuard(), monitor]
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite")
+def test_the_whole_family_does_the_same_under_both_names(tmp_path):
+    found = {}
+    for name, package in TWINS.items():
+        logger = package.loggers.TensorBoardLogger(tmp_path / name)
+        trainer = make_trainer(package, tmp_path, *family(), logger=logger, accumulate_grad_batches=2)
+        module = regression(package, poisoned={4})
+        trainer.fit(module, data(13))
+        found[name] = trainer, module, EventAccumulator(logger.log_dir).Reload()
+    (ours, module, events), (theirs, twin, others) = found.values()
+    assert_same_bits(weights(module), weights(twin))
+    assert sum(callback.skipped_steps for callback in theirs.callbacks if is_of(callback, NonFiniteGuard)) == 1
+    metrics = [{key: float(it) for key, it in trainer.callback_metrics.items()} for trainer in (ours, theirs)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["grad/skipped_steps"] == 1
+    assert events.Tags()["scalars"] == others.Tags()["scalars"]
+    assert events.Tags()["histograms"] == others.Tags()["histograms"] != []
+    assert "custom_scalars__config__" in others.Tags()["tensors"]
+    assert [it.value for it in events.Scalars("grad/clipped_norm")] == [it.value for it in others.Scalars("grad/clipped_norm")]
+
+
+@pytest.mark.parametrize("saved_by", TWINS)
+def test_a_checkpoint_goes_on_under_either_name(tmp_path, saved_by):
+    """Limits' states, counters and histories."""
+    first = make_trainer(TWINS[saved_by], tmp_path, *family()[1:3])
+    first.fit(regression(TWINS[saved_by]), data(6))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    ends = {}
+    for name, package in TWINS.items():
+        trainer = make_trainer(package, tmp_path, *family()[1:3], max_epochs=2)
+        module = regression(package)
+        trainer.fit(module, data(6), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+        ends[name] = weights(module), [numbers(callback.state_dict()) for callback in trainer.callbacks]
+    assert_same_bits(ends["lightning"][0], ends["pytorch_lightning"][0])
+    torch.testing.assert_close(ends["lightning"][1], ends["pytorch_lightning"][1], rtol=0, atol=0)
+
+
+def test_refusals_and_warnings_know_the_other_name(tmp_path, monkeypatch):
+    def fit(*callbacks, module=None, **options):
+        trainer = make_trainer(pytorch_lightning, tmp_path, *callbacks, **options)
+        trainer.fit(module or regression(pytorch_lightning), data(4))
+
+    with pytest.raises(ValueError, match="`gradient_clip_val` must not be set"):
+        fit(GradientClipping(1.0), gradient_clip_val=1.0)
+    clips_itself = regression(pytorch_lightning)
+    type(clips_itself).configure_gradient_clipping = lambda *_: None
+    with pytest.raises(ValueError, match="`configure_gradient_clipping` must not be overridden"):
+        fit(GradientClipping(1.0), module=clips_itself)
+    with pytest.raises(ValueError, match="got True with CSVLogger"):
+        fit(GradientNormMonitor(histograms=True), logger=pytorch_lightning.loggers.CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match="noise_scale=True needs windows"):
+        fit(GradientNormMonitor(noise_scale=True))
+    fit(GradientNormMonitor(noise_scale=True), pytorch_lightning.callbacks.GradientAccumulationScheduler({0: 2}))
+
+
+def test_deepspeed_by_its_other_name(tmp_path, monkeypatch):
+    # DeepSpeed is not at hand: the strategy object is real, but never set up
+    trainer = make_trainer(pytorch_lightning, tmp_path)
+    monkeypatch.setattr(
+        type(trainer), "strategy", property(lambda _: object.__new__(pytorch_lightning.strategies.DeepSpeedStrategy))
+    )
+    with pytest.raises(ValueError, match="got DeepSpeed"):
+        NonFiniteGuard().setup(trainer, None, "fit")
+
+
+def test_who_silenced_lightning_hears_nothing_from_it():
+    script = (
+        "import logging, lightning.pytorch as pl; logging.getLogger('lightning.pytorch').setLevel(logging.ERROR); "
+        "import clip_callbacks; pl.Trainer(accelerator='cpu', logger=False)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_twins_are_known_by_class_and_not_by_name():
+    assert is_of(pytorch_lightning.callbacks.GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler)
+    assert is_of(GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler)
+    assert not is_of(pytorch_lightning.Callback(), GradientAccumulationScheduler)
+    assert not is_of(type("DeepSpeedStrategy", (), {})(), DeepSpeedStrategy)
+
+
+def parse(*arguments):
+    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    quiet = ["--trainer.accelerator=cpu", *(f"--trainer.{option}=false" for option in (*QUIET, "logger")), "--trainer.max_steps=3"]
+    return LightningCLI(BoringModel, run=False, save_config_callback=None, args=[*arguments, *quiet])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=0.5"),
+        ("--trainer.callbacks+=clip_callbacks.GradientClipping", "--trainer.callbacks.max_norm=0.5"),
+    ],
+    ids=["short name", "class path"],
+)
+def test_its_command_line(arguments):
+    cli = parse(*arguments)
+    cli.trainer.fit(cli.model)
+    (clipping,) = [callback for callback in cli.trainer.callbacks if is_of(callback, GradientClipping)]
+    assert clipping.last_report.clipped_norm <= 0.5
+    assert cli.trainer.callback_metrics["grad/max_norm"] == 0.5
+
+
+def test_its_configuration_files(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("""
+trainer:
+  callbacks:
+    - class_path: clip_callbacks.NonFiniteGuard
+      init_args: {policy: raise}
+    - class_path: clip_callbacks.GradientClipping
+      init_args:
+        max_norm: {class_path: clip_callbacks.Warmup, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, until: 2}}
+""")
+    cli = parse(f"--config={path}")
+    cli.trainer.fit(cli.model)
+    assert [callback.policy for callback in cli.trainer.callbacks if is_of(callback, NonFiniteGuard)] == ["raise"]
+    assert cli.trainer.callback_metrics["grad/max_norm"] == 2.0

@@ -1,0 +1,130 @@
+"""Checkpoint and resume continue bit-identically."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from tests.helpers.laws import ADAPTIVE
+from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, leaves, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
+
+
+def family():
+    return [
+        AccumulationRescaling(),
+        NonFiniteGuard(max_consecutive=4),
+        GradientClipping(rules=[ClipRule(ADAPTIVE), ClipRule(0.4, "layer")]),
+        GradientNormMonitor("layer"),
+        GradientNormMonitor("parameter"),  # two of one class
+    ]
+
+
+def module():
+    torch.manual_seed(0)
+    return Poisoned({3: math.nan, 17: math.inf, 27: math.nan}, optimizer=torch.optim.AdamW, lr=0.01)
+
+
+@pytest.mark.parametrize("leader", [0, 2, 4])
+def test_interrupted_and_whole_runs_end_in_the_same_bits(trainer, tmp_path, leader):
+    def members():
+        made = family()
+        return made[leader:] + made[:leader]
+
+    whole, whole_family = module(), members()
+    straight = trainer(*whole_family, max_epochs=3, accumulate_grad_batches=2)
+    straight.fit(whole, data(11))
+
+    first = module()
+    before = trainer(*members(), max_epochs=1, accumulate_grad_batches=2)
+    before.fit(first, data(11))
+    before.save_checkpoint(tmp_path / "middle.ckpt")
+
+    second, second_family = module(), members()
+    after = trainer(*second_family, max_epochs=3, accumulate_grad_batches=2)
+    after.fit(second, data(11), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
+    assert_same_bits(weights(second), weights(whole))
+    for ours, theirs in zip(second_family, whole_family, strict=True):
+        assert ours.state_key == theirs.state_key
+        assert_same_bits(leaves(ours.state_dict()), leaves(theirs.state_dict()))
+        assert ours.skipped_steps == theirs.skipped_steps == 3
+    keys = {key for key in after.callback_metrics if key.startswith("grad")}
+    assert keys >= {"grad/total_norm", "grad/total_norm_p50"}
+    assert all(torch.equal(after.callback_metrics[key], straight.callback_metrics[key]) for key in keys)
+
+
+def test_a_streak_goes_on_over_a_resume(trainer, tmp_path):
+    from clip_callbacks import NonFiniteGradientError
+
+    poison = dict.fromkeys(range(4, 20), math.nan)
+    first = trainer(GradientClipping(1.0), max_epochs=1)
+    first.fit(Poisoned(poison), data(8))
+    first.save_checkpoint(tmp_path / "bad.ckpt")
+    callback = GradientClipping(1.0)
+    with pytest.raises(NonFiniteGradientError, match="bad step 10 in a row"):
+        trainer(callback, max_epochs=3).fit(Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", **SAFELY)
+    assert callback.skipped_steps == 10
+
+
+def test_a_changed_threshold_may_resume(trainer, tmp_path):
+    first = trainer(GradientClipping(1.0))
+    first.fit(Poisoned({}), data(4))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    callback = GradientClipping(2.0)
+    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    assert callback.last_report.max_norm == 2.0
+
+
+def test_callbacks_can_be_copied_and_pickled(trainer):
+    import copy
+    import pickle
+
+    callbacks = family()
+    trainer(*callbacks).fit(Poisoned({}), data(4))
+    for callback in callbacks:
+        assert copy.deepcopy(callback).state_key == callback.state_key
+        pickle.loads(pickle.dumps(callback))
+
+
+def test_fit_twice_with_the_same_callbacks(trainer):
+    callback = GradientClipping(1.0)
+    for _ in range(2):
+        trainer(callback).fit(Poisoned({2: math.nan}), data(4))
+        assert callback.skipped_steps == 1, "of this run"
+
+
+@pytest.mark.parametrize("saved", [[0, 1], [1, 0]])
+def test_a_streak_goes_on_in_another_order_of_callbacks(trainer, tmp_path, saved):
+    from clip_callbacks import NonFiniteGradientError
+
+    def members(order):
+        made = [GradientNormMonitor(), NonFiniteGuard()]
+        return [made[i] for i in order]
+
+    poison = dict.fromkeys(range(20), math.nan)
+    first = trainer(*members(saved))
+    first.fit(Poisoned(poison), data(8))
+    first.save_checkpoint(tmp_path / "bad.ckpt")
+    with pytest.raises(NonFiniteGradientError, match="bad step 10 in a row"):
+        trainer(*members(saved[::-1]), max_epochs=3).fit(Poisoned(poison), data(8), ckpt_path=tmp_path / "bad.ckpt", **SAFELY)
+
+
+def test_callbacks_may_move_on_to_another_model(trainer):
+    from tests.helpers.training import TwoNetworks
+
+    callback = GradientClipping(ADAPTIVE, scope="layer")
+    trainer(callback).fit(TwoNetworks(), data(4))
+    trainer(callback).fit(Poisoned({}), data(4))
+
+
+def test_rules_that_remember_nothing_may_change_between_runs(trainer, tmp_path):
+    first = trainer(GradientClipping(1.0))
+    first.fit(Poisoned({}), data(4))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    callback = GradientClipping(rules=[ClipRule(1.0), ClipRule(0.5, "layer")])
+    trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    assert len(callback.last_report.outcomes) == 2

@@ -1,0 +1,185 @@
+"""The gradient noise scale, against models whose noise scale is known in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
+
+from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
+from clip_callbacks.noise_scale import NoiseScale
+from tests.helpers.training import SAFELY, GradientTape, Poisoned, Regression, data
+
+WIDTH = 20
+
+
+def draws(count, *, spread, seed=0):
+    """Gradients of single samples: mean (1, ..., 1), covariance spread² I, so that the noise scale is spread²."""
+    return 1.0 + spread * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+@pytest.mark.parametrize(("count", "samples"), [(2, 1), (4, 8), (16, 2)])
+def test_the_estimator_finds_the_noise_scale(spread, count, samples):
+    windows = 4000
+    estimate = NoiseScale(decay=0.9995)
+    small = draws(windows * count * samples, spread=spread).view(windows, count, samples, WIDTH).mean(2)
+    for gradients in small:
+        estimate.observe(gradients.square().sum(-1).tolist(), float(gradients.mean(0).square().sum()), samples)
+    assert estimate.value == pytest.approx(spread**2, rel=0.15)
+    assert estimate.windows == windows
+
+
+def test_the_two_estimates_are_unbiased():
+    """Over all outcomes of two draws from two values, by hand: G = 2, tr(Sigma) = 1."""
+    values, signal, noise = (1.0, 3.0), 0.0, 0.0
+    for a in values:
+        for b in values:
+            estimate = NoiseScale(decay=0.0)
+            estimate.observe([a * a, b * b], ((a + b) / 2) ** 2, 1)
+            signal, noise = signal + estimate.signal / 4, noise + estimate.noise / 4
+    assert (signal, noise) == (4.0, 1.0)
+
+
+@pytest.mark.parametrize("small", [[], [2.0]])
+def test_one_micro_batch_tells_nothing(small):
+    estimate = NoiseScale()
+    estimate.observe(small, 2.0, 1)
+    assert (estimate.value, estimate.windows) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ([], {}),
+        ([AccumulationRescaling()], {}),
+        ([GradientClipping(0.1), AccumulationRescaling()], {}),
+        ([NonFiniteGuard(level="microbatch")], {}),
+        ([GradientClipping(0.1)], {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}),
+    ],
+)
+def test_in_a_trainer(trainer, family, options):
+    feed = draws(2400, spread=3.0).float()
+    run = trainer(*family, GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, **options)
+    run.fit(GradientTape(feed))
+    assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
+
+
+def test_every_micro_batch_is_measured_and_the_gradients_keep_their_bits(trainer):
+    results = []
+    for monitors in ([GradientNormMonitor(noise_scale=True)], []):
+        torch.manual_seed(0)
+        module = Regression(torch.optim.AdamW, lr=0.01)
+        trainer(*monitors, accumulate_grad_batches=3).fit(module, data())
+        results.append([parameter.detach().clone() for parameter in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_samples_are_counted(trainer):
+    """The same gradients of micro-batches said to hold four samples, or of no one size."""
+    noise = []
+    for batch in (torch.zeros(4), (torch.zeros(2), torch.zeros(3))):
+
+        class Tape(GradientTape):
+            def training_step(self, batch, batch_idx):
+                return (self.weight * self.feed[batch_idx]).sum()
+
+            def train_dataloader(self, batch=batch):
+                return DataLoader([batch] * 8, batch_size=None)
+
+        monitor = GradientNormMonitor(noise_scale=True)
+        trainer(monitor, accumulate_grad_batches=4).fit(Tape(draws(8, spread=2.0).float()))
+        noise.append(monitor._noise[0].noise)
+    assert noise[0] == pytest.approx(4 * noise[1])
+
+
+def test_the_estimate_goes_on_after_a_resume(trainer, tmp_path):
+    feed = draws(80, spread=3.0).float()
+    whole, before, after = (GradientNormMonitor(noise_scale=True) for _ in range(3))
+    trainer(whole, accumulate_grad_batches=8, max_epochs=2).fit(GradientTape(feed))
+    first = trainer(before, accumulate_grad_batches=8)
+    first.fit(GradientTape(feed))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    second = trainer(after, accumulate_grad_batches=8, max_epochs=2)
+    second.fit(GradientTape(feed), ckpt_path=tmp_path / "x.ckpt", **SAFELY)
+    assert whole._noise == after._noise != before._noise
+
+
+class ManualTape(GradientTape):
+    def __init__(self, feed):
+        super().__init__(feed)
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "message"),
+    [
+        (ManualTape(draws(4, spread=1.0).float()), [], "manual optimization"),
+        (Regression(torch.optim.LBFGS), [], "LBFGS"),
+        (Regression(), [AccumulationRescaling(LabelTokens(1))], "a `weight`"),
+    ],
+)
+def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, message):
+    with pytest.raises(ValueError, match=f"`noise_scale` must be False with {message}"):
+        trainer(*family, GradientNormMonitor(noise_scale=True)).fit(
+            module, *([] if isinstance(module, GradientTape) else [data(3)])
+        )
+
+
+def test_it_is_one_of_2_norms():
+    with pytest.raises(ValueError, match="`norm_type` must be 2 beside noise_scale=True, got 1"):
+        GradientNormMonitor(noise_scale=True, norm_type=1)
+
+
+def test_windows_of_micro_batches_of_unequal_size_tell_nothing(trainer):
+    """Their mean is not the mean over their samples."""
+    batches = [torch.randn(size, 4) for size in (4, 4, 4, 2)]
+
+    class Net(Regression):
+        def loss(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+    monitor = GradientNormMonitor(noise_scale=True)
+    trainer(monitor, accumulate_grad_batches=2).fit(Net(), DataLoader(batches, batch_size=None))
+    assert monitor._noise[0].windows == 1
+
+
+def test_an_overflow_leaves_no_micro_batch_for_the_next_window(trainer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-110)
+    run = trainer(
+        GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
+    run.fit(GradientTape(100 * draws(2400, spread=3.0).float()))
+    assert scaler.get_scale() < 2.0**20
+    assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
+
+
+def test_the_last_micro_batch_none_under_a_fused_scaler_ends_the_window(trainer):
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
+    module = Poisoned({3: None}, optimizer=torch.optim.AdamW, fused=True)
+    monitor = GradientNormMonitor(noise_scale=True)
+    trainer(monitor, accumulate_grad_batches=2, plugins=plugins).fit(module, data(6, size=1.0))
+    assert monitor._noise[0].windows == 2
+
+
+def test_without_accumulation_it_says_that_it_learns_nothing(trainer):
+    with pytest.warns(UserWarning, match="noise_scale"):
+        trainer(GradientNormMonitor(noise_scale=True)).fit(Regression(), data(3))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("family", [[NonFiniteGuard(level="microbatch")], [GradientNormMonitor(noise_scale=True)]])
+def test_a_backward_that_makes_a_graph(trainer, family):
+    class Graph(Regression):
+        def backward(self, loss):
+            loss.backward(create_graph=True)
+
+    results = []
+    for callbacks in (family, []):
+        torch.manual_seed(0)
+        module = Graph()
+        trainer(*callbacks, accumulate_grad_batches=2).fit(module, data(4))
+        results.append([parameter.detach().clone() for parameter in module.parameters()])
+        module.zero_grad()
+    torch.testing.assert_close(*results)

@@ -1,0 +1,63 @@
+"""The demo with blank pieces in its text: skipped, kept in bundles, replayed, and traced to the module and the sample."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from clip_callbacks.bundle import Bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+DEMO = ROOT / "examples" / "char_rnn.py"
+CONFIG = ROOT / "configs" / "char_rnn.yaml"
+
+
+def run(*command, folder):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_the_bundle_of_the_poisoned_demo_names_the_module_and_the_sample(tmp_path):
+    options = [
+        "--trainer.max_steps=12",
+        "--trainer.logger=false",
+        "--trainer.limit_val_batches=0",
+        "--trainer.val_check_interval=12",
+    ]
+    small = ["--data.megabytes=0.5", "--data.batch_size=64", "--poison=0.2", "--trainer.enable_progress_bar=false"]
+    guard = ["--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.bundle_dir=bad", "--trainer.callbacks.weights=full"]
+    done = run("-W", "ignore", DEMO, "fit", f"--config={CONFIG}", *options, *small, *guard, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    bundles = [Bundle.read(path) for path in sorted((tmp_path / "bad").iterdir())]
+    assert bundles
+    bundle = bundles[0]
+    (row,) = bundle.micro_batches()
+    inputs, _ = row["batch"]
+    assert len(inputs) == 64
+    blank = torch.nonzero((inputs == 0).all(dim=1)).flatten().tolist()
+    replay = [
+        "-m",
+        "clip_callbacks.cli",
+        "replay",
+        bundle.path,
+        "--config",
+        CONFIG,
+        "--script",
+        DEMO,
+        "--bisect",
+        "-o",
+        "depth.png",
+    ]
+    done = run(*replay, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "First non-finite output: padding (PaddingScale)" in done.stdout
+    assert "bit for bit the run's" in done.stdout
+    assert "Reproduced." in done.stdout
+    found = next(line for line in done.stdout.splitlines() if "sample" in line.lower())
+    assert int(next(word for word in re.findall(r"\d+", found))) in blank, done.stdout
+    assert (tmp_path / "depth.png").stat().st_size > 10_000

@@ -1,0 +1,35 @@
+"""One fit, logged by every logger."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+
+from clip_callbacks import GradientClipping, GradientNormMonitor
+from tests.helpers.training import Poisoned, data
+
+# ---- reading -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """One fit with bad steps, in three loggers."""
+    from tests.helpers.training import make_trainer
+
+    folder = tmp_path_factory.mktemp("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = [
+            CSVLogger(folder, "csv", version="run"),
+            TensorBoardLogger(folder, "board", version="run"),
+            MLFlowLogger("ours", run_name="run", tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+        ]
+        torch.manual_seed(0)
+        callbacks = [GradientClipping(0.5), GradientNormMonitor()]
+        trainer = make_trainer(folder, *callbacks, logger=loggers, log_every_n_steps=2, max_epochs=3)
+        trainer.fit(Poisoned({4: math.nan, 9: math.inf}), data(10))
+    return folder

@@ -1,0 +1,205 @@
+"""What a report finds in a log."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.dashboard.bad_steps import bad_steps, spikes
+from clip_callbacks.dashboard.diagnosis import diagnose
+from clip_callbacks.dashboard.page import make_sections
+from clip_callbacks.dashboard.runs import Run
+from clip_callbacks.dashboard.series import Series
+from tests.helpers.logs import read, run_main, said, table, texts, write
+from tests.helpers.training import Poisoned, TwoNetworks, data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
+
+
+# ---- what it says --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_clipped_steps_counts_steps_that_were_not_logged(trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    clipping = GradientClipping(6.5)
+    from tests.helpers.training import GradientTape
+
+    feed = torch.tensor([1.0, 9.0, 9.0, 2.0, 1.0, 9.0, 1.0])[:, None]
+    trainer(clipping, logger=logger, log_every_n_steps=3).fit(GradientTape(feed))
+    (track,) = read(Path(logger.log_dir)).tracks
+    assert track.share_clipped == pytest.approx(3 / 6)  # the seventh step was not logged
+
+
+def test_several_optimizers_are_tracks_of_their_own(trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(GradientClipping(1.0), GradientNormMonitor(), logger=logger).fit(TwoNetworks(), data())
+    run = read(Path(logger.log_dir))
+    assert [track.suffix for track in run.tracks] == ["-SGD", "-SGD-1"]
+    assert [track.name for track in run.tracks] == [f"{run.name} · SGD", f"{run.name} · SGD-1"]
+    assert [list(track.blocks()) for track in run.tracks] == [["generator"], ["discriminator"]]
+    assert all(len(track.total_norm) == 12 for track in run.tracks)
+
+
+def test_99_percent_clipped_is_a_learning_rate(tmp_path):
+    frame = table(1000)
+    frame["grad/clip_fraction"] = np.where(np.arange(1000) % 100, 1.0, 0.0)
+    text = said(read(write(tmp_path, frame)))
+    p90 = np.percentile(frame["grad/total_norm"], 90)
+    assert "99% of steps are clipped by max_norm 1: max_norm acts as a learning rate" in text
+    assert f"p90 is {p90:.3g}" in text
+
+
+def test_findings_name_what_they_find(tmp_path):
+    steps = 400
+    frame = table(
+        steps,
+        **{
+            "grad/amp_scale": np.geomspace(65536, 2**-5, steps),
+            "grad_norm/whole": table(steps)["grad/total_norm"] * 0.99,
+            "grad_norm/dead": 1e-9,
+            "update_ratio/whole": 0.5,
+            "update_ratio/dead": 1e-9,
+            "grad/shadow_clip_fraction/QuantileLimit(0.1)": 0.25,
+        },
+    )
+    frame.loc[300:, "train_loss"] = math.nan
+    frame.loc[123, "grad/total_norm"] = 5000.0
+    frame["grad/skipped_steps"] = np.minimum(np.arange(steps) // 20, 7)
+    path = write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))
+    text = said(read(path))
+    for part in (
+        "train_loss is NaN or inf from step 300 and stays so",
+        "7 of 400 steps were skipped (1.75%)",
+        "5e+03 at step 123",
+        "The loss scale has fallen to 0.0312",
+        "The norm of whole alone is 99% of total_norm",
+        "Hardly any gradient arrives at dead",
+        "The update-to-weight ratio of whole is above 0.01",
+        "The update-to-weight ratio of dead is below 1e-05",
+        "QuantileLimit(0.1) 25.0%",
+    ):
+        assert part in text, part
+
+
+def test_a_healthy_run_gives_no_alarm(tmp_path):
+    (section,) = make_sections([read(write(tmp_path, table(1000)))], ())
+    assert {finding.severity for finding in section.findings} <= {"good", "note"}
+    assert section.caution is None
+
+
+def test_a_loss_that_grew_warns_of_its_norms(tmp_path):
+    frame = table(200, train_loss=np.concatenate([[7.0], np.full(199, 50.0)]))
+    (section,) = make_sections([read(write(tmp_path, frame))], ())
+    assert "train_loss rose from 7 to 50" in (section.caution or "")
+    assert section.caution in texts(section.findings)
+
+
+def test_a_limit_that_never_clips_is_an_insurance(tmp_path):
+    frame = table(200, **{"grad/clip_fraction": 0.0, "grad/max_norm": 1000.0})
+    assert "max_norm 1e+03 hardly ever clips" in said(read(write(tmp_path, frame)))
+
+
+def test_the_journal_names_offenders_in_the_table_of_bad_steps(trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    with pytest.warns(RuntimeWarning, match="Non-finite"):
+        trainer(GradientClipping(0.5), logger=logger).fit(Poisoned({2: math.nan, 5: math.inf}), data(8))
+    (track,) = read(Path(logger.log_dir)).tracks
+    rows, count = bad_steps(track)
+    assert [(row.step, row.what) for row in rows] == [(2, "skipped"), (5, "skipped")]
+    assert count == 2
+    assert rows[0].where == "epoch 0, batch 2, rank 0"
+    assert rows[0].offenders == "loss: net.0.weight, net.0.bias, net.2.weight, net.2.bias"
+    assert '2 of 8 steps were skipped (25.00%). Most often the stage is "loss".' in texts(diagnose(track, {}))
+
+
+def test_spikes_skipped_by_the_guard_are_rows_with_their_norm(trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    with pytest.warns(RuntimeWarning, match="Spike"):
+        trainer(NonFiniteGuard(skip_above=1e3), GradientClipping(1.0), logger=logger).fit(Poisoned({3: 1e6}), data(8))
+    rows, _ = bad_steps(read(Path(logger.log_dir)).tracks[0])
+    (spike,) = [row for row in rows if row.what == "skipped as a spike"]
+    assert spike.step == 3
+    assert spike.norm > 1e3
+    assert "net.0.weight" in spike.offenders
+
+
+def test_without_a_journal_skips_are_rows_too(tmp_path):
+    frame = table(50, **{"grad/skipped_steps": [0.0] * 20 + [2.0] * 30})
+    rows, _ = bad_steps(read(write(tmp_path, frame)).tracks[0])
+    assert (20, "skipped") in [(row.step, row.what) for row in rows]
+
+
+def test_a_broken_journal_is_noted(tmp_path):
+    path = write(tmp_path, table())
+    good = {"step": 3, "epoch": 0, "batch": 3, "rank": 0, "policy": "skip", "stage": "loss", "gradients": [{"name": "w"}]}
+    (tmp_path / "nonfinite_steps.jsonl").write_text(json.dumps(good) + "\n{not json\n[1]\n" + '{"step": 5, "gradients": 5}')
+    run = read(path)
+    assert len(run.bad_steps) == 1
+    assert "3 lines of nonfinite_steps.jsonl cannot be read" in run.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "losses"),
+    [
+        (["train_loss", "val_loss", "lr-SGD", "epoch"], ["train_loss", "val_loss"]),
+        (["train_loss_step", "train_loss_epoch", "val_loss"], ["train_loss_step", "val_loss"]),
+        (["train_loss_epoch"], ["train_loss_epoch"]),
+        (["train_bits", "val_bits", "grad_norm/x"], ["train_bits", "val_bits"]),
+        (
+            ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
+            ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
+        ),
+        (["train_acc", "val_f1", "train_time", "lossless", "accuracy"], []),
+    ],
+)
+def test_losses_are_found_by_their_names(keys, losses):
+    metrics = {key: Series.of([0], [1.0]) for key in keys}
+    assert list(Run("run", "", metrics).losses()) == losses
+
+
+def test_spikes_are_told_by_the_norms_around_them():
+    falling = np.geomspace(10, 0.1, 400) * np.random.default_rng(0).lognormal(0, 0.05, 400)
+    falling[300] *= 8
+    run = Run("run", "", {"grad/total_norm": Series.of(np.arange(400), falling)})
+    found, times = spikes(run.tracks[0])
+    assert found.steps.tolist() == [300]
+    assert times[0] == pytest.approx(8, rel=0.2)
+
+
+def test_norms_logged_as_not_finite_are_rows(tmp_path):
+    frame = table(60)
+    frame.loc[7, "grad/total_norm"] = math.nan
+    rows, _ = bad_steps(read(write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))).tracks[0])
+    assert (7, "norm not finite") in [(row.step, row.what) for row in rows]
+
+
+def test_limits_that_were_not_logged_clip_all_the_same(tmp_path):
+    frame = table(60, **{"grad/clip_fraction": 1.0}).drop(columns="grad/max_norm")
+    assert "100% of steps are clipped by a limit that was not logged" in said(read(write(tmp_path, frame)))
+
+
+def test_a_run_out_of_control_gets_no_number(tmp_path, capsys):
+    frame = table(200, train_loss=np.concatenate([[7.0], np.full(199, 50.0)]))
+    path = write(tmp_path, frame)
+    assert "no suggestion: train_loss rose from 7 to 50" in run_main(capsys, "suggest", path)[1]
+    assert json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]["max_norm"] is None
+
+
+def test_blocks_keep_what_tells_them_apart():
+    from clip_callbacks.dashboard.axes import naturally, short, without_common_ends
+
+    names = [
+        f"encoder.transformer.layers.{number}.attention.{part}.projection" for number in range(12) for part in ("key", "value")
+    ]
+    assert without_common_ends(names) == [f"{number}.attention.{part}" for number in range(12) for part in ("key", "value")]
+    assert without_common_ends(["a.b", "a"]) == ["b", "a"]
+    assert without_common_ends(["one.name"]) == ["one.name"]
+    assert short("abcdefghij", 7) == "abc…hij"
+    assert sorted(["l.10", "l.9", "k"], key=naturally) == ["k", "l.9", "l.10"]

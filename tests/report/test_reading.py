@@ -1,0 +1,309 @@
+"""What is read from logs, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
+
+from clip_callbacks import GradientClipping
+from clip_callbacks.dashboard import thinning
+from clip_callbacks.dashboard.diagnosis import diagnose
+from clip_callbacks.dashboard.runs import UnusableLogError
+from clip_callbacks.dashboard.series import Series
+from clip_callbacks.dashboard.sources import read_runs
+from tests.helpers.logs import read, run_main, table, texts, write
+from tests.helpers.training import Regression, data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
+
+
+SOURCES = {"csv": "csv", "tensorboard": "board", "mlflow": "mlflow.db"}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_what_a_fit_logged_is_read_from_every_logger(fitted, source):
+    run = read(fitted / source)
+    frame = pd.read_csv(fitted / "csv/run/metrics.csv")
+    assert {key for key in run.metrics if key.startswith("grad")} == {key for key in frame if key.startswith("grad")}
+    for key in [key for key in frame if key.startswith("grad")]:
+        expected = frame[frame[key].notna()]
+        assert run.metrics[key].steps.tolist() == expected["step"].tolist(), key
+        torch.testing.assert_close(  # event files hold float32
+            torch.tensor(run.metrics[key].values, dtype=torch.float32), torch.tensor(expected[key].to_numpy(), dtype=torch.float32)
+        )
+    (track,) = run.tracks
+    assert set(track.blocks()) == {"net.0", "net.2"}
+    assert track.skipped_steps.last == 2
+    assert run.name == "run" if source != "csv" else run.name in {"run", "csv"}
+
+
+def test_one_run_in_two_loggers_is_shown_once_with_the_journal_of_either(fitted):
+    runs, notes = read_runs([str(fitted)])
+    assert len(runs) == 1
+    assert len(notes) == 2
+    assert all("is the same run as" in note for note in notes)
+    assert [entry["batch"] for entry in runs[0].bad_steps] == [4, 9]
+
+
+def test_a_server_of_mlflow_is_asked_for_one_experiment_or_run(fitted):
+    uri = f"sqlite:///{fitted}/mlflow.db"
+    (run,), _ = read_runs([f"{uri}#ours"])
+    identifier = run.source.split()[-1]
+    (same,), _ = read_runs([f"{uri}#{identifier}"])
+    assert same.source == run.source
+    with pytest.raises(UnusableLogError):
+        read_runs([f"{uri}#theirs"])
+
+
+def test_infinities_and_nan_are_values_and_empty_cells_are_not(tmp_path):
+    text = "step,grad/total_norm,train_loss\n0,1.0,2.0\n1,,nan\n2,3.0,\n3,4.0,-inf\n4,NaN,inf\n"
+    run = read(write(tmp_path, text=text))
+    assert run.metrics["grad/total_norm"].steps.tolist() == [0, 2, 3, 4]
+    assert run.metrics["train_loss"].steps.tolist() == [0, 1, 3, 4]
+    assert [str(value) for value in run.metrics["train_loss"].values] == ["2.0", "nan", "-inf", "inf"]
+    assert run.tracks[0].total_norm.steps.tolist() == [0, 2, 3]
+
+
+def test_columns_that_change_in_mid_run(tmp_path):
+    first, second = table(10), table(20, extra=1.0).iloc[10:]
+    text = first.to_csv(index=False) + second.to_csv(index=False)
+    run = read(write(tmp_path, text=text))
+    assert run.metrics["grad/total_norm"].steps.tolist() == list(range(20))
+    assert run.metrics["extra"].steps.tolist() == list(range(10, 20))
+    assert "change in mid-run: it was read in 2 parts" in run.notes[0]
+
+
+def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path):
+    text = table(10).to_csv(index=False) + "1,2,3,4,5,6,7,8,9,10\n" + "11,0.5,7.0,7.0,1,1,1,0\n"
+    run = read(write(tmp_path, text=text))
+    assert run.metrics["grad/total_norm"].steps.tolist() == [*range(10), 11]
+    assert "1 rows of metrics.csv do not fit" in run.notes[0]
+
+
+def test_a_cut_off_event_file_is_read_up_to_there(fitted, tmp_path):
+    (source,) = (fitted / "board/run").glob("*tfevents*")
+    whole = read(fitted / "board")
+    content = source.read_bytes()
+    for cut in (1, 5, 40, 400):
+        (tmp_path / source.name).write_bytes(content[:-cut])
+        run = read(tmp_path)
+        assert "cut off in its last record" in run.notes[0]
+        assert len(run.metrics["grad/total_norm"]) <= len(whole.metrics["grad/total_norm"])
+        assert run.metrics["grad/total_norm"].values[0] == whole.metrics["grad/total_norm"].values[0]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    events=st.lists(
+        st.tuples(
+            st.sampled_from(["grad/total_norm", "a", "a\x15b", "\x15" * 9, "x" * 130, "ü"]),
+            st.integers(-3, 3) | st.integers(0, 2**40),
+            st.floats(width=32),
+            st.sampled_from(["scalar", "tensor", "text", "two"]),
+        ),
+        min_size=1,
+    )
+)
+def test_events_are_read_as_tensorboard_reads_them(events, tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    from clip_callbacks.dashboard.event_log import read_events
+
+    path = tmp_path / "events.out.tfevents.1"
+    scalars = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+    with path.open("wb") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString())
+        for tag, step, number, form in [*events, ("end", 1, 1.0, "scalar")]:
+            value = {
+                "scalar": Summary.Value(tag=tag, simple_value=number),
+                "two": Summary.Value(tag=tag, simple_value=number),
+                "tensor": Summary.Value(tag=tag, tensor=make_tensor_proto(np.float32(number)), metadata=scalars),
+                "text": Summary.Value(tag=tag, tensor=make_tensor_proto("text")),
+            }[form]
+            values = [value, Summary.Value(tag="second", simple_value=2.0)] if form == "two" else [value]
+            writer.write(Event(wall_time=float(step), step=step, summary=Summary(value=values)).SerializeToString())
+    expected = {}
+    for event in LegacyEventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                expected.setdefault(value.tag, []).append((event.step, value.simple_value))
+            elif value.metadata.plugin_data.plugin_name == "scalars":
+                expected.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    metrics, notes = read_events([path])
+    assert notes == []
+    assert metrics.keys() == expected.keys()
+    for tag, points in expected.items():
+        series = Series.of(*zip(*points, strict=True))
+        np.testing.assert_array_equal(metrics[tag].steps, series.steps)
+        np.testing.assert_array_equal(metrics[tag].values, series.values)
+
+
+def test_a_damaged_event_file_is_read_up_to_there(fitted, tmp_path):
+    (source,) = (fitted / "board/run").glob("*tfevents*")
+    content = bytearray(source.read_bytes())
+    middle = content.index(b"grad/clip_coef", len(content) // 2)
+    content[middle - 12 : middle + 30] = b"\xff" * 42
+    (tmp_path / source.name).write_bytes(content)
+    run = read(tmp_path)
+    assert "it was read up to there" in run.notes[0]
+    assert run.tracks
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e300, 1e300))))
+def test_where_steps_go_back_the_later_branch_counts(points):
+    series = Series.of([step for step, _ in points], [value for _, value in points])
+    expected = {}
+    for step, value in points:
+        expected = {at: held for at, held in expected.items() if at < step} | {step: value}
+    assert series.steps.tolist() == list(expected)
+    assert series.values.tolist() == list(expected.values())
+    at = np.array([-1, *expected, 10**7])
+    held = series.at(at)
+    assert math.isnan(held[0])
+    assert held[1:-1].tolist() == list(expected.values())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
+    dice = np.random.default_rng(seed)
+    steps = np.sort(dice.choice(10 * count, count, replace=False))
+    series = Series.of(steps, dice.normal(size=count))
+    thinned = thinning.thin(series, columns)
+    assert thinned.low.min() == series.values.min()
+    assert thinned.high.max() == series.values.max()
+    assert (thinned.low <= thinned.middle).all()
+    assert (thinned.middle <= thinned.high).all()
+    assert thinned.is_whole == (count <= 2 * columns)
+    first, last = int(steps[0]), int(steps[-1])
+    width = (last - first + 1) / columns
+    for column in range(columns):
+        inside = np.clip(((steps - first) / width).astype(int), 0, columns - 1) == column
+        peak = thinning.peaks(series, first, last, columns)[column]
+        if inside.any():
+            assert peak == series.values[inside].max()
+        else:
+            assert math.isnan(peak)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(1, 20), st.floats(0, 1)), min_size=2, max_size=60), st.integers(1, 40))
+def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged, columns):
+    gaps, values = zip(*logged, strict=True)
+    steps = np.cumsum(gaps) - 1
+    series = Series.of(steps, values)
+    each = np.concatenate([np.full(gap, value) for gap, value in logged])  # of every step
+    each = each[series.begin :]
+    edges, found = thinning.shares(series, columns)
+    assert edges[0] == series.begin
+    assert edges[-1] == steps[-1] + 1
+    summed = np.concatenate([[0], np.cumsum(each)])
+    expected = np.diff(np.interp(edges - series.begin, np.arange(len(each) + 1), summed)) / np.diff(edges)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert series.mean == pytest.approx(each.mean())
+
+
+def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
+    clipped = np.zeros(1000)
+    clipped[:500], clipped[550] = 1.0, 1.0
+    frame = table(1000, **{"grad/clip_fraction": clipped, "grad/skipped_steps": np.minimum(np.arange(1000) // 10, 50)})
+    path = write(tmp_path, frame)
+    (run,), _ = read_runs([str(path)])
+    (whole,), (part,) = run.tracks, run.within(500, 599).tracks
+    assert (whole.steps, whole.share_clipped, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
+    assert (part.steps, part.share_clipped, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
+    assert len(part.skips[0]) == 0
+    assert "skipped" not in texts(diagnose(part, {}))
+
+
+def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):
+    frame = table(100, **{"grad/clip_fraction": [1.0] + [0.0] * 99, "grad/skipped_steps": 7.0})
+    frame["step"] += 90_000
+    (track,) = read(write(tmp_path, frame)).tracks
+    assert (track.steps, track.share_clipped) == (100, pytest.approx(0.01))
+    assert track.skipped_steps.last == 0
+
+
+def test_a_branch_that_was_given_up_is_left_out(tmp_path):
+    first, again = table(100), table(150, seed=1).iloc[45::7]
+    run = read(write(tmp_path, pd.concat([first, again])))
+    assert run.metrics["grad/total_norm"].steps.tolist() == [*range(45), *range(45, 150, 7)]
+    assert "Steps go back: 54 points" in run.notes[0]
+
+
+def test_a_loggers_prefix_is_taken_off(trainer, tmp_path):
+    logger = CSVLogger(tmp_path, prefix="ours")
+    trainer(GradientClipping(1.0), logger=logger).fit(Regression(), data())
+    run = read(Path(logger.log_dir))
+    assert {"grad/total_norm", "train_loss"} <= run.metrics.keys()
+
+
+def test_two_runs_of_one_kind_of_log_are_never_one(tmp_path, capsys):
+    write(tmp_path / "a", table()), write(tmp_path / "b", table())
+    assert len(read_runs([str(tmp_path)])[0]) == 2
+    assert len(read_runs([str(tmp_path), str(tmp_path / "a"), str(tmp_path)])[0]) == 2, "named twice, read once"
+
+
+def test_what_is_read_stays_as_it_is(fitted, tmp_path, capsys):
+    import hashlib
+    import shutil
+    import sqlite3
+
+    folder = tmp_path / "logs"
+    shutil.copytree(fitted, folder)
+    with sqlite3.connect(folder / "study.db") as database:
+        database.execute("CREATE TABLE trials (number INTEGER)")
+    database.close()
+
+    def state():
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    before = state()
+    assert run_main(capsys, "report", folder, "-o", tmp_path / "page.html")[0] == 0
+    assert state() == before
+    code, _, err = run_main(capsys, "suggest", folder / "study.db")
+    assert code == 2
+    assert "no database of MLflow" in err
+    assert state() == before
+
+
+def test_a_folder_of_mlflows_files(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(tracking_uri=str(tmp_path / "mlruns"))
+    experiment = client.create_experiment("ours")
+    kept, gone = (client.create_run(experiment, run_name=name).info.run_id for name in ("kept", "gone"))
+    for identifier in (kept, gone):
+        for step in range(5):
+            client.log_metric(identifier, "grad/total_norm", 1.0 + step, step=step)
+    client.delete_run(gone)
+    (run,), _ = read_runs([str(tmp_path)])
+    assert run.name == "kept"
+    assert run.metrics["grad/total_norm"].values.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    with pytest.raises(UnusableLogError):
+        read_runs([f"{(tmp_path / 'mlruns').as_uri()}#{gone}"])
+
+
+def test_one_file_that_cannot_be_read_does_not_take_the_others_along(fitted, tmp_path):
+    import shutil
+
+    shutil.copytree(fitted / "board", tmp_path / "board")
+    (tmp_path / "board/run/events.out.tfevents.9.other").write_bytes(b"no event file at all, but so it is called")
+    run = read(tmp_path / "board")
+    assert run.tracks
+    assert any("is not one of TensorBoard's event files" in note for note in run.notes)

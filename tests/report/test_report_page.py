@@ -1,0 +1,201 @@
+"""The report page in a real browser."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from clip_callbacks import GradientClipping, GradientNormMonitor
+from clip_callbacks.cli import main
+from tests.helpers.browser import needs_browser, opened
+from tests.helpers.training import Poisoned, Regression, data, make_trainer
+
+pytestmark = needs_browser
+PICTURES = {"norm", "loss", "coefficient", "histogram", "what_if", "blocks-1", "blocks-2"}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Two runs, one with bad steps, of the same names of metrics."""
+    folder = tmp_path_factory.mktemp("logs")
+    for name, module in (("clean", Regression()), ("poisoned", Poisoned({4: math.nan, 30: math.inf, 33: 1e4}))):
+        torch.manual_seed(0)
+        logger = CSVLogger(folder, "", version=name)
+        callbacks = [GradientClipping(3.0), GradientNormMonitor()]
+        trainer = make_trainer(folder, *callbacks, logger=logger, log_every_n_steps=1, max_epochs=4)
+        if name == "clean":
+            trainer.fit(module, data(20))
+        else:
+            with pytest.warns(RuntimeWarning, match="Non-finite"):
+                trainer.fit(module, data(20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(logs):
+    path = logs / "report.html"
+    assert main(["report", str(logs), "-o", str(path), "--title", "Two runs"]) == 0
+    return path.as_uri()
+
+
+def cells(opened_page, table):
+    rows = opened_page.page.query_selector_all(f"{table} tr")
+    return [[cell.inner_text().strip() for cell in row.query_selector_all("th, td")] for row in rows]
+
+
+def test_it_renders_without_an_error_and_asks_nobody_for_anything(page):
+    with opened(page) as it:
+        assert it.errors == []
+        assert [url for url in it.requests if not url.startswith("data:")] == [page]
+        assert it.page.title() == "Two runs: clean, poisoned"
+        assert it.page.query_selector_all("script") == []
+
+
+def test_the_figures_in_the_table_are_those_of_the_log(page, logs):
+    import pandas as pd
+
+    with opened(page) as it:
+        headings, *rows = cells(it, "#runs-table")
+    assert [row[0] for row in rows] == ["clean", "poisoned"]
+    for row in rows:
+        frame = pd.read_csv(logs / row[0] / "metrics.csv")
+        shown = dict(zip(headings, row, strict=True))
+        norms = frame["grad/total_norm"].dropna()
+        assert shown["steps"] == "80"
+        assert shown["norms logged"] == str(len(norms))
+        for percent in (50, 90, 99):
+            assert shown[f"p{percent}"] == f"{np.percentile(norms, percent):.3g}"
+        assert shown["largest"] == f"{norms.max():.3g}"
+        assert shown["max_norm"] == "3"
+        assert shown["skipped"] == f"{frame['grad/skipped_steps'].max():.0f}"
+        fractions = frame[frame["grad/clip_fraction"].notna()]  # none at a skipped step: it is counted with the next one
+        clipped = np.average(fractions["grad/clip_fraction"], weights=np.diff(fractions["step"], prepend=-1))
+        assert shown["clipped"] == f"{clipped:.1%}"
+
+
+def test_bad_steps_are_in_their_table(page):
+    with opened(page) as it:
+        rows = cells(it, "table.bad-steps")
+    by_step = {row[0]: row for row in rows}
+    assert by_step["4"][1:] == [
+        "skipped",
+        "-",
+        "epoch 0, batch 4, rank 0",
+        "loss: net.0.weight, net.0.bias, net.2.weight, net.2.bias",
+    ]
+    assert by_step["30"][1] == "skipped"
+    assert by_step["33"][1] == "spike"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True), (390, True)])
+def test_pictures_fit_the_screen_and_can_be_read(page, width, dark):
+    with opened(page, width=width, dark=dark) as it:
+        shown = {figure.get_attribute("id"): figure for figure in it.page.query_selector_all("figure")}
+        assert set(shown) == PICTURES
+        for figure in shown.values():
+            (svg,) = [svg for svg in figure.query_selector_all("svg") if svg.is_visible()]
+            assert svg.bounding_box()["width"] > 0.8 * min(width, 1088) - 32
+        scrolls = it.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+        assert not scrolls, "nothing but tables may be wider than the screen"
+        sizes = it.page.evaluate(
+            "[...document.querySelectorAll('figure svg text')].filter(t => t.getClientRects().length)"
+            ".map(t => t.getBoundingClientRect().height).filter(h => h > 0)"
+        )
+        assert min(sizes) >= 8, "in pixels: labels must be readable"
+        paper = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(20, 24, 30)" if dark else "rgb(255, 255, 255)")
+        ink = it.page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+        assert ink == ("rgb(230, 234, 240)" if dark else "rgb(28, 36, 48)")
+
+
+def drawn(it, gid):
+    """The element that matplotlib drew under a name, in the wide picture."""
+    (element,) = it.page.query_selector_all(f".wide-picture [id$='-{gid}']")
+    return element
+
+
+def points(it, gid):
+    """How many points a line has."""
+    path = drawn(it, gid).query_selector("path").get_attribute("d")
+    return path.count("M") + path.count("L")
+
+
+def test_every_logged_point_is_in_the_pictures(page, logs):
+    import pandas as pd
+
+    with opened(page) as it:
+        for name in ("clean", "poisoned"):
+            frame = pd.read_csv(logs / name / "metrics.csv")
+            for key in ("total_norm", "clip_coef", "max_norm"):
+                assert points(it, f"{key}-{name}") == frame[f"grad/{key}"].notna().sum(), (key, name)
+            losses = frame["train_loss"].astype(float)
+            logged = points(it, f"loss-{name}: train_loss")
+            assert logged == np.isfinite(losses).sum()
+            clipped = (frame["grad/clip_coef"] < 1).sum()
+            assert len(drawn(it, f"clipped-{name}").query_selector_all("use")) == clipped > 10
+            assert points(it, f"what_if-{name}") > 50
+            assert points(it, f"histogram-{name}") > 20
+            assert points(it, f"clip_fraction-{name}") > 20
+        assert len(drawn(it, "skips-poisoned").query_selector_all("use")) == 2
+        assert it.page.query_selector_all("[id$='-skips-clean']") == []
+
+
+def test_heat_maps_show_the_norms_of_the_blocks(page, logs):
+    import base64
+    import io
+
+    import pandas as pd
+    from PIL import Image
+
+    with opened(page) as it:
+        image = it.page.query_selector(
+            "figure#blocks-1 .wide-picture image[id*='blocks-1-image'], figure#blocks-1 .wide-picture image"
+        )
+        encoded = image.get_attribute("xlink:href") or image.get_attribute("href")
+    with Image.open(io.BytesIO(base64.b64decode(encoded.partition(",")[2]))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(float)
+    frame = pd.read_csv(logs / "clean" / "metrics.csv")
+    # viridis is bright where norms are large: rows of blocks, in the order of their names
+    for row, block in enumerate(("net.0", "net.2")):
+        norms = np.log(frame[f"grad_norm/{block}"].dropna().to_numpy())
+        height, width = pixels.shape[:2]
+        line = pixels[int((row + 0.5) * height / 2), ((np.arange(len(norms)) + 0.5) * width / len(norms)).astype(int)].sum(1)
+        assert np.corrcoef(norms, line)[0, 1] > 0.8
+
+
+def test_a_run_has_one_color_in_all_pictures_and_tables(page):
+    with opened(page) as it:
+        for place, name in enumerate(("clean", "poisoned")):
+            swatch = it.page.query_selector_all("#runs-table .swatch")[place].evaluate("e => getComputedStyle(e).backgroundColor")
+            for gid in (f"total_norm-{name}", f"clip_coef-{name}", f"what_if-{name}"):
+                path = drawn(it, gid).query_selector("path")
+                assert path.evaluate("e => getComputedStyle(e).stroke") == swatch, gid
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
+def test_it_passes_an_accessibility_check(page, width, dark):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    with opened(page, width=width, dark=dark) as it:
+        for details in it.page.query_selector_all("details > summary"):
+            details.click()
+        results = axe.Axe().run(it.page)
+        assert results.violations_count == 0, results.generate_report()
+        checked = {check["id"] for check in results.response["passes"]}
+        assert {"color-contrast", "heading-order", "page-has-heading-one", "html-has-lang", "scope-attr-valid"} <= checked
+        pictures = it.page.query_selector_all("[role=img]")
+        assert all(picture.get_attribute("aria-label") for picture in pictures)
+
+
+def test_the_keyboard_reaches_what_scrolls(page):
+    with opened(page, width=390) as it:
+        reached = set()
+        for _ in range(60):
+            it.page.keyboard.press("Tab")
+            label = it.page.evaluate("document.activeElement.getAttribute('aria-label')")
+            reached.add(label)
+        assert "Table of runs" in reached
+        assert "Bad steps of poisoned" in reached

@@ -1,44 +1,100 @@
+"""Fixtures of all tests. Lightning is imported where a fixture needs it: the process that hands tests to workers does not."""
+
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from lightning.pytorch import Trainer, seed_everything
 
+from tests.helpers import browser, entry_points
+from tests.helpers.browser import Opened
 from tests.helpers.ranks import Ranks
-from tests.helpers.training import make_trainer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
-
-
+entry_points.ask_once()  # before Lightning is imported
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 collect_ignore = ["package/typed_script.py"]  # for mypy only: some of its lines are wrong
 
+TOGETHER = {
+    "forked": (
+        "tests/distributed/",
+        "tests/bundles/test_folder.py",
+        "tests/integration/test_kill.py",
+        "tests/integration/test_places.py",
+        "tests/replay/test_poisoned_demo.py",
+        "tests/replay/test_scripts.py",
+        "tests/report/test_missing_packages.py",
+    ),
+    "services": ("tests/publishing/test_loggers.py", "tests/publishing/test_histograms.py", "tests/report/"),
+}
+"""Tests that share a worker: one fork server and one pool of ranks of each size; one import of MLflow and W&B, one fit's logs."""
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+POOLS = {"one_rank", "two_ranks", "four_ranks"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if {"one_rank", "two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker("ranks")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Not by ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 have no effect."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name, places in TOGETHER.items() if nodeid.startswith(places)), nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int) -> None:
+    """A worker in the middle of a test would not notice that pytest was killed; its ranks end when it does."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if POOLS & set(getattr(item, "fixturenames", ())):
+        item.add_marker("ranks")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # thousands of tests need not be looked through again and again
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    from lightning.pytorch import seed_everything
+
     seed_everything(7, verbose=False)
 
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    import torch
+
     import clip_callbacks
     from clip_callbacks import rules
 
@@ -47,7 +103,39 @@ def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
 
 @pytest.fixture
 def trainer(tmp_path: Any) -> Callable[..., Trainer]:
+    from tests.helpers.training import make_trainer
+
     return lambda *callbacks, **options: make_trainer(tmp_path, *callbacks, **options)
+
+
+# what is inside the package, and has another name when the package has: patched here and nowhere else
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the package tells of a run at its end: the table first, then lines."""
+    lines: list[str] = []
+    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", lines.append)
+    return lines
+
+
+@pytest.fixture
+def never_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the test fail where gradients are examined one by one."""
+    monkeypatch.setattr("clip_callbacks.callbacks._incident.examine", lambda *_: pytest.fail("walked on a healthy step"))
+
+
+@pytest.fixture
+def any_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a module override Lightning's hook for clipping beside GradientClipping."""
+    monkeypatch.setattr("clip_callbacks.callbacks._checks.overrides", lambda *_: False)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Callable[..., AbstractContextManager[Opened]]]:
+    """Open a page, by its address, in one Chromium for all tests of a module."""
+    with browser.chromium() as running:
+        yield partial(browser.opened, running)
 
 
 @pytest.fixture(scope="session")

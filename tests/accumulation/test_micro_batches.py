@@ -137,13 +137,11 @@ def test_refusals(trainer):
         trainer(guard()).fit(manual, data())
 
 
-def test_journal_and_summary(trainer, tmp_path, monkeypatch):
+def test_journal_and_summary(trainer, tmp_path, said):
     import json
 
     from lightning.pytorch.loggers import CSVLogger
 
-    said = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
     csv = CSVLogger(tmp_path)
     trainer(guard(), accumulate_grad_batches=3, logger=csv).fit(Tape([1, math.nan, 3]))
     (line,) = (tmp_path / "lightning_logs/version_0/nonfinite_steps.jsonl").read_text().splitlines()

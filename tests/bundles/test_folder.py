@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-import subprocess
-import sys
+import resource
+import signal
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 
 from clip_callbacks import NonFiniteGuard
 from clip_callbacks.bundle_folder import BundleFolder
+from tests.helpers import forked
 from tests.helpers.bundles import NAN, bundles_in, guard_to
-from tests.helpers.training import Poisoned, Regression, data
+from tests.helpers.training import Poisoned, Regression, data, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
@@ -81,34 +84,28 @@ def test_what_killed_runs_left_is_cleared_away_in_time(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".unfinished-a"], "another run may be writing that one"
 
 
-FULL_DISK = """
-import resource, signal, sys, warnings
-import torch
-from clip_callbacks import NonFiniteGuard
-from tests.helpers.training import Poisoned, data, make_trainer
-from torch import nn
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-module = Poisoned({1: float("nan"), 3: float("nan")}, net=nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 1)))
-guard = NonFiniteGuard(bundle_dir=sys.argv[1] + "/bad", weights="full")
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    make_trainer(sys.argv[1], guard).fit(module, data(6))
-told = [str(warning.message) for warning in caught if "cannot be written" in str(warning.message)]
-assert len(told) == 1, told
-assert "training goes on" in told[0]
-print(told[0])
-assert module.trainer.global_step == 6 and guard.skipped_steps == 2
-assert all(parameter.isfinite().all() for parameter in module.parameters())
-"""
+def fill_the_disk(folder):
+    """The kernel refuses to write more than 200 kB into a file: an error in the middle of ``torch.save``."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    module = Poisoned({1: math.nan, 3: math.nan}, net=nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 1)))
+    guard = NonFiniteGuard(bundle_dir=folder / "bad", weights="full")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(folder, guard).fit(module, data(6))
+    told = [str(warning.message) for warning in caught if "cannot be written" in str(warning.message)]
+    assert len(told) == 1, told
+    assert "training goes on" in told[0]
+    assert "File too large" in told[0]
+    assert module.trainer.global_step == 6
+    assert guard.skipped_steps == 2
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 def test_a_full_disk_costs_one_warning_and_leaves_no_half_bundle(tmp_path):
-    """The kernel refuses to write more than 200 kB into a file: an error in the middle of ``torch.save``."""
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "File too large" in done.stdout
+    process = forked.start(fill_the_disk, tmp_path)
+    process.join()
+    assert process.exitcode == 0
     assert list((tmp_path / "bad").iterdir()) == []
 
 

@@ -15,8 +15,18 @@ from clip_callbacks import (
     NonFiniteGuard,
 )
 from tests.helpers import parallel
-from tests.helpers.agreement import CARRIES, DIVIDED, DROPS_MICRO_BATCHES, assert_one_answer, assert_same_run, nothing, reports
+from tests.helpers.agreement import (
+    CARRIES,
+    DIVIDED,
+    DROPS_MICRO_BATCHES,
+    assert_one_answer,
+    assert_same_run,
+    is_variant,
+    nothing,
+    reports,
+)
 from tests.helpers.laws import ADAPTIVE
+from tests.helpers.matrix import matrix
 from tests.helpers.parallel import STRATEGIES
 from tests.helpers.ranks import RanksFailedError
 from tests.helpers.training import assert_same_bits
@@ -29,16 +39,14 @@ pytestmark = pytest.mark.filterwarnings(
 # A bad step
 
 
-BAD = [((0,), math.nan), ((7,), math.inf), ((0, 1, 19), math.nan)]
-BAD_STEPS = [
-    (name, bad, poison, deferred)
-    for name in DIVIDED
-    for bad, poison in (BAD if STRATEGIES[name][0] == 2 else BAD[2:])
-    for deferred in ([False, True] if name in CARRIES else [False])
-]
-
-
-@pytest.mark.parametrize(("name", "bad", "poison", "deferred"), BAD_STEPS)
+@matrix(
+    lambda name, _bad, _poison, deferred: name in CARRIES or not deferred,
+    slow=is_variant,
+    name=DIVIDED,
+    bad={"first and later": (0, 5), "two in a row and the last": (2, 3, 9)},
+    poison=[math.nan, math.inf],
+    deferred=[False, True],
+)
 def test_a_nan_on_one_rank_is_skipped_by_all(run, name, bad, poison, deferred):
     options = {"optimizer": torch.optim.AdamW, "lr": 0.05} | ({"fused": True} if deferred else {})
 

@@ -24,7 +24,7 @@ def test_each_guilty_rank_writes_its_own_batch(run, tmp_path, name):
     (row,) = bundle.micro_batches()
     inputs, _ = row["batch"]
     share = parallel.BATCH // parallel.STRATEGIES[name][1]
-    everything = parallel.rows(20).tensors[0][3 * parallel.BATCH : 4 * parallel.BATCH]
+    everything = parallel.rows(parallel.STEPS).tensors[0][3 * parallel.BATCH : 4 * parallel.BATCH]
     assert len(inputs) == share
     theirs = everything if name == "tp" else everything[1::2]
     assert_same_bits([inputs], [theirs])

@@ -6,6 +6,7 @@ import pytest
 
 from clip_callbacks import FaultInjection, GradientClipping, NonFiniteGuard
 from tests.helpers import parallel
+from tests.helpers.matrix import matrix
 from tests.helpers.training import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:Spike:RuntimeWarning")
@@ -42,9 +43,7 @@ def on_ranks(name, kind, rank, *, first, **options):
     }
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", ["nan", "inf", "loss"])
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp1", "tp"])
+@matrix(name=["ddp", "fsdp2", "fsdp1", "tp"], kind=["nan", "inf", "loss"], first=[True, False])
 def test_what_strikes_one_rank_all_skip(run, name, kind, first):
     one, two = run(name, kind, 1, function=on_ranks, first=first)
     assert one["skipped"] == two["skipped"] == [False, False, True, False, True, False, False]

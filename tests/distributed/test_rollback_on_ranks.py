@@ -13,7 +13,7 @@ from clip_callbacks import (
     QuantileLimit,
 )
 from tests.helpers import parallel
-from tests.helpers.exact_skip import O
+from tests.helpers.members import O
 from tests.helpers.rollback import BAD, LOST, rollback
 
 pytestmark = pytest.mark.filterwarnings(

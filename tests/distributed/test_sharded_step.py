@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clip_callbacks import ClipRule, ParameterTable, clip_grad_norm_, clip_step
 from clip_callbacks.reduction import Reduction, shard_of
+from tests.helpers.matrix import matrix
 from tests.helpers.operations import Transfers
 from tests.helpers.ranks import RanksFailedError
 
@@ -89,8 +90,13 @@ def steps(kind, norm_type):
     return found
 
 
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), ("tp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp_tp", 4)])
+@matrix(
+    lambda kind, ranks, _: ranks == 4 if kind in {"hsdp", "fsdp_tp"} else kind == "fsdp" or ranks == 2,
+    slow=lambda kind, ranks, p: ranks == 4 and kind != "fsdp_tp" and p != 2.0,
+    kind=["fsdp", "tp", "hsdp", "fsdp_tp"],
+    ranks=[2, 4],
+    norm_type=NORM_TYPES,
+)
 def test_sharded_steps_are_those_of_a_whole_network(two_ranks, four_ranks, kind, ranks, norm_type):
     each = {2: two_ranks, 4: four_ranks}[ranks].run(steps, kind, norm_type)
     assert all(found == each[0] for found in each)
@@ -112,11 +118,9 @@ def dropped_in(kind, norm_type, size):
     return total.item()
 
 
-@pytest.mark.parametrize("size", [1.0, 1e25, 1e-25])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), ("tp", 2), ("fsdp_tp", 4)])
-def test_the_drop_in_has_the_true_norm_also_where_powers_leave_the_range(two_ranks, four_ranks, kind, ranks, norm_type, size):
-    each = {2: two_ranks, 4: four_ranks}[ranks].run(dropped_in, kind, norm_type, size)
+@matrix(kind=["fsdp", "tp", "fsdp_tp"], norm_type=NORM_TYPES, size=[1.0, 1e25, 1e-25])
+def test_the_drop_in_has_the_true_norm_also_where_powers_leave_the_range(two_ranks, four_ranks, kind, norm_type, size):
+    each = (four_ranks if kind == "fsdp_tp" else two_ranks).run(dropped_in, kind, norm_type, size)
     assert len(set(each)) == 1
 
 

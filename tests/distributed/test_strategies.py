@@ -22,8 +22,9 @@ from clip_callbacks import (
 )
 from clip_callbacks.blocks import SCOPES
 from tests.helpers import parallel
-from tests.helpers.agreement import CARRIES, DIVIDED, assert_one_answer, assert_same_run
+from tests.helpers.agreement import CARRIES, DIVIDED, assert_one_answer, assert_same_run, is_variant
 from tests.helpers.laws import ADAPTIVE, LIMITS
+from tests.helpers.matrix import matrix
 from tests.helpers.parallel import STRATEGIES
 from tests.helpers.ranks import RanksFailedError
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # of the single process; those of ranks are looked at where they matter
 
 
+FIXED_LIMITS = {"global": 0.6, "group": 0.6, "layer": 0.6, "parameter": 0.3, "unit": 0.3}
 ADAPTIVE_LIMITS = {
     "global": ADAPTIVE,
     "group": QuantileLimit(0.3, window=10),
@@ -45,46 +47,32 @@ NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
 # Equal to the single process
 
 
-def limits_of(scope, norm_type):
-    return (0.3 if scope in {"parameter", "unit"} else 0.6) * (4 if norm_type == 1 else 1), ADAPTIVE_LIMITS[scope]
+def run_of(name, norm_type, scope, kind):
+    limit = ADAPTIVE_LIMITS[scope] if kind == "adaptive" else FIXED_LIMITS[scope] * (4 if norm_type == 1 else 1)
+    return parallel.result(name, GradientClipping(limit, scope=scope, norm_type=norm_type))
 
 
-def clipped_runs(name, norm_type, combinations):
-    return [parallel.result(name, GradientClipping(max_norm, scope=scope, norm_type=norm_type)) for scope, max_norm in combinations]
+@lru_cache
+def single_run_of(norm_type, scope, kind):
+    return run_of("single", norm_type, scope, kind)
 
 
-# four ranks share two cores here: the variants of sharding over four have half the orders
-HALF = {"fsdp2_4", "fsdp2_tp_groups", "hsdp1"}
-CELLS = [
-    pytest.param(name, p, marks=[pytest.mark.slow] if STRATEGIES[name][0] == 4 and (name, p) != ("fsdp2_tp", 2.0) else [])
-    for name in DIVIDED
-    for p in NORM_TYPES
-    if name not in HALF or p in {2.0, math.inf}
-]
-
-
-@pytest.mark.parametrize(("name", "norm_type"), CELLS)
-def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm_type):
-    scopes = SCOPES if norm_type in {2.0, math.inf} else ("layer", "unit")  # of the less usual orders half, for time
-    combinations = [(scope, limit) for scope in scopes for limit in limits_of(scope, norm_type)]
-    each = run(name, norm_type, combinations, function=clipped_runs)
-    for i, (scope, limit) in enumerate(combinations):
-        ours = assert_one_answer([results[i] for results in each])
-        alone = GradientClipping(limit, scope="global" if scope == "group" else scope, norm_type=norm_type)
-        single = parallel.result("single", alone)
-        if scope != "group" or "groups" not in name:
-            assert_same_run(ours, single)
-        assert min(ours["coefficients"]) < 1.0
-        if scope == "global" and isinstance(limit, float):
-            assert max(ours["coefficients"]) == 1.0, "some steps are clipped and some are not"
+@matrix(slow=is_variant, name=DIVIDED, norm_type=NORM_TYPES, scope=SCOPES, kind=["fixed", "adaptive"])
+def test_norms_coefficients_and_weights_are_those_of_one_process(run, name, norm_type, scope, kind):
+    ours = assert_one_answer(run(name, norm_type, scope, kind, function=run_of))
+    if scope != "group" or "groups" not in name:
+        assert_same_run(ours, single_run_of(norm_type, scope, kind))
+    assert min(ours["coefficients"]) < 1.0
+    if (scope, kind) == ("global", "fixed"):
+        assert max(ours["coefficients"]) == 1.0, "some steps are clipped and some are not"
 
 
 def limited_runs(name):
     """With each limit of the laws, by output rows: of shards along any dimension, and of flat pieces that cut rows."""
-    return [parallel.result(name, GradientClipping(make(1.0), scope="unit"), steps=8) for make in LIMITS]
+    return [parallel.result(name, GradientClipping(make(1.0), scope="unit"), steps=6) for make in LIMITS]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp1", "tp"])
+@pytest.mark.parametrize("name", [pytest.param("fsdp2", marks=pytest.mark.slow), "fsdp1", "tp"])
 def test_every_limit_of_the_laws_says_the_same_on_every_rank(run, name):
     each = run(name, function=limited_runs)
     for i in range(len(LIMITS)):
@@ -102,9 +90,9 @@ def test_a_spike_on_one_rank_is_skipped_by_all(run, name):
     """As if its batch had never come: the weights are those of the run without it."""
     guard = NonFiniteGuard(skip_above=RobustZScoreLimit(4.0, warmup=3))
     poison = {(rank, 12): 1e9 for rank in ((0, 1) if name == "tp" else (1,))}
-    ours = assert_one_answer(run(name, guard, GradientClipping(ADAPTIVE), poison=poison))
+    ours = assert_one_answer(run(name, guard, GradientClipping(ADAPTIVE), poison=poison, steps=14))
     assert [step for step, skipped in enumerate(ours["skipped"]) if skipped] == [12]
-    single = parallel.result("single", NonFiniteGuard(), GradientClipping(ADAPTIVE), bad=(12,))
+    single = parallel.result("single", NonFiniteGuard(), GradientClipping(ADAPTIVE), bad=(12,), steps=14)
     torch.testing.assert_close(ours["weights"], single["weights"])
 
 
@@ -127,7 +115,7 @@ def test_parameter_groups_on_different_meshes_have_norms_of_their_own(run):
     assert min(ours["coefficients"]) < 1.0
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@matrix(slow=lambda name: STRATEGIES[name][0] == 4 and is_variant(name), name=DIVIDED)
 def test_with_momentum_clip_value_rescaling_and_all_metrics(run, name):
     def family():
         return [
@@ -190,8 +178,7 @@ def test_a_micro_batch_of_weight_zero_on_one_rank_contributes_nothing(run, name)
     assert ours["norms"][2] != plain["norms"][2]
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("name", DIVIDED)
+@matrix(slow=is_variant, name=DIVIDED, deferred=[False, True])
 def test_the_write_rides_on_fused_optimizers(run, name, deferred):
     options = {"optimizer": torch.optim.AdamW, "lr": 0.02}
     family = [GradientClipping(0.5), NonFiniteGuard(deferred=deferred)]

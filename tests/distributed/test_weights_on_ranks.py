@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -16,8 +13,8 @@ from tests.helpers.training import assert_same_bits, make_trainer
 class Dealt(OwnMean):
     """Each rank takes every other batch."""
 
-    def __init__(self, batches, folder):
-        super().__init__(folder=folder)
+    def __init__(self, batches):
+        super().__init__()
         self.batches = batches
 
     def train_dataloader(self):
@@ -32,14 +29,17 @@ def dealt_lengths():
     return lengths
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore")
-def test_the_large_batch_of_two_ranks(tmp_path: Path):
-    batches = sentences(dealt_lengths())
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+def dealt(folder):
+    strategy = DDPStrategy(process_group_backend="gloo")
     family = [AccumulationRescaling(LabelTokens()), NonFiniteGuard()]
     options = {"accumulate_grad_batches": 3, "use_distributed_sampler": False}
-    make_trainer(tmp_path, *family, devices=2, strategy=strategy, **options).fit(Dealt(batches, str(tmp_path)))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    module = Dealt(sentences(dealt_lengths()))
+    make_trainer(folder, *family, devices=2, strategy=strategy, **options).fit(module)
+    return module.gradients
+
+
+def test_the_large_batch_of_two_ranks(two_ranks, tmp_path):
+    batches = sentences(dealt_lengths())
+    first, second = two_ranks.run(dealt, tmp_path)
     assert_same_bits(first, second)
     torch.testing.assert_close(first, [large_batch(window) for window in windows(batches, 6)])

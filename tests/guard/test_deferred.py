@@ -20,15 +20,14 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.fused import starts_momentum
-from tests.helpers.fused import ALL, network, on_device, scaled, state_of, two_parameters
+from tests.helpers.fused import FUSED, network, on_device, scaled, state_of, two_parameters
+from tests.helpers.matrix import matrix
 from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, weights
 
 # Decided on the device
 
 
-@ALL
-@pytest.mark.parametrize("poisoned", [(0,), (3,), (0, 1), (4, 5), (7,)])
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@matrix(name=list(FUSED), poisoned=[(0,), (3,), (0, 1), (4, 5), (7,)], poison=[math.nan, math.inf])
 def test_a_deferred_skip_never_happened(trainer, name, poisoned, poison):
     """Bit for bit the run that never saw the bad batches, batch statistics too."""
 

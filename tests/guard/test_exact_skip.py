@@ -1,4 +1,4 @@
-"""A skipped step never happened: optimizers x implementations x kinds of poison x places x loops, bit for bit.
+"""A skipped step never happened: optimizers x implementations x kinds of poison x places x loops x layers, bit for bit.
 
 The same harness is run against guards that people write by hand, to show that it can fail.
 """
@@ -11,14 +11,14 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from clip_callbacks import NonFiniteGuard
-from tests.helpers.exact_skip import CELLS, PLACES, Cell, differences, train
+from tests.helpers.exact_skip import PLACES, Cell, differences, every_cell, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_a_skipped_step_never_happened(tmp_path, cell):
-    bad = PLACES[cell.place]
+@every_cell
+def test_a_skipped_step_never_happened(tmp_path, optimizer, implementation, kind, place, loop, layer):
+    cell, bad = Cell(optimizer, implementation, kind, place, loop, layer), PLACES[place]
     guarded = train(tmp_path, cell, bad, set(), NonFiniteGuard())
     clean = train(tmp_path, cell, set(), bad, NonFiniteGuard())
     assert differences(guarded, clean) == []

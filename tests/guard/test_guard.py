@@ -131,9 +131,7 @@ def test_a_guard_takes_the_place_of_the_shorthand(trainer):
     assert guard.skipped_steps == clipping.skipped_steps == 1
 
 
-def test_a_line_tells_what_the_table_at_the_end_does_not(trainer, monkeypatch):
-    said = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+def test_a_line_tells_what_the_table_at_the_end_does_not(trainer, said):
     trainer(NonFiniteGuard("zero")).fit(Poisoned({2: math.nan}), data())
     assert said[1:] == ["NonFiniteGuard: of 12 optimizer steps, 1 taken with non-finite entries set to 0."]
     said.clear()
@@ -141,8 +139,8 @@ def test_a_line_tells_what_the_table_at_the_end_does_not(trainer, monkeypatch):
     assert len(said) == 1, "skipped steps are in the table"
 
 
-def test_a_healthy_step_does_not_walk(trainer, monkeypatch):
-    monkeypatch.setattr("clip_callbacks.callbacks._incident.examine", lambda *_: pytest.fail("walked on a healthy step"))
+@pytest.mark.usefixtures("never_examined")
+def test_a_healthy_step_does_not_walk(trainer):
     trainer(NonFiniteGuard(), GradientClipping(1.0)).fit(Regression(), data())
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
-from tests.helpers.exact_skip import SCHEDULES, O, Recorded
+from tests.helpers.exact_skip import Recorded
+from tests.helpers.members import SCHEDULES, O
 from tests.helpers.training import Regression, assert_same_bits, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")

@@ -25,7 +25,9 @@ from clip_callbacks import (
     QuantileLimit,
     RobustZScoreLimit,
 )
-from tests.helpers.exact_skip import O, differences
+from tests.helpers.exact_skip import differences
+from tests.helpers.matrix import matrix
+from tests.helpers.members import O
 from tests.helpers.rollback import BAD, BATCHES, LOST, SCHEDULES, Copies, Subject, fitted, rollback, without
 from tests.helpers.training import SAFELY, data, scaled
 
@@ -49,8 +51,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@matrix(
+    slow=lambda schedule, name: name.startswith("LBFGS") and schedule not in {None, "Step"},
+    schedule=[None, *SCHEDULES],
+    name=list(OPTIMIZERS),
+)
 def test_the_run_is_one_that_the_batches_since_the_copy_were_never_part_of(trainer, name, schedule):
     if schedule == "OneCycle" and name in {"Adagrad", "SGD", "LBFGS", "LBFGS wolfe"}:
         pytest.skip("has no momentum to cycle")
@@ -335,9 +340,7 @@ def test_without_a_good_step_there_is_nothing_to_go_back_to(trainer):
         trainer(rollback()).fit(Subject(dict.fromkeys(range(20), math.nan)), data(8))
 
 
-def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, said):
     csv = CSVLogger(tmp_path)
     with pytest.warns(RuntimeWarning) as caught:
         trainer(rollback(lr_factor=0.5), logger=csv).fit(Subject(), data(BATCHES, batch_size=6))

@@ -15,7 +15,8 @@ from clip_callbacks import (
     NonFiniteGradientError,
     QuantileLimit,
 )
-from tests.helpers.exact_skip import O, differences
+from tests.helpers.exact_skip import differences
+from tests.helpers.members import O
 from tests.helpers.rollback import BAD, BATCHES, LOST, SCHEDULES, Copies, Subject, Weights, fitted, rollback, without
 from tests.helpers.training import SAFELY, Poisoned, data
 

@@ -7,15 +7,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
-from tests.helpers.exact_skip import SCHEDULES, O, Recorded
+from tests.helpers.exact_skip import Recorded
+from tests.helpers.matrix import matrix
+from tests.helpers.members import SCHEDULES, O
 from tests.helpers.training import data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("frequency", [1, 2, 3])
-@pytest.mark.parametrize("poison", [{0}, {3}, {2, 3, 7}])
+@matrix(name=list(SCHEDULES), frequency=[1, 2, 3], poison={"first": {0}, "later": {3}, "three": {2, 3, 7}})
 def test_schedules_stand_still(trainer, name, frequency, poison):
     batches = list(data(12, size=0.1))
     poisoned = Recorded(SCHEDULES[name], frequency=frequency, poison=poison)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from clip_callbacks.callbacks._snapshot import Snapshot
-from tests.helpers.exact_skip import O, differences
+from tests.helpers.exact_skip import differences
+from tests.helpers.members import O
 from tests.helpers.rollback import BATCHES, LOST, Subject, Weights, fitted, rollback, without
 from tests.helpers.training import Poisoned, data
 

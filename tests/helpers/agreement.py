@@ -40,3 +40,12 @@ def reports(name, *callbacks, **options):
         warnings.simplefilter("always")
         parallel.result(name, *callbacks, **options)
     return [str(warning.message) for warning in caught]
+
+
+KINDS = ("ddp", "fsdp2", "fsdp1", "tp", "fsdp2_tp")
+"""Each way of dividing a network once; the other strategies are variants of these, most of them on four ranks."""
+
+
+def is_variant(name, *_):
+    """Whether a strategy takes no part in the widest matrices of the fast suite, but in those of one axis only."""
+    return name not in KINDS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -55,30 +55,40 @@ class Opened:
 
 
 @contextmanager
-def opened(url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Opened]:
-    """Open a page in a browser of its own, which is closed afterwards.
-
-    Args:
-        url: ``http://`` or ``file://``; the page has fired its load event when the context begins.
-        width: Of the viewport, in CSS pixels.
-        height: Of the viewport, in CSS pixels.
-        dark: Whether the page is told that dark colours are preferred.
-    """
+def chromium() -> Iterator[Browser]:
+    """One browser; while it is open, nothing else in this process can run an event loop."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=QUIET, timeout=TIMEOUT_MS)
         try:
-            context = browser.new_context(
-                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", locale="en-US"
-            )
-            context.set_default_timeout(TIMEOUT_MS)
-            seen = Opened(context.new_page())
-            seen.page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
-            seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
-            seen.page.on("request", lambda request: seen.requests.append(request.url))
-            seen.page.on("requestfailed", lambda request: seen.errors.append(f"{request.url}: {request.failure}"))
-            seen.page.goto(url)
-            yield seen
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Opened]:
+    """Open a page in a context of its own, which is closed afterwards.
+
+    Args:
+        browser: What :func:`chromium` has opened.
+        url: ``http://`` or ``file://``; the page has fired its load event when the context begins.
+        width: Of the viewport, in CSS pixels.
+        height: Of the viewport, in CSS pixels.
+        dark: Whether the page is told that dark colours are preferred.
+    """
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", locale="en-US"
+    )
+    try:
+        context.set_default_timeout(TIMEOUT_MS)
+        seen = Opened(context.new_page())
+        seen.page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
+        seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
+        seen.page.on("request", lambda request: seen.requests.append(request.url))
+        seen.page.on("requestfailed", lambda request: seen.errors.append(f"{request.url}: {request.failure}"))
+        seen.page.goto(url)
+        yield seen
+    finally:
+        context.close()

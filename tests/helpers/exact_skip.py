@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,33 +11,16 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tests.helpers.matrix import matrix
+from tests.helpers.members import FORWARD_WRITES, IMPLEMENTATIONS, OPTIMIZERS, O
 from tests.helpers.training import Regression, data, make_trainer
 
-O = torch.optim  # noqa: E741
-FOREACH: dict[str, dict[str, Any]] = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
-FUSED = FOREACH | {"fused": {"fused": True}}
-OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "Adadelta": (O.Adadelta, {"weight_decay": 0.1}, FOREACH),
-    "Adafactor": (O.Adafactor, {"weight_decay": 0.1}, FOREACH),
-    "Adagrad": (O.Adagrad, {"lr_decay": 0.1}, FUSED),
-    "Adam": (O.Adam, {"weight_decay": 0.1, "amsgrad": True}, FUSED),
-    "AdamW": (O.AdamW, {"weight_decay": 0.1}, FUSED),
-    "Adamax": (O.Adamax, {}, FOREACH),
-    "ASGD": (O.ASGD, {"t0": 2.0}, FOREACH),
-    "LBFGS": (O.LBFGS, {"max_iter": 4, "history_size": 3}, {"loop": {}, "wolfe": {"line_search_fn": "strong_wolfe"}}),
-    "Muon": (O.Muon, {"weight_decay": 0.1}, {"loop": {}}),
-    "NAdam": (O.NAdam, {"weight_decay": 0.1}, FOREACH),
-    "RAdam": (O.RAdam, {"weight_decay": 0.1}, FOREACH),
-    "RMSprop": (O.RMSprop, {"momentum": 0.5, "centered": True}, FOREACH),
-    "Rprop": (O.Rprop, {}, FOREACH),
-    "SGD": (O.SGD, {"weight_decay": 0.1}, FUSED),
-    "SGD momentum": (O.SGD, {"momentum": 0.9, "weight_decay": 0.1}, FUSED),
-    "SGD nesterov": (O.SGD, {"momentum": 0.9, "nesterov": True}, FUSED),
-    "SparseAdam": (O.SparseAdam, {}, {"loop": {}}),
-}
 KINDS = ["nan", "inf", "-inf", "all", "loss"]
 PLACES = {"first": {0}, "later": {4}, "two in a row": {2, 3}}
 BATCHES = 8
+
+
+LOOPS = ("automatic", "manual")
 
 
 @dataclass(frozen=True)
@@ -48,31 +30,34 @@ class Cell:
     kind: str
     place: str
     loop: str
-
-    def __str__(self) -> str:
-        return "-".join((self.optimizer, self.implementation, self.kind, self.place, self.loop))
+    layer: str = "batch norm"
 
 
-CELLS = [
-    Cell(name, implementation, kind, place, loop)
-    for name, (_, _, implementations) in OPTIMIZERS.items()
-    for implementation in implementations
-    for kind in KINDS
-    for place in PLACES
-    for loop in ("automatic", "manual")
-]
+def exists(optimizer: str, implementation: str, *_: str) -> bool:
+    return implementation in OPTIMIZERS[optimizer].implementations
+
+
+every_cell = matrix(
+    exists,
+    optimizer=list(OPTIMIZERS),
+    implementation=IMPLEMENTATIONS,
+    kind=KINDS,
+    place=list(PLACES),
+    loop=LOOPS,
+    layer=list(FORWARD_WRITES),
+)
 
 
 class Subject(Regression):
-    """A network with batch statistics, poisoned in one entry, in all, or in the loss; the batch says whether."""
+    """A network that its forward pass writes to, poisoned in one entry, in all, or in the loss; the batch says whether."""
 
     def __init__(self, cell: Cell) -> None:
-        make, options, implementations = OPTIMIZERS[cell.optimizer]
+        member, layer = OPTIMIZERS[cell.optimizer], FORWARD_WRITES[cell.layer]
         sparse = cell.optimizer == "SparseAdam"
-        net = nn.EmbeddingBag(6, 1, sparse=True) if sparse else nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-        super().__init__(make, net, lr=0.02, **options, **implementations[cell.implementation])
+        net = nn.EmbeddingBag(6, 1, sparse=True) if sparse else nn.Sequential(nn.Linear(4, 8), layer(8), nn.Linear(8, 1))
+        super().__init__(member.make, net, lr=0.02, **member.options, **member.implementations[cell.implementation])
         self.cell, self.automatic_optimization = cell, cell.loop == "automatic"
-        self.norm = nn.BatchNorm1d(4, affine=False) if sparse else nn.Identity()
+        self.norm = layer(4).requires_grad_(False) if sparse else nn.Identity()
 
     def forward_loss(self, batch: Any) -> torch.Tensor:
         inputs, targets, _ = batch
@@ -120,18 +105,13 @@ class Subject(Regression):
         self.poison(self.batch)
 
     def configure_optimizers(self) -> Any:
-        parameters = self.parameters()
-        if self.cell.optimizer == "Muon":  # matrices only
-            parameters = [p for p in parameters if p.ndim == 2]
+        member = OPTIMIZERS[self.cell.optimizer]
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad and member.takes(parameter)]
         optimizer = self.make_optimizer(parameters, **self.options)
         if not self.automatic_optimization:
             return optimizer
         schedule = O.lr_scheduler.ExponentialLR(optimizer, 0.7)
-        if any(key in optimizer.defaults for key in ("momentum", "betas")) and self.cell.optimizer not in {
-            "LBFGS",
-            "Rprop",
-            "Muon",
-        }:
+        if member.cycles_momentum:
             schedule = O.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=20)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 2}}
 
@@ -192,12 +172,3 @@ class Recorded(Regression):
         optimizer = super().configure_optimizers()
         config = {"scheduler": self.schedule(optimizer), "interval": self.interval, "frequency": self.frequency}
         return {"optimizer": optimizer, "lr_scheduler": config | {"monitor": "train_loss"}}
-
-
-SCHEDULES = {
-    "OneCycle": lambda o: O.lr_scheduler.OneCycleLR(o, 0.5, total_steps=40),
-    "Sequential": lambda o: O.lr_scheduler.SequentialLR(
-        o, [O.lr_scheduler.LinearLR(o, 0.1, total_iters=3), O.lr_scheduler.CosineAnnealingLR(o, 20)], milestones=[3]
-    ),
-    "Step": lambda o: O.lr_scheduler.StepLR(o, 3, 0.5),
-}

@@ -24,6 +24,7 @@ from clip_callbacks import (
 )
 from clip_callbacks.blocks import SCOPES
 from clip_callbacks.limits import label
+from tests.helpers.matrix import matrix
 
 NORM_TYPES = [1.0, 2.0, 3.0, math.inf]
 
@@ -49,7 +50,8 @@ LIMITS = [
 ADAPTIVE = ZScoreLimit(0.5, warmup=2, clip_to="threshold")
 """For tests of what is around a limit that remembers."""
 
-NAMED = [pytest.param(make, id=label(make(1.0))) for make in LIMITS]
+MAKERS = {label(make(1.0)): make for make in LIMITS}
+NAMED = [pytest.param(make, id=name) for name, make in MAKERS.items()]
 
 
 def model():
@@ -69,10 +71,8 @@ def gradients(module):
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
-def every(function):
-    """For each limit, scope and norm type; the less usual of these with one scope."""
-    cells = [(scope, p) for scope in SCOPES for p in NORM_TYPES if p in {2.0, math.inf} or scope == "layer"]
-    return pytest.mark.parametrize("make", NAMED)(pytest.mark.parametrize(("scope", "p"), cells)(function))
+every = matrix(make=MAKERS, scope=SCOPES, p=NORM_TYPES)
+"""For each limit, scope and norm type."""
 
 
 def run(module, limit, scope, p, state=None, **options):

@@ -21,6 +21,9 @@ from tests.helpers.training import TRUSTING, make_trainer, numbers
 BATCH = 8
 """Rows of the large batch that all ranks have together."""
 
+STEPS = 10
+"""Of a training, unless a test asks for others: through every warm-up, and some steps are clipped and some are not."""
+
 STRATEGIES = {
     # name: ranks, data-parallel ranks, how the network is divided
     "single": (1, 1, ""),
@@ -157,7 +160,7 @@ def rows(steps, *, bad=()):
     return TensorDataset(inputs[kept], targets[kept])
 
 
-def train(name, *callbacks, steps=20, bad=(), poison=None, module=None, ckpt_path=None, strategy_options=None, **options):
+def train(name, *callbacks, steps=STEPS, bad=(), poison=None, module=None, ckpt_path=None, strategy_options=None, **options):
     """Fit under a strategy; the whole weights and what was noted, on every rank."""
     seed_everything(7, verbose=False)
     ranks, data_parallel, division = STRATEGIES[name]

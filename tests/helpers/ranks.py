@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 import warnings
 from datetime import timedelta
+from pathlib import Path
+
+from tests.helpers.forked import SERVER, Lifeline
 
 PATIENCE = timedelta(seconds=60)
 """After which a rank that waits for another one gives up, and a test fails."""
+
+LIFETIME = 8
+"""How many functions, after which a pool is made anew: trainings leave process groups behind, whose threads wake all the time."""
+
+HANGS, ENDED = "hangs", "has ended"
 
 
 class RanksFailedError(Exception):
@@ -27,44 +35,59 @@ class Ranks:
 
     def __init__(self, world_size):
         self.world_size = world_size
-        self._pipes = []
-        self._processes = []
+        self._processes, self._pipes, self._runs = [], [], 0
 
     def run(self, function, *args, **kwargs):
         """The results, in the order of ranks."""
+        if self._runs == LIFETIME:
+            self.close()
         if not self._processes:
             self._start()
+        self._runs += 1
+        message = pickle.dumps((function, args, kwargs))
         for pipe in self._pipes:
-            pipe.send_bytes(pickle.dumps((function, args, kwargs)))
-        answers = []
-        for pipe in self._pipes:
-            is_there = pipe.poll(3 * PATIENCE.total_seconds())
-            answers.append(pickle.loads(pipe.recv_bytes()) if is_there else (None, "hangs"))
+            pipe.send_bytes(message)
+        answers = [_answer(pipe) for pipe in self._pipes]
         errors = [error for _, error in answers]
         if any(errors):
-            if not all(errors) or "hangs" in errors:
-                self.close()  # one of them may be waiting for another
+            if not all(errors) or {HANGS, ENDED} & set(errors):
+                self.close(patience=0)  # one of them may be waiting for another
             raise RanksFailedError(errors)
         return [result for result, _ in answers]
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
         meeting_point = tempfile.NamedTemporaryFile(delete=True).name  # noqa: SIM115
+        self._lifeline = Lifeline()
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, meeting_point), daemon=True)
+            ours, theirs = SERVER.Pipe()
+            arguments = theirs, self._lifeline.end, rank, self.world_size, meeting_point
+            process = SERVER.Process(target=_serve, args=arguments, daemon=True)
             process.start()
-            self._pipes.append(ours)
+            theirs.close()
             self._processes.append(process)
+            self._pipes.append(ours)
 
-    def close(self):
+    def close(self, patience=5):
+        """End the processes, in some seconds by themselves or else at once; a later run starts others."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(patience)
             process.kill()
             process.join()
-        self._pipes, self._processes = [], []
+        self._processes, self._pipes, self._runs = [], [], 0
 
 
-def _serve(pipe, rank, world_size, meeting_point):
+def _answer(pipe):
+    """The result and the error of one rank."""
+    try:
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(3 * PATIENCE.total_seconds()) else (None, HANGS)
+    except (EOFError, ConnectionResetError):
+        return None, ENDED
+
+
+def _serve(pipe, lifeline, rank, world_size, meeting_point):
+    Lifeline.hold(lifeline)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     import torch
     import torch.distributed as dist
@@ -82,3 +105,9 @@ def _serve(pipe, rank, world_size, meeting_point):
         except BaseException as error:
             answer = None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def sleep(folder):
+    """For a test of what becomes of a rank whose main thread never returns: it leaves a file by its number, and waits."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(3600)

@@ -13,7 +13,7 @@ from clip_callbacks import (
     GradientClipping,
     NonFiniteGuard,
 )
-from tests.helpers.exact_skip import O
+from tests.helpers.members import O
 from tests.helpers.training import Poisoned
 
 BATCHES = 14

@@ -21,7 +21,9 @@ from tests.helpers.training import Regression, data, weights
 
 @ALL
 @pytest.mark.parametrize("deferred", [False, True])
-def test_16_mixed_fused_equals_unfused_over_200_steps(trainer, tmp_path, name, deferred):
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_16_mixed_fused_equals_unfused_over_many_steps(trainer, tmp_path, name, deferred, steps):
+    """The loss scale falls at first, and grows again several times."""
     from lightning.pytorch.loggers import CSVLogger
 
     pandas = pytest.importorskip("pandas")
@@ -30,12 +32,14 @@ def test_16_mixed_fused_equals_unfused_over_200_steps(trainer, tmp_path, name, d
         logger = CSVLogger(tmp_path, version=f"{fused}")
         module = network(name, fused=fused)
         family = [GradientClipping(0.5), NonFiniteGuard(deferred=deferred and fused)]
-        fit = trainer(*family, logger=logger, max_steps=200, max_epochs=-1, **scaled(init_scale=2.0**20, growth_interval=50))
+        fit = trainer(
+            *family, logger=logger, max_steps=steps, max_epochs=-1, **scaled(init_scale=2.0**20, growth_interval=steps // 4)
+        )
         fit.fit(module, data(20, size=1.0))
         table = pandas.read_csv(tmp_path / "lightning_logs" / f"{fused}" / "metrics.csv")
         results.append((weights(module), table, fit.precision_plugin.scaler.get_scale(), family[1].overflowed_steps))
     (ours, log, scale, overflows), (theirs, other_log, other_scale, other_overflows) = results
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # 200 float16 forward passes amplify roundings of 1e-7
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # many float16 forward passes amplify roundings of 1e-7
     norms, other_norms = (torch.tensor(table["grad/total_norm"].dropna().to_numpy()) for table in (log, other_log))
     torch.testing.assert_close(norms, other_norms, rtol=1e-3, atol=0.0)
     assert (scale, overflows) == (other_scale, other_overflows)
@@ -105,13 +109,13 @@ def test_a_loss_that_no_scale_can_cure_counts_as_bad(trainer, deferred):
     assert (guard.skipped_steps, guard.overflowed_steps) == (1, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
 @pytest.mark.parametrize("policy", ["zero", "ignore"])
 def test_whatever_the_policy_the_scaler_skips(trainer, policy):
     module = network("SGD-momentum", poison={0: math.nan})
     guard = NonFiniteGuard(policy)
-    with mock.patch("clip_callbacks.callbacks._bad_steps.rank_zero_warn"):
-        fit = trainer(guard, **scaled(init_scale=1024.0))
-        fit.fit(module, data(size=1.0))
+    fit = trainer(guard, **scaled(init_scale=1024.0))
+    fit.fit(module, data(size=1.0))
     assert all(torch.isfinite(tensor).all() for tensor in [*weights(module), *state_of(fit)])
 
 

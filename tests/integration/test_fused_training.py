@@ -11,21 +11,20 @@ from clip_callbacks import (
     GradientClipping,
     NonFiniteGuard,
 )
-from tests.helpers.fused import ALL, network, scaled, state_of
+from tests.helpers.fused import FUSED, network, scaled, state_of
+from tests.helpers.matrix import matrix
 from tests.helpers.training import Regression, assert_same_bits, data, weights
 
 # The ride
 
 
-@ALL
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("batches", [1, 3])
+@matrix(name=list(FUSED), deferred=[False, True], batches=[1, 3])
 def test_equal_to_the_unfused_path(trainer, name, deferred, batches):
     results = []
     for fused in (True, False):
         family = [GradientClipping(0.5), AccumulationRescaling(), NonFiniteGuard(deferred=deferred and fused)]
         module = network(name, fused=fused)
-        fit = trainer(*family, accumulate_grad_batches=batches, max_epochs=8, log_every_n_steps=3)
+        fit = trainer(*family, accumulate_grad_batches=batches, max_epochs=4, log_every_n_steps=3)
         fit.fit(module, data(10))
         metrics = {key: value for key, value in fit.callback_metrics.items() if key.startswith("grad/")}
         results.append((weights(module), state_of(fit), metrics))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard
+from tests.helpers import forked
 from tests.helpers.laws import ADAPTIVE
 from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, leaves, make_trainer
 
@@ -55,17 +54,15 @@ def run(folder: Path, pause: float = 0.0, ckpt_path: Path | None = None):
 
 @pytest.mark.timeout(120)
 def test_kill_and_resume(tmp_path):
-    code = (
-        f"import pathlib; from tests.integration.test_kill import run; run(pathlib.Path({str(tmp_path / 'killed')!r}), pause=0.05)"
-    )
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[2])
+    process = forked.start(run, tmp_path / "killed", 0.05)
     third = tmp_path / "killed" / "epoch=2.ckpt"
     while not third.exists():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.02)
     time.sleep(0.2)  # into the epoch after
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
     resumed, resumed_callbacks, resumed_state = run(tmp_path / "resumed", ckpt_path=third)
     whole, whole_callbacks, whole_state = run(tmp_path / "whole")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from lightning.pytorch import LightningModule
 
 from clip_callbacks import AccumulationRescaling, ClipRule, LabelTokens, QuantileLimit
 from clip_callbacks.cli import main as clip_callbacks_command
+from tests.helpers import forked
 from tests.helpers.training import make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +30,7 @@ AT_MOST = 1 + 1e-6
 
 def run(script, *arguments, cwd):
     """In a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+    done = forked.run(EXAMPLES / script, *arguments, cwd=cwd, env={"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"})
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -135,6 +132,7 @@ def test_fabric(printed):
     assert rows[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=1e-2), "of bf16, with 8 bits"
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_fabric_on_two_devices(tmp_path):
     out = run("fabric.py", "--steps", "12", "--poison", "--devices", "2", "--folder", tmp_path, cwd=tmp_path)

@@ -19,7 +19,8 @@ from clip_callbacks import (
 )
 from clip_callbacks.blocks import SCOPES
 from tests.helpers import reference
-from tests.helpers.laws import NAMED, NORM_TYPES, every, gradients, run, with_gradients
+from tests.helpers.laws import MAKERS, NORM_TYPES, every, gradients, run, with_gradients
+from tests.helpers.matrix import matrix
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -138,9 +139,7 @@ def test_the_old_state_is_not_changed_and_the_new_one_can_be_saved(make, scope, 
     assert all(torch.equal(rule[key], saved[key]) for rule, saved in zip(after, loaded, strict=True) for key in rule)
 
 
-@every
-@pytest.mark.parametrize(("bad", "policy"), [(math.nan, "skip"), (math.inf, "ignore")])
-@pytest.mark.parametrize("step", [0, 2])
+@matrix(make=MAKERS, scope=SCOPES, p=NORM_TYPES, bad=[math.nan, math.inf], policy=["skip", "ignore"], step=[0, 2])
 def test_a_nonfinite_step_leaves_no_trace_in_the_state(make, scope, p, bad, policy, step):
     limit, states = make(1.0), {}
     for poisoned in (True, False):
@@ -158,13 +157,11 @@ def test_a_nonfinite_step_leaves_no_trace_in_the_state(make, scope, p, bad, poli
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("make", NAMED)
-@pytest.mark.parametrize("p", NORM_TYPES)
-@pytest.mark.parametrize("rules", [1, 2])
+@matrix(make=MAKERS, p=NORM_TYPES, rules=[1, 2])
 def test_decided_on_the_device_as_on_the_host(make, p, rules):
     """Over a history with bad steps in it, the first one too: coefficients, gradients and states."""
     limit, states = make(1.0), {True: None, False: None}
-    for seed in range(12):
+    for seed in range(8):
         reports, written = {}, {}
         for deferred in (True, False):
             module = with_gradients(seed, size=10.0 ** (seed % 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from clip_callbacks import (
 from clip_callbacks.blocks import SCOPES
 from clip_callbacks.limits import label, labels
 from tests.helpers import reference
-from tests.helpers.laws import NAMED, model, run
+from tests.helpers.laws import MAKERS, NAMED, model, run
+from tests.helpers.matrix import matrix
 
 DEFAULTS = [
     FixedLimit(1.0),
@@ -45,6 +47,10 @@ DEFAULTS = [
     Tightest(QuantileLimit(0.9), ZScoreLimit(), 3.0),
     Warmup(RobustZScoreLimit(), 100, until=1.0),
 ]
+
+
+LONG_ENOUGH = 70
+"""Steps in which every limit of the laws is through with its warm-up, and every window is full."""
 
 
 def histories(steps, blocks, seed):
@@ -71,11 +77,15 @@ def said(limit, history, p=2.0, weights=None):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("limit", DEFAULTS, ids=label)
-@pytest.mark.parametrize("blocks", [1, 5])
-@pytest.mark.parametrize("p", [2.0, math.inf])
-def test_a_thousand_steps_equal_the_loop(limit, blocks, p):
-    history = list(histories(1000, blocks, seed=blocks))
+@matrix(
+    slow=lambda *cell: cell[-1] == 1000,
+    limit={label(limit): limit for limit in DEFAULTS},
+    blocks=[1, 5],
+    p=[2.0, math.inf],
+    steps=[320, 1000],  # past the schedules and the warm-ups of defaults; past the longest window
+)
+def test_many_steps_equal_the_loop(limit, blocks, p, steps):
+    history = list(histories(steps, blocks, seed=blocks))
     weights = [0.0, 1e-4, 2.0, 30.0, 1.0][:blocks]
     expected = torch.tensor(reference.limits(limit, history, p, weights), dtype=torch.float64)
     torch.testing.assert_close(said(limit, history, p, weights), expected)
@@ -83,9 +93,10 @@ def test_a_thousand_steps_equal_the_loop(limit, blocks, p):
 
 @pytest.mark.parametrize("make", NAMED)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_thousand_steps_of_gradients_equal_the_loop(make, scope):
+@pytest.mark.parametrize("steps", [LONG_ENOUGH, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_steps_of_gradients_equal_the_loop(make, scope, steps):
     limit, state, module = make(1.0), None, model()
-    sizes = [norms[0] for norms in histories(1000, 1, seed=3)]
+    sizes = [norms[0] for norms in histories(steps, 1, seed=3)]
     directions = [[torch.randn_like(parameter) for parameter in module.parameters()] for _ in range(7)]
     history, limits, weights = [], [], None
     for step, size in enumerate(sizes):
@@ -109,13 +120,11 @@ def entries_of_blocks(module, scope):
     return list(blocks.values())
 
 
-@pytest.mark.parametrize("make", NAMED)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [0, 50])
-def test_the_two_hundred_limits_after_a_bad_step_are_those_of_a_run_without_it(make, bad, at):
+@matrix(slow=lambda *cell: cell[-1] == 200, make=MAKERS, bad=[math.nan, math.inf], at=[0, 50], after=[60, 200])
+def test_the_limits_after_a_bad_step_are_those_of_a_run_without_it(make, bad, at, after):
     def limits(poisoned):
         limit, state, found, weight = make(1.0), None, [], nn.Parameter(torch.ones(1))
-        for step, (size,) in enumerate(histories(at + 200, 1, seed=5)):
+        for step, (size,) in enumerate(histories(at + after, 1, seed=5)):
             if step == at and poisoned:
                 weight.grad = torch.tensor([bad])
                 _, state = clip_step([weight], state, rules=[ClipRule(limit)])
@@ -157,11 +166,10 @@ def test_the_robust_limit_follows_a_lasting_jump(jump):
     assert sum(clipped[700:]) / 300 < 0.05
 
 
-@pytest.mark.parametrize("spread", [0.1, 2.0])
-@pytest.mark.parametrize("window", [50, 128])
-@pytest.mark.parametrize(("z", "nominal"), [(2.0, 0.02275), (2.5, 0.00621), (3.0, 0.00135)])
-def test_false_alarms_of_the_robust_limit_on_lognormal_norms(spread, window, z, nominal):
+@matrix(spread=[0.1, 2.0], window=[50, 128], z=[2.0, 2.5, 3.0])
+def test_false_alarms_of_the_robust_limit_on_lognormal_norms(spread, window, z):
     """Right after the warm-up, and with a full window."""
+    nominal = NormalDist().cdf(-z)
     torch.manual_seed(0)
     blocks, steps = 1000, window + 40
     limit = RobustZScoreLimit(z, window=window)

@@ -30,7 +30,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
-from tests.helpers.browser import needs_browser, opened
+from tests.helpers.browser import needs_browser
 from tests.helpers.layouts import Charts, as_charts, layout_of
 from tests.helpers.training import SAFELY, Poisoned, Regression, TwoNetworks, data
 
@@ -170,12 +170,11 @@ def inspected(logger: WandbLogger, *options: str) -> str:
     """What W&B's own command line finds in the file that an offline run leaves: a line of JSON for each record."""
     (file,) = Path(logger.experiment.dir).parent.glob("*.wandb")
     logger.experiment.finish()
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, file]
-    whole = [argument for argument in command if argument not in options]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
     deadline = time.monotonic() + STARTING_S
-    while '"type":"exit"' not in _output(whole).replace(" ", ""):  # another process writes the file, and may be behind
+    while '"type":"exit"' not in (whole := _output(command)).replace(" ", ""):  # another process writes the file
         assert time.monotonic() < deadline
-    return _output(command)
+    return _output([*command, *options]) if options else whole
 
 
 def _output(command: list[Any]) -> str:
@@ -252,7 +251,7 @@ def fit_with_bad_steps(trainer: Callable[..., Trainer], *loggers: Logger) -> Non
     trainer(*everything, logger=list(loggers), accumulate_grad_batches=2, max_epochs=2).fit(Poisoned(FACTORS), data(BATCHES))
 
 
-RECORDERS = [tensorboard, mlflow_in_a_file, mlflow_on_a_server, wandb, comet]
+RECORDERS = [tensorboard, mlflow_in_a_file, pytest.param(mlflow_on_a_server, marks=pytest.mark.slow), wandb, comet]
 
 
 @pytest.mark.parametrize("recorder", RECORDERS, ids=lambda recorder: recorder.__name__)
@@ -288,8 +287,9 @@ def test_the_csv_log_says_what_happened(trainer, tmp_path):
     assert all(math.isfinite(value) for values in ours(readings).values() for value in values.values())
 
 
+@pytest.mark.slow
 @needs_browser
-def test_mlflows_page_shows_our_metrics(trainer, tmp_path, mlflow_server):
+def test_mlflows_page_shows_our_metrics(trainer, tmp_path, mlflow_server, opened):
     with mlflow_on_a_server(tmp_path, mlflow_server) as recording:
         fit_with_bad_steps(trainer, recording.logger)
         last = list(recording.read()["grad/total_norm"].values())[-1]

@@ -172,9 +172,7 @@ def test_monitor_every_n_steps_and_scope(trainer, tmp_path):
     assert column(frame, "grad_norm/global").tolist() == column(frame, "grad/total_norm").tolist()
 
 
-def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, monkeypatch):
-    said = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, said):
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.arange(1.0, 12.0)[:, None]))
     advice = monitor.advice()
@@ -220,9 +218,7 @@ def test_huge_norms_do_not_break_the_end_of_a_run(trainer, feed):
     assert math.isfinite(monitor.advice().max_norm)
 
 
-def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, monkeypatch):
-    said = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", said.append)
+def test_a_monitor_of_zero_gradients_suggests_nothing(trainer, said):
     monitor = GradientNormMonitor()
     trainer(monitor).fit(GradientTape(torch.zeros(3, 1)))
     assert monitor.advice() is None

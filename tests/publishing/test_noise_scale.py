@@ -60,7 +60,7 @@ def test_one_micro_batch_tells_nothing(small):
     ],
 )
 def test_in_a_trainer(trainer, family, options):
-    feed = draws(2400, spread=3.0).float()
+    feed = draws(1200, spread=3.0).float()
     run = trainer(*family, GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, **options)
     run.fit(GradientTape(feed))
     assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)

@@ -13,13 +13,6 @@ from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonF
 from tests.helpers.training import SAFELY, GradientTape, Poisoned, Regression, TwoNetworks, data
 
 
-@pytest.fixture
-def said(monkeypatch):
-    lines = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", lines.append)
-    return lines
-
-
 def cells(text):
     """The table's rows, by the names of their columns, as they lie under the rule."""
     title, header, rule, *rows = text.splitlines()

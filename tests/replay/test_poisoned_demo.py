@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from clip_callbacks.bundle import Bundle
+from tests.helpers import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,20 +18,21 @@ DEMO = ROOT / "examples" / "char_rnn.py"
 CONFIG = ROOT / "configs" / "char_rnn.yaml"
 
 
-def run(*command, folder):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=folder)
-
-
 def test_the_bundle_of_the_poisoned_demo_names_the_module_and_the_sample(tmp_path):
+    config = yaml.safe_load(CONFIG.read_text())
+    config["model"]["hidden"] = 32
+    config["data"] |= {"megabytes": 0.2, "length": 32, "batch_size": 64}
+    small_config = tmp_path / "small.yaml"
+    small_config.write_text(yaml.safe_dump(config))
     options = [
         "--trainer.max_steps=12",
         "--trainer.logger=false",
         "--trainer.limit_val_batches=0",
         "--trainer.val_check_interval=12",
     ]
-    small = ["--data.megabytes=0.5", "--data.batch_size=64", "--poison=0.2", "--trainer.enable_progress_bar=false"]
+    small = ["--poison=0.2", "--trainer.enable_progress_bar=false"]
     guard = ["--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.bundle_dir=bad", "--trainer.callbacks.weights=full"]
-    done = run("-W", "ignore", DEMO, "fit", f"--config={CONFIG}", *options, *small, *guard, folder=tmp_path)
+    done = forked.run(DEMO, "fit", f"--config={small_config}", *options, *small, *guard, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     bundles = [Bundle.read(path) for path in sorted((tmp_path / "bad").iterdir())]
     assert bundles
@@ -46,14 +47,14 @@ def test_the_bundle_of_the_poisoned_demo_names_the_module_and_the_sample(tmp_pat
         "replay",
         bundle.path,
         "--config",
-        CONFIG,
+        small_config,
         "--script",
         DEMO,
         "--bisect",
         "-o",
         "depth.png",
     ]
-    done = run(*replay, folder=tmp_path)
+    done = forked.run(*replay, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "First non-finite output: padding (PaddingScale)" in done.stdout
     assert "bit for bit the run's" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import forked
 from tests.helpers.replaying import Net, config, guilt, refused, replayed
 
 pytestmark = [
@@ -98,14 +97,8 @@ def script(tmp_path):
                 }
             )
         )
-        root = str(Path(__file__).parents[2])
-        subprocess.run(
-            [sys.executable, "train.py", *command, "--config", "cfg.yaml"],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": root},
-            check=True,
-            capture_output=True,
-        )
+        done = forked.run("train.py", *command, "--config", "cfg.yaml", cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
         (bundle,) = (folder / "bad").iterdir()
         return folder, bundle
 

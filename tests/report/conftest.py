@@ -12,8 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from clip_callbacks import GradientClipping, GradientNormMonitor
 from tests.helpers.training import Poisoned, data
 
-# ---- reading -------------------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):

@@ -11,10 +11,19 @@ from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping, GradientNormMonitor
 from clip_callbacks.cli import main
-from tests.helpers.browser import needs_browser, opened
+from tests.helpers.browser import needs_browser
 from tests.helpers.training import Poisoned, Regression, data, make_trainer
 
 pytestmark = needs_browser
+of_each_kind = pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (1280, False),
+        (390, True),
+        pytest.param(1280, True, marks=pytest.mark.slow),
+        pytest.param(390, False, marks=pytest.mark.slow),
+    ],
+)
 PICTURES = {"norm", "loss", "coefficient", "histogram", "what_if", "blocks-1", "blocks-2"}
 
 
@@ -47,7 +56,7 @@ def cells(opened_page, table):
     return [[cell.inner_text().strip() for cell in row.query_selector_all("th, td")] for row in rows]
 
 
-def test_it_renders_without_an_error_and_asks_nobody_for_anything(page):
+def test_it_renders_without_an_error_and_asks_nobody_for_anything(opened, page):
     with opened(page) as it:
         assert it.errors == []
         assert [url for url in it.requests if not url.startswith("data:")] == [page]
@@ -55,7 +64,7 @@ def test_it_renders_without_an_error_and_asks_nobody_for_anything(page):
         assert it.page.query_selector_all("script") == []
 
 
-def test_the_figures_in_the_table_are_those_of_the_log(page, logs):
+def test_the_figures_in_the_table_are_those_of_the_log(opened, page, logs):
     import pandas as pd
 
     with opened(page) as it:
@@ -77,7 +86,7 @@ def test_the_figures_in_the_table_are_those_of_the_log(page, logs):
         assert shown["clipped"] == f"{clipped:.1%}"
 
 
-def test_bad_steps_are_in_their_table(page):
+def test_bad_steps_are_in_their_table(opened, page):
     with opened(page) as it:
         rows = cells(it, "table.bad-steps")
     by_step = {row[0]: row for row in rows}
@@ -91,8 +100,8 @@ def test_bad_steps_are_in_their_table(page):
     assert by_step["33"][1] == "spike"
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True), (390, True)])
-def test_pictures_fit_the_screen_and_can_be_read(page, width, dark):
+@of_each_kind
+def test_pictures_fit_the_screen_and_can_be_read(opened, page, width, dark):
     with opened(page, width=width, dark=dark) as it:
         shown = {figure.get_attribute("id"): figure for figure in it.page.query_selector_all("figure")}
         assert set(shown) == PICTURES
@@ -124,7 +133,7 @@ def points(it, gid):
     return path.count("M") + path.count("L")
 
 
-def test_every_logged_point_is_in_the_pictures(page, logs):
+def test_every_logged_point_is_in_the_pictures(opened, page, logs):
     import pandas as pd
 
     with opened(page) as it:
@@ -144,7 +153,7 @@ def test_every_logged_point_is_in_the_pictures(page, logs):
         assert it.page.query_selector_all("[id$='-skips-clean']") == []
 
 
-def test_heat_maps_show_the_norms_of_the_blocks(page, logs):
+def test_heat_maps_show_the_norms_of_the_blocks(opened, page, logs):
     import base64
     import io
 
@@ -167,7 +176,7 @@ def test_heat_maps_show_the_norms_of_the_blocks(page, logs):
         assert np.corrcoef(norms, line)[0, 1] > 0.8
 
 
-def test_a_run_has_one_color_in_all_pictures_and_tables(page):
+def test_a_run_has_one_color_in_all_pictures_and_tables(opened, page):
     with opened(page) as it:
         for place, name in enumerate(("clean", "poisoned")):
             swatch = it.page.query_selector_all("#runs-table .swatch")[place].evaluate("e => getComputedStyle(e).backgroundColor")
@@ -176,8 +185,8 @@ def test_a_run_has_one_color_in_all_pictures_and_tables(page):
                 assert path.evaluate("e => getComputedStyle(e).stroke") == swatch, gid
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
-def test_it_passes_an_accessibility_check(page, width, dark):
+@of_each_kind
+def test_it_passes_an_accessibility_check(opened, page, width, dark):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     with opened(page, width=width, dark=dark) as it:
         for details in it.page.query_selector_all("details > summary"):
@@ -190,7 +199,7 @@ def test_it_passes_an_accessibility_check(page, width, dark):
         assert all(picture.get_attribute("aria-label") for picture in pictures)
 
 
-def test_the_keyboard_reaches_what_scrolls(page):
+def test_the_keyboard_reaches_what_scrolls(opened, page):
     with opened(page, width=390) as it:
         reached = set()
         for _ in range(60):

@@ -1,0 +1,143 @@
+"""Do the tests bite? Plants small faults one at a time in a copy of the tree, and runs the tests that must fail.
+
+``python -m tests.helpers.mutations`` plants all of them, about a quarter of an hour; with numbers, those only. Each is looked
+for in one folder of the fast suite, and then, if nothing there has failed, in all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "clip_callbacks"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A piece of text that stands once in a file, and what takes its place.
+
+    Attributes:
+        file: In the package.
+        right: The text as it is.
+        wrong: The text with the fault.
+        folder: Of the tests that should find it.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    folder: str
+
+
+# ruff: noqa: E501
+FAULTS = [
+    # the core
+    Fault("coefficients.py", "_float32(1.0 / _float32(norm + _float32(EPS)))", "_float32(1.0 / _float32(norm))", "core"),
+    Fault("norms.py", "return sums.pow(1.0 / norm_type).to(norms.dtype)", "return sums.to(norms.dtype)", "core"),
+    Fault("norms.py", "return self.total.reshape(()) < math.inf", "return self.total.reshape(()) > -math.inf", "guard"),
+    Fault("apply.py", "        parameter.grad = None", "        parameter.grad = torch.zeros_like(parameter)", "guard"),
+    Fault("apply.py", "(factors != 1.0).float()", "(factors > 1.0).float()", "core"),
+    Fault("apply.py", "if gradients.is_complete and 1.0 not in numbers:", "if 1.0 not in numbers:", "distributed"),
+    Fault("fused.py", "isinstance(optimizer, SGD) and any(", "isinstance(optimizer, Adam) and any(", "guard"),
+    Fault("fused.py", 'if self._stage == "riding":', 'if self._stage == "never":', "core"),
+    Fault("reduction.py", "    dist.all_reduce(together, dist.ReduceOp.MAX)\n", "", "distributed"),
+    Fault("limits/zscore.py", "is_warm = count >= self.warmup\n", "is_warm = count > self.warmup\n", "limits"),
+    Fault("limits/_window.py", "place = share * last.double()", "place = share * (last + 1).double()", "limits"),
+    Fault("accumulation.py", "return self.divisor * ranks / total if", "return self.divisor / total if", "distributed"),
+    Fault("accumulation.py", "weight if divisor == self.divisor else weight * divisor / self.divisor", "weight", "accumulation"),
+    Fault("weights.py", "0.0 <= number < math.inf", "-1.0 <= number < math.inf", "accumulation"),
+    Fault("sketch.py", "torch.lerp(lower, upper, ranks.frac())", "lower", "publishing"),
+    Fault("bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),
+    # the callbacks
+    Fault("callbacks/_statistics.py", "torch.where(flag, self.kept, flat, out=flat)", "torch.where(flag, flat, self.kept, out=flat)", "guard"),
+    Fault("callbacks/_schedules.py", "self._left_out += self._seen - self._window_start", "self._left_out += 1", "guard"),
+    Fault("callbacks/_rewind.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
+    Fault("callbacks/_scaler.py", "finite.logical_not().float()", "finite.float()", "integration"),
+    Fault("callbacks/_bad_steps.py", "return streak >= self._max_consecutive", "return streak > self._max_consecutive", "guard"),
+    Fault("callbacks/_counters.py", "if self.last_bad == number - 1 else 1", "if self.last_bad <= number - 1 else 1", "guard"),
+    Fault("callbacks/_learning_rates.py", "if id(value) not in done:", "if True:", "guard"),
+    Fault("callbacks/_microbatches.py", "        self._statistics.restore()\n", "", "accumulation"),
+    Fault("callbacks/_history.py", "self.clipped / self.steps if", "self.clipped / (self.steps + 1) if", "publishing"),
+    Fault("callbacks/_publisher.py", "for key, value in values.items() if math.isfinite(value)}", "for key, value in values.items()}", "publishing"),
+    Fault("callbacks/_publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1)", "fit_loop.epoch_loop._batches_that_stepped)", "publishing"),
+    Fault("callbacks/_deferral.py", 'guard.policy not in {"skip", "ignore"} or', "", "guard"),
+    Fault("callbacks/_member.py", "int(index): history for index, history", "0: history for index, history", "integration"),
+]  # fmt: skip
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """What git knows of, and what it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def plant(tree: Path, fault: Fault) -> str:
+    """Write the fault; the file as it was."""
+    path = tree / PACKAGE / fault.file
+    text = path.read_text()
+    if text.count(fault.right) != 1:
+        raise SystemExit(f"{path} must hold this once, got {text.count(fault.right)} times: {fault.right!r}")
+    path.write_text(text.replace(fault.right, fault.wrong))
+    return text
+
+
+def first_failure(tree: Path, where: str) -> str | None:
+    """Which test fails first; None if all pass."""
+    command = [sys.executable, "-m", "pytest", where, "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else done.stdout[-500:]
+
+
+def look_for(fault: Fault, trees: Queue[Path]) -> tuple[str | None, float]:
+    """The test that finds a fault in one of the trees, and the seconds that took."""
+    tree, begin = trees.get(), time.monotonic()
+    original = plant(tree, fault)
+    try:
+        found = first_failure(tree, f"tests/{fault.folder}") or first_failure(tree, "tests")
+    finally:
+        (tree / PACKAGE / fault.file).write_text(original)
+        trees.put(tree)
+    return found, time.monotonic() - begin
+
+
+def main(numbers: list[int]) -> int:
+    """A line for each fault, two at a time; how many were not found."""
+    missed, trees = 0, Queue()
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second, ThreadPoolExecutor(2) as pool:
+        for scratch in (first, second):
+            trees.put(copy_of_the_tree(Path(scratch)))
+        faults = [FAULTS[number] for number in numbers or range(len(FAULTS))]
+        for fault, (found, took) in zip(faults, pool.map(lambda fault: look_for(fault, trees), faults), strict=True):
+            missed += found is None
+            sys.stdout.write(f"{took:4.0f} s  {fault.file}: {fault.wrong.strip()[:60]!r}: {found or 'NOT FOUND'}\n")
+            sys.stdout.flush()
+    return missed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", type=int, help="which faults; all by default")
+    sys.exit(main(parser.parse_args().numbers))

@@ -1,5 +1,6 @@
-# make demo: train on real text with and without clipping, write a report page. make test: run the tests. make slow: more of four processes. make check: all that CI runs.
-# make docs: build the site into build/site. make wheel-test: try the wheel by itself.
+# make demo: train on real text with and without clipping, write a report page. make test: run the tests. make check: all that CI runs.
+# make test-guard, and so on for each folder of tests: those alone. make slow: every cell of every matrix. make coverage: which lines the tests run.
+# make mutations: plant faults that the tests must find. make docs: build the site into build/site. make wheel-test: try the wheel by itself.
 # make benchmarks: time and compare everything anew, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -10,7 +11,9 @@ LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
 QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guard/test_guard.py limits/test_rules.py integration/test_resume.py $(addprefix bundles/test_,bundle.py batches.py folder.py hostile_bundles.py))
 
-.PHONY: demo test slow check lint types examples run-examples run-benchmarks configs docs dist wheel-test benchmarks clean
+PYTEST := $(BIN)/python -m pytest --numprocesses 2
+
+.PHONY: demo environment test slow coverage mutations check lint types examples run-examples run-benchmarks docs dist wheel-test benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +23,8 @@ $(VENV)/.examples: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.examples
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,bench,test,dev]"
 	touch $@
+
+environment: $(VENV)/.installed
 
 demo: $(VENV)/.examples
 	rm -rf $(LOGS)
@@ -34,15 +39,26 @@ demo: $(VENV)/.examples
 	@echo "Report page, to open in a browser: $(CURDIR)/$(LOGS)/report.html"
 
 # several processes at once: each has one thread
-test slow run-examples wheel-test: export OMP_NUM_THREADS := 1
+test test-% slow coverage mutations run-examples wheel-test: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not ranks" --numprocesses 2
-	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m "ranks and not slow" tests
-	@echo "make test: all tests have passed; above, the coverage of the package by lines and branches"
+	$(PYTEST)
+	@echo "make test: all tests have passed"
+
+test-%: $(VENV)/.installed
+	$(PYTEST) tests/$*
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -m slow
+	EVERY_CELL=1 $(PYTEST) -m ""
+
+# processes that the tests start count too: each writes a file of its own
+coverage: $(VENV)/.installed
+	rm -f .coverage .coverage.*
+	$(PYTEST) --cov --cov-report=term
+	$(BIN)/python -m coverage report --fail-under=96 --format=total
+
+mutations: $(VENV)/.installed
+	$(BIN)/python -m tests.helpers.mutations
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -91,9 +107,6 @@ run-benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.limits --quick
 	$(BIN)/python -m benchmarks.report --steps 2000
 
-configs: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/integration/test_configuration.py --no-cov -q
-
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
@@ -116,7 +129,7 @@ wheel-test: dist
 		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks" --numprocesses 2) || exit 1; \
 	done
 
-check: test slow lint types examples configs docs wheel-test
+check: test lint types examples docs wheel-test
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md

@@ -194,8 +194,11 @@ def dropping(optimizer=torch.optim.AdamW, **options):
     } | options
 
 
-@pytest.mark.parametrize("bad", [(1,), (0,), (2,), (4, 5), (3, 4, 5), (0, 1, 8), (12,)])
-@pytest.mark.parametrize("name", sorted(DROPS_MICRO_BATCHES))
+@matrix(
+    slow=is_variant,
+    name=sorted(DROPS_MICRO_BATCHES),
+    bad=[(1,), (0,), (2,), (4, 5), (3, 4, 5), (0, 1, 8), (12,)],
+)
 def test_a_bad_micro_batch_of_one_rank_is_dropped_by_all(run, name, bad):
     """The first, a middle and the last of a window, all of one, and one alone: as in one process that has the large batches."""
     family, options = dropping()

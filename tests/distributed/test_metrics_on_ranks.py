@@ -14,7 +14,9 @@ from clip_callbacks import (
     GradientNormMonitor,
 )
 from tests.helpers import parallel
+from tests.helpers.agreement import is_variant
 from tests.helpers.layouts import layout_of
+from tests.helpers.matrix import matrix
 from tests.helpers.monitoring import moved
 from tests.helpers.ranks import RanksFailedError
 from tests.helpers.training import (
@@ -23,8 +25,13 @@ from tests.helpers.training import (
 from tests.helpers.twins import QUIET, TWINS, regression
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_offload", "fsdp1", "tp"])
-@pytest.mark.parametrize(("scope", "norm_type"), [("layer", 2.0), ("parameter", math.inf), ("parameter", 1.0)])
+@matrix(
+    lambda _name, scope, p: (scope == "layer") == (p == 2.0),
+    slow=is_variant,
+    name=["ddp", "fsdp2", "fsdp2_offload", "fsdp1", "tp"],
+    scope=["layer", "parameter"],
+    norm_type=[2.0, math.inf, 1.0],
+)
 def test_update_ratios_are_those_of_one_process(run, name, scope, norm_type):
     first, second = run(name, scope, norm_type, function=moved)
     assert first == second

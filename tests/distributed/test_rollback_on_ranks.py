@@ -13,6 +13,8 @@ from clip_callbacks import (
     QuantileLimit,
 )
 from tests.helpers import parallel
+from tests.helpers.agreement import is_variant
+from tests.helpers.matrix import matrix
 from tests.helpers.members import O
 from tests.helpers.rollback import BAD, LOST, rollback
 
@@ -52,8 +54,11 @@ def on_ranks(name, options):
     }
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": O.AdamW, "fused": True, "lr": 0.02}], ids=["SGD", "AdamW"])
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_offload", "fsdp1", "tp"])
+@matrix(
+    slow=is_variant,
+    name=["ddp", "fsdp2", "fsdp2_offload", "fsdp1", "tp"],
+    options={"SGD": {"momentum": 0.9}, "AdamW": {"optimizer": O.AdamW, "fused": True, "lr": 0.02}},
+)
 def test_all_ranks_go_back_together(run, name, options):
     if name == "tp" and "fused" in options:
         pytest.skip("torch's fused optimizers take no DTensors beside plain tensors")

@@ -16,8 +16,8 @@ from zclip import ZClip
 
 from benchmarks.timing import machine, publish, table
 from clip_callbacks import ClipRule, EmaLimit, Limit, ParameterTable, QuantileLimit, RobustZScoreLimit, ZScoreLimit, clip_step
-from clip_callbacks.limits import label
-from clip_callbacks.rules import ClipState
+from clip_callbacks.core.limits import label
+from clip_callbacks.core.rules import ClipState
 
 BAD_AT, AFTER = 50, 200
 EVERY, SPIKE = 20, 20.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS, UNCOUNTED, interleaved, machine, publish, rounds_for, table
 from clip_callbacks import ClipRule, ParameterTable, clip_step
-from clip_callbacks.callbacks._history import RunHistory
+from clip_callbacks.stats.norm_history import RunHistory
 
 mpl.use("agg")
 from matplotlib import pyplot as plt

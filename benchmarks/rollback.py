@@ -11,7 +11,7 @@ import torch
 from benchmarks import rivals
 from benchmarks.gradient_sets import SETS, Holder
 from benchmarks.timing import Ratio, interleaved, machine, publish, rounds_for, table
-from clip_callbacks.callbacks._snapshot import Snapshot
+from clip_callbacks.trainer.snapshot import Snapshot
 
 EVERY = 100
 """Good steps between copies, unless told otherwise."""

@@ -31,8 +31,8 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from clip_callbacks.limits import label
-from clip_callbacks.rules import ClipState
+from clip_callbacks.core.limits import label
+from clip_callbacks.core.rules import ClipState
 
 LIMITS: tuple[Limit, ...] = (
     FixedLimit(1.0),

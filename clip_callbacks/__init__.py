@@ -1,8 +1,9 @@
 """Gradient health for PyTorch Lightning: clipping, guarding, rescaling and watching gradients in one pass."""
 
+from clip_callbacks.accumulation.weights import BatchSize, LabelTokens
 from clip_callbacks.callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.clip_grad import clip_grad_norm_
-from clip_callbacks.limits import (
+from clip_callbacks.core.clip_grad import clip_grad_norm_
+from clip_callbacks.core.limits import (
     BlockNorms,
     CosineLimit,
     EmaLimit,
@@ -16,12 +17,11 @@ from clip_callbacks.limits import (
     Warmup,
     ZScoreLimit,
 )
-from clip_callbacks.nonfinite import NonFiniteGradientError
-from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.report import StepReport
-from clip_callbacks.rules import ClipRule
-from clip_callbacks.step import clip_step
-from clip_callbacks.weights import BatchSize, LabelTokens
+from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.rules import ClipRule
+from clip_callbacks.core.step import clip_step
+from clip_callbacks.core.step_report import StepReport
 
 __version__ = "0.1.0"
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_callbacks.control_characters import escaped
+from clip_callbacks.bundles.terminal import escaped
 
 if TYPE_CHECKING:
-    from clip_callbacks.dashboard.page import Section
-    from clip_callbacks.dashboard.runs import Run
+    from clip_callbacks.html_report.page import Section
+    from clip_callbacks.html_report.runs import Run
 
 UNUSABLE = 2
 """Exit code if the input cannot be used, as argparse has it for wrong arguments."""
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     """The runs that were asked for, and notes."""
-    from clip_callbacks.dashboard.runs import UnusableLogError
-    from clip_callbacks.dashboard.sources import read_runs
+    from clip_callbacks.html_report.runs import UnusableLogError
+    from clip_callbacks.html_report.sources import read_runs
 
     runs, notes = read_runs(options.logs)
     if options.steps:
@@ -154,7 +154,7 @@ def _steps(text: str) -> tuple[int | None, int | None]:
 def _report(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from clip_callbacks.dashboard.page import HEADINGS, make_sections, write_report
+    from clip_callbacks.html_report.page import HEADINGS, make_sections, write_report
 
     if options.output.is_dir():
         raise ValueError(f"--output must be a file, got the folder {options.output}.")
@@ -173,7 +173,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _suggest(options: argparse.Namespace) -> int:
-    from clip_callbacks.dashboard.page import make_sections
+    from clip_callbacks.html_report.page import make_sections
 
     runs, notes = _runs(options)
     sections = make_sections(runs, options.loss)

@@ -96,7 +96,7 @@ def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
     import torch
 
     import clip_callbacks
-    from clip_callbacks import rules
+    from clip_callbacks.core import rules
 
     doctest_namespace.update(vars(clip_callbacks) | {"torch": torch, "ClipRule": rules.ClipRule})
 
@@ -115,20 +115,20 @@ def trainer(tmp_path: Any) -> Callable[..., Trainer]:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the package tells of a run at its end: the table first, then lines."""
     lines: list[str] = []
-    monkeypatch.setattr("clip_callbacks.callbacks._pass.rank_zero_info", lines.append)
+    monkeypatch.setattr("clip_callbacks.engine.engine.rank_zero_info", lines.append)
     return lines
 
 
 @pytest.fixture
 def never_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the test fail where gradients are examined one by one."""
-    monkeypatch.setattr("clip_callbacks.callbacks._incident.examine", lambda *_: pytest.fail("walked on a healthy step"))
+    monkeypatch.setattr("clip_callbacks.guard.step_context.examine", lambda *_: pytest.fail("walked on a healthy step"))
 
 
 @pytest.fixture
 def any_override(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a module override Lightning's hook for clipping beside GradientClipping."""
-    monkeypatch.setattr("clip_callbacks.callbacks._checks.overrides", lambda *_: False)
+    monkeypatch.setattr("clip_callbacks.trainer.checks.overrides", lambda *_: False)
 
 
 @pytest.fixture(scope="module")

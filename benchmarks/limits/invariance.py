@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.limits.common import Batch, Section, colour, fit, panels, pieces, text
 from benchmarks.timing import table
 from clip_callbacks import ClipRule, QuantileLimit
-from clip_callbacks.limits import FixedLimit, Limit
+from clip_callbacks.core.limits import FixedLimit, Limit
 from examples.char_rnn import SYMBOLS
 
 SCALES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)

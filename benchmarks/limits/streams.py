@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.limits.common import Section, colour, panels, percent
 from benchmarks.timing import table
 from clip_callbacks import ClipRule, EmaLimit, ParameterTable, QuantileLimit, RobustZScoreLimit, ZScoreLimit, clip_step
-from clip_callbacks.limits import BlockNorms, Limit
+from clip_callbacks.core.limits import BlockNorms, Limit
 
 ADAPTIVE: dict[str, Limit] = {
     "QuantileLimit(0.1)": QuantileLimit(0.1),

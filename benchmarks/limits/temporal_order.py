@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.limits.common import Batch, Section, colour, panels
 from benchmarks.timing import table
 from clip_callbacks import ClipRule, ParameterTable, QuantileLimit, RobustZScoreLimit, clip_step
-from clip_callbacks.limits import FixedLimit, Limit
-from clip_callbacks.rules import ClipState
+from clip_callbacks.core.limits import FixedLimit, Limit
+from clip_callbacks.core.rules import ClipState
 
 LIMITS: dict[str, Limit | None] = {
     "unclipped": None,

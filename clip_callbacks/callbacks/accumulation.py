@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.accumulation import Window
-from clip_callbacks.apply import drop
-from clip_callbacks.callbacks._lane import Lane
-from clip_callbacks.callbacks._manual_window import ManualWindow
-from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._silence import silence
-from clip_callbacks.callbacks._weighing import Weighing
-from clip_callbacks.reduction import reduces_in_backward
-from clip_callbacks.weights import name_of
+from clip_callbacks.accumulation.manual_window import ManualWindow
+from clip_callbacks.accumulation.weights import name_of
+from clip_callbacks.accumulation.window import Window
+from clip_callbacks.accumulation.window_weights import Weighing
+from clip_callbacks.accumulation.zero_backward import silence
+from clip_callbacks.core.apply import drop
+from clip_callbacks.core.reduction import reduces_in_backward
+from clip_callbacks.engine.base import Member
+from clip_callbacks.trainer.optimizer_context import Lane
 
 
 class AccumulationRescaling(Member):

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.blocks import Scope
-from clip_callbacks.callbacks._lane import Lane
-from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._states import Held, adopt
 from clip_callbacks.callbacks.guard import NonFiniteGuard
-from clip_callbacks.limits import Limit, as_limit, as_max_norm, labels
-from clip_callbacks.nonfinite import Policy, as_policy
-from clip_callbacks.norms import as_norm_type
-from clip_callbacks.rules import ClipRule, ClipState
+from clip_callbacks.core.blocks import Scope
+from clip_callbacks.core.limit_state import Held, adopt
+from clip_callbacks.core.limits import Limit, as_limit, as_max_norm, labels
+from clip_callbacks.core.nonfinite import Policy, as_policy
+from clip_callbacks.core.norms import as_norm_type
+from clip_callbacks.core.rules import ClipRule, ClipState
+from clip_callbacks.engine.base import Member
+from clip_callbacks.trainer.optimizer_context import Lane
 
 
 class GradientClipping(Member):

@@ -17,10 +17,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.blocks import no_match
-from clip_callbacks.callbacks._twins import TwinCallback, is_of
-from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.reduction import is_sharded, shard_of
+from clip_callbacks.core.blocks import no_match
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.reduction import is_sharded, shard_of
+from clip_callbacks.trainer.compat import TwinCallback, is_of
 
 Fault: TypeAlias = Literal["nan", "inf", "spike", "loss"]
 

@@ -11,20 +11,20 @@ from typing import Any, Literal, TypeAlias, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from clip_callbacks.callbacks._bad_steps import BadSteps
-from clip_callbacks.callbacks._bundles import Weights
-from clip_callbacks.callbacks._counters import Counters
-from clip_callbacks.callbacks._evidence import Evidence
-from clip_callbacks.callbacks._lane import KeptBatch, Lane
-from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._rewind import Rewind
-from clip_callbacks.callbacks._roles import Roles
-from clip_callbacks.callbacks._rollback import Rollback, check_rollback
-from clip_callbacks.callbacks._states import Held, adopt
-from clip_callbacks.callbacks._twins import is_of
-from clip_callbacks.limits import Limit, as_limit
-from clip_callbacks.nonfinite import Policy, as_policy
-from clip_callbacks.rules import ClipRule, ClipState
+from clip_callbacks.core.limit_state import Held, adopt
+from clip_callbacks.core.limits import Limit, as_limit
+from clip_callbacks.core.nonfinite import Policy, as_policy
+from clip_callbacks.core.rules import ClipRule, ClipState
+from clip_callbacks.engine.base import Member
+from clip_callbacks.guard.bad_steps import BadSteps
+from clip_callbacks.guard.capture import Weights
+from clip_callbacks.guard.counters import Counters
+from clip_callbacks.guard.journal import Evidence
+from clip_callbacks.guard.restore import Rewind
+from clip_callbacks.guard.rollback import Rollback, check_rollback
+from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.components import Roles
+from clip_callbacks.trainer.optimizer_context import KeptBatch, Lane
 
 Level: TypeAlias = Literal["window", "microbatch"]
 OnStreak: TypeAlias = Literal["raise", "rollback"]

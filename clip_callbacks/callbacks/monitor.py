@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clip_callbacks.advice import Advice, advise
-from clip_callbacks.blocks import SCOPES, Partition, Scope, Selection
-from clip_callbacks.callbacks._block_history import BlockHistory, largest
-from clip_callbacks.callbacks._histograms import block_codes
-from clip_callbacks.callbacks._history import NormHistory
-from clip_callbacks.callbacks._lane import Lane
-from clip_callbacks.callbacks._member import Member
-from clip_callbacks.callbacks._updates import WeightsBefore
-from clip_callbacks.histogram import Histogram
-from clip_callbacks.noise_scale import NoiseScale
-from clip_callbacks.norms import TRUE, as_norm_type, block_norms
-from clip_callbacks.report import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, NOISE_SCALE, SPILL_OVER, UPDATE_RATIO, StepReport
-from clip_callbacks.spill_over import contributions, spill_over
+from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection
+from clip_callbacks.core.norms import TRUE, as_norm_type, block_norms
+from clip_callbacks.core.step_report import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, NOISE_SCALE, SPILL_OVER, UPDATE_RATIO, StepReport
+from clip_callbacks.engine.base import Member
+from clip_callbacks.publishing.histograms import block_codes
+from clip_callbacks.stats.advice import Advice, advise
+from clip_callbacks.stats.attribution import contributions, spill_over
+from clip_callbacks.stats.block_history import BlockHistory, largest
+from clip_callbacks.stats.histogram import Histogram
+from clip_callbacks.stats.noise_scale import NoiseScale
+from clip_callbacks.stats.norm_history import NormHistory
+from clip_callbacks.stats.update_ratio import WeightsBefore
+from clip_callbacks.trainer.optimizer_context import Lane
 
 TWO = 2.0
 
@@ -32,8 +32,8 @@ class GradientNormMonitor(Member):
 
     Metrics: ``grad_norm/<block>`` for each block of ``scope``, and those that the whole family logs. At the end of an epoch
     ``grad_norm_p50/<block>``, ``_p90`` and ``_p99`` over all its healthy steps, each within 1 % (see
-    :class:`~clip_callbacks.sketch.NormSketch`); and where a rule clips local norms ``grad_clip_fraction/<block>``, the share of
-    these steps in which rules made any entry of the block smaller.
+    :class:`~clip_callbacks.stats.sketch.NormSketch`); and where a rule clips local norms ``grad_clip_fraction/<block>``, the share
+    of these steps in which rules made any entry of the block smaller.
 
     Args:
         scope: Which entries share one norm: "global", "group", "layer" or "parameter". (A metric for each "unit" would be
@@ -43,7 +43,7 @@ class GradientNormMonitor(Member):
         noise_scale: Whether to estimate the gradient noise scale from the micro-batches of accumulation windows and log it as
             ``grad/noise_scale``, in samples (in micro-batches where a batch's tensors are of several lengths): about the batch
             beyond which more samples in a step stop to pay. Reads the gradients after each backward pass, and needs room for those
-            of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.noise_scale.NoiseScale`.
+            of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.stats.noise_scale.NoiseScale`.
         contributions: Whether to log for each block ``grad_contribution/<block>``, its share of the total norm (of the sum of
             squares, for p = 2), and ``grad_spill_over/<block>``, the share of its norm that clipping took because of other blocks:
             1 less its norm after clipping over what that would be if all other gradients were 0, the limits being what they are.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from clip_callbacks.bundle import Bundle
-from clip_callbacks.control_characters import escaped
+from clip_callbacks.bundles.bundle import Bundle
+from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.replay.bisection import bisect
 from clip_callbacks.replay.investigation import Investigation, signature
 from clip_callbacks.replay.laboratory import Laboratory

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.parameters import without_wrappers
-from clip_callbacks.random_states import restore
+from clip_callbacks.bundles.random_states import restore
+from clip_callbacks.core.parameters import without_wrappers
 from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.recorded import Recorded

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from clip_callbacks.dashboard.axes import number_plainly, short
-from clip_callbacks.dashboard.pictures import FAINT, INK, PAPER, PRINTED, Look
+from clip_callbacks.html_report.axes import number_plainly, short
+from clip_callbacks.html_report.pictures import FAINT, INK, PAPER, PRINTED, Look
 from clip_callbacks.replay.culprits import TITLES, Culprit, find_culprits
 from clip_callbacks.replay.investigation import Investigation
 from clip_callbacks.replay.ranges import Range

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_callbacks.nested import tensors_in
+from clip_callbacks.bundles.batch_tensors import tensors_in
 
 
 @dataclass(frozen=True)

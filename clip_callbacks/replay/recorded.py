@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_callbacks.bundle import FACTS, Bundle, UnusableBundleError
+from clip_callbacks.bundles.bundle import FACTS, Bundle, UnusableBundleError
 
 MOST = 2**62
 """No count of steps is as large."""

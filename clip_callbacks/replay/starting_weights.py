@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_callbacks.bundle import Bundle, classes_in
-from clip_callbacks.parameters import without_wrappers
+from clip_callbacks.bundles.bundle import Bundle, classes_in
+from clip_callbacks.core.parameters import without_wrappers
 from clip_callbacks.replay.recorded import Recorded
 from clip_callbacks.replay.unusable import UnusableReplayError
 

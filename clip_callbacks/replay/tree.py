@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TextIO
 
-from clip_callbacks.control_characters import escaped
+from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.replay.culprits import TITLES, Culprit
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.watch import Call

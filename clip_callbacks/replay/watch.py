@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from clip_callbacks.parameters import without_wrappers
+from clip_callbacks.core.parameters import without_wrappers
 from clip_callbacks.replay.ranges import Range, floats_in
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from clip_callbacks import AccumulationRescaling, GradientClipping
-from clip_callbacks.accumulation import Window
+from clip_callbacks.accumulation.window import Window
 from tests.helpers.accumulation import Manual, Recorder
 from tests.helpers.training import TRUSTING, GradientTape, Poisoned, Regression, assert_same_bits, data, weights
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clip_callbacks import AccumulationRescaling, BatchSize, LabelTokens
-from clip_callbacks.weights import checked
+from clip_callbacks.accumulation.weights import checked
 from tests.helpers.tagging import fit, sentences
 
 # Weights themselves

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_callbacks.bundle import UnusableBundleError
+from clip_callbacks.bundles.bundle import UnusableBundleError
 from tests.helpers.bundles import NAN, Pair, bundles_in, guard_to, loader_of
 from tests.helpers.training import Poisoned, Regression, assert_same_bits, data
 

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from clip_callbacks import NonFiniteGradientError
-from clip_callbacks.bundle import UnusableBundleError
-from clip_callbacks.random_states import RandomStates, restore
+from clip_callbacks.bundles.bundle import UnusableBundleError
+from clip_callbacks.bundles.random_states import RandomStates, restore
 from tests.helpers.bundles import NAN, bundles_in, guard_to
 from tests.helpers.training import Poisoned, Regression, assert_same_bits, data
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.bundle_folder import BundleFolder
+from clip_callbacks.bundles.folder import BundleFolder
 from tests.helpers import forked
 from tests.helpers.bundles import NAN, bundles_in, guard_to
 from tests.helpers.training import Poisoned, Regression, data, make_trainer

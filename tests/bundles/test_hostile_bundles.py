@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_callbacks.bundle import Bundle, UnusableBundleError
-from clip_callbacks.bundle_folder import BundleFolder
+from clip_callbacks.bundles.bundle import Bundle, UnusableBundleError
+from clip_callbacks.bundles.folder import BundleFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),

@@ -17,7 +17,7 @@ from clip_callbacks import (
     RatioLimit,
     clip_step,
 )
-from clip_callbacks.callbacks._statistics import BatchStatistics
+from clip_callbacks.trainer.batch_norm import BatchStatistics
 from tests.helpers.laws import NAMED
 from tests.helpers.operations import SYNCS, WRITES, Operations, Transfers, count, reads
 from tests.helpers.training import Regression, data

@@ -15,7 +15,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from clip_callbacks.fused import take_back
+from clip_callbacks.core.fused import take_back
 from tests.helpers.fused import ALL, FUSED, two_parameters
 from tests.helpers.operations import WRITES, Operations
 from tests.helpers.training import weights

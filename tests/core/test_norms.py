@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, ParameterTable, clip_step
-from clip_callbacks.buckets import CAPACITY, SMALL, Buckets
-from clip_callbacks.coefficients import EPS, coefficients
-from clip_callbacks.norms import Wanted, measure
-from clip_callbacks.tensor_norms import CHUNK, tensor_norms, true_norms
+from clip_callbacks.core.buckets import CAPACITY, SMALL, Buckets
+from clip_callbacks.core.coefficients import EPS, coefficients
+from clip_callbacks.core.norms import Wanted, measure
+from clip_callbacks.core.tensor_norms import CHUNK, tensor_norms, true_norms
 from tests.helpers import reference
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, 4.0, math.inf]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, ParameterTable, RatioLimit, clip_step
-from clip_callbacks.units import Units
+from clip_callbacks.core.units import Units
 from tests.helpers import reference
 from tests.helpers.operations import SYNCS, count
 

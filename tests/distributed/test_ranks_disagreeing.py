@@ -25,7 +25,7 @@ from clip_callbacks import (
     clip_grad_norm_,
     clip_step,
 )
-from clip_callbacks.reduction import Reduction, averaged
+from clip_callbacks.core.reduction import Reduction, averaged
 from tests.helpers import parallel
 from tests.helpers.agreement import assert_one_answer, assert_same_run, reports
 from tests.helpers.laws import ADAPTIVE

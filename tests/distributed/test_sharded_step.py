@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clip_callbacks import ClipRule, ParameterTable, clip_grad_norm_, clip_step
-from clip_callbacks.reduction import Reduction, shard_of
+from clip_callbacks.core.reduction import Reduction, shard_of
 from tests.helpers.matrix import matrix
 from tests.helpers.operations import Transfers
 from tests.helpers.ranks import RanksFailedError
@@ -319,7 +319,7 @@ def fake_shards():
         for parameter in parameters:
             parameter.grad = DTensor.from_local(torch.ones(10, device="cuda"), mesh, [Shard(0)], run_check=False)
         optimizer = torch.optim.AdamW(parameters, fused=True)
-    with mock.patch("clip_callbacks.reduction._device", return_value=torch.device("cpu")):  # there is no current CUDA device
+    with mock.patch("clip_callbacks.core.reduction._device", return_value=torch.device("cpu")):  # there is no current CUDA device
         reduction = Reduction.of(parameters)
     with mode:
         on_device = dataclasses.replace(reduction, counts=torch.ones(5, dtype=torch.float64, device="cuda"))

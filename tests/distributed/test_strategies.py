@@ -20,7 +20,7 @@ from clip_callbacks import (
     RobustZScoreLimit,
     Tightest,
 )
-from clip_callbacks.blocks import SCOPES
+from clip_callbacks.core.blocks import SCOPES
 from tests.helpers import parallel
 from tests.helpers.agreement import CARRIES, DIVIDED, assert_one_answer, assert_same_run, is_variant
 from tests.helpers.laws import ADAPTIVE, LIMITS

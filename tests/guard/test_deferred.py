@@ -19,7 +19,7 @@ from clip_callbacks import (
     NonFiniteGuard,
     clip_step,
 )
-from clip_callbacks.fused import starts_momentum
+from clip_callbacks.core.fused import starts_momentum
 from tests.helpers.fused import FUSED, network, on_device, scaled, state_of, two_parameters
 from tests.helpers.matrix import matrix
 from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, weights

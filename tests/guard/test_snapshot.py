@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_callbacks.callbacks._snapshot import Snapshot
+from clip_callbacks.trainer.snapshot import Snapshot
 from tests.helpers.exact_skip import differences
 from tests.helpers.members import O
 from tests.helpers.rollback import BATCHES, LOST, Subject, Weights, fitted, rollback, without

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.bundle import Bundle
+from clip_callbacks.bundles.bundle import Bundle
 from tests.helpers.training import Poisoned, data
 
 NAN = math.nan

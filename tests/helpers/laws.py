@@ -22,8 +22,8 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from clip_callbacks.blocks import SCOPES
-from clip_callbacks.limits import label
+from clip_callbacks.core.blocks import SCOPES
+from clip_callbacks.core.limits import label
 from tests.helpers.matrix import matrix
 
 NORM_TYPES = [1.0, 2.0, 3.0, math.inf]

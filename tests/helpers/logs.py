@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from clip_callbacks.cli import main
-from clip_callbacks.dashboard.page import make_sections
-from clip_callbacks.dashboard.sources import read_runs
+from clip_callbacks.html_report.page import make_sections
+from clip_callbacks.html_report.sources import read_runs
 
 
 def table(steps=100, seed=0, **columns):

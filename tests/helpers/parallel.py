@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from clip_callbacks.callbacks._member import Member
+from clip_callbacks.engine.base import Member
 from tests.helpers.training import TRUSTING, make_trainer, numbers
 
 BATCH = 8

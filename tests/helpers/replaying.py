@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.bundle import FACTS
+from clip_callbacks.bundles.bundle import FACTS
 from clip_callbacks.cli import main
 
 WIDTH = 8

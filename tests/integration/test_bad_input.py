@@ -18,7 +18,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from clip_callbacks.blocks import Selection
+from clip_callbacks.core.blocks import Selection
 from tests.helpers.laws import ADAPTIVE
 from tests.helpers.training import SAFELY, Regression, assert_same_bits, data, weights
 

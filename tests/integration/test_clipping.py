@@ -281,8 +281,8 @@ def test_lbfgs_reports_where_each_step_begins(trainer):
 def test_callbacks_let_go_of_the_run(trainer):
     import gc
 
-    from clip_callbacks.callbacks._lane import Lane
-    from clip_callbacks.callbacks._pass import Pass
+    from clip_callbacks.engine.engine import Pass
+    from clip_callbacks.trainer.optimizer_context import Lane
 
     callbacks = [GradientClipping(0.5), NonFiniteGuard(), AccumulationRescaling(), GradientNormMonitor()]
     trainer(*callbacks).fit(Regression(), data(4))

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.callbacks._twins import is_of
+from clip_callbacks.trainer.compat import is_of
 from tests.helpers.training import assert_same_bits, data, numbers, weights
 from tests.helpers.twins import QUIET, TWINS, regression
 

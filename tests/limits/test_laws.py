@@ -17,7 +17,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from clip_callbacks.blocks import SCOPES
+from clip_callbacks.core.blocks import SCOPES
 from tests.helpers import reference
 from tests.helpers.laws import MAKERS, NORM_TYPES, every, gradients, run, with_gradients
 from tests.helpers.matrix import matrix

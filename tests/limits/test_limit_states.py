@@ -23,7 +23,7 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from clip_callbacks.blocks import SCOPES
+from clip_callbacks.core.blocks import SCOPES
 from tests.helpers.laws import NAMED, gradients, run, with_gradients
 from tests.helpers.training import SAFELY, Poisoned, Regression, data
 
@@ -184,7 +184,7 @@ def test_what_is_known_survives_finetuning(trainer, scope):
 
 
 def names_of(held):
-    from clip_callbacks.units import UnitNames
+    from clip_callbacks.core.units import UnitNames
 
     return list(UnitNames(*held["names"])) if isinstance(held["names"], tuple) else held["names"]
 

@@ -25,8 +25,8 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from clip_callbacks.blocks import SCOPES
-from clip_callbacks.limits import label, labels
+from clip_callbacks.core.blocks import SCOPES
+from clip_callbacks.core.limits import label, labels
 from tests.helpers import reference
 from tests.helpers.laws import MAKERS, NAMED, model, run
 from tests.helpers.matrix import matrix

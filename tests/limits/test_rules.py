@@ -19,9 +19,9 @@ from clip_callbacks import (
     ZScoreLimit,
     clip_step,
 )
-from clip_callbacks.blocks import SCOPES
-from clip_callbacks.limits import labels
-from clip_callbacks.spill_over import contributions, spill_over
+from clip_callbacks.core.blocks import SCOPES
+from clip_callbacks.core.limits import labels
+from clip_callbacks.stats.attribution import contributions, spill_over
 from tests.helpers import reference
 from tests.helpers.laws import gradients, with_gradients
 from tests.helpers.training import SAFELY, Poisoned, Regression, assert_same_bits, data, weights

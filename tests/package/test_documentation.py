@@ -31,7 +31,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clip_callbacks
-from clip_callbacks import cli, report
+from clip_callbacks import cli
+from clip_callbacks.core import step_report as report
 from docs.hooks.reference import MEMBERS, reference_pages
 
 ROOT = Path(__file__).parents[2]

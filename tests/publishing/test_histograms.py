@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.histogram import Histogram, code_counts
+from clip_callbacks.stats.histogram import Histogram, code_counts
 from tests.helpers.monitoring import Witness
 from tests.helpers.training import Poisoned, Regression, TwoNetworks, data, scaled
 
@@ -66,7 +66,7 @@ def test_what_is_special():
 
 
 def test_more_entries_than_are_looked_at_together(monkeypatch):
-    monkeypatch.setattr("clip_callbacks.histogram.PIECE", 10)
+    monkeypatch.setattr("clip_callbacks.stats.histogram.PIECE", 10)
     tensor = torch.randn(101)
     assert counted(tensor) == slow_count(tensor.tolist())
 

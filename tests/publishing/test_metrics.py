@@ -183,8 +183,8 @@ def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, said):
 
 
 def test_the_monitor_and_the_log_of_every_step_give_the_same_advice(trainer, tmp_path):
-    from clip_callbacks.dashboard.page import make_sections
-    from clip_callbacks.dashboard.sources import read_runs
+    from clip_callbacks.html_report.page import make_sections
+    from clip_callbacks.html_report.sources import read_runs
 
     csv, monitor = CSVLogger(tmp_path), GradientNormMonitor()
     trainer(monitor, GradientClipping(0.5), logger=csv, max_epochs=5).fit(Regression(), data(20))

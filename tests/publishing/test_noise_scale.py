@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
-from clip_callbacks.noise_scale import NoiseScale
+from clip_callbacks.stats.noise_scale import NoiseScale
 from tests.helpers.training import SAFELY, GradientTape, Poisoned, Regression, data
 
 WIDTH = 20

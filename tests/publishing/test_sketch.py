@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_callbacks.norms import block_norms
-from clip_callbacks.parameters import ParameterTable
-from clip_callbacks.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
+from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
 ROUNDING = 1e-9  # of the logarithm in float64, whose bins are 2 % wide

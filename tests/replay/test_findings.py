@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from clip_callbacks.bundle import BATCHES, FACTS
+from clip_callbacks.bundles.bundle import BATCHES, FACTS
 from clip_callbacks.cli import main
 from tests.helpers.replaying import Net, config, fitted, guilt, replayed, samples
 

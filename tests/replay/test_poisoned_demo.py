@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from clip_callbacks.bundle import Bundle
+from clip_callbacks.bundles.bundle import Bundle
 from tests.helpers import forked
 
 ROOT = Path(__file__).parents[2]

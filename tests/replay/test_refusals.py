@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.bundle import BATCHES, FACTS, WEIGHTS
+from clip_callbacks.bundles.bundle import BATCHES, FACTS, WEIGHTS
 from clip_callbacks.cli import main
 from clip_callbacks.replay.starting_weights import check_fit
 from clip_callbacks.replay.unusable import UnusableReplayError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from clip_callbacks.bundle import FACTS
+from clip_callbacks.bundles.bundle import FACTS
 from tests.helpers.replaying import Net, config, fitted, refused, replayed, samples
 
 pytestmark = [

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.bundle import BATCHES, FACTS, OPTIMIZERS, WEIGHTS
+from clip_callbacks.bundles.bundle import BATCHES, FACTS, OPTIMIZERS, WEIGHTS
+from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.cli import main
-from clip_callbacks.control_characters import escaped
 from tests.helpers.matrix import EVERY_CELL
 from tests.helpers.replaying import Net, config, refused, rewrite, samples
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from clip_callbacks.bundle import FACTS
+from clip_callbacks.bundles.bundle import FACTS
 from tests.helpers.replaying import WIDTH, Gan, Net, config, fitted, replayed, samples
 
 pytestmark = [

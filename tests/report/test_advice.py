@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import clip_callbacks
-from clip_callbacks import advice as advice_module
-from clip_callbacks.advice import advise, rounded
+from clip_callbacks.stats import advice as advice_module
+from clip_callbacks.stats.advice import advise, rounded
 
 DISTRIBUTIONS = {
     "lognormal": stats.lognorm(0.6, scale=3.0),

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping
 from clip_callbacks.cli import main
-from clip_callbacks.dashboard.sources import read_runs
+from clip_callbacks.html_report.sources import read_runs
 from tests.helpers.logs import read, run_main, table, write
 from tests.helpers.training import Regression, data
 
@@ -160,7 +160,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("source", ["csv", "board", "mlflow.db"])
 def test_a_progress_bar_is_shown_to_a_terminal(fitted, tmp_path, source, monkeypatch):
-    from clip_callbacks.dashboard import csv_log, progress
+    from clip_callbacks.html_report import csv_log, progress
 
     monkeypatch.setattr(progress, "DELAY_S", 0.0)
     monkeypatch.setattr(progress, "EVERY_S", 0.0)

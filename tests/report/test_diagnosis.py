@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.dashboard.bad_steps import bad_steps, spikes
-from clip_callbacks.dashboard.diagnosis import diagnose
-from clip_callbacks.dashboard.page import make_sections
-from clip_callbacks.dashboard.runs import Run
-from clip_callbacks.dashboard.series import Series
+from clip_callbacks.html_report.bad_steps import bad_steps, spikes
+from clip_callbacks.html_report.diagnosis import diagnose
+from clip_callbacks.html_report.page import make_sections
+from clip_callbacks.html_report.runs import Run
+from clip_callbacks.html_report.series import Series
 from tests.helpers.logs import read, run_main, said, table, texts, write
 from tests.helpers.training import Poisoned, TwoNetworks, data
 
@@ -193,7 +193,7 @@ def test_a_run_out_of_control_gets_no_number(tmp_path, capsys):
 
 
 def test_blocks_keep_what_tells_them_apart():
-    from clip_callbacks.dashboard.axes import naturally, short, without_common_ends
+    from clip_callbacks.html_report.axes import naturally, short, without_common_ends
 
     names = [
         f"encoder.transformer.layers.{number}.attention.{part}.projection" for number in range(12) for part in ("key", "value")

@@ -13,7 +13,7 @@ from clip_callbacks.cli import main
 
 for missing in ("pandas", "matplotlib", "jinja2", "yaml", "tqdm"):
     kept, sys.modules[missing] = sys.modules.get(missing), None
-    for name in [name for name in sys.modules if name.startswith("clip_callbacks.dashboard")]:
+    for name in [name for name in sys.modules if name.startswith("clip_callbacks.html_report")]:
         del sys.modules[name]
     print(missing, main(["report", sys.argv[1]]))
     if kept:

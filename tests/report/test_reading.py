@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping
-from clip_callbacks.dashboard import thinning
-from clip_callbacks.dashboard.diagnosis import diagnose
-from clip_callbacks.dashboard.runs import UnusableLogError
-from clip_callbacks.dashboard.series import Series
-from clip_callbacks.dashboard.sources import read_runs
+from clip_callbacks.html_report import thinning
+from clip_callbacks.html_report.diagnosis import diagnose
+from clip_callbacks.html_report.runs import UnusableLogError
+from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.sources import read_runs
 from tests.helpers.logs import read, run_main, table, texts, write
 from tests.helpers.training import Regression, data
 
@@ -119,7 +119,7 @@ def test_events_are_read_as_tensorboard_reads_them(events, tmp_path):
     from tensorboard.summary.writer.record_writer import RecordWriter
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    from clip_callbacks.dashboard.event_log import read_events
+    from clip_callbacks.html_report.event_log import read_events
 
     path = tmp_path / "events.out.tfevents.1"
     scalars = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))

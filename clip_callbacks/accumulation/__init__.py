@@ -1,0 +1,1 @@
+"""Accumulation windows, and the weights of micro-batches."""

@@ -1,0 +1,165 @@
+"""Looking at each micro-batch of an accumulation window, and dropping a bad one, without copying a gradient.
+
+Before each backward pass the gradients so far are set aside; after it they are added to the new ones, as autograd would have done,
+or, if the new ones are bad, put back alone.
+
+On several ranks a micro-batch is bad if any rank's part of it is, and all ranks drop it. Under DDP the gradients of all but the
+last one are this rank's own. The last backward pass averages what it adds; those set aside are averaged after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from clip_callbacks.accumulation.weights import count_samples
+from clip_callbacks.core.nonfinite import all_finite
+from clip_callbacks.core.norms import measure
+from clip_callbacks.core.reduction import averaged, on_any_rank
+from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.batch_norm import BatchStatistics
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+    from clip_callbacks.trainer.optimizer_context import Lane
+
+
+class MicroBatches:
+    """The micro-batches of the current window, good and bad.
+
+    Args:
+        module: The module in training.
+        lanes: Its optimizers.
+        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
+        drops: Whether bad ones are dropped, or all only measured.
+        parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
+
+    Attributes:
+        norms: 2-norms of the window's good ones, as their gradients come.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        lanes: Sequence[Lane],
+        *,
+        restore_buffers: bool,
+        drops: bool,
+        parallel: DistributedDataParallel | None = None,
+    ) -> None:
+        self._lanes = lanes
+        self._tensors = [tensor for lane in lanes for tensor in lane.table.tensors]
+        self._drops = drops
+        self._parallel = parallel
+        self._averages = False
+        self._used: set[int] = set()
+        self._size: int | None = None
+        self._sizes: list[int | None] = []
+        self.norms: list[float] = []
+        self._statistics = BatchStatistics(module, is_on=restore_buffers)
+        self._aside: list[tuple[Tensor, Tensor]] = []
+        self.good = self.dropped = 0
+
+    def begin_batch(self, batch: Any) -> None:
+        """Keep batch statistics as they are before the micro-batch, and its size."""
+        self._statistics.keep()
+        self._size = count_samples(batch)
+
+    def before_backward(self) -> None:
+        """Set the gradients so far aside."""
+        self._averages = self._parallel is not None and self._parallel.require_backward_grad_sync
+        self._aside = [(tensor, tensor.grad) for tensor in self._tensors if tensor.grad is not None]
+        for tensor, _ in self._aside:
+            tensor.grad = None
+        if self._averages and self._parallel is not None and self._parallel.find_unused_parameters:
+            for tensor in self._tensors:  # DDP wants a gradient where any backward pass of the window has left one
+                tensor.grad = torch.zeros_like(tensor) if id(tensor) in self._used else None
+
+    @torch.no_grad()
+    def after_backward(self, losses: Sequence[Tensor], report: Callable[[Lane], None]) -> bool:
+        """Add the new gradients to those set aside, or drop them.
+
+        Args:
+            losses: Of the micro-batch, as far as it counts.
+            report: Told of each optimizer with bad gradients, before they are dropped.
+
+        Returns:
+            Whether the micro-batch was dropped.
+        """
+        if self._parallel is not None and any(it.grad is not None and it.grad.layout is not torch.strided for it in self._tensors):
+            raise ValueError(
+                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": those set aside cannot be '
+                "averaged. Use sparse=False, or one device."
+            )
+        self._sizes.append(self._size)
+        self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None} if self._parallel else set()
+        measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]
+        bad = [lane for lane, measurement in zip(self._lanes, measured, strict=True) if not measurement.is_finite]
+        is_bad = self._drops and (bool(bad) or not all_finite(losses))
+        if self._parallel is not None:
+            is_bad = on_any_rank(is_bad, self._tensors[0].device)
+        if self._averages and self.good:
+            ours = {id(tensor): gradient for tensor, gradient in self._aside}
+            means = averaged([ours.get(id(tensor)) for tensor in self._tensors], self._tensors)
+            self._aside = [(tensor, mean) for tensor, mean in zip(self._tensors, means, strict=True) if mean is not None]
+        if is_bad:
+            for lane in bad or self._lanes[:1]:
+                report(lane)
+            self._drop()
+        else:
+            self.norms += measured[0].total.tolist()
+            self._merge()
+        self._aside = []
+        self.good += not is_bad
+        self.dropped += is_bad
+        return is_bad
+
+    def _drop(self) -> None:
+        for tensor in self._tensors:
+            tensor.grad = None
+        for tensor, gradient in self._aside:
+            tensor.grad = gradient
+        self._statistics.restore()
+
+    def _merge(self) -> None:
+        dense = [(old, tensor.grad) for tensor, old in self._aside if tensor.grad is not None and old.layout is torch.strided]
+        if dense:
+            torch._foreach_add_([old for old, _ in dense], [new for _, new in dense])
+        for tensor, old in self._aside:
+            is_summed = tensor.grad is None or old.layout is torch.strided
+            tensor.grad = old if is_summed or tensor.grad is None else old + tensor.grad
+
+    def end_window(self) -> None:
+        """Begin a new window."""
+        self.good = self.dropped = 0
+        self.norms = []
+        self._sizes = []
+        self._used = set()
+
+    def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
+        """Norms of the window's micro-batches and of their mean; None if they are not of one size.
+
+        Args:
+            total: Norm of their sum, divided by ``divisor``.
+            divisor: What each was divided by.
+            loss_scale: What each was multiplied by.
+        """
+        if len(set(self._sizes)) != 1:
+            return None
+        small = [(norm * divisor / loss_scale) ** 2 for norm in self.norms]
+        return WindowNorms(small, (total * divisor / max(len(small), 1)) ** 2, self._sizes[0])
+
+    @property
+    def scale(self) -> float:
+        """What makes the mean over all micro-batches one over the good ones."""
+        return (self.good + self.dropped) / self.good if self.good else 1.0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether every micro-batch of the window was dropped."""
+        return self.dropped > 0 and self.good == 0

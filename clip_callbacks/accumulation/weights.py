@@ -1,0 +1,142 @@
+"""Weights of micro-batches: how much of what a loss is a mean over a micro-batch holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from clip_callbacks.bundles.batch_tensors import tensors_in
+
+Weight: TypeAlias = Callable[[Any], Any]
+"""From a batch, as ``training_step`` gets it, to a number of at least 0: a Python number or a tensor of one entry."""
+
+
+@dataclass(frozen=True)
+class LabelTokens:
+    r"""Weighs a micro-batch by its count of labels that take part in the loss: :math:`w = \#\{j : y_j \ne \text{ignore\_index}\}`.
+
+    For losses that are means over labels, as ``torch.nn.functional.cross_entropy`` with its default reduction.
+
+    Args:
+        key: Where in the batch the labels are: a key of a dict, an index of a tuple or list, an attribute; with dots for batches
+            within batches, as in ``"target.labels"`` or ``"1.labels"``.
+        ignore_index: The label that takes no part.
+        shifted: Whether the first label of each sequence takes no part either, since a model predicts each from those before it,
+            as causal language models of Hugging Face do when they are given labels.
+
+    Example::
+
+        >>> LabelTokens("labels")({"labels": torch.tensor([[5, 7, -100], [1, -100, -100]])})
+        tensor(3)
+        >>> LabelTokens(1)((torch.zeros(2, 3), torch.tensor([4, -100])))
+        tensor(1)
+    """
+
+    key: str | int = "labels"
+    ignore_index: int = -100
+    shifted: bool = False
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Count the labels, where they are and unread.
+
+        Raises:
+            ValueError: If the batch has no labels there; it says what the batch has.
+        """
+        labels = batch
+        for part in str(self.key).split("."):
+            labels = _item(labels, part, self.key)
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"`key` must lead to a tensor of labels, got {self.key!r}, where the batch has {_described(labels)}.")
+        if self.shifted:
+            labels = labels[..., 1:]
+        return (labels != self.ignore_index).sum()
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Weighs a micro-batch by its count of samples: the length of its tensors along their first dimension.
+
+    For losses that are means over samples, where micro-batches differ in size, as the last one of an epoch does.
+
+    Example::
+
+        >>> BatchSize()({"image": torch.zeros(3, 8, 8), "label": torch.zeros(3)})
+        3
+    """
+
+    def __call__(self, batch: Any) -> int:
+        """Find the length.
+
+        Raises:
+            ValueError: If the batch has no tensor, or tensors of several lengths.
+        """
+        lengths = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"the batch must hold tensors of one length, got {_described(batch)} with lengths {sorted(lengths)}. "
+                "Pass a function from the batch to its size as `weight`."
+            )
+        return lengths.pop()
+
+
+def count_samples(batch: Any) -> int | None:
+    """The length of a batch's tensors along their first dimension; None if they have several, or there are none."""
+    try:
+        return BatchSize()(batch)
+    except ValueError:
+        return None
+
+
+def checked(weight: Any, source: Weight, batch_idx: int) -> float:
+    """A weight as a number.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0; it names the callable and the batch.
+    """
+    number = _number(weight)
+    if number is None or not 0.0 <= number < math.inf:
+        raise ValueError(
+            f"`weight` must return a finite number of at least 0, got {weight!r} from {name_of(source)} for batch {batch_idx}."
+        )
+    return number
+
+
+def name_of(source: Weight) -> str:
+    """What a callable is called."""
+    return str(getattr(source, "__qualname__", None) or repr(source))
+
+
+def _number(weight: Any) -> float | None:
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+    return float(weight) if is_number or (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex()) else None
+
+
+def _item(batch: Any, part: str, key: str | int) -> Any:
+    if isinstance(batch, Mapping) and part in batch:
+        return batch[part]
+    if isinstance(batch, Mapping) and part.isdigit() and int(part) in batch:
+        return batch[int(part)]
+    if (
+        isinstance(batch, Sequence)
+        and not isinstance(batch, str)
+        and part.lstrip("-").isdigit()
+        and -len(batch) <= int(part) < len(batch)
+    ):
+        return batch[int(part)]
+    if part.isidentifier() and hasattr(batch, part) and not isinstance(batch, Mapping):
+        return getattr(batch, part)
+    raise ValueError(f"`key` must lead to the labels of a batch, got {key!r}: there is no {part!r} in {_described(batch)}.")
+
+
+def _described(batch: Any) -> str:
+    name = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"a {name} with keys {sorted(map(str, batch))}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"a {name} of {len(batch)}"
+    return f"a {name}"

@@ -1,0 +1,74 @@
+"""Weights of micro-batches that all ranks add up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+
+from clip_callbacks.accumulation.async_weight import IncomingWeight
+from clip_callbacks.accumulation.weights import Weight
+
+
+class Weighing:
+    """The weights of one run, in units of its first one, rounded down to a power of two.
+
+    Weights count tokens: multiplied by thousands, a half-precision backward pass would overflow. The unit is the same on all
+    ranks, and being a power of two it changes no bit otherwise. A weight that cannot be had on one rank is infinite until all ranks
+    learn of it.
+
+    Args:
+        source: From a batch to its weight.
+    """
+
+    def __init__(self, source: Weight) -> None:
+        self._source = source
+        self._incoming: IncomingWeight | None = None
+        self._unit = 0.0
+        self._error: Exception | None = None
+
+    def ask(self, batch: Any, batch_idx: int) -> None:
+        """Ask for the weight of a batch."""
+        self._incoming = IncomingWeight(self._source, batch, batch_idx)
+
+    def read(self, trainer: Trainer) -> float:
+        """The weight of the batch asked for last.
+
+        Raises:
+            Exception: What the source raised, or that it is no number of at least 0; on several ranks later, by :meth:`total`.
+        """
+        assert self._incoming is not None
+        try:
+            weight = math.inf if self._error else self._incoming.read()
+        except Exception as error:
+            if trainer.world_size == 1:
+                raise
+            self._error, weight = error, math.inf
+        if not self._unit:
+            largest = self._agreed(_reduced(trainer, weight, "max"))
+            self._unit = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+        return weight / self._unit if self._unit else 0.0
+
+    def total(self, trainer: Trainer, ours: float) -> float:
+        """The sum over all ranks.
+
+        Raises:
+            Exception: What the source raised for one of this rank's batches.
+            RuntimeError: If that was on another rank.
+        """
+        return self._agreed(_reduced(trainer, math.inf if self._error else ours, "sum"))  # the guard may have dropped it
+
+    def _agreed(self, total: float) -> float:
+        if math.isfinite(total):
+            return total
+        raise self._error or RuntimeError("`weight` failed on another rank: its message says on what.")
+
+
+def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) -> float:
+    """A number over all ranks."""
+    if trainer.world_size == 1:
+        return number
+    ours = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(ours, reduce_op=reduce_op))

@@ -1,0 +1,1 @@
+"""A bad step on disk, in a folder that cannot run code."""

@@ -1,0 +1,1 @@
+"""One optimizer step: norms, limits, coefficients, the write and the report. Needs torch only."""

@@ -1,0 +1,163 @@
+"""The one write of the gradients: a multi-tensor product here and now, or a word to a fused optimizer that passes there anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clip_callbacks.core.fused import board
+from clip_callbacks.core.norms import FALSE
+from clip_callbacks.core.parameters import Gradients, ParameterTable
+
+LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
+
+
+def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: Optimizer | None, *, by_unit: bool = False) -> None:
+    """Multiply gradients by factors that the host knows, or have a fused optimizer do it.
+
+    Args:
+        gradients: Of one step.
+        factors: As for :func:`scale_`.
+        scale: A factor for all of them.
+        carrier: The fused optimizer that steps next; it carries one factor for all.
+        by_unit: As for :func:`scale_`.
+    """
+    if carrier is not None and (factors is None or factors.numel() == 1):
+        factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
+        if 1.0 / LARGEST_GRAD_SCALE <= factor <= LARGEST_GRAD_SCALE:
+            if factor != 1.0:
+                board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
+            return
+    scale_(gradients, factors, scale, by_unit=by_unit)
+
+
+def write_deferred(
+    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, carrier: Optimizer | None, skipped: Tensor
+) -> None:
+    """The same with one factor for all that the host does not know.
+
+    Args:
+        gradients: Of one step.
+        factors: Of one entry, where the gradients are; None is 1.
+        scale: A factor for all of them, a number or a tensor of one entry.
+        carrier: The fused optimizer that steps next, if there is one.
+        skipped: Whether it is to stand still, 0-dim bool.
+    """
+    if factors is not None:
+        factors = factors * scale
+    elif isinstance(scale, Tensor):
+        factors = scale
+    elif scale != 1.0:
+        factors = torch.full((), scale, dtype=torch.float32, device=gradients.device)
+    if carrier is not None:
+        grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
+        board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
+    elif factors is not None and gradients.tensors:
+        _multiply_(gradients, factors)
+
+
+def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, by_unit: bool = False) -> None:
+    """Multiply gradients in place; those whose factor is known to be 1 are not touched.
+
+    Args:
+        gradients: Of one step.
+        factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or for each unit, ``(U,)``, or one entry for
+            all; None is 1 for all.
+        scale: A factor for all of them.
+        by_unit: Whether several factors are those of units.
+    """
+    if not gradients.tensors:
+        return
+    if factors is None:
+        if scale == 1.0:
+            return
+        factors = torch.tensor(scale, dtype=torch.float64, device="cpu")
+    elif scale != 1.0:
+        factors = factors * scale
+    if factors.numel() == 1:
+        _multiply_(gradients, factors)
+    elif by_unit:
+        _multiply_rows_(gradients, factors)
+    else:
+        _multiply_each_(gradients, factors)
+
+
+def _multiply_(gradients: Gradients, factor: Tensor) -> None:
+    """One product for all: for a CPU a 0-dim tensor takes a quarter of the time of a number; for a device a number is no copy."""
+    is_there = not factor.is_cpu or _on_cpu(gradients)
+    factor = factor.reshape(()) if factor.ndim else factor
+    torch._foreach_mul_(gradients.tensors, factor if is_there else float(factor))
+
+
+def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
+    """A factor each: for a CPU 0-dim tensors take a third of the time of numbers; for a device numbers go into one kernel."""
+    numbers: list[float] = factors.tolist()
+    each: list[Any] = numbers
+    if _on_cpu(gradients):
+        buffer, each = gradients.table.slots(factors.dtype)
+        buffer.copy_(factors)
+    if gradients.is_complete and 1.0 not in numbers:
+        torch._foreach_mul_(gradients.tensors, each)
+        return
+    places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0]
+    if places:
+        torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
+
+
+def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
+    """A factor for each row; tensors of which no row is to change are not touched."""
+    table = gradients.table
+    clipped = torch.zeros(len(table), device="cpu").index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
+    there = factors.to(gradients.tensors[0].device)
+    rows = [
+        (entries, there[units if isinstance(units, slice) else units.to(there.device)].to(entries.device))
+        for entries, units, position in gradients.rows
+        if clipped[position]
+    ]
+    if rows:
+        torch._foreach_mul_([entries for entries, _ in rows], [each.view(-1, *[1] * (entries.ndim - 1)) for entries, each in rows])
+
+
+def _on_cpu(gradients: Gradients) -> bool:
+    return gradients.tensors[0].is_cpu if gradients.is_uniform else all(tensor.is_cpu for tensor in gradients.tensors)
+
+
+def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:
+    """Clamp every entry to ``[-clip_value, clip_value]``; of a complex one, its real and imaginary parts."""
+    real = _as_real(tensors)
+    if real:
+        torch._foreach_clamp_min_(real, -clip_value)
+        torch._foreach_clamp_max_(real, clip_value)
+
+
+def zero_nonfinite_(gradients: Gradients, norms: Tensor) -> None:
+    """Set every NaN and every inf to 0 and leave the other entries alone.
+
+    A tensor with some, of which several ranks hold copies, becomes 0 as a whole: one copy may be bad and another one not.
+
+    Args:
+        gradients: Of one step.
+        norms: Of each parameter of the table, shape ``(N,)``.
+    """
+    reduction = gradients.table.reduction
+    bad = [reduction is not None and not math.isfinite(norm) for norm in norms.tolist()]
+    for position, tensor in zip(gradients.positions, _as_real(gradients.tensors), strict=True):
+        if reduction and bad[position] and reduction.copied[position]:
+            tensor.zero_()
+        else:
+            tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def drop(table: ParameterTable) -> None:
+    """Take the gradients away: ``torch.optim`` optimizers leave a parameter without one alone, its state and decay too."""
+    for parameter in table.tensors:
+        parameter.grad = None
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

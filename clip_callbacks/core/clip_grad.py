@@ -1,0 +1,79 @@
+"""The drop-in for ``torch.nn.utils.clip_grad_norm_``."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.apply import scale_
+from clip_callbacks.core.coefficients import coefficients
+from clip_callbacks.core.norms import measure
+from clip_callbacks.core.parameters import ParameterTable
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Clip the gradient norm of parameters in place: ``torch.nn.utils.clip_grad_norm_`` without its traps.
+
+    .. math::
+        g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\Bigr)
+
+    On finite float32 gradients the result has the same bits. What differs: sparse gradients work; half-precision norms
+    accumulate in float32 and come back in it; finite gradients have a finite norm even where their squares overflow or
+    underflow; empty tensors may stand beside others for every norm; a parameter given twice counts once; a coefficient of 1
+    writes nothing; a non-finite norm leaves every gradient as it is instead of spreading; a negative or NaN ``max_norm`` is an
+    error.
+
+    Args:
+        parameters: Tensors with gradients, or one; those without a gradient take no part.
+        max_norm: The largest norm, at least 0.
+        norm_type: The order p; ``"inf"`` is the maximum norm; orders of 0 and below are those of ``torch.linalg.vector_norm``.
+        error_if_nonfinite: Whether a gradient that is not finite is an error.
+        foreach: Accepted for compatibility; the result does not depend on it.
+
+    Returns:
+        The norm before clipping, 0-dim, on the device of the first gradient; float64 for float64 gradients, else float32. Of
+        DTensors, a plain tensor, the same on every rank.
+
+    Raises:
+        RuntimeError: If a gradient is not finite and ``error_if_nonfinite`` is set; the gradients are as they were.
+        ValueError: If ``max_norm`` is negative or NaN, or the order of a norm of DTensors is not above 0.
+
+    Example::
+
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grad_norm_(weight, 1.0), weight.grad
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0:
+        raise ValueError(f"`max_norm` must be at least 0, got {max_norm!r}.")
+    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, types.GeneratorType) and not tensors:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    gradients = ParameterTable.nameless(tensors).gradients(bucketed=False)
+    if gradients.table.reduction and not norm_type > 0:
+        raise ValueError(f"`norm_type` must be above 0 where ranks hold parts of the parameters, got {norm_type!r}.")
+    if not gradients.exist:
+        return torch.tensor(0.0)
+    measured = measure(gradients, norm_type)
+    if measured.is_finite:
+        coefficient, clips = coefficients(measured.total, max_norm)
+        scale_(gradients, coefficient if clips else None)
+    elif error_if_nonfinite:
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
+            "To disable this error and leave the gradients as they are, set `error_if_nonfinite=False`."
+        )
+    return measured.total[0].to(gradients.tensors[0].device if gradients.tensors else gradients.device)

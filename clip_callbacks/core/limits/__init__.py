@@ -1,0 +1,33 @@
+"""Limits: how large may each block's norm be now?"""
+
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm, as_max_norm
+from clip_callbacks.core.limits.combine import Tightest, Warmup
+from clip_callbacks.core.limits.ema import EmaLimit
+from clip_callbacks.core.limits.fixed import FixedLimit, as_limit
+from clip_callbacks.core.limits.label import kind, label, labels
+from clip_callbacks.core.limits.quantile import QuantileLimit
+from clip_callbacks.core.limits.ratio import RatioLimit
+from clip_callbacks.core.limits.schedule import CosineLimit, LinearLimit
+from clip_callbacks.core.limits.zscore import RobustZScoreLimit, ZScoreLimit
+
+__all__ = [
+    "BlockNorms",
+    "CosineLimit",
+    "EmaLimit",
+    "FixedLimit",
+    "Limit",
+    "LimitState",
+    "LinearLimit",
+    "MaxNorm",
+    "QuantileLimit",
+    "RatioLimit",
+    "RobustZScoreLimit",
+    "Tightest",
+    "Warmup",
+    "ZScoreLimit",
+    "as_limit",
+    "as_max_norm",
+    "kind",
+    "label",
+    "labels",
+]

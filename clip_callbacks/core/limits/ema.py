@@ -1,0 +1,80 @@
+"""Limits relative to a running mean of the norms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, as_count, as_finite, as_max_norm, step_count
+
+
+@dataclass(frozen=True)
+class EmaLimit(Limit):
+    r"""AdaGC: a norm may be a little above the running mean of the block's own clipped norms.
+
+    .. math::
+        \ell_b = \text{factor} \cdot \gamma_b, \qquad
+        \gamma_b \leftarrow \text{decay} \cdot \gamma_b + (1 - \text{decay}) \min(n_b, \ell_b)
+
+    In the first ``warmup`` steps all blocks are clipped together, by their common norm N, and :math:`\gamma_b` is the least
+    norm so far:
+
+    .. math::
+        \ell_b = n_b \cdot \frac{\text{max\_norm}}{N}, \qquad \gamma_b \leftarrow \min\bigl(\gamma_b, \min(n_b, \ell_b)\bigr) .
+
+    Meant for ``scope="parameter"``. A limit grows by at most (factor - 1) (1 - decay) in a step, 0.1 % with the defaults: blocks
+    whose gradients are unusually small during the warm-up, as under layers that begin at zero, stay slow for long.
+
+    Source: Wang and others, "AdaGC: Improving Training Stability for Large Language Model Pretraining", arXiv 2502.11034, algorithm
+    1. Unlike there, a block's first norm above 0 begins its mean, whenever it comes.
+
+    Args:
+        factor: How far above its mean a norm may be, above 0; they use 1.05.
+        decay: Of the mean for each step, between 0 and 1.
+        warmup: How many steps all blocks are clipped together.
+        max_norm: The limit of their common norm in these steps, above 0, or inf.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> limit = EmaLimit(factor=1.5, decay=0.5, warmup=1, max_norm=5.0)
+        >>> first, state = limit.step(BlockNorms(torch.tensor([6.0, 8.0])), limit.init(2))
+        >>> second, state = limit.step(BlockNorms(torch.tensor([2.0, 9.0])), state)
+        >>> first, second
+        (tensor([3., 4.], dtype=torch.float64), tensor([4.5000, 6.0000], dtype=torch.float64))
+    """
+
+    factor: float = 1.05
+    decay: float = 0.98
+    warmup: int = 100
+    max_norm: float | Literal["inf"] = 1.0
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        object.__setattr__(self, "factor", as_finite(self.factor, "factor"))
+        object.__setattr__(self, "decay", as_finite(self.decay, "decay", high=1.0))
+        as_count(self.warmup, "warmup", least=0)
+        object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
+
+    def init(self, blocks: int) -> LimitState:
+        """Nothing seen."""
+        return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64), "steps": step_count()}
+
+    def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
+        """A limit for each block."""
+        norms, mean = blocks.norms.double(), state["mean"]
+        is_there = norms > 0
+        is_warming_up = state["steps"] < self.warmup
+        together = torch.where(is_there, norms * (float(self.max_norm) / blocks.total), math.inf)
+        limits = torch.where(is_warming_up, together, self.factor * mean)
+        seen = torch.minimum(norms, limits)
+        least = torch.minimum(mean, seen)
+        running = torch.where(mean < math.inf, self.decay * mean + (1.0 - self.decay) * seen, seen)
+        after = torch.where(is_there, torch.where(is_warming_up, least, running), mean)
+        return limits, {"mean": after, "steps": state["steps"] + 1}

@@ -1,0 +1,234 @@
+"""What one step reports, and the names of the metrics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.decisions import Outcome
+from clip_callbacks.core.norms import FALSE, TRUE, sound_total
+
+TOTAL_NORM = "grad/total_norm"
+CLIPPED_NORM = "grad/clipped_norm"
+CLIP_COEF = "grad/clip_coef"
+MAX_NORM = "grad/max_norm"
+CLIP_FRACTION = "grad/clip_fraction"
+CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
+RULE_TOTAL_NORM = "grad/{}/total_norm"
+RULE_MAX_NORM = "grad/{}/max_norm"
+RULE_CLIP_COEF = "grad/{}/clip_coef"
+RULE_CLIP_FRACTION = "grad/{}/clip_fraction"
+SHADOW_CLIP_FRACTION = "grad/shadow_clip_fraction/{}"
+SHADOW_CLIP_FRACTION_EPOCH = "grad/shadow_clip_fraction_epoch/{}"
+SKIPPED_STEPS = "grad/skipped_steps"
+AMP_SCALE = "grad/amp_scale"
+ACCUMULATION_SCALE = "grad/accumulation_scale"
+NOISE_SCALE = "grad/noise_scale"
+BLOCK_NORM = "grad_norm/"
+"""Prefix of a monitor's metrics; the name of the block follows."""
+CONTRIBUTION = "grad_contribution/"
+SPILL_OVER = "grad_spill_over/"
+BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
+BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
+UPDATE_RATIO = "update_ratio/"
+HISTOGRAM = "grad_histogram/"
+
+JOURNAL = "nonfinite_steps.jsonl"
+"""In the log directory: a line of JSON for each bad step."""
+
+PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """What one optimizer step's pass found and did. Tensors stay tensors: reading them is the caller's decision.
+
+    Norms are of the true gradient: after accumulation rescaling, without the loss scale.
+
+    Args:
+        total: Norm of all gradients before clipping, shape ``(1,)``; :attr:`total_norm` is the same, 0-dim.
+        parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``, 0 where there is none.
+        outcomes: What each rule found and decided, in order.
+        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)``, or each unit's, ``(U,)``, if
+            ``unit_norms`` is there, or one entry for all; None is 1.
+        norm_type: The order p of all norms.
+        finite: Whether every gradient was finite when it came, 0-dim bool.
+        skipped: Whether the step is skipped, 0-dim bool.
+        accumulation_scale: What all gradients were multiplied by before all else, to make a window's sum its mean.
+        unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".
+        shadows: What each shadow limit would have decided by itself.
+        skip_limit: The norm above which the step is skipped, 0-dim, if there is such a limit.
+    """
+
+    total: Tensor
+    parameter_norms: Tensor
+    outcomes: tuple[Outcome, ...]
+    factors: Tensor | None
+    norm_type: float
+    finite: Tensor
+    skipped: Tensor
+    accumulation_scale: float = 1.0
+    unit_norms: Tensor | None = None
+    shadows: tuple[Outcome, ...] = ()
+    skip_limit: Tensor | None = None
+
+    @cached_property
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients before clipping, 0-dim."""
+        return self.total.reshape(())
+
+    @cached_property
+    def clipped_norm(self) -> Tensor:
+        """Norm of all gradients after norm clipping (and before ``clip_value`` clamps entries), 0-dim."""
+        if self.factors is None:
+            return self.total_norm
+        if self._is_global:
+            return self.total_norm * self.clip_coef
+        norms = self.parameter_norms if self.unit_norms is None or self.factors.numel() == 1 else self.unit_norms
+        return sound_total(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
+
+    @cached_property
+    def clip_coef(self) -> Tensor:
+        """clipped_norm / total_norm, 0-dim; under one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
+        if self.factors is None:
+            return _constant(1.0, self.total.dtype)
+        if self._is_global:
+            return self.outcomes[0].coefficients.reshape(())
+        return torch.where(self.total_norm > 0, self.clipped_norm / self.total_norm, 1.0)
+
+    @cached_property
+    def max_norm(self) -> Tensor:
+        """The limit in force, 0-dim: of the first rule, for the block with the lowest one; inf without a limit."""
+        if not self.outcomes:
+            return _constant(math.inf, self.total.dtype)
+        limits = self.outcomes[0].limits
+        return limits.amin() if isinstance(limits, Tensor) else _constant(limits, self.total.dtype)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the B blocks: those of the first rule, then of the second, and so on."""
+        return tuple(name for outcome in self.outcomes for name in outcome.names)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Norms of the blocks as their rule met them, shape ``(B,)``."""
+        return torch.cat([outcome.norms for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
+
+    @cached_property
+    def limits(self) -> Tensor:
+        """Limits of the blocks, shape ``(B,)``; inf where there is none."""
+        each = [
+            outcome.limits if isinstance(outcome.limits, Tensor) else torch.full_like(outcome.norms, outcome.limits)
+            for outcome in self.outcomes
+        ]
+        return torch.cat(each) if each else self.total.new_empty(0)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """Coefficients of the blocks, shape ``(B,)``, in [0, 1]."""
+        each = [outcome.coefficients.reshape(-1) for outcome in self.outcomes]
+        return torch.cat(each) if each else self.total.new_empty(0)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether any gradient was made smaller; of a deferred step, whether any may have been."""
+        return self.factors is not None
+
+    def to_host(self) -> StepReport:
+        """The report of a deferred step on its way to the host, which does not wait: good when the device has got this far."""
+        copies: dict[int, Tensor] = {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to("cpu", non_blocking=True)
+            return copies[id(tensor)]
+
+        def copies_of(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+            return tuple(
+                replace(
+                    outcome,
+                    norms=copy(outcome.norms),
+                    limits=copy(outcome.limits) if isinstance(outcome.limits, Tensor) else outcome.limits,
+                    coefficients=copy(outcome.coefficients),
+                )
+                for outcome in outcomes
+            )
+
+        return replace(
+            self,
+            total=copy(self.total),
+            parameter_norms=copy(self.parameter_norms),
+            outcomes=copies_of(self.outcomes),
+            factors=None if self.factors is None else copy(self.factors),
+            finite=copy(self.finite),
+            skipped=copy(self.skipped),
+            shadows=copies_of(self.shadows),
+            skip_limit=None if self.skip_limit is None else copy(self.skip_limit),
+        )
+
+    def settled(self) -> StepReport:
+        """The report of a deferred step that has come to the host, as if it had been decided there."""
+        is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
+        finite = TRUE if bool(self.finite) else FALSE
+        if bool(self.skipped):
+            outcomes = tuple(outcome.undecided() for outcome in self.outcomes)
+            return replace(self, outcomes=outcomes, factors=None, finite=finite, skipped=TRUE, shadows=())
+        return replace(
+            self,
+            outcomes=_settled(self.outcomes),
+            factors=self.factors if is_clipped else None,
+            finite=finite,
+            skipped=FALSE,
+            shadows=_settled(self.shadows),
+        )
+
+    def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
+        """The values of this step, on the host, under their names on a dashboard; only finite ones.
+
+        Args:
+            clipping: Whether those that tell of clipping are wanted.
+        """
+        if not math.isfinite(self.total.tolist()[0]):
+            return {}
+        if not clipping:
+            return {TOTAL_NORM: self.total_norm}
+        metrics = {TOTAL_NORM: self.total_norm, CLIPPED_NORM: self.clipped_norm, CLIP_COEF: self.clip_coef}
+        if math.isfinite(float(self.max_norm)):  # not so without a limit, or in its warm-up
+            metrics[MAX_NORM] = self.max_norm
+        return metrics
+
+    def rule_metrics(self) -> dict[str, Tensor]:
+        """For each rule with a name: the norm of its blocks together as it met them, its limit, and its part in the clipping."""
+        metrics = {}
+        for outcome in self.outcomes:
+            if outcome.name:
+                before, after = (
+                    sound_total(norms.double(), self.norm_type) for norms in (outcome.norms, outcome.norms * outcome.coefficients)
+                )
+                limits = outcome.limits
+                metrics[RULE_TOTAL_NORM.format(outcome.name)] = before
+                metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
+                metrics[RULE_CLIP_COEF.format(outcome.name)] = torch.where(before > 0, after / before, 1.0)
+        return metrics
+
+    @property
+    def _is_global(self) -> bool:
+        """Whether one coefficient for everything is all there was to decide."""
+        return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
+
+
+def _settled(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+    return tuple(
+        replace(outcome, clips=any(coefficient < 1.0 for coefficient in outcome.coefficients.reshape(-1).tolist()))
+        for outcome in outcomes
+    )
+
+
+@lru_cache(maxsize=64)
+def _constant(number: float, dtype: torch.dtype) -> Tensor:
+    """A 0-dim tensor, made once: what most steps report costs nothing."""
+    return torch.tensor(number, dtype=dtype, device="cpu")

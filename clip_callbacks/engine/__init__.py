@@ -1,0 +1,1 @@
+"""The one pass of all callbacks over the gradients of each optimizer step."""

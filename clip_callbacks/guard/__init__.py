@@ -1,0 +1,1 @@
+"""Bad steps: found, reported, put back."""

@@ -1,0 +1,67 @@
+"""A heat map of blocks over steps."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from clip_callbacks.html_report.axes import naturally, number_plainly, over_steps, short, without_common_ends
+from clip_callbacks.html_report.pictures import Chart, Look
+from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.thinning import COLUMNS, peaks
+
+BLOCKS = 40
+"""Rows of a heat map."""
+
+
+def heat_map(blocks: dict[str, Series], key: str, title: str) -> Chart:
+    """A row for each block, of the forty largest if there are more.
+
+    Args:
+        blocks: What was logged of each, with at least one point.
+        key: Of the picture.
+        title: Of the picture.
+    """
+    largest = sorted(blocks, key=lambda name: -float(np.quantile(blocks[name].values, 0.99)))[:BLOCKS]
+    names = sorted(largest, key=naturally)
+    first = min(int(blocks[name].steps[0]) for name in names)
+    last = max(int(blocks[name].steps[-1]) for name in names)
+    columns = max(1, min(COLUMNS // 2, max(len(blocks[name]) for name in names)))
+    cells = np.array([peaks(blocks[name], first, last, columns) for name in names])
+    positive = np.isfinite(cells) & (cells > 0)
+    cells[~positive] = np.nan
+    bottom, top = (float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))) if positive.any() else (0.1, 1.0)
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(
+            cells,
+            aspect="auto",
+            interpolation="nearest",
+            norm=LogNorm(min(bottom, top / 2), top),
+            cmap="viridis",
+            extent=(first - 0.5, last + 0.5, len(names) - 0.5, -0.5),
+            gid=f"{key}-image",
+        )
+        axes.grid(visible=False)
+        labels = [short(name, 22 if look.narrow else 44) for name in without_common_ends(names)]
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if look.narrow else "right", shrink=0.9, aspect=30)
+        number_plainly(bar.ax.xaxis if look.narrow else bar.ax.yaxis)
+        bar.outline.set_edgecolor(look.faint)
+        over_steps(axes)
+
+    left_out = f" The {BLOCKS} largest of {len(blocks)} blocks are shown." if len(blocks) > BLOCKS else ""
+    medians = ", ".join(f"{name} {np.median(blocks[name].values):.3g}" for name in names[:8])
+    height = 1.1 + 0.22 * len(names)
+    return Chart(
+        key,
+        title,
+        "One row a block, in color the largest value in each column of the picture. Gaps: nothing was logged, or it "
+        "was 0. What the names "
+        f"of all blocks begin and end with is left out.{left_out}",
+        f"Heat map over steps. Medians: {medians}.",
+        draw,
+        (max(height, 1.8), max(height + 0.5, 2.2)),
+    )

@@ -1,0 +1,83 @@
+"""Reads runs from MLflow: a tracking server, a database, or a folder of files."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from clip_callbacks.core.step_report import TOTAL_NORM
+from clip_callbacks.html_report.progress import progress_bar
+from clip_callbacks.html_report.runs import Run, UnusableLogError
+from clip_callbacks.html_report.series import Series
+
+SQLITE = "sqlite:///"
+
+
+def read_mlflow(uri: str) -> list[Run]:
+    """All active runs that logged ``grad/total_norm``, of all experiments, the oldest first.
+
+    Args:
+        uri: Of the tracking store, such as ``sqlite:///mlflow.db`` or ``http://localhost:5000``; behind a ``#`` the name of an
+            experiment, or the id of a run, if not all are wanted.
+
+    Raises:
+        UnusableLogError: If it cannot be reached, or holds no such run.
+    """
+    try:
+        from mlflow.tracking import MlflowClient
+    except ImportError:
+        raise UnusableLogError(f"{uri} needs MLflow to be read: pip install mlflow.") from None
+    uri, _, wanted = uri.partition("#")
+    if uri.startswith(SQLITE) and not is_database(Path(uri.removeprefix(SQLITE))):
+        raise UnusableLogError(f"{uri}: no such file, or no database of MLflow.")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its default is minutes of silence
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which it has put in maintenance, and reads all the same
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = [run for run in _all_runs(client, wanted) if any(key.startswith(TOTAL_NORM) for key in run.data.metrics)]
+        runs = [_read(client, uri, run) for run in sorted(found, key=lambda run: run.info.start_time)]
+    except Exception as error:  # whatever its stores raise: sockets, databases, versions
+        raise UnusableLogError(f"{uri} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    if not runs:
+        raise UnusableLogError(f"{uri} holds no run{f' of {wanted!r}' if wanted else ''} with {TOTAL_NORM}.")
+    return runs
+
+
+def is_database(path: Path) -> bool:
+    """Whether a file is a database that MLflow has made: it would write its tables into any other."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            names = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        return False
+    return {"experiments", "runs", "metrics"} <= names
+
+
+def _all_runs(client: Any, wanted: str) -> list[Any]:
+    experiments = client.search_experiments()
+    named = [experiment for experiment in experiments if not wanted or experiment.name == wanted]
+    if not named:
+        return [run for run in [client.get_run(wanted)] if run.info.lifecycle_stage == "active"]
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment.experiment_id for experiment in named], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _read(client: Any, uri: str, run: Any) -> Run:
+    metrics = {}
+    name = run.info.run_name or run.info.run_id
+    with progress_bar(name, len(run.data.metrics), "metric") as bar:
+        for key in sorted(run.data.metrics):
+            points = sorted(client.get_metric_history(run.info.run_id, key), key=lambda point: point.timestamp)
+            metrics[key] = Series.of([point.step for point in points], [point.value for point in points])
+            bar.update()
+    return Run.of(name, f"{uri} {run.info.run_id}", metrics, "MLflow")

@@ -1,0 +1,213 @@
+"""What was logged in a run, whoever logged it: metrics over steps, the guard's journal, notes of the reader."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from clip_callbacks.core.step_report import (
+    AMP_SCALE,
+    BLOCK_NORM,
+    CLIP_COEF,
+    CLIP_FRACTION,
+    CLIPPED_NORM,
+    MAX_NORM,
+    SHADOW_CLIP_FRACTION,
+    SKIPPED_STEPS,
+    TOTAL_NORM,
+    UPDATE_RATIO,
+)
+from clip_callbacks.html_report.series import Series, Steps, Values
+
+ROUNDING = 1.001
+"""A clipped norm may be above its limit by so much without meaning anything."""
+OURS = ("grad/", "grad_", "update_ratio/")
+LOSS_WORDS = {
+    "loss",
+    "losses",
+    "nll",
+    "bits",
+    "bpc",
+    "bpb",
+    "perplexity",
+    "ppl",
+    "elbo",
+    "ce",
+    "bce",
+    "mse",
+    "mae",
+    "rmse",
+    "error",
+}
+"""What metrics are called that ought to fall."""
+PREFIXED = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
+
+
+class UnusableLogError(ValueError):
+    """Nothing can be read from a log; one line says what and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run's log.
+
+    Args:
+        name: What tells it from the others.
+        source: Where it was read.
+        metrics: By name.
+        kind: Of log: "CSV", "TensorBoard" or "MLflow".
+        bad_steps: The guard's journal: a dictionary for each bad step.
+        notes: What the reader has to say, in sentences.
+    """
+
+    name: str
+    source: str
+    metrics: Mapping[str, Series]
+    kind: str = "CSV"
+    bad_steps: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
+        """A run as it was logged: without the prefix that its logger may have been given, with a note if steps went back."""
+        prefix = next((match[1] for key in metrics if (match := PREFIXED.match(key))), "")
+        if prefix and TOTAL_NORM not in metrics:
+            metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
+        taken_back = max((series.taken_back for series in metrics.values()), default=0)
+        if taken_back:
+            notes = [
+                *notes,
+                f"Steps go back: {taken_back} points that were logged before are left out, as of a part that was run again.",
+            ]
+        return cls(name, source, metrics, kind, notes=tuple(notes))
+
+    def within(self, first: int | None, last: int | None) -> Run:
+        """The run from one step to another."""
+        metrics = {key: part for key, series in self.metrics.items() if (part := series.within(first, last))}
+        bad_steps = tuple(
+            bad for bad in self.bad_steps if (first or 0) <= int(bad.get("step", 0)) <= (float("inf") if last is None else last)
+        )
+        return replace(self, metrics=metrics, bad_steps=bad_steps)
+
+    @cached_property
+    def tracks(self) -> list[Track]:
+        """One for each optimizer; several are told apart by the suffix of their metrics."""
+        suffixes = [key.removeprefix(TOTAL_NORM) for key in self.metrics if key == TOTAL_NORM or key.startswith(f"{TOTAL_NORM}-")]
+        return [Track(self, suffix) for suffix in sorted(suffixes)]
+
+    def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:
+        """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if it stands alone."""
+        if wanted:
+            return {key: self.metrics[key] for key in wanted if key in self.metrics}
+        found = [key for key in self.metrics if not key.startswith(OURS) and LOSS_WORDS & set(re.split("[^a-z]+", key.lower()))]
+        by_step = {key.removesuffix("_step") for key in found if key.endswith("_step")}
+        return {key: self.metrics[key] for key in found if key.removesuffix("_epoch") not in by_step or not key.endswith("_epoch")}
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """What was logged of one optimizer of a run.
+
+    Args:
+        run: The run.
+        suffix: Of the metrics' names; empty with one optimizer.
+    """
+
+    run: Run
+    suffix: str = ""
+
+    @property
+    def name(self) -> str:
+        """The run's name, and the optimizer's if there are several."""
+        return f"{self.run.name} · {self.suffix[1:]}" if self.suffix else self.run.name
+
+    def metric(self, key: str) -> Series:
+        """A metric by its name without the suffix; empty if it was not logged."""
+        return self.run.metrics.get(key + self.suffix, Series.empty())
+
+    @cached_property
+    def total_norm(self) -> Series:
+        """Norm of all gradients before clipping: the finite ones, above 0."""
+        finite = self.metric(TOTAL_NORM).finite
+        positive = finite.values > 0
+        return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
+
+    @property
+    def max_norm(self) -> Series:
+        """The limit in force."""
+        return self.metric(MAX_NORM).finite
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the limit held for blocks by themselves: the norm of all gradients was above it after clipping."""
+        clipped, limit = self.metric(CLIPPED_NORM).finite, self.max_norm
+        _, first, second = np.intersect1d(clipped.steps, limit.steps, return_indices=True)
+        return bool((clipped.values[first] > ROUNDING * limit.values[second]).any())
+
+    @property
+    def clip_coef(self) -> Series:
+        """clipped_norm / total_norm."""
+        return self.metric(CLIP_COEF).finite
+
+    @property
+    def clip_fraction(self) -> Series:
+        """Share of the steps since the last logged one that were clipped."""
+        return self.metric(CLIP_FRACTION).finite
+
+    @property
+    def amp_scale(self) -> Series:
+        """The GradScaler's scale."""
+        return self.metric(AMP_SCALE).finite
+
+    @cached_property
+    def skipped_steps(self) -> Series:
+        """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
+        counts = self.metric(SKIPPED_STEPS).finite
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and counts.begin else counts
+
+    @property
+    def skips(self) -> tuple[Steps, Values]:
+        """Logged steps up to which more steps had been skipped than before, and how many more."""
+        counts = self.skipped_steps
+        more = np.diff(counts.values, prepend=0.0)
+        return counts.steps[more > 0], more[more > 0]
+
+    @property
+    def steps(self) -> int:
+        """How many steps the log tells of."""
+        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self.metric(TOTAL_NORM).begin
+
+    @property
+    def bad_steps(self) -> list[Mapping[str, Any]]:
+        """The journal's entries for this optimizer."""
+        return [bad for bad in self.run.bad_steps if bad.get("optimizer", "") == self.suffix[1:]]
+
+    @property
+    def share_clipped(self) -> float:
+        """Share of all steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
+        return self.clip_fraction.mean
+
+    def blocks(self, prefix: str = BLOCK_NORM) -> dict[str, Series]:
+        """What was logged of each block under a prefix, by the blocks' names."""
+        return {
+            key.removeprefix(prefix).removesuffix(self.suffix): series.finite
+            for key, series in self.run.metrics.items()
+            if key.startswith(prefix) and key.endswith(self.suffix)
+        }
+
+    @property
+    def update_ratios(self) -> dict[str, Series]:
+        """Norm of the update over the norm of the weights, for each block."""
+        return self.blocks(UPDATE_RATIO)
+
+    @property
+    def shadows(self) -> dict[str, float]:
+        """For each shadow limit the share of steps that it would have clipped."""
+        shares = {name: series.mean for name, series in self.blocks(SHADOW_CLIP_FRACTION.format("")).items()}
+        return {name: share for name, share in shares.items() if not math.isnan(share)}

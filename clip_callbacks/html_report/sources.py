@@ -1,0 +1,204 @@
+"""From what a user names to runs: finds the logs in folders, has them read, gives the runs names that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_callbacks.core.step_report import JOURNAL, TOTAL_NORM
+from clip_callbacks.html_report.csv_log import read_csv
+from clip_callbacks.html_report.event_log import read_events
+from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
+from clip_callbacks.html_report.runs import Run, UnusableLogError
+
+EVENTS = "tfevents"
+DATABASES = (".db", ".sqlite", ".sqlite3")
+
+
+def read_runs(logs: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """All runs with gradient metrics in the logs that were named.
+
+    Args:
+        logs: Files (``metrics.csv``, TensorBoard's event files, MLflow's sqlite database), folders that hold such anywhere below
+            them, or addresses of MLflow's stores.
+
+    Returns:
+        The runs, and notes on what was left out.
+
+    Raises:
+        UnusableLogError: If something named does not exist, or no run with gradient metrics is left.
+    """
+    runs: list[Run] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for log in logs:
+        found, problem = _read(log, seen)
+        runs += found
+        problems += problem
+    usable, notes = [], []
+    for run in runs:
+        if run.tracks:
+            usable.append(run)
+        else:
+            problems.append(f"{run.source} holds no {TOTAL_NORM}: was a callback of clip_callbacks in the Trainer?")
+    if not usable:
+        more = f" (and {len(problems) - 1} more logs that cannot be used)" if len(problems) > 1 else ""
+        raise UnusableLogError(f"{problems[0]}{more}")
+    kept, doubles = _without_doubles(usable)
+    notes += [f"Left out: {problem}" for problem in problems] + doubles
+    return _named(kept), notes
+
+
+def _read(log: str, seen: set[str]) -> tuple[list[Run], list[str]]:
+    """The runs of one argument, and what cannot be used; what an earlier argument named is not read again."""
+    if not log:
+        raise UnusableLogError("LOGS must be a file, a folder or an address, got an empty text.")
+    if "://" in log:
+        if log in seen:
+            return [], []
+        seen.add(log)
+        return read_mlflow(log), []
+    path = Path(log)
+    if not path.exists():
+        raise UnusableLogError(f"{log}: no such file or folder.")
+    units = _units(path)
+    if not units:
+        raise UnusableLogError(
+            f"{log} holds no log that can be read: no metrics.csv, no event file of TensorBoard, no database of MLflow."
+        )
+    runs: list[Run] = []
+    problems: list[str] = []
+    for files in units:
+        if (known := str(files[0].resolve())) in seen:
+            continue
+        seen.add(known)
+        with collected(problems):
+            runs += _read_files(files)
+    return runs, problems
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Note that a log cannot be used, and go on."""
+    try:
+        yield
+    except (UnusableLogError, OSError) as error:
+        problems.append(str(error))
+
+
+def _units(path: Path) -> list[list[Path]]:
+    """The files of each run: one CSV file or database, or the event files of one folder."""
+    files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
+    events: dict[Path, list[Path]] = {}
+    units = []
+    for file in files:
+        if EVENTS in file.name:
+            events.setdefault(file.parent, []).append(file)
+        elif (file.suffix in DATABASES and (file is path or is_database(file))) or (
+            file.suffix == ".csv" and (file is path or file.name == "metrics.csv")
+        ):
+            units.append([file])
+    stores = [[store] for store in sorted({file.parents[1] for file in files if _is_experiment(file)})]
+    return units + list(events.values()) + stores
+
+
+def _is_experiment(file: Path) -> bool:
+    """Whether this is what an MLflow store of files keeps of an experiment."""
+    if file.name != "meta.yaml":
+        return False
+    try:
+        return b"artifact_location" in file.read_bytes()[:4096]
+    except OSError:
+        return False
+
+
+def _read_files(files: list[Path]) -> list[Run]:
+    first = files[0]
+    if first.is_dir() or first.suffix in DATABASES:
+        return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}")
+    if EVENTS in first.name:
+        kind, (metrics, notes) = "TensorBoard", read_events(files)
+    else:
+        kind, (metrics, notes) = "CSV", read_csv(first)
+    journal, more = read_journal(first.parent / JOURNAL)
+    run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*notes, *more])
+    return [replace(run, bad_steps=journal)]
+
+
+def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+    """The guard's entries for bad steps, and a note if lines cannot be read."""
+    if not path.is_file():
+        return (), []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return (), [f"{path.name} cannot be read: {error.strerror}."]
+    entries = [_entry(line) for line in lines if line.strip()]
+    broken = entries.count(None)
+    notes = [f"{broken} lines of {path.name} cannot be read and are left out."] if broken else []
+    return tuple(entry for entry in entries if entry is not None), notes
+
+
+def _entry(line: str) -> Mapping[str, Any] | None:
+    """One bad step; None if the line is not what the guard writes."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    named = [entry.get(key) or [] for key in ("gradients", "parameters", "largest")]
+    is_sound = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
+    return entry if is_sound else None
+
+
+def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Each run once, if several loggers wrote it."""
+    kept: list[Run] = []
+    notes = []
+    for run in runs:
+        place, double = next(((place, other) for place, other in enumerate(kept) if _is_same(run, other)), (0, None))
+        if double is None:
+            kept.append(run)
+        else:
+            kept[place] = replace(double, bad_steps=double.bad_steps or run.bad_steps)  # the journal lies beside one of them
+            notes.append(f"{run.source} is the same run as {double.source} ({double.kind}) and is shown once.")
+    return kept, notes
+
+
+def _is_same(run: Run, other: Run) -> bool:
+    """Whether two logs of different kinds agree in all that they share."""
+    shared = run.metrics.keys() & other.metrics.keys()
+    return (
+        run.kind != other.kind
+        and any(key.startswith(TOTAL_NORM) and len(run.metrics[key]) > 1 for key in shared)
+        and all(
+            np.array_equal(run.metrics[key].steps, other.metrics[key].steps)
+            and np.allclose(run.metrics[key].values, other.metrics[key].values, rtol=1e-6, equal_nan=True)  # float32 in event files
+            for key in shared
+        )
+    )
+
+
+def _named(runs: list[Run]) -> list[Run]:
+    """With the shortest ends of their paths that differ; MLflow's own names get numbers if they do not."""
+    parts = [Path(run.name).parts for run in runs]
+    names = ["/".join(part[-1:]) for part in parts]
+    depth = 1
+    while len(set(names)) < len(names) and depth < max(len(part) for part in parts):
+        depth += 1
+        names = [
+            "/".join(part[-depth:]) if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)
+        ]  # fmt: skip
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return [replace(run, name=name) for run, name in zip(runs, unique, strict=True)]

@@ -1,0 +1,1 @@
+"""Metrics on their way to loggers, and the table at the end of a fit."""

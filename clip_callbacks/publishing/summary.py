@@ -1,0 +1,70 @@
+"""The table at the end of fit: what the steps were like, and what would have been clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
+
+from clip_callbacks.core.decisions import Outcome
+from clip_callbacks.core.step_report import PERCENTILES
+from clip_callbacks.stats.norm_history import Spans
+from clip_callbacks.trainer.components import Roles
+from clip_callbacks.trainer.optimizer_context import Lane
+
+HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" for percent in list(PERCENTILES)[1:]), "max_norm")
+
+
+def summary_table(roles: Roles, lanes: Sequence[Lane]) -> str | None:
+    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if nothing was stepped.
+
+    Columns that nobody fills, as without a guard or a limit, are left out.
+
+    Args:
+        roles: Who does what.
+        lanes: The optimizers.
+    """
+    if not any(lane.history.steps for lane in lanes):
+        return None
+    rows = [row for lane in lanes for row in (_row(roles, lane), *_rows_of_limits(lane))]
+    filled = [place for place in range(len(HEADERS)) if place == 0 or any(row[place] for row in rows)]
+    cells = [[row[place] for place in filled] for row in rows]
+    alignment = ["left", *["right"] * (len(filled) - 1)]
+    return tabulate(cells, [HEADERS[place] for place in filled], "simple", disable_numparse=True, colalign=alignment)
+
+
+def _row(roles: Roles, lane: Lane) -> list[str]:
+    history = lane.history
+    skipped = str(roles.guard.skipped_steps_of(lane.index)) if roles.guard else ""
+    clipped = _share(history.clips) if roles.clipping else ""
+    max_norm = math.inf if history.last is None else float(history.last.max_norm)
+    name = lane.suffix[1:] or type(lane.optimizer).__name__
+    return [name, str(history.steps), skipped, clipped, *map(_number, history.run_percentiles()), _number(max_norm)]
+
+
+def _rows_of_limits(lane: Lane) -> list[list[str]]:
+    history, last = lane.history, lane.history.last
+    rules, shadows = (last.outcomes, last.shadows) if last else ((), ())
+    return [
+        [f"- {what}{name}", "", "", _share(spans), *[""] * len(PERCENTILES), limits.get(name, "")]
+        for what, counted, limits in (
+            ("", history.rules, _limits(rules)),
+            ("would clip: ", history.shadows, _limits(shadows)),
+        )
+        for name, spans in counted.items()
+    ]
+
+
+def _limits(outcomes: Sequence[Outcome]) -> Mapping[str, str]:
+    """The lowest limit of each outcome with a name."""
+    named = {outcome.name: outcome.limits for outcome in outcomes if outcome.name}
+    return {name: _number(limits if isinstance(limits, float) else float(limits.amin())) for name, limits in named.items()}
+
+
+def _share(spans: Spans) -> str:
+    return f"{spans.run.fraction:.1%}" if spans.run.steps else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else ""

@@ -1,0 +1,1 @@
+"""Arithmetic over many steps: quantiles, histograms, the noise scale, advice."""

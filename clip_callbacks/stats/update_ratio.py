@@ -1,0 +1,75 @@
+r"""How far a step moves the weights.
+
+.. math::
+    \text{update\_ratio}_b = \frac{\lVert w^+_b - w_b \rVert_p}{\lVert w_b \rVert_p}
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class WeightsBefore:
+    """Copies of an optimizer's parameters before a step, of half precision in float32.
+
+    Args:
+        table: The parameters.
+        blocks: Those to look at.
+    """
+
+    @torch.no_grad()
+    def __init__(self, table: ParameterTable, blocks: Partition) -> None:
+        self._table = table
+        self._blocks = blocks
+        self._places = [place for place in blocks.members.tolist() if table.shards[place].numel()]
+        live = self._live()
+        self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in _HALF else each.dtype) for each in live]
+        if live:
+            torch._foreach_copy_(self._copies, live)
+
+    @torch.no_grad()
+    def ratios(self, norm_type: float) -> Tensor:
+        """How far the parameters of each block have moved since, as a share of their norm; once, since the copies are used up.
+
+        Where ranks hold parts of them this is a collective, and the answer the same on all.
+
+        Args:
+            norm_type: The order p.
+
+        Returns:
+            Shape ``(B,)``, float64, on the host; NaN for a block whose weights were 0.
+        """
+        norms = [self._norms(norm_type)]
+        if self._copies:
+            torch._foreach_sub_(self._copies, self._live())
+        norms.append(self._norms(norm_type))
+        both = torch.cat(norms)
+        if reduction := self._table.reduction:
+            both = reduction.norms(both, norm_type)
+        before, moved = block_norms(both.reshape(2, -1), self._blocks, norm_type)
+        return torch.where(before > 0, moved / before, math.nan)
+
+    def _live(self) -> list[Tensor]:
+        return [self._table.shards[place].detach() for place in self._places]
+
+    def _norms(self, norm_type: float) -> Tensor:
+        """Of the copies, float64 of shape ``(N,)`` on the host; 0 elsewhere."""
+        norms = torch.zeros(len(self._table), dtype=torch.float64)
+        if self._copies:
+            found = tensor_norms(self._copies, norm_type).cpu().double()
+            sound = smallest_sound_norm(norm_type, torch.float32)
+            suspects = [place for place, norm in enumerate(found.tolist()) if norm != 0 and not sound <= norm < math.inf]
+            if suspects:
+                found[suspects] = true_norms([self._copies[place] for place in suspects], norm_type).cpu()
+            norms[self._places] = found
+        return norms

@@ -1,0 +1,159 @@
+"""What a Trainer may not hold together, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import LBFGS, Optimizer
+
+from clip_callbacks.trainer.compat import is_of, overrides
+from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
+from clip_callbacks.trainer.strategies import averages_plainly
+
+if TYPE_CHECKING:
+    from clip_callbacks.callbacks.accumulation import AccumulationRescaling
+    from clip_callbacks.engine.base import Member
+
+
+_ONE_EACH = {
+    "clipping": "gradients would be clipped twice; give one GradientClipping several `rules`",
+    "guard": "which policy holds? Keep one of them",
+    "rescaling": "gradients would be rescaled twice; keep one of them",
+}
+
+
+def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Member]) -> None:
+    """Refuse what the family cannot do right.
+
+    Raises:
+        ValueError: It names what stands in the way and what to do instead.
+    """
+    _check_members(family)
+    _check_strategy(trainer)
+    if any(member.kind == "clipping" for member in family):
+        _check_clipped_once(trainer, module)
+
+
+def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradScaler | None) -> None:
+    """Refuse to drop micro-batches where it cannot be done.
+
+    Raises:
+        ValueError: It says why, and what to do instead.
+    """
+    if trainer.world_size > 1 and not averages_plainly(trainer):
+        raise ValueError(
+            '`level` must be "window" on several ranks unless plain DDP averages the gradients, got "microbatch" with '
+            f"{type(trainer.strategy).__name__}: gradients are sharded, ignored, or pass through a communication hook, a static "
+            "graph or bucket views, so that those of a window cannot be set aside. Use strategy='ddp'."
+        )
+    if scaler is not None:
+        raise ValueError(
+            '`level` must be "window" under a GradScaler, got "microbatch" with precision 16-mixed: dropping a micro-batch would '
+            "hide its overflow from the scaler, which would never lower the loss scale. Use precision bf16-mixed."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            '`level` must be "window" in manual optimization, got "microbatch": only the training_step knows which backward passes '
+            "make a window, and for which optimizer."
+        )
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError(
+            '`level` must be "window" with LBFGS, got "microbatch": its closure runs the window again within one step.'
+        )
+
+
+def check_noise_scale(trainer: Trainer, module: LightningModule, rescaling: AccumulationRescaling | None) -> None:
+    """Refuse to estimate the noise scale where micro-batches cannot be looked at one by one.
+
+    Raises:
+        ValueError: It says why, and what to do instead.
+    """
+    obstacles = {
+        f"{trainer.world_size} ranks, where gradients are reduced in backward": trainer.world_size > 1,
+        "manual optimization, where only the training_step knows what makes a window": not module.automatic_optimization,
+        "LBFGS, whose closure runs the window again within one step": any(isinstance(it, LBFGS) for it in trainer.optimizers),
+        "a `weight`, with which micro-batches are no samples of one size": rescaling is not None and rescaling.weight is not None,
+    }
+    for obstacle, is_there in obstacles.items():
+        if is_there:
+            raise ValueError(
+                f"`noise_scale` must be False with {obstacle}, got True. Estimate it in a short run on one device, with "
+                "automatic optimization and equal micro-batches."
+            )
+    warn_of_single_micro_batches(trainer)
+
+
+def warn_of_single_micro_batches(trainer: Trainer) -> None:
+    """Say that windows of one micro-batch tell nothing of the noise scale."""
+    schedulers = [it for it in trainer.callbacks if is_of(it, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches <= 1 and not schedulers:
+        rank_zero_warn(
+            "noise_scale=True needs windows of several micro-batches: set accumulate_grad_batches above 1.", stacklevel=2
+        )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:
+    """Refuse optimizers that the family cannot handle.
+
+    Raises:
+        ValueError: It names the optimizer and what to do instead.
+    """
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if scaler is not None and takes_scaler_argument(optimizer):
+            raise ValueError(
+                f"`optimizer` must leave unscaling to its caller under a GradScaler, got {name}, whose step takes the scaler "
+                "itself: gradients would be unscaled twice. Use a fused optimizer of torch.optim, or precision bf16-mixed."
+            )
+        if isinstance(optimizer, LBFGS) and any(member.kind == "rescaling" for member in family):
+            raise ValueError(
+                f"AccumulationRescaling must not be used with {name}: its closure runs the window again within one step. "
+                "Remove AccumulationRescaling and set accumulate_grad_batches=1."
+            )
+
+
+def _check_members(family: Sequence[Member]) -> None:
+    for kind, harm in _ONE_EACH.items():
+        names = [member._stable_key for member in family if member.kind == kind]
+        if len(names) > 1:
+            raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
+    monitors = [member._stable_key for member in family if member.kind == "monitor"]
+    if len(set(monitors)) < len(monitors):
+        raise ValueError(
+            f"`callbacks` must hold one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
+            "every metric would be logged twice."
+        )
+    norm_types = {member.norm_type for member in family if member.norm_type is not None}
+    if len(norm_types) > 1:
+        raise ValueError(
+            f"`norm_type` must be the same for all callbacks of one Trainer, got {sorted(norm_types)}: "
+            "the gradients are read once for all of them."
+        )
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if is_of(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
+            "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "
+            "guard and the metrics are lost."
+        )
+
+
+def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
+    if trainer.gradient_clip_val:  # 0 is Lightning's word for off
+        raise ValueError(
+            "`gradient_clip_val` must not be set beside GradientClipping, got "
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the Trainer."
+        )
+    if overrides(module, "configure_gradient_clipping"):
+        raise ValueError(
+            "`configure_gradient_clipping` must not be overridden beside GradientClipping, got "
+            f"{type(module).__name__}.configure_gradient_clipping: gradients would be clipped twice. Remove one of them."
+        )

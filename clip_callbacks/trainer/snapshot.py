@@ -1,0 +1,179 @@
+"""One copy of tensors in dictionaries and lists, made again and again in the same memory, and put back in place."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.trainer.device_event import Arrival
+
+Path = tuple[Any, ...]
+AS_IS = object()
+"""Stands for a tensor without values, as that of a lazy module before its first pass: whatever it has become stays."""
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether entries of a tensor share memory, as after ``expand``: nothing can be written there."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a tensor stood.
+
+    Args:
+        copy: Of this rank's shard, on the host.
+        device: Where the tensor was.
+        like: The tensor itself if it is sharded: no other can be made like it without its mesh.
+    """
+
+    copy: Tensor
+    device: torch.device
+    like: Tensor | None
+
+    def fits(self, live: Any) -> bool:
+        """Whether what stands there now can take the copy in."""
+        if not isinstance(live, Tensor) or live.layout is not torch.strided:
+            return False
+        shard = shard_of(live)
+        is_alike = (shard.shape, shard.dtype, shard.device) == (self.copy.shape, self.copy.dtype, self.device)
+        return is_alike and not overlaps(shard) and (shard is live) == (self.like is None)
+
+    def renewed(self) -> Tensor:
+        """A tensor to take the place of one that is gone."""
+        return torch.empty_like(self.copy, device=self.device, pin_memory=False) if self.like is None else self.like
+
+
+class Snapshot:
+    """Memory for one copy of a tree: dictionaries, lists and tuples of tensors and of anything else.
+
+    Copies of tensors are on the host: pinned and asynchronous if they come from a GPU. They are then enqueued on its current
+    stream, before the step that follows there and changes the tensors, and the host waits for them only before it reads them.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[Path, Tensor] = {}
+        self._arrivals: list[Arrival] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(room.numel() * room.element_size() for room in self._rooms.values())
+
+    @torch.no_grad()
+    def keep(self, tree: Any) -> Any:
+        """Copy a tree, over what was copied before: tensors that are new get new room, those that are gone leave theirs.
+
+        Returns:
+            The tree with a :class:`Slot` for each tensor, for :meth:`put_back`.
+        """
+        copying = _Copying(self._rooms)
+        kept = copying.visit(tree, ())
+        self._rooms = copying.rooms
+        if copying.pairs:
+            rooms, lives = zip(*copying.pairs, strict=True)
+            torch._foreach_copy_(rooms, lives, non_blocking=True)
+        self._arrivals = [Arrival(device) for device in {live.device for _, live in copying.pairs} if device.type == "cuda"]
+        return kept
+
+    @torch.no_grad()
+    def put_back(self, kept: Any, live: Any) -> Any:
+        """Make a tree what it was: in the tensors, dictionaries and lists that stand there now, if they can take it in.
+
+        It goes around the tensors' version counters: a graph made before, whose gradients nobody will use, is not to raise.
+
+        Args:
+            kept: What :meth:`keep` returned.
+            live: What stands there now.
+
+        Returns:
+            What is to stand there.
+        """
+        for arrival in self._arrivals:
+            arrival.wait()
+        writing = _Writing()
+        tree = writing.visit(kept, live)
+        if writing.pairs:
+            targets, copies = zip(*writing.pairs, strict=True)
+            torch._foreach_copy_(targets, copies)
+        return tree
+
+
+class _Copying:
+    """One walk over a live tree."""
+
+    def __init__(self, known: dict[Path, Tensor]) -> None:
+        self._known = known
+        self._slots: dict[int, Slot] = {}
+        self.rooms: dict[Path, Tensor] = {}
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def visit(self, live: Any, path: Path) -> Any:
+        if isinstance(live, Tensor):
+            return self._tensor(live, path)
+        if isinstance(live, dict):
+            return {key: self.visit(value, (*path, id(key) if isinstance(key, Tensor) else key)) for key, value in live.items()}
+        if type(live) in {list, tuple}:
+            return type(live)(self.visit(value, (*path, place)) for place, value in enumerate(live))
+        return deepcopy(live)
+
+    def _tensor(self, live: Tensor, path: Path) -> Any:
+        if is_lazy(live):
+            return AS_IS
+        # sparse ones are few and small: they stay where they are
+        return self._slot(live, path) if live.layout is torch.strided else live.detach().clone()
+
+    def _slot(self, live: Tensor, path: Path) -> Slot:
+        if id(live) not in self._slots:
+            shard = shard_of(live)
+            room = self._known.get(path)
+            if room is None or (room.shape, room.dtype, room.is_pinned()) != (shard.shape, shard.dtype, shard.is_cuda):
+                room = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda, requires_grad=False)
+            self.rooms[path] = room
+            self.pairs.append((room, shard))
+            self._slots[id(live)] = Slot(room, shard.device, None if shard is live else live)
+        return self._slots[id(live)]
+
+
+class _Writing:
+    """One walk over a copied tree and what stands in its place."""
+
+    def __init__(self) -> None:
+        self._targets: dict[int, Tensor] = {}
+        self._taken: set[int] = set()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def visit(self, kept: Any, live: Any) -> Any:
+        if isinstance(kept, Slot):
+            return self._target(kept, live)
+        if kept is AS_IS:
+            return live
+        if isinstance(kept, dict):
+            into = live if isinstance(live, dict) else {}
+            restored = {key: self.visit(value, into.get(key)) for key, value in kept.items()}
+            into.clear()
+            into.update(restored)
+            return into
+        if type(kept) in {list, tuple}:
+            others = live if isinstance(live, (list, tuple)) else ()
+            items = [self.visit(value, others[place] if place < len(others) else None) for place, value in enumerate(kept)]
+            if isinstance(kept, list) and isinstance(live, list):
+                live[:] = items
+                return live
+            return type(kept)(items)
+        return kept.clone() if isinstance(kept, Tensor) else deepcopy(kept)
+
+    def _target(self, slot: Slot, live: Any) -> Tensor:
+        """One tensor for each that there was: two places may have held the same, and may hold the same now."""
+        if id(slot) not in self._targets:
+            target: Tensor = live if slot.fits(live) and id(live) not in self._taken else slot.renewed()
+            self._targets[id(slot)] = target
+            self._taken.add(id(target))
+            self.pairs.append((shard_of(target).data, slot.copy))
+        return self._targets[id(slot)]

@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from clip_callbacks.accumulation.weights import count_samples
+from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.norms import measure
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.batch_norm import BatchStatistics

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.callbacks.guard import NonFiniteGuard
+from clip_callbacks.core.arguments import as_max_norm, as_norm_type
 from clip_callbacks.core.blocks import Scope
 from clip_callbacks.core.limit_state import Held, adopt
-from clip_callbacks.core.limits import Limit, as_limit, as_max_norm, labels
+from clip_callbacks.core.limits import Limit, as_limit, labels
 from clip_callbacks.core.nonfinite import Policy, as_policy
-from clip_callbacks.core.norms import as_norm_type
 from clip_callbacks.core.rules import ClipRule, ClipState
 from clip_callbacks.engine.base import Member
 from clip_callbacks.trainer.optimizer_context import Lane

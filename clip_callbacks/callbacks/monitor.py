@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from clip_callbacks.core.arguments import as_norm_type
 from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection
-from clip_callbacks.core.norms import TRUE, as_norm_type, block_norms
+from clip_callbacks.core.measurement import TRUE, block_norms
 from clip_callbacks.core.step_report import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, NOISE_SCALE, SPILL_OVER, UPDATE_RATIO, StepReport
 from clip_callbacks.engine.base import Member
 from clip_callbacks.publishing.histograms import block_codes

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.fused import board
-from clip_callbacks.core.norms import FALSE
 from clip_callbacks.core.parameters import Gradients, ParameterTable
 
 LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
@@ -37,7 +36,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: O
 
 
 def write_deferred(
-    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, carrier: Optimizer | None, skipped: Tensor
+    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, carrier: Optimizer | None, skipped: Tensor | None
 ) -> None:
     """The same with one factor for all that the host does not know.
 
@@ -46,7 +45,7 @@ def write_deferred(
         factors: Of one entry, where the gradients are; None is 1.
         scale: A factor for all of them, a number or a tensor of one entry.
         carrier: The fused optimizer that steps next, if there is one.
-        skipped: Whether it is to stand still, 0-dim bool.
+        skipped: Whether the optimizer is to stand still, 0-dim bool; None: it is not.
     """
     if factors is not None:
         factors = factors * scale
@@ -56,7 +55,7 @@ def write_deferred(
         factors = torch.full((), scale, dtype=torch.float32, device=gradients.device)
     if carrier is not None:
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
-        board(carrier, grad_scale, None if skipped is FALSE else skipped.float())
+        board(carrier, grad_scale, None if skipped is None else skipped.float())
     elif factors is not None and gradients.tensors:
         _multiply_(gradients, factors)
 

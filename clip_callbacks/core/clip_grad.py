@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.apply import scale_
 from clip_callbacks.core.coefficients import coefficients
-from clip_callbacks.core.norms import measure
+from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.parameters import ParameterTable
 
 

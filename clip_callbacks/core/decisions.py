@@ -15,7 +15,7 @@ from torch import Tensor
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import coefficients, ones_like
 from clip_callbacks.core.limits import BlockNorms, FixedLimit, LimitState
-from clip_callbacks.core.norms import Measurement, block_norms
+from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
 
 
@@ -50,16 +50,14 @@ class Outcome:
 
 
 def decide(
-    stages: Sequence[Stage], measured: Measurement, norm_type: float, state: ClipState, *, counts: Tensor | None = None
+    stages: Sequence[Stage], measured: Measurement, state: ClipState
 ) -> tuple[tuple[Outcome, ...], Tensor | None, ClipState]:
     """Run the stages in order on the norms of one step.
 
     Args:
         stages: The stages.
         measured: The norms.
-        norm_type: The order p of all norms.
-        state: Of each stage.
-        counts: Of a deferred step, whether it leaves a trace in the states, 0-dim bool; else it does if all norms are finite.
+        state: The state of each stage.
 
     Returns:
         The outcome of each stage; the product of their coefficients for each part that was measured, shape ``(N,)`` or ``(U,)``,
@@ -69,8 +67,8 @@ def decide(
     after: list[LimitState] = []
     factors: Tensor | None = None
     for stage, held in zip(stages, state, strict=True):
-        norms = _norms_after(factors, stage.partition, measured, norm_type)
-        outcome, new = apply_limit(stage, norms, measured, norm_type, held, counts=counts)
+        norms = _norms_after(factors, stage.partition, measured)
+        outcome, new = apply_limit(stage, norms, measured, held)
         outcomes.append(outcome)
         after.append(new)
         if outcome.clips:
@@ -79,81 +77,86 @@ def decide(
     return tuple(outcomes), factors, tuple(after)
 
 
-def shadow(
-    stages: Sequence[Stage], measured: Measurement, norm_type: float, state: ClipState, *, counts: Tensor | None = None
-) -> tuple[tuple[Outcome, ...], ClipState]:
+def shadow(stages: Sequence[Stage], measured: Measurement, state: ClipState) -> tuple[tuple[Outcome, ...], ClipState]:
     """What each stage would do if it were the only one; arguments as for :func:`decide`."""
-    alone = [decide([stage], measured, norm_type, (held,), counts=counts) for stage, held in zip(stages, state, strict=True)]
+    alone = [decide([stage], measured, (held,)) for stage, held in zip(stages, state, strict=True)]
     return tuple(outcome for (outcome,), _, _ in alone), tuple(after for _, _, (after,) in alone)
 
 
 @dataclass(frozen=True, eq=False)
-class Ceiling:
+class SkipThreshold:
     """The norm of all gradients above which a finite step is skipped.
 
     Args:
         limit: The norm, 0-dim.
-        is_exceeded: Whether this step's is above, 0-dim bool.
+        is_exceeded: Whether this step's norm is above it, 0-dim bool.
     """
 
     limit: Tensor
     is_exceeded: Tensor
 
 
-def veto(stage: Stage, measured: Measurement, norm_type: float, state: ClipState) -> tuple[Ceiling, ClipState]:
+def skip_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tuple[SkipThreshold, LimitState]:
     """What a limit says to a step as a whole, and its state after it: a spike counts there as clipped."""
-    outcome, after = apply_limit(stage, measured.total, measured, norm_type, state[0])
-    limits, total = outcome.limits, measured.total.reshape(())
-    limit = limits.reshape(()) if isinstance(limits, Tensor) else torch.full_like(total, limits)
-    return Ceiling(limit, (total > limit).logical_and(total < math.inf)), (after,)
+    outcome, after = apply_limit(stage, measured.total, measured, state)
+    total = measured.total.reshape(())
+    limit = outcome.limits
+    limit = limit.reshape(()) if isinstance(limit, Tensor) else torch.full_like(total, limit)
+    return SkipThreshold(limit, (total > limit).logical_and(total < math.inf)), after
 
 
-def describe(stages: Sequence[Stage], measured: Measurement, norm_type: float) -> tuple[Outcome, ...]:
+def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, ...]:
     """Outcomes of a step that is skipped: the blocks' norms, nothing decided."""
     unlimited = [Stage(None, stage.partition, (), stage.name) for stage in stages]
-    return decide(unlimited, measured, norm_type, tuple({} for _ in unlimited))[0]
+    return decide(unlimited, measured, tuple({} for _ in unlimited))[0]
 
 
-def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement, norm_type: float) -> Tensor:
-    if partition.is_whole and measured.is_deferred:
+def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
+    """Norms of blocks after the stages before have made them smaller."""
+    if partition.is_whole and (factors is None or measured.is_deferred):
         return measured.total if factors is None else measured.total * factors
-    if factors is not None:
-        return block_norms(measured.norms * factors, partition, norm_type)
-    return measured.total if partition.is_whole else block_norms(measured.norms, partition, norm_type)
+    norms = measured.norms if factors is None else measured.norms * factors
+    return block_norms(norms, partition, measured.norm_type)
 
 
-def apply_limit(
-    stage: Stage, norms: Tensor, measured: Measurement, norm_type: float, state: LimitState, *, counts: Tensor | None = None
-) -> tuple[Outcome, LimitState]:
+def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: LimitState) -> tuple[Outcome, LimitState]:
     """What one stage decides on its blocks' norms, and its limit's state after the step.
 
     Args:
         stage: The stage.
-        norms: Of its blocks.
+        norms: The norms of its blocks.
         measured: The step that they are of.
-        norm_type: The order p.
-        state: Of its limit.
-        counts: As for :func:`decide`.
+        state: The state of its limit.
     """
-    blocks, limit = stage.partition, stage.limit
+    limit = stage.limit
     if limit is None:
-        return Outcome(blocks, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
-    if type(limit) is FixedLimit:  # of most steps all that there is: it needs to see nothing
-        limits: Tensor | float = limit.max_norm
-        return Outcome(blocks, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred), name=stage.name), state
-    state = {key: value.to(norms.device) for key, value in state.items()} if state else state
-    may_be_bad = measured.is_deferred or not measured.is_finite
-    weights = (
-        block_norms(measured.weights, stage.partition, norm_type) if limit.uses_weights and measured.weights is not None else None
-    )
-    shown = BlockNorms(norms.nan_to_num(0.0, 0.0, 0.0) if may_be_bad else norms, norm_type, weights)
-    limits, after = limit.step(shown, state)
+        return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
+    if type(limit) is FixedLimit:  # most steps have no other: it needs to see nothing
+        return _outcome(stage, norms, limit.max_norm, measured), state
+
+    weights = None
+    if limit.uses_weights and measured.weights is not None:
+        weights = block_norms(measured.weights, stage.partition, measured.norm_type)
+    shown = norms
+    if measured.is_deferred or not measured.is_finite:  # a limit is shown finite norms only
+        shown = norms.nan_to_num(0.0, 0.0, 0.0)
+    before = {key: value.to(norms.device) for key, value in state.items()} if state else state
+    limits, after = limit.step(BlockNorms(shown, measured.norm_type, weights), before)
     if isinstance(limits, Tensor):
         limits = limits.to(norms.dtype).expand_as(norms)
-    outcome = Outcome(blocks, norms, limits, *coefficients(norms, limits, deferred=measured.is_deferred), name=stage.name)
-    if not state or (not measured.is_deferred and measured.is_finite):
-        return outcome, after
-    if not measured.is_deferred:
-        return outcome, state
-    counts = measured.finite if counts is None else counts
-    return outcome, {key: torch.where(counts, value, state[key]) for key, value in after.items()}
+    return _outcome(stage, norms, limits, measured), _state_after(measured, before, after)
+
+
+def _outcome(stage: Stage, norms: Tensor, limits: Tensor | float, measured: Measurement) -> Outcome:
+    each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
+    return Outcome(stage.partition, norms, limits, each, clips, name=stage.name)
+
+
+def _state_after(measured: Measurement, before: LimitState, after: LimitState) -> LimitState:
+    """The state that a limit goes on with: a step that is not finite leaves no trace."""
+    if not before:
+        return after
+    if measured.is_deferred:
+        counts = measured.finite if measured.counts is None else measured.counts
+        return {key: torch.where(counts, value, before[key]) for key, value in after.items()}
+    return after if measured.is_finite else before

@@ -8,8 +8,10 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.arguments import as_choice
+
 Policy: TypeAlias = Literal["skip", "raise", "zero", "ignore"]
-POLICIES: tuple[str, ...] = get_args(Policy)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -22,10 +24,7 @@ def as_policy(policy: object, argument: str) -> Policy:
     Raises:
         ValueError: If there is no such policy; it lists the choices.
     """
-    for known in get_args(Policy):
-        if policy == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"`{argument}` must be one of {', '.join(POLICIES)}, got {policy!r}.")
+    return as_choice(policy, argument, POLICIES)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.core.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
-from clip_callbacks.core.norms import Wanted
+from clip_callbacks.core.measurement import MeasurementSpec
 from clip_callbacks.core.parameters import ParameterTable
 
 TAKEN = {
@@ -118,13 +118,13 @@ class Plan:
     Args:
         rules: What clips, in order.
         shadows: What would clip.
-        veto: What skips a finite step, if anything does.
+        skip_above: What skips a finite step, if anything does.
         by_unit: Whether units are measured, since a scope asks for them.
     """
 
     rules: tuple[Stage, ...]
     shadows: tuple[Stage, ...]
-    veto: Stage | None
+    skip_above: Stage | None
     by_unit: bool
 
     @classmethod
@@ -135,23 +135,25 @@ class Plan:
         if known is not None and len(known[0]) == len(asked) and all(map(is_, known[0], asked)):
             return known[1]
         by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))
-        veto = None if skip_above is None else ClipRule(skip_above).stage(table, by_unit=by_unit)
+        ceiling = None if skip_above is None else ClipRule(skip_above).stage(table, by_unit=by_unit)
         stages, shades = (tuple(rule.stage(table, by_unit=by_unit) for rule in some) for some in (rules, shadows))
-        plan = cls(stages, shades, veto, by_unit)
+        plan = cls(stages, shades, ceiling, by_unit)
         _LAST[table] = asked, plan
         return plan
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All of them, in the order of their states."""
-        return (*self.rules, *self.shadows, *([self.veto] if self.veto else []))
+        ceiling = () if self.skip_above is None else (self.skip_above,)
+        return (*self.rules, *self.shadows, *ceiling)
 
     @cached_property
-    def wanted(self) -> Wanted:
-        """What they need to know of the gradients."""
+    def spec(self) -> MeasurementSpec:
+        """What the stages need to know of the gradients."""
         weighed = {stage.weighed for stage in self.stages if stage.weighed}
-        positions = next(iter(weighed)) if len(weighed) == 1 else tuple(sorted(set().union(*weighed)))
-        return Wanted(local=not all(stage.partition.is_whole for stage in self.stages), by_unit=self.by_unit, weights=positions)
+        positions = tuple(sorted(set().union(*weighed)))
+        is_local = not all(stage.partition.is_whole for stage in self.stages)
+        return MeasurementSpec(local=is_local, by_unit=self.by_unit, weights=positions)
 
     @cached_property
     def _remembers(self) -> bool:
@@ -166,7 +168,7 @@ class Plan:
         return tuple(stage.init() for stage in self.stages)
 
     def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:
-        """The states of the rules, of the shadows, and of the veto.
+        """The states of the rules, of the shadows, and of ``skip_above``.
 
         Raises:
             ValueError: If they are of other rules.

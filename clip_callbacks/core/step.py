@@ -1,22 +1,25 @@
-"""One step's clipping, whole: measure, guard, decide, write, report."""
+"""One step's clipping: measure, decide what is to be done, apply."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import clamp_, drop, write, write_deferred, zero_nonfinite_
-from clip_callbacks.core.decisions import Ceiling, decide, describe, shadow, veto
+from clip_callbacks.core.arguments import as_norm_type
+from clip_callbacks.core.decisions import Outcome, SkipThreshold, decide, describe, shadow, skip_threshold
 from clip_callbacks.core.diagnosis import examine
 from clip_callbacks.core.fused import can_carry, clear
-from clip_callbacks.core.limits import MaxNorm
+from clip_callbacks.core.limits import LimitState, MaxNorm
+from clip_callbacks.core.measurement import FALSE, TRUE, Measurement, measure
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
-from clip_callbacks.core.norms import FALSE, TRUE, Measurement, as_norm_type, measure
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.parameters import Gradients, ParameterTable
 from clip_callbacks.core.rules import ClipRule, ClipState, Plan
 from clip_callbacks.core.step_report import StepReport
 
@@ -84,82 +87,240 @@ def clip_step(
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     table = ParameterTable.of(parameters)
-    norm_type = as_norm_type(norm_type)
     plan = Plan.of(table, rules, shadows, skip_above)
     state = plan.init() if state is None else state
-    ours, shaded, vetoed = plan.parts(state)
+    measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, loss_scale=loss_scale, deferred=deferred)
+    clear(fused)  # of an earlier step that was not taken
+    return apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
 
-    clear(fused)
-    gradients, wanted = table.gradients(), plan.wanted
+
+def _resolve(step: MeasuredStep, nonfinite: Policy | Judge) -> Action:
+    """What is to be done about a step under a policy.
+
+    Raises:
+        NonFiniteGradientError: If its gradients are not finite and the policy says to raise.
+        ValueError: If there is no such policy, or it needs the host to know of a deferred step.
+    """
+    if step.norms.is_deferred:
+        if nonfinite == "ignore":
+            return Action.CLIP
+        if nonfinite != "skip":
+            raise ValueError(_NOT_DEFERRABLE.format(f"got {nonfinite!r}"))
+        return Action.ON_DEVICE
+    if step.norms.is_finite:
+        return Action.CLIP
+    policy = as_policy(nonfinite, "nonfinite") if isinstance(nonfinite, str) else nonfinite(step.table)
+    if policy == "raise":
+        raise NonFiniteGradientError(examine(step.table).describe())
+    return ACTIONS[policy]
+
+
+ACTIONS: dict[Policy, Action] = {"skip": Action.SKIP, "zero": Action.ZERO, "ignore": Action.CLIP}
+"""What each policy does about gradients that are not finite; "raise" does nothing more."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredStep:
+    """One step's norms, and whatever :func:`apply_step` needs to act on them.
+
+    Args:
+        plan: The stages of clipping.
+        gradients: The gradients, not changed yet.
+        norms: What was measured.
+        scale: The factor for all gradients that makes a window's sum its mean.
+        loss_scale: What the loss was multiplied by; None is 1.
+        threshold: The norm above which the step is skipped, if there is such a limit.
+        threshold_state: The state of that limit after the step, in a tuple; empty without one.
+    """
+
+    plan: Plan
+    gradients: Gradients
+    norms: Measurement
+    scale: float
+    loss_scale: Tensor | None
+    threshold: SkipThreshold | None
+    threshold_state: tuple[LimitState, ...]
+
+    @property
+    def table(self) -> ParameterTable:
+        """The parameters."""
+        return self.gradients.table
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether a finite step's norm is above the threshold; not to be asked of a deferred step."""
+        return self.threshold is not None and bool(self.threshold.is_exceeded)
+
+
+@torch.no_grad()
+def measure_step(
+    table: ParameterTable,
+    plan: Plan,
+    state: ClipState,
+    norm_type: float = 2.0,
+    *,
+    scale: float = 1.0,
+    loss_scale: Tensor | None = None,
+    deferred: bool = False,
+) -> MeasuredStep:
+    """Read the gradients of one step, and change nothing: the first half of :func:`clip_step`.
+
+    Args:
+        table: The parameters.
+        plan: The stages of clipping.
+        state: What :func:`apply_step` returned for the step before; ``plan.init()`` before the first.
+        norm_type: The order p of all norms.
+        scale: A factor for all gradients before all else.
+        loss_scale: What the loss was multiplied by, a tensor of one entry; None is 1.
+        deferred: Whether nothing is to be read on the host.
+    """
+    return _measured(table.gradients(), plan, state, norm_type, scale, loss_scale, deferred=deferred)
+
+
+def _measured(
+    gradients: Gradients, plan: Plan, state: ClipState, norm_type: float, scale: float, loss_scale: Tensor | None, *, deferred: bool
+) -> MeasuredStep:
     deferred = deferred and gradients.exist
-    carrier = fused if clip_value is None and can_carry(fused, gradients) else None
-    if deferred:
-        must_skip = nonfinite != "ignore" or plan.veto is not None
-        one = not wanted.local and clip_value is None
-        _check_deferrable(nonfinite, must_skip=must_skip, has_carrier=carrier is not None, one=one)
-    measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, wanted=wanted, deferred=deferred)
-    finite = measured.finite
-    if not deferred and not measured.is_finite:
-        policy = _policy(nonfinite, table)
-        if policy == "skip":
-            return _skip(table, plan, measured, norm_type, scale), state
-        if policy == "zero":
-            zero_nonfinite_(gradients, measured.parameter_norms)
-            measured = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, wanted=wanted)
-    above, vetoed = veto(plan.veto, measured, norm_type, vetoed) if plan.veto else (None, vetoed)
-    if above and not deferred and bool(above.is_exceeded):
-        return _skip(table, plan, measured, norm_type, scale, above.limit), (*ours, *shaded, *vetoed)
+    norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred)
+    if plan.skip_above is None:
+        return MeasuredStep(plan, gradients, norms, scale, loss_scale, None, ())
+    *_, held = plan.parts(state)
+    threshold, after = skip_threshold(plan.skip_above, norms, held[0])
+    if deferred:  # a spike leaves no trace in the limits that clip
+        norms = replace(norms, counts=norms.finite.logical_and(threshold.is_exceeded.logical_not()))
+    return MeasuredStep(plan, gradients, norms, scale, loss_scale, threshold, (after,))
 
-    skipped, counts = _deferred_verdict(measured, above, nonfinite) if deferred else (FALSE, None)
-    shades, shaded = shadow(plan.shadows, measured, norm_type, shaded, counts=counts) if plan.shadows else ((), shaded)
-    outcomes, factors, ours = decide(plan.rules, measured, norm_type, ours, counts=counts)
-    if deferred:
-        write_deferred(gradients, factors, measured.scale, carrier, skipped)
-    else:
-        write(gradients, factors, float(measured.scale), carrier, by_unit=plan.by_unit)
-        if finite is FALSE:  # zeroed or ignored: no state takes it in
-            ours, shaded, vetoed = plan.parts(state)
+
+@torch.no_grad()
+def apply_step(
+    step: MeasuredStep, state: ClipState, action: Action, *, clip_value: float | None = None, fused: Optimizer | None = None
+) -> tuple[StepReport, ClipState]:
+    """Do to the gradients of a measured step what was decided: the second half of :func:`clip_step`.
+
+    A finite step whose norm is above the plan's threshold is skipped, whatever the action says.
+
+    Args:
+        step: The step.
+        state: The state that it was measured with.
+        action: What is to be done.
+        clip_value: Afterwards every entry is clamped to ``[-clip_value, clip_value]``.
+        fused: The optimizer that steps next, as for :func:`clip_step`.
+
+    Returns:
+        The report, and the state for the next step.
+
+    Raises:
+        ValueError: If a deferred step cannot be decided on the device.
+    """
+    if step.norms.is_deferred:
+        return _apply_on_device(step, state, action, clip_value, fused)
+    finite, outcome = step.norms.finite, StepOutcome.TAKEN
+    if not step.norms.is_finite:
+        if action is Action.SKIP:
+            return _skip(step), state
+        outcome = StepOutcome.IGNORED
+    if action is Action.ZERO:
+        step, outcome = _without_nonfinite(step, state), StepOutcome.ZEROED
+    ours, shaded, _ = step.plan.parts(state)
+    if action is Action.SKIP or step.is_spike:
+        return replace(_skip(step), finite=finite), (*ours, *shaded, *step.threshold_state)
+
+    gradients, norms = step.gradients, step.norms
+    shadows, shaded_after = shadow(step.plan.shadows, norms, shaded)
+    outcomes, factors, ours_after = decide(step.plan.rules, norms, ours)
+    write(gradients, factors, float(norms.scale), _carrier(fused, gradients, clip_value), by_unit=step.plan.by_unit)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
-    unit_norms, ceiling = measured.norms if plan.by_unit else None, above.limit if above else None
-    norms = measured.total, measured.parameter_norms
-    report = StepReport(*norms, outcomes, factors, norm_type, finite, skipped, scale, unit_norms, shades, ceiling)
-    return report, (*ours, *shaded, *vetoed)
+    if outcome is StepOutcome.TAKEN:
+        state = (*ours_after, *shaded_after, *step.threshold_state)
+    return _report(step, outcomes, factors, finite, FALSE, shadows, outcome), state
 
 
-def _deferred_verdict(measured: Measurement, above: Ceiling | None, nonfinite: Policy | Judge) -> tuple[Tensor, Tensor]:
-    """Whether a step is skipped, and whether limits take it into their states, both 0-dim bool and unread."""
-    finite = measured.finite
-    counts = finite.logical_and(above.is_exceeded.logical_not()) if above else finite
-    if nonfinite == "ignore":
-        return above.is_exceeded if above else FALSE, counts
-    return counts.logical_not(), counts
-
-
-def _policy(nonfinite: Policy | Judge, table: ParameterTable) -> Policy:
-    policy = as_policy(nonfinite, "nonfinite") if isinstance(nonfinite, str) else nonfinite(table)
-    if policy == "raise":
-        raise NonFiniteGradientError(examine(table).describe())
-    return policy
-
-
-def _skip(
-    table: ParameterTable, plan: Plan, measured: Measurement, norm_type: float, scale: float, limit: Tensor | None = None
-) -> StepReport:
-    """Take the gradients away; say what was measured, with nothing decided."""
-    drop(table)
-    outcomes, norms = describe(plan.rules, measured, norm_type), (measured.total, measured.parameter_norms)
-    return StepReport(*norms, outcomes, None, norm_type, measured.finite, TRUE, scale, skip_limit=limit)
-
-
-def _check_deferrable(nonfinite: Policy | Judge, *, must_skip: bool, has_carrier: bool, one: bool) -> None:
-    if not one:
+def _apply_on_device(
+    step: MeasuredStep, state: ClipState, action: Action, clip_value: float | None, fused: Optimizer | None
+) -> tuple[StepReport, ClipState]:
+    """Have the device decide: a fused optimizer carries the factor, and whether it is to stand still."""
+    gradients, norms = step.gradients, step.norms
+    carrier = _carrier(fused, gradients, clip_value)
+    if step.plan.spec.local or clip_value is not None:
         raise ValueError(
             '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
             "Set deferred=False, which costs one host sync."
         )
-    if nonfinite not in {"skip", "ignore"} or (must_skip and not has_carrier):
-        raise ValueError(
-            '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, '
-            f"got {nonfinite!r}: without the host only a fused optimizer can stand still. Set deferred=False: one host sync."
-        )
+    skipped = step.threshold.is_exceeded if step.threshold else None
+    if action is Action.ON_DEVICE:
+        skipped = (norms.finite if norms.counts is None else norms.counts).logical_not()
+    if skipped is not None and carrier is None:
+        raise ValueError(_NOT_DEFERRABLE.format("got another one, or none"))
+
+    ours, shaded, _ = step.plan.parts(state)
+    shadows, shaded = shadow(step.plan.shadows, norms, shaded)
+    outcomes, factors, ours = decide(step.plan.rules, norms, ours)
+    write_deferred(gradients, factors, norms.scale, carrier, skipped)
+    report = _report(step, outcomes, factors, norms.finite, FALSE if skipped is None else skipped, shadows, StepOutcome.PENDING)
+    return report, (*ours, *shaded, *step.threshold_state)
+
+
+_NOT_DEFERRABLE = (
+    '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, {}: '
+    "without the host only a fused optimizer can stand still. Set deferred=False: one host sync."
+)
+
+
+def _carrier(fused: Optimizer | None, gradients: Gradients, clip_value: float | None) -> Optimizer | None:
+    """The fused optimizer, if it can multiply the gradients on its way."""
+    if clip_value is not None or not can_carry(fused, gradients):
+        return None
+    return fused
+
+
+def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
+    """Set non-finite entries to 0, and measure a second time."""
+    gradients, norms = step.gradients, step.norms
+    zero_nonfinite_(gradients, norms.parameter_norms)
+    return _measured(gradients, step.plan, state, norms.norm_type, step.scale, step.loss_scale, deferred=False)
+
+
+def _skip(step: MeasuredStep) -> StepReport:
+    """Take the gradients away; say what was measured, with nothing decided."""
+    drop(step.table)
+    norms = step.norms
+    limit = step.threshold.limit if step.threshold and norms.is_finite else None
+    return StepReport(
+        norms.total,
+        norms.parameter_norms,
+        describe(step.plan.rules, norms),
+        None,
+        norms.norm_type,
+        norms.finite,
+        TRUE,
+        step.scale,
+        skip_limit=limit,
+        outcome=StepOutcome.SKIPPED,
+    )
+
+
+def _report(
+    step: MeasuredStep,
+    outcomes: tuple[Outcome, ...],
+    factors: Tensor | None,
+    finite: Tensor,
+    skipped: Tensor,
+    shadows: tuple[Outcome, ...],
+    outcome: StepOutcome,
+) -> StepReport:
+    norms, threshold = step.norms, step.threshold
+    return StepReport(
+        norms.total,
+        norms.parameter_norms,
+        outcomes,
+        factors,
+        norms.norm_type,
+        finite,
+        skipped,
+        step.scale,
+        norms.norms if step.plan.by_unit else None,
+        shadows,
+        threshold.limit if threshold else None,
+        outcome,
+    )

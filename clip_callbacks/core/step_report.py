@@ -9,8 +9,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.decisions import Outcome
-from clip_callbacks.core.norms import FALSE, TRUE, sound_total
+from clip_callbacks.core.measurement import FALSE, TRUE
+from clip_callbacks.core.remeasurement import sound_total
 
 TOTAL_NORM = "grad/total_norm"
 CLIPPED_NORM = "grad/clipped_norm"
@@ -62,6 +64,7 @@ class StepReport:
         unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".
         shadows: What each shadow limit would have decided by itself.
         skip_limit: The norm above which the step is skipped, 0-dim, if there is such a limit.
+        outcome: What came of the step.
     """
 
     total: Tensor
@@ -75,6 +78,7 @@ class StepReport:
     unit_norms: Tensor | None = None
     shadows: tuple[Outcome, ...] = ()
     skip_limit: Tensor | None = None
+    outcome: StepOutcome = StepOutcome.TAKEN
 
     @cached_property
     def total_norm(self) -> Tensor:
@@ -172,11 +176,13 @@ class StepReport:
 
     def settled(self) -> StepReport:
         """The report of a deferred step that has come to the host, as if it had been decided there."""
-        is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
-        finite = TRUE if bool(self.finite) else FALSE
+        is_finite = bool(self.finite)
+        finite = TRUE if is_finite else FALSE
         if bool(self.skipped):
             outcomes = tuple(outcome.undecided() for outcome in self.outcomes)
-            return replace(self, outcomes=outcomes, factors=None, finite=finite, skipped=TRUE, shadows=())
+            done = StepOutcome.SKIPPED
+            return replace(self, outcomes=outcomes, factors=None, finite=finite, skipped=TRUE, shadows=(), outcome=done)
+        is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
         return replace(
             self,
             outcomes=_settled(self.outcomes),
@@ -184,7 +190,16 @@ class StepReport:
             finite=finite,
             skipped=FALSE,
             shadows=_settled(self.shadows),
+            outcome=StepOutcome.TAKEN if is_finite else StepOutcome.IGNORED,
         )
+
+    def undone(self, outcome: StepOutcome) -> StepReport:
+        """The report of a step that turned out not to be taken.
+
+        Args:
+            outcome: What came of it: skipped, or overflowed.
+        """
+        return replace(self, skipped=TRUE, outcome=outcome)
 
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
         """The values of this step, on the host, under their names on a dashboard; only finite ones.

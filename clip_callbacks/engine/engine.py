@@ -17,8 +17,8 @@ from torch.optim import LBFGS, Optimizer
 from clip_callbacks.accumulation.microbatches import MicroBatches
 from clip_callbacks.core.apply import drop
 from clip_callbacks.core.fused import take_back
+from clip_callbacks.core.measurement import FALSE, TRUE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy
-from clip_callbacks.core.norms import FALSE, TRUE
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step import Judge, clip_step
 from clip_callbacks.core.step_report import StepReport

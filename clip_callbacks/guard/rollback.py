@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
+from clip_callbacks.core.measurement import TRUE
 from clip_callbacks.core.nonfinite import Policy, all_finite
-from clip_callbacks.core.norms import TRUE
 from clip_callbacks.core.reduction import on_any_rank, shard_of
 from clip_callbacks.trainer.averages import begin_anew, live_averages
 from clip_callbacks.trainer.buffers import live_buffers, put_back_buffers

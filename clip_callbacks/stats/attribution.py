@@ -18,7 +18,7 @@ from torch import Tensor
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import coefficients
 from clip_callbacks.core.decisions import Outcome
-from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.measurement import block_norms
 
 
 def contributions(norms: Tensor, total: Tensor, norm_type: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition, Scope, Selection
-from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step_report import BLOCK_CLIP_FRACTION, BLOCK_PERCENTILES, StepReport
 from clip_callbacks.stats.norm_history import FLUSH

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
-from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
 

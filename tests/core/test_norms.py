@@ -12,7 +12,7 @@ from torch import nn
 from clip_callbacks import ClipRule, ParameterTable, clip_step
 from clip_callbacks.core.buckets import CAPACITY, SMALL, Buckets
 from clip_callbacks.core.coefficients import EPS, coefficients
-from clip_callbacks.core.norms import Wanted, measure
+from clip_callbacks.core.measurement import MeasurementSpec, measure
 from clip_callbacks.core.tensor_norms import CHUNK, tensor_norms, true_norms
 from tests.helpers import reference
 
@@ -27,7 +27,7 @@ def holder(gradient: torch.Tensor) -> nn.Parameter:
 
 def total(*gradients: torch.Tensor, p: float = 2.0, local: bool = False) -> torch.Tensor:
     table = ParameterTable.of_tensors(holder(gradient) for gradient in gradients)
-    return measure(table.gradients(), p, wanted=Wanted(local=local)).total[0]
+    return measure(table.gradients(), p, spec=MeasurementSpec(local=local)).total[0]
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -94,7 +94,7 @@ def test_sum_of_sound_norms_may_overflow_too():
 
 def test_a_tiny_parameter_beside_a_large_one_keeps_its_norm():
     table = ParameterTable.of_tensors([holder(torch.full((4,), 1e-25)), holder(torch.ones(4)), holder(torch.zeros(4))])
-    measured = measure(table.gradients(), 2.0, wanted=Wanted(local=True))
+    measured = measure(table.gradients(), 2.0, spec=MeasurementSpec(local=True))
     torch.testing.assert_close(measured.norms, torch.tensor([2e-25, 2.0, 0.0]), rtol=1.3e-6, atol=0.0)
     assert measured.norms.dtype is torch.float32
 

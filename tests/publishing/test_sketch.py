@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_callbacks.core.norms import block_norms
+from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
 

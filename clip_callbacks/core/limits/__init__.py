@@ -1,6 +1,6 @@
 """Limits: how large may each block's norm be now?"""
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm, as_max_norm
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 from clip_callbacks.core.limits.combine import Tightest, Warmup
 from clip_callbacks.core.limits.ema import EmaLimit
 from clip_callbacks.core.limits.fixed import FixedLimit, as_limit
@@ -26,7 +26,6 @@ __all__ = [
     "Warmup",
     "ZScoreLimit",
     "as_limit",
-    "as_max_norm",
     "kind",
     "label",
     "labels",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -10,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.norms import number_above_zero, sound_total
+from clip_callbacks.core.remeasurement import sound_total
 
 LimitState: TypeAlias = dict[str, Tensor]
 """What a limit remembers between steps: tensors under fixed keys, of fixed shapes and dtypes."""
@@ -75,47 +74,6 @@ class Limit(ABC):
             The largest allowed norm of each block, above 0, shape ``(B,)`` or one entry or number for all, inf where there is no
             limit yet; and the state, of the same keys, shapes and dtypes.
         """
-
-
-def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
-    """Check a threshold given as a number.
-
-    Raises:
-        ValueError: If it is not a number above 0.
-    """
-    if (number := number_above_zero(max_norm)) is not None:
-        return number
-    advice = ", or None to measure without clipping" if argument == "max_norm" else ""
-    typical = " Typical thresholds lie between 0.1 and 10." if argument == "max_norm" else ""
-    raise ValueError(f"`{argument}` must be a number above 0, a Limit{advice}, got {max_norm!r}.{typical}")
-
-
-def as_finite(number: object, argument: str, *, low: float = 0.0, high: float = math.inf, low_too: bool = False) -> float:
-    """Check a hyper-parameter: a number in the open interval from ``low`` to ``high``, or with ``low`` in it too.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    try:
-        found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        found = math.nan
-    if low < found < high or (low_too and found == low):
-        return found
-    lower = f"of at least {low:g}" if low_too else f"above {low:g}"
-    upper = "finite" if math.isinf(high) else f"below {high:g}"
-    raise ValueError(f"`{argument}` must be a number {lower} and {upper}, got {number!r}.")
-
-
-def as_count(number: object, argument: str, *, least: int) -> int:
-    """Check a number of steps.
-
-    Raises:
-        ValueError: If it is not a whole number of at least ``least``.
-    """
-    if isinstance(number, int) and not isinstance(number, bool) and number >= least:
-        return number
-    raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {number!r}.")
 
 
 def step_count() -> Tensor:

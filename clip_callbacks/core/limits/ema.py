@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, as_count, as_finite, as_max_norm, step_count
+from clip_callbacks.core.arguments import as_count, as_finite, as_max_norm
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_count
 
 
 @dataclass(frozen=True)

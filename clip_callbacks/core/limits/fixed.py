@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm, as_max_norm
+from clip_callbacks.core.arguments import as_max_norm
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 
 
 @dataclass(frozen=True)

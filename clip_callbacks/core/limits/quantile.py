@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.arguments import as_count, as_finite
 from clip_callbacks.core.limits import _window
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, as_count, as_finite
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 ROOM = 10.0
 """How many times as large as the largest norm of a window the next one may be in it."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, as_finite
+from clip_callbacks.core.arguments import as_finite
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 
 @dataclass(frozen=True)

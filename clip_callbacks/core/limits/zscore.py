@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.arguments import as_count, as_finite
 from clip_callbacks.core.limits import _window
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, as_count, as_finite
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 Target: TypeAlias = Literal["reciprocal", "mean", "threshold"]
 

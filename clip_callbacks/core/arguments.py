@@ -1,0 +1,117 @@
+"""Checks of arguments: the one place that says what a number may be, and how an error tells of it."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal, TypeVar
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def number_above_zero(number: object) -> float | None:
+    """A number, or its text as configuration files give it, as a float; None if it is not one above 0."""
+    if not isinstance(number, (float, int, str, Real)) or isinstance(number, bool):
+        return None
+    try:
+        found = float(number)
+    except ValueError:
+        return None
+    return found if found > 0 else None
+
+
+def as_norm_type(norm_type: float | Literal["inf"]) -> float:
+    """Check the order of a norm.
+
+    Raises:
+        ValueError: If it is not above 0; ``"inf"`` is the maximum norm.
+    """
+    if (order := number_above_zero(norm_type)) is not None:
+        return order
+    raise ValueError(f'`norm_type` must be a number above 0 or "inf", got {norm_type!r}. 2 is the usual choice.')
+
+
+def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
+    """Check a threshold given as a number.
+
+    Raises:
+        ValueError: If it is not a number above 0.
+    """
+    if (number := number_above_zero(max_norm)) is not None:
+        return number
+    advice = typical = ""
+    if argument == "max_norm":
+        advice, typical = ", or None to measure without clipping", " Typical thresholds lie between 0.1 and 10."
+    raise ValueError(f"`{argument}` must be a number above 0, a Limit{advice}, got {max_norm!r}.{typical}")
+
+
+def as_finite(
+    number: object, argument: str, *, low: float = 0.0, high: float = math.inf, low_too: bool = False, high_too: bool = False
+) -> float:
+    """Check a number in an interval.
+
+    Args:
+        number: What was given for the argument.
+        argument: The name of the argument, for the error.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+        low_too: Whether the lower end is allowed.
+        high_too: Whether the upper end is allowed.
+
+    Raises:
+        ValueError: If it is no number, or lies outside.
+    """
+    try:
+        found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if low < found < high or (low_too and found == low) or (high_too and found == high):
+        return found
+    lower = f"of at least {low:g}" if low_too else f"above {low:g}"
+    upper = "finite" if math.isinf(high) else f"below {high:g}"
+    if high_too:
+        upper = f"at most {high:g}"
+    raise ValueError(f"`{argument}` must be a number {lower} and {upper}, got {number!r}.")
+
+
+def as_count(number: object, argument: str, *, least: int) -> int:
+    """Check a number of things.
+
+    Raises:
+        ValueError: If it is not a whole number of at least ``least``; True and False are none.
+    """
+    if isinstance(number, int) and not isinstance(number, bool) and number >= least:
+        return number
+    raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {number!r}.")
+
+
+def as_count_or_none(number: object, argument: str, *, least: int, none: str = "or None") -> int | None:
+    """Check a number of things that may be left open.
+
+    Args:
+        number: What was given for the argument.
+        argument: The name of the argument, for the error.
+        least: The smallest number that is allowed.
+        none: What None means, for the error.
+
+    Raises:
+        ValueError: If it is neither None nor a whole number of at least ``least``.
+    """
+    if number is None:
+        return None
+    try:
+        return as_count(number, argument, least=least)
+    except ValueError:
+        raise ValueError(f"`{argument}` must be a whole number of at least {least}, {none}, got {number!r}.") from None
+
+
+def as_choice(value: object, argument: str, choices: tuple[Choice, ...]) -> Choice:
+    """Check one of several words.
+
+    Raises:
+        ValueError: If there is no such choice; it lists them.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise ValueError(f"`{argument}` must be one of {', '.join(choices)}, got {value!r}.")

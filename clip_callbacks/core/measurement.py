@@ -1,0 +1,263 @@
+"""The measurement of one step: norms of tensors, of blocks and of all, on the host or left where the gradients are.
+
+A p-norm of p-norms is the p-norm of all entries, so that one read serves every scope.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.parameters import Gradients, ParameterTable
+from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
+from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
+
+SAFE_IN_DOUBLE = 4.0
+"""The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
+
+TRUE, FALSE = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
+"""The two 0-dim flags of steps that were decided on the host: made once."""
+
+
+def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor:
+    """Norms of blocks from the norms of the parameters in them.
+
+    Args:
+        norms: Shape ``(N,)``, one for each parameter of the table, 0 where there is no gradient; or ``(steps, N)``.
+        partition: N parameters in B blocks.
+        norm_type: The order p.
+
+    Returns:
+        Shape ``(B,)``, or ``(steps, B)``; dtype and device of ``norms``.
+    """
+    if partition.is_finest:
+        return norms
+    if partition.is_whole and norms.ndim == 1:
+        return total_norm(norms, norm_type)
+    blocks = partition.member_blocks.to(norms.device)
+    parts = (norms if partition.is_total else norms[..., partition.members.to(norms.device)]).double()
+    shape = *norms.shape[:-1], len(partition.names)
+    if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
+        sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
+        return sums.pow(1.0 / norm_type).to(norms.dtype)
+    peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
+    if math.isinf(norm_type):
+        return peaks.to(norms.dtype)
+    scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
+    sums = _sums((parts / scales[..., blocks]).pow(norm_type), blocks, torch.zeros_like(peaks))
+    return (sums.pow(1.0 / norm_type) * scales).to(norms.dtype)
+
+
+def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
+    """Add parts up by blocks; of several steps by scattering, since index_add_ would take a call for each part."""
+    return sums.index_add_(0, blocks, parts) if parts.ndim == 1 else sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
+
+
+@dataclass(frozen=True)
+class MeasurementSpec:
+    """What a step needs to know of its gradients beside the total norm.
+
+    Args:
+        local: Whether the norms of single parameters matter too.
+        by_unit: Whether the norms of their units do.
+        weights: The positions of the parameters whose own norms are needed too.
+    """
+
+    local: bool = False
+    by_unit: bool = False
+    weights: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Norms of one step's gradients: on the host, or, of a deferred step, where the gradients are and unread.
+
+    Args:
+        norms: Norm of each parameter of the table, shape ``(N,)``, or of each unit, ``(U,)``; 0 where there is no gradient.
+        total: Norm of all of them together, shape ``(1,)``.
+        parameter_norms: Norm of each parameter, shape ``(N,)``.
+        norm_type: The order p of all norms.
+        weights: Norms of the parameters themselves, or of their units, like ``norms``; 0 where they are not needed; None where
+            none is.
+        scale: What the gradients are to be multiplied by before all else; the norms are of the scaled gradients.
+        is_deferred: Whether the host is not to read them now.
+        counts: Whether limits take the step into their states, 0-dim bool, where a deferred step has another reason against it
+            than gradients that are not finite; None: if all gradients are finite.
+    """
+
+    norms: Tensor
+    total: Tensor
+    parameter_norms: Tensor
+    norm_type: float
+    weights: Tensor | None = None
+    scale: float | Tensor = 1.0
+    is_deferred: bool = False
+    counts: Tensor | None = None
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether every entry of every gradient is; this reads the total norm."""
+        return math.isfinite(self.total.tolist()[0])
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Whether every entry is finite, 0-dim bool; of a deferred step unread, and a norm that overflows is not finite."""
+        if self.is_deferred:
+            return self.total.reshape(()) < math.inf
+        return TRUE if self.is_finite else FALSE
+
+
+def measure(
+    gradients: Gradients,
+    norm_type: float,
+    *,
+    scale: float = 1.0,
+    loss_scale: Tensor | None = None,
+    spec: MeasurementSpec = MeasurementSpec(),
+    deferred: bool = False,
+) -> Measurement:
+    """Read the gradients once, and those a second time whose norm is not reliable.
+
+    Args:
+        gradients: The gradients of one step.
+        norm_type: The order p.
+        scale: What the gradients will be multiplied by before all else; the norms are of the scaled gradients.
+        loss_scale: What they will be divided by, a tensor of one entry; None is 1.
+        spec: What is needed beside the total norm.
+        deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
+    """
+    table, reduction = gradients.table, gradients.table.reduction
+    if not gradients.tensors and not reduction:
+        return _nothing(gradients, norm_type, spec, scale, deferred=deferred)
+    norms = ours = _unit_norms_here(gradients, norm_type) if spec.by_unit else _norms_here(gradients, norm_type)
+    weights = _weight_norms_here(table, norm_type, spec) if spec.weights else None
+    if reduction:
+        norms, weights = _over_all_ranks(table, ours, weights, norm_type, spec)
+    total = total_norm(norms.double(), norm_type).to(norms.dtype) if spec.by_unit else total_norm(norms, norm_type)
+    if deferred:
+        return _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
+
+    norms, total, weights, divisor = on_host(norms, total, weights, loss_scale)
+    norms, total = remeasure(gradients, ours, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
+    scale = scale / divisor
+    if scale != 1.0:
+        norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
+    if spec.by_unit:
+        parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
+    else:
+        norms = parameter_norms = norms if reduction else gradients.fill(norms)
+    return Measurement(norms, total, parameter_norms, norm_type, weights, scale)
+
+
+def _deferred(
+    gradients: Gradients,
+    norms: Tensor,
+    total: Tensor,
+    norm_type: float,
+    weights: Tensor | None,
+    scale: float,
+    loss_scale: Tensor | None,
+) -> Measurement:
+    """The measurement of a step that is decided where the gradients are: nothing is read."""
+    factor: float | Tensor = scale
+    if loss_scale is not None:
+        factor = scale / loss_scale
+    if isinstance(factor, Tensor) or factor != 1.0:
+        norms, total = norms * factor, total * factor
+    if not gradients.table.reduction:
+        norms = gradients.fill(norms)
+    return Measurement(norms, total, norms, norm_type, weights, factor, is_deferred=True)
+
+
+def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scale: float, *, deferred: bool) -> Measurement:
+    """The measurement of a step without gradients."""
+    count = len(gradients.table)
+    parts = torch.zeros(len(gradients.table.units) if spec.by_unit else count, device="cpu")
+    weights = torch.zeros_like(parts) if spec.weights else None
+    total, parameter_norms = torch.zeros(1, device="cpu"), torch.zeros(count, device="cpu")
+    return Measurement(parts, total, parameter_norms, norm_type, weights, scale, is_deferred=deferred)
+
+
+def _over_all_ranks(
+    table: ParameterTable, ours: Tensor, weights: Tensor | None, norm_type: float, spec: MeasurementSpec
+) -> tuple[Tensor, Tensor | None]:
+    """From this rank's norms to those of whole tensors: of gradients and of weights, by one collective."""
+    reduction = table.unit_reduction if spec.by_unit else table.reduction
+    assert reduction is not None
+    if weights is None:
+        return reduction.norms(ours, norm_type), None
+    norms = reduction.norms(torch.cat([ours, weights.to(ours)]), norm_type)
+    return norms[: len(ours)], norms[len(ours) :]
+
+
+def _norms_here(gradients: Gradients, norm_type: float) -> Tensor:
+    """Norms of the gradients that are there, ``(n,)``; where ranks hold parts, of this rank's, ``(N,)``, 0 where it has none."""
+    table = gradients.table
+    if gradients.tensors:
+        norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
+    else:
+        norms = torch.zeros(0, device=table.shards[0].device if table.shards else "cpu")
+    if not table.reduction:
+        return norms
+    return gradients.fill(norms.to(torch.float64 if table.is_wide else torch.float32))
+
+
+def _unit_norms_here(gradients: Gradients, norm_type: float) -> Tensor:
+    """Norms of the units, where ranks hold parts of those of this rank's parts, ``(U,)``; 0 where there is no gradient."""
+    table = gradients.table
+    dtype = torch.float64 if table.is_wide else torch.float32
+    device = table.shards[0].device if table.shards else torch.device("cpu")
+    rows = gradients.rows
+    found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
+    return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
+
+
+def _weight_norms_here(table: ParameterTable, norm_type: float, spec: MeasurementSpec) -> Tensor:
+    """Norms of parameters, or of their units, where ranks hold parts of those of this rank's parts; 0 where they are not spec."""
+    dtype = torch.float64 if table.is_wide else torch.float32
+    device = table.shards[0].device
+    places = [position for position in spec.weights if table.shards[position].numel()]
+    shards = [table.shards[position].detach() for position in places]
+    if spec.by_unit:
+        rows = [each for position, shard in zip(places, shards, strict=True) for each in table.rows(position, shard)]
+        found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
+        return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
+    norms = torch.zeros(len(table), dtype=dtype, device=device)
+    if not shards:
+        return norms
+    read = tensor_norms(shards, norm_type).to(dtype)
+    return read if len(places) == len(table) else norms.index_copy_(0, table.index(places, device, "weights"), read)
+
+
+def _laid_out(
+    count: int, units: Sequence[slice | Tensor], found: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Norms of some units in their places among all; 0 elsewhere."""
+    ends = [each.stop if isinstance(each, slice) else None for each in units]
+    starts = [each.start if isinstance(each, slice) else None for each in units]
+    if found and starts == [0, *ends[:-1]] and ends[-1] == count:
+        return torch.cat(list(found))
+    norms = torch.zeros(count, dtype=dtype, device=device)
+    for place, values in zip(units, found, strict=True):
+        norms[place] = values
+    return norms
+
+
+def on_host(
+    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU."""
+    if norms.is_cpu:
+        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale)
+    parts = [norms, total, *(() if weights is None else (weights,))]
+    if loss_scale is not None:
+        parts.append(loss_scale.to(norms).reshape(1))
+    together = torch.cat(parts).cpu()
+    norms, total, *rest = together.split([len(part) for part in parts])  # type: ignore[no-untyped-call]
+    return norms, total, None if weights is None else rest[0], 1.0 if loss_scale is None else together.tolist()[-1]

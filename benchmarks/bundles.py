@@ -40,13 +40,13 @@ class Switch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose, and start the clock."""
         if self.bundles is None:
-            self.bundles = self.guard.evidence._bundles
+            self.bundles = self.guard._part.journal._bundles
             assert self.bundles is not None, "or both kinds are the same"
         if batch_idx % BLOCK == 0:
             if not self._pair:
                 self._pair = self.dice.sample([True, False], 2)
             self._is_on = self._pair.pop()
-            self.guard.evidence._bundles = self.bundles if self._is_on else None
+            self.guard._part.journal._bundles = self.bundles if self._is_on else None
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.timing import machine, publish, table
-from clip_callbacks.core.step_report import BLOCK_NORM
+from clip_callbacks.core.metric_names import BLOCK_NORM
 
 BLOCKS = 10
 

@@ -1,5 +1,6 @@
 """Gradient health for PyTorch Lightning: clipping, guarding, rescaling and watching gradients in one pass."""
 
+from clip_callbacks._version import __version__ as __version__
 from clip_callbacks.accumulation.weights import BatchSize, LabelTokens
 from clip_callbacks.callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.core.clip_grad import clip_grad_norm_
@@ -22,8 +23,6 @@ from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.rules import ClipRule
 from clip_callbacks.core.step import clip_step
 from clip_callbacks.core.step_report import StepReport
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AccumulationRescaling",

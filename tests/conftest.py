@@ -122,7 +122,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def never_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the test fail where gradients are examined one by one."""
-    monkeypatch.setattr("clip_callbacks.guard.step_context.examine", lambda *_: pytest.fail("walked on a healthy step"))
+    monkeypatch.setattr("clip_callbacks.guard.examination.examine", lambda *_: pytest.fail("walked on a healthy step"))
 
 
 @pytest.fixture

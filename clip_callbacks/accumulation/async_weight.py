@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from clip_callbacks.accumulation.weights import Weight, checked
-from clip_callbacks.trainer.device_event import Arrival
+from clip_callbacks.trainer.device_event import DeviceEvent
 
 
-class IncomingWeight:
+class AsyncWeight:
     """A weight that may be on its way from a device: the forward pass is under way before anybody waits for it.
 
     Args:
@@ -21,7 +21,7 @@ class IncomingWeight:
 
     def __init__(self, source: Weight, batch: Any, batch_idx: int) -> None:
         self._source, self._batch_idx = source, batch_idx
-        self._arrival: Arrival | None = None
+        self._event: DeviceEvent | None = None
         self._error: Exception | None = None
         try:
             self._value: Any = source(batch)
@@ -29,7 +29,7 @@ class IncomingWeight:
             self._value, self._error = None, error
         if isinstance(self._value, Tensor) and not self._value.is_cpu:
             device, self._value = self._value.device, self._value.to("cpu", non_blocking=True)
-            self._arrival = Arrival(device)
+            self._event = DeviceEvent(device)
 
     def read(self) -> float:
         """The weight.
@@ -40,6 +40,6 @@ class IncomingWeight:
         """
         if self._error:
             raise self._error
-        if self._arrival:
-            self._arrival.wait()
+        if self._event:
+            self._event.wait()
         return checked(self._value, self._source, self._batch_idx)

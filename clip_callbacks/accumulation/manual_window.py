@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clip_callbacks.accumulation.window import Window
 from clip_callbacks.core.reduction import Reduction, on_any_rank, shard_of
-from clip_callbacks.trainer.optimizer_context import Lane
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
 class ManualWindow:
@@ -18,8 +18,8 @@ class ManualWindow:
     both, by a flag each.
     """
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, context: OptimizerContext) -> None:
+        self._context = context
         self.window = Window(divisor=1)
         self._seen = self._fingerprints()
 
@@ -40,21 +40,21 @@ class ManualWindow:
 
     @property
     def _reduction(self) -> Reduction | None:
-        return self._lane.table.reduction
+        return self._context.table.reduction
 
     def _agreed(self, flag: bool) -> bool:
         """Whether it holds on any rank: an empty shard tells nothing."""
         return on_any_rank(flag, self._reduction.counts.device) if self._reduction else flag
 
     def _gradients(self) -> list[Tensor | None]:
-        gradients = (tensor.grad for tensor in self._lane.table.tensors)
+        gradients = (tensor.grad for tensor in self._context.table.tensors)
         return [None if gradient is None else shard_of(gradient) for gradient in gradients]
 
     def _is_zero(self) -> bool:
         return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)
 
     def _fingerprints(self) -> list[tuple[int, int, int] | None]:
-        wholes = [tensor.grad for tensor in self._lane.table.tensors]
+        wholes = [tensor.grad for tensor in self._context.table.tensors]
         return [None if gradient is None else _fingerprint(gradient) for gradient in wholes]
 
 

@@ -10,31 +10,68 @@ last one are this rank's own. The last backward pass averages what it adds; thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from clip_callbacks.accumulation.weights import count_samples
 from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
-from clip_callbacks.trainer.batch_norm import BatchStatistics
-
-if TYPE_CHECKING:
-    from torch.nn.parallel import DistributedDataParallel
-
-    from clip_callbacks.trainer.optimizer_context import Lane
+from clip_callbacks.trainer.batch_norm import BatchStatistics, layers_with_statistics
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
 class MicroBatches:
+    """The micro-batches of the current window, not looked at: their gradients are summed where they arise."""
+
+    scale = 1.0
+    """What makes the mean over all micro-batches one over the good ones."""
+    is_lost = False
+    """Whether every micro-batch of the window was dropped."""
+
+    def begin_batch(self, batch: Any) -> None:
+        """Take up a micro-batch, before its forward pass."""
+
+    def before_backward(self) -> None:
+        """Make room for the gradients of one micro-batch."""
+
+    def after_backward(self, losses: Sequence[Tensor], report: Callable[[OptimizerContext], None]) -> bool:
+        """Look at the new gradients.
+
+        Args:
+            losses: The losses of the micro-batch, as far as they count.
+            report: Told of each optimizer with bad gradients, before they are dropped.
+
+        Returns:
+            Whether the micro-batch was dropped.
+        """
+        return False
+
+    def end_window(self) -> None:
+        """Begin a new window."""
+
+    def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
+        """Norms of the window's micro-batches and of their mean; None if they are not known, or not of one size.
+
+        Args:
+            total: The norm of their sum, divided by ``divisor``.
+            divisor: What each was divided by.
+            loss_scale: What each was multiplied by.
+        """
+        return None
+
+
+class InspectedMicroBatches(MicroBatches):
     """The micro-batches of the current window, good and bad.
 
     Args:
         module: The module in training.
-        lanes: Its optimizers.
+        contexts: Its optimizers.
         restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
         drops: Whether bad ones are dropped, or all only measured.
         parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
@@ -46,14 +83,14 @@ class MicroBatches:
     def __init__(
         self,
         module: LightningModule,
-        lanes: Sequence[Lane],
+        contexts: Sequence[OptimizerContext],
         *,
         restore_buffers: bool,
         drops: bool,
         parallel: DistributedDataParallel | None = None,
     ) -> None:
-        self._lanes = lanes
-        self._tensors = [tensor for lane in lanes for tensor in lane.table.tensors]
+        self._contexts = contexts
+        self._tensors = [tensor for context in contexts for tensor in context.table.tensors]
         self._drops = drops
         self._parallel = parallel
         self._averages = False
@@ -61,7 +98,7 @@ class MicroBatches:
         self._size: int | None = None
         self._sizes: list[int | None] = []
         self.norms: list[float] = []
-        self._statistics = BatchStatistics(module, is_on=restore_buffers)
+        self._statistics = BatchStatistics(layers_with_statistics(module) if restore_buffers else ())
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
 
@@ -81,35 +118,23 @@ class MicroBatches:
                 tensor.grad = torch.zeros_like(tensor) if id(tensor) in self._used else None
 
     @torch.no_grad()
-    def after_backward(self, losses: Sequence[Tensor], report: Callable[[Lane], None]) -> bool:
-        """Add the new gradients to those set aside, or drop them.
-
-        Args:
-            losses: Of the micro-batch, as far as it counts.
-            report: Told of each optimizer with bad gradients, before they are dropped.
-
-        Returns:
-            Whether the micro-batch was dropped.
-        """
-        if self._parallel is not None and any(it.grad is not None and it.grad.layout is not torch.strided for it in self._tensors):
-            raise ValueError(
-                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": those set aside cannot be '
-                "averaged. Use sparse=False, or one device."
-            )
+    def after_backward(self, losses: Sequence[Tensor], report: Callable[[OptimizerContext], None]) -> bool:
+        """Add the new gradients to those set aside, or drop them."""
+        self._check_layouts()
         self._sizes.append(self._size)
-        self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None} if self._parallel else set()
-        measured = [measure(lane.table.gradients(), 2.0) for lane in self._lanes]
-        bad = [lane for lane, measurement in zip(self._lanes, measured, strict=True) if not measurement.is_finite]
+        if self._parallel is not None:
+            self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None}
+        measured = [measure(context.table.gradients(), 2.0) for context in self._contexts]
+        bad = [context for context, norms in zip(self._contexts, measured, strict=True) if not norms.is_finite]
         is_bad = self._drops and (bool(bad) or not all_finite(losses))
         if self._parallel is not None:
             is_bad = on_any_rank(is_bad, self._tensors[0].device)
-        if self._averages and self.good:
-            ours = {id(tensor): gradient for tensor, gradient in self._aside}
-            means = averaged([ours.get(id(tensor)) for tensor in self._tensors], self._tensors)
-            self._aside = [(tensor, mean) for tensor, mean in zip(self._tensors, means, strict=True) if mean is not None]
+        if self._averages and self.good:  # the last backward pass of the window: autograd has averaged only what it added
+            self._average_those_aside()
+
         if is_bad:
-            for lane in bad or self._lanes[:1]:
-                report(lane)
+            for context in bad or self._contexts[:1]:
+                report(context)
             self._drop()
         else:
             self.norms += measured[0].total.tolist()
@@ -118,6 +143,20 @@ class MicroBatches:
         self.good += not is_bad
         self.dropped += is_bad
         return is_bad
+
+    def _check_layouts(self) -> None:
+        if self._parallel is None:
+            return
+        if any(tensor.grad is not None and tensor.grad.layout is not torch.strided for tensor in self._tensors):
+            raise ValueError(
+                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": those set aside cannot be '
+                "averaged. Use sparse=False, or one device."
+            )
+
+    def _average_those_aside(self) -> None:
+        ours = {id(tensor): gradient for tensor, gradient in self._aside}
+        means = averaged([ours.get(id(tensor)) for tensor in self._tensors], self._tensors)
+        self._aside = [(tensor, mean) for tensor, mean in zip(self._tensors, means, strict=True) if mean is not None]
 
     def _drop(self) -> None:
         for tensor in self._tensors:
@@ -142,24 +181,18 @@ class MicroBatches:
         self._used = set()
 
     def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
-        """Norms of the window's micro-batches and of their mean; None if they are not of one size.
-
-        Args:
-            total: Norm of their sum, divided by ``divisor``.
-            divisor: What each was divided by.
-            loss_scale: What each was multiplied by.
-        """
+        """Norms of the window's micro-batches and of their mean; None if they are not of one size."""
         if len(set(self._sizes)) != 1:
             return None
         small = [(norm * divisor / loss_scale) ** 2 for norm in self.norms]
         return WindowNorms(small, (total * divisor / max(len(small), 1)) ** 2, self._sizes[0])
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float:  # type: ignore[override]
         """What makes the mean over all micro-batches one over the good ones."""
         return (self.good + self.dropped) / self.good if self.good else 1.0
 
     @property
-    def is_lost(self) -> bool:
+    def is_lost(self) -> bool:  # type: ignore[override]
         """Whether every micro-batch of the window was dropped."""
         return self.dropped > 0 and self.good == 0

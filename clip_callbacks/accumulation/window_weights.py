@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 
-from clip_callbacks.accumulation.async_weight import IncomingWeight
+from clip_callbacks.accumulation.async_weight import AsyncWeight
 from clip_callbacks.accumulation.weights import Weight
 
 
-class Weighing:
+class WindowWeights:
     """The weights of one run, in units of its first one, rounded down to a power of two.
 
     Weights count tokens: multiplied by thousands, a half-precision backward pass would overflow. The unit is the same on all
@@ -25,13 +25,13 @@ class Weighing:
 
     def __init__(self, source: Weight) -> None:
         self._source = source
-        self._incoming: IncomingWeight | None = None
+        self._pending: AsyncWeight | None = None
         self._unit = 0.0
         self._error: Exception | None = None
 
     def ask(self, batch: Any, batch_idx: int) -> None:
         """Ask for the weight of a batch."""
-        self._incoming = IncomingWeight(self._source, batch, batch_idx)
+        self._pending = AsyncWeight(self._source, batch, batch_idx)
 
     def read(self, trainer: Trainer) -> float:
         """The weight of the batch asked for last.
@@ -39,9 +39,9 @@ class Weighing:
         Raises:
             Exception: What the source raised, or that it is no number of at least 0; on several ranks later, by :meth:`total`.
         """
-        assert self._incoming is not None
+        assert self._pending is not None
         try:
-            weight = math.inf if self._error else self._incoming.read()
+            weight = math.inf if self._error else self._pending.read()
         except Exception as error:
             if trainer.world_size == 1:
                 raise

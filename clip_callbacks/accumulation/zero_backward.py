@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
-def silence(loss: Tensor, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
+def zero_backward(loss: Tensor, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
     """Make every gradient of one backward pass 0, where it arises and where it arrives: 0 times a NaN would be NaN.
 
     Parameters alone would not do: the graph of a sharded module ends in other tensors, made for this pass.

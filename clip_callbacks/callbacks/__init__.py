@@ -1,4 +1,4 @@
-"""The callbacks: the only folder that imports Lightning."""
+"""The public callbacks: options, docstrings, states."""
 
 from clip_callbacks.callbacks.accumulation import AccumulationRescaling
 from clip_callbacks.callbacks.clipping import GradientClipping

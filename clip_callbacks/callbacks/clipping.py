@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
 
-from clip_callbacks.callbacks.guard import NonFiniteGuard
+from clip_callbacks.clipping.clipper import Clipper, names_of
 from clip_callbacks.core.arguments import as_max_norm, as_norm_type
 from clip_callbacks.core.blocks import Scope
-from clip_callbacks.core.limit_state import Held, adopt
-from clip_callbacks.core.limits import Limit, as_limit, labels
+from clip_callbacks.core.limits import Limit, as_limit
 from clip_callbacks.core.nonfinite import Policy, as_policy
-from clip_callbacks.core.rules import ClipRule, ClipState
-from clip_callbacks.engine.base import Member
-from clip_callbacks.trainer.optimizer_context import Lane
+from clip_callbacks.core.rules import ClipRule
+from clip_callbacks.engine.base import GradientCallback
+from clip_callbacks.engine.components import Parts
+from clip_callbacks.guard.guard import Guard
+from clip_callbacks.guard.options import GuardOptions
+from clip_callbacks.trainer.checks import CallbackFacts
 
 
-class GradientClipping(Member):
+class GradientClipping(GradientCallback):
     r"""Clips gradient norms, globally or locally, guards against NaN and Inf, and logs what it does.
 
     .. math::
@@ -66,7 +67,7 @@ class GradientClipping(Member):
         >>> trainer = Trainer(callbacks=[GradientClipping(1.0)], logger=False, enable_checkpointing=False)
     """
 
-    kind = "clipping"
+    _kind = "clipping"
 
     def __init__(
         self,
@@ -87,109 +88,38 @@ class GradientClipping(Member):
         self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value")
-        self.guard = NonFiniteGuard(as_policy(nonfinite, "nonfinite"))
         self.prog_bar = prog_bar
-        self._rules: dict[int, list[ClipRule]] = {}
-        self._shadows: dict[int, list[ClipRule]] = {}
-        self._held: dict[int, dict[str, Held]] = {}
-        self._held_by_shadows: dict[int, dict[str, Held]] = {}
-        self._restored: tuple[dict[int, dict[str, Held]], dict[int, dict[str, Held]]] = {}, {}
+        self._guard_options = GuardOptions(as_policy(nonfinite, "nonfinite"))
+        self._own_guard: Guard | None = None
 
-    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
-        """Find the rules that hold for each optimizer, and their states.
+    def _facts(self) -> CallbackFacts:
+        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
 
-        Raises:
-            ValueError: If a rule's pattern matches no parameter, or a restored state is that of other rules.
-        """
-        super().bind(lanes, names, renew=renew)
-        for rule in () if renew else self.rules:
-            rule.selection.check(list(dict.fromkeys([*names, *(name for lane in lanes for name in lane.table.names)])))
-            if not any(_holds(rule, lane) for lane in lanes):
-                which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
-                rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
-        for lane in lanes:
-            rules = {key: _narrowed(rule, lane) for key, rule in self._named_rules().items() if _holds(rule, lane)}
-            self._rules[lane.index] = list(rules.values())
-            whose = f"GradientClipping for optimizer {lane.index}"
-            self._held[lane.index] = self._adopted(rules, lane, self._held, self._restored[0], whose, strict=not renew)
-            self._bind_shadows(lane)
-        self.guard.bind(lanes, names, renew=renew)
+    def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
+        self._part = Clipper(self.rules, self.shadow, self.clip_value, saved)
+        self._own_guard = Guard(trainer, self._guard_options, saved.get("guard", {}))
+        return Parts(
+            clipper=self._part,
+            default_guard=self._own_guard,
+            norm_type=self.norm_type,
+            shows=self.prog_bar,
+            histories=saved.get("history", {}),
+        )
 
-    def _bind_shadows(self, lane: Lane) -> None:
-        """Shadows may change between runs: they decide nothing."""
-        first = self.rules[0]
-        each = zip(self.shadow, labels(self.shadow), strict=True)
-        shadows = {name: _narrowed(replace(first, max_norm=limit, name=name), lane) for limit, name in each if _holds(first, lane)}
-        self._shadows[lane.index] = list(shadows.values())
-        held, restored = self._held_by_shadows, self._restored[1]
-        self._held_by_shadows[lane.index] = self._adopted(shadows, lane, held, restored, "shadow", strict=False)
-        lane.history.keep_only([rule.name for rule in self._rules[lane.index] if rule.name], list(shadows))
+    def _parts_state(self) -> dict[str, Any]:
+        assert self._own_guard is not None, "made with the other part"
+        return {**super()._parts_state(), "guard": self._own_guard.state_dict()}
 
-    @staticmethod
-    def _adopted(
-        rules: dict[str, ClipRule],
-        lane: Lane,
-        held: dict[int, dict[str, Held]],
-        restored: dict[int, dict[str, Held]],
-        whose: str,
-        *,
-        strict: bool,
-    ) -> dict[str, Held]:
-        known = [source.get(lane.index, {}) for source in (held, restored)]
-        return {
-            key: adopt(Held.fresh(rule, lane.table), [source.get(key) for source in known], whose, strict=strict)
-            for key, rule in rules.items()
-        }
+    def _empty_state(self) -> dict[str, Any]:
+        return {"limits": {}, "shadows": {}, "guard": {}}
 
-    def _named_rules(self) -> dict[str, ClipRule]:
-        """By their names, which each of several rules needs for its metrics."""
-        named = zip(_names(self.rules), self.rules, strict=True)
-        return {name: replace(rule, name=name) if len(self.rules) > 1 else rule for name, rule in named}
+    def _leave(self) -> None:
+        super()._leave()
+        self._own_guard = None
 
-    def forget(self) -> None:
-        """Begin a new run."""
-        super().forget()
-        self._held, self._held_by_shadows, self._restored = {}, {}, ({}, {})
-        self.guard.forget()
-
-    def rules_of(self, index: int) -> list[ClipRule]:
-        """The rules that hold for an optimizer."""
-        return self._rules[index]
-
-    def shadows_of(self, index: int) -> list[ClipRule]:
-        """The limits that are tried on it, as rules."""
-        return self._shadows[index]
-
-    def state_of(self, index: int) -> ClipState:
-        """The states of both."""
-        return tuple(held.state for held in self._each_held(index))
-
-    def keep(self, index: int, state: ClipState) -> None:
-        """Keep them for the next step."""
-        for held, after in zip(self._each_held(index), state, strict=True):
-            held.state = after
-
-    def _each_held(self, index: int) -> list[Held]:
-        return [*self._held[index].values(), *self._held_by_shadows[index].values()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Limits' states and the guard's counters."""
-        return super().state_dict() | {
-            "limits": _dumped(self._held or self._restored[0]),
-            "shadows": _dumped(self._held_by_shadows or self._restored[1]),
-            "guard": self.guard.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the state is not one of this callback.
-        """
-        super().load_state_dict(state_dict)
-        self._restored = _loaded(state_dict["limits"]), _loaded(state_dict["shadows"])
-        self._held, self._held_by_shadows = {}, {}
-        self.guard.load_state_dict(state_dict["guard"])
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what belongs to one Trainer's fit."""
+        return super().__getstate__() | {"_own_guard": None}
 
 
 def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> list[ClipRule]:
@@ -208,29 +138,7 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
     return list(rules)
 
 
-def _names(rules: Sequence[ClipRule]) -> list[str]:
-    return [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
-
-
 def _check_names(rules: Sequence[ClipRule]) -> None:
-    names = _names(rules)
+    names = names_of(rules)
     if len(set(names)) < len(names):
         raise ValueError(f"`name` must be another one for each rule, got {', '.join(names)}: metrics are called by it.")
-
-
-def _dumped(held: dict[int, dict[str, Held]]) -> dict[int, dict[str, Any]]:
-    return {index: {key: each.dump() for key, each in by_rule.items()} for index, by_rule in held.items()}
-
-
-def _loaded(saved: dict[int, dict[str, Any]]) -> dict[int, dict[str, Held]]:
-    return {int(index): {key: Held.load(each) for key, each in by_rule.items()} for index, by_rule in saved.items()}
-
-
-def _holds(rule: ClipRule, lane: Lane) -> bool:
-    return rule.selection.among(lane.table.names) is not None
-
-
-def _narrowed(rule: ClipRule, lane: Lane) -> ClipRule:
-    """The rule for an optimizer that may hold none of what is excluded."""
-    selection = rule.selection.among(lane.table.names)
-    return rule if selection is None or selection.exclude == rule.exclude else replace(rule, exclude=None)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from clip_callbacks.core.blocks import no_match
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import is_sharded, shard_of
-from clip_callbacks.trainer.compat import TwinCallback, is_of
+from clip_callbacks.trainer.compat import OtherCallback, is_of
 
 Fault: TypeAlias = Literal["nan", "inf", "spike", "loss"]
 
@@ -32,7 +32,7 @@ FACTOR = 1e4
 _log = logging.getLogger(__name__)
 
 
-class FaultInjection(Callback, TwinCallback):  # type: ignore[misc]
+class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
     """Poisons gradients or losses on purpose, to rehearse what a run does when that happens by itself.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.

@@ -1,36 +1,26 @@
 """NonFiniteGuard."""
 
 # mypy: disable-error-code="override"
+# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from clip_callbacks.core.limit_state import Held, adopt
-from clip_callbacks.core.limits import Limit, as_limit
-from clip_callbacks.core.nonfinite import Policy, as_policy
-from clip_callbacks.core.rules import ClipRule, ClipState
-from clip_callbacks.engine.base import Member
-from clip_callbacks.guard.bad_steps import BadSteps
-from clip_callbacks.guard.capture import Weights
-from clip_callbacks.guard.counters import Counters
-from clip_callbacks.guard.journal import Evidence
-from clip_callbacks.guard.restore import Rewind
-from clip_callbacks.guard.rollback import Rollback, check_rollback
-from clip_callbacks.trainer.compat import is_of
-from clip_callbacks.trainer.components import Roles
-from clip_callbacks.trainer.optimizer_context import KeptBatch, Lane
-
-Level: TypeAlias = Literal["window", "microbatch"]
-OnStreak: TypeAlias = Literal["raise", "rollback"]
+from clip_callbacks.core.limits import Limit
+from clip_callbacks.core.nonfinite import Policy
+from clip_callbacks.engine.base import GradientCallback
+from clip_callbacks.engine.components import Parts
+from clip_callbacks.guard.bad_steps import BadStepCounts
+from clip_callbacks.guard.guard import Guard
+from clip_callbacks.guard.journal import check_folder
+from clip_callbacks.guard.options import GuardOptions, Level, OnStreak, Weights
 
 
-class NonFiniteGuard(Member):
+class NonFiniteGuard(GradientCallback):
     """Keeps NaN and Inf gradients from the weights.
 
     Under "skip" **a bad step never happened**. Its gradients become None, so that every optimizer of ``torch.optim`` leaves the
@@ -127,7 +117,7 @@ class NonFiniteGuard(Member):
         0
     """
 
-    kind = "guard"
+    _kind = "guard"
 
     def __init__(
         self,
@@ -150,65 +140,75 @@ class NonFiniteGuard(Member):
         lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.policy = as_policy(policy, "policy")
-        if not isinstance(max_consecutive, int) or max_consecutive < 1:
-            raise ValueError(f"`max_consecutive` must be a whole number of at least 1, got {max_consecutive!r}.")
-        if level not in get_args(Level):
-            raise ValueError(f"`level` must be one of {', '.join(get_args(Level))}, got {level!r}.")
-        if level == "microbatch" and self.policy != "skip":
-            raise ValueError(f'`level` must be "window" for the policy {policy!r}, got "microbatch": only skipping drops anything.')
-        self.level: Level = level
-        self.restore_buffers = restore_buffers
-        self.hold_schedulers = hold_schedulers
-        self.trace_forward = trace_forward
-        self.deferred = deferred
-        if skip_above is not None and self.policy != "skip":
-            raise ValueError(f'`skip_above` must be None for the policy {policy!r}, got {skip_above!r}: use the policy "skip".')
-        self.skip_above = None if skip_above is None else as_limit(skip_above, "skip_above")
-        self.evidence = Evidence(bundle_dir, weights, max_bundles, max_bundle_bytes)
-        if on_streak not in get_args(OnStreak):
-            raise ValueError(f"`on_streak` must be one of {', '.join(get_args(OnStreak))}, got {on_streak!r}.")
-        check_rollback(self.policy, is_on=on_streak == "rollback", every=every, max_rollbacks=max_rollbacks, lr_factor=lr_factor)
-        self.on_streak: OnStreak = on_streak
-        self.every, self.lr_factor = every, lr_factor
-        most = max_rollbacks if on_streak == "rollback" else 0
-        self.bad_steps = BadSteps(self.policy, self.evidence, max_consecutive=max_consecutive, max_rollbacks=most)
-        self._held: dict[int, Held] = {}
-        self._rewind: Rewind | None = None
-        self._rollback: Rollback | None = None
-        self._left_out = (-1, 0, 0)
-        self.dropped_micro_batches = 0
+        self._options = GuardOptions(
+            policy=policy,
+            max_consecutive=max_consecutive,
+            level=level,
+            restore_buffers=restore_buffers,
+            hold_schedulers=hold_schedulers,
+            trace_forward=trace_forward,
+            deferred=deferred,
+            skip_above=skip_above,
+            bundle_dir=None if bundle_dir is None else Path(bundle_dir).expanduser().absolute(),  # wherever the process goes later
+            weights=weights,
+            max_bundles=max_bundles,
+            max_bundle_bytes=max_bundle_bytes,
+            on_streak=on_streak,
+            every=every,
+            max_rollbacks=max_rollbacks,
+            lr_factor=lr_factor,
+        )
+        self.policy, self.level, self.on_streak = self._options.policy, self._options.level, self._options.on_streak
+        self.deferred, self.skip_above = self._options.deferred, self._options.ceiling
+        self.restore_buffers, self.hold_schedulers, self.trace_forward = restore_buffers, hold_schedulers, trace_forward
+        self.every, self.lr_factor = self._options.every, self._options.lr_factor
 
     @property
     def skipped_steps(self) -> int:
         """How many optimizer steps were skipped so far, over all optimizers."""
-        self._settle()
-        return sum(counters.skipped for counters in self.bad_steps.counters.values())
+        return self._collected_counts.skipped
 
     @property
     def zeroed_steps(self) -> int:
         """How many steps were taken after non-finite entries were set to 0."""
-        self._settle()
-        return sum(counters.zeroed for counters in self.bad_steps.counters.values())
+        return self._collected_counts.zeroed
 
     @property
     def overflowed_steps(self) -> int:
         """How many steps a GradScaler skipped for an overflow."""
-        self._settle()
-        return sum(counters.overflowed for counters in self.bad_steps.counters.values())
+        return self._collected_counts.overflowed
 
     @property
     def rollbacks(self) -> int:
         """How often the run went back to earlier weights."""
-        return self.bad_steps.rollbacks
+        return self._counts.rollbacks
 
-    def _settle(self) -> None:
-        if self._pass:
-            self._pass.settle()
+    @property
+    def dropped_micro_batches(self) -> int:
+        """How many micro-batches were dropped from their window."""
+        return self._counts.dropped_micro_batches
 
     def skipped_steps_of(self, index: int) -> int:
-        """How many steps of one optimizer were skipped so far."""
-        return self.bad_steps.counters[index].skipped
+        """How many steps of one optimizer were skipped so far.
+
+        Args:
+            index: The number of the optimizer.
+        """
+        return self._counts.of[index].skipped
+
+    @property
+    def _counts(self) -> BadStepCounts:
+        """What is counted, in a fit or after one; a deferred step whose report is on its way is not."""
+        if self._part is None or self._is_loaded:
+            return BadStepCounts(self._saved)
+        counts: BadStepCounts = self._part.counts
+        return counts
+
+    @property
+    def _collected_counts(self) -> BadStepCounts:
+        if self._engine:
+            self._engine.collect_pending()
+        return self._counts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained.
@@ -218,122 +218,11 @@ class NonFiniteGuard(Member):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.evidence.prepare()
+            check_folder(self._options)
 
-    def remember(self, trainer: Trainer, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """What is kept of a batch until its step: a reference, if it may have to be run again.
+    def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
+        self._part = Guard(trainer, self._options, saved)
+        return Parts(guard=self._part, histories=saved.get("history", {}))
 
-        Nothing of a ``training_step`` that takes the iterator: what hooks are given then is the batch before.
-        """
-        kept = self.evidence.keep(batch, batch_idx) or (KeptBatch(batch, batch_idx) if self.trace_forward else None)
-        return None if kept and is_of(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher) else kept
-
-    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
-        """Have counters for each optimizer.
-
-        Raises:
-            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
-        """
-        super().bind(lanes, names, renew=renew)
-        if self.evidence.holds_weights and any(lane.table.reduction for lane in lanes):
-            raise ValueError(
-                '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
-                "no rank has all of them. Save checkpoints."
-            )
-        counters = self.bad_steps.counters
-        if not renew and not counters.keys() <= {lane.index for lane in lanes}:
-            raise ValueError(
-                "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
-                f"got counters of {len(counters)} for {len(lanes)}."
-            )
-        for lane in lanes:
-            counters.setdefault(lane.index, Counters())
-            if self.skip_above:
-                fresh, known = Held.fresh(ClipRule(self.skip_above), lane.table), self._held.get(lane.index)
-                self._held[lane.index] = adopt(fresh, [known], "NonFiniteGuard's skip_above", strict=not renew)
-
-    def limit_state_of(self, index: int) -> ClipState:
-        """The state of ``skip_above`` for an optimizer."""
-        return (self._held[index].state,)
-
-    def keep_limit(self, index: int, state: ClipState) -> None:
-        """Keep it for the next step."""
-        (self._held[index].state,) = state
-
-    def rewind(self, module: LightningModule, lanes: Sequence[Lane]) -> Rewind:
-        """What puts back the changes of skipped steps."""
-        if self._rewind:
-            self._left_out = self._rewind.schedules.state()
-        self._rewind = Rewind(module, lanes, restore_buffers=self.restore_buffers, hold_schedulers=self.hold_schedulers)
-        self._rewind.schedules.load_state(self._left_out)
-        self.bad_steps.rewind = self._rewind
-        return self._rewind
-
-    def rollback(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane], roles: Roles) -> Rollback | None:
-        """What goes back to earlier weights, if that is wanted: its copy is made at the next good step, or is one it has."""
-        if self.on_streak == "rollback" and self._rewind:
-            if self._rollback and self._rollback.is_of(trainer, module):
-                self._rollback.renew(lanes, self._rewind)
-            else:
-                rewind, every, lr_factor = self._rewind, self.every, self.lr_factor
-                self._rollback = Rollback(trainer, module, lanes, roles, rewind, every=every, lr_factor=lr_factor)
-        self.bad_steps.rollback = self._rollback
-        return self._rollback
-
-    def forget(self) -> None:
-        """Begin a new run."""
-        super().forget()
-        self.bad_steps.forget()
-        self._held = {}
-        self._left_out = (-1, 0, 0)
-        self.dropped_micro_batches = 0
-
-    def release(self) -> None:
-        """Let go of the run; what a checkpoint needs stays."""
-        if self._rewind:
-            self._left_out, self._rewind = self._rewind.schedules.state(), None
-        self._rollback = None
-        self.bad_steps.release()
-
-    def summary(self, lanes: Sequence[Lane]) -> list[str]:
-        """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
-        steps = sum(lane.history.steps for lane in lanes)
-        parts = [
-            f"{count} {word}"
-            for count, word in (
-                (self.zeroed_steps, "taken with non-finite entries set to 0"),
-                (self.overflowed_steps, "left out by the GradScaler"),
-                (self.dropped_micro_batches, "micro-batches dropped"),
-                (self.rollbacks, "ended in a return to earlier weights"),
-            )
-            if count
-        ]
-        return [f"NonFiniteGuard: of {steps} optimizer steps, {', '.join(parts)}."] if parts else []
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counters, and where held schedules stand in the epoch."""
-        left_out = self._rewind.schedules.state() if self._rewind else self._left_out
-        ours = {
-            "skip_above": {index: held.dump() for index, held in self._held.items()},
-            "left_out": left_out,
-            "dropped_micro_batches": self.dropped_micro_batches,
-        }
-        return super().state_dict() | self.bad_steps.state_dict() | ours
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the state is not one of this callback.
-        """
-        super().load_state_dict(state_dict)
-        self.bad_steps.load_state_dict(state_dict)
-        self._left_out = tuple(state_dict["left_out"])
-        if self._rewind:  # a strategy that loads late
-            self._rewind.schedules.load_state(self._left_out)
-        self.dropped_micro_batches = state_dict["dropped_micro_batches"]
-        self._held = {int(index): Held.load(held) for index, held in state_dict["skip_above"].items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without what belongs to one Trainer's fit."""
-        return super().__getstate__() | {"_rewind": None, "_rollback": None}
+    def _empty_state(self) -> dict[str, Any]:
+        return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}

@@ -19,7 +19,17 @@ class Action(Enum):
 
 
 class StepOutcome(Enum):
-    """What came of an optimizer step."""
+    """What came of an optimizer step.
+
+    Attributes:
+        is_skipped: Whether the optimizer has changed nothing.
+    """
+
+    is_skipped: bool
+
+    def __init__(self, value: str) -> None:
+        """Note whether it is one of those that change nothing."""
+        self.is_skipped = value in {"skipped", "overflowed"}
 
     TAKEN = "taken"
     """Taken, with finite gradients."""
@@ -33,11 +43,3 @@ class StepOutcome(Enum):
     """Not taken by the GradScaler, which lowers the loss scale."""
     PENDING = "pending"
     """Decided on the device; the host learns of it at the next step."""
-
-    @property
-    def is_skipped(self) -> bool:
-        """Whether the optimizer has changed nothing."""
-        return self in _NOT_TAKEN
-
-
-_NOT_TAKEN = frozenset({StepOutcome.SKIPPED, StepOutcome.OVERFLOWED})

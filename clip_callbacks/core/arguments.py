@@ -67,10 +67,10 @@ def as_finite(
         found = math.nan
     if low < found < high or (low_too and found == low) or (high_too and found == high):
         return found
+    if high_too:
+        raise ValueError(f"`{argument}` must be above {low:g} and at most {high:g}, got {number!r}.")
     lower = f"of at least {low:g}" if low_too else f"above {low:g}"
     upper = "finite" if math.isinf(high) else f"below {high:g}"
-    if high_too:
-        upper = f"at most {high:g}"
     raise ValueError(f"`{argument}` must be a number {lower} and {upper}, got {number!r}.")
 
 

@@ -16,7 +16,7 @@ from clip_callbacks.core.units import UnitNames
 
 
 @dataclass
-class Held:
+class NamedLimitState:
     """The state of one limit, and whose it is.
 
     Args:
@@ -32,7 +32,7 @@ class Held:
     members: list[list[str]] | None = None
 
     @classmethod
-    def fresh(cls, rule: ClipRule, table: ParameterTable) -> Held:
+    def fresh(cls, rule: ClipRule, table: ParameterTable) -> NamedLimitState:
         """What a rule begins with."""
         stage = rule.stage(table)
         state = stage.init()
@@ -47,14 +47,14 @@ class Held:
         return {"kind": self.kind, "names": names, "state": self.state, "members": self.members}
 
     @classmethod
-    def load(cls, saved: dict[str, Any]) -> Held:
+    def load(cls, saved: dict[str, Any]) -> NamedLimitState:
         """Take back what :meth:`dump` returned."""
         names = saved["names"]
         names = UnitNames(*names) if isinstance(names, tuple) else names
         return cls(saved["kind"], names, dict(saved["state"]), saved["members"])
 
 
-def adopt(fresh: Held, sources: Sequence[Held | None], whose: str, *, strict: bool) -> Held:
+def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None], whose: str, *, strict: bool) -> NamedLimitState:
     """The state that a limit goes on with: each block takes what is known of it by its name.
 
     Args:
@@ -81,7 +81,7 @@ def adopt(fresh: Held, sources: Sequence[Held | None], whose: str, *, strict: bo
     return fresh
 
 
-def _is_alike(source: Held, fresh: Held) -> bool:
+def _is_alike(source: NamedLimitState, fresh: NamedLimitState) -> bool:
     """Whether it is the state of such a limit, for whatever blocks: these are the last dimension of all tensors that have one."""
     if source.kind != fresh.kind or source.state.keys() != fresh.state.keys():
         return False
@@ -94,12 +94,12 @@ def _is_alike(source: Held, fresh: Held) -> bool:
     )
 
 
-def _carried(fresh: Held, sources: Sequence[Held]) -> Held | None:
+def _carried(fresh: NamedLimitState, sources: Sequence[NamedLimitState]) -> NamedLimitState | None:
     """What the sources know of its blocks; None if they know none of them."""
     state, missing, is_known = dict(fresh.state), set(range(len(fresh.names))) if sources else set(), False
     for source in sources:
         if not is_known and list(source.names) == list(fresh.names) and source.members == fresh.members:
-            return Held(fresh.kind, fresh.names, dict(source.state), fresh.members)
+            return NamedLimitState(fresh.kind, fresh.names, dict(source.state), fresh.members)
         pairs = [(new, old) for new, old in _same_blocks(fresh, source) if new in missing]
         if not pairs:
             continue
@@ -111,10 +111,10 @@ def _carried(fresh: Held, sources: Sequence[Held]) -> Held | None:
                 state[key] = value
         missing -= {place for place, _ in pairs}
         is_known = True
-    return Held(fresh.kind, fresh.names, state, fresh.members) if is_known else None
+    return NamedLimitState(fresh.kind, fresh.names, state, fresh.members) if is_known else None
 
 
-def _same_blocks(fresh: Held, source: Held) -> list[tuple[int, int]]:
+def _same_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tuple[int, int]]:
     """Which blocks are the same: by name, or as those with the most parameters in common."""
     if fresh.members is None or source.members is None:
         places = {name: place for place, name in enumerate(source.names)}
@@ -136,7 +136,7 @@ def _members(table: ParameterTable, partition: Partition) -> list[list[str]]:
     return members
 
 
-def _told(held: Held) -> str:
+def _told(held: NamedLimitState) -> str:
     if not held.state:
         return f"{held.kind or 'no limit'}, which remembers nothing"
     shapes = {key: tuple(value.shape) for key, value in held.state.items()}

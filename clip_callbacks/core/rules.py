@@ -148,6 +148,11 @@ class Plan:
         return (*self.rules, *self.shadows, *ceiling)
 
     @cached_property
+    def count_of_clipping(self) -> int:
+        """How many states are those of rules and shadows; that of ``skip_above`` comes last."""
+        return len(self.rules) + len(self.shadows)
+
+    @cached_property
     def spec(self) -> MeasurementSpec:
         """What the stages need to know of the gradients."""
         weighed = {stage.weighed for stage in self.stages if stage.weighed}
@@ -184,9 +189,8 @@ class Plan:
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "
                     f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned."
                 )
-        rules = len(self.rules)
-        shadows = rules + len(self.shadows)
-        return state[:rules], state[rules:shadows], state[shadows:]
+        rules, both = len(self.rules), self.count_of_clipping
+        return state[:rules], state[rules:both], state[both:]
 
 
 _LAST: WeakKeyDictionary[ParameterTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()

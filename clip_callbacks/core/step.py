@@ -90,7 +90,6 @@ def clip_step(
     plan = Plan.of(table, rules, shadows, skip_above)
     state = plan.init() if state is None else state
     measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, loss_scale=loss_scale, deferred=deferred)
-    clear(fused)  # of an earlier step that was not taken
     return apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
 
 
@@ -212,6 +211,7 @@ def apply_step(
     Raises:
         ValueError: If a deferred step cannot be decided on the device.
     """
+    clear(fused)  # what an earlier step has left there that was not taken
     if step.norms.is_deferred:
         return _apply_on_device(step, state, action, clip_value, fused)
     finite, outcome = step.norms.finite, StepOutcome.TAKEN

@@ -1,4 +1,4 @@
-"""What one step reports, and the names of the metrics."""
+"""What one step reports."""
 
 from __future__ import annotations
 
@@ -12,37 +12,16 @@ from torch import Tensor
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.decisions import Outcome
 from clip_callbacks.core.measurement import FALSE, TRUE
+from clip_callbacks.core.metric_names import (
+    CLIP_COEF,
+    CLIPPED_NORM,
+    MAX_NORM,
+    RULE_CLIP_COEF,
+    RULE_MAX_NORM,
+    RULE_TOTAL_NORM,
+    TOTAL_NORM,
+)
 from clip_callbacks.core.remeasurement import sound_total
-
-TOTAL_NORM = "grad/total_norm"
-CLIPPED_NORM = "grad/clipped_norm"
-CLIP_COEF = "grad/clip_coef"
-MAX_NORM = "grad/max_norm"
-CLIP_FRACTION = "grad/clip_fraction"
-CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
-RULE_TOTAL_NORM = "grad/{}/total_norm"
-RULE_MAX_NORM = "grad/{}/max_norm"
-RULE_CLIP_COEF = "grad/{}/clip_coef"
-RULE_CLIP_FRACTION = "grad/{}/clip_fraction"
-SHADOW_CLIP_FRACTION = "grad/shadow_clip_fraction/{}"
-SHADOW_CLIP_FRACTION_EPOCH = "grad/shadow_clip_fraction_epoch/{}"
-SKIPPED_STEPS = "grad/skipped_steps"
-AMP_SCALE = "grad/amp_scale"
-ACCUMULATION_SCALE = "grad/accumulation_scale"
-NOISE_SCALE = "grad/noise_scale"
-BLOCK_NORM = "grad_norm/"
-"""Prefix of a monitor's metrics; the name of the block follows."""
-CONTRIBUTION = "grad_contribution/"
-SPILL_OVER = "grad_spill_over/"
-BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
-BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
-UPDATE_RATIO = "update_ratio/"
-HISTOGRAM = "grad_histogram/"
-
-JOURNAL = "nonfinite_steps.jsonl"
-"""In the log directory: a line of JSON for each bad step."""
-
-PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +172,6 @@ class StepReport:
             outcome=StepOutcome.TAKEN if is_finite else StepOutcome.IGNORED,
         )
 
-    def undone(self, outcome: StepOutcome) -> StepReport:
-        """The report of a step that turned out not to be taken.
-
-        Args:
-            outcome: What came of it: skipped, or overflowed.
-        """
-        return replace(self, skipped=TRUE, outcome=outcome)
-
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
         """The values of this step, on the host, under their names on a dashboard; only finite ones.
 
@@ -234,6 +205,16 @@ class StepReport:
     def _is_global(self) -> bool:
         """Whether one coefficient for everything is all there was to decide."""
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
+
+
+def as_undone(report: StepReport, outcome: StepOutcome) -> StepReport:
+    """The report of a step that turned out not to be taken.
+
+    Args:
+        report: The report.
+        outcome: What came of it: skipped, or overflowed.
+    """
+    return replace(report, skipped=TRUE, outcome=outcome)
 
 
 def _settled(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:

@@ -1,181 +1,224 @@
-"""What the four callbacks have in common: they join one pass, and the first of them in the Trainer's list drives it."""
+"""What the gradient callbacks of one Trainer have in common: they share one engine, which the first of them drives."""
 
 # mypy: disable-error-code="override"
 # hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.step_report import StepReport
-from clip_callbacks.engine.engine import Pass
-from clip_callbacks.publishing.charts import lay_out_charts
-from clip_callbacks.trainer.checks import check_trainer
-from clip_callbacks.trainer.compat import TwinCallback
-from clip_callbacks.trainer.optimizer_context import Lane
-
-Kind = Literal["clipping", "guard", "rescaling", "monitor"]
+from clip_callbacks.engine.components import Parts, assemble
+from clip_callbacks.engine.engine import StepEngine
+from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
+from clip_callbacks.trainer.compat import OtherCallback
 
 
-class Member(Callback, TwinCallback):  # type: ignore[misc]
-    """One callback of the family, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
+class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
+    """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
-    Attributes:
-        last_report: What the last optimizer step's pass found and did; None before the first.
+    It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
     """
 
-    kind: ClassVar[Kind]
+    _kind: ClassVar[Kind]
     state_key: str = ""
     """An attribute and no property: Lightning asks for it in every hook of every callback."""
-    norm_type: float | None = None
-    """The order of norms that this member asks for; None takes any."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last_report: StepReport | None = None
-        self._pass: Pass | None = None
-        self._history: dict[int, dict[str, Any]] = {}
-        self._skipped_steps = 0
+        self._driver: GradientCallback | None = None
+        self._driven: tuple[GradientCallback, ...] = ()
+        self._own_engine: StepEngine | None = None
+        self._part: Any = None
+        self._saved: dict[str, Any] = {}
         self._is_loaded = False
+        self._last_report: StepReport | None = None
+        self._last_skipped_steps = 0
         # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
         self.state_key = f"{self._stable_key}@{id(self)}"
 
     @property
+    def last_report(self) -> StepReport | None:
+        """What the last optimizer step's pass found and did; None before the first."""
+        return self._engine.last_report if self._engine else self._last_report
+
+    @property
     def skipped_steps(self) -> int:
         """How many optimizer steps of this run were skipped for non-finite gradients so far, over all optimizers."""
-        return self._pass.skipped_steps if self._pass else self._skipped_steps
+        return self._engine.skipped_steps if self._engine else self._last_skipped_steps
+
+    # --- for subclasses
 
     @property
     def _stable_key(self) -> str:
         return type(self).__qualname__
 
+    def _facts(self) -> CallbackFacts:
+        """What the checks need to know of this callback."""
+        return CallbackFacts(self._kind, self._stable_key)
+
+    def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
+        """Make what takes part in one fit, the main part of it as ``self._part``.
+
+        Args:
+            trainer: The Trainer.
+            module: The module to train.
+            saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+        """
+        raise NotImplementedError
+
+    def _parts_state(self) -> dict[str, Any]:
+        """The state of the parts of this fit."""
+        state: dict[str, Any] = self._part.state_dict()
+        return state
+
+    def _empty_state(self) -> dict[str, Any]:
+        """The state before the first fit."""
+        return {}
+
+    # --- the engine
+
+    @property
+    def _engine(self) -> StepEngine | None:
+        """The engine of the fit, if there is one."""
+        return self._driver._own_engine if self._driver else None
+
+    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule) -> Parts:
+        """Bring this callback's parts to a fit."""
+        self._driver = driver
+        saved, self._saved, self._is_loaded = self._saved, {}, False
+        return self._make_parts(trainer, module, saved)
+
+    def _leave(self) -> None:
+        """Keep the state of a fit that is over, and let go of its parts."""
+        self._last_report, self._last_skipped_steps = self.last_report, self.skipped_steps
+        self._save()
+        self._driver = self._part = None
+
+    def _save(self) -> None:
+        """Keep the state as it is now, unless a checkpoint has brought another one."""
+        if not self._is_loaded:
+            self._saved = self.state_dict()
+
+    def _restart(self) -> None:
+        """Begin a new run, unless a checkpoint has brought a state: what an earlier fit left does not count."""
+        self._last_report, self._last_skipped_steps = None, 0
+        if not self._is_loaded:
+            self._saved = {}
+
+    def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make the engine of a fit, for all callbacks; the first of them drives it."""
+        self._driven = tuple(gradient_callbacks(trainer))
+        components = assemble(trainer, [callback._join(self, trainer, module) for callback in self._driven])
+        self._own_engine = StepEngine(trainer, module, components, [callback._facts() for callback in self._driven])
+
+    def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has."""
+        if not any(callback._is_loaded for callback in self._driven):
+            return False
+        for callback in self._driven:
+            callback._save()
+        if self._own_engine:
+            self._own_engine.detach()
+        self._assemble(trainer, module)
+        return True
+
+    def _end(self) -> None:
+        """End a fit, for all callbacks."""
+        engine = self._own_engine
+        for callback in self._driven:
+            callback._leave()
+        self._own_engine, self._driven = None, ()
+        if engine:
+            engine.detach()
+
+    # --- Lightning's hooks
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
         self.state_key = self._stable_key
         if stage == "fit":
-            check_trainer(trainer, pl_module, family(trainer))
+            check_trainer(trainer, pl_module, [callback._facts() for callback in gradient_callbacks(trainer)])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Assemble the members into one pass; the first one does it for all."""
-        members = family(trainer)
-        if members[0] is self:
-            for member in members:
-                if not member._is_loaded:
-                    member.forget()
-            the_pass = self._assemble(trainer, pl_module, members)
-            lay_out_charts(trainer, the_pass.roles, the_pass.lanes)
-
-    @staticmethod
-    def _assemble(trainer: Trainer, module: LightningModule, members: Sequence[Member]) -> Pass:
-        for member in members:
-            member.begin()
-        the_pass = Pass(trainer, module, members)
-        for member in members:
-            member._pass, member._is_loaded = the_pass, False
-        return the_pass
-
-    def forget(self) -> None:
-        """Begin a new run: what an earlier fit left, and no checkpoint brought, does not count."""
-        self._history = {}
-        self._skipped_steps = 0
-
-    def begin(self) -> None:
-        """Begin a fit: what no checkpoint brings does not outlive the last one."""
-
-    def take_history(self) -> dict[int, dict[str, Any]]:
-        """Hand over the histories of optimizers that a checkpoint brought, by their numbers."""
-        history, self._history = self._history, {}
-        return history
-
-    def bind(self, lanes: Sequence[Lane], names: Sequence[str], *, renew: bool = False) -> None:
-        """Meet the optimizers, before the first step or after one of them took on other parameters.
-
-        Args:
-            lanes: The optimizers.
-            names: Of all parameters of the module.
-            renew: Whether an optimizer changed in mid-run.
-        """
-
-    def observe(self, lane: Lane, report: StepReport, *, healthy: bool) -> None:
-        """See what a step reported.
-
-        Args:
-            lane: The optimizer.
-            report: Of the step.
-            healthy: Whether every gradient was finite.
-        """
-        self.last_report = report
+        """Make the engine; the first callback does it for all."""
+        callbacks = gradient_callbacks(trainer)
+        if callbacks[0] is self:
+            for callback in callbacks:
+                callback._restart()
+            self._assemble(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
-        leading = self._leading()
-        if leading and any(member._is_loaded for member in leading.members):
-            leading.close()
-            self._assemble(trainer, pl_module, leading.members)
-            leading = self._leading()
-        if leading:
-            leading.open(trainer)
+        self._take_up_loaded(trainer, pl_module)
+        if self._own_engine:
+            self._own_engine.start_fit()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
-        if leading := self._leading():
-            leading.begin_batch(trainer, pl_module, batch, batch_idx)
+        if self._take_up_loaded(trainer, pl_module) and self._own_engine:  # Lightning's searches restore in the middle of a fit
+            self._own_engine.start_fit()
+        if self._own_engine:
+            self._own_engine.begin_batch(batch, batch_idx)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin a new accumulation window."""
+        if self._own_engine:
+            self._own_engine.before_zero_grad()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the loss until the step, to be looked at only if the step is bad."""
-        if leading := self._leading():
-            leading.before_backward(loss)
+        """Remember the loss until the step, and weight it."""
+        if self._own_engine:
+            self._own_engine.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop a bad micro-batch, if the guard is told to."""
-        if leading := self._leading():
-            leading.after_backward(trainer)
+        if self._own_engine:
+            self._own_engine.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Run the pass: the gradients are ready, the optimizer has not moved."""
-        if leading := self._leading():
-            leading.step(trainer, pl_module, optimizer)
+        if self._own_engine:
+            self._own_engine.step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
-        if leading := self._leading():
-            leading.end_batch(trainer, pl_module)
+        if self._own_engine:
+            self._own_engine.end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of the epoch."""
-        if leading := self._leading():
-            leading.end_epoch(trainer)
+        if self._own_engine:
+            self._own_engine.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum up."""
-        if leading := self._leading():
-            leading.summarize()
+        if self._own_engine:
+            self._own_engine.end_fit()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
-        if leading := self._leading():
-            if not self._is_loaded:  # by a strategy that loads late, and nothing was left to train
-                self._history = leading.history_state()
-            leading.close()
-        self._skipped_steps, self._pass = self.skipped_steps, None
+        if self._own_engine:
+            self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
-        if leading := self._leading():
-            leading.settle_at_last()
-            leading.close()
+        if self._own_engine:
+            self._own_engine.collect_at_last()
+            self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
-        if self._pass:
-            self._pass.settle()
-        leading = self._leading()
-        return {"history": leading.history_state() if leading else self._history}
+        engine = self._engine
+        if engine is None or self._is_loaded:
+            return self._saved or {"history": {}, **self._empty_state()}
+        engine.collect_pending()
+        history = engine.history_state() if self._driver is self else {}
+        return {"history": history, **self._parts_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -183,21 +226,23 @@ class Member(Callback, TwinCallback):  # type: ignore[misc]
         Raises:
             ValueError: If the state is not one of this callback.
         """
-        missing = sorted(self.state_dict().keys() - state_dict.keys())
+        missing = sorted({"history", *self._empty_state()} - state_dict.keys())
         if missing:
             got = f"got keys {sorted(state_dict)} without {missing}"
             raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}.")
-        self._history = {int(index): history for index, history in state_dict["history"].items()}
+        self._saved = dict(state_dict)
         self._is_loaded = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the pass: it belongs to one Trainer's fit."""
-        return self.__dict__ | {"_pass": None, "last_report": None}
+        """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
+        state = {**self.__dict__, "_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_last_report": None}
+        if self._engine:
+            state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps}
+        for name in ("log", "log_dict"):  # the module's: Lightning hangs them on every callback
+            state.pop(name, None)
+        return state
 
-    def _leading(self) -> Pass | None:
-        return self._pass if self._pass is not None and self._pass.leader is self else None
 
-
-def family(trainer: Trainer) -> list[Member]:
-    """The members in a Trainer, in its order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, Member)]  # type: ignore[attr-defined]
+def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:
+    """The gradient callbacks of a Trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, GradientCallback)]  # type: ignore[attr-defined]

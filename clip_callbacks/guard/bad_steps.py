@@ -2,27 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from clip_callbacks.core.diagnosis import Findings, Spike
-from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy
-from clip_callbacks.core.step_report import StepReport
-from clip_callbacks.guard.counters import Counters
-from clip_callbacks.guard.journal import Evidence
-from clip_callbacks.guard.step_context import Incident
+from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.guard.examination import is_guilty
+from clip_callbacks.guard.journal import Journal
+from clip_callbacks.guard.options import GuardOptions
+from clip_callbacks.guard.rollback import NoRollback
+from clip_callbacks.trainer.step_context import StepContext
 
-if TYPE_CHECKING:
-    from clip_callbacks.guard.restore import Rewind
-    from clip_callbacks.guard.rollback import Rollback
+NEVER = -2
+"""Not the number of a step, nor of the one before it."""
 
 _ADVICE = "Lower the learning rate, clip harder, or look at the stage named above."
 
 
+@dataclass
+class Counters:
+    """What is counted for one optimizer.
+
+    Attributes:
+        skipped: Steps skipped.
+        zeroed: Steps taken after non-finite entries were set to 0.
+        overflowed: Steps that a GradScaler skipped.
+        streak: Bad steps in a row, up to ``last_bad``.
+        last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NEVER`` before the first.
+    """
+
+    skipped: int = 0
+    zeroed: int = 0
+    overflowed: int = 0
+    streak: int = 0
+    last_bad: int = NEVER
+
+    def add(self, number: int) -> bool:
+        """Count a bad step, once though its closure may run several times; whether it is counted now."""
+        if number == self.last_bad:
+            return False
+        self.streak = self.streak + 1 if self.last_bad == number - 1 else 1
+        self.last_bad = number
+        return True
+
+
+class BadStepCounts:
+    """What is counted over the run; a value that a checkpoint holds.
+
+    Args:
+        saved: What :meth:`state_dict` returned; empty at the beginning of a run.
+
+    Attributes:
+        of: The counters of each optimizer, by its number.
+        rollbacks: How often the run went back to earlier weights.
+        dropped_micro_batches: How many micro-batches were dropped from their window.
+    """
+
+    def __init__(self, saved: Mapping[str, Any]) -> None:
+        self.of = {int(index): Counters(**counters) for index, counters in saved.get("counters", {}).items()}
+        self.rollbacks: int = saved.get("rollbacks", 0)
+        self.dropped_micro_batches: int = saved.get("dropped_micro_batches", 0)
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped, over all optimizers."""
+        return sum(counters.skipped for counters in self.of.values())
+
+    @property
+    def zeroed(self) -> int:
+        """Steps taken after non-finite entries were set to 0, over all optimizers."""
+        return sum(counters.zeroed for counters in self.of.values())
+
+    @property
+    def overflowed(self) -> int:
+        """Steps that a GradScaler skipped, over all optimizers."""
+        return sum(counters.overflowed for counters in self.of.values())
+
+    def end_streaks(self) -> None:
+        """Begin every streak anew."""
+        for counters in self.of.values():
+            counters.streak = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as numbers."""
+        return {
+            "counters": {index: asdict(counters) for index, counters in self.of.items()},
+            "rollbacks": self.rollbacks,
+            "dropped_micro_batches": self.dropped_micro_batches,
+        }
+
+
 @dataclass(frozen=True)
-class _Account:
+class _Message:
     """What is told of a bad step.
 
     Args:
@@ -44,145 +119,94 @@ class _Account:
         return "\n".join(filter(None, [f"{self.what}{outcome}", self.found, *more])) + self.bundle
 
 
-class BadSteps:
-    """Decides on bad steps, counts them and tells of them; at the end of a streak goes back or raises.
+class BadStepLog:
+    """Tells of bad steps, and ends a streak of them: the run goes back, or an error is raised.
 
     Args:
-        policy: What a step with gradients that are not finite meets.
-        evidence: Where they are written down.
-        max_consecutive: How many in a row make a streak.
-        max_rollbacks: How many streaks of a run may end in a rollback; 0 if none is wanted.
-
-    Attributes:
-        counters: What is counted, by number of the optimizer.
-        rollbacks: How often the run went back.
-        rewind: In a fit, what puts back single steps.
-        rollback: In a fit, what goes back to earlier weights, if that is wanted.
+        options: What the guard was told.
+        counts: What is counted.
+        journal: Where bad steps are written down.
+        rollback: What goes back to earlier weights.
     """
 
-    def __init__(self, policy: Policy, evidence: Evidence, *, max_consecutive: int, max_rollbacks: int) -> None:
-        self._policy: Policy = policy
-        self._evidence = evidence
-        self._max_consecutive = max_consecutive
-        self._max_rollbacks = max_rollbacks
-        self.rewind: Rewind | None = None
-        self.rollback: Rollback | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a new run."""
-        self.counters: dict[int, Counters] = {}
-        self.rollbacks = 0
+    def __init__(self, options: GuardOptions, counts: BadStepCounts, journal: Journal, rollback: NoRollback) -> None:
+        self._options = options
+        self._counts = counts
+        self._journal = journal
+        self._rollback = rollback
         self._last_findings: Findings | None = None
 
-    def release(self) -> None:
-        """Let go of the fit; what is counted stays."""
-        self.rewind = self.rollback = None
-
-    def judge(self, incident: Incident) -> Policy:
-        """Decide on a step whose gradients are not finite, before anything is touched.
+    def nonfinite(self, step: StepContext, findings: Findings, streak: int, before: Mapping[int, Tensor]) -> None:
+        """Tell of gradients that are not finite.
 
         Args:
-            incident: Where and when.
-
-        Returns:
-            The policy to follow.
-
-        Raises:
-            NonFiniteGradientError: If the policy is "raise", or this is one bad step too many in a row.
-        """
-        incident.happened = True
-        counters = self.counters[incident.lane.index]
-        if incident.is_overflow():
-            counters.overflowed += incident.is_new
-            incident.is_undone = True
-            return "skip"
-        if self._policy == "ignore":
-            return "ignore"
-        policy: Policy = "skip" if incident.leaves_to_scaler else self._policy
-        number = incident.lane.history.steps - (not incident.is_new)
-        after_good_step = 0 < number != counters.last_bad + 1
-        if counters.add(number):
-            policy = "skip" if self._can_go_back(counters.streak) else policy
-            counters.skipped += policy == "skip"
-            counters.zeroed += policy == "zero"
-            self._report(incident, incident.findings(after_good_step=after_good_step), counters.streak)
-        incident.is_undone = policy == "skip"
-        # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
-        return "ignore" if incident.is_undone and not incident.is_new else policy
-
-    def judge_spike(self, incident: Incident, report: StepReport) -> None:
-        """Count a finite step that is skipped for its norm.
+            step: The step.
+            findings: What a look at it has found.
+            streak: How many bad steps in a row this is.
+            before: Tensors as a skip puts them back, by the ``id`` of the live ones.
 
         Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
+            NonFiniteGradientError: If the policy says so, or the streak ends here and the run cannot go back.
         """
-        incident.is_undone = True
-        assert report.skip_limit is not None
-        counters = self.counters[incident.lane.index]
-        counters.skipped += counters.add(incident.lane.history.steps)
-        spike = Spike.of(incident.lane.table.names, report.parameter_norms, report.total_norm, report.skip_limit)
-        facts = {**incident.place, "policy": self._policy, "streak": counters.streak, **spike.facts()}
-        account = _Account(
-            f"Spike at {incident}: {spike}",
+        policy = self._options.policy
+        facts = {**step.place, "policy": policy, "streak": streak, **findings.facts()}
+        bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
+        done = "non-finite entries become 0" if policy == "zero" else "the step is skipped"
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle)
+        if policy == "raise":
+            raise NonFiniteGradientError(message.text("."))
+        self._tell(step, message, streak)
+
+    def spike(self, step: StepContext, spike: Spike, streak: int, before: Mapping[int, Tensor]) -> None:
+        """Tell of a finite step that is skipped for its norm; arguments as for :meth:`nonfinite`.
+
+        Raises:
+            NonFiniteGradientError: If the streak ends here, and the run cannot go back.
+        """
+        facts = {**step.place, "policy": self._options.policy, "streak": streak, **spike.facts()}
+        message = _Message(
+            f"Spike at {step}: {spike}",
             spike.describe(),
             advice="Lower the learning rate, or raise skip_above: a level that lasts is no spike.",
-            bundle=self._evidence.record(incident, facts, self.rewind),
+            bundle=self._journal.record(step, facts, before),
         )
-        self._tell(incident, account, counters.streak)
+        self._tell(step, message, streak)
 
-    def judge_lost(self, incident: Incident, *, is_reported: bool) -> None:
-        """Count a window of which nothing is left.
-
-        Args:
-            incident: Where and when.
-            is_reported: Whether every micro-batch was dropped, and reported then; if not, all of them have weight 0.
+    def weightless(self, step: StepContext, streak: int) -> None:
+        """Tell of a window whose micro-batches all have weight 0.
 
         Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
+            NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        incident.happened = incident.is_undone = True
-        counters = self.counters[incident.lane.index]
-        counters.skipped += counters.add(incident.lane.history.steps)
-        streak = counters.streak
-        if not is_reported:
-            what = f"Every micro-batch of the window has weight 0 at {incident}"
-            facts = {"policy": self._policy, "streak": streak, "stage": "weight", "message": what}
-            self._evidence.note({**incident.place, **facts})
-            self._tell(incident, _Account(what), streak)
-        elif self._is_over(streak) and self._last_findings:
-            what = f"Non-finite gradients in every micro-batch at {incident}"
-            self._tell(incident, _Account(what, self._last_findings.describe(), advice=_ADVICE), streak)
+        what = f"Every micro-batch of the window has weight 0 at {step}"
+        facts = {"policy": self._options.policy, "streak": streak, "stage": "weight", "message": what}
+        self._journal.note({**step.place, **facts})
+        self._tell(step, _Message(what), streak)
 
-    def skip_stale(self, incident: Incident) -> None:
-        """Count a step that is skipped since the run has gone back in its batch: its gradients are of weights that are gone."""
-        incident.is_undone = True
-        self.counters[incident.lane.index].skipped += 1
-
-    def report_micro_batch(self, incident: Incident) -> None:
-        """Warn of a micro-batch about to be dropped, and write it down."""
-        self._last_findings = findings = incident.findings(after_good_step=False)
-        facts = {**incident.place, "policy": "microbatch", **findings.facts()}
-        is_guilty = incident.is_guilty(findings)
-        bundle = self._evidence.record(incident, facts, self.rewind, is_window=False, is_guilty=is_guilty)
-        account = _Account(f"Non-finite gradients at {incident}", findings.describe(), bundle=bundle)
-        _warn(account.text(": the micro-batch is dropped from its window."))
-
-    def _report(self, incident: Incident, findings: Findings, streak: int) -> None:
-        """Write down gradients that are not finite, and tell of them.
+    def all_dropped(self, step: StepContext, streak: int) -> None:
+        """Tell of a window whose micro-batches were all dropped, if the streak ends with it: each has been told of.
 
         Raises:
-            NonFiniteGradientError: As :meth:`judge` says.
+            NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        facts = {**incident.place, "policy": self._policy, "streak": streak, **findings.facts()}
-        bundle = self._evidence.record(incident, facts, self.rewind, is_guilty=incident.is_guilty(findings))
-        done = "non-finite entries become 0" if self._policy == "zero" else "the step is skipped"
-        account = _Account(f"Non-finite gradients at {incident}", findings.describe(), done, _ADVICE, bundle)
-        if self._policy == "raise":
-            raise NonFiniteGradientError(account.text("."))
-        self._tell(incident, account, streak)
+        if self._is_over(streak) and self._last_findings:
+            what = f"Non-finite gradients in every micro-batch at {step}"
+            self._tell(step, _Message(what, self._last_findings.describe(), advice=_ADVICE), streak)
 
-    def _tell(self, incident: Incident, account: _Account, streak: int) -> None:
+    def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
+        """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
+        self._last_findings = findings
+        facts = {**step.place, "policy": "microbatch", **findings.facts()}
+        bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle)
+        _warn(message.text(": the micro-batch is dropped from its window."))
+
+    def can_go_back(self, streak: int) -> bool:
+        """Whether a streak ends in a rollback."""
+        is_last = self._counts.rollbacks >= self._options.max_rollbacks
+        return self._is_over(streak) and self._options.rolls_back and not is_last and self._rollback.step is not None
+
+    def _tell(self, step: StepContext, message: _Message, streak: int) -> None:
         """Warn of a bad step; at the end of a streak go back, or raise.
 
         Raises:
@@ -190,63 +214,40 @@ class BadSteps:
         """
         number = f"bad step {streak} in a row"
         if not self._is_over(streak):
-            end = "" if self._policy == "ignore" else f", {self._max_consecutive} stop the run"
-            _warn(account.text(f": {account.done} ({number}{end})."))
-        elif self._can_go_back(streak):
-            _warn(account.text(f": {number}. {self._go_back(incident)}"))
+            end = "" if self._options.policy == "ignore" else f", {self._options.max_consecutive} stop the run"
+            _warn(message.text(f": {message.done} ({number}{end})."))
+        elif self.can_go_back(streak):
+            _warn(message.text(f": {number}. {self._go_back(step)}"))
         else:
-            raise NonFiniteGradientError(account.text(f": {number} ({self._cap}).", account.advice))
+            raise NonFiniteGradientError(message.text(f": {number} ({self._cap}).", message.advice))
 
     def _is_over(self, streak: int) -> bool:
         """Whether a streak ends with this step: what is ignored has no end."""
-        return streak >= self._max_consecutive and self._policy != "ignore"
+        return streak >= self._options.max_consecutive and self._options.policy != "ignore"
 
-    def _can_go_back(self, streak: int) -> bool:
-        """Whether a streak ends in a rollback."""
-        is_over = self._is_over(streak) and self.rollbacks < self._max_rollbacks
-        return is_over and self.rollback is not None and self.rollback.step is not None
-
-    def _go_back(self, incident: Incident) -> str:
+    def _go_back(self, step: StepContext) -> str:
         """Have the run go back to earlier weights at the end of this step; that in a sentence, and in a line of the journal."""
-        rollback = self.rollback
-        assert rollback is not None
-        self.rollbacks += 1
-        for counters in self.counters.values():
-            counters.streak = 0
-        facts = {"rollback": self.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
-        self._evidence.note({**incident.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
+        rollback, counts = self._rollback, self._counts
+        counts.rollbacks += 1
+        counts.end_streaks()
+        facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
+        self._journal.note({**step.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
         rates = "" if rollback.factor == 1.0 else f", with {rollback.factor:.4g} times the learning rates of then"
         rollback.ask()
         return (
             f"The run goes back to where it was before step {rollback.step}{rates} "
-            f"(rollback {self.rollbacks} of {self._max_rollbacks})."
+            f"(rollback {counts.rollbacks} of {self._options.max_rollbacks})."
         )
 
     @property
     def _cap(self) -> str:
         """For the error at the end of a streak: what allowed no more."""
-        cap = f"max_consecutive={self._max_consecutive}"
-        if not self._max_rollbacks:
+        cap = f"max_consecutive={self._options.max_consecutive}"
+        if not self._options.rolls_back:
             return cap
-        if self.rollbacks >= self._max_rollbacks:
-            return f"{cap}, after {self.rollbacks} rollbacks, max_rollbacks={self._max_rollbacks}"
-        return f"{cap}, and no good step to go back to{self.rollback.since if self.rollback else ''}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is counted."""
-        return {
-            "counters": {index: asdict(counters) for index, counters in self.counters.items()},
-            "rollbacks": self.rollbacks,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        self.counters = {int(index): Counters(**counters) for index, counters in state_dict["counters"].items()}
-        self.rollbacks = state_dict["rollbacks"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without what belongs to one Trainer's fit."""
-        return self.__dict__ | {"rewind": None, "rollback": None}
+        if self._counts.rollbacks >= self._options.max_rollbacks:
+            return f"{cap}, after {self._counts.rollbacks} rollbacks, max_rollbacks={self._options.max_rollbacks}"
+        return f"{cap}, and no good step to go back to{self._rollback.since}"
 
 
 def _warn(text: str) -> None:

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any
 
 import lightning
 import torch
@@ -15,25 +15,20 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-import clip_callbacks
+from clip_callbacks._version import __version__
 from clip_callbacks.bundles.bundle import BATCHES, CONFIG, OPTIMIZERS, WEIGHTS, Bundle
 from clip_callbacks.bundles.encoding import bytes_of, encoded
 from clip_callbacks.bundles.folder import BundleFolder
 from clip_callbacks.bundles.random_states import RandomStates
-from clip_callbacks.guard.step_context import Incident
+from clip_callbacks.guard.options import Weights
 from clip_callbacks.trainer.grad_scaler import grad_scaler
-from clip_callbacks.trainer.optimizer_context import KeptBatch
-
-if TYPE_CHECKING:
-    from clip_callbacks.guard.restore import Rewind
+from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
 NOT_SEEN = "training_step takes the dataloader's iterator, or calls loss.backward() and not self.manual_backward(loss)"
 """Why hooks have not seen what a bad step was made of."""
 
-Weights: TypeAlias = Literal["none", "reference", "full"]
 
-
-class Bundles:
+class BundleWriter:
     """Writes bundles of one rank's bad steps.
 
     Args:
@@ -52,13 +47,13 @@ class Bundles:
         """Keep a batch by reference, and where the random numbers stand."""
         return KeptBatch(batch, batch_idx, self._states.capture(), _versions(batch))
 
-    def write(self, incident: Incident, report: Mapping[str, Any], rewind: Rewind | None, *, is_window: bool) -> Bundle:
+    def write(self, step: StepContext, report: Mapping[str, Any], before: Mapping[int, Tensor], *, is_window: bool) -> Bundle:
         """Write the bundle of a bad step.
 
         Args:
-            incident: Where and when, and the micro-batches.
-            report: Of the step, for JSON.
-            rewind: What knows the batch statistics before the step.
+            step: The step, with its micro-batches.
+            report: What is known of it, for JSON.
+            before: Tensors as they were before it, by the ``id`` of the live ones.
             is_window: Whether it is about a whole window, or one micro-batch of it.
 
         Returns:
@@ -67,30 +62,30 @@ class Bundles:
         Raises:
             OSError: If the folder is full, or the disk; nothing of the bundle is left.
         """
-        parts, batches = self._batches(incident)
-        texts, missing = _config(incident.trainer)
+        parts, batches = self._batches(step)
+        texts, missing = _config(step.trainer)
         if not parts:
             missing[BATCHES] = NOT_SEEN
         if self._weights == "full":
-            parts |= self._state(incident.trainer, rewind)
+            parts |= self._state(step.trainer, before)
         if obstacle := self._folder.fullness(sum(map(bytes_of, parts.values()))):
             raise OSError(obstacle)
         facts = {
             "kind": "spike" if report["stage"] == "spike" else "nonfinite",
             "report": dict(report),
             "level": "window" if is_window else "microbatch",
-            "optimizer": incident.lane.index,
+            "optimizer": step.optimizer.index,
             "versions": _versions_of_software(),
             "module": self._module_facts(),
-            "trainer": _trainer_facts(incident),
-            "weights": _weights_facts(incident.trainer, self._weights),
+            "trainer": _trainer_facts(step),
+            "weights": _weights_facts(step.trainer, self._weights),
             "batches": batches,
         }
-        return self._folder.write(_name(incident.place), facts, parts, texts, missing)
+        return self._folder.write(_name(step.place), facts, parts, texts, missing)
 
     @staticmethod
-    def _batches(incident: Incident) -> tuple[dict[str, Any], dict[str, Any]]:
-        kept = [(loss, kept) for loss, kept in incident.window if kept]
+    def _batches(step: StepContext) -> tuple[dict[str, Any], dict[str, Any]]:
+        kept = [(loss, kept) for loss, kept in step.micro_batches if kept]
         rows = [
             {"batch": encoded(it.batch), "batch_idx": it.batch_idx, "loss": loss.detach().cpu(), "rng": encoded(it.rng)}
             for loss, it in kept
@@ -98,8 +93,7 @@ class Bundles:
         changed = any(_versions(it.batch) != it.versions for _, it in kept)
         return {BATCHES: rows} if rows else {}, {"count": len(rows), "changed_in_place": changed}
 
-    def _state(self, trainer: Trainer, rewind: Rewind | None) -> dict[str, Any]:
-        before = rewind.statistics_before() if rewind else {}
+    def _state(self, trainer: Trainer, before: Mapping[int, Tensor]) -> dict[str, Any]:
         live = self._module.state_dict(keep_vars=True)
         weights = {name: encoded(before.get(id(value), _data(value))) for name, value in live.items()}
         return {WEIGHTS: {"module": weights}, OPTIMIZERS: [encoded(optimizer.state_dict()) for optimizer in trainer.optimizers]}
@@ -119,20 +113,26 @@ class Bundles:
         }
 
 
-def _trainer_facts(incident: Incident) -> dict[str, Any]:
-    trainer = incident.trainer
-    scaler = grad_scaler(trainer)
+def _trainer_facts(step: StepContext) -> dict[str, Any]:
+    trainer = step.trainer
     return {
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "world_size": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,
         "device": str(trainer.strategy.root_device),
-        "global_step": incident.place["step"],
+        "global_step": step.place["step"],
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
-        "loss_scale": float(incident.loss_scale) if incident.loss_scale is not None else scaler.get_scale() if scaler else None,
+        "loss_scale": _loss_scale(step),
     }
+
+
+def _loss_scale(step: StepContext) -> float | None:
+    if step.loss_scale is not None:
+        return float(step.loss_scale)
+    scaler = grad_scaler(step.trainer)
+    return scaler.get_scale() if scaler else None
 
 
 def _weights_facts(trainer: Trainer, weights: Weights) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _versions_of_software() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "lightning": lightning.__version__,
         "numpy": numpy.__version__ if numpy else None,
-        "clip_callbacks": clip_callbacks.__version__,
+        "clip_callbacks": __version__,
     }
 
 

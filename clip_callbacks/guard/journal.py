@@ -5,77 +5,67 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from clip_callbacks.bundles.folder import BundleFolder
-from clip_callbacks.core.step_report import JOURNAL
-from clip_callbacks.guard.capture import Bundles, Weights
-from clip_callbacks.guard.step_context import Incident
-from clip_callbacks.trainer.optimizer_context import KeptBatch
-
-if TYPE_CHECKING:
-    from clip_callbacks.guard.restore import Rewind
+from clip_callbacks.core.metric_names import JOURNAL
+from clip_callbacks.guard.capture import BundleWriter
+from clip_callbacks.guard.options import GuardOptions
+from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
 
-class Evidence:
-    """Writes down bad steps; what cannot be written costs one warning, and training goes on.
+def folder_of(options: GuardOptions) -> BundleFolder | None:
+    """The folder that bundles go to, if they are wanted."""
+    if options.bundle_dir is None:
+        return None
+    return BundleFolder(options.bundle_dir, options.max_bundles, options.max_bundle_bytes)
 
-    Args:
-        bundle_dir: Where bundles go; None writes none.
-        weights: What of the weights goes into them.
-        max_bundles: How many the folder may hold.
-        max_bundle_bytes: How much they may take together.
+
+def check_folder(options: GuardOptions) -> None:
+    """See before anything is trained that bundles can be written.
 
     Raises:
-        ValueError: If one of these is out of its range.
+        ValueError: If they cannot.
+    """
+    if folder := folder_of(options):
+        try:
+            folder.prepare()
+        except OSError as error:
+            raise ValueError(f"`bundle_dir` must be a folder that can be written to, got {folder.path}: {error}") from error
+
+
+class Journal:
+    """Writes down the bad steps of a fit; what cannot be written costs one warning, and training goes on.
+
+    Args:
+        options: What the guard was told.
     """
 
-    def __init__(self, bundle_dir: str | Path | None, weights: Weights, max_bundles: int, max_bundle_bytes: float) -> None:
-        if weights not in get_args(Weights):
-            raise ValueError(f"`weights` must be one of {', '.join(get_args(Weights))}, got {weights!r}.")
-        if not isinstance(max_bundles, int) or max_bundles < 1:
-            raise ValueError(f"`max_bundles` must be a whole number of at least 1, got {max_bundles!r}.")
-        if not max_bundle_bytes > 0:
-            raise ValueError(f"`max_bundle_bytes` must be above 0, got {max_bundle_bytes!r}.")
-        self._weights: Weights = weights
-        where = None if bundle_dir is None else Path(bundle_dir).expanduser().absolute()  # wherever the process goes later
-        self._folder = None if where is None else BundleFolder(where, max_bundles, max_bundle_bytes)
-        self._bundles: Bundles | None = None
-        self._journal: Path | None = None
+    def __init__(self, options: GuardOptions) -> None:
+        self._options = options
+        self._bundles: BundleWriter | None = None
+        self._path: Path | None = None
 
-    @property
-    def holds_weights(self) -> bool:
-        """Whether all weights are to be written."""
-        return self._folder is not None and self._weights == "full"
-
-    def prepare(self) -> None:
-        """See before anything is trained that bundles can be written.
-
-        Raises:
-            ValueError: If they cannot.
-        """
-        if self._folder:
-            try:
-                self._folder.prepare()
-            except OSError as error:
-                raise ValueError(
-                    f"`bundle_dir` must be a folder that can be written to, got {self._folder.path}: {error}"
-                ) from error
-
-    def open(self, trainer: Trainer) -> None:
-        """Find the log directory, for a journal at the first bad step; be ready for bundles, unless their folder is full."""
-        logs = trainer.log_dir if trainer.loggers else None
-        self._journal = Path(logs) / JOURNAL if logs and trainer.is_global_zero else None
-        if self._folder and (full := self._folder.fullness()):
+    def start_fit(self, trainer: Trainer) -> None:
+        """Find the log directory, for the first bad step; be ready for bundles, unless their folder is full."""
+        logs = trainer.log_dir if trainer.loggers else None  # a broadcast: all ranks ask
+        if logs and trainer.is_global_zero:
+            self._path = Path(logs) / JOURNAL
+        folder = folder_of(self._options)
+        if folder is None:
+            return
+        if full := folder.fullness():
             rank_zero_warn(f"{full}: no more will be written. Clear the folder, or name another.", stacklevel=2)
-        elif self._folder:
-            self._bundles = Bundles(self._folder, self._weights, trainer.lightning_module)
+        else:
+            self._bundles = BundleWriter(folder, self._options.weights, trainer.lightning_module)
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Let go of the module and its batches."""
         self._bundles = None
 
@@ -84,50 +74,54 @@ class Evidence:
         return self._bundles.keep(batch, batch_idx) if self._bundles else None
 
     def record(
-        self, incident: Incident, facts: dict[str, Any], rewind: Rewind | None, *, is_window: bool = True, is_guilty: bool = True
+        self,
+        step: StepContext,
+        facts: dict[str, Any],
+        before: Mapping[int, Tensor],
+        *,
+        is_window: bool = True,
+        is_guilty: bool = True,
     ) -> str:
         """Write a line of the journal, and a bundle, if that is wanted.
 
         Args:
-            incident: Where and when.
-            facts: What is known of the step.
-            rewind: What knows the batch statistics before it.
+            step: The step.
+            facts: What is known of it.
+            before: Tensors as they were before it, by the ``id`` of the live ones.
             is_window: Whether it is about a whole window, or one micro-batch of it.
             is_guilty: Whether it may be this rank's fault.
 
         Returns:
             Lines for a message that tell of the bundle, each behind a line break; none if there is no bundle.
         """
-        told = self._write_bundle(incident, facts, rewind, is_window=is_window) if self._bundles and is_guilty else ""
+        lines = ""
+        if self._bundles and is_guilty:
+            try:
+                bundle = self._bundles.write(step, facts, before, is_window=is_window)
+            except Exception as error:  # whatever it was: the training must not end for it
+                self._bundles = None
+                message = f"The bundle of {step} cannot be written ({error}): training goes on, and no more bundles will be."
+                warnings.warn(message, stacklevel=2)  # by the rank it happens to
+            else:
+                facts["bundle"] = str(bundle.path)
+                lines = _lines_about(bundle.path, bundle.notes)
         self.note(facts)
-        return told
+        return lines
 
-    def _write_bundle(self, incident: Incident, facts: dict[str, Any], rewind: Rewind | None, *, is_window: bool) -> str:
-        assert self._bundles is not None
-        try:
-            bundle = self._bundles.write(incident, facts, rewind, is_window=is_window)
-        except Exception as error:  # whatever it was: the training must not end for it
-            self._bundles = None
-            message = f"The bundle of {incident} cannot be written ({error}): training goes on, and no more bundles will be."
-            warnings.warn(message, stacklevel=2)  # by the rank it happens to
-            return ""
-        facts["bundle"] = str(bundle.path)
-        script = f" --script {sys.argv[0]}" if sys.argv[0].endswith(".py") else ""
-        again = f"clip-callbacks replay {bundle.path} --config YOURS.yaml{script}"
-        return "\n".join([f"\nBundle: {bundle.path}", f"  Run it again: {again}", *(f"  {note}" for note in bundle.notes)])
-
-    def note(self, facts: dict[str, Any]) -> None:
+    def note(self, facts: Mapping[str, Any]) -> None:
         """Write a line of the journal, on the first rank."""
-        if not self._journal:
+        if not self._path:
             return
         try:
-            self._journal.parent.mkdir(parents=True, exist_ok=True)
-            with self._journal.open("a", encoding="utf-8") as file:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
         except OSError as error:  # one rank writes: if it stopped, the others would wait for it
-            rank_zero_warn(f"{self._journal} cannot be written ({error}): bad steps are reported as warnings only.", stacklevel=2)
-            self._journal = None
+            rank_zero_warn(f"{self._path} cannot be written ({error}): bad steps are reported as warnings only.", stacklevel=2)
+            self._path = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without what belongs to one Trainer's fit."""
-        return self.__dict__ | {"_bundles": None, "_journal": None}
+
+def _lines_about(bundle: Path, notes: list[str]) -> str:
+    script = f" --script {sys.argv[0]}" if sys.argv[0].endswith(".py") else ""
+    again = f"clip-callbacks replay {bundle} --config YOURS.yaml{script}"
+    return "\n".join([f"\nBundle: {bundle}", f"  Run it again: {again}", *(f"  {note}" for note in notes)])

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clip_callbacks.core.step_report import TOTAL_NORM
+from clip_callbacks.core.metric_names import TOTAL_NORM
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series, Values
 from clip_callbacks.stats.advice import robust_sigma

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from clip_callbacks.core.step_report import TOTAL_NORM
+from clip_callbacks.core.metric_names import TOTAL_NORM
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import Run, UnusableLogError
 from clip_callbacks.html_report.series import Series

@@ -163,7 +163,7 @@ def write_report(
 
 
 def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], title: str) -> str:
-    from clip_callbacks import __version__
+    from clip_callbacks._version import __version__
 
     environment = Environment(
         loader=PackageLoader("clip_callbacks.html_report"),

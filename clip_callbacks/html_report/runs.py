@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_callbacks.core.step_report import (
+from clip_callbacks.core.metric_names import (
     AMP_SCALE,
     BLOCK_NORM,
     CLIP_COEF,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_callbacks.core.step_report import JOURNAL, TOTAL_NORM
+from clip_callbacks.core.metric_names import JOURNAL, TOTAL_NORM
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow

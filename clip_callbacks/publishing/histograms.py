@@ -13,10 +13,11 @@ from torch import Tensor
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.stats.histogram import CODES, Histogram, code_counts
 from clip_callbacks.trainer.compat import is_of
-from clip_callbacks.trainer.optimizer_context import Lane
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.step_context import StepContext
 
 
-def check_histograms(trainer: Trainer, lanes: Sequence[Lane]) -> None:
+def check_histograms(trainer: Trainer, contexts: Sequence[OptimizerContext]) -> None:
     """Refuse histograms that nobody would see, or that would show a part for the whole.
 
     Raises:
@@ -28,29 +29,31 @@ def check_histograms(trainer: Trainer, lanes: Sequence[Lane]) -> None:
             f"`histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: no other takes "
             "histograms. Add one of them to the Trainer."
         )
-    if any(lane.table.reduction for lane in lanes):
+    if any(context.table.reduction for context in contexts):
         raise ValueError(
             f"`histograms` must be False where ranks hold parts of the gradients, got True with {type(trainer.strategy).__name__}: "
             "each rank would show its own part as the whole. Use strategy='ddp', or look at them in a short run on one device."
         )
 
 
-def block_codes(lane: Lane, blocks: Partition, loss_scale: Tensor | None) -> Tensor:
+def block_codes(step: StepContext, blocks: Partition) -> Tensor:
     """Signs and exponents of each block's gradient as it is before clipping, after rescaling and without the loss scale.
 
     Of a sparse gradient those entries count that it stores.
 
     Args:
-        lane: The optimizer, its gradients not yet written.
-        blocks: Of its parameters.
-        loss_scale: What the gradients are still multiplied by, 0-dim; None is 1.
+        step: The step; its gradients are not yet written.
+        blocks: The blocks of its parameters.
 
     Returns:
         Shape ``(B, 512)``, where the gradients are.
     """
-    gradients = lane.table.gradients(bucketed=False)
-    factor = lane.scale if loss_scale is None else lane.scale / loss_scale
-    device = gradients.device if len(lane.table) else torch.device("cpu")
+    table = step.optimizer.table
+    gradients = table.gradients(bucketed=False)
+    factor: float | Tensor = step.scale
+    if step.loss_scale is not None:
+        factor = step.scale / step.loss_scale
+    device = gradients.device if len(table) else torch.device("cpu")
     codes = torch.zeros(len(blocks.names), CODES, dtype=torch.int64, device=device)
     for position, tensor in zip(gradients.positions, gradients.tensors, strict=True):
         if (block := blocks.index[position]) != OUTSIDE:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from clip_callbacks.core.step_report import (
-    ACCUMULATION_SCALE,
-    AMP_SCALE,
-    CLIP_COEF,
-    SKIPPED_STEPS,
-    TOTAL_NORM,
-)
+from clip_callbacks.core.metric_names import ACCUMULATION_SCALE, AMP_SCALE, CLIP_COEF, TOTAL_NORM
+from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.publishing.histograms import log_histograms
+from clip_callbacks.publishing.monitor import Monitor
 from clip_callbacks.stats.histogram import Histogram
 from clip_callbacks.trainer.grad_scaler import grad_scaler
-from clip_callbacks.trainer.optimizer_context import Lane
-
-if TYPE_CHECKING:
-    from clip_callbacks.trainer.components import Roles
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 SHOWN = (TOTAL_NORM, CLIP_COEF)
 """What the progress bar shows."""
+
+
+class MetricSource(Protocol):
+    """Something that a logged step tells of, beside what its report has."""
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> Mapping[str, Tensor | float]:
+        """The metrics of a logged step of one optimizer."""
+        ...
 
 
 class Publisher:
@@ -36,102 +37,116 @@ class Publisher:
     finite. Non-finite values go nowhere.
 
     Args:
-        trainer: A Trainer that has started to fit: it keeps the dictionaries taken here until the end.
-        roles: The members, whose metrics these are.
+        trainer: The Trainer.
+        sources: What has metrics of its own, in the order of the metrics.
+        monitors: What has metrics of blocks.
+        clips: Whether there is anything that may clip.
+        shows: Whether the progress bar shows the norm.
     """
 
-    def __init__(self, trainer: Trainer, roles: Roles) -> None:
-        self._roles = roles
-        self._callback_metrics = trainer.callback_metrics
-        self._progress_bar_metrics = trainer.progress_bar_metrics
+    def __init__(
+        self, trainer: Trainer, sources: Sequence[MetricSource], monitors: Sequence[Monitor], *, clips: bool, shows: bool
+    ) -> None:
+        self._trainer = trainer
+        self._sources = sources
+        self._monitors = monitors
+        self._clips = clips
+        self._shows = shows
+        self._stepped: set[int] = set()
+        self._unlogged: set[int] = set()
+        self._callback_metrics: dict[str, Any] = {}
+        self._progress_bar_metrics: dict[str, Any] = {}
 
-    @staticmethod
-    def is_logging_step(trainer: Trainer) -> bool:
-        """Whether Lightning logs at the end of this batch."""
-        return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
-
-    def publish(self, trainer: Trainer, module: LightningModule, lanes: Sequence[Lane]) -> None:
-        """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
-        is_logging_step = self.is_logging_step(trainer)
-        for lane in lanes:
-            # in manual optimization the step may have come in a batch before the one that logs
-            if is_logging_step and lane.unlogged and (lane.stepped or not module.automatic_optimization):
-                self._log_step(trainer, lane)
-            elif lane.stepped:
-                self._offer_step(lane)
-            lane.stepped = False
-
-    def end_epoch(self, trainer: Trainer, lanes: Sequence[Lane]) -> None:
-        """Publish percentiles and clip fractions of the epoch, at the step of Lightning's own epoch metrics."""
-        for lane in lanes:
-            self._offer(lane.named(self._values(lane)))
-            values = lane.history.epoch_metrics(clipping=self._roles.clipping is not None)
-            lane.history.end_epoch()
-            for monitor in self._roles.monitors:
-                values |= monitor.end_epoch(lane)
-            metrics = as_floats(lane.named(values))
-            self._offer(metrics)
-            self._log(trainer, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
-
-    def _offer_step(self, lane: Lane) -> None:
-        """Between logging steps nothing is read or reckoned: the tensors of the report are handed on."""
-        if lane.report is not None:
-            metrics = lane.named(lane.report.metrics(clipping=self._roles.clipping is not None))
-            self._callback_metrics.update(metrics)
-            if self._shows:
-                self._show(lane, as_floats(metrics))
-
-    def _values(self, lane: Lane) -> dict[str, float]:
-        """All metrics of an optimizer, the finite ones, as numbers."""
-        if lane.report is None:
-            return {}
-        roles = self._roles
-        metrics: dict[str, Tensor | float] = {**lane.report.metrics(clipping=roles.clipping is not None)}
-        if roles.clipping:
-            metrics.update(lane.report.rule_metrics())
-            metrics.update(lane.history.fractions())
-        if roles.guard:
-            metrics[SKIPPED_STEPS] = float(roles.guard.skipped_steps_of(lane.index))
-        if roles.rescaling:
-            metrics[ACCUMULATION_SCALE] = lane.report.accumulation_scale
-        return as_floats(metrics)
-
-    def _log_step(self, trainer: Trainer, lane: Lane) -> None:
-        assert lane.report is not None
-        metrics = self._values(lane)
-        if (scaler := grad_scaler(trainer)) is not None:
-            metrics[AMP_SCALE] = scaler.get_scale()
-        histograms: dict[str, Histogram] = {}
-        for monitor in self._roles.monitors:
-            values, counts = monitor.readings(lane, lane.report)
-            metrics |= as_floats(values)
-            histograms |= counts
-        self._offer(lane.named(metrics))
-        if self._shows:
-            self._show(lane, lane.named(metrics))
-        if lane.report.accumulation_scale == 1.0:
-            metrics.pop(ACCUMULATION_SCALE, None)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self._log(trainer, lane.named(metrics), step)
-        log_histograms(trainer, lane.named(histograms), step)
-        lane.history.begin_log()
-        lane.unlogged = False
+    def start_fit(self) -> None:
+        """Take hold of the dictionaries that the Trainer keeps until the end of the fit."""
+        self._callback_metrics = self._trainer.callback_metrics
+        self._progress_bar_metrics = self._trainer.progress_bar_metrics
 
     @property
-    def _shows(self) -> bool:
-        return self._roles.clipping is not None and self._roles.clipping.prog_bar
+    def is_logging_step(self) -> bool:
+        """Whether Lightning logs at the end of this batch."""
+        trainer = self._trainer
+        return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+
+    def note_step(self, context: OptimizerContext) -> None:
+        """Learn that an optimizer has a new report."""
+        self._stepped.add(context.index)
+        self._unlogged.add(context.index)
+
+    def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext]) -> None:
+        """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+        is_logging_step = self.is_logging_step
+        for context in contexts:
+            has_stepped = context.index in self._stepped
+            # in manual optimization the step may have come in a batch before the one that logs
+            if is_logging_step and context.index in self._unlogged and (has_stepped or not module.automatic_optimization):
+                self._log_step(context)
+            elif has_stepped:
+                self._offer_step(context)
+        self._stepped.clear()
+
+    def end_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Publish percentiles and clip fractions of the epoch, at the step of Lightning's own epoch metrics."""
+        for context in contexts:
+            self._offer(context.named(self._values(context)))
+            values = context.history.epoch_metrics(clipping=self._clips)
+            context.history.end_epoch()
+            for monitor in self._monitors:
+                values |= monitor.end_epoch(context)
+            metrics = as_floats(context.named(values))
+            self._offer(metrics)
+            self._log(metrics, self._trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+    def _offer_step(self, context: OptimizerContext) -> None:
+        """Between logging steps nothing is read or reckoned: the tensors of the report are handed on."""
+        if context.report is not None:
+            metrics = context.named(context.report.metrics(clipping=self._clips))
+            self._callback_metrics.update(metrics)
+            if self._shows:
+                self._show(context, as_floats(metrics))
+
+    def _values(self, context: OptimizerContext) -> dict[str, float]:
+        """All metrics of an optimizer, the finite ones, as numbers."""
+        report = context.report
+        if report is None:
+            return {}
+        metrics: dict[str, Tensor | float] = {**report.metrics(clipping=self._clips)}
+        for source in self._sources:
+            metrics.update(source.step_metrics(context, report))
+        return as_floats(metrics)
+
+    def _log_step(self, context: OptimizerContext) -> None:
+        report = context.report
+        assert report is not None
+        metrics = self._values(context)
+        if (scaler := grad_scaler(self._trainer)) is not None:
+            metrics[AMP_SCALE] = scaler.get_scale()
+        histograms: dict[str, Histogram] = {}
+        for monitor in self._monitors:
+            values, counts = monitor.readings(context, report)
+            metrics |= as_floats(values)
+            histograms |= counts
+        self._offer(context.named(metrics))
+        if self._shows:
+            self._show(context, context.named(metrics))
+        if report.accumulation_scale == 1.0:
+            metrics.pop(ACCUMULATION_SCALE, None)
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._log(context.named(metrics), step)
+        log_histograms(self._trainer, context.named(histograms), step)
+        context.history.begin_log()
+        self._unlogged.discard(context.index)
 
     def _offer(self, values: Mapping[str, float]) -> None:
         """Put metrics where ModelCheckpoint and EarlyStopping look."""
         self._callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
-    def _show(self, lane: Lane, values: Mapping[str, float]) -> None:
-        shown = {key: f"{values.get(key, math.nan):.3g}" for key in lane.named(dict.fromkeys(SHOWN))}
-        self._progress_bar_metrics.update(shown)  # type: ignore[arg-type]
+    def _show(self, context: OptimizerContext, values: Mapping[str, float]) -> None:
+        shown = {key: f"{values.get(key, math.nan):.3g}" for key in context.named(dict.fromkeys(SHOWN))}
+        self._progress_bar_metrics.update(shown)
 
-    @staticmethod
-    def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-        for logger in trainer.loggers if values else ():
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        for logger in self._trainer.loggers if values else ():
             logger.log_metrics(dict(values), step=step)
 
 

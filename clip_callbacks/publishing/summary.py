@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tabulate import tabulate
 
 from clip_callbacks.core.decisions import Outcome
-from clip_callbacks.core.step_report import PERCENTILES
+from clip_callbacks.core.metric_names import PERCENTILES
 from clip_callbacks.stats.norm_history import Spans
-from clip_callbacks.trainer.components import Roles
-from clip_callbacks.trainer.optimizer_context import Lane
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" for percent in list(PERCENTILES)[1:]), "max_norm")
 
 
-def summary_table(roles: Roles, lanes: Sequence[Lane]) -> str | None:
+def summary_table(
+    contexts: Sequence[OptimizerContext], *, clips: bool, skipped_steps_of: Callable[[int], int | None]
+) -> str | None:
     """A row for each optimizer, and below it one for each named rule and each shadow limit; None if nothing was stepped.
 
     Columns that nobody fills, as without a guard or a limit, are left out.
 
     Args:
-        roles: Who does what.
-        lanes: The optimizers.
+        contexts: The optimizers.
+        clips: Whether there is anything that may clip.
+        skipped_steps_of: How many steps of an optimizer were skipped, by its number; None if nobody counts.
     """
-    if not any(lane.history.steps for lane in lanes):
+    if not any(context.history.steps for context in contexts):
         return None
-    rows = [row for lane in lanes for row in (_row(roles, lane), *_rows_of_limits(lane))]
+    rows = []
+    for context in contexts:
+        rows += [_row(context, skipped_steps_of(context.index), clips=clips), *_rows_of_limits(context)]
     filled = [place for place in range(len(HEADERS)) if place == 0 or any(row[place] for row in rows)]
     cells = [[row[place] for place in filled] for row in rows]
     alignment = ["left", *["right"] * (len(filled) - 1)]
     return tabulate(cells, [HEADERS[place] for place in filled], "simple", disable_numparse=True, colalign=alignment)
 
 
-def _row(roles: Roles, lane: Lane) -> list[str]:
-    history = lane.history
-    skipped = str(roles.guard.skipped_steps_of(lane.index)) if roles.guard else ""
-    clipped = _share(history.clips) if roles.clipping else ""
+def _row(context: OptimizerContext, skipped: int | None, *, clips: bool) -> list[str]:
+    history = context.history
     max_norm = math.inf if history.last is None else float(history.last.max_norm)
-    name = lane.suffix[1:] or type(lane.optimizer).__name__
-    return [name, str(history.steps), skipped, clipped, *map(_number, history.run_percentiles()), _number(max_norm)]
+    name = context.suffix[1:] or type(context.optimizer).__name__
+    return [
+        name,
+        str(history.steps),
+        "" if skipped is None else str(skipped),
+        _share(history.clips) if clips else "",
+        *map(_number, history.run_percentiles()),
+        _number(max_norm),
+    ]
 
 
-def _rows_of_limits(lane: Lane) -> list[list[str]]:
-    history, last = lane.history, lane.history.last
+def _rows_of_limits(context: OptimizerContext) -> list[list[str]]:
+    history, last = context.history, context.history.last
     rules, shadows = (last.outcomes, last.shadows) if last else ((), ())
     return [
         [f"- {what}{name}", "", "", _share(spans), *[""] * len(PERCENTILES), limits.get(name, "")]

@@ -8,11 +8,10 @@ from pathlib import Path
 import lightning
 import torch
 
-import clip_callbacks
-
 LONG = 400
 """So much of an error's message is told."""
-_FOREIGN = tuple(str(Path(package.__path__[0]).resolve()) for package in (torch, lightning, clip_callbacks))
+_OURS = Path(__file__).parents[1]
+_FOREIGN = tuple(str(Path(path).resolve()) for path in (torch.__path__[0], lightning.__path__[0], _OURS))
 
 
 class UnusableReplayError(ValueError):

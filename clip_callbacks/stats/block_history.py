@@ -9,8 +9,9 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition, Scope, Selection
 from clip_callbacks.core.measurement import block_norms
+from clip_callbacks.core.metric_names import BLOCK_CLIP_FRACTION, BLOCK_PERCENTILES
 from clip_callbacks.core.parameters import ParameterTable
-from clip_callbacks.core.step_report import BLOCK_CLIP_FRACTION, BLOCK_PERCENTILES, StepReport
+from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.stats.norm_history import FLUSH
 from clip_callbacks.stats.sketch import NormSketch
 
@@ -41,7 +42,7 @@ class BlockHistory:
         self._parts: Partition | None = None
         self._norm_type = 2.0
 
-    def bind(self, table: ParameterTable) -> None:
+    def attach(self, table: ParameterTable) -> None:
         """Meet the parameters, or other ones; blocks that stay, by their names, keep what was counted."""
         self._flush()
         selection = self._selection.among(table.names)
@@ -97,7 +98,7 @@ class BlockHistory:
         return {"names": self._names, "norms": self._sketch.state(), "clipped": self._clipped.clone(), "is_local": self._is_local}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned; to be bound afterwards."""
+        """Go on from what :meth:`state_dict` returned; to be attached afterwards."""
         self._names, self._is_local = list(state["names"]), state["is_local"]
         self._sketch = NormSketch(len(self._names))
         self._sketch.load(state["norms"])

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchmetrics import CatMetric
 
-from clip_callbacks.core.step_report import (
+from clip_callbacks.core.metric_names import (
     CLIP_FRACTION,
     CLIP_FRACTION_EPOCH,
     PERCENTILES,
     RULE_CLIP_FRACTION,
     SHADOW_CLIP_FRACTION,
     SHADOW_CLIP_FRACTION_EPOCH,
-    StepReport,
 )
+from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.stats.sketch import NormSketch
 
 FLUSH = 128

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import shard_of
 
 
+def layers_with_statistics(module: nn.Module) -> list[nn.Module]:
+    """The normalization layers of a module that keep running statistics."""
+    return [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.running_mean is not None]
+
+
 class BatchStatistics:
-    """Copies of all running means, variances and counts, made in place.
+    """Copies of running means, variances and counts, made in place.
 
     Args:
-        module: The module in training.
-        is_on: Whether anything is copied at all.
+        layers: The layers that keep them.
     """
 
-    def __init__(self, module: LightningModule, *, is_on: bool) -> None:
-        layers = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.running_mean is not None]
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in [shard_of(buffer) for layer in layers for buffer in layer.buffers(recurse=False)] if is_on else []:
+        for buffer in [buffer for layer in layers for buffer in layer.buffers(recurse=False)]:
             kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self._kinds = [_Buffers(live) for live in kinds.values()]
+        self._kinds = [_Buffers(buffers) for buffers in kinds.values()]
         self.keep()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to keep."""
-        return not self._kinds
 
     def keep(self) -> None:
         """Copy the statistics as they are."""
         for buffers in self._kinds:
             buffers.keep()
+
+    def keep_from(self, other: BatchStatistics) -> None:
+        """Take the copies that others have of the same layers."""
+        copies = other.copies()
+        for buffers in self._kinds:
+            buffers.keep_from(copies)
 
     def restore(self) -> None:
         """Put the statistics back to the copies."""
@@ -64,8 +69,9 @@ class _Buffers:
     read them there, and a graph that another optimizer is still to use must not raise for a skipped step.
     """
 
-    def __init__(self, live: list[Tensor]) -> None:
-        self._live = live
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._keys = list(map(id, buffers))
+        self._live = list(map(shard_of, buffers))
         self.kept, self._copies = self._room()
         self._scratch: tuple[Tensor, list[Tensor]] | None = None
 
@@ -75,11 +81,15 @@ class _Buffers:
         return flat, [part.view_as(buffer) for part, buffer in zip(parts, self._live, strict=True)]
 
     def copies(self) -> dict[int, Tensor]:
-        return {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
+        return dict(zip(self._keys, self._copies, strict=True))
 
     @torch.no_grad()
     def keep(self) -> None:
         torch._foreach_copy_(self._copies, self._live)
+
+    @torch.no_grad()
+    def keep_from(self, copies: Mapping[int, Tensor]) -> None:
+        torch._foreach_copy_(self._copies, [copies[key] for key in self._keys])
 
     @torch.no_grad()
     def restore(self) -> None:

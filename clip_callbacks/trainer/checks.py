@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -16,9 +17,26 @@ from clip_callbacks.trainer.compat import is_of, overrides
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
 from clip_callbacks.trainer.strategies import averages_plainly
 
-if TYPE_CHECKING:
-    from clip_callbacks.callbacks.accumulation import AccumulationRescaling
-    from clip_callbacks.engine.base import Member
+Kind = Literal["clipping", "guard", "rescaling", "monitor"]
+
+
+@dataclass(frozen=True)
+class CallbackFacts:
+    """What the checks need to know of one gradient callback.
+
+    Args:
+        kind: What it does.
+        key: The key of its state, which tells it apart from others of its class.
+        norm_type: The order of norms that it asks for; None takes any.
+        is_weighted: Whether it gives micro-batches weights.
+        has_noise_scale: Whether it estimates the gradient noise scale.
+    """
+
+    kind: Kind
+    key: str
+    norm_type: float | None = None
+    is_weighted: bool = False
+    has_noise_scale: bool = False
 
 
 _ONE_EACH = {
@@ -28,15 +46,15 @@ _ONE_EACH = {
 }
 
 
-def check_trainer(trainer: Trainer, module: LightningModule, family: Sequence[Member]) -> None:
-    """Refuse what the family cannot do right.
+def check_trainer(trainer: Trainer, module: LightningModule, callbacks: Sequence[CallbackFacts]) -> None:
+    """Refuse what gradient callbacks cannot do right.
 
     Raises:
         ValueError: It names what stands in the way and what to do instead.
     """
-    _check_members(family)
+    _check_callbacks(callbacks)
     _check_strategy(trainer)
-    if any(member.kind == "clipping" for member in family):
+    if any(callback.kind == "clipping" for callback in callbacks):
         _check_clipped_once(trainer, module)
 
 
@@ -68,25 +86,35 @@ def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradS
         )
 
 
-def check_noise_scale(trainer: Trainer, module: LightningModule, rescaling: AccumulationRescaling | None) -> None:
+def check_noise_scale(trainer: Trainer, module: LightningModule, *, is_weighted: bool) -> None:
     """Refuse to estimate the noise scale where micro-batches cannot be looked at one by one.
+
+    Args:
+        trainer: The Trainer.
+        module: The module to train.
+        is_weighted: Whether micro-batches have weights.
 
     Raises:
         ValueError: It says why, and what to do instead.
     """
-    obstacles = {
-        f"{trainer.world_size} ranks, where gradients are reduced in backward": trainer.world_size > 1,
-        "manual optimization, where only the training_step knows what makes a window": not module.automatic_optimization,
-        "LBFGS, whose closure runs the window again within one step": any(isinstance(it, LBFGS) for it in trainer.optimizers),
-        "a `weight`, with which micro-batches are no samples of one size": rescaling is not None and rescaling.weight is not None,
-    }
-    for obstacle, is_there in obstacles.items():
-        if is_there:
-            raise ValueError(
-                f"`noise_scale` must be False with {obstacle}, got True. Estimate it in a short run on one device, with "
-                "automatic optimization and equal micro-batches."
-            )
+    if reason := _reason_against_noise_scale(trainer, module, is_weighted=is_weighted):
+        raise ValueError(
+            f"`noise_scale` must be False with {reason}, got True. Estimate it in a short run on one device, with "
+            "automatic optimization and equal micro-batches."
+        )
     warn_of_single_micro_batches(trainer)
+
+
+def _reason_against_noise_scale(trainer: Trainer, module: LightningModule, *, is_weighted: bool) -> str | None:
+    if trainer.world_size > 1:
+        return f"{trainer.world_size} ranks, where gradients are reduced in backward"
+    if not module.automatic_optimization:
+        return "manual optimization, where only the training_step knows what makes a window"
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        return "LBFGS, whose closure runs the window again within one step"
+    if is_weighted:
+        return "a `weight`, with which micro-batches are no samples of one size"
+    return None
 
 
 def warn_of_single_micro_batches(trainer: Trainer) -> None:
@@ -98,8 +126,8 @@ def warn_of_single_micro_batches(trainer: Trainer) -> None:
         )
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, family: Sequence[Member]) -> None:
-    """Refuse optimizers that the family cannot handle.
+def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None, callbacks: Sequence[CallbackFacts]) -> None:
+    """Refuse optimizers that gradient callbacks cannot handle.
 
     Raises:
         ValueError: It names the optimizer and what to do instead.
@@ -111,25 +139,25 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
                 f"`optimizer` must leave unscaling to its caller under a GradScaler, got {name}, whose step takes the scaler "
                 "itself: gradients would be unscaled twice. Use a fused optimizer of torch.optim, or precision bf16-mixed."
             )
-        if isinstance(optimizer, LBFGS) and any(member.kind == "rescaling" for member in family):
+        if isinstance(optimizer, LBFGS) and any(callback.kind == "rescaling" for callback in callbacks):
             raise ValueError(
                 f"AccumulationRescaling must not be used with {name}: its closure runs the window again within one step. "
                 "Remove AccumulationRescaling and set accumulate_grad_batches=1."
             )
 
 
-def _check_members(family: Sequence[Member]) -> None:
+def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
     for kind, harm in _ONE_EACH.items():
-        names = [member._stable_key for member in family if member.kind == kind]
+        names = [callback.key for callback in callbacks if callback.kind == kind]
         if len(names) > 1:
             raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
-    monitors = [member._stable_key for member in family if member.kind == "monitor"]
+    monitors = [callback.key for callback in callbacks if callback.kind == "monitor"]
     if len(set(monitors)) < len(monitors):
         raise ValueError(
             f"`callbacks` must hold one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
             "every metric would be logged twice."
         )
-    norm_types = {member.norm_type for member in family if member.norm_type is not None}
+    norm_types = {callback.norm_type for callback in callbacks if callback.norm_type is not None}
     if len(norm_types) > 1:
         raise ValueError(
             f"`norm_type` must be the same for all callbacks of one Trainer, got {sorted(norm_types)}: "

@@ -13,18 +13,18 @@ from lightning_utilities.core import rank_zero
 from lightning_utilities.core.overrides import is_overridden
 
 _log = rank_zero.log
-from pytorch_lightning import Callback as TwinCallback  # noqa: E402
+from pytorch_lightning import Callback as OtherCallback  # noqa: E402
 
 # the last import takes over what both write their messages to: who silenced "lightning.pytorch" would hear from it again
 rank_zero.log = _log
 
-__all__ = ["TwinCallback", "is_of", "overrides"]
+__all__ = ["OtherCallback", "is_of", "overrides"]
 
 Kind = TypeVar("Kind")
 
 
 def is_of(thing: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a thing is of a class of ``lightning.pytorch`` or of its twin.
+    """Whether a thing is of a class of ``lightning.pytorch`` or of its counterpart.
 
     Example::
 
@@ -34,15 +34,17 @@ def is_of(thing: object, kind: type[Kind]) -> TypeGuard[Kind]:
         >>> is_of(pytorch_lightning.LightningModule(), LightningModule)
         True
     """
-    return isinstance(thing, (kind, _twin(kind)))
+    return isinstance(thing, (kind, _counterpart(kind)))
 
 
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether a module has a hook of its own."""
-    return any(is_overridden(hook, module, base) for base in (LightningModule, _twin(LightningModule)) if isinstance(module, base))
+    return any(
+        is_overridden(hook, module, base) for base in (LightningModule, _counterpart(LightningModule)) if isinstance(module, base)
+    )
 
 
-def _twin(kind: type[Any]) -> type[Any]:
+def _counterpart(kind: type[Any]) -> type[Any]:
     """The class of the same name in ``pytorch_lightning``."""
     module = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1)
     twin: type[Any] = getattr(import_module(module), kind.__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class Arrival:
+class DeviceEvent:
     """Marks a moment in a device's work; what was sent to the host before it is there once the device has got this far.
 
     Args:

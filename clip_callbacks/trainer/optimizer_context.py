@@ -1,80 +1,51 @@
-"""One optimizer of the run: what it holds, what its steps reported."""
+"""What one optimizer has in a fit: its parameters, its history, the report of its last step."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step_report import StepReport
-from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.stats.norm_history import RunHistory
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
 
-if TYPE_CHECKING:
-    from clip_callbacks.engine.deferred import Verdict
-
 T = TypeVar("T")
 
-WINDOW = 1024
-"""How many micro-batches of a window are remembered at most."""
 
-KEPT = 16
-"""How many batches are kept in manual optimization, where nobody says how long a window is."""
-
-
-class KeptBatch(NamedTuple):
-    """A batch that may have to be run again, its index; if wanted, the states of random numbers and versions of tensors before."""
-
-    batch: Any
-    batch_idx: int
-    rng: dict[str, Any] | None = None
-    versions: tuple[tuple[int, int], ...] = ()
-
-
-class MicroBatch(NamedTuple):
-    """The loss of one backward pass, and the batch if it may have to be run again."""
-
-    loss: Tensor
-    kept: KeptBatch | None
-
-
-class Lane:
-    """One optimizer of the run: what it holds, what its steps reported.
+class OptimizerContext:
+    """What one optimizer has in a fit.
 
     Args:
-        index: Its number in ``trainer.optimizers``.
+        index: The optimizer's number in ``trainer.optimizers``.
         optimizer: The optimizer.
         module: The module that names its parameters.
-        suffix: Of its metrics; empty with one optimizer.
+        suffix: The suffix of its metrics; empty with one optimizer.
         reduce: From its parameters to what makes norms of this rank's parts norms of the whole.
+
+    Attributes:
+        table: The parameters.
+        history: What the run remembers of its norms.
+        report: The report of the last step; of LBFGS's closure calls the first one's, unless a later one is bad.
     """
 
     def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str, reduce: Reduce) -> None:
         self.index = index
-        self._reduce = reduce
         self.optimizer = optimizer
         self.suffix = suffix
         self.history = RunHistory()
-        self.window: deque[MicroBatch] = deque(maxlen=WINDOW)
         self.report: StepReport | None = None
-        self.verdict: Verdict | None = None
-        self.error: NonFiniteGradientError | None = None
-        self.noise: WindowNorms | None = None
-        self.scale = 1.0
-        self.stepped = self.unlogged = self.is_skipped = False
+        self._reduce = reduce
         self._step_number: int | None = None
         self.tabulate(module)
 
     def tabulate(self, module: LightningModule) -> None:
-        """Make the table of parameters."""
+        """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
 
@@ -87,24 +58,58 @@ class Lane:
         pairs = [(group["params"], held) for group, held in zip(groups, self._held, strict=True)]
         return any(len(params) != len(held) or not all(map(is_, params, held)) for params, held in pairs)
 
-    def begin(self, step_number: int) -> bool:
-        """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes."""
-        is_new, self._step_number = step_number != self._step_number, step_number
+    def begins_step(self, step_number: int) -> bool:
+        """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes.
+
+        Args:
+            step_number: ``trainer.global_step``.
+        """
+        is_new = step_number != self._step_number
+        self._step_number = step_number
         return is_new
+
+    def remember(self, report: StepReport, *, is_new: bool, is_healthy: bool) -> None:
+        """Keep the report of a step.
+
+        Args:
+            report: The report.
+            is_new: Whether it is of a new step, and not of another closure call.
+            is_healthy: Whether its norms go into the history.
+        """
+        self.report = report
+        self.history.steps += is_new
+        if is_healthy:
+            self.history.add(report)
+
+    def continue_history(self, history: RunHistory) -> None:
+        """Go on with the history of an optimizer whose place this one has taken."""
+        self.history = history
 
     def named(self, metrics: Mapping[str, T]) -> dict[str, T]:
         """Metrics under the names that they have for this optimizer."""
         return {key + self.suffix: value for key, value in metrics.items()}
 
 
-def make_lanes(trainer: Trainer, module: LightningModule) -> list[Lane]:
-    """A lane for each optimizer of a Trainer."""
+def make_contexts(trainer: Trainer, module: LightningModule, histories: Mapping[int, Any]) -> list[OptimizerContext]:
+    """Make a context for each optimizer of a Trainer.
+
+    Args:
+        trainer: A Trainer that has made its optimizers.
+        module: The module that names the parameters.
+        histories: What a checkpoint knows of the optimizers' histories, by number.
+    """
     suffixes, reduce = optimizer_suffixes(trainer), reduction_under(trainer)
-    return [Lane(index, optimizer, module, suffixes[index], reduce) for index, optimizer in enumerate(trainer.optimizers)]
+    contexts = []
+    for index, optimizer in enumerate(trainer.optimizers):
+        context = OptimizerContext(index, optimizer, module, suffixes[index], reduce)
+        if index in histories:
+            context.history.load_state_dict(histories[index])
+        contexts.append(context)
+    return contexts
 
 
 def optimizer_suffixes(trainer: Trainer) -> list[str]:
-    """What tells the metrics of several optimizers apart, in the names that LearningRateMonitor gives them.
+    """Suffixes that tell the metrics of several optimizers apart, in the names that LearningRateMonitor gives them.
 
     Those with a scheduler come first, as there; one optimizer needs no suffix.
     """

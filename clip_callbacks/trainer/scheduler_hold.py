@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 
-class HeldSchedules:
+class SchedulerHold:
     """Step-interval schedules that advance as if skipped batches had not been drawn; plateau schedules are left to Lightning.
 
     Lightning asks each schedule's interval and frequency after the batch, and counts batches, skipped ones too. For one batch they
@@ -23,7 +23,7 @@ class HeldSchedules:
         self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
         self._plateaus: list[tuple[LRSchedulerConfig, int]] = []
         self._epoch = -1
-        self._left_out = self._window_start = self._seen = 0
+        self._skipped_batches = self._window_start = self._seen = 0
         self._is_counted = False
 
     def settle(self, trainer: Trainer, *, skipped: bool) -> None:
@@ -31,14 +31,14 @@ class HeldSchedules:
         self.release()
         self._begin(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
         if skipped and not self._is_counted:
-            self._left_out += self._seen - self._window_start
+            self._skipped_batches += self._seen - self._window_start
             self._is_counted = True
-        if not self._is_on or not self._left_out:
+        if not self._is_on or not self._skipped_batches:
             return
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 self._altered.append((config, config.interval, config.frequency))
-                is_due = not skipped and (self._seen - self._left_out) % config.frequency == 0
+                is_due = not skipped and (self._seen - self._skipped_batches) % config.frequency == 0
                 config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
 
     def holds(self, trainer: Trainer) -> bool:
@@ -50,11 +50,11 @@ class HeldSchedules:
     @property
     def mark(self) -> int:
         """How many batches of the epoch the schedules had counted when the window began that a step has just been settled for."""
-        return self._window_start - self._left_out
+        return self._window_start - self._skipped_batches
 
     def mark_in(self, epoch: int) -> int:
         """How many batches of an epoch the schedules have counted, in mid-window without those of the window."""
-        return self._seen - self._left_out if epoch == self._epoch else 0
+        return self._seen - self._skipped_batches if epoch == self._epoch else 0
 
     def go_back(self, trainer: Trainer, mark: int) -> None:
         """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped.
@@ -63,7 +63,7 @@ class HeldSchedules:
         """
         self.release()
         self.release_plateaus()
-        self._left_out = self._seen - mark
+        self._skipped_batches = self._seen - mark
         for config in [config for config in trainer.lr_scheduler_configs if config.interval == "step"]:
             if config.reduce_on_plateau:
                 self._plateaus.append((config, config.frequency))
@@ -75,17 +75,17 @@ class HeldSchedules:
     def _begin(self, epoch: int, batches: int) -> None:
         """Take note of the batches of the epoch seen so far; those since the last step are the window."""
         if epoch != self._epoch:
-            self._epoch, self._left_out, self._seen = epoch, 0, 0
+            self._epoch, self._skipped_batches, self._seen = epoch, 0, 0
         if batches != self._seen:
             self._window_start, self._seen, self._is_counted = self._seen, batches, False
 
     def state(self) -> tuple[int, int, int]:
         """Where the epoch stands, for a checkpoint inside it."""
-        return self._epoch, self._left_out, self._seen
+        return self._epoch, self._skipped_batches, self._seen
 
     def load_state(self, state: tuple[int, int, int]) -> None:
         """Go on from what :meth:`state` returned."""
-        self._epoch, self._left_out, self._seen = state
+        self._epoch, self._skipped_batches, self._seen = state
 
     def release(self) -> None:
         """Put intervals and frequencies back."""

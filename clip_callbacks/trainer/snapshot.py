@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.reduction import shard_of
-from clip_callbacks.trainer.device_event import Arrival
+from clip_callbacks.trainer.device_event import DeviceEvent
 
 Path = tuple[Any, ...]
 AS_IS = object()
@@ -59,7 +59,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._rooms: dict[Path, Tensor] = {}
-        self._arrivals: list[Arrival] = []
+        self._events: list[DeviceEvent] = []
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ class Snapshot:
         if copying.pairs:
             rooms, lives = zip(*copying.pairs, strict=True)
             torch._foreach_copy_(rooms, lives, non_blocking=True)
-        self._arrivals = [Arrival(device) for device in {live.device for _, live in copying.pairs} if device.type == "cuda"]
+        self._events = [DeviceEvent(device) for device in {live.device for _, live in copying.pairs} if device.type == "cuda"]
         return kept
 
     @torch.no_grad()
@@ -95,8 +95,8 @@ class Snapshot:
         Returns:
             What is to stand there.
         """
-        for arrival in self._arrivals:
-            arrival.wait()
+        for event in self._events:
+            event.wait()
         writing = _Writing()
         tree = writing.visit(kept, live)
         if writing.pairs:

@@ -170,5 +170,5 @@ def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
 
 def test_batch_statistics_are_put_back_unread(fake_cuda):
     net = nn.Sequential(nn.BatchNorm1d(8, device="cuda"), nn.BatchNorm1d(3, device="cuda"))
-    statistics = BatchStatistics(net, is_on=True)
+    statistics = BatchStatistics(net)
     statistics.restore_where(torch.ones((), dtype=torch.bool, device="cuda"))

@@ -445,7 +445,7 @@ def test_held_schedules_go_on_where_they_were(run, name, tmp_path):
     resumed = run(name, tmp_path / "a.ckpt", is_first=False, function=rates)
     for (before, state), (after, end) in zip(whole, resumed, strict=True):
         assert after == before[5:]
-        assert end["left_out"] == state["left_out"]
+        assert end["skipped_batches"] == state["skipped_batches"]
         assert end["history"][0]["steps"] == state["history"][0]["steps"] == 12
 
 

@@ -29,7 +29,7 @@ from tests.helpers.exact_skip import differences
 from tests.helpers.matrix import matrix
 from tests.helpers.members import O
 from tests.helpers.rollback import BAD, BATCHES, LOST, SCHEDULES, Copies, Subject, fitted, rollback, without
-from tests.helpers.training import SAFELY, data, scaled
+from tests.helpers.training import SAFELY, data, limit_states, scaled
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Non-finite gradients:RuntimeWarning",
@@ -164,7 +164,7 @@ def test_spikes_count(trainer):
     twin = NonFiniteGuard(skip_above=RobustZScoreLimit(5.0, window=20, warmup=2))
     clean = fitted(trainer(twin), Subject({}), without(loader, LOST))
     assert differences(ours, clean) == []
-    (state,), (twin_state,) = guard.limit_state_of(0), twin.limit_state_of(0)
+    (state,), (twin_state,) = limit_states(guard), limit_states(twin)
     assert differences(state, twin_state) == []
 
 
@@ -253,14 +253,14 @@ def test_there_is_one_copy_in_the_same_memory(trainer):
         seen: list[dict] = []  # noqa: RUF012
 
         def on_train_batch_end(self, *_):
-            self.seen.append({path: room.data_ptr() for path, room in guard._rollback._memory._rooms.items()})
+            self.seen.append({path: room.data_ptr() for path, room in guard._part.rollback.run.memory._rooms.items()})
 
     guard, module = rollback(every=1), Subject({}, optimizer=O.AdamW)
     sizes = []
 
     class Size(Callback):
         def on_train_end(self, *_):
-            sizes.append(guard._rollback._memory.nbytes)
+            sizes.append(guard._part.rollback.run.memory.nbytes)
 
     fit = trainer(guard, Rooms(), Size())
     fit.fit(module, data(4))
@@ -269,7 +269,7 @@ def test_there_is_one_copy_in_the_same_memory(trainer):
     parameters = sum(parameter.nbytes for parameter in module.parameters())
     steps = sum(state["step"].nbytes for state in fit.optimizers[0].state.values())
     assert sizes == [3 * parameters + steps]
-    assert guard._rollback is None, "and is let go of in the end"
+    assert guard._part is None, "and is let go of in the end"
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

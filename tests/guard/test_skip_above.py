@@ -20,7 +20,7 @@ from clip_callbacks import (
     clip_step,
 )
 from tests.helpers.laws import with_gradients
-from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, weights
+from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, limit_states, weights
 
 SPIKES = pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning")
 
@@ -54,7 +54,7 @@ def test_a_skipped_spike_never_happened(trainer, fused, deferred, optimizer):
     )
     assert_same_bits(weights(ours), weights(clean))
     assert guard.skipped_steps == clipping.skipped_steps == 2
-    ((ours_state,), (clean_state,)) = clipping.state_of(0), twin.state_of(0)
+    ((ours_state,), (clean_state,)) = limit_states(clipping), limit_states(twin)
     assert all(torch.equal(ours_state[key], clean_state[key]) for key in ours_state)
 
 

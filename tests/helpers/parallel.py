@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from clip_callbacks.engine.base import Member
+from clip_callbacks.engine.base import GradientCallback
 from tests.helpers.training import TRUSTING, make_trainer, numbers
 
 BATCH = 8
@@ -125,7 +125,7 @@ class Tape(Callback):
         self.model = trainer.strategy.model
 
     def on_train_batch_end(self, trainer, *_):
-        reports = [callback.last_report for callback in trainer.callbacks if isinstance(callback, Member)]
+        reports = [callback.last_report for callback in trainer.callbacks if isinstance(callback, GradientCallback)]
         for report in [report for report in reports if report][:1]:
             self.norms.append(report.total_norm.item())
             self.coefficients.append(report.clip_coef.item())
@@ -179,7 +179,7 @@ def train(name, *callbacks, steps=STEPS, bad=(), poison=None, module=None, ckpt_
         "norms": tape.norms,
         "coefficients": tape.coefficients,
         "skipped": tape.skipped,
-        "members": [callback for callback in callbacks if isinstance(callback, Member)],
+        "members": [callback for callback in callbacks if isinstance(callback, GradientCallback)],
         "trainer": fit,
     }
 

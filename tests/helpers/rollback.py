@@ -14,7 +14,7 @@ from clip_callbacks import (
     NonFiniteGuard,
 )
 from tests.helpers.members import O
-from tests.helpers.training import Poisoned
+from tests.helpers.training import Poisoned, limit_states
 
 BATCHES = 14
 BAD = {5: math.nan, 6: math.inf, 7: math.nan}
@@ -64,7 +64,7 @@ def everything(fit):
         parts |= {f"schedule.{number}.{place}": state for place, state in enumerate(states)}
     clippings = [callback for callback in fit.callbacks if isinstance(callback, GradientClipping)]
     for index, clipping in [(index, clipping) for clipping in clippings for index in range(len(fit.optimizers))]:
-        parts |= {f"limit.{index}.{place}": state for place, state in enumerate(clipping.state_of(index))}
+        parts |= {f"limit.{index}.{place}": state for place, state in enumerate(limit_states(clipping, index))}
     scaler = getattr(fit.precision_plugin, "scaler", None)
     parts["scaler"] = scaler.state_dict() if scaler else {}
     return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items() if not callable(value)}
@@ -94,7 +94,7 @@ class Copies(Callback):
         self.guard, self.steps = guard, []
 
     def on_train_batch_end(self, *_):
-        self.steps.append(self.guard._rollback.step)
+        self.steps.append(self.guard._part.rollback.step)
 
 
 class Weights(Callback):

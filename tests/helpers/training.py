@@ -153,6 +153,14 @@ def scaled(**options):
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))]}
 
 
+def limit_states(callback: Any, index: int = 0) -> list[dict[str, Tensor]]:
+    """What the limits of a callback remember of one optimizer, as a checkpoint has it."""
+    state = callback.state_dict()
+    if "skip_above" in state:
+        return [state["skip_above"][index]["state"]]
+    return [held["state"] for held in (*state["limits"][index].values(), *state["shadows"][index].values())]
+
+
 def leaves(state):
     if isinstance(state, dict):
         return [x for key in sorted(state, key=str) for x in leaves(state[key])]

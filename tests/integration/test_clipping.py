@@ -281,13 +281,13 @@ def test_lbfgs_reports_where_each_step_begins(trainer):
 def test_callbacks_let_go_of_the_run(trainer):
     import gc
 
-    from clip_callbacks.engine.engine import Pass
-    from clip_callbacks.trainer.optimizer_context import Lane
+    from clip_callbacks.engine.engine import StepEngine
+    from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
     callbacks = [GradientClipping(0.5), NonFiniteGuard(), AccumulationRescaling(), GradientNormMonitor()]
     trainer(*callbacks).fit(Regression(), data(4))
     gc.collect()  # the module itself Lightning holds on to: it hangs its own `log` on every callback
-    assert [thing for thing in gc.get_objects() if type(thing) in {Lane, Pass}] == []
+    assert [thing for thing in gc.get_objects() if type(thing) in {OptimizerContext, StepEngine}] == []
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0])

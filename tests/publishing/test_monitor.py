@@ -427,13 +427,20 @@ def test_update_ratios_in_other_precisions(trainer, precision):
 def test_nothing_is_copied_on_other_steps(trainer):
     looked = []
 
-    class Looking(GradientNormMonitor):
-        def look(self, lane, loss_scale):
-            super().look(lane, loss_scale)
-            looked.append((lane.history.steps, len(self._before)))
+    class Looking(Callback):
+        def on_train_start(self, *_):
+            part = monitor._part
+            look, self.kept = part.before_write, part._weights_before
 
-    monitor = Looking(update_ratio=True, every_n_steps=6)
-    module = Regression()
-    module.on_train_batch_end = lambda *_: looked.append(len(monitor._before))
-    trainer(monitor, log_every_n_steps=3).fit(module, data(12))
+            def before_write(step):
+                look(step)
+                looked.append((step.optimizer.history.steps, len(self.kept)))
+
+            part.before_write = before_write
+
+        def on_train_batch_end(self, *_):
+            looked.append(len(self.kept))
+
+    monitor = GradientNormMonitor(update_ratio=True, every_n_steps=6)
+    trainer(monitor, Looking(), log_every_n_steps=3).fit(Regression(), data(12))
     assert [entry for entry in looked if entry != 0] == [(2, 0), (5, 1), (8, 0), (11, 1)], "what is kept is let go in the batch"

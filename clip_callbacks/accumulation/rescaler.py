@@ -1,0 +1,204 @@
+"""What makes the gradient of a window the mean over the micro-batches in it: the part of AccumulationRescaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from clip_callbacks.accumulation.manual_window import ManualWindow
+from clip_callbacks.accumulation.weights import Weight, name_of
+from clip_callbacks.accumulation.window import Window
+from clip_callbacks.accumulation.window_weights import WindowWeights
+from clip_callbacks.accumulation.zero_backward import zero_backward
+from clip_callbacks.core.apply import drop
+from clip_callbacks.core.metric_names import ACCUMULATION_SCALE
+from clip_callbacks.core.reduction import reduces_in_backward
+from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+
+
+class NoRescaling:
+    """Leaves windows as Lightning divides them.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    is_silent = False
+    """Whether the last micro-batch has weight 0, so that its loss does not count."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def attach(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Meet the optimizers, before the first step or after one of them took on other parameters."""
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Ask for the weight of the batch."""
+
+    def begin_window(self) -> None:
+        """Begin a new window: the gradients were set to zero."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Count the micro-batch, and weight its loss."""
+
+    def after_backward(self) -> None:
+        """Let go of what the backward pass needed."""
+
+    def drop_micro_batch(self) -> None:
+        """Leave the last micro-batch out: its gradient was dropped."""
+
+    @property
+    def divisor(self) -> int:
+        """N, what the losses of the window were divided by."""
+        return self._trainer.accumulate_grad_batches
+
+    def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
+        """What makes the gradients of an optimizer's window a mean; None if the weights of the window are all 0, on all ranks.
+
+        Args:
+            context: The optimizer.
+            scale_of_kept: What makes the mean over all micro-batches one over those that were not dropped.
+        """
+        return scale_of_kept if self._trainer.lightning_module.automatic_optimization else 1.0
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+        """What a logged step tells of the window."""
+        return {}
+
+    def metric_names(self) -> list[str]:
+        """The metrics of a logged step."""
+        return []
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+
+
+class Rescaler(NoRescaling):
+    """Rescales windows to the mean over their micro-batches, each with its weight.
+
+    Args:
+        trainer: The Trainer.
+        module: The module to train.
+        weight: From a batch to its weight; None: all weigh the same.
+        divide: Whether in manual optimization the sum over a window becomes a mean.
+
+    Raises:
+        ValueError: If there are weights in manual optimization, and nothing would divide by them.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
+        super().__init__(trainer)
+        if weight and not module.automatic_optimization and not divide:
+            raise ValueError(
+                f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: nothing "
+                "would be divided by the sum of the weights. Set divide=True, and do not divide your losses."
+            )
+        self._module = module
+        self._is_manual = not module.automatic_optimization
+        self._divides_manually = self._is_manual and divide
+        self._weights = WindowWeights(weight) if weight else None
+        self._window = Window()
+        self._manual: dict[int, ManualWindow] = {}
+        self._contexts: dict[int, OptimizerContext] = {}
+        self._has_stepped = False
+        self._last_weight = 1.0
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Have a window for each optimizer of manual optimization."""
+        self._contexts |= {context.index: context for context in contexts}
+        if self._divides_manually:
+            self._manual |= {context.index: ManualWindow(context) for context in contexts}
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Ask for the weight of the batch; set gradients to zero that a step has used and Lightning will not.
+
+        Lightning does so where N divides the batch's number. Where N has changed since, that is not the batch after the step.
+        """
+        if self._has_stepped and batch_idx % self._trainer.accumulate_grad_batches:
+            for context in self._contexts.values():
+                drop(context.table)
+            self.begin_window()
+        if self._weights:
+            self._weights.ask(batch, batch_idx)
+
+    def begin_window(self) -> None:
+        """Begin a new window."""
+        self._window.reset()
+        self._has_stepped = False
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
+        self.detach()  # the backward pass before may have raised
+        weight = self._last_weight = self._weights.read(self._trainer) if self._weights else 1.0
+        factor = self._factor_of_manual_loss(weight)
+        if not self._is_manual:
+            factor = self._window.loss_weight(self._trainer.accumulate_grad_batches, weight)
+            self._window.add(weight)
+        if factor != 1.0:
+            self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
+        if not weight:
+            self._hooks += zero_backward(loss, [tensor for context in self._contexts.values() for tensor in context.table.tensors])
+
+    def _factor_of_manual_loss(self, weight: float) -> float:
+        if self._divides_manually and not reduces_in_backward(self._module):
+            raise ValueError(
+                "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False): "
+                "nothing tells of the backward passes between. Leave it at True, or divide your losses."
+            )
+        for window in self._manual.values():
+            window.before_backward()
+        return weight
+
+    def after_backward(self) -> None:
+        """Count the micro-batches that reached an optimizer of manual optimization."""
+        self.detach()
+        for window in self._manual.values():
+            window.after_backward(self._last_weight)
+
+    @property
+    def divisor(self) -> int:
+        """N, what the losses of the window were divided by."""
+        return self._window.divisor
+
+    @property
+    def is_silent(self) -> bool:  # type: ignore[override]
+        """Whether the last micro-batch has weight 0, and its loss does not count."""
+        return not self._last_weight
+
+    def drop_micro_batch(self) -> None:
+        """Leave the last micro-batch out, its count and its weight."""
+        self._window.drop()
+
+    def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
+        """What makes the gradients of an optimizer's window a mean; None if the weights of the window are all 0, on all ranks."""
+        if not self._is_manual:
+            self._has_stepped = True
+            return self._scale_of(self._window)
+        return self._scale_of(self._manual[context.index].window) if self._divides_manually else 1.0
+
+    def _scale_of(self, window: Window) -> float | None:
+        if self._weights is None:
+            return window.scale()
+        total = self._weights.total(self._trainer, window.weight)
+        if not total and window.count:
+            return None
+        return window.scale(total, self._trainer.world_size)
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+        """What the window was multiplied by."""
+        return {ACCUMULATION_SCALE: report.accumulation_scale}
+
+    def metric_names(self) -> list[str]:
+        """The metrics of a logged step."""
+        return [ACCUMULATION_SCALE]
+
+    def detach(self) -> None:
+        """Take the hooks off the loss and the parameters."""
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -1,0 +1,232 @@
+"""What clips in one fit: the part that GradientClipping makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from clip_callbacks.core.limit_state import NamedLimitState, carry_over
+from clip_callbacks.core.limits import Limit, labels
+from clip_callbacks.core.metric_names import (
+    CLIP_COEF,
+    CLIP_FRACTION,
+    CLIPPED_NORM,
+    MAX_NORM,
+    RULE_CLIP_COEF,
+    RULE_CLIP_FRACTION,
+    RULE_MAX_NORM,
+    RULE_TOTAL_NORM,
+    SHADOW_CLIP_FRACTION,
+    TOTAL_NORM,
+)
+from clip_callbacks.core.rules import ClipRule, ClipState
+from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+
+States: TypeAlias = dict[int, dict[str, NamedLimitState]]
+"""The states of limits, by the number of the optimizer and by the name of the rule."""
+
+
+class Unclipped:
+    """Measures, and clips nothing."""
+
+    clips = False
+    """Whether there is anything that may clip."""
+    clip_value: float | None = None
+    """The largest entry afterwards."""
+
+    def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
+        """Meet the optimizers, before the first step or after some of them took on other parameters.
+
+        Args:
+            contexts: The optimizers that are new, or hold other parameters.
+            names: The names of all parameters of the module.
+            renewed: Whether an optimizer changed in the middle of a fit.
+        """
+
+    def rules_of(self, index: int) -> Sequence[ClipRule]:
+        """The rules that hold for an optimizer."""
+        return ()
+
+    def shadows_of(self, index: int) -> Sequence[ClipRule]:
+        """The limits that are tried on it, as rules."""
+        return ()
+
+    def limit_states(self, index: int) -> ClipState:
+        """The states of both."""
+        return ()
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Keep them for the next step."""
+
+    def reason_against_deferral(self, context: OptimizerContext) -> str | None:
+        """Why the host must decide on steps of an optimizer, if it must."""
+        return None
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, Tensor | float]:
+        """What a logged step tells of the clipping beside what its report has."""
+        return {}
+
+    def charts(self, context: OptimizerContext) -> dict[str, list[str]]:
+        """By title, the metrics of each chart."""
+        return {"total_norm": [TOTAL_NORM]}
+
+
+class Clipper(Unclipped):
+    """Holds the rules for each optimizer, and their states.
+
+    Args:
+        rules: The rules, in order.
+        shadows: Limits that are tried on the blocks of the first rule, and clip nothing.
+        clip_value: The largest entry afterwards; None leaves entries alone.
+        saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+    """
+
+    clips = True
+
+    def __init__(
+        self, rules: Sequence[ClipRule], shadows: Sequence[Limit], clip_value: float | None, saved: Mapping[str, Any]
+    ) -> None:
+        self._all_rules = rules
+        self._all_shadows = shadows
+        self.clip_value = clip_value
+        self._rules: dict[int, list[ClipRule]] = {}
+        self._shadows: dict[int, list[ClipRule]] = {}
+        self._states: States = {}
+        self._shadow_states: States = {}
+        self._restored = _loaded(saved.get("limits", {}))
+        self._restored_shadows = _loaded(saved.get("shadows", {}))
+
+    def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
+        """Find the rules that hold for each optimizer, and their states.
+
+        Raises:
+            ValueError: If a rule's pattern matches no parameter, or a restored state is that of other rules.
+        """
+        if not renewed:
+            self._check(contexts, names)
+        for context in contexts:
+            rules = {key: _narrowed(rule, context) for key, rule in self._named_rules().items() if _holds(rule, context)}
+            self._rules[context.index] = list(rules.values())
+            whose = f"GradientClipping for optimizer {context.index}"
+            known = [self._states, self._restored]
+            self._states[context.index] = _carried_over(rules, context, known, whose, strict=not renewed)
+            self._attach_shadows(context)
+
+    def _check(self, contexts: Sequence[OptimizerContext], names: Sequence[str]) -> None:
+        every_name = list(dict.fromkeys([*names, *(name for context in contexts for name in context.table.names)]))
+        for rule in self._all_rules:
+            rule.selection.check(every_name)
+            if not any(_holds(rule, context) for context in contexts):
+                which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
+                rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
+
+    def _attach_shadows(self, context: OptimizerContext) -> None:
+        """Shadows may change between runs: they decide nothing."""
+        first = self._all_rules[0]
+        shadows: dict[str, ClipRule] = {}
+        if _holds(first, context):
+            for limit, name in zip(self._all_shadows, labels(self._all_shadows), strict=True):
+                shadows[name] = _narrowed(replace(first, max_norm=limit, name=name), context)
+        self._shadows[context.index] = list(shadows.values())
+        known = [self._shadow_states, self._restored_shadows]
+        self._shadow_states[context.index] = _carried_over(shadows, context, known, "shadow", strict=False)
+        context.history.keep_only([rule.name for rule in self._rules[context.index] if rule.name], list(shadows))
+
+    def _named_rules(self) -> dict[str, ClipRule]:
+        """By their names, which each of several rules needs for its metrics."""
+        if len(self._all_rules) == 1:
+            (rule,) = self._all_rules
+            return {names_of(self._all_rules)[0]: rule}
+        return {name: replace(rule, name=name) for name, rule in zip(names_of(self._all_rules), self._all_rules, strict=True)}
+
+    def rules_of(self, index: int) -> list[ClipRule]:
+        """The rules that hold for an optimizer."""
+        return self._rules[index]
+
+    def shadows_of(self, index: int) -> list[ClipRule]:
+        """The limits that are tried on it, as rules."""
+        return self._shadows[index]
+
+    def limit_states(self, index: int) -> ClipState:
+        """The states of both."""
+        return tuple(held.state for held in self._each_state(index))
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Keep them for the next step."""
+        for held, after in zip(self._each_state(index), states, strict=True):
+            held.state = after
+
+    def _each_state(self, index: int) -> list[NamedLimitState]:
+        return [*self._states[index].values(), *self._shadow_states[index].values()]
+
+    def reason_against_deferral(self, context: OptimizerContext) -> str | None:
+        """Why the host must decide on steps of an optimizer, if it must."""
+        table = context.table
+        if self.clip_value is None and all(rule.stage(table).partition.is_whole for rule in self.rules_of(context.index)):
+            return None
+        return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, Tensor | float]:
+        """The part of each rule in the clipping, and the share of steps that were clipped."""
+        return {**report.rule_metrics(), **context.history.fractions()}
+
+    def charts(self, context: OptimizerContext) -> dict[str, list[str]]:
+        """By title, the metrics of each chart."""
+        charts = {
+            "total_norm, clipped_norm, max_norm": [TOTAL_NORM, CLIPPED_NORM, MAX_NORM],
+            "clip_coef, clip_fraction": [CLIP_COEF, CLIP_FRACTION],
+        }
+        for name in (rule.name for rule in self.rules_of(context.index) if rule.name):
+            charts[f"{name}: total_norm, max_norm"] = [RULE_TOTAL_NORM.format(name), RULE_MAX_NORM.format(name)]
+            charts[f"{name}: clip_coef, clip_fraction"] = [RULE_CLIP_COEF.format(name), RULE_CLIP_FRACTION.format(name)]
+        shadows = [SHADOW_CLIP_FRACTION.format(rule.name) for rule in self.shadows_of(context.index)]
+        if shadows:
+            charts["clip_fraction, in force and of shadows"] = [CLIP_FRACTION, *shadows]
+        return charts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all limits."""
+        return {
+            "limits": _dumped(self._states or self._restored),
+            "shadows": _dumped(self._shadow_states or self._restored_shadows),
+        }
+
+
+def names_of(rules: Sequence[ClipRule]) -> list[str]:
+    """The names of rules: their own, or those of their places."""
+    return [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
+
+
+def _carried_over(
+    rules: dict[str, ClipRule], context: OptimizerContext, sources: Sequence[States], whose: str, *, strict: bool
+) -> dict[str, NamedLimitState]:
+    known = [source.get(context.index, {}) for source in sources]
+    return {
+        key: carry_over(NamedLimitState.fresh(rule, context.table), [source.get(key) for source in known], whose, strict=strict)
+        for key, rule in rules.items()
+    }
+
+
+def _dumped(states: States) -> dict[int, dict[str, Any]]:
+    return {index: {key: each.dump() for key, each in by_rule.items()} for index, by_rule in states.items()}
+
+
+def _loaded(saved: Mapping[int, Mapping[str, Any]]) -> States:
+    return {int(index): {key: NamedLimitState.load(each) for key, each in by_rule.items()} for index, by_rule in saved.items()}
+
+
+def _holds(rule: ClipRule, context: OptimizerContext) -> bool:
+    return rule.selection.among(context.table.names) is not None
+
+
+def _narrowed(rule: ClipRule, context: OptimizerContext) -> ClipRule:
+    """The rule for an optimizer that may hold none of what is excluded."""
+    selection = rule.selection.among(context.table.names)
+    if selection is None or selection.exclude == rule.exclude:
+        return rule
+    return replace(rule, exclude=None)

@@ -1,0 +1,33 @@
+"""The names of the metrics, as a dashboard shows them; the suffix of the optimizer may follow."""
+
+from __future__ import annotations
+
+TOTAL_NORM = "grad/total_norm"
+CLIPPED_NORM = "grad/clipped_norm"
+CLIP_COEF = "grad/clip_coef"
+MAX_NORM = "grad/max_norm"
+CLIP_FRACTION = "grad/clip_fraction"
+CLIP_FRACTION_EPOCH = "grad/clip_fraction_epoch"
+RULE_TOTAL_NORM = "grad/{}/total_norm"
+RULE_MAX_NORM = "grad/{}/max_norm"
+RULE_CLIP_COEF = "grad/{}/clip_coef"
+RULE_CLIP_FRACTION = "grad/{}/clip_fraction"
+SHADOW_CLIP_FRACTION = "grad/shadow_clip_fraction/{}"
+SHADOW_CLIP_FRACTION_EPOCH = "grad/shadow_clip_fraction_epoch/{}"
+SKIPPED_STEPS = "grad/skipped_steps"
+AMP_SCALE = "grad/amp_scale"
+ACCUMULATION_SCALE = "grad/accumulation_scale"
+NOISE_SCALE = "grad/noise_scale"
+BLOCK_NORM = "grad_norm/"
+"""Prefix of a monitor's metrics; the name of the block follows."""
+CONTRIBUTION = "grad_contribution/"
+SPILL_OVER = "grad_spill_over/"
+BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
+BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
+UPDATE_RATIO = "update_ratio/"
+HISTOGRAM = "grad_histogram/"
+
+JOURNAL = "nonfinite_steps.jsonl"
+"""In the log directory: a line of JSON for each bad step."""
+
+PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}

@@ -1,0 +1,114 @@
+"""A look at a bad step: what is not finite, since when, and whether the GradScaler sees to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.diagnosis import Findings, examine, examine_on_all_ranks
+from clip_callbacks.core.nonfinite import all_finite
+from clip_callbacks.core.reduction import gathered
+from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
+from clip_callbacks.trainer.step_context import StepContext
+from clip_callbacks.trainer.trace_forward import trace_forward
+
+
+@dataclass(frozen=True)
+class ScalerVerdict:
+    """What the GradScaler makes of a bad step.
+
+    Args:
+        skips: Whether it takes no step by itself.
+        cures: Whether a lower loss scale may cure the step: it is an overflow.
+    """
+
+    skips: bool
+    cures: bool
+
+
+def ask_scaler(step: StepContext, *, is_over: bool) -> ScalerVerdict:
+    """Ask the GradScaler about a bad step.
+
+    This is a collective, unless the step is over: call it on every rank. If any rank saw an overflow, all ranks mark it, since not
+    every rank may hold what is not finite.
+
+    Args:
+        step: The step.
+        is_over: Whether the device has decided it, so that ranks learn of it at different times.
+    """
+    scaler = grad_scaler(step.trainer)
+    if scaler is None:
+        return ScalerVerdict(skips=False, cures=False)
+    if step.loss_scale is None:
+        skips = _on_any_rank(step, has_overflowed(scaler, step.optimizer.optimizer), is_over=is_over)
+        scale = scaler.get_scale()
+        if not skips:
+            return ScalerVerdict(skips=False, cures=False)
+        mark_overflow(scaler, step.optimizer.optimizer)
+    else:
+        scale = float(step.loss_scale)
+    return ScalerVerdict(skips=True, cures=scale > 1.0 and not _has_bad_loss(step, is_over=is_over))
+
+
+def _has_bad_loss(step: StepContext, *, is_over: bool) -> bool:
+    """Whether a loss is bad by itself, on any rank.
+
+    With several optimizers the losses have no say, since nobody knows whose gradients a loss has reached; nor on several ranks
+    once the step is over, since they do not learn of it together.
+    """
+    if len(step.trainer.optimizers) > 1 or (is_over and step.trainer.world_size > 1):
+        return False
+    return _on_any_rank(step, any(_is_bad(loss) for loss in step.losses), is_over=is_over)
+
+
+def _on_any_rank(step: StepContext, flag: bool, *, is_over: bool) -> bool:
+    if step.trainer.world_size == 1 or is_over:
+        return flag
+    return any(gathered(flag))
+
+
+def _is_bad(scaled_loss: Tensor) -> bool:
+    """Whether a loss is no number whatever the loss scale; an infinite one in float16 may be the scale's doing."""
+    if bool(scaled_loss.isnan().any()):
+        return True
+    return scaled_loss.dtype is not torch.float16 and bool(scaled_loss.isinf().any())
+
+
+def look_at(step: StepContext, *, after_good_step: bool, traces: bool, norms: Tensor | None = None) -> Findings:
+    """Walk over the parameters of a bad step; on several ranks a collective, unless the step is over.
+
+    Args:
+        step: The step.
+        after_good_step: Whether the step before was taken with finite gradients.
+        traces: Whether a batch with a bad loss is run again to find the module.
+        norms: Of a step that is over, the norms of its gradients, on the host: nothing else is left of them.
+    """
+    table = step.optimizer.table
+    findings = examine(table, step.losses, after_good_step=after_good_step, norms=norms)
+    if traces:
+        findings = replace(findings, traced=_trace(step))
+    if step.trainer.world_size == 1:
+        return findings
+    if norms is None:
+        return examine_on_all_ranks(table, findings)
+    if findings.loss_is_finite:  # another rank's may not be
+        return replace(findings, loss_is_finite=None)
+    return findings
+
+
+def is_guilty(step: StepContext, findings: Findings) -> bool:
+    """Whether a step may be this rank's fault: it is one of those where it began, or nobody knows where."""
+    return not findings.guilty_ranks or step.trainer.global_rank in findings.guilty_ranks
+
+
+def _trace(step: StepContext) -> str | None:
+    """Run the first batch with a non-finite loss again; in manual optimization that would step the optimizers."""
+    module = step.trainer.lightning_module
+    if not module.automatic_optimization:
+        return None
+    for loss, kept in step.micro_batches:
+        if kept and not all_finite([loss]):
+            return trace_forward(step.trainer, module, kept.batch, kept.batch_idx)
+    return None

@@ -1,0 +1,325 @@
+"""The guard of one fit: the part that NonFiniteGuard, or a GradientClipping by itself, makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from torch import Tensor
+
+from clip_callbacks.core.actions import Action, StepOutcome
+from clip_callbacks.core.diagnosis import Spike
+from clip_callbacks.core.limits import Limit
+from clip_callbacks.core.metric_names import SKIPPED_STEPS
+from clip_callbacks.core.rules import ClipState
+from clip_callbacks.core.step import ACTIONS, MeasuredStep
+from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.guard.bad_steps import BadStepCounts, BadStepLog, Counters
+from clip_callbacks.guard.examination import ask_scaler, look_at
+from clip_callbacks.guard.journal import Journal
+from clip_callbacks.guard.options import GuardOptions
+from clip_callbacks.guard.resource import ResourceScope
+from clip_callbacks.guard.restore import SkippedStepRestorer
+from clip_callbacks.guard.rollback import NoRollback, Rollback
+from clip_callbacks.guard.run_state import HasLimitStates
+from clip_callbacks.guard.thresholds import SkipThresholds
+from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
+from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.grad_scaler import grad_scaler
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.scheduler_hold import SchedulerHold
+from clip_callbacks.trainer.step_context import Discarded, KeptBatch, StepContext, StepMode
+
+
+class Guard(Unguarded):
+    """Decides on bad steps of one fit, counts them and tells of them, and has skipped ones leave no trace.
+
+    Args:
+        trainer: The Trainer.
+        options: What the guard was told.
+        saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+
+    Attributes:
+        counts: What is counted.
+        rollback: What goes back to earlier weights.
+    """
+
+    def __init__(self, trainer: Trainer, options: GuardOptions, saved: Mapping[str, Any]) -> None:
+        self._options = options
+        self._trainer = trainer
+        self.restores_buffers = options.restore_buffers
+        self.drops_micro_batches = options.drops_micro_batches
+        self.deferral = options.deferred
+        self.counts = BadStepCounts(saved)
+        self.thresholds = SkipThresholds(options.ceiling, saved.get("skip_above", {}))
+        self.schedules = SchedulerHold(options.hold_schedulers)
+        if "skipped_batches" in saved:
+            self.schedules.load_state(tuple(saved["skipped_batches"]))
+        self.journal = Journal(options)
+        self.rollback = NoRollback()
+        self._restorer: SkippedStepRestorer | None = None
+        self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
+
+    def attach(
+        self,
+        module: LightningModule,
+        contexts: Sequence[OptimizerContext],
+        limits: Sequence[HasLimitStates],
+    ) -> None:
+        """Have counters, and what puts skipped steps back, for each optimizer.
+
+        Raises:
+            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
+        """
+        if self._options.writes_all_weights and any(context.table.reduction for context in contexts):
+            raise ValueError(
+                '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
+                "no rank has all of them. Save checkpoints."
+            )
+        renewed = self._restorer is not None
+        if not renewed and not self.counts.of.keys() <= {context.index for context in contexts}:
+            raise ValueError(
+                "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
+                f"got counters of {len(self.counts.of)} for {len(contexts)}."
+            )
+        for context in contexts:
+            self.counts.of.setdefault(context.index, Counters())
+        self.thresholds.attach(contexts, renewed=renewed)
+        if self._restorer:
+            self._restorer.detach()
+        scope = ResourceScope(self._trainer, module, contexts, self._options.restore_buffers, self.schedules)
+        self._restorer = SkippedStepRestorer(scope)
+        if self._options.rolls_back and not renewed:
+            every, lr_factor = self._options.every, self._options.lr_factor
+            together = (*limits, self.thresholds)
+            self.rollback = Rollback(self._trainer, module, together, self.schedules, every=every, lr_factor=lr_factor)
+            self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
+        self.rollback.attach(contexts, self._restorer)
+
+    @property
+    def restorer(self) -> SkippedStepRestorer:
+        """What puts skipped steps back."""
+        assert self._restorer is not None, "attached before the first batch"
+        return self._restorer
+
+    @property
+    def is_stale(self) -> bool:  # type: ignore[override]
+        """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
+        return self.rollback.is_fresh
+
+    def start_fit(self) -> None:
+        """Find where bad steps are written down."""
+        self.journal.start_fit(self._trainer)
+
+    def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
+        """What is kept of a batch until its step.
+
+        Nothing of a ``training_step`` that takes the iterator: what hooks are given then is the batch before.
+        """
+        kept = self.journal.keep(batch, batch_idx)
+        if kept is None and self._options.trace_forward:
+            kept = KeptBatch(batch, batch_idx)
+        if kept is not None and is_of(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+            return None
+        return kept
+
+    def begin_batch(self, *, in_window: bool) -> None:
+        """Keep what a skipped step would have to put back."""
+        self.restorer.begin_batch(in_window=in_window)
+        self.rollback.begin_batch(in_window=in_window)
+
+    def begin_window(self, context: OptimizerContext) -> None:
+        """A window of an optimizer has begun with this batch."""
+        self.restorer.begin_window(context)
+
+    def begin_step(self, step: StepContext) -> None:
+        """Keep what this step may have to put back."""
+        self.restorer.begin_step(step)
+        self.rollback.begin_step()
+
+    def ceiling(self, step: StepContext) -> Limit | None:
+        """The norm above which a finite step is skipped, as a limit.
+
+        A line search may come by any point: LBFGS's step is judged by where it begins.
+        """
+        return self.thresholds.limit if step.is_new else None
+
+    def limit_states(self, index: int) -> ClipState:
+        """The state of that limit for an optimizer."""
+        return self.thresholds.limit_states(index)
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Keep it for the next step."""
+        self.thresholds.save_limit_states(index, states)
+
+    def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
+        """Decide on a measured step, before anything is touched.
+
+        Raises:
+            NonFiniteGradientError: If the policy says so, or this is one bad step too many in a row.
+        """
+        if step.mode is StepMode.ON_DEVICE:
+            takes_all = self._options.policy == "ignore" and step.loss_scale is None
+            return CLIP if takes_all else Resolution(Action.ON_DEVICE)
+        if not measured.norms.is_finite:
+            return self._resolve_nonfinite(step)
+        if measured.is_spike:
+            assert measured.threshold is not None
+            norms = measured.norms
+            spike = Spike.of(step.optimizer.table.names, norms.parameter_norms, norms.total, measured.threshold.limit)
+            self._count_spike(step, spike)
+            return Resolution(Action.SKIP, StepOutcome.SKIPPED)
+        return CLIP
+
+    def _resolve_nonfinite(self, step: StepContext, norms: Tensor | None = None) -> Resolution:
+        """Decide on a step whose gradients are not finite.
+
+        Args:
+            step: The step.
+            norms: Of a step that is over, the norms of its gradients, on the host.
+        """
+        counters = self.counts.of[step.optimizer.index]
+        scaler = ask_scaler(step, is_over=norms is not None)
+        if scaler.cures:
+            counters.overflowed += step.is_new
+            return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
+        policy = self._options.policy
+        if policy == "ignore":
+            action = Action.CLIP if step.loss_scale is None else Action.SKIP
+            return Resolution(action, is_called=not scaler.skips)
+
+        action = ACTIONS.get(policy, Action.SKIP)
+        if scaler.skips:
+            action = Action.SKIP
+        number = step.number
+        after_good_step = 0 < number != counters.last_bad + 1
+        if counters.add(number):
+            if self._log.can_go_back(counters.streak):
+                action = Action.SKIP
+            counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
+            counters.zeroed += action is Action.ZERO
+            findings = look_at(step, after_good_step=after_good_step, traces=self._options.trace_forward, norms=norms)
+            self._log.nonfinite(step, findings, counters.streak, self.restorer.before(step.optimizer))
+        if action is Action.ZERO:
+            return Resolution(action, StepOutcome.ZEROED)
+        # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
+        return Resolution(action if step.is_new else Action.CLIP, StepOutcome.SKIPPED, is_called=not scaler.skips)
+
+    def _count_spike(self, step: StepContext, spike: Spike) -> None:
+        counters = self.counts.of[step.optimizer.index]
+        counters.skipped += counters.add(step.optimizer.history.steps)
+        self._log.spike(step, spike, counters.streak, self.restorer.before(step.optimizer))
+
+    def drop_micro_batch(self, step: StepContext) -> None:
+        """Tell of a micro-batch about to be dropped."""
+        findings = look_at(step, after_good_step=False, traces=self._options.trace_forward)
+        self._log.dropped_micro_batch(step, findings, self.restorer.before(step.optimizer))
+
+    def count_dropped_micro_batch(self) -> None:
+        """Count a micro-batch that was dropped."""
+        self.counts.dropped_micro_batches += 1
+
+    def discard(self, step: StepContext) -> None:
+        """Count a window of which nothing is left.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+        counters = self.counts.of[step.optimizer.index]
+        if step.discarded is Discarded.STALE:
+            counters.skipped += 1
+            return
+        counters.skipped += counters.add(step.optimizer.history.steps)
+        if step.discarded is Discarded.DROPPED:
+            self._log.all_dropped(step, counters.streak)
+        else:
+            self._log.weightless(step, counters.streak)
+
+    def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
+        """Undo a skipped step, and more if bad ones do not end."""
+        self.rollback.go_back(step)
+        if report.outcome.is_skipped:
+            self.restorer.abort(step, is_called=is_called)
+        else:
+            self.restorer.commit(step)
+        self.rollback.end_step(step, report)
+
+    def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
+        """Undo a step if it is skipped, which the host does not know."""
+        if self._options.policy != "ignore" or step.loss_scale is not None:
+            self.restorer.abort_on_device(step, report.skipped)
+
+    def abandon(self, step: StepContext) -> None:
+        """Let schedules go on: Lightning takes no step."""
+        self.restorer.commit(step)
+
+    def collect(self, step: StepContext, report: StepReport) -> None:
+        """Learn what came of a deferred step.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+        if not bool(report.finite):
+            self._resolve_nonfinite(step, report.parameter_norms)
+        elif report.outcome.is_skipped:
+            assert report.skip_limit is not None
+            names = step.optimizer.table.names
+            self._count_spike(step, Spike.of(names, report.parameter_norms, report.total_norm, report.skip_limit))
+
+    def end_batch(self) -> None:
+        """Let schedules go on, and undo what the rest of a batch did to what was put back."""
+        self.restorer.end_batch()
+        self.rollback.end_batch()
+
+    def reason_against_deferral(self, context: OptimizerContext) -> str | None:
+        """Why the host must decide on steps of an optimizer, if it must."""
+        options = self._options
+        if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
+            return "the guard looks at bad gradients before the step is taken (its policy, or its level)"
+        if options.rolls_back:
+            return 'on_streak="rollback", which must know of a good step before it is taken'
+        if options.writes_all_weights and len(self._trainer.optimizers) > 1:
+            return 'bundles of the weights (bundle_dir, weights="full") are written before other optimizers step'
+        if options.skip_above is not None and grad_scaler(self._trainer) is not None:
+            return "a GradScaler, which takes the place of what skip_above tells the optimizer"
+        return self.restorer.reason_against_deferral(context)
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+        """How many steps were skipped so far."""
+        return {SKIPPED_STEPS: float(self.counts.of[context.index].skipped)}
+
+    def metric_names(self) -> list[str]:
+        """The metrics of a logged step."""
+        return [SKIPPED_STEPS]
+
+    def skipped_steps_of(self, index: int) -> int:
+        """How many steps of an optimizer were skipped so far."""
+        return self.counts.of[index].skipped
+
+    def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
+        """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
+        steps = sum(context.history.steps for context in contexts)
+        counted = (
+            (self.counts.zeroed, "taken with non-finite entries set to 0"),
+            (self.counts.overflowed, "left out by the GradScaler"),
+            (self.counts.dropped_micro_batches, "micro-batches dropped"),
+            (self.counts.rollbacks, "ended in a return to earlier weights"),
+        )
+        parts = [f"{count} {word}" for count, word in counted if count]
+        return [f"NonFiniteGuard: of {steps} optimizer steps, {', '.join(parts)}."] if parts else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, the limit's states, and where held schedules stand in the epoch."""
+        limits = {"skip_above": self.thresholds.state_dict()}
+        return self.counts.state_dict() | limits | {"skipped_batches": self.schedules.state()}
+
+    def detach(self) -> None:
+        """Let go of the module and its optimizers; what a checkpoint needs stays."""
+        if self._restorer:
+            self._restorer.detach()
+        self._restorer = None
+        self.rollback.detach()
+        self.rollback = NoRollback()  # its memory
+        self.journal.detach()

@@ -1,0 +1,88 @@
+"""What a batch changes beside the gradients, and a skipped step must put back: one protocol for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.scheduler_hold import SchedulerHold
+from clip_callbacks.trainer.step_context import StepContext
+
+
+class Resource:
+    """A kind of state, as far as one optimizer's window may change it. What a kind has no use for, it leaves out.
+
+    The calls in order: ``begin_batch`` for each batch and ``begin_window`` for the first of a window, then ``begin_step``, then
+    either ``commit`` or ``abort``; or, where the host does not know which, ``abort_on_device``; then ``end_batch``.
+    """
+
+    def begin_batch(self, *, in_window: bool) -> None:
+        """A batch comes; its forward pass has not begun.
+
+        Args:
+            in_window: Whether there was a backward pass since the last step of any optimizer, so that a window goes on.
+        """
+
+    def begin_window(self) -> None:
+        """A window has begun with this batch; its first forward pass is over."""
+
+    def begin_step(self, step: StepContext) -> None:
+        """A step comes; nothing of it has had an effect."""
+
+    def commit(self, step: StepContext) -> None:
+        """The step is about to be taken: the state stays as it is."""
+
+    def abort(self, step: StepContext, *, is_called: bool) -> None:
+        """The step is skipped: put the state back to where the window began.
+
+        Args:
+            step: The step.
+            is_called: Whether the optimizer is called all the same; a GradScaler that found an overflow does not call it.
+        """
+
+    def abort_on_device(self, skipped: Tensor) -> None:
+        """Put the state back if a flag is set, 0-dim bool, without reading it."""
+
+    def end_batch(self) -> None:
+        """The batch is over, but for Lightning's schedules."""
+
+    def reset(self) -> None:
+        """Take the state as it is now for that of the window's beginning: a rollback has put it there."""
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+
+    def before(self) -> dict[int, Tensor]:
+        """Tensors as a skip would put them back, by the ``id`` of the live ones."""
+        return {}
+
+    def reason_against_deferral(self) -> str | None:
+        """Why the host must know at once whether a step is skipped, if it must."""
+        return None
+
+
+@dataclass(frozen=True)
+class ResourceScope:
+    """What resources are made of.
+
+    Args:
+        trainer: The Trainer.
+        module: The module in training.
+        contexts: Its optimizers.
+        restore_buffers: Whether running statistics of batch normalization are put back.
+        schedules: What holds schedules.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    contexts: Sequence[OptimizerContext]
+    restore_buffers: bool
+    schedules: SchedulerHold
+
+
+MakeResources = Callable[[ResourceScope], dict[int, Resource]]
+"""Makes the resources of one kind, by the number of the optimizer; none where the kind has nothing to put back."""

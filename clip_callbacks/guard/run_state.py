@@ -1,0 +1,220 @@
+"""What a run consists of, as a checkpoint would have it: copied in memory, and put back in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.rules import ClipState
+from clip_callbacks.trainer.averages import begin_anew, live_averages
+from clip_callbacks.trainer.buffers import live_buffers, put_back_buffers
+from clip_callbacks.trainer.grad_scaler import grad_scaler
+from clip_callbacks.trainer.learning_rates import scaled_groups, scaled_schedule
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.scheduler_hold import SchedulerHold
+from clip_callbacks.trainer.snapshot import Snapshot, overlaps
+
+
+class HasLimitStates(Protocol):
+    """Something whose limits remember norms: they go back with the run. The states are values that no step changes."""
+
+    def limit_states(self, index: int) -> ClipState:
+        """The states for an optimizer."""
+        ...
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Keep states for the next step."""
+        ...
+
+
+LimitStates = list[dict[int, ClipState]]
+"""For each that has limits, their states by the number of the optimizer."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunCopy:
+    """The run before a good step, as a checkpoint then would have it.
+
+    Args:
+        step: ``global_step``.
+        trees: Parameters, optimizers' states, the scaler's tensors, averages in other callbacks, with copies in place of tensors.
+        groups: The optimizers' groups in the same way.
+        buffers: The module's buffers when the step's window began.
+        schedules: Learning-rate schedules, each with its state.
+        mark: How far the epoch's step-interval schedules had counted.
+        limits: States of limits.
+    """
+
+    step: int
+    trees: dict[str, Any]
+    groups: Any
+    buffers: Any
+    schedules: list[tuple[Any, dict[str, Any]]]
+    mark: int
+    limits: LimitStates
+
+
+class RunState:
+    """The live run, and the memory for one copy of it.
+
+    Args:
+        trainer: The Trainer.
+        module: The module in training.
+        contexts: Its optimizers, as far as they are known.
+        limits: Whatever has limits.
+        schedules: What holds schedules.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        contexts: Sequence[OptimizerContext],
+        limits: Sequence[HasLimitStates],
+        schedules: SchedulerHold,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._contexts = contexts
+        self._limits = limits
+        self._schedules = schedules
+        self.memory, self._groups = Snapshot(), Snapshot()
+        self._buffers, self._next_buffers = Snapshot(), Snapshot()
+        self._kept_buffers: Any = None
+        self._kept_limits: LimitStates = []
+
+    def meet(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Take up the optimizers, of which there is no copy yet."""
+        self._contexts = contexts
+
+    def keep_buffers(self) -> None:
+        """Copy the buffers before a window's first forward pass, which will change them."""
+        self._kept_buffers = self._next_buffers.keep(live_buffers(self._module))
+
+    def keep_limits(self) -> None:
+        """Hold the limits' states as they are before a step."""
+        self._kept_limits = self.limit_states()
+
+    def copy(self) -> RunCopy:
+        """Copy the run as it is before the step that comes, over the copy before: that one is of no use any more."""
+        trees = self.memory.keep(self._live_trees())
+        self._buffers, self._next_buffers = self._next_buffers, self._buffers
+        return RunCopy(
+            step=self._trainer.global_step,
+            trees=trees,
+            groups=self._groups.keep(self._live_groups()),
+            buffers=self._kept_buffers,
+            schedules=self._live_schedules(),
+            mark=self._schedules.mark,
+            limits=self._kept_limits,
+        )
+
+    def restore(self, copy: RunCopy, factor: float) -> None:
+        """Put a copy back, and take all gradients away.
+
+        Args:
+            copy: The copy.
+            factor: What its learning rates are multiplied by.
+        """
+        live = self._live_trees()
+        begun = live["averages"].keys() - copy.trees["averages"].keys()
+        self.memory.put_back(copy.trees, live)
+        self._restore_groups(copy, factor)
+        put_back_buffers(self._buffers, copy.buffers, self._module)
+        begin_anew(self._trainer, self._module, begun)
+        for scheduler, state in copy.schedules:
+            own = deepcopy(state)
+            scheduler.load_state_dict(own if factor == 1.0 else scaled_schedule(own, factor))
+        for owner, states in zip(self._limits, copy.limits, strict=True):
+            for index, of_optimizer in states.items():
+                owner.save_limit_states(index, of_optimizer)
+        for context in self._contexts:
+            for tensor in context.table.tensors:
+                tensor.grad = None
+
+    def _restore_groups(self, copy: RunCopy, factor: float) -> None:
+        restored = self._groups.put_back(copy.groups, self._live_groups())
+        for context, groups in zip(self._contexts, restored, strict=True):
+            rescaled = groups if factor == 1.0 else scaled_groups(groups, factor)
+            for group, values in zip(context.optimizer.param_groups, rescaled, strict=True):
+                parameters = group["params"]
+                group.clear()
+                group.update({"params": parameters} | values)
+
+    def restore_scaler(self, copy: RunCopy) -> None:
+        """Put the GradScaler's scale back: it has seen a step that did not happen."""
+        self.memory.put_back(copy.trees["scaler"], self._scaler_tensors())
+
+    def carry_over(self, copy: RunCopy, contexts: Sequence[OptimizerContext]) -> RunCopy | None:
+        """Adapt a copy after optimizers have taken up or given up parameters; None if it does not hold all of them.
+
+        What the optimizers, schedules and limits were told since stays.
+
+        Args:
+            copy: The copy.
+            contexts: The optimizers.
+        """
+        is_same = [context.optimizer for context in contexts] == [context.optimizer for context in self._contexts]
+        self._contexts = contexts
+        if not is_same or not self._live_parameters().keys() <= copy.trees["parameters"].keys():
+            return None
+        held = [{parameter for group in context.optimizer.param_groups for parameter in group["params"]} for context in contexts]
+        states = [
+            {key: state for key, state in each.items() if not isinstance(key, Tensor) or key in parameters}
+            for each, parameters in zip(copy.trees["states"], held, strict=True)
+        ]
+        return replace(self.with_present_schedules(copy), trees=copy.trees | {"states": states}, limits=self.limit_states())
+
+    def has_other_schedules(self, copy: RunCopy) -> bool:
+        """Whether schedules came in the place of those of a copy, as with SWA."""
+        now = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        return now != [scheduler for scheduler, _ in copy.schedules]
+
+    def with_present_schedules(self, copy: RunCopy) -> RunCopy:
+        """A copy with groups and schedules as they are now, learning rates lowered at earlier returns among them."""
+        mark = self._schedules.mark_in(self._trainer.current_epoch)
+        return replace(copy, groups=self._groups.keep(self._live_groups()), schedules=self._live_schedules(), mark=mark)
+
+    def limit_states(self) -> LimitStates:
+        """The states of all limits as they are now."""
+        return [{context.index: owner.limit_states(context.index) for context in self._contexts} for owner in self._limits]
+
+    def _live_trees(self) -> dict[str, Any]:
+        return {
+            "parameters": self._live_parameters(),
+            "states": [context.optimizer.state for context in self._contexts],
+            "scaler": self._scaler_tensors(),
+            "averages": live_averages(self._trainer),
+        }
+
+    def _live_parameters(self) -> dict[Tensor, Tensor]:
+        """By themselves, without those that cannot be trained: lazy ones before their first pass, sparse and expanded ones."""
+        each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
+        each |= {id(tensor): tensor for context in self._contexts for tensor in context.table.tensors}
+        return {
+            tensor: tensor
+            for tensor in each.values()
+            if not is_lazy(tensor) and tensor.layout is torch.strided and not overlaps(shard_of(tensor))
+        }
+
+    def _live_groups(self) -> list[list[dict[str, Any]]]:
+        return [
+            [{key: value for key, value in group.items() if key != "params"} for group in context.optimizer.param_groups]
+            for context in self._contexts
+        ]
+
+    def _live_schedules(self) -> list[tuple[Any, dict[str, Any]]]:
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        return [(scheduler, deepcopy(dict(scheduler.state_dict()))) for scheduler in schedulers]
+
+    def _scaler_tensors(self) -> list[Tensor | None]:
+        scaler = grad_scaler(self._trainer)
+        return [scaler._scale, scaler._growth_tracker] if scaler else []

@@ -1,0 +1,54 @@
+"""Step-interval learning-rate schedules, which stand still for a skipped step of automatic optimization."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.scheduler_hold import SchedulerHold
+from clip_callbacks.trainer.step_context import StepContext
+
+
+def held_schedules(scope: ResourceScope) -> dict[int, Resource]:
+    """Make the resource of the one optimizer of automatic optimization; in manual optimization the module steps its schedules."""
+    if not scope.module.automatic_optimization:
+        return {}
+    return {context.index: _HeldSchedules(scope.trainer, scope.schedules) for context in scope.contexts}
+
+
+class _HeldSchedules(Resource):
+    """Has Lightning's schedules advance as if skipped batches had not been drawn.
+
+    Args:
+        trainer: The Trainer.
+        hold: What holds schedules.
+    """
+
+    def __init__(self, trainer: Trainer, hold: SchedulerHold) -> None:
+        self._trainer = trainer
+        self._hold = hold
+
+    def begin_batch(self, *, in_window: bool) -> None:
+        self._hold.release_plateaus()
+
+    def commit(self, step: StepContext) -> None:
+        self._hold.settle(self._trainer, skipped=False)
+
+    def abort(self, step: StepContext, *, is_called: bool) -> None:
+        self._hold.settle(self._trainer, skipped=True)
+
+    def abort_on_device(self, skipped: Tensor) -> None:
+        self._hold.settle(self._trainer, skipped=False)
+
+    def end_batch(self) -> None:
+        self._hold.release()
+
+    def detach(self) -> None:
+        self._hold.release()
+        self._hold.release_plateaus()
+
+    def reason_against_deferral(self) -> str | None:
+        if self._hold.holds(self._trainer):
+            return "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers)"
+        return None

@@ -1,0 +1,170 @@
+"""A fit without a guard; and what a guard is asked, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from clip_callbacks.core.actions import Action, StepOutcome
+from clip_callbacks.core.limits import Limit
+from clip_callbacks.core.rules import ClipState
+from clip_callbacks.core.step import MeasuredStep
+from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.guard.run_state import HasLimitStates
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.step_context import KeptBatch, StepContext, StepMode
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What is done about a measured step.
+
+    Args:
+        action: What is done to its gradients.
+        outcome: What comes of the step, where that is more than the action says.
+        is_called: Whether the optimizer is called; a GradScaler that found an overflow does not call it.
+    """
+
+    action: Action
+    outcome: StepOutcome | None = None
+    is_called: bool = True
+
+
+CLIP = Resolution(Action.CLIP)
+"""A healthy step."""
+
+
+class Unguarded:
+    """Takes every step, whatever its gradients are; but a GradScaler that has left unscaling to us takes no bad one."""
+
+    restores_buffers = False
+    """Whether batch statistics are put back."""
+    drops_micro_batches = False
+    """Whether bad micro-batches are dropped from their window."""
+    deferral: bool | None = None
+    """Whether steps are to be decided on the device; None: where it pays."""
+    is_stale = False
+    """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
+
+    def attach(
+        self,
+        module: LightningModule,
+        contexts: Sequence[OptimizerContext],
+        limits: Sequence[HasLimitStates],
+    ) -> None:
+        """Meet the optimizers, before the first step or after one of them took on other parameters.
+
+        Args:
+            module: The module in training.
+            contexts: Its optimizers.
+            limits: Whatever else has limits, whose states go back in a rollback.
+        """
+
+    def start_fit(self) -> None:
+        """Find where bad steps are written down."""
+
+    def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
+        """What is kept of a batch until its step: a reference, if it may have to be run again."""
+        return None
+
+    def begin_batch(self, *, in_window: bool) -> None:
+        """A batch comes; its forward pass has not begun.
+
+        Args:
+            in_window: Whether there was a backward pass since the last step of any optimizer.
+        """
+
+    def begin_window(self, context: OptimizerContext) -> None:
+        """A window of an optimizer has begun with this batch."""
+
+    def begin_step(self, step: StepContext) -> None:
+        """A step comes; nothing of it has had an effect."""
+
+    def ceiling(self, step: StepContext) -> Limit | None:
+        """The norm above which a finite step is skipped, as a limit."""
+        return None
+
+    def limit_states(self, index: int) -> ClipState:
+        """The state of that limit for an optimizer."""
+        return ()
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Keep it for the next step."""
+
+    def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
+        """Decide on a measured step, before anything is touched.
+
+        Raises:
+            NonFiniteGradientError: If the policy says so, or this is one bad step too many in a row.
+        """
+        if step.loss_scale is None:
+            return CLIP
+        if step.mode is StepMode.ON_DEVICE:
+            return Resolution(Action.ON_DEVICE)
+        return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, is_called=False)
+
+    def discard(self, step: StepContext) -> None:
+        """Count a window of which nothing is left.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+        rank_zero_warn(f"Every micro-batch of the window has weight 0 at {step}: the step is skipped.", stacklevel=2)
+
+    def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
+        """Undo a skipped step, and more if bad ones do not end.
+
+        Args:
+            step: The step.
+            report: What came of it.
+            is_called: Whether the optimizer is called.
+        """
+
+    def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
+        """Undo a step if it is skipped, which the host does not know."""
+
+    def abandon(self, step: StepContext) -> None:
+        """Let schedules go on: Lightning takes no step."""
+
+    def collect(self, step: StepContext, report: StepReport) -> None:
+        """Learn what came of a deferred step.
+
+        Raises:
+            NonFiniteGradientError: If this is one bad step too many in a row.
+        """
+
+    def drop_micro_batch(self, step: StepContext) -> None:
+        """Tell of a micro-batch about to be dropped: that of the step's window."""
+
+    def count_dropped_micro_batch(self) -> None:
+        """Count a micro-batch that was dropped."""
+
+    def end_batch(self) -> None:
+        """The batch is over."""
+
+    def reason_against_deferral(self, context: OptimizerContext) -> str | None:
+        """Why the host must decide on steps of an optimizer, if it must."""
+        return None
+
+    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+        """What a logged step tells of the guard."""
+        return {}
+
+    def metric_names(self) -> list[str]:
+        """The metrics of a logged step."""
+        return []
+
+    def skipped_steps_of(self, index: int) -> int | None:
+        """How many steps of an optimizer were skipped so far; None if nobody counts."""
+        return None
+
+    def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
+        """Lines for the end of a fit."""
+        return []
+
+    def detach(self) -> None:
+        """Let go of the module and its optimizers."""

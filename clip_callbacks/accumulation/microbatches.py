@@ -27,46 +27,6 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
 class MicroBatches:
-    """The micro-batches of the current window, not looked at: their gradients are summed where they arise."""
-
-    scale = 1.0
-    """What makes the mean over all micro-batches one over the good ones."""
-    is_lost = False
-    """Whether every micro-batch of the window was dropped."""
-
-    def begin_batch(self, batch: Any) -> None:
-        """Take up a micro-batch, before its forward pass."""
-
-    def before_backward(self) -> None:
-        """Make room for the gradients of one micro-batch."""
-
-    def after_backward(self, losses: Sequence[Tensor], report: Callable[[OptimizerContext], None]) -> bool:
-        """Look at the new gradients.
-
-        Args:
-            losses: The losses of the micro-batch, as far as they count.
-            report: Told of each optimizer with bad gradients, before they are dropped.
-
-        Returns:
-            Whether the micro-batch was dropped.
-        """
-        return False
-
-    def end_window(self) -> None:
-        """Begin a new window."""
-
-    def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
-        """Norms of the window's micro-batches and of their mean; None if they are not known, or not of one size.
-
-        Args:
-            total: The norm of their sum, divided by ``divisor``.
-            divisor: What each was divided by.
-            loss_scale: What each was multiplied by.
-        """
-        return None
-
-
-class InspectedMicroBatches(MicroBatches):
     """The micro-batches of the current window, good and bad.
 
     Args:
@@ -119,7 +79,15 @@ class InspectedMicroBatches(MicroBatches):
 
     @torch.no_grad()
     def after_backward(self, losses: Sequence[Tensor], report: Callable[[OptimizerContext], None]) -> bool:
-        """Add the new gradients to those set aside, or drop them."""
+        """Add the new gradients to those set aside, or drop them.
+
+        Args:
+            losses: The losses of the micro-batch, as far as they count.
+            report: Told of each optimizer with bad gradients, before they are dropped.
+
+        Returns:
+            Whether the micro-batch was dropped.
+        """
         self._check_layouts()
         self._sizes.append(self._size)
         if self._parallel is not None:
@@ -181,18 +149,24 @@ class InspectedMicroBatches(MicroBatches):
         self._used = set()
 
     def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
-        """Norms of the window's micro-batches and of their mean; None if they are not of one size."""
+        """Norms of the window's micro-batches and of their mean; None if they are not of one size.
+
+        Args:
+            total: The norm of their sum, divided by ``divisor``.
+            divisor: What each was divided by.
+            loss_scale: What each was multiplied by.
+        """
         if len(set(self._sizes)) != 1:
             return None
         small = [(norm * divisor / loss_scale) ** 2 for norm in self.norms]
         return WindowNorms(small, (total * divisor / max(len(small), 1)) ** 2, self._sizes[0])
 
     @property
-    def scale(self) -> float:  # type: ignore[override]
+    def scale(self) -> float:
         """What makes the mean over all micro-batches one over the good ones."""
         return (self.good + self.dropped) / self.good if self.good else 1.0
 
     @property
-    def is_lost(self) -> bool:  # type: ignore[override]
+    def is_lost(self) -> bool:
         """Whether every micro-batch of the window was dropped."""
         return self.dropped > 0 and self.good == 0

@@ -26,13 +26,15 @@ class NoRescaling:
 
     Args:
         trainer: The Trainer.
+        module: The module to train.
     """
 
     is_silent = False
     """Whether the last micro-batch has weight 0, so that its loss does not count."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
+        self._is_manual = not module.automatic_optimization
 
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         """Meet the optimizers, before the first step or after one of them took on other parameters."""
@@ -64,7 +66,7 @@ class NoRescaling:
             context: The optimizer.
             scale_of_kept: What makes the mean over all micro-batches one over those that were not dropped.
         """
-        return scale_of_kept if self._trainer.lightning_module.automatic_optimization else 1.0
+        return 1.0 if self._is_manual else scale_of_kept
 
     def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
         """What a logged step tells of the window."""
@@ -92,14 +94,13 @@ class Rescaler(NoRescaling):
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
-        super().__init__(trainer)
+        super().__init__(trainer, module)
         if weight and not module.automatic_optimization and not divide:
             raise ValueError(
                 f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: nothing "
                 "would be divided by the sum of the weights. Set divide=True, and do not divide your losses."
             )
         self._module = module
-        self._is_manual = not module.automatic_optimization
         self._divides_manually = self._is_manual and divide
         self._weights = WindowWeights(weight) if weight else None
         self._window = Window()

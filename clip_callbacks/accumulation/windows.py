@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
-from clip_callbacks.accumulation.microbatches import InspectedMicroBatches, MicroBatches
+from clip_callbacks.accumulation.microbatches import MicroBatches
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.step_report import StepReport
@@ -26,6 +27,10 @@ KEPT_IN_MANUAL = 16
 """How many batches are kept in manual optimization, where nobody says how long a window is."""
 
 
+ReportMicroBatch: TypeAlias = Callable[[OptimizerContext, MicroBatch], None]
+"""Told of an optimizer with bad gradients, and of the micro-batch that they are of."""
+
+
 class Windows:
     """The micro-batches since each optimizer's last step.
 
@@ -33,59 +38,36 @@ class Windows:
         trainer: The Trainer.
         module: The module in training.
         rescaler: What makes a window's sum its mean.
-        drops: Whether bad micro-batches are dropped.
-        compares: Whether micro-batches are compared with their mean.
-        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
 
     Attributes:
+        kept: The batch as it is kept until its step, if it may have to be run again.
         in_window: Whether there was a backward pass since the last step of any optimizer.
         has_backward: Whether there was one in this batch.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        rescaler: NoRescaling,
-        *,
-        drops: bool,
-        compares: bool,
-        restore_buffers: bool,
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
         self._trainer = trainer
         self._module = module
         self._rescaler = rescaler
         self._is_manual = not module.automatic_optimization
-        self._drops = drops
-        self._is_inspecting = drops or compares
-        self._restore_buffers = restore_buffers
-        self._inspected = MicroBatches()
-        self._contexts: list[OptimizerContext] = []
+        self._contexts: Sequence[OptimizerContext] = ()
         self._micro_batches: dict[int, deque[MicroBatch]] = {}
         self._open: set[int] = set()
-        self._kept: KeptBatch | None = None
+        self.kept: KeptBatch | None = None
         self.in_window = self.has_backward = False
 
-    def attach(self, contexts: Sequence[OptimizerContext], *, all_of_them: Sequence[OptimizerContext]) -> None:
+    def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
         """Meet the optimizers, before the first step or after some of them took on other parameters.
 
         Args:
-            contexts: Those that are new, or hold other parameters.
-            all_of_them: All optimizers.
+            changed: Those that are new, or hold other parameters.
+            contexts: All optimizers.
         """
-        self._contexts = list(all_of_them)
+        self._contexts = contexts
         self._micro_batches = {
-            context.index: self._micro_batches.get(context.index, deque(maxlen=REMEMBERED)) for context in all_of_them
+            context.index: self._micro_batches.get(context.index, deque(maxlen=REMEMBERED)) for context in contexts
         }
-        self._rescaler.attach(contexts)
-        if self._is_inspecting:
-            self._inspected = InspectedMicroBatches(
-                self._module,
-                all_of_them,
-                restore_buffers=self._restore_buffers,
-                drops=self._drops,
-                parallel=data_parallel(self._trainer),
-            )
+        self._rescaler.attach(changed)
 
     def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
         """Take up a batch, before its forward pass.
@@ -95,23 +77,13 @@ class Windows:
             batch_idx: Its number.
             kept: The batch as it is kept until its step, if it may have to be run again.
         """
-        self._kept = kept
+        self.kept = kept
         self.has_backward = False
         self._rescaler.begin_batch(batch, batch_idx)
-        self._inspected.begin_batch(batch)
 
-    def replace_kept(self, kept: KeptBatch | None) -> None:
+    def keep_anew(self, kept: KeptBatch | None) -> None:
         """Keep the batch anew: LBFGS's closure runs it again, with other random numbers."""
-        self._kept = kept
-
-    @property
-    def kept(self) -> KeptBatch | None:
-        """The batch as it is kept until its step."""
-        return self._kept
-
-    def before_zero_grad(self) -> None:
-        """Begin a new window: Lightning sets gradients to zero."""
-        self._rescaler.begin_window()
+        self.kept = kept
 
     def before_backward(self, loss: Tensor) -> list[OptimizerContext]:
         """Remember the loss until the step, to be looked at only if the step is bad.
@@ -120,23 +92,28 @@ class Windows:
             The optimizers whose window begins with this micro-batch.
         """
         self.in_window = self.has_backward = True
+        micro_batch = MicroBatch(loss.detach(), self.kept)
         begun = []
         for context in self._contexts:
             window = self._micro_batches[context.index]
-            if self._is_manual and not context.table.has_gradients:  # zero_grad began another window
-                window.clear()
-                self._open.discard(context.index)
+            if self._is_manual:
+                self._look_for_zero_grad(context, window)
             if context.index not in self._open:
-                begun.append(context)
                 self._open.add(context.index)
-            window.append(MicroBatch(loss.detach(), self._kept))
-            if self._is_manual and len(window) > KEPT_IN_MANUAL:  # an optimizer that steps seldom, or never
-                window[-KEPT_IN_MANUAL - 1] = window[-KEPT_IN_MANUAL - 1]._replace(kept=None)
-        self._inspected.before_backward()
+                begun.append(context)
+            window.append(micro_batch)
         self._rescaler.before_backward(loss)
         return begun
 
-    def after_backward(self, report: Callable[[OptimizerContext, MicroBatch], None]) -> bool:
+    def _look_for_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
+        """Begin another window where the gradients are gone: Lightning has no hook for ``zero_grad`` in manual optimization."""
+        if not context.table.has_gradients:
+            window.clear()
+            self._open.discard(context.index)
+        if len(window) >= KEPT_IN_MANUAL:  # an optimizer that steps seldom, or never
+            window[-KEPT_IN_MANUAL] = window[-KEPT_IN_MANUAL]._replace(kept=None)
+
+    def after_backward(self, report: ReportMicroBatch) -> bool:
         """Look at the micro-batch, and drop a bad one, if that is wanted.
 
         Args:
@@ -145,23 +122,18 @@ class Windows:
         Returns:
             Whether the micro-batch was dropped.
         """
-        if not self._micro_batches:
-            return False
-        micro_batch = next(iter(self._micro_batches.values()))[-1]
-        is_silent = self._rescaler.is_silent  # its loss may be NaN, and does not count
-        losses = [] if is_silent else [micro_batch.loss]
-        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, micro_batch))
-        if is_dropped or is_silent:
-            for window in self._micro_batches.values():
-                window.pop()
-        if is_dropped:
-            self._rescaler.drop_micro_batch()
+        if self._rescaler.is_silent:
+            self._forget_micro_batch()  # its loss may be NaN, and does not count
         self._rescaler.after_backward()
-        return is_dropped
+        return False
+
+    def _forget_micro_batch(self) -> None:
+        for window in self._micro_batches.values():
+            window.pop()
 
     def scale(self, context: OptimizerContext) -> float | None:
         """What makes an optimizer's window a mean; None if all its weights are 0. On several ranks this may be a collective."""
-        return self._rescaler.scale(context, self._inspected.scale)
+        return self._rescaler.scale(context, 1.0)
 
     def discarded(self, scale: float | None) -> Discarded | None:
         """Why nothing of the window is left, if nothing is.
@@ -169,11 +141,7 @@ class Windows:
         Args:
             scale: What :meth:`scale` said.
         """
-        if self._inspected.is_lost:
-            return Discarded.DROPPED
-        if scale is None:
-            return Discarded.WEIGHTLESS
-        return None
+        return Discarded.WEIGHTLESS if scale is None else None
 
     def micro_batches(self, context: OptimizerContext) -> tuple[MicroBatch, ...]:
         """The micro-batches that wait for an optimizer's step."""
@@ -194,8 +162,79 @@ class Windows:
         Returns:
             Norms of the micro-batches and of their mean, if they are known.
         """
-        if not self._is_inspecting:
-            return None
+        return None
+
+    def detach(self) -> None:
+        """Let go of batches, losses and hooks."""
+        self.kept = None
+        for window in self._micro_batches.values():
+            window.clear()
+        self._open.clear()
+        self.in_window = False
+        self._rescaler.detach()
+
+
+class InspectedWindows(Windows):
+    """Windows whose micro-batches are looked at one by one.
+
+    Args:
+        trainer: The Trainer.
+        module: The module in training.
+        rescaler: What makes a window's sum its mean.
+        drops: Whether bad micro-batches are dropped, or all are only measured.
+        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
+    """
+
+    _inspected: MicroBatches
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool, restore_buffers: bool
+    ) -> None:
+        super().__init__(trainer, module, rescaler)
+        self._drops = drops
+        self._restore_buffers = restore_buffers
+
+    @override
+    def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
+        super().attach(changed, contexts)
+        parallel = data_parallel(self._trainer)
+        self._inspected = MicroBatches(
+            self._module, contexts, restore_buffers=self._restore_buffers, drops=self._drops, parallel=parallel
+        )
+
+    @override
+    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
+        super().begin_batch(batch, batch_idx, kept)
+        self._inspected.begin_batch(batch)
+
+    @override
+    def before_backward(self, loss: Tensor) -> list[OptimizerContext]:
+        self._inspected.before_backward()
+        return super().before_backward(loss)
+
+    @override
+    def after_backward(self, report: ReportMicroBatch) -> bool:
+        micro_batch = next(iter(self._micro_batches.values()))[-1]
+        is_silent = self._rescaler.is_silent
+        losses = [] if is_silent else [micro_batch.loss]
+        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, micro_batch))
+        if is_dropped or is_silent:
+            self._forget_micro_batch()
+        if is_dropped:
+            self._rescaler.drop_micro_batch()
+        self._rescaler.after_backward()
+        return is_dropped
+
+    @override
+    def scale(self, context: OptimizerContext) -> float | None:
+        return self._rescaler.scale(context, self._inspected.scale)
+
+    @override
+    def discarded(self, scale: float | None) -> Discarded | None:
+        return Discarded.DROPPED if self._inspected.is_lost else super().discarded(scale)
+
+    @override
+    def end(self, report: StepReport | None) -> WindowNorms | None:
         norms = self._norms(report) if report is not None and report.outcome is StepOutcome.TAKEN else None
         self._inspected.end_window()
         return norms
@@ -208,12 +247,3 @@ class Windows:
             divisor=self._rescaler.divisor,
             loss_scale=scaler.get_scale() if scaler else 1.0,
         )
-
-    def detach(self) -> None:
-        """Let go of batches, losses and hooks."""
-        self._kept = None
-        for window in self._micro_batches.values():
-            window.clear()
-        self._open.clear()
-        self.in_window = False
-        self._rescaler.detach()

@@ -98,6 +98,7 @@ class Clipper(Unclipped):
         self._shadows: dict[int, list[ClipRule]] = {}
         self._states: States = {}
         self._shadow_states: States = {}
+        self._all_states: dict[int, list[NamedLimitState]] = {}
         self._restored = _loaded(saved.get("limits", {}))
         self._restored_shadows = _loaded(saved.get("shadows", {}))
 
@@ -116,6 +117,10 @@ class Clipper(Unclipped):
             known = [self._states, self._restored]
             self._states[context.index] = _carried_over(rules, context, known, whose, strict=not renewed)
             self._attach_shadows(context)
+            self._all_states[context.index] = [
+                *self._states[context.index].values(),
+                *self._shadow_states[context.index].values(),
+            ]
 
     def _check(self, contexts: Sequence[OptimizerContext], names: Sequence[str]) -> None:
         every_name = list(dict.fromkeys([*names, *(name for context in contexts for name in context.table.names)]))
@@ -154,15 +159,12 @@ class Clipper(Unclipped):
 
     def limit_states(self, index: int) -> ClipState:
         """The states of both."""
-        return tuple(held.state for held in self._each_state(index))
+        return tuple([held.state for held in self._all_states[index]])
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
         """Keep them for the next step."""
-        for held, after in zip(self._each_state(index), states, strict=True):
+        for held, after in zip(self._all_states[index], states, strict=True):
             held.state = after
-
-    def _each_state(self, index: int) -> list[NamedLimitState]:
-        return [*self._states[index].values(), *self._shadow_states[index].values()]
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         """Why the host must decide on steps of an optimizer, if it must."""

@@ -151,7 +151,6 @@ class MeasuredStep:
         return self.threshold is not None and bool(self.threshold.is_exceeded)
 
 
-@torch.no_grad()
 def measure_step(
     table: ParameterTable,
     plan: Plan,
@@ -163,6 +162,8 @@ def measure_step(
     deferred: bool = False,
 ) -> MeasuredStep:
     """Read the gradients of one step, and change nothing: the first half of :func:`clip_step`.
+
+    To be called under ``torch.no_grad()``, as :func:`apply_step` is.
 
     Args:
         table: The parameters.
@@ -190,7 +191,6 @@ def _measured(
     return MeasuredStep(plan, gradients, norms, scale, loss_scale, threshold, (after,))
 
 
-@torch.no_grad()
 def apply_step(
     step: MeasuredStep, state: ClipState, action: Action, *, clip_value: float | None = None, fused: Optimizer | None = None
 ) -> tuple[StepReport, ClipState]:
@@ -226,13 +226,15 @@ def apply_step(
         return replace(_skip(step), finite=finite), (*ours, *shaded, *step.threshold_state)
 
     gradients, norms = step.gradients, step.norms
-    shadows, shaded_after = shadow(step.plan.shadows, norms, shaded)
-    outcomes, factors, ours_after = decide(step.plan.rules, norms, ours)
+    shadows: tuple[Outcome, ...] = ()
+    if shaded:
+        shadows, shaded = shadow(step.plan.shadows, norms, shaded)
+    outcomes, factors, ours = decide(step.plan.rules, norms, ours)
     write(gradients, factors, float(norms.scale), _carrier(fused, gradients, clip_value), by_unit=step.plan.by_unit)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
     if outcome is StepOutcome.TAKEN:
-        state = (*ours_after, *shaded_after, *step.threshold_state)
+        state = (*ours, *shaded, *step.threshold_state)
     return _report(step, outcomes, factors, finite, FALSE, shadows, outcome), state
 
 

@@ -113,7 +113,7 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
     def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the engine of a fit, for all callbacks; the first of them drives it."""
         self._driven = tuple(gradient_callbacks(trainer))
-        components = assemble(trainer, [callback._join(self, trainer, module) for callback in self._driven])
+        components = assemble(trainer, module, [callback._join(self, trainer, module) for callback in self._driven])
         self._own_engine = StepEngine(trainer, module, components, [callback._facts() for callback in self._driven])
 
     def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.clipping.clipper import Unclipped
@@ -62,18 +62,19 @@ class Components:
     histories: Mapping[int, Any]
 
 
-def assemble(trainer: Trainer, parts: Iterable[Parts]) -> Components:
+def assemble(trainer: Trainer, module: LightningModule, parts: Iterable[Parts]) -> Components:
     """Bring together what the gradient callbacks of one Trainer bring.
 
     Args:
         trainer: The Trainer.
+        module: The module to train.
         parts: What each callback brings, in the Trainer's order.
     """
     each = list(parts)
     return Components(
         clipper=_first([one.clipper for one in each], Unclipped()),
         guard=_first([one.guard for one in each] + [one.default_guard for one in each], Unguarded()),
-        rescaler=_first([one.rescaler for one in each], NoRescaling(trainer)),
+        rescaler=_first([one.rescaler for one in each], NoRescaling(trainer, module)),
         monitors=tuple(one.monitor for one in each if one.monitor is not None),
         norm_type=_first([one.norm_type for one in each], 2.0),
         shows=any(one.shows for one in each),

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from clip_callbacks.accumulation.windows import Windows
+from clip_callbacks.accumulation.windows import InspectedWindows, Windows
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop
 from clip_callbacks.core.fused import take_back
@@ -68,6 +69,8 @@ class StepEngine:
         self._monitors = components.monitors
         self._norm_type = components.norm_type
         self._readers = [monitor for monitor in self._monitors if monitor.reads_before_write]
+        self._scaler = grad_scaler(trainer)
+        self._is_automatic = module.automatic_optimization
         self._has_warned_of_no_gradient = False
         self.last_report: StepReport | None = None
 
@@ -75,14 +78,7 @@ class StepEngine:
         self.contexts = make_contexts(trainer, module, components.histories)
         if any(monitor.options.histograms for monitor in self._readers):
             check_histograms(trainer, self.contexts)
-        self.windows = Windows(
-            trainer,
-            module,
-            self._rescaler,
-            drops=self._guard.drops_micro_batches,
-            compares=self._compares_micro_batches,
-            restore_buffers=self._guard.restores_buffers,
-        )
+        self.windows = self._make_windows()
         self._deferred = DeferredSteps(
             (self._clipper, self._guard, *self._monitors), wanted=self._guard.deferral, learn=self._learn
         )
@@ -98,15 +94,21 @@ class StepEngine:
         self._attach(self.contexts)
         lay_out_charts(trainer, {context.suffix: self._charts(context) for context in self.contexts})
 
+    def _make_windows(self) -> Windows:
+        drops = self._guard.drops_micro_batches
+        if not drops and not self._compares_micro_batches:
+            return Windows(self._trainer, self._module, self._rescaler)
+        restore_buffers = self._guard.restores_buffers
+        return InspectedWindows(self._trainer, self._module, self._rescaler, drops=drops, restore_buffers=restore_buffers)
+
     @property
     def _compares_micro_batches(self) -> bool:
         return any(monitor.options.noise_scale for monitor in self._monitors)
 
     def _check_trainer(self) -> None:
-        scaler = grad_scaler(self._trainer)
-        check_optimizers(self._trainer.optimizers, scaler, self._facts)
+        check_optimizers(self._trainer.optimizers, self._scaler, self._facts)
         if self._guard.drops_micro_batches:
-            check_micro_batches(self._trainer, self._module, scaler)
+            check_micro_batches(self._trainer, self._module, self._scaler)
         if self._compares_micro_batches:
             is_weighted = any(callback.is_weighted for callback in self._facts)
             check_noise_scale(self._trainer, self._module, is_weighted=is_weighted)
@@ -117,7 +119,7 @@ class StepEngine:
         Args:
             contexts: The optimizers that are new, or hold other parameters.
         """
-        self.windows.attach(contexts, all_of_them=self.contexts)
+        self.windows.attach(contexts, self.contexts)
         self._guard.attach(self._module, self.contexts, (self._clipper,))
         for context in self.contexts:
             self._deferred.register(context)
@@ -126,7 +128,7 @@ class StepEngine:
         charts = self._clipper.charts(context)
         for name in (*self._guard.metric_names(), *self._rescaler.metric_names()):
             charts[name.rpartition("/")[2]] = [name]
-        if grad_scaler(self._trainer):
+        if self._scaler:
             charts[AMP_SCALE.rpartition("/")[2]] = [AMP_SCALE]
         return charts
 
@@ -148,7 +150,7 @@ class StepEngine:
 
     def before_zero_grad(self) -> None:
         """Begin a new window."""
-        self.windows.before_zero_grad()
+        self._rescaler.begin_window()
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
@@ -163,6 +165,7 @@ class StepEngine:
     def _report_micro_batch(self, context: OptimizerContext, micro_batch: MicroBatch) -> None:
         self._guard.drop_micro_batch(StepContext(self._trainer, context, StepMode.ON_HOST, (micro_batch,)))
 
+    @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
         context = self._context(optimizer)
@@ -182,7 +185,9 @@ class StepEngine:
             resolution = self._guard.resolve(step, measured)
             report = self._apply(step, measured, states, resolution)
             is_called = resolution.is_called
-        self._take_over_scaler(step, report)
+        if step.loss_scale is not None:  # after the write, and before the scaler's own step
+            assert self._scaler is not None, "it has scaled the loss"
+            take_over(self._scaler, optimizer, TRUE if step.discarded else report.finite)
         self.windows.clear(context)
         if step.mode is StepMode.ON_DEVICE:
             self._defer(step, report)
@@ -191,14 +196,12 @@ class StepEngine:
 
     def _describe(self, context: OptimizerContext) -> StepContext:
         """Find out which step this is, and how it is to be decided; nothing is changed."""
-        trainer = self._trainer
-        scaler = grad_scaler(trainer)
-        scale_of_loss = None
-        if scaler is not None and is_still_scaled(scaler, context.optimizer):
-            if self._module.automatic_optimization and not self.windows.has_backward:
+        trainer, scale_of_loss = self._trainer, None
+        if self._scaler is not None and is_still_scaled(self._scaler, context.optimizer):
+            if self._is_automatic and not self.windows.has_backward:
                 # 16-mixed, and the window's last training_step returned None: Lightning will not step either
                 return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
-            scale_of_loss = loss_scale(scaler)
+            scale_of_loss = loss_scale(self._scaler)
         is_new = context.begins_step(trainer.global_step)
         scale = self.windows.scale(context)
         discarded = Discarded.STALE if is_new and self._guard.is_stale else self.windows.discarded(scale)
@@ -263,13 +266,6 @@ class StepEngine:
             self._guard.save_limit_states(index, states[count:])
         return report
 
-    def _take_over_scaler(self, step: StepContext, report: StepReport) -> None:
-        """Tell the GradScaler that the gradients are unscaled, after the write and before its own step."""
-        if step.loss_scale is not None:
-            scaler = grad_scaler(self._trainer)
-            assert scaler is not None, "it has scaled the loss"
-            take_over(scaler, step.optimizer.optimizer, TRUE if step.discarded else report.finite)
-
     def _defer(self, step: StepContext, report: StepReport) -> None:
         """Let the host learn of a step when the next one comes, or somebody asks."""
         self._guard.end_deferred_step(step, report)
@@ -294,7 +290,7 @@ class StepEngine:
             self._keep(step, report, noise)
         if isinstance(context.optimizer, LBFGS) and (kept := self.windows.kept):
             # its closure runs the batch again, with other random numbers
-            self.windows.replace_kept(self._guard.keep_batch(kept.batch, kept.batch_idx))
+            self.windows.keep_anew(self._guard.keep_batch(kept.batch, kept.batch_idx))
 
     def _keep(self, step: StepContext, report: StepReport, noise: WindowNorms | None) -> None:
         """Have everybody learn what came of a step."""
@@ -377,12 +373,14 @@ class StepEngine:
 
     def _context(self, optimizer: Optimizer) -> OptimizerContext:
         """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
-        context = next((context for context in self.contexts if context.optimizer is optimizer), None)
-        if context is not None and not context.is_outdated:
-            return context
-        if context is None:
+        for context in self.contexts:
+            if context.optimizer is optimizer:
+                break
+        else:
             context = self._take_up(optimizer)
-        self._renew([context])
+            self._renew([context])
+        if context.is_outdated:
+            self._renew([context])
         return context
 
     def _renew(self, contexts: Sequence[OptimizerContext]) -> None:
@@ -396,7 +394,7 @@ class StepEngine:
     def _take_up(self, optimizer: Optimizer) -> OptimizerContext:
         """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
         self.collect_pending()
-        check_optimizers([optimizer], grad_scaler(self._trainer), self._facts)
+        check_optimizers([optimizer], self._scaler, self._facts)
         for context in self.contexts:
             take_back(context.optimizer)
         if not any(known is optimizer for known in self._trainer.optimizers):

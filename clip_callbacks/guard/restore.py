@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from clip_callbacks.guard.batch_statistics import batch_statistics
@@ -29,6 +31,12 @@ class SkippedStepRestorer:
             context.index: [kind[context.index] for kind in kinds if context.index in kind] for context in scope.contexts
         }
         self._each = [resource for resources in self._resources.values() for resource in resources]
+        # on a healthy step only those are called that have something to do
+        self._at_batch = _overriding(self._each, "begin_batch")
+        self._at_window, self._at_step, self._at_commit = (
+            {index: _overriding(resources, method) for index, resources in self._resources.items()}
+            for method in ("begin_window", "begin_step", "commit")
+        )
 
     def begin_batch(self, *, in_window: bool) -> None:
         """A batch comes; its forward pass has not begun.
@@ -36,22 +44,22 @@ class SkippedStepRestorer:
         Args:
             in_window: Whether there was a backward pass since the last step.
         """
-        for resource in self._each:
+        for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)
 
     def begin_window(self, context: OptimizerContext) -> None:
         """A window of an optimizer has begun with this batch."""
-        for resource in self._resources[context.index]:
+        for resource in self._at_window[context.index]:
             resource.begin_window()
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""
-        for resource in self._resources[step.optimizer.index]:
+        for resource in self._at_step[step.optimizer.index]:
             resource.begin_step(step)
 
     def commit(self, step: StepContext) -> None:
         """The step is about to be taken."""
-        for resource in self._resources[step.optimizer.index]:
+        for resource in self._at_commit[step.optimizer.index]:
             resource.commit(step)
 
     def abort(self, step: StepContext, *, is_called: bool) -> None:
@@ -92,3 +100,8 @@ class SkippedStepRestorer:
         """Take all hooks off."""
         for resource in self._each:
             resource.detach()
+
+
+def _overriding(resources: Sequence[Resource], method: str) -> list[Resource]:
+    """The resources whose class has a method of its own."""
+    return [resource for resource in resources if getattr(type(resource), method) is not getattr(Resource, method)]

@@ -39,9 +39,6 @@ class NoRescaling:
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         """Meet the optimizers, before the first step or after one of them took on other parameters."""
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Ask for the weight of the batch."""
-
     def begin_window(self) -> None:
         """Begin a new window: the gradients were set to zero."""
 

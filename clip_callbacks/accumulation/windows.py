@@ -53,6 +53,7 @@ class Windows:
         self._contexts: Sequence[OptimizerContext] = ()
         self._micro_batches: dict[int, deque[MicroBatch]] = {}
         self._open: set[int] = set()
+        self._last: MicroBatch
         self.kept: KeptBatch | None = None
         self.in_window = self.has_backward = False
 
@@ -79,7 +80,6 @@ class Windows:
         """
         self.kept = kept
         self.has_backward = False
-        self._rescaler.begin_batch(batch, batch_idx)
 
     def keep_anew(self, kept: KeptBatch | None) -> None:
         """Keep the batch anew: LBFGS's closure runs it again, with other random numbers."""
@@ -92,7 +92,7 @@ class Windows:
             The optimizers whose window begins with this micro-batch.
         """
         self.in_window = self.has_backward = True
-        micro_batch = MicroBatch(loss.detach(), self.kept)
+        micro_batch = self._last = MicroBatch(loss.detach(), self.kept)
         begun = []
         for context in self._contexts:
             window = self._micro_batches[context.index]
@@ -129,7 +129,8 @@ class Windows:
 
     def _forget_micro_batch(self) -> None:
         for window in self._micro_batches.values():
-            window.pop()
+            if window:  # a callback before us may have stepped already
+                window.pop()
 
     def scale(self, context: OptimizerContext) -> float | None:
         """What makes an optimizer's window a mean; None if all its weights are 0. On several ranks this may be a collective."""
@@ -214,10 +215,9 @@ class InspectedWindows(Windows):
 
     @override
     def after_backward(self, report: ReportMicroBatch) -> bool:
-        micro_batch = next(iter(self._micro_batches.values()))[-1]
         is_silent = self._rescaler.is_silent
-        losses = [] if is_silent else [micro_batch.loss]
-        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, micro_batch))
+        losses = [] if is_silent else [self._last.loss]
+        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, self._last))
         if is_dropped or is_silent:
             self._forget_micro_batch()
         if is_dropped:

@@ -1,5 +1,8 @@
 """AccumulationRescaling."""
 
+# mypy: disable-error-code="override"
+# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -65,6 +68,12 @@ class AccumulationRescaling(GradientCallback):
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for the weight of the batch, as callbacks before this one have left it."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._engine:
+            self._part.begin_batch(batch, batch_idx)
 
     def _parts_state(self) -> dict[str, Any]:
         return {}

@@ -78,12 +78,13 @@ def _suspects_over_all_ranks(
     A norm of 0 beside others is taken for one: it is that of an unused parameter, and seldom an underflow.
     """
     highest = smallest_sound_norm(norm_type, torch.float32)
-    numbers = norms.tolist()
-    if _are_reliable(total, highest) and not (local and any(norm != 0 and not highest <= norm < math.inf for norm in numbers)):
+    if _are_reliable(total, highest) and not (
+        local and any(norm != 0 and not highest <= norm < math.inf for norm in norms.tolist())
+    ):
         return None
     bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.table.tensors]
     zero = 0.0 if total.tolist()[0] > 0 else math.nan
-    is_reliable = [norm == zero or least <= norm < math.inf for least, norm in zip(bounds, numbers, strict=True)]
+    is_reliable = [norm == zero or least <= norm < math.inf for least, norm in zip(bounds, norms.tolist(), strict=True)]
     if (all(is_reliable) or not local) and _are_reliable(total, max(bounds, default=0.0)):
         return None
     return [place for place, position in enumerate(gradients.positions) if not is_reliable[position]]

@@ -90,8 +90,11 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
     def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule) -> Parts:
         """Bring this callback's parts to a fit."""
         self._driver = driver
-        saved, self._saved, self._is_loaded = self._saved, {}, False
-        return self._make_parts(trainer, module, saved)
+        return self._make_parts(trainer, module, self._saved)
+
+    def _forget_saved(self) -> None:
+        """Leave the state to the parts: the engine has been made."""
+        self._saved, self._is_loaded = {}, False
 
     def _leave(self) -> None:
         """Keep the state of a fit that is over, and let go of its parts."""
@@ -106,6 +109,8 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
 
     def _restart(self) -> None:
         """Begin a new run, unless a checkpoint has brought a state: what an earlier fit left does not count."""
+        self._drop_engine()  # of a fit that nobody has ended
+        self._driver = None
         self._last_report, self._last_skipped_steps = None, 0
         if not self._is_loaded:
             self._saved = {}
@@ -115,6 +120,8 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
         self._driven = tuple(gradient_callbacks(trainer))
         components = assemble(trainer, module, [callback._join(self, trainer, module) for callback in self._driven])
         self._own_engine = StepEngine(trainer, module, components, [callback._facts() for callback in self._driven])
+        for callback in self._driven:
+            callback._forget_saved()
 
     def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:
         """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has."""
@@ -129,10 +136,15 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
 
     def _end(self) -> None:
         """End a fit, for all callbacks."""
-        engine = self._own_engine
-        for callback in self._driven:
-            callback._leave()
-        self._own_engine, self._driven = None, ()
+        try:
+            for callback in self._driven:
+                callback._leave()
+        finally:
+            self._drop_engine()
+
+    def _drop_engine(self) -> None:
+        """Let go of the engine, if this callback drives one."""
+        engine, self._own_engine, self._driven = self._own_engine, None, ()
         if engine:
             engine.detach()
 
@@ -151,6 +163,8 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
             for callback in callbacks:
                 callback._restart()
             self._assemble(trainer, pl_module)
+            if self._own_engine:
+                self._own_engine.lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""

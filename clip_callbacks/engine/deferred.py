@@ -49,15 +49,11 @@ class DeferredSteps:
     Args:
         parts: What may have to know of a step before it is taken.
         wanted: Whether steps are to be deferred; None: where it pays.
-        learn: Told of each report that has come to the host.
     """
 
-    def __init__(
-        self, parts: Iterable[MayNeedTheHost], *, wanted: bool | None, learn: Callable[[StepContext, StepReport], None]
-    ) -> None:
+    def __init__(self, parts: Iterable[MayNeedTheHost], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
-        self._learn = learn
         self._possible: dict[int, bool] = {}
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
@@ -99,15 +95,19 @@ class DeferredSteps:
         """Let the host learn of a step when the next one comes, or somebody asks."""
         self._pending[step.optimizer.index] = PendingReport(step, report)
 
-    def collect(self, context: OptimizerContext) -> None:
+    def collect(self, context: OptimizerContext, learn: Callable[[StepContext, StepReport], None]) -> None:
         """Collect the report of an optimizer's deferred step, if there is one.
 
         An error is stored and raised later, at a point that every rank reaches, because a single rank may have called this.
+
+        Args:
+            context: The optimizer.
+            learn: Told of the report.
         """
         pending = self._pending.pop(context.index, None)
         if pending is not None:
             try:
-                self._learn(pending.step, pending.read())
+                learn(pending.step, pending.read())
             except NonFiniteGradientError as error:
                 self._errors[context.index] = error
 
@@ -127,6 +127,7 @@ class DeferredSteps:
     def detach(self) -> None:
         """Forget what is on its way."""
         self._pending.clear()
+        self._errors.clear()
 
 
 def _is_narrow(context: OptimizerContext) -> bool:

@@ -6,6 +6,7 @@ The engine knows *when*; the parts know *what*. It calls them in an explicit ord
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from clip_callbacks.accumulation.windows import InspectedWindows, Windows
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop
 from clip_callbacks.core.fused import take_back
-from clip_callbacks.core.measurement import TRUE
+from clip_callbacks.core.measurement import FALSE, TRUE
 from clip_callbacks.core.metric_names import AMP_SCALE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.core.rules import ClipState, Plan
@@ -79,9 +80,7 @@ class StepEngine:
         if any(monitor.options.histograms for monitor in self._readers):
             check_histograms(trainer, self.contexts)
         self.windows = self._make_windows()
-        self._deferred = DeferredSteps(
-            (self._clipper, self._guard, *self._monitors), wanted=self._guard.deferral, learn=self._learn
-        )
+        self._deferred = DeferredSteps((self._clipper, self._guard, *self._monitors), wanted=self._guard.deferral)
         self._publisher = Publisher(
             trainer,
             (self._clipper, self._guard, self._rescaler),
@@ -92,7 +91,6 @@ class StepEngine:
         names = [name for name, _ in module.named_parameters()]
         self._attach_by_name(self.contexts, names, renewed=False)
         self._attach(self.contexts)
-        lay_out_charts(trainer, {context.suffix: self._charts(context) for context in self.contexts})
 
     def _make_windows(self) -> Windows:
         drops = self._guard.drops_micro_batches
@@ -134,6 +132,10 @@ class StepEngine:
 
     # --- a fit
 
+    def lay_out_charts(self) -> None:
+        """Tell loggers which metrics belong together; once for a fit, before the module's own hook."""
+        lay_out_charts(self._trainer, {context.suffix: self._charts(context) for context in self.contexts})
+
     def start_fit(self) -> None:
         """Take hold of where metrics and bad steps go: training starts."""
         self._publisher.start_fit()
@@ -154,11 +156,11 @@ class StepEngine:
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
-        for context in self.windows.before_backward(loss):
-            self._guard.begin_window(context)
+        self._guard.begin_pass(self.windows.before_backward(loss))
 
     def after_backward(self) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
+        self._guard.end_pass()
         if self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 
@@ -169,7 +171,7 @@ class StepEngine:
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
         context = self._context(optimizer)
-        self._deferred.collect(context)
+        self._deferred.collect(context, self._learn)
         self._deferred.raise_errors([context])
         step = self._describe(context)
         if step.mode is StepMode.NOT_TAKEN:
@@ -233,7 +235,8 @@ class StepEngine:
         drop(table)
         self._guard.discard(step)
         measured = measure_step(table, NOTHING, (), self._norm_type)
-        return apply_step(measured, (), Action.SKIP)[0]
+        report, _ = apply_step(measured, (), Action.SKIP)
+        return replace(report, finite=FALSE)
 
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
@@ -269,6 +272,8 @@ class StepEngine:
     def _defer(self, step: StepContext, report: StepReport) -> None:
         """Let the host learn of a step when the next one comes, or somebody asks."""
         self._guard.end_deferred_step(step, report)
+        if step.loss_scale is not None:
+            step = replace(step, loss_scale=step.loss_scale.clone())  # the scaler changes its own in place
         self._deferred.enqueue(step, report)
         self.last_report = report
 
@@ -343,7 +348,7 @@ class StepEngine:
         Errors are stored and raised later, at a point that every rank reaches, because a single rank may have called this.
         """
         for context in self.contexts:
-            self._deferred.collect(context)
+            self._deferred.collect(context, self._learn)
 
     def _collect_and_raise(self) -> None:
         self.collect_pending()
@@ -354,6 +359,7 @@ class StepEngine:
         try:
             self._collect_and_raise()
         except (NonFiniteGradientError, RuntimeError) as error:
+            self._deferred.detach()  # what has not come by now will not come
             rank_zero_warn(f"The last step's verdict, beside what stopped the run: {error}", stacklevel=2)
 
     # --- what is remembered
@@ -375,21 +381,17 @@ class StepEngine:
         """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
         for context in self.contexts:
             if context.optimizer is optimizer:
-                break
-        else:
-            context = self._take_up(optimizer)
-            self._renew([context])
-        if context.is_outdated:
-            self._renew([context])
-        return context
+                if context.is_outdated:
+                    self._renew([context])
+                return context
+        return self._take_up(optimizer)
 
     def _renew(self, contexts: Sequence[OptimizerContext]) -> None:
         """Take up what optimizers hold now."""
         for context in contexts:
-            self._deferred.collect(context)
+            self._deferred.collect(context, self._learn)
             context.tabulate(self._module)
         self._attach_changed(contexts)
-        self._attach(contexts)
 
     def _take_up(self, optimizer: Optimizer) -> OptimizerContext:
         """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
@@ -407,12 +409,14 @@ class StepEngine:
         for context in self.contexts:
             if context.index in before:
                 context.continue_history(before[context.index].history)
+        self._publisher.reset()
         self._attach_changed(self.contexts)
         return next(context for context in self.contexts if context.optimizer is optimizer)
 
     def _attach_changed(self, contexts: Sequence[OptimizerContext]) -> None:
         names = [name for context in contexts for name in context.table.names]
         self._attach_by_name(contexts, names, renewed=True)
+        self._attach(contexts)
 
     def _attach_by_name(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
         self._clipper.attach(contexts, names, renewed=renewed)

@@ -3,8 +3,8 @@
 In automatic optimization there is one optimizer, and all layers go back to where its window began. In manual optimization several
 optimizers may have windows of their own. The layers that an optimizer holds parameters of, and those that nobody holds, go back to
 where its window began, however often others have stepped since. A layer that only others hold may have been part of a bad forward
-pass too, as a discriminator is of the generator's: it goes back to the last moment at which nothing was pending, which is a step or
-the batch's beginning.
+pass too, as a discriminator is of the generator's: it goes back to where it was after the last backward pass of the others. Whose a
+backward pass is tell the gradients that it has changed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,14 @@ def batch_statistics(scope: ResourceScope) -> dict[int, Resource]:
         return {first.index: _WholeModule(layers)}
     if not others:
         return {first.index: _WholeModuleInManual(first, layers)}
-    settled = _Settled(layers)
+    common, holders = _Common(layers), _holders(scope.module, scope.contexts)
     return {
-        context.index: _OneOfSeveral(context, layers, settled, scope.contexts, is_first=context is first)
+        context.index: _OneOfSeveral(
+            context,
+            [layer for layer in layers if not holders[layer] or context.index in holders[layer]],
+            [layer for layer in layers if holders[layer] and context.index not in holders[layer]],
+            common,
+        )
         for context in scope.contexts
     }
 
@@ -120,8 +125,10 @@ class _WholeModuleInManual(_InManual):
     def __init__(self, context: OptimizerContext, layers: Sequence[nn.Module]) -> None:
         super().__init__(context)
         self._statistics = BatchStatistics(layers)
+        self._at_batch = BatchStatistics(layers)
 
     def begin_batch(self, *, in_window: bool) -> None:
+        self._at_batch.keep()
         if not in_window:
             self._statistics.keep()
 
@@ -129,34 +136,56 @@ class _WholeModuleInManual(_InManual):
         self._statistics.keep()
 
     def _restore(self) -> None:
+        self._fetch()
         self._statistics.restore()
+
+    def _fetch(self) -> None:
+        if not self._statistics.is_finite:  # the forward pass of a second step came before the first step
+            self._statistics.keep_from(self._at_batch)
 
     def reset(self) -> None:
         self._statistics.keep()
+        self._at_batch.keep()
 
     def before(self) -> dict[int, Tensor]:
+        self._fetch()
         return self._statistics.copies()
 
 
-class _Settled:
-    """All layers as they were when nothing was pending: at the last step of any optimizer, or at the batch's beginning.
+class _Common:
+    """All layers, as they were for all of several optimizers.
 
     Args:
         layers: All layers with statistics.
+
+    Attributes:
+        at_batch: The statistics when the batch began.
+        at_step: The statistics at the last step of any optimizer, or when the batch began.
+        last: The statistics at the end of the last backward pass, at the last step, or when the batch began.
+        members: What each optimizer makes of it.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._at_batch = BatchStatistics(layers)
+        self.at_batch = BatchStatistics(layers)
         self.at_step = BatchStatistics(layers)
+        self.last = BatchStatistics(layers)
+        self.members: list[_OneOfSeveral] = []
 
     def begin_batch(self) -> None:
         """A batch begins."""
-        self._at_batch.keep()
-        self.at_step.keep()
+        self.at_batch.keep()
+        self.settle()
 
-    def last_good(self) -> BatchStatistics:
-        """The last copy; that of the batch's beginning if another optimizer's bad pass was part of the last one already."""
-        return self.at_step if self.at_step.is_finite else self._at_batch
+    def settle(self) -> None:
+        """Nothing is pending now that is not pending for good: a step was decided, or a batch begins."""
+        self.at_step.keep()
+        self.last.keep()
+
+    def end_pass(self) -> None:
+        """A backward pass is over."""
+        for member in self.members:
+            member.note_whose_pass()
+        self.last.keep()
 
 
 class _OneOfSeveral(_InManual):
@@ -164,67 +193,108 @@ class _OneOfSeveral(_InManual):
 
     Args:
         context: The optimizer.
-        layers: All layers with statistics.
-        settled: What is common to all optimizers.
-        contexts: All optimizers.
-        is_first: Whether it is the one that takes care of what is common when a batch begins.
+        own: The layers that it holds, and those that nobody holds.
+        foreign: The layers that only others hold.
+        common: What all optimizers share.
     """
 
-    def __init__(
-        self,
-        context: OptimizerContext,
-        layers: Sequence[nn.Module],
-        settled: _Settled,
-        contexts: Sequence[OptimizerContext],
-        *,
-        is_first: bool,
-    ) -> None:
+    def __init__(self, context: OptimizerContext, own: Sequence[nn.Module], foreign: Sequence[nn.Module], common: _Common) -> None:
         super().__init__(context)
-        held, held_by_others = _parameters([context]), _parameters([other for other in contexts if other is not context])
-        foreign = [layer for layer in layers if not _has_any(layer, held) and _has_any(layer, held_by_others)]
-        self._own = BatchStatistics([layer for layer in layers if layer not in foreign])
+        self._context = context
+        self._own = BatchStatistics(own)
         self._foreign = BatchStatistics(foreign)
-        self._settled = settled
-        self._is_first = is_first
+        self._common = common
         self._has_begun = False
+        self._foreign_is_last = True
+        self._gradients_before: list[tuple[int, int]] = []
+        common.members.append(self)
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether it is the one that tells what is common of batches and passes."""
+        return self._common.members[0] is self
 
     def begin_batch(self, *, in_window: bool) -> None:
         if self._is_first:
-            self._settled.begin_batch()
+            self._common.begin_batch()
 
     def begin_window(self) -> None:
-        self._own.keep_from(self._settled.at_step)
-        self._has_begun = True
+        self._own.keep_from(self._common.at_step)
+        self._has_begun = self._foreign_is_last = True
+
+    def begin_pass(self) -> None:
+        self._gradients_before = _versions_of_gradients(self._context)
+
+    def end_pass(self) -> None:
+        if self._is_first:
+            self._common.end_pass()
+
+    def note_whose_pass(self) -> None:
+        """Remember the layers of others as they were before this optimizer's pass, or as they are after another one's."""
+        is_ours = _versions_of_gradients(self._context) != self._gradients_before
+        if is_ours and self._foreign_is_last:
+            self._foreign.keep_from(self._common.last)
+        self._foreign_is_last = not is_ours
 
     def _settle(self) -> None:
-        self._settled.at_step.keep()
-        self._has_begun = False
+        self._common.settle()
+        self._has_begun, self._foreign_is_last = False, True
 
     def _restore(self) -> None:
         self._fetch()
         self._foreign.restore()
         self._own.restore()
+        for member in self._common.members:
+            member.forget_others()
         self._settle()
 
+    def forget_others(self) -> None:
+        """Take the layers that others hold as they are now: what was seen of them may have been bad."""
+        self._foreign_is_last = True
+
     def _fetch(self) -> None:
-        """Take from what is common whatever this window has no copy of."""
-        settled = self._settled.last_good()
-        self._foreign.keep_from(settled)
+        """Take from what is common whatever this window has no good copy of."""
+        common = self._common
         if not self._has_begun:  # its backward passes were not seen: loss.backward() instead of manual_backward
-            self._own.keep_from(settled)
+            self._own.keep_from(common.at_step)
+        if self._foreign_is_last:
+            self._foreign.keep_from(common.last)
+        for statistics in (self._own, self._foreign):
+            if not statistics.is_finite:  # bad forward passes came before other optimizers' steps
+                statistics.keep_from(common.at_batch)
 
     def reset(self) -> None:
-        self._settled.begin_batch()
+        self._common.begin_batch()
         self._own.keep()
+        self._foreign_is_last = True
 
     def before(self) -> dict[int, Tensor]:
         self._fetch()
         return self._foreign.copies() | self._own.copies()
 
+    def detach(self) -> None:
+        super().detach()
+        self._common.members.clear()
 
-def _parameters(contexts: Sequence[OptimizerContext]) -> set[Tensor]:
-    return {tensor for context in contexts for tensor in context.table.tensors}
+
+def _versions_of_gradients(context: OptimizerContext) -> list[tuple[int, int]]:
+    """Which gradients there are, and how often each was written in place; that reads no entry."""
+    gradients = [tensor.grad for tensor in context.table.tensors]
+    return [(0, 0) if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
 
-def _has_any(layer: nn.Module, parameters: set[Tensor]) -> bool:
-    return any(parameter in parameters for parameter in layer.parameters(recurse=False))
+def _holders(module: nn.Module, contexts: Sequence[OptimizerContext]) -> dict[nn.Module, set[int]]:
+    """Which optimizers hold parameters of each layer; of a layer without any, of the smallest module around it that has some."""
+    shared: dict[Tensor, set[int]] = {}
+    for context in contexts:
+        for tensor in context.table.tensors:
+            shared.setdefault(tensor, set()).add(context.index)
+    modules = dict(module.named_modules())
+    holders: dict[nn.Module, set[int]] = {}
+    for name, layer in modules.items():
+        if not list(layer.buffers(recurse=False)):
+            continue
+        around = [name, *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)), ""]
+        each = (set().union(*(shared.get(tensor, set()) for tensor in modules[place].parameters())) for place in around)
+        holders[layer] = next((found for found in each if found), set())
+    return holders

@@ -130,9 +130,13 @@ class Guard(Unguarded):
         self.restorer.begin_batch(in_window=in_window)
         self.rollback.begin_batch(in_window=in_window)
 
-    def begin_window(self, context: OptimizerContext) -> None:
-        """A window of an optimizer has begun with this batch."""
-        self.restorer.begin_window(context)
+    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
+        """A backward pass comes; its forward pass is over."""
+        self.restorer.begin_pass(begun)
+
+    def end_pass(self) -> None:
+        """The backward pass is over."""
+        self.restorer.end_pass()
 
     def begin_step(self, step: StepContext) -> None:
         """Keep what this step may have to put back."""
@@ -187,8 +191,9 @@ class Guard(Unguarded):
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
         if policy == "ignore":
+            # where unscaling is left to us the scaler takes no bad step
             action = Action.CLIP if step.loss_scale is None else Action.SKIP
-            return Resolution(action, is_called=not scaler.skips)
+            return Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
 
         action = ACTIONS.get(policy, Action.SKIP)
         if scaler.skips:
@@ -322,4 +327,5 @@ class Guard(Unguarded):
         self._restorer = None
         self.rollback.detach()
         self.rollback = NoRollback()  # its memory
+        self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.journal.detach()

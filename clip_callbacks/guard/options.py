@@ -51,7 +51,7 @@ class GuardOptions:
         as_choice(self.on_streak, "on_streak", get_args(OnStreak))
         for argument in ("max_consecutive", "max_bundles", "every", "max_rollbacks"):
             as_count(getattr(self, argument), argument, least=1)
-        as_finite(self.lr_factor, "lr_factor", high=1.0, high_too=True)
+        object.__setattr__(self, "lr_factor", as_finite(self.lr_factor, "lr_factor", high=1.0, high_too=True))
         if not self.max_bundle_bytes > 0:
             raise ValueError(f"`max_bundle_bytes` must be above 0, got {self.max_bundle_bytes!r}.")
         self._check_together()

@@ -16,8 +16,9 @@ from clip_callbacks.trainer.step_context import StepContext
 class Resource:
     """A kind of state, as far as one optimizer's window may change it. What a kind has no use for, it leaves out.
 
-    The calls in order: ``begin_batch`` for each batch and ``begin_window`` for the first of a window, then ``begin_step``, then
-    either ``commit`` or ``abort``; or, where the host does not know which, ``abort_on_device``; then ``end_batch``.
+    The calls in order: ``begin_batch`` for each batch, ``begin_window`` for the first of a window, ``begin_pass`` and ``end_pass``
+    around each backward pass, then ``begin_step``, then either ``commit`` or ``abort``; or, where the host does not know which,
+    ``abort_on_device``; then ``end_batch``.
     """
 
     def begin_batch(self, *, in_window: bool) -> None:
@@ -29,6 +30,12 @@ class Resource:
 
     def begin_window(self) -> None:
         """A window has begun with this batch; its first forward pass is over."""
+
+    def begin_pass(self) -> None:
+        """A backward pass comes, whosever it is; its forward pass is over."""
+
+    def end_pass(self) -> None:
+        """The backward pass is over."""
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""

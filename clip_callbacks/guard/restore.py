@@ -33,6 +33,7 @@ class SkippedStepRestorer:
         self._each = [resource for resources in self._resources.values() for resource in resources]
         # on a healthy step only those are called that have something to do
         self._at_batch = _overriding(self._each, "begin_batch")
+        self._before_pass, self._after_pass = _overriding(self._each, "begin_pass"), _overriding(self._each, "end_pass")
         self._at_window, self._at_step, self._at_commit = (
             {index: _overriding(resources, method) for index, resources in self._resources.items()}
             for method in ("begin_window", "begin_step", "commit")
@@ -47,10 +48,22 @@ class SkippedStepRestorer:
         for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)
 
-    def begin_window(self, context: OptimizerContext) -> None:
-        """A window of an optimizer has begun with this batch."""
-        for resource in self._at_window[context.index]:
-            resource.begin_window()
+    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
+        """A backward pass comes; its forward pass is over.
+
+        Args:
+            begun: The optimizers whose window begins with it.
+        """
+        for context in begun:
+            for resource in self._at_window[context.index]:
+                resource.begin_window()
+        for resource in self._before_pass:
+            resource.begin_pass()
+
+    def end_pass(self) -> None:
+        """The backward pass is over."""
+        for resource in self._after_pass:
+            resource.end_pass()
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""

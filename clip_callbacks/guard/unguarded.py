@@ -78,8 +78,15 @@ class Unguarded:
             in_window: Whether there was a backward pass since the last step of any optimizer.
         """
 
-    def begin_window(self, context: OptimizerContext) -> None:
-        """A window of an optimizer has begun with this batch."""
+    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
+        """A backward pass comes; its forward pass is over.
+
+        Args:
+            begun: The optimizers whose window begins with it.
+        """
+
+    def end_pass(self) -> None:
+        """The backward pass is over."""
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""

@@ -68,6 +68,11 @@ class Publisher:
         trainer = self._trainer
         return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
 
+    def reset(self) -> None:
+        """Forget which reports are to be published: the optimizers are others."""
+        self._stepped.clear()
+        self._unlogged.clear()
+
     def note_step(self, context: OptimizerContext) -> None:
         """Learn that an optimizer has a new report."""
         self._stepped.add(context.index)

@@ -29,6 +29,7 @@ class BatchStatistics:
         for buffer in [buffer for layer in layers for buffer in layer.buffers(recurse=False)]:
             kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         self._kinds = [_Buffers(buffers) for buffers in kinds.values()]
+        self._source: BatchStatistics | None = None
         self.keep()
 
     def keep(self) -> None:
@@ -38,9 +39,12 @@ class BatchStatistics:
 
     def keep_from(self, other: BatchStatistics) -> None:
         """Take the copies that others have of the same layers."""
-        copies = other.copies()
+        if other is not self._source:
+            self._source, copies = other, other.copies()
+            for buffers in self._kinds:
+                buffers.pair(copies)
         for buffers in self._kinds:
-            buffers.keep_from(copies)
+            buffers.keep_from_pairs()
 
     def restore(self) -> None:
         """Put the statistics back to the copies."""
@@ -73,6 +77,7 @@ class _Buffers:
         self._keys = list(map(id, buffers))
         self._live = list(map(shard_of, buffers))
         self.kept, self._copies = self._room()
+        self._others: list[Tensor] = []
         self._scratch: tuple[Tensor, list[Tensor]] | None = None
 
     def _room(self) -> tuple[Tensor, list[Tensor]]:
@@ -87,9 +92,13 @@ class _Buffers:
     def keep(self) -> None:
         torch._foreach_copy_(self._copies, self._live)
 
+    def pair(self, copies: Mapping[int, Tensor]) -> None:
+        """Find the copies of the same buffers among those of others."""
+        self._others = [copies[key] for key in self._keys]
+
     @torch.no_grad()
-    def keep_from(self, copies: Mapping[int, Tensor]) -> None:
-        torch._foreach_copy_(self._copies, [copies[key] for key in self._keys])
+    def keep_from_pairs(self) -> None:
+        torch._foreach_copy_(self._copies, self._others)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -43,8 +43,8 @@ class Fault:
 FAULTS = [
     # the core
     Fault("core/coefficients.py", "_float32(1.0 / _float32(norm + _float32(EPS)))", "_float32(1.0 / _float32(norm))", "core"),
-    Fault("core/norms.py", "return sums.pow(1.0 / norm_type).to(norms.dtype)", "return sums.to(norms.dtype)", "core"),
-    Fault("core/norms.py", "return self.total.reshape(()) < math.inf", "return self.total.reshape(()) > -math.inf", "guard"),
+    Fault("core/measurement.py", "return sums.pow(1.0 / norm_type).to(norms.dtype)", "return sums.to(norms.dtype)", "core"),
+    Fault("core/measurement.py", "return self.total.reshape(()) < math.inf", "return self.total.reshape(()) > -math.inf", "guard"),
     Fault("core/apply.py", "        parameter.grad = None", "        parameter.grad = torch.zeros_like(parameter)", "guard"),
     Fault("core/apply.py", "(factors != 1.0).float()", "(factors > 1.0).float()", "core"),
     Fault("core/apply.py", "if gradients.is_complete and 1.0 not in numbers:", "if 1.0 not in numbers:", "distributed"),
@@ -59,17 +59,20 @@ FAULTS = [
     Fault("bundles/bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),
     # the callbacks
     Fault("trainer/batch_norm.py", "torch.where(flag, self.kept, flat, out=flat)", "torch.where(flag, flat, self.kept, out=flat)", "guard"),
-    Fault("trainer/scheduler_hold.py", "self._left_out += self._seen - self._window_start", "self._left_out += 1", "guard"),
-    Fault("guard/restore.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
+    Fault("trainer/scheduler_hold.py", "self._skipped_batches += self._seen - self._window_start", "self._skipped_batches += 1", "guard"),
+    Fault("guard/line_search.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
     Fault("trainer/grad_scaler.py", "finite.logical_not().float()", "finite.float()", "integration"),
-    Fault("guard/bad_steps.py", "return streak >= self._max_consecutive", "return streak > self._max_consecutive", "guard"),
-    Fault("guard/counters.py", "if self.last_bad == number - 1 else 1", "if self.last_bad <= number - 1 else 1", "guard"),
+    Fault("guard/bad_steps.py", "return streak >= self._options.max_consecutive", "return streak > self._options.max_consecutive", "guard"),
+    Fault("guard/bad_steps.py", "if self.last_bad == number - 1 else 1", "if self.last_bad <= number - 1 else 1", "guard"),
     Fault("trainer/learning_rates.py", "if id(value) not in done:", "if True:", "guard"),
     Fault("accumulation/microbatches.py", "        self._statistics.restore()\n", "", "accumulation"),
     Fault("stats/norm_history.py", "self.clipped / self.steps if", "self.clipped / (self.steps + 1) if", "publishing"),
     Fault("publishing/publisher.py", "for key, value in values.items() if math.isfinite(value)}", "for key, value in values.items()}", "publishing"),
     Fault("publishing/publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1)", "fit_loop.epoch_loop._batches_that_stepped)", "publishing"),
-    Fault("engine/deferred.py", 'guard.policy not in {"skip", "ignore"} or', "", "guard"),
+    Fault("guard/guard.py", 'if options.policy not in {"skip", "ignore"} or options', "if options", "guard"),
+    Fault("guard/batch_statistics.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
+    Fault("guard/batch_statistics.py", "self._own.keep_from(self._common.at_step)", "self._own.keep_from(self._common.last)", "guard"),
+    Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
 ]  # fmt: skip
 
 

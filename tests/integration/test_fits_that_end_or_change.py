@@ -1,0 +1,161 @@
+"""Fits that fail at the start, end by an error, or whose optimizers are replaced: nothing is lost, and nothing is held on to."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+
+from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.engine.engine import StepEngine
+from clip_callbacks.guard.rollback import Rollback
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.snapshot import Snapshot
+from tests.helpers.fused import scaled
+from tests.helpers.training import Poisoned, Regression, data
+
+
+class Swapped(Regression):
+    """Two networks by hand, whose optimizers are others from some batch on.
+
+    Args:
+        before: The batch.
+        which: The optimizers that are replaced.
+        passes: Backward passes for each step.
+    """
+
+    def __init__(self, before, which, passes=1):
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+        self.later = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+        self.before, self.which, self.passes = before, which, passes
+        self.scales = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == self.before:
+            for place in self.which:
+                self.nets[place] = self.later[place]
+            optimizers = [
+                torch.optim.SGD(net.parameters(), lr=0.01) if place in self.which else optimizer
+                for place, (net, optimizer) in enumerate(zip(self.nets, self.trainer.optimizers, strict=True))
+            ]
+            self.trainer.strategy.optimizers = optimizers
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            for _ in range(self.passes):
+                self.manual_backward(net(batch[0]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in self.nets]
+
+
+def test_an_optimizer_may_be_replaced_on_a_logging_step(trainer, tmp_path):
+    clipping = GradientClipping(1.0)
+    run = trainer(clipping, GradientNormMonitor(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    run.fit(Swapped(2, [1]), data(4))
+    assert [history["steps"] for history in clipping.state_dict()["history"].values()] == [4, 4]
+
+
+def test_windows_of_all_replaced_optimizers_are_means(trainer):
+    scales = []
+
+    class Scales(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            scales.append(clipping.last_report.accumulation_scale)
+
+    clipping = GradientClipping(1.0)
+    trainer(clipping, AccumulationRescaling(divide=True), Scales()).fit(Swapped(2, [0, 1], passes=4), data(5))
+    # the first step of an optimizer that has just been taken up does not know of the passes before
+    assert scales[:4] == [0.25] * 4
+    assert scales[6:] == [0.25] * 4
+
+
+def test_an_overflow_that_the_device_has_decided_on_is_judged_by_its_own_loss_scale(trainer):
+    class Overflows(Regression):
+        def on_after_backward(self):
+            if self.trainer.global_step == 1:
+                self.net[0].weight.grad.fill_(math.inf)
+
+    for deferred in (True, False):
+        guard = NonFiniteGuard(deferred=deferred)
+        trainer(guard, **scaled(init_scale=2.0)).fit(Overflows(torch.optim.Adam, fused=True), data(4))
+        assert (guard.overflowed_steps, guard.skipped_steps) == (1, 0), "the scale was 2, and is 1 afterwards"
+
+
+def test_nothing_of_a_fit_is_held_in_circles(trainer):
+    """What only the garbage collector finds may hold the memory of a GPU for long."""
+    guard = NonFiniteGuard(on_streak="rollback", every=1)
+    callbacks = [GradientClipping(0.5), guard, AccumulationRescaling(), GradientNormMonitor()]
+    gc.collect()
+    gc.disable()
+    try:
+        trainer(*callbacks).fit(Regression(), data(4))
+        kinds = {StepEngine, OptimizerContext, Rollback, Snapshot}
+        held = [type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds]
+    finally:
+        gc.enable()
+    assert held == []
+
+
+def test_a_fit_that_fails_at_its_start_keeps_the_state_that_was_loaded(trainer, tmp_path):
+    guard = NonFiniteGuard()
+    first = trainer(guard)
+    with pytest.warns(RuntimeWarning, match="Non-finite gradients"):
+        first.fit(Poisoned({1: math.nan, 3: math.nan}), data(5))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    again = NonFiniteGuard()
+    rules = GradientClipping(rules=[ClipRule(1.0, params="nowhere")])
+    second = trainer(again, rules, max_epochs=2)
+    with pytest.raises(ValueError, match="nowhere"):
+        second.fit(Poisoned({}), data(5), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert again.state_dict()["counters"][0]["skipped"] == again.skipped_steps == 2
+
+
+def test_callbacks_of_a_fit_that_nobody_ended_may_be_used_again_in_another_order(trainer):
+    class Broken(Callback):
+        def on_exception(self, *_):
+            raise OSError("no space left")
+
+        def on_train_batch_end(self, *_):
+            raise KeyError("stop")
+
+    guard, clipping = NonFiniteGuard(), GradientClipping(1.0)
+    with pytest.raises((OSError, KeyError)):
+        trainer(Broken(), guard, clipping).fit(Regression(), data(3))
+    trainer(clipping, guard).fit(Regression(), data(3))
+    assert clipping.state_dict()["history"][0]["steps"] == 3
+
+
+def test_charts_are_laid_out_once_though_states_come_late(trainer, tmp_path):
+    class Late(Callback):
+        def on_train_start(self, trainer, pl_module):
+            clipping.load_state_dict(fresh)
+
+    laid_out = []
+    logger = TensorBoardLogger(tmp_path)
+    logger.experiment.add_custom_scalars = laid_out.append
+    clipping = GradientClipping(1.0)
+    fresh = clipping.state_dict()
+    trainer(Late(), clipping, logger=logger).fit(Regression(), data(3))
+    assert len(laid_out) == 1
+
+
+def test_a_window_without_weight_is_reported_as_not_finite(trainer):
+    clipping, reports = GradientClipping(1.0), []
+
+    class Reports(Callback):
+        def on_train_batch_end(self, *_):
+            reports.append((bool(clipping.last_report.finite), bool(clipping.last_report.skipped)))
+
+    with pytest.warns(RuntimeWarning, match="weight 0"):
+        trainer(clipping, AccumulationRescaling(lambda batch: 0.0), Reports()).fit(Regression(), data(2))
+    assert reports == [(False, True)] * 2

@@ -1,0 +1,72 @@
+"""States that a checkpoint brings in the middle of a fit, as Lightning's own searches do."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateFinder
+
+from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard, ZScoreLimit
+from tests.helpers.training import Poisoned, Regression, data, limit_states
+
+
+class Restore(Callback):
+    """Takes the states of callbacks before one batch, and gives them back before another."""
+
+    def __init__(self, callbacks, saved_before, restored_before):
+        self.callbacks, self.saved_before, self.restored_before = callbacks, saved_before, restored_before
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.saved_before:
+            self.states = [deepcopy(callback.state_dict()) for callback in self.callbacks]
+        if batch_idx == self.restored_before:
+            for callback, state in zip(self.callbacks, self.states, strict=True):
+                callback.load_state_dict(state)
+
+
+def fitted(trainer, *restored):
+    clipping, guard, monitor = GradientClipping(ZScoreLimit(1e6)), NonFiniteGuard(), GradientNormMonitor()
+    ours = [guard, clipping, AccumulationRescaling(), monitor]
+    restore = [Restore(ours, *restored)] if restored else []
+    torch.manual_seed(0)
+    trainer(*restore, *ours).fit(Poisoned({1: math.nan, 6: math.nan}), data(8))
+    return clipping, guard, monitor
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
+def test_callbacks_go_on_from_what_was_restored(trainer):
+    """Of the batches between nothing is left: norms, counts of bad steps, what limits remember."""
+    clipping, guard, monitor = fitted(trainer, 3, 5)
+    _, _, whole = fitted(trainer)
+    norms = whole.state_dict()["norms"][0]  # of the batches 0, 2, 3, 4, 5 and 7
+    assert torch.equal(monitor.state_dict()["norms"][0], norms[[0, 1, 4, 5]])
+    assert guard.skipped_steps == clipping.skipped_steps == 2
+    assert limit_states(clipping)[0]["count"].item() == 4
+    assert guard.state_dict()["history"][0]["steps"] == 6
+
+
+def test_a_search_for_the_learning_rate_in_a_later_epoch_is_survived(trainer):
+    class Later(LearningRateFinder):
+        def on_fit_start(self, *_):
+            return
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    class Net(Regression):
+        lr = 0.01
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    fit = trainer(
+        GradientClipping(ZScoreLimit()), NonFiniteGuard(), GradientNormMonitor(), Later(num_training_steps=5), max_epochs=3
+    )
+    fit.fit(Net(), data(8))
+    assert fit.current_epoch == 3
+    assert all(tensor.isfinite().all() for tensor in fit.lightning_module.parameters())

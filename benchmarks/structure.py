@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("html_report",),
     ("callbacks",),
     ("engine",),
-    ("publishing", "guard", "accumulation"),
+    ("clipping", "guard", "accumulation", "publishing"),
     ("trainer",),
     ("bundles", "stats"),
     ("core",),
@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """Folders and single modules of the package from top to bottom; those in one line are siblings. The root is above all of them."""
 
-GLUE = ("trainer", "accumulation", "guard", "publishing", "engine", "callbacks")
+GLUE = ("trainer", "accumulation", "clipping", "guard", "publishing", "engine", "callbacks")
 """Folders between Lightning and the arithmetic. In a tree without a ``core`` folder all of it is in ``callbacks``."""
 
 OLD_ENGINE = ("callbacks/_pass.py", "callbacks/_deferral.py")
@@ -48,7 +48,7 @@ OLD_ENGINE = ("callbacks/_pass.py", "callbacks/_deferral.py")
 
 COLLABORATORS = {
     *("guard", "clipping", "clipper", "rescaling", "rescaler", "micro_batches", "rewind", "restorer", "rollback", "deferral"),
-    *("publisher", "monitor", "monitors", "journal", "evidence"),
+    *("publisher", "monitor", "monitors", "journal", "evidence", "windows", "inspected", "deferred", "components", "own_engine"),
 }
 """Attributes and local names, underscores in front aside, that hold a part of the engine which may be missing."""
 

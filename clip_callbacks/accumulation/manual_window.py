@@ -26,7 +26,11 @@ class ManualWindow:
     def before_backward(self) -> None:
         """See whether the gradients were set to zero since the last backward pass."""
         fingerprints = self._fingerprints()
-        has_gradients = self._agreed(not self._is_zero()) if self._reduction else fingerprints == self._seen or not self._is_zero()
+        is_sharded = self._reduction is not None
+        # An empty shard never changes: where ranks hold shards, only entries tell, and one collective for all of them.
+        has_gradients = (not is_sharded and fingerprints == self._seen) or not self._is_zero()
+        if is_sharded:
+            has_gradients = self._agreed(has_gradients)
         if not has_gradients:
             self.window = Window(divisor=1)
         self._seen = fingerprints
@@ -44,18 +48,22 @@ class ManualWindow:
 
     def _agreed(self, flag: bool) -> bool:
         """Whether it holds on any rank: an empty shard tells nothing."""
-        return on_any_rank(flag, self._reduction.counts.device) if self._reduction else flag
+        if self._reduction:
+            return on_any_rank(flag, self._reduction.counts.device)
+        return flag
 
-    def _gradients(self) -> list[Tensor | None]:
+    def _gradients(self) -> list[Tensor]:
+        """This rank's shards of the gradients that there are."""
         gradients = (tensor.grad for tensor in self._context.table.tensors)
-        return [None if gradient is None else shard_of(gradient) for gradient in gradients]
+        return [shard_of(gradient) for gradient in gradients if gradient is not None]
 
     def _is_zero(self) -> bool:
-        return not any(bool(gradient.any()) for gradient in self._gradients() if gradient is not None)
+        return not any(bool(gradient.any()) for gradient in self._gradients())
 
-    def _fingerprints(self) -> list[tuple[int, int, int] | None]:
+    def _fingerprints(self) -> dict[int, tuple[int, int, int]]:
+        """Those of the gradients that there are, by their parameter's place in the table."""
         wholes = [tensor.grad for tensor in self._context.table.tensors]
-        return [None if gradient is None else _fingerprint(gradient) for gradient in wholes]
+        return {place: _fingerprint(gradient) for place, gradient in enumerate(wholes) if gradient is not None}
 
 
 def _fingerprint(gradient: Tensor) -> tuple[int, int, int]:

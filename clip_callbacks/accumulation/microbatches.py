@@ -75,7 +75,8 @@ class MicroBatches:
             tensor.grad = None
         if self._averages and self._parallel is not None and self._parallel.find_unused_parameters:
             for tensor in self._tensors:  # DDP wants a gradient where any backward pass of the window has left one
-                tensor.grad = torch.zeros_like(tensor) if id(tensor) in self._used else None
+                if id(tensor) in self._used:
+                    tensor.grad = torch.zeros_like(tensor)
 
     @torch.no_grad()
     def after_backward(self, losses: Sequence[Tensor], report: Callable[[OptimizerContext], None]) -> bool:
@@ -138,8 +139,11 @@ class MicroBatches:
         if dense:
             torch._foreach_add_([old for old, _ in dense], [new for _, new in dense])
         for tensor, old in self._aside:
-            is_summed = tensor.grad is None or old.layout is torch.strided
-            tensor.grad = old if is_summed or tensor.grad is None else old + tensor.grad
+            # Dense gradients were summed above, in the memory of those set aside; sparse ones were left out there.
+            if tensor.grad is None or old.layout is torch.strided:
+                tensor.grad = old
+            else:
+                tensor.grad = old + tensor.grad
 
     def end_window(self) -> None:
         """Begin a new window."""
@@ -164,7 +168,9 @@ class MicroBatches:
     @property
     def scale(self) -> float:
         """What makes the mean over all micro-batches one over the good ones."""
-        return (self.good + self.dropped) / self.good if self.good else 1.0
+        if not self.good:
+            return 1.0
+        return (self.good + self.dropped) / self.good
 
     @property
     def is_lost(self) -> bool:

@@ -133,7 +133,10 @@ class Rescaler(NoRescaling):
     def before_backward(self, loss: Tensor) -> None:
         """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         self.detach()  # the backward pass before may have raised
-        weight = self._last_weight = self._weights.read(self._trainer) if self._weights else 1.0
+        weight = 1.0
+        if self._weights:
+            weight = self._weights.read(self._trainer)
+        self._last_weight = weight
         factor = self._factor_of_manual_loss(weight)
         if not self._is_manual:
             factor = self._window.loss_weight(self._trainer.accumulate_grad_batches, weight)
@@ -178,7 +181,9 @@ class Rescaler(NoRescaling):
         if not self._is_manual:
             self._has_stepped = True
             return self._scale_of(self._window)
-        return self._scale_of(self._manual[context.index].window) if self._divides_manually else 1.0
+        if self._divides_manually:
+            return self._scale_of(self._manual[context.index].window)
+        return 1.0
 
     def _scale_of(self, window: Window) -> float | None:
         if self._weights is None:

@@ -113,7 +113,9 @@ def name_of(source: Weight) -> str:
 
 def _number(weight: Any) -> float | None:
     is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-    return float(weight) if is_number or (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex()) else None
+    if is_number or (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex()):
+        return float(weight)
+    return None
 
 
 def _item(batch: Any, part: str, key: str | int) -> Any:

@@ -53,5 +53,7 @@ class Window:
             ranks: How many ranks the gradient was averaged over.
         """
         if total is None:
-            return self.divisor / self.weight if self.weight else 1.0
-        return self.divisor * ranks / total if total else 1.0
+            total, ranks = self.weight, 1
+        if not total:
+            return 1.0
+        return self.divisor * ranks / total

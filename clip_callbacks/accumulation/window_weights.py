@@ -40,16 +40,22 @@ class WindowWeights:
             Exception: What the source raised, or that it is no number of at least 0; on several ranks later, by :meth:`total`.
         """
         assert self._pending is not None
+        weight = math.inf
         try:
-            weight = math.inf if self._error else self._pending.read()
+            if not self._error:
+                weight = self._pending.read()
         except Exception as error:
             if trainer.world_size == 1:
                 raise
-            self._error, weight = error, math.inf
+            # Raised here, it would leave the other ranks waiting in a collective: an infinite weight tells them.
+            self._error = error
         if not self._unit:
             largest = self._agreed(_reduced(trainer, weight, "max"))
-            self._unit = 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
-        return weight / self._unit if self._unit else 0.0
+            if largest:
+                self._unit = 2.0 ** math.floor(math.log2(largest))
+        if not self._unit:
+            return 0.0
+        return weight / self._unit
 
     def total(self, trainer: Trainer, ours: float) -> float:
         """The sum over all ranks.
@@ -58,7 +64,9 @@ class WindowWeights:
             Exception: What the source raised for one of this rank's batches.
             RuntimeError: If that was on another rank.
         """
-        return self._agreed(_reduced(trainer, math.inf if self._error else ours, "sum"))  # the guard may have dropped it
+        if self._error:  # the guard may have dropped the infinite weight
+            ours = math.inf
+        return self._agreed(_reduced(trainer, ours, "sum"))
 
     def _agreed(self, total: float) -> float:
         if math.isfinite(total):

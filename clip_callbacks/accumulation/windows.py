@@ -231,11 +231,15 @@ class InspectedWindows(Windows):
 
     @override
     def discarded(self, scale: float | None) -> Discarded | None:
-        return Discarded.DROPPED if self._inspected.is_lost else super().discarded(scale)
+        if self._inspected.is_lost:
+            return Discarded.DROPPED
+        return super().discarded(scale)
 
     @override
     def end(self, report: StepReport | None) -> WindowNorms | None:
-        norms = self._norms(report) if report is not None and report.outcome is StepOutcome.TAKEN else None
+        norms = None
+        if report is not None and report.outcome is StepOutcome.TAKEN:
+            norms = self._norms(report)
         self._inspected.end_window()
         return norms
 

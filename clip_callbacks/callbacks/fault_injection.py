@@ -169,8 +169,10 @@ class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
         """Strike shards; say what was done."""
         if self._strike and self._is_late and self.kind != "loss":
             for name, tensor in self._targets.items():
-                shard = None if tensor.grad is None else shard_of(tensor.grad)
-                if shard is not None and shard.numel():
+                if tensor.grad is None:
+                    continue
+                shard = shard_of(tensor.grad)
+                if shard.numel():
                     shard.copy_(self._poisoner(name)(shard))
         if self._strike:
             self.injected.append(self._strike)
@@ -256,7 +258,9 @@ class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
 
 def _told(strike: dict[str, Any]) -> str:
     kind, names = strike["kind"], ", ".join(strike["parameters"])
-    struck = "nan into the loss" if kind == "loss" else f"{kind} into the gradients of {names or 'no parameter: there were none'}"
+    struck = f"{kind} into the gradients of {names or 'no parameter: there were none'}"
+    if kind == "loss":
+        struck = "nan into the loss"
     return f"FaultInjection at {', '.join(f'{key} {strike[key]}' for key in ('step', 'epoch', 'batch', 'rank'))}: {struck}."
 
 

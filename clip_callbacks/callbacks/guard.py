@@ -140,6 +140,9 @@ class NonFiniteGuard(GradientCallback):
         lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
+        folder = None
+        if bundle_dir is not None:
+            folder = Path(bundle_dir).expanduser().absolute()  # wherever the process goes later
         self._options = GuardOptions(
             policy=policy,
             max_consecutive=max_consecutive,
@@ -149,7 +152,7 @@ class NonFiniteGuard(GradientCallback):
             trace_forward=trace_forward,
             deferred=deferred,
             skip_above=skip_above,
-            bundle_dir=None if bundle_dir is None else Path(bundle_dir).expanduser().absolute(),  # wherever the process goes later
+            bundle_dir=folder,
             weights=weights,
             max_bundles=max_bundles,
             max_bundle_bytes=max_bundle_bytes,

@@ -151,7 +151,9 @@ class BadStepLog:
         policy = self._options.policy
         facts = {**step.place, "policy": policy, "streak": streak, **findings.facts()}
         bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
-        done = "non-finite entries become 0" if policy == "zero" else "the step is skipped"
+        done = "the step is skipped"
+        if policy == "zero":
+            done = "non-finite entries become 0"
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
@@ -214,7 +216,9 @@ class BadStepLog:
         """
         number = f"bad step {streak} in a row"
         if not self._is_over(streak):
-            end = "" if self._options.policy == "ignore" else f", {self._options.max_consecutive} stop the run"
+            end = ""
+            if self._options.policy != "ignore":
+                end = f", {self._options.max_consecutive} stop the run"
             _warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_go_back(streak):
             _warn(message.text(f": {number}. {self._go_back(step)}"))
@@ -232,7 +236,9 @@ class BadStepLog:
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
         self._journal.note({**step.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
-        rates = "" if rollback.factor == 1.0 else f", with {rollback.factor:.4g} times the learning rates of then"
+        rates = ""
+        if rollback.factor != 1.0:
+            rates = f", with {rollback.factor:.4g} times the learning rates of then"
         rollback.ask()
         return (
             f"The run goes back to where it was before step {rollback.step}{rates} "

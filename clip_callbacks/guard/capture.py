@@ -91,7 +91,10 @@ class BundleWriter:
             for loss, it in kept
         ]
         changed = any(_versions(it.batch) != it.versions for _, it in kept)
-        return {BATCHES: rows} if rows else {}, {"count": len(rows), "changed_in_place": changed}
+        facts = {"count": len(rows), "changed_in_place": changed}
+        if not rows:
+            return {}, facts
+        return {BATCHES: rows}, facts
 
     def _state(self, trainer: Trainer, before: Mapping[int, Tensor]) -> dict[str, Any]:
         live = self._module.state_dict(keep_vars=True)
@@ -152,7 +155,9 @@ def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
     if saved:
         step, path = max(saved)
         return str(Path(path).absolute()), step
-    return (str(Path(trainer.ckpt_path).absolute()), None) if trainer.ckpt_path else (None, None)
+    if trainer.ckpt_path:
+        return str(Path(trainer.ckpt_path).absolute()), None
+    return None, None
 
 
 def _config(trainer: Trainer) -> tuple[dict[str, str], dict[str, str]]:
@@ -173,7 +178,9 @@ def _as_json(value: Any) -> Any:
         return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_json(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return repr(value)
 
 
 def _versions_of_software() -> dict[str, str | None]:
@@ -190,15 +197,21 @@ def _versions_of_software() -> dict[str, str | None]:
 
 
 def _name(place: Mapping[str, int | str]) -> str:
-    suffix = f"_{place['optimizer']}" if "optimizer" in place else ""
-    return f"step-{place['step']:07d}_batch-{place['batch']:07d}_epoch-{place['epoch']}_rank-{place['rank']}{suffix}"
+    name = f"step-{place['step']:07d}_batch-{place['batch']:07d}_epoch-{place['epoch']}_rank-{place['rank']}"
+    if "optimizer" in place:
+        name += f"_{place['optimizer']}"
+    return name
 
 
 def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
     """Which things a batch consists of, and how often its tensors were changed in place."""
-    return tuple(
-        (id(leaf), leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0) for leaf in tree_leaves(batch)
-    )
+    versions = []
+    for leaf in tree_leaves(batch):
+        version = 0
+        if isinstance(leaf, Tensor) and not leaf.is_inference():  # torch counts no versions of inference tensors, and raises
+            version = leaf._version
+        versions.append((id(leaf), version))
+    return tuple(versions)
 
 
 def _data(value: Any) -> Any:

@@ -71,7 +71,9 @@ class Journal:
 
     def keep(self, batch: Any, batch_idx: int) -> KeptBatch | None:
         """What a bundle will need of a batch, by reference."""
-        return self._bundles.keep(batch, batch_idx) if self._bundles else None
+        if self._bundles:
+            return self._bundles.keep(batch, batch_idx)
+        return None
 
     def record(
         self,
@@ -122,6 +124,7 @@ class Journal:
 
 
 def _lines_about(bundle: Path, notes: list[str]) -> str:
-    script = f" --script {sys.argv[0]}" if sys.argv[0].endswith(".py") else ""
-    again = f"clip-callbacks replay {bundle} --config YOURS.yaml{script}"
+    again = f"clip-callbacks replay {bundle} --config YOURS.yaml"
+    if sys.argv[0].endswith(".py"):
+        again += f" --script {sys.argv[0]}"
     return "\n".join([f"\nBundle: {bundle}", f"  Run it again: {again}", *(f"  {note}" for note in notes)])

@@ -66,4 +66,6 @@ class LineSearch(Resource):
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
-    return list(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return list(value)
+    return value

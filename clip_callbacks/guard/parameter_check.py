@@ -67,5 +67,7 @@ def assert_parameters_unchanged(optimizer: Optimizer, tensors: Sequence[Tensor],
 
 @torch.no_grad()
 def _versions_and_norms(tensors: Sequence[Tensor], shards: Sequence[Tensor]) -> list[tuple[int, str]]:
-    norms = torch._foreach_norm([shard.detach() for shard in shards]) if shards else []
+    norms: Sequence[Tensor] = ()
+    if shards:  # torch takes no empty list
+        norms = torch._foreach_norm([shard.detach() for shard in shards])
     return [(tensor._version, str(norm.tolist())) for tensor, norm in zip(tensors, norms, strict=True)]

@@ -123,7 +123,9 @@ class Rollback(NoRollback):
         """For the message that there is no copy: since when."""
         if self._is_lost:
             return " since the optimizers took up other parameters"
-        return " since the resume" if self._trainer.ckpt_path else ""
+        if self._trainer.ckpt_path:
+            return " since the resume"
+        return ""
 
     def ask(self) -> None:
         """Go back at the end of this optimizer step."""
@@ -202,7 +204,7 @@ class Rollback(NoRollback):
         if any(other.report is not None and other.report.outcome is not StepOutcome.TAKEN for other in others):
             return False
         shards = [shard.detach() for other in others for shard in other.table.shards]
-        are_finite = all_finite(torch._foreach_norm(shards)) if shards else True  # of norms: a weight of 1e30 is as lost as a NaN
+        are_finite = not shards or all_finite(torch._foreach_norm(shards))  # of norms: a weight of 1e30 is as lost as a NaN
         if self._trainer.world_size == 1:
             return are_finite
         return not on_any_rank(not are_finite, context.table.shards[0].device)

@@ -132,7 +132,9 @@ class RunState:
         begin_anew(self._trainer, self._module, begun)
         for scheduler, state in copy.schedules:
             own = deepcopy(state)
-            scheduler.load_state_dict(own if factor == 1.0 else scaled_schedule(own, factor))
+            if factor != 1.0:
+                own = scaled_schedule(own, factor)
+            scheduler.load_state_dict(own)
         for owner, states in zip(self._limits, copy.limits, strict=True):
             for index, of_optimizer in states.items():
                 owner.save_limit_states(index, of_optimizer)
@@ -143,7 +145,9 @@ class RunState:
     def _restore_groups(self, copy: RunCopy, factor: float) -> None:
         restored = self._groups.put_back(copy.groups, self._live_groups())
         for context, groups in zip(self._contexts, restored, strict=True):
-            rescaled = groups if factor == 1.0 else scaled_groups(groups, factor)
+            rescaled = groups
+            if factor != 1.0:
+                rescaled = scaled_groups(groups, factor)
             for group, values in zip(context.optimizer.param_groups, rescaled, strict=True):
                 parameters = group["params"]
                 group.clear()
@@ -217,4 +221,6 @@ class RunState:
 
     def _scaler_tensors(self) -> list[Tensor | None]:
         scaler = grad_scaler(self._trainer)
-        return [scaler._scale, scaler._growth_tracker] if scaler else []
+        if not scaler:
+            return []
+        return [scaler._scale, scaler._growth_tracker]

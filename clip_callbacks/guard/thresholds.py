@@ -41,7 +41,9 @@ class SkipThresholds:
 
     def limit_states(self, index: int) -> ClipState:
         """The state for an optimizer, in a tuple; empty without a limit."""
-        return () if self.limit is None else (self._states[index].state,)
+        if self.limit is None:
+            return ()
+        return (self._states[index].state,)
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
         """Keep the state for the next step."""

@@ -70,7 +70,10 @@ def _write_layout(logger: TensorBoardLogger, charts: Mapping[str, Charts]) -> No
 
 def _define_metrics(logger: WandbLogger, charts: Mapping[str, Charts]) -> None:
     """A definition of its own takes a metric out of Lightning's for ``*``: the x-axis is to be told again."""
-    x_axis = "global_step" if logger._wandb_init.get("sync_tensorboard") else "trainer/global_step"
+    x_axis = "trainer/global_step"
+    # Where W&B takes its metrics from TensorBoard's files, Lightning names the axis as it is called there.
+    if logger._wandb_init.get("sync_tensorboard"):
+        x_axis = "global_step"
     summaries = {
         _full_name(logger, name + suffix): _summary(name)
         for suffix, each in charts.items()
@@ -85,4 +88,6 @@ def _define_metrics(logger: WandbLogger, charts: Mapping[str, Charts]) -> None:
 
 def _full_name(logger: TensorBoardLogger | WandbLogger, name: str) -> str:
     """What a metric is called behind the prefix that the logger was given."""
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
+    if not logger._prefix:
+        return name
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}"

@@ -57,7 +57,9 @@ def block_codes(step: StepContext, blocks: Partition) -> Tensor:
     codes = torch.zeros(len(blocks.names), CODES, dtype=torch.int64, device=device)
     for position, tensor in zip(gradients.positions, gradients.tensors, strict=True):
         if (block := blocks.index[position]) != OUTSIDE:
-            of_tensor = factor.to(tensor.device) if isinstance(factor, Tensor) else factor
+            of_tensor = factor
+            if isinstance(of_tensor, Tensor):
+                of_tensor = of_tensor.to(tensor.device)
             codes[block] += code_counts(tensor, of_tensor).to(device)
     return codes
 
@@ -98,9 +100,13 @@ def _write_to_wandb(logger: WandbLogger, histograms: Mapping[str, Histogram], st
     make = import_module("wandb").Histogram
     each = ((_prefix(logger) + tag, it.counts.tolist(), it.edges.tolist()) for tag, it in histograms.items())
     values = {tag: make(np_histogram=(counts, edges)) for tag, counts, edges in each}
-    axis = {} if logger._wandb_init.get("sync_tensorboard") else {"trainer/global_step": step}
-    logger.experiment.log(values | axis)
+    # As in Lightning's log_metrics: an axis that comes from TensorBoard's files is not logged beside it.
+    if not logger._wandb_init.get("sync_tensorboard"):
+        values["trainer/global_step"] = step
+    logger.experiment.log(values)
 
 
 def _prefix(logger: TensorBoardLogger | WandbLogger) -> str:
-    return logger._prefix + logger.LOGGER_JOIN_CHAR if logger._prefix else ""
+    if not logger._prefix:
+        return ""
+    return logger._prefix + logger.LOGGER_JOIN_CHAR

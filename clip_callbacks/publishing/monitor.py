@@ -156,11 +156,16 @@ class Monitor:
 
     def _partition(self, context: OptimizerContext, *, by_unit: bool = False) -> Partition | None:
         selection = self._selected[context.index]
-        return None if selection is None else context.table.partition(self.options.scope, selection, by_unit=by_unit)
+        if selection is None:
+            return None
+        return context.table.partition(self.options.scope, selection, by_unit=by_unit)
 
     def _contributions(self, context: OptimizerContext, report: StepReport, norms: Tensor) -> dict[str, Tensor]:
-        parts = report.parameter_norms if report.unit_norms is None else report.unit_norms
-        blocks = self._partition(context, by_unit=report.unit_norms is not None)
+        # The factors of a step are those of its units where a rule clips units: norms and blocks must be of units then, too.
+        parts, by_unit = report.parameter_norms, False
+        if report.unit_norms is not None:
+            parts, by_unit = report.unit_norms, True
+        blocks = self._partition(context, by_unit=by_unit)
         assert blocks is not None
         return {
             CONTRIBUTION: contributions(norms, report.total, report.norm_type),

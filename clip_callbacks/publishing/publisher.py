@@ -151,7 +151,9 @@ class Publisher:
         self._progress_bar_metrics.update(shown)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        for logger in self._trainer.loggers if values else ():
+        if not values:
+            return
+        for logger in self._trainer.loggers:
             logger.log_metrics(dict(values), step=step)
 
 

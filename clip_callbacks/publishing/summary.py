@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tabulate import tabulate
+from torch import Tensor
 
 from clip_callbacks.core.decisions import Outcome
 from clip_callbacks.core.metric_names import PERCENTILES
@@ -54,7 +55,10 @@ def _row(context: OptimizerContext, skipped: int | None, *, clips: bool) -> list
 
 def _rows_of_limits(context: OptimizerContext) -> list[list[str]]:
     history, last = context.history, context.history.last
-    rules, shadows = (last.outcomes, last.shadows) if last else ((), ())
+    rules: Sequence[Outcome] = ()
+    shadows: Sequence[Outcome] = ()
+    if last:
+        rules, shadows = last.outcomes, last.shadows
     return [
         [f"- {what}{name}", "", "", _share(spans), *[""] * len(PERCENTILES), limits.get(name, "")]
         for what, counted, limits in (
@@ -68,12 +72,22 @@ def _rows_of_limits(context: OptimizerContext) -> list[list[str]]:
 def _limits(outcomes: Sequence[Outcome]) -> Mapping[str, str]:
     """The lowest limit of each outcome with a name."""
     named = {outcome.name: outcome.limits for outcome in outcomes if outcome.name}
-    return {name: _number(limits if isinstance(limits, float) else float(limits.amin())) for name, limits in named.items()}
+    return {name: _number(_lowest(limits)) for name, limits in named.items()}
+
+
+def _lowest(limits: Tensor | float) -> float:
+    if isinstance(limits, float):
+        return limits
+    return float(limits.amin())
 
 
 def _share(spans: Spans) -> str:
-    return f"{spans.run.fraction:.1%}" if spans.run.steps else ""
+    if not spans.run.steps:
+        return ""
+    return f"{spans.run.fraction:.1%}"
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else ""
+    if not math.isfinite(value):
+        return ""
+    return f"{value:.3g}"

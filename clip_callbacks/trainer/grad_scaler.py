@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
     """The scaler of 16-mixed precision, if there is one at work."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+    if isinstance(scaler, GradScaler) and scaler.is_enabled():
+        return scaler
+    return None
 
 
 def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:

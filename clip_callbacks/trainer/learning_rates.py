@@ -25,12 +25,12 @@ def scaled_groups(groups: Sequence[Mapping[str, Any]], factor: float) -> list[di
             value.mul_(factor)
         return value
 
-    return [{key: scaled(value) if key in IN_GROUPS else value for key, value in group.items()} for group in groups]
+    return [{**group, **{key: scaled(value) for key, value in group.items() if key in IN_GROUPS}} for group in groups]
 
 
 def scaled_schedule(state: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """The state of a schedule, and of those within it, with learning rates times a factor."""
-    scaled = {key: _scaled(value, factor) if key in IN_SCHEDULES else value for key, value in state.items()}
+    scaled = {**state, **{key: _scaled(value, factor) for key, value in state.items() if key in IN_SCHEDULES}}
     if "_schedulers" in scaled:
         scaled["_schedulers"] = [scaled_schedule(each, factor) for each in scaled["_schedulers"]]
     return scaled

@@ -121,6 +121,8 @@ def optimizer_suffixes(trainer: Trainer) -> list[str]:
     for optimizer in ordered:
         if id(optimizer) not in suffixes:
             name = type(optimizer).__name__
-            suffixes[id(optimizer)] = f"-{name}-{seen[name]}" if seen[name] else f"-{name}"
+            suffixes[id(optimizer)] = f"-{name}"
+            if seen[name]:  # LearningRateMonitor numbers the second one of a type and those after it
+                suffixes[id(optimizer)] = f"-{name}-{seen[name]}"
             seen[name] += 1
     return [suffixes[id(optimizer)] for optimizer in trainer.optimizers]

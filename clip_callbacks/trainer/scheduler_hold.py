@@ -39,7 +39,12 @@ class SchedulerHold:
             if config.interval == "step" and not config.reduce_on_plateau:
                 self._altered.append((config, config.interval, config.frequency))
                 is_due = not skipped and (self._seen - self._skipped_batches) % config.frequency == 0
-                config.interval, config.frequency = ("step", 1) if is_due else ("held", config.frequency)
+                # Lightning asks whether the frequency divides its own number of the batch, which counts skipped ones too:
+                # 1 divides every number, and for an interval of this name it never asks.
+                if is_due:
+                    config.frequency = 1
+                else:
+                    config.interval = "held"
 
     def holds(self, trainer: Trainer) -> bool:
         """Whether there is any schedule that a skipped step would hold."""
@@ -54,7 +59,9 @@ class SchedulerHold:
 
     def mark_in(self, epoch: int) -> int:
         """How many batches of an epoch the schedules have counted, in mid-window without those of the window."""
-        return self._seen - self._skipped_batches if epoch == self._epoch else 0
+        if epoch != self._epoch:
+            return 0
+        return self._seen - self._skipped_batches
 
     def go_back(self, trainer: Trainer, mark: int) -> None:
         """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped.

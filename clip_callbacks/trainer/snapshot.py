@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class Slot:
 
     def renewed(self) -> Tensor:
         """A tensor to take the place of one that is gone."""
-        return torch.empty_like(self.copy, device=self.device, pin_memory=False) if self.like is None else self.like
+        if self.like is not None:
+            return self.like
+        return torch.empty_like(self.copy, device=self.device, pin_memory=False)
 
 
 class Snapshot:
@@ -118,7 +121,7 @@ class _Copying:
         if isinstance(live, Tensor):
             return self._tensor(live, path)
         if isinstance(live, dict):
-            return {key: self.visit(value, (*path, id(key) if isinstance(key, Tensor) else key)) for key, value in live.items()}
+            return {key: self.visit(value, (*path, _path_key(key))) for key, value in live.items()}
         if type(live) in {list, tuple}:
             return type(live)(self.visit(value, (*path, place)) for place, value in enumerate(live))
         return deepcopy(live)
@@ -126,8 +129,9 @@ class _Copying:
     def _tensor(self, live: Tensor, path: Path) -> Any:
         if is_lazy(live):
             return AS_IS
-        # sparse ones are few and small: they stay where they are
-        return self._slot(live, path) if live.layout is torch.strided else live.detach().clone()
+        if live.layout is torch.strided:
+            return self._slot(live, path)
+        return live.detach().clone()  # sparse ones are few and small: they stay where they are
 
     def _slot(self, live: Tensor, path: Path) -> Slot:
         if id(live) not in self._slots:
@@ -139,6 +143,13 @@ class _Copying:
             self.pairs.append((room, shard))
             self._slots[id(live)] = Slot(room, shard.device, None if shard is live else live)
         return self._slots[id(live)]
+
+
+def _path_key(key: Any) -> Any:
+    """What stands for a dictionary's key in a path: two tensors would be compared entry by entry, their ids are not."""
+    if isinstance(key, Tensor):
+        return id(key)
+    return key
 
 
 class _Writing:
@@ -162,7 +173,7 @@ class _Writing:
             return into
         if type(kept) in {list, tuple}:
             others = live if isinstance(live, (list, tuple)) else ()
-            items = [self.visit(value, others[place] if place < len(others) else None) for place, value in enumerate(kept)]
+            items = [self.visit(value, other) for value, other in zip(kept, chain(others, repeat(None)), strict=False)]
             if isinstance(kept, list) and isinstance(live, list):
                 live[:] = items
                 return live
@@ -172,7 +183,9 @@ class _Writing:
     def _target(self, slot: Slot, live: Any) -> Tensor:
         """One tensor for each that there was: two places may have held the same, and may hold the same now."""
         if id(slot) not in self._targets:
-            target: Tensor = live if slot.fits(live) and id(live) not in self._taken else slot.renewed()
+            target: Tensor = live
+            if not slot.fits(live) or id(live) in self._taken:
+                target = slot.renewed()
             self._targets[id(slot)] = target
             self._taken.add(id(target))
             self.pairs.append((shard_of(target).data, slot.copy))

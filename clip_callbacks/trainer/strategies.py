@@ -35,7 +35,9 @@ def reduction_under(trainer: Trainer) -> Reduce:
 def data_parallel(trainer: Trainer) -> DistributedDataParallel | None:
     """What averages gradients over ranks in backward, if that is how they are averaged."""
     model = trainer.strategy.model
-    return model if isinstance(model, DistributedDataParallel) else None
+    if isinstance(model, DistributedDataParallel):
+        return model
+    return None
 
 
 def averages_plainly(trainer: Trainer) -> bool:

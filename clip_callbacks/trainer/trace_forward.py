@@ -36,7 +36,9 @@ def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_i
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "no module's output: look at the loss function and the batch"
+    if found:
+        return found[0]
+    return "no module's output: look at the loss function and the batch"
 
 
 def _hook(name: str, found: list[str]) -> Any:

@@ -13,7 +13,7 @@ QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guar
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
-.PHONY: demo environment test slow coverage mutations check lint types examples run-examples run-benchmarks docs dist wheel-test benchmarks clean
+.PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-test benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +39,7 @@ demo: $(VENV)/.examples
 	@echo "Report page, to open in a browser: $(CURDIR)/$(LOGS)/report.html"
 
 # several processes at once: each has one thread
-test test-% slow coverage mutations run-examples wheel-test: export OMP_NUM_THREADS := 1
+test test-% slow coverage mutations examples wheel-test: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
 	$(PYTEST)
@@ -69,44 +69,30 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/mypy tests/package/typed_script.py
 
-# every example and benchmark, as quickly as can be; two at a time: make -j2 examples
-examples: run-examples run-benchmarks
-
-run-examples: $(VENV)/.installed
-	$(BIN)/python -W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 \
-		--trainer.val_check_interval 10 --data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick \
-		--trainer.enable_progress_bar false
-	$(BIN)/python -W ignore examples/token_weighted.py --steps 12
-	$(BIN)/python -W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison
-	$(BIN)/python examples/norms.py --quick --output logs/quick_examples/norms
-	$(BIN)/python examples/where_to_clip.py --quick --output logs/quick_examples/where_to_clip
-	$(BIN)/python examples/global_and_local.py --quick --dropout 0.2 --l1 1e-4 --l2 1e-3 --output logs/quick_examples/regularized
-	$(BIN)/python examples/accumulation.py --quick --output logs/quick_examples/accumulation
-	$(BIN)/python examples/frozen.py --quick --output logs/quick_examples/frozen
-	$(BIN)/python examples/nan_questions.py --quick --output logs/quick_examples/nan_questions
-	$(BIN)/python examples/recurrent.py --quick --output logs/quick_examples/recurrent
-	$(BIN)/python examples/optimizers.py --quick --output logs/quick_examples/optimizers
-	$(BIN)/python -W ignore examples/lightning_cli.py fit --config configs/lightning_cli.yaml --trainer.max_epochs 1 \
-		--trainer.enable_progress_bar false
-	$(BIN)/python -W ignore examples/plain_loop.py --steps 60 --poison --folder logs/quick/plain_loop
-	$(BIN)/python -W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric
-	$(BIN)/python -W ignore examples/gan.py --batches 60 --poison --folder logs/quick/gan
-	$(BIN)/python -W ignore examples/transformer.py --batches 20 --poison --folder logs/quick/transformer
-	$(BIN)/python -W ignore examples/hydra_template/train.py -m callbacks.clip.max_norm=0.5,1.0 trainer.max_epochs=1 \
-		data.train_batches=20 +trainer.enable_progress_bar=false hydra.sweep.dir=logs/quick/hydra
+# every example and benchmark, as quickly as can be, two at a time; but for those whose command the tests run: norms, where_to_clip,
+# accumulation and frozen (test_worked_examples.py), lightning_cli, plain_loop, gan, transformer and hydra_template (test_places.py),
+# distributed (test_launchers.py)
+examples: $(VENV)/.installed
+	$(BIN)/python -m tests.helpers.run_scripts \
+		"-m benchmarks.trainer --rounds 2 --steps 4" \
+		"-m benchmarks.report --steps 2000" \
+		"-m benchmarks.limits --quick" \
+		"-W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric" \
+		"-m benchmarks.bundles --steps 64" \
+		"-m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1" \
+		"-W ignore examples/token_weighted.py --steps 4" \
+		"-W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 --trainer.val_check_interval 10 \
+			--data.validation_batches 2 --trainer.logger.init_args.save_dir logs/quick --trainer.enable_progress_bar false" \
+		"examples/global_and_local.py --quick --dropout 0.2 --l1 1e-4 --l2 1e-3 --output logs/quick_examples/regularized" \
+		"examples/optimizers.py --quick --output logs/quick_examples/optimizers" \
+		"examples/recurrent.py --quick --output logs/quick_examples/recurrent" \
+		"examples/nan_questions.py --quick --output logs/quick_examples/nan_questions" \
+		"-m benchmarks.ranks --sets 50 --rounds 5" \
+		"-m benchmarks.after_nan" \
+		"-m benchmarks.rules --set 50 --steps 200 --budget-s 0.1" \
+		"-m benchmarks.step --sets 50 --budget-s 0.1" \
+		"-m benchmarks.rollback --sets 50 --budget-s 0.1"
 	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
-
-run-benchmarks: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.bundles --steps 100
-	$(BIN)/python -m benchmarks.rollback --sets 50 --budget-s 0.1
-	$(BIN)/python -m benchmarks.step --sets 50 --budget-s 0.1
-	$(BIN)/python -m benchmarks.trainer --rounds 2 --steps 30
-	$(BIN)/python -m benchmarks.ranks --sets 50 --rounds 5
-	$(BIN)/python -m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1
-	$(BIN)/python -m benchmarks.rules --set 50 --steps 200 --budget-s 0.1
-	$(BIN)/python -m benchmarks.after_nan
-	$(BIN)/python -m benchmarks.limits --quick
-	$(BIN)/python -m benchmarks.report --steps 2000
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -73,7 +73,10 @@ def main() -> None:
     names = [name for name in SETS if name.startswith(tuple(arguments.sets))]
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = str(Path(folder) / "meeting-point")
-        torch.multiprocessing.spawn(work, (meeting_point, names, arguments.rounds, arguments.output), nprocs=RANKS)
+        # forked: torch need not be imported again
+        torch.multiprocessing.start_processes(
+            work, (meeting_point, names, arguments.rounds, arguments.output), nprocs=RANKS, start_method="fork"
+        )
 
 
 if __name__ == "__main__":

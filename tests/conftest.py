@@ -32,6 +32,7 @@ TOGETHER = {
         "tests/bundles/test_folder.py",
         "tests/integration/test_kill.py",
         "tests/integration/test_places.py",
+        "tests/package/test_run_scripts.py",
         "tests/replay/test_poisoned_demo.py",
         "tests/replay/test_scripts.py",
         "tests/report/test_missing_packages.py",

@@ -82,17 +82,18 @@ def _held(end: Connection, function: Callable[..., None], args: tuple[Any, ...])
     function(*args)
 
 
-def run(*command: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 200) -> Done:
-    """As ``python *command`` in a process of its own: a script or ``-m`` and a module, then arguments. No warning is shown.
+def run(*command: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 200, warnings_shown: bool = False) -> Done:
+    """As ``python *command`` in a process of its own: a script or ``-m`` and a module, then arguments.
 
     Args:
         command: What would follow ``python`` on a command line.
         cwd: The working directory.
         env: Further environment variables.
         timeout: In seconds; a process that takes longer is killed.
+        warnings_shown: Whether they are.
     """
     with TemporaryDirectory() as scratch:
-        process = start(_run, list(map(str, command)), str(cwd), dict(env or {}), scratch)
+        process = start(_run, list(map(str, command)), str(cwd), dict(env or {}), scratch, warnings_shown)
         process.join(timeout)
         process.kill()
         process.join()
@@ -100,12 +101,12 @@ def run(*command: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout:
     return Done(process.exitcode, out, err)
 
 
-def _run(command: list[str], cwd: str, env: dict[str, str], scratch: str) -> None:
+def _run(command: list[str], cwd: str, env: dict[str, str], scratch: str, warnings_shown: bool) -> None:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{scratch}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
     os.environ |= env
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("default" if warnings_shown else "ignore")
     if command[0] == "-m":
         sys.argv, sys.path[0] = command[1:], cwd
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

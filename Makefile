@@ -24,7 +24,8 @@ $(VENV)/.installed: $(VENV)/.examples
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,bench,test,dev]"
 	touch $@
 
-environment: $(VENV)/.installed
+# with what only the documentation needs: nothing is installed any more while targets that use it run side by side
+environment: $(VENV)/.docs
 
 demo: $(VENV)/.examples
 	rm -rf $(LOGS)

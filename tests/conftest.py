@@ -79,10 +79,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
+def _torch_on_one_core() -> None:
     import torch
 
+    from tests.helpers import seeds
+
     torch.set_num_threads(1)
+    seeds.of_what_is_there()
 
 
 @pytest.fixture(autouse=True)

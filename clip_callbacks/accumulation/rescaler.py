@@ -29,6 +29,8 @@ class NoRescaling:
         module: The module to train.
     """
 
+    watches_passes = False
+    """Whether it is to be told of backward passes."""
     is_silent = False
     """Whether the last micro-batch has weight 0, so that its loss does not count."""
 
@@ -92,6 +94,7 @@ class Rescaler(NoRescaling):
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
         super().__init__(trainer, module)
+        self.watches_passes = True
         if weight and not module.automatic_optimization and not divide:
             raise ValueError(
                 f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: nothing "

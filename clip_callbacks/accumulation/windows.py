@@ -102,7 +102,8 @@ class Windows:
                 self._open.add(context.index)
                 begun.append(context)
             window.append(micro_batch)
-        self._rescaler.before_backward(loss)
+        if self._rescaler.watches_passes:
+            self._rescaler.before_backward(loss)
         return begun
 
     def _look_for_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
@@ -122,9 +123,10 @@ class Windows:
         Returns:
             Whether the micro-batch was dropped.
         """
-        if self._rescaler.is_silent:
-            self._forget_micro_batch()  # its loss may be NaN, and does not count
-        self._rescaler.after_backward()
+        if self._rescaler.watches_passes:
+            if self._rescaler.is_silent:
+                self._forget_micro_batch()  # its loss may be NaN, and does not count
+            self._rescaler.after_backward()
         return False
 
     def _forget_micro_batch(self) -> None:
@@ -134,6 +136,8 @@ class Windows:
 
     def scale(self, context: OptimizerContext) -> float | None:
         """What makes an optimizer's window a mean; None if all its weights are 0. On several ranks this may be a collective."""
+        if not self._rescaler.watches_passes:
+            return 1.0
         return self._rescaler.scale(context, 1.0)
 
     def discarded(self, scale: float | None) -> Discarded | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
 
 from clip_callbacks.accumulation.rescaler import Rescaler
 from clip_callbacks.engine.base import GradientCallback
@@ -74,6 +75,11 @@ class AccumulationRescaling(GradientCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._engine:
             self._part.begin_batch(batch, batch_idx)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin a new window."""
+        if self._engine:
+            self._part.begin_window()
 
     def _parts_state(self) -> dict[str, Any]:
         return {}

@@ -161,7 +161,8 @@ class Plan:
         return MeasurementSpec(local=is_local, by_unit=self.by_unit, weights=positions)
 
     @cached_property
-    def _remembers(self) -> bool:
+    def remembers(self) -> bool:
+        """Whether any limit has a state."""
         return any(self._shapes)
 
     @cached_property
@@ -183,7 +184,7 @@ class Plan:
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
                 "what the last call returned."
             )
-        for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self._remembers else ():
+        for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self.remembers else ():
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
                 raise ValueError(
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "

@@ -125,7 +125,10 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
 
     def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:
         """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has."""
-        if not any(callback._is_loaded for callback in self._driven):
+        for callback in self._driven:
+            if callback._is_loaded:
+                break
+        else:
             return False
         for callback in self._driven:
             callback._save()
@@ -178,11 +181,6 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
             self._own_engine.start_fit()
         if self._own_engine:
             self._own_engine.begin_batch(batch, batch_idx)
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Begin a new accumulation window."""
-        if self._own_engine:
-            self._own_engine.before_zero_grad()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, and weight it."""

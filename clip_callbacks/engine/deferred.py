@@ -49,11 +49,15 @@ class DeferredSteps:
     Args:
         parts: What may have to know of a step before it is taken.
         wanted: Whether steps are to be deferred; None: where it pays.
+
+    Attributes:
+        is_in_use: Whether any step was.
     """
 
     def __init__(self, parts: Iterable[MayNeedTheHost], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
+        self.is_in_use = False
         self._possible: dict[int, bool] = {}
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
@@ -93,6 +97,7 @@ class DeferredSteps:
 
     def enqueue(self, step: StepContext, report: StepReport) -> None:
         """Let the host learn of a step when the next one comes, or somebody asks."""
+        self.is_in_use = True
         self._pending[step.optimizer.index] = PendingReport(step, report)
 
     def collect(self, context: OptimizerContext, learn: Callable[[StepContext, StepReport], None]) -> None:

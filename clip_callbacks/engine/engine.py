@@ -150,17 +150,16 @@ class StepEngine:
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
-    def before_zero_grad(self) -> None:
-        """Begin a new window."""
-        self._rescaler.begin_window()
-
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step, to be looked at only if the step is bad."""
-        self._guard.begin_pass(self.windows.before_backward(loss))
+        begun = self.windows.before_backward(loss)
+        if self._guard.watches_passes:
+            self._guard.begin_pass(begun)
 
     def after_backward(self) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
-        self._guard.end_pass()
+        if self._guard.watches_passes:
+            self._guard.end_pass()
         if self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 
@@ -171,8 +170,9 @@ class StepEngine:
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
         context = self._context(optimizer)
-        self._deferred.collect(context, self._learn)
-        self._deferred.raise_errors([context])
+        if self._deferred.is_in_use:
+            self._deferred.collect(context, self._learn)
+            self._deferred.raise_errors([context])
         step = self._describe(context)
         if step.mode is StepMode.NOT_TAKEN:
             self._abandon(step)
@@ -263,8 +263,8 @@ class StepEngine:
         report, states = apply_step(measured, states, resolution.action, clip_value=clip_value, fused=step.optimizer.optimizer)
         if resolution.outcome is not None and resolution.outcome is not report.outcome:
             report = as_undone(report, resolution.outcome)
-        count = measured.plan.count_of_clipping
-        if step.is_new:
+        if step.is_new and measured.plan.remembers:
+            count = measured.plan.count_of_clipping
             self._clipper.save_limit_states(index, states[:count])
             self._guard.save_limit_states(index, states[count:])
         return report

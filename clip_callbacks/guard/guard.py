@@ -91,6 +91,7 @@ class Guard(Unguarded):
             self._restorer.detach()
         scope = ResourceScope(self._trainer, module, contexts, self._options.restore_buffers, self.schedules)
         self._restorer = SkippedStepRestorer(scope)
+        self.watches_passes = self._restorer.watches_passes
         if self._options.rolls_back and not renewed:
             every, lr_factor = self._options.every, self._options.lr_factor
             together = (*limits, self.thresholds)
@@ -128,7 +129,8 @@ class Guard(Unguarded):
     def begin_batch(self, *, in_window: bool) -> None:
         """Keep what a skipped step would have to put back."""
         self.restorer.begin_batch(in_window=in_window)
-        self.rollback.begin_batch(in_window=in_window)
+        if self._options.rolls_back:
+            self.rollback.begin_batch(in_window=in_window)
 
     def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
         """A backward pass comes; its forward pass is over."""
@@ -141,7 +143,8 @@ class Guard(Unguarded):
     def begin_step(self, step: StepContext) -> None:
         """Keep what this step may have to put back."""
         self.restorer.begin_step(step)
-        self.rollback.begin_step()
+        if self._options.rolls_back:
+            self.rollback.begin_step()
 
     def ceiling(self, step: StepContext) -> Limit | None:
         """The norm above which a finite step is skipped, as a limit.
@@ -244,12 +247,14 @@ class Guard(Unguarded):
 
     def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
         """Undo a skipped step, and more if bad ones do not end."""
-        self.rollback.go_back(step)
+        if self._options.rolls_back:
+            self.rollback.go_back(step)
         if report.outcome.is_skipped:
             self.restorer.abort(step, is_called=is_called)
         else:
             self.restorer.commit(step)
-        self.rollback.end_step(step, report)
+        if self._options.rolls_back:
+            self.rollback.end_step(step, report)
 
     def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
         """Undo a step if it is skipped, which the host does not know."""

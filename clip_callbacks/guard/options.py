@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -85,7 +86,7 @@ class GuardOptions:
         assert self.skip_above is None or isinstance(self.skip_above, Limit), "made one at the beginning"
         return self.skip_above
 
-    @property
+    @cached_property
     def rolls_back(self) -> bool:
         """Whether a streak of bad steps ends in a return to earlier weights."""
         return self.on_streak == "rollback"

@@ -25,12 +25,18 @@ class ParameterCheck(Resource):
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
-    def begin_step(self, step: StepContext) -> None:
-        """End the check of a step that an optimizer was not called for."""
+    def commit(self, step: StepContext) -> None:
+        """End the check of an earlier step that the optimizer was not called for."""
+        if self._handles:
+            self.detach()
+
+    def abort_on_device(self, skipped: Tensor) -> None:
+        """End it here too: the optimizer is called, and moves unless it is told not to."""
         self.detach()
 
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         """Check the step that begins now, if the optimizer is called at all."""
+        self.detach()
         if is_called:
             table = step.optimizer.table
             self._handles.append(assert_parameters_unchanged(step.optimizer.optimizer, table.tensors, table.shards))

@@ -34,6 +34,7 @@ class SkippedStepRestorer:
         # on a healthy step only those are called that have something to do
         self._at_batch = _overriding(self._each, "begin_batch")
         self._before_pass, self._after_pass = _overriding(self._each, "begin_pass"), _overriding(self._each, "end_pass")
+        self._after_batch = _overriding(self._each, "end_batch")
         self._at_window, self._at_step, self._at_commit = (
             {index: _overriding(resources, method) for index, resources in self._resources.items()}
             for method in ("begin_window", "begin_step", "commit")
@@ -47,6 +48,11 @@ class SkippedStepRestorer:
         """
         for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)
+
+    @property
+    def watches_passes(self) -> bool:
+        """Whether any resource wants to know of backward passes."""
+        return bool(self._before_pass or self._after_pass or any(self._at_window.values()))
 
     def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
         """A backward pass comes; its forward pass is over.
@@ -92,7 +98,7 @@ class SkippedStepRestorer:
 
     def end_batch(self) -> None:
         """The batch is over."""
-        for resource in self._each:
+        for resource in self._after_batch:
             resource.end_batch()
 
     def reset(self) -> None:

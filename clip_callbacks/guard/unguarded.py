@@ -47,6 +47,8 @@ class Unguarded:
     """Whether bad micro-batches are dropped from their window."""
     deferral: bool | None = None
     """Whether steps are to be decided on the device; None: where it pays."""
+    watches_passes = False
+    """Whether it is to be told of backward passes."""
     is_stale = False
     """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
 

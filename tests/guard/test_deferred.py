@@ -20,9 +20,9 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.core.fused import starts_momentum
-from tests.helpers.fused import FUSED, network, on_device, scaled, state_of, two_parameters
+from tests.helpers.fused import FUSED, network, on_device, state_of, two_parameters
 from tests.helpers.matrix import matrix
-from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, weights
+from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, scaled, weights
 
 # Decided on the device
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from clip_callbacks import (
@@ -32,10 +31,6 @@ def network(name, *, fused=True, poison=None, net=None):
 
 def on_device(policy="skip", **options):
     return NonFiniteGuard(policy, deferred=True, **options)
-
-
-def scaled(**options):
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))]}
 
 
 def state_of(fit):

@@ -13,8 +13,8 @@ from clip_callbacks import (
     GradientClipping,
     NonFiniteGuard,
 )
-from tests.helpers.fused import ALL, network, scaled, state_of
-from tests.helpers.training import Regression, data, weights
+from tests.helpers.fused import ALL, network, state_of
+from tests.helpers.training import Regression, data, scaled, weights
 
 # 16-mixed
 

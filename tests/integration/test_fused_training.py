@@ -11,9 +11,9 @@ from clip_callbacks import (
     GradientClipping,
     NonFiniteGuard,
 )
-from tests.helpers.fused import FUSED, network, scaled, state_of
+from tests.helpers.fused import FUSED, network, state_of
 from tests.helpers.matrix import matrix
-from tests.helpers.training import Regression, assert_same_bits, data, weights
+from tests.helpers.training import Regression, assert_same_bits, data, scaled, weights
 
 # The ride
 

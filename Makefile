@@ -41,6 +41,8 @@ demo: $(VENV)/.examples
 
 # several processes at once: each has one thread
 test test-% slow coverage mutations examples wheel-test: export OMP_NUM_THREADS := 1
+# and what they import is compiled once, also where the environment says that nothing is to be kept
+test test-% slow coverage mutations examples wheel-test: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.installed
 	$(PYTEST)

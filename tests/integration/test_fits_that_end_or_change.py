@@ -16,8 +16,7 @@ from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.guard.rollback import Rollback
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.snapshot import Snapshot
-from tests.helpers.fused import scaled
-from tests.helpers.training import Poisoned, Regression, data
+from tests.helpers.training import Poisoned, Regression, data, scaled
 
 
 class Swapped(Regression):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clip_callbacks.accumulation.window import Window
 from clip_callbacks.core.reduction import Reduction, on_any_rank, shard_of
+from clip_callbacks.trainer.gradient_fingerprints import fingerprints
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -21,26 +21,26 @@ class ManualWindow:
     def __init__(self, context: OptimizerContext) -> None:
         self._context = context
         self.window = Window(divisor=1)
-        self._seen = self._fingerprints()
+        self._seen = fingerprints(self._context.table)
 
     def before_backward(self) -> None:
         """See whether the gradients were set to zero since the last backward pass."""
-        fingerprints = self._fingerprints()
+        present = fingerprints(self._context.table)
         is_sharded = self._reduction is not None
         # An empty shard never changes: where ranks hold shards, only entries tell, and one collective for all of them.
-        has_gradients = (not is_sharded and fingerprints == self._seen) or not self._is_zero()
+        has_gradients = (not is_sharded and present == self._seen) or not self._is_zero()
         if is_sharded:
             has_gradients = self._agreed(has_gradients)
         if not has_gradients:
             self.window = Window(divisor=1)
-        self._seen = fingerprints
+        self._seen = present
 
     def after_backward(self, weight: float) -> None:
         """See whether the pass reached a gradient of this optimizer."""
-        fingerprints = self._fingerprints()
-        if self._agreed(fingerprints != self._seen):
+        present = fingerprints(self._context.table)
+        if self._agreed(present != self._seen):
             self.window.add(weight)
-        self._seen = fingerprints
+        self._seen = present
 
     @property
     def _reduction(self) -> Reduction | None:
@@ -59,15 +59,3 @@ class ManualWindow:
 
     def _is_zero(self) -> bool:
         return not any(bool(gradient.any()) for gradient in self._gradients())
-
-    def _fingerprints(self) -> dict[int, tuple[int, int, int]]:
-        """Those of the gradients that there are, by their parameter's place in the table."""
-        wholes = [tensor.grad for tensor in self._context.table.tensors]
-        return {place: _fingerprint(gradient) for place, gradient in enumerate(wholes) if gradient is not None}
-
-
-def _fingerprint(gradient: Tensor) -> tuple[int, int, int]:
-    """Where a gradient's entries are, and how often it, or this rank's shard, was written in place: neither reads an entry."""
-    shard = shard_of(gradient)
-    entries = shard if shard.layout is torch.strided else shard._values()
-    return entries.data_ptr(), gradient._version, shard._version

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from clip_callbacks.accumulation.manual_window import ManualWindow
 from clip_callbacks.accumulation.weights import Weight, name_of
@@ -110,8 +111,8 @@ class Rescaler(NoRescaling):
         self._last_weight = 1.0
         self._hooks: list[RemovableHandle] = []
 
+    @override
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Have a window for each optimizer of manual optimization."""
         self._contexts |= {context.index: context for context in contexts}
         if self._divides_manually:
             self._manual |= {context.index: ManualWindow(context) for context in contexts}
@@ -128,13 +129,13 @@ class Rescaler(NoRescaling):
         if self._weights:
             self._weights.ask(batch, batch_idx)
 
+    @override
     def begin_window(self) -> None:
-        """Begin a new window."""
         self._window.reset()
         self._has_stepped = False
 
+    @override
     def before_backward(self, loss: Tensor) -> None:
-        """Count the micro-batch; weight its loss, by its own weight and if N has changed inside the window."""
         self.detach()  # the backward pass before may have raised
         weight = 1.0
         if self._weights:
@@ -159,8 +160,8 @@ class Rescaler(NoRescaling):
             window.before_backward()
         return weight
 
+    @override
     def after_backward(self) -> None:
-        """Count the micro-batches that reached an optimizer of manual optimization."""
         self.detach()
         for window in self._manual.values():
             window.after_backward(self._last_weight)
@@ -175,12 +176,12 @@ class Rescaler(NoRescaling):
         """Whether the last micro-batch has weight 0, and its loss does not count."""
         return not self._last_weight
 
+    @override
     def drop_micro_batch(self) -> None:
-        """Leave the last micro-batch out, its count and its weight."""
         self._window.drop()
 
+    @override
     def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
-        """What makes the gradients of an optimizer's window a mean; None if the weights of the window are all 0, on all ranks."""
         if not self._is_manual:
             self._has_stepped = True
             return self._scale_of(self._window)
@@ -196,15 +197,15 @@ class Rescaler(NoRescaling):
             return None
         return window.scale(total, self._trainer.world_size)
 
+    @override
     def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
-        """What the window was multiplied by."""
         return {ACCUMULATION_SCALE: report.accumulation_scale}
 
+    @override
     def metric_names(self) -> list[str]:
-        """The metrics of a logged step."""
         return [ACCUMULATION_SCALE]
 
+    @override
     def detach(self) -> None:
-        """Take the hooks off the loss and the parameters."""
         while self._hooks:
             self._hooks.pop().remove()

@@ -27,8 +27,8 @@ KEPT_IN_MANUAL = 16
 """How many batches are kept in manual optimization, where nobody says how long a window is."""
 
 
-ReportMicroBatch: TypeAlias = Callable[[OptimizerContext, MicroBatch], None]
-"""Told of an optimizer with bad gradients, and of the micro-batch that they are of."""
+ReportMicroBatch: TypeAlias = Callable[[OptimizerContext, tuple[MicroBatch, ...]], None]
+"""Told of an optimizer with bad gradients, and of the one micro-batch that they are of, unless a step came before."""
 
 
 class Windows:
@@ -53,7 +53,6 @@ class Windows:
         self._contexts: Sequence[OptimizerContext] = ()
         self._micro_batches: dict[int, deque[MicroBatch]] = {}
         self._open: set[int] = set()
-        self._last: MicroBatch
         self.kept: KeptBatch | None = None
         self.in_window = self.has_backward = False
 
@@ -92,7 +91,7 @@ class Windows:
             The optimizers whose window begins with this micro-batch.
         """
         self.in_window = self.has_backward = True
-        micro_batch = self._last = MicroBatch(loss.detach(), self.kept)
+        micro_batch = MicroBatch(loss.detach(), self.kept)
         begun = []
         for context in self._contexts:
             window = self._micro_batches[context.index]
@@ -220,8 +219,9 @@ class InspectedWindows(Windows):
     @override
     def after_backward(self, report: ReportMicroBatch) -> bool:
         is_silent = self._rescaler.is_silent
-        losses = [] if is_silent else [self._last.loss]
-        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, self._last))
+        newest = tuple(window[-1] for window in self._micro_batches.values() if window)[:1]
+        losses = [loss for loss, _ in newest if not is_silent]
+        is_dropped = self._inspected.after_backward(losses, lambda context: report(context, newest))
         if is_dropped or is_silent:
             self._forget_micro_batch()
         if is_dropped:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from clip_callbacks.core.limit_state import NamedLimitState, carry_over
 from clip_callbacks.core.limits import Limit, labels
@@ -46,6 +47,9 @@ class Unclipped:
             contexts: The optimizers that are new, or hold other parameters.
             names: The names of all parameters of the module.
             renewed: Whether an optimizer changed in the middle of a fit.
+
+        Raises:
+            ValueError: If a rule's pattern matches no parameter, or a restored state is that of other rules.
         """
 
     def rules_of(self, index: int) -> Sequence[ClipRule]:
@@ -102,12 +106,8 @@ class Clipper(Unclipped):
         self._restored = _loaded(saved.get("limits", {}))
         self._restored_shadows = _loaded(saved.get("shadows", {}))
 
+    @override
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
-        """Find the rules that hold for each optimizer, and their states.
-
-        Raises:
-            ValueError: If a rule's pattern matches no parameter, or a restored state is that of other rules.
-        """
         if not renewed:
             self._check(contexts, names)
         for context in contexts:
@@ -149,36 +149,36 @@ class Clipper(Unclipped):
             return {names_of(self._all_rules)[0]: rule}
         return {name: replace(rule, name=name) for name, rule in zip(names_of(self._all_rules), self._all_rules, strict=True)}
 
+    @override
     def rules_of(self, index: int) -> list[ClipRule]:
-        """The rules that hold for an optimizer."""
         return self._rules[index]
 
+    @override
     def shadows_of(self, index: int) -> list[ClipRule]:
-        """The limits that are tried on it, as rules."""
         return self._shadows[index]
 
+    @override
     def limit_states(self, index: int) -> ClipState:
-        """The states of both."""
         return tuple([held.state for held in self._all_states[index]])
 
+    @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep them for the next step."""
         for held, after in zip(self._all_states[index], states, strict=True):
             held.state = after
 
+    @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
         table = context.table
         if self.clip_value is None and all(rule.stage(table).partition.is_whole for rule in self.rules_of(context.index)):
             return None
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
 
+    @override
     def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, Tensor | float]:
-        """The part of each rule in the clipping, and the share of steps that were clipped."""
         return {**report.rule_metrics(), **context.history.fractions()}
 
+    @override
     def charts(self, context: OptimizerContext) -> dict[str, list[str]]:
-        """By title, the metrics of each chart."""
         charts = {
             "total_norm, clipped_norm, max_norm": [TOTAL_NORM, CLIPPED_NORM, MAX_NORM],
             "clip_coef, clip_fraction": [CLIP_COEF, CLIP_FRACTION],

@@ -174,12 +174,7 @@ def measure_step(
         loss_scale: What the loss was multiplied by, a tensor of one entry; None is 1.
         deferred: Whether nothing is to be read on the host.
     """
-    return _measured(table.gradients(), plan, state, norm_type, scale, loss_scale, deferred=deferred)
-
-
-def _measured(
-    gradients: Gradients, plan: Plan, state: ClipState, norm_type: float, scale: float, loss_scale: Tensor | None, *, deferred: bool
-) -> MeasuredStep:
+    gradients = table.gradients()
     deferred = deferred and gradients.exist
     norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred)
     if plan.skip_above is None:
@@ -278,9 +273,9 @@ def _carrier(fused: Optimizer | None, gradients: Gradients, clip_value: float | 
 
 def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
     """Set non-finite entries to 0, and measure a second time."""
-    gradients, norms = step.gradients, step.norms
-    zero_nonfinite_(gradients, norms.parameter_norms)
-    return _measured(gradients, step.plan, state, norms.norm_type, step.scale, step.loss_scale, deferred=False)
+    norms = step.norms
+    zero_nonfinite_(step.gradients, norms.parameter_norms)
+    return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
 
 
 def _skip(step: MeasuredStep) -> StepReport:

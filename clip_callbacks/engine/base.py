@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +19,7 @@ from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.compat import OtherCallback
 
 
-class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
+class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
     """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
@@ -61,6 +62,7 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
         """What the checks need to know of this callback."""
         return CallbackFacts(self._kind, self._stable_key)
 
+    @abstractmethod
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         """Make what takes part in one fit, the main part of it as ``self._part``.
 
@@ -69,7 +71,6 @@ class GradientCallback(Callback, OtherCallback):  # type: ignore[misc]
             module: The module to train.
             saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
         """
-        raise NotImplementedError
 
     def _parts_state(self) -> dict[str, Any]:
         """The state of the parts of this fit."""

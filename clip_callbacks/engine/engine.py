@@ -18,7 +18,6 @@ from torch.optim import LBFGS, Optimizer
 from clip_callbacks.accumulation.windows import InspectedWindows, Windows
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop
-from clip_callbacks.core.fused import take_back
 from clip_callbacks.core.measurement import FALSE, TRUE
 from clip_callbacks.core.metric_names import AMP_SCALE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
@@ -27,15 +26,15 @@ from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport, as_undone
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
+from clip_callbacks.engine.optimizers import Optimizers
 from clip_callbacks.guard.unguarded import Resolution
 from clip_callbacks.publishing.charts import lay_out_charts
-from clip_callbacks.publishing.histograms import check_histograms
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.trainer.grad_scaler import grad_scaler, is_still_scaled, loss_scale, take_over
-from clip_callbacks.trainer.optimizer_context import OptimizerContext, make_contexts
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
 
 NOTHING = Plan((), (), None, by_unit=False)
@@ -52,7 +51,6 @@ class StepEngine:
         callbacks: What the checks need to know of the callbacks.
 
     Attributes:
-        contexts: What each optimizer has in this fit.
         windows: The micro-batches that wait for steps.
         last_report: The report of the last optimizer step; None before the first.
 
@@ -76,9 +74,6 @@ class StepEngine:
         self.last_report: StepReport | None = None
 
         self._check_trainer()
-        self.contexts = make_contexts(trainer, module, components.histories)
-        if any(monitor.options.histograms for monitor in self._readers):
-            check_histograms(trainer, self.contexts)
         self.windows = self._make_windows()
         self._deferred = DeferredSteps((self._clipper, self._guard, *self._monitors), wanted=self._guard.deferral)
         self._publisher = Publisher(
@@ -88,9 +83,12 @@ class StepEngine:
             clips=self._clipper.clips,
             shows=components.shows,
         )
-        names = [name for name, _ in module.named_parameters()]
-        self._attach_by_name(self.contexts, names, renewed=False)
-        self._attach(self.contexts)
+        self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
+
+    @property
+    def contexts(self) -> Sequence[OptimizerContext]:
+        """What each optimizer has in this fit."""
+        return self._optimizers.contexts
 
     def _make_windows(self) -> Windows:
         drops = self._guard.drops_micro_batches
@@ -110,17 +108,6 @@ class StepEngine:
         if self._compares_micro_batches:
             is_weighted = any(callback.is_weighted for callback in self._facts)
             check_noise_scale(self._trainer, self._module, is_weighted=is_weighted)
-
-    def _attach(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Have what windows, skipped steps and deferral need, for the parameters that the optimizers hold now.
-
-        Args:
-            contexts: The optimizers that are new, or hold other parameters.
-        """
-        self.windows.attach(contexts, self.contexts)
-        self._guard.attach(self._module, self.contexts, (self._clipper,))
-        for context in self.contexts:
-            self._deferred.register(context)
 
     def _charts(self, context: OptimizerContext) -> dict[str, list[str]]:
         charts = self._clipper.charts(context)
@@ -144,9 +131,8 @@ class StepEngine:
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
         kept = self._guard.keep_batch(batch, batch_idx)
-        outdated = [context for context in self.contexts if context.is_outdated]
-        if outdated:
-            self._renew(outdated)
+        if self._optimizers.outdated:
+            self._renew()
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
@@ -163,8 +149,8 @@ class StepEngine:
         if self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 
-    def _report_micro_batch(self, context: OptimizerContext, micro_batch: MicroBatch) -> None:
-        self._guard.drop_micro_batch(StepContext(self._trainer, context, StepMode.ON_HOST, (micro_batch,)))
+    def _report_micro_batch(self, context: OptimizerContext, newest: tuple[MicroBatch, ...]) -> None:
+        self._guard.drop_micro_batch(StepContext(self._trainer, context, StepMode.ON_HOST, newest))
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:
@@ -337,8 +323,7 @@ class StepEngine:
             monitor.detach()
         self.windows.detach()
         self._deferred.detach()
-        for context in self.contexts:
-            take_back(context.optimizer)
+        self._optimizers.detach()
 
     # --- deferred steps
 
@@ -379,49 +364,19 @@ class StepEngine:
 
     def _context(self, optimizer: Optimizer) -> OptimizerContext:
         """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
-        for context in self.contexts:
-            if context.optimizer is optimizer:
-                if context.is_outdated:
-                    self._renew([context])
-                return context
-        return self._take_up(optimizer)
+        context = self._optimizers.find(optimizer)
+        if context is None:
+            self.collect_pending()
+            self._publisher.reset()
+            return self._optimizers.take_up(optimizer)
+        if context.is_outdated:
+            self._renew()
+        return context
 
-    def _renew(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Take up what optimizers hold now."""
-        for context in contexts:
-            self._deferred.collect(context, self._learn)
-            context.tabulate(self._module)
-        self._attach_changed(contexts)
-
-    def _take_up(self, optimizer: Optimizer) -> OptimizerContext:
-        """Take up an optimizer that was put into the Trainer in mid-run; histories go on by number."""
+    def _renew(self) -> None:
+        """Take up what optimizers hold now; reports of deferred steps are of what they held before."""
         self.collect_pending()
-        check_optimizers([optimizer], self._scaler, self._facts)
-        for context in self.contexts:
-            take_back(context.optimizer)
-        if not any(known is optimizer for known in self._trainer.optimizers):
-            raise RuntimeError(
-                f"`optimizer` must be one of trainer.optimizers, got a {type(optimizer).__name__} that is not. Return every "
-                "optimizer from configure_optimizers."
-            )
-        before = {context.index: context for context in self.contexts}
-        self.contexts = make_contexts(self._trainer, self._module, {})
-        for context in self.contexts:
-            if context.index in before:
-                context.continue_history(before[context.index].history)
-        self._publisher.reset()
-        self._attach_changed(self.contexts)
-        return next(context for context in self.contexts if context.optimizer is optimizer)
-
-    def _attach_changed(self, contexts: Sequence[OptimizerContext]) -> None:
-        names = [name for context in contexts for name in context.table.names]
-        self._attach_by_name(contexts, names, renewed=True)
-        self._attach(contexts)
-
-    def _attach_by_name(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
-        self._clipper.attach(contexts, names, renewed=renewed)
-        for monitor in self._monitors:
-            monitor.attach(contexts, names, renewed=renewed)
+        self._optimizers.renew()
 
     def _warn_of_no_gradient(self) -> None:
         if not self._has_warned_of_no_gradient:

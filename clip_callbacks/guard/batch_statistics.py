@@ -9,15 +9,18 @@ backward pass is tell the gradients that it has changed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.batch_norm import BatchStatistics, layers_with_statistics
+from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
@@ -54,24 +57,29 @@ class _WholeModule(Resource):
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._statistics = BatchStatistics(layers)
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
         if not in_window:
             self._statistics.keep()
 
+    @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._statistics.restore()
 
+    @override
     def abort_on_device(self, skipped: Tensor) -> None:
         self._statistics.restore_where(skipped)
 
+    @override
     def reset(self) -> None:
         self._statistics.keep()
 
+    @override
     def before(self) -> dict[int, Tensor]:
         return self._statistics.copies()
 
 
-class _InManual(Resource):
+class _InManual(Resource, ABC):
     """Common to the resources of manual optimization, where forward passes may follow a step within one batch.
 
     Args:
@@ -85,11 +93,13 @@ class _InManual(Resource):
         if self._searches:  # its closures go on after the point at which its step is judged
             self._hooks.append(context.optimizer.register_step_post_hook(self._after_search))
 
+    @override
     def commit(self, step: StepContext) -> None:
         self._is_bad = False
         if not self._searches:
             self._settle()
 
+    @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._is_bad = True
         self._restore()
@@ -98,18 +108,20 @@ class _InManual(Resource):
         if not self._is_bad:
             self._settle()
 
+    @abstractmethod
     def _settle(self) -> None:
         """Take the statistics as they are now: a step is taken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self) -> None:
         """Put the statistics back."""
-        raise NotImplementedError
 
+    @override
     def detach(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
+    @override
     def reason_against_deferral(self) -> str | None:
         return "batch statistics are to be put back in manual optimization (restore_buffers)"
 
@@ -127,6 +139,7 @@ class _WholeModuleInManual(_InManual):
         self._statistics = BatchStatistics(layers)
         self._at_batch = BatchStatistics(layers)
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
         self._at_batch.keep()
         if not in_window:
@@ -143,10 +156,12 @@ class _WholeModuleInManual(_InManual):
         if not self._statistics.is_finite:  # the forward pass of a second step came before the first step
             self._statistics.keep_from(self._at_batch)
 
+    @override
     def reset(self) -> None:
         self._statistics.keep()
         self._at_batch.keep()
 
+    @override
     def before(self) -> dict[int, Tensor]:
         self._fetch()
         return self._statistics.copies()
@@ -206,7 +221,7 @@ class _OneOfSeveral(_InManual):
         self._common = common
         self._has_begun = False
         self._foreign_is_last = True
-        self._gradients_before: list[tuple[int, int]] = []
+        self._gradients_before: Fingerprints = {}
         common.members.append(self)
 
     @property
@@ -214,24 +229,28 @@ class _OneOfSeveral(_InManual):
         """Whether it is the one that tells what is common of batches and passes."""
         return self._common.members[0] is self
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
         if self._is_first:
             self._common.begin_batch()
 
+    @override
     def begin_window(self) -> None:
         self._own.keep_from(self._common.at_step)
         self._has_begun = self._foreign_is_last = True
 
+    @override
     def begin_pass(self) -> None:
-        self._gradients_before = _versions_of_gradients(self._context)
+        self._gradients_before = fingerprints(self._context.table)
 
+    @override
     def end_pass(self) -> None:
         if self._is_first:
             self._common.end_pass()
 
     def note_whose_pass(self) -> None:
         """Remember the layers of others as they were before this optimizer's pass, or as they are after another one's."""
-        is_ours = _versions_of_gradients(self._context) != self._gradients_before
+        is_ours = fingerprints(self._context.table) != self._gradients_before
         if is_ours and self._foreign_is_last:
             self._foreign.keep_from(self._common.last)
         self._foreign_is_last = not is_ours
@@ -263,24 +282,21 @@ class _OneOfSeveral(_InManual):
             if not statistics.is_finite:  # bad forward passes came before other optimizers' steps
                 statistics.keep_from(common.at_batch)
 
+    @override
     def reset(self) -> None:
         self._common.begin_batch()
         self._own.keep()
         self._foreign_is_last = True
 
+    @override
     def before(self) -> dict[int, Tensor]:
         self._fetch()
         return self._foreign.copies() | self._own.copies()
 
+    @override
     def detach(self) -> None:
         super().detach()
         self._common.members.clear()
-
-
-def _versions_of_gradients(context: OptimizerContext) -> list[tuple[int, int]]:
-    """Which gradients there are, and how often each was written in place; that reads no entry."""
-    gradients = [tensor.grad for tensor in context.table.tensors]
-    return [(0, 0) if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
 
 def _holders(module: nn.Module, contexts: Sequence[OptimizerContext]) -> dict[nn.Module, set[int]]:

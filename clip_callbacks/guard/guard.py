@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import Tensor
+from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Spike
@@ -62,17 +63,13 @@ class Guard(Unguarded):
         self._restorer: SkippedStepRestorer | None = None
         self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
 
+    @override
     def attach(
         self,
         module: LightningModule,
         contexts: Sequence[OptimizerContext],
         limits: Sequence[HasLimitStates],
     ) -> None:
-        """Have counters, and what puts skipped steps back, for each optimizer.
-
-        Raises:
-            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
-        """
         if self._options.writes_all_weights and any(context.table.reduction for context in contexts):
             raise ValueError(
                 '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
@@ -110,10 +107,11 @@ class Guard(Unguarded):
         """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
         return self.rollback.is_fresh
 
+    @override
     def start_fit(self) -> None:
-        """Find where bad steps are written down."""
         self.journal.start_fit(self._trainer)
 
+    @override
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
         """What is kept of a batch until its step.
 
@@ -126,26 +124,27 @@ class Guard(Unguarded):
             return None
         return kept
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
-        """Keep what a skipped step would have to put back."""
         self.restorer.begin_batch(in_window=in_window)
         if self._options.rolls_back:
             self.rollback.begin_batch(in_window=in_window)
 
+    @override
     def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
-        """A backward pass comes; its forward pass is over."""
         self.restorer.begin_pass(begun)
 
+    @override
     def end_pass(self) -> None:
-        """The backward pass is over."""
         self.restorer.end_pass()
 
+    @override
     def begin_step(self, step: StepContext) -> None:
-        """Keep what this step may have to put back."""
         self.restorer.begin_step(step)
         if self._options.rolls_back:
             self.rollback.begin_step()
 
+    @override
     def ceiling(self, step: StepContext) -> Limit | None:
         """The norm above which a finite step is skipped, as a limit.
 
@@ -153,20 +152,16 @@ class Guard(Unguarded):
         """
         return self.thresholds.limit if step.is_new else None
 
+    @override
     def limit_states(self, index: int) -> ClipState:
-        """The state of that limit for an optimizer."""
         return self.thresholds.limit_states(index)
 
+    @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep it for the next step."""
         self.thresholds.save_limit_states(index, states)
 
+    @override
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
-        """Decide on a measured step, before anything is touched.
-
-        Raises:
-            NonFiniteGradientError: If the policy says so, or this is one bad step too many in a row.
-        """
         if step.mode is StepMode.ON_DEVICE:
             takes_all = self._options.policy == "ignore" and step.loss_scale is None
             return CLIP if takes_all else Resolution(Action.ON_DEVICE)
@@ -220,21 +215,17 @@ class Guard(Unguarded):
         counters.skipped += counters.add(step.optimizer.history.steps)
         self._log.spike(step, spike, counters.streak, self.restorer.before(step.optimizer))
 
+    @override
     def drop_micro_batch(self, step: StepContext) -> None:
-        """Tell of a micro-batch about to be dropped."""
         findings = look_at(step, after_good_step=False, traces=self._options.trace_forward)
         self._log.dropped_micro_batch(step, findings, self.restorer.before(step.optimizer))
 
+    @override
     def count_dropped_micro_batch(self) -> None:
-        """Count a micro-batch that was dropped."""
         self.counts.dropped_micro_batches += 1
 
+    @override
     def discard(self, step: StepContext) -> None:
-        """Count a window of which nothing is left.
-
-        Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
-        """
         counters = self.counts.of[step.optimizer.index]
         if step.discarded is Discarded.STALE:
             counters.skipped += 1
@@ -245,8 +236,8 @@ class Guard(Unguarded):
         else:
             self._log.weightless(step, counters.streak)
 
+    @override
     def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
-        """Undo a skipped step, and more if bad ones do not end."""
         if self._options.rolls_back:
             self.rollback.go_back(step)
         if report.outcome.is_skipped:
@@ -256,21 +247,17 @@ class Guard(Unguarded):
         if self._options.rolls_back:
             self.rollback.end_step(step, report)
 
+    @override
     def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
-        """Undo a step if it is skipped, which the host does not know."""
         if self._options.policy != "ignore" or step.loss_scale is not None:
             self.restorer.abort_on_device(step, report.skipped)
 
+    @override
     def abandon(self, step: StepContext) -> None:
-        """Let schedules go on: Lightning takes no step."""
         self.restorer.commit(step)
 
+    @override
     def collect(self, step: StepContext, report: StepReport) -> None:
-        """Learn what came of a deferred step.
-
-        Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
-        """
         if not bool(report.finite):
             self._resolve_nonfinite(step, report.parameter_norms)
         elif report.outcome.is_skipped:
@@ -278,13 +265,13 @@ class Guard(Unguarded):
             names = step.optimizer.table.names
             self._count_spike(step, Spike.of(names, report.parameter_norms, report.total_norm, report.skip_limit))
 
+    @override
     def end_batch(self) -> None:
-        """Let schedules go on, and undo what the rest of a batch did to what was put back."""
         self.restorer.end_batch()
         self.rollback.end_batch()
 
+    @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
         options = self._options
         if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
             return "the guard looks at bad gradients before the step is taken (its policy, or its level)"
@@ -296,20 +283,20 @@ class Guard(Unguarded):
             return "a GradScaler, which takes the place of what skip_above tells the optimizer"
         return self.restorer.reason_against_deferral(context)
 
+    @override
     def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
-        """How many steps were skipped so far."""
         return {SKIPPED_STEPS: float(self.counts.of[context.index].skipped)}
 
+    @override
     def metric_names(self) -> list[str]:
-        """The metrics of a logged step."""
         return [SKIPPED_STEPS]
 
+    @override
     def skipped_steps_of(self, index: int) -> int:
-        """How many steps of an optimizer were skipped so far."""
         return self.counts.of[index].skipped
 
+    @override
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
-        """One line if the run had bad steps or micro-batches that the table at the end does not tell of."""
         steps = sum(context.history.steps for context in contexts)
         counted = (
             (self.counts.zeroed, "taken with non-finite entries set to 0"),
@@ -325,8 +312,8 @@ class Guard(Unguarded):
         limits = {"skip_above": self.thresholds.state_dict()}
         return self.counts.state_dict() | limits | {"skipped_batches": self.schedules.state()}
 
+    @override
     def detach(self) -> None:
-        """Let go of the module and its optimizers; what a checkpoint needs stays."""
         if self._restorer:
             self._restorer.detach()
         self._restorer = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -33,15 +34,15 @@ class LineSearch(Resource):
         self._state: dict[str, Any] = {}
         self._handle: RemovableHandle = context.optimizer.register_step_post_hook(self._after_step)
 
+    @override
     def begin_step(self, step: StepContext) -> None:
-        """Copy the parameters and the state before the first closure call has an effect."""
         if step.is_new:
             self._is_bad = False
             self._parameters = [tensor.detach().clone() for tensor in self._context.table.tensors]
             self._state = {key: _copied(value) for key, value in self._own_state().items()}
 
+    @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        """Put everything back when the optimizer is through with its step."""
         self._is_bad = True
 
     @torch.no_grad()
@@ -58,8 +59,8 @@ class LineSearch(Resource):
         state: dict[str, Any] = optimizer.state[optimizer.param_groups[0]["params"][0]]
         return state
 
+    @override
     def detach(self) -> None:
-        """Take the hook off."""
         self._handle.remove()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.step_context import StepContext
@@ -25,24 +26,24 @@ class ParameterCheck(Resource):
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
+    @override
     def commit(self, step: StepContext) -> None:
-        """End the check of an earlier step that the optimizer was not called for."""
         if self._handles:
             self.detach()
 
+    @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        """End it here too: the optimizer is called, and moves unless it is told not to."""
         self.detach()
 
+    @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        """Check the step that begins now, if the optimizer is called at all."""
         self.detach()
         if is_called:
             table = step.optimizer.table
             self._handles.append(assert_parameters_unchanged(step.optimizer.optimizer, table.tensors, table.shards))
 
+    @override
     def detach(self) -> None:
-        """Take the hooks off."""
         while self._handles:
             self._handles.pop().remove()
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.nonfinite import all_finite
@@ -96,8 +97,8 @@ class Rollback(NoRollback):
         self._handles: list[RemovableHandle] = []
         self.is_fresh = False
 
+    @override
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
-        """Go on with these optimizers: the copy still serves if it holds all the weights, those that were frozen among them."""
         self._contexts, self._restorer = contexts, restorer
         copy, self._copy = self._copy, None
         if copy is None:
@@ -127,12 +128,12 @@ class Rollback(NoRollback):
             return " since the resume"
         return ""
 
+    @override
     def ask(self) -> None:
-        """Go back at the end of this optimizer step."""
         self._is_asked = True
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
-        """Copy the buffers if a window begins here whose step may be the one to copy: its forward pass will change them."""
         self.is_fresh = False
         self._take_up_other_schedules()
         if in_window:
@@ -141,11 +142,12 @@ class Rollback(NoRollback):
         if self._is_candidate:
             self.run.keep_buffers()
 
+    @override
     def begin_step(self) -> None:
-        """Hold the limits' states as they are before this step."""
         if self._is_candidate:
             self.run.keep_limits()
 
+    @override
     def go_back(self, step: StepContext) -> None:
         """Put everything back if it was asked for, and once more after the step, which is taken all the same.
 
@@ -163,8 +165,8 @@ class Rollback(NoRollback):
             self._restore()
             self._restorer.reset()
 
+    @override
     def end_step(self, step: StepContext, report: StepReport) -> None:
-        """Copy what led to a good step, which is about to be taken, if it is time to."""
         if self.is_fresh:
             assert self._copy is not None
             if self._module.automatic_optimization:
@@ -181,8 +183,8 @@ class Rollback(NoRollback):
             self._good_steps = self._returns = 0
         self._good_steps += 1
 
+    @override
     def end_batch(self) -> None:
-        """Undo what the rest of a batch did to what was put back."""
         self.detach()
         if not self.is_fresh or self._copy is None:
             return
@@ -191,8 +193,8 @@ class Rollback(NoRollback):
         else:
             self._restore()
 
+    @override
     def detach(self) -> None:
-        """Take hooks off the optimizers: a GradScaler that found an overflow has not called theirs."""
         while self._handles:
             self._handles.pop().remove()
 

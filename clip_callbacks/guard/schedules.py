@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
@@ -29,25 +30,32 @@ class _HeldSchedules(Resource):
         self._trainer = trainer
         self._hold = hold
 
+    @override
     def begin_batch(self, *, in_window: bool) -> None:
         self._hold.release_plateaus()
 
+    @override
     def commit(self, step: StepContext) -> None:
         self._hold.settle(self._trainer, skipped=False)
 
+    @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._hold.settle(self._trainer, skipped=True)
 
+    @override
     def abort_on_device(self, skipped: Tensor) -> None:
         self._hold.settle(self._trainer, skipped=False)
 
+    @override
     def end_batch(self) -> None:
         self._hold.release()
 
+    @override
     def detach(self) -> None:
         self._hold.release()
         self._hold.release_plateaus()
 
+    @override
     def reason_against_deferral(self) -> str | None:
         if self._hold.holds(self._trainer):
             return "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers)"

@@ -64,6 +64,9 @@ class Unguarded:
             module: The module in training.
             contexts: Its optimizers.
             limits: Whatever else has limits, whose states go back in a rollback.
+
+        Raises:
+            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
         """
 
     def start_fit(self) -> None:

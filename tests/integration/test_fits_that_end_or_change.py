@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -158,3 +159,32 @@ def test_a_window_without_weight_is_reported_as_not_finite(trainer):
     with pytest.warns(RuntimeWarning, match="weight 0"):
         trainer(clipping, AccumulationRescaling(lambda batch: 0.0), Reports()).fit(Regression(), data(2))
     assert reports == [(False, True)] * 2
+
+
+class Fresh(torch.utils.data.IterableDataset):
+    """Batches that nobody else holds, and weak references to them."""
+
+    def __init__(self):
+        self.made = []
+
+    def __iter__(self):
+        for _ in range(8):
+            batch = [torch.randn(4, 4), torch.randn(4, 1)]
+            self.made.append(weakref.ref(batch[0]))
+            yield batch
+            del batch
+
+
+@pytest.mark.parametrize("level", ["window", "microbatch"])
+def test_no_batch_is_held_beyond_its_step(trainer, tmp_path, level):
+    batches, alive = Fresh(), []
+
+    class Alive(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            batch_idx = trainer.fit_loop.batch_idx
+            if batch_idx % 2 == 0:  # the first of a window: all those before it have had their step
+                alive.extend(made() is not None for made in batches.made[:batch_idx])
+
+    guard = NonFiniteGuard(level=level, bundle_dir=tmp_path / "bad")
+    trainer(Alive(), guard, accumulate_grad_batches=2).fit(Regression(), torch.utils.data.DataLoader(batches, batch_size=None))
+    assert alive == [False] * (2 + 4 + 6)

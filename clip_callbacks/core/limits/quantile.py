@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import clip_callbacks.core.limits._window as last_norms
 from clip_callbacks.core.arguments import as_count, as_finite
-from clip_callbacks.core.limits import _window
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 ROOM = 10.0
@@ -63,11 +63,11 @@ class QuantileLimit(Limit):
 
     def init(self, blocks: int) -> LimitState:
         """An empty window."""
-        return _window.empty(self.window, blocks)
+        return last_norms.empty(self.window, blocks)
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """A limit for each block."""
         norms = blocks.norms.double()
-        after = _window.add(torch.minimum(norms, ROOM * _window.largest(state)), norms > 0, state)
-        limits = _window.quantile(after, self.quantile)
+        after = last_norms.add(torch.minimum(norms, ROOM * last_norms.largest(state)), norms > 0, state)
+        limits = last_norms.quantile(after, self.quantile)
         return (torch.where(after["count"] > self.warmup, limits, torch.inf) if self.warmup else limits), after

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+import clip_callbacks.core.limits._window as last_norms
 from clip_callbacks.core.arguments import as_count, as_finite
-from clip_callbacks.core.limits import _window
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 Target: TypeAlias = Literal["reciprocal", "mean", "threshold"]
@@ -177,15 +177,17 @@ class RobustZScoreLimit(Limit):
 
     def init(self, blocks: int) -> LimitState:
         """An empty window."""
-        return _window.empty(self.window, blocks)
+        return last_norms.empty(self.window, blocks)
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """A limit for each block."""
         norms = blocks.norms.double()
-        median = _window.quantile(state, 0.5)
-        spread = (MAD_OF_A_NORMAL * _window.deviation(state, median)).clamp(min=self.floor)
-        limits = torch.where(state["count"] >= self.warmup, (median + self._widened(_window.held(state)) * spread).exp(), math.inf)
-        return limits, _window.add(torch.minimum(norms, limits).log(), norms > 0, state)
+        median = last_norms.quantile(state, 0.5)
+        spread = (MAD_OF_A_NORMAL * last_norms.deviation(state, median)).clamp(min=self.floor)
+        limits = torch.where(
+            state["count"] >= self.warmup, (median + self._widened(last_norms.held(state)) * spread).exp(), math.inf
+        )
+        return limits, last_norms.add(torch.minimum(norms, limits).log(), norms > 0, state)
 
     def _widened(self, count: Tensor) -> Tensor:
         """The z-score for a deviation that is known from so many norms."""

@@ -1,0 +1,31 @@
+"""Which backward passes have reached which gradients: Lightning does not tell, the gradients do."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.reduction import shard_of
+
+Fingerprints: TypeAlias = dict[int, tuple[int, int, int]]
+"""Those of the gradients that there are, by their parameter's place in the table."""
+
+
+def fingerprints(table: ParameterTable) -> Fingerprints:
+    """Where the gradients' entries are, and how often each was written in place; no entry is read.
+
+    Args:
+        table: The parameters.
+    """
+    wholes = [tensor.grad for tensor in table.tensors]
+    return {place: _fingerprint(gradient) for place, gradient in enumerate(wholes) if gradient is not None}
+
+
+def _fingerprint(gradient: Tensor) -> tuple[int, int, int]:
+    """Of a sharded gradient this rank's shard counts its writes too."""
+    shard = shard_of(gradient)
+    entries = shard if shard.layout is torch.strided else shard._values()
+    return entries.data_ptr(), gradient._version, shard._version

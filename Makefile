@@ -73,13 +73,13 @@ types: $(VENV)/.installed
 	$(BIN)/mypy tests/package/typed_script.py
 
 # every example and benchmark, as quickly as can be, two at a time; but for those whose command the tests run: norms, where_to_clip,
-# accumulation and frozen (test_worked_examples.py), lightning_cli, plain_loop, gan, transformer and hydra_template (test_places.py),
-# distributed (test_launchers.py)
+# accumulation and frozen (test_worked_examples.py), lightning_cli, plain_loop, gan, transformer and hydra_template (test_places.py)
 examples: $(VENV)/.installed
 	$(BIN)/python -m tests.helpers.run_scripts \
 		"-m benchmarks.trainer --rounds 2 --steps 4" \
 		"-m benchmarks.report --steps 2000" \
 		"-m benchmarks.limits --quick" \
+		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \
 		"-W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric" \
 		"-m benchmarks.bundles --steps 64" \
 		"-m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1" \

@@ -22,8 +22,8 @@ from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
-from clip_callbacks.trainer.batch_norm import BatchStatistics, layers_with_statistics
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 class MicroBatches:
@@ -32,7 +32,7 @@ class MicroBatches:
     Args:
         module: The module in training.
         contexts: Its optimizers.
-        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
+        restore_buffers: Whether a dropped micro-batch's effect on buffers is undone.
         drops: Whether bad ones are dropped, or all only measured.
         parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
 
@@ -58,13 +58,16 @@ class MicroBatches:
         self._size: int | None = None
         self._sizes: list[int | None] = []
         self.norms: list[float] = []
-        self._statistics = BatchStatistics(layers_with_statistics(module) if restore_buffers else ())
+        self._written = WrittenBuffers(module) if restore_buffers else None
+        self._buffers = BufferCopies(self._written) if self._written else None
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
 
     def begin_batch(self, batch: Any) -> None:
-        """Keep batch statistics as they are before the micro-batch, and its size."""
-        self._statistics.keep()
+        """Keep buffers as they are before the micro-batch, and its size."""
+        if self._written and self._buffers:
+            self._written.begin_window()
+            self._buffers.keep()
         self._size = count_samples(batch)
 
     def before_backward(self) -> None:
@@ -132,7 +135,9 @@ class MicroBatches:
             tensor.grad = None
         for tensor, gradient in self._aside:
             tensor.grad = gradient
-        self._statistics.restore()
+        if self._written and self._buffers:
+            self._written.look_closely()
+            self._buffers.restore()
 
     def _merge(self) -> None:
         dense = [(old, tensor.grad) for tensor, old in self._aside if tensor.grad is not None and old.layout is torch.strided]

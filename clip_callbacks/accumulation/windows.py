@@ -16,6 +16,7 @@ from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.grad_scaler import grad_scaler
+from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch
 from clip_callbacks.trainer.strategies import data_parallel
@@ -43,6 +44,7 @@ class Windows:
         kept: The batch as it is kept until its step, if it may have to be run again.
         in_window: Whether there was a backward pass since the last step of any optimizer.
         has_backward: Whether there was one in this batch.
+        has_step: Whether a step was decided in this batch.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
@@ -53,8 +55,11 @@ class Windows:
         self._contexts: Sequence[OptimizerContext] = ()
         self._micro_batches: dict[int, deque[MicroBatch]] = {}
         self._open: set[int] = set()
+        self._newest: MicroBatch | None = None
+        self._before_pass: dict[int, Fingerprints] = {}
+        self._are_several = False
         self.kept: KeptBatch | None = None
-        self.in_window = self.has_backward = False
+        self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
         """Meet the optimizers, before the first step or after some of them took on other parameters.
@@ -64,6 +69,7 @@ class Windows:
             contexts: All optimizers.
         """
         self._contexts = contexts
+        self._are_several = len(contexts) > 1
         self._micro_batches = {
             context.index: self._micro_batches.get(context.index, deque(maxlen=REMEMBERED)) for context in contexts
         }
@@ -78,32 +84,41 @@ class Windows:
             kept: The batch as it is kept until its step, if it may have to be run again.
         """
         self.kept = kept
-        self.has_backward = False
+        self.has_backward = self.has_step = False
 
     def keep_anew(self, kept: KeptBatch | None) -> None:
         """Keep the batch anew: LBFGS's closure runs it again, with other random numbers."""
         self.kept = kept
 
-    def before_backward(self, loss: Tensor) -> list[OptimizerContext]:
-        """Remember the loss until the step, to be looked at only if the step is bad.
-
-        Returns:
-            The optimizers whose window begins with this micro-batch.
-        """
+    def before_backward(self, loss: Tensor) -> None:
+        """Remember the loss until the step."""
         self.in_window = self.has_backward = True
-        micro_batch = MicroBatch(loss.detach(), self.kept)
-        begun = []
+        self._newest = micro_batch = MicroBatch(loss.detach(), self.kept)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
                 self._look_for_zero_grad(context, window)
-            if context.index not in self._open:
-                self._open.add(context.index)
-                begun.append(context)
             window.append(micro_batch)
+        if self._are_several:
+            self._before_pass = {context.index: fingerprints(context.table) for context in self._contexts}
         if self._rescaler.watches_passes:
             self._rescaler.before_backward(loss)
-        return begun
+
+    def end_pass(self) -> tuple[set[int], set[int]]:
+        """Find out, of several optimizers, whose gradients the backward pass has changed: the loss is theirs alone.
+
+        Returns:
+            The numbers of these optimizers; and of those among them whose window has begun with it.
+        """
+        reached = {
+            context.index for context in self._contexts if is_changed(context.table, self._before_pass.get(context.index, {}))
+        }
+        for index, window in self._micro_batches.items():
+            if index not in reached and window and window[-1] is self._newest:
+                window.pop()
+        begun = reached - self._open
+        self._open |= begun
+        return reached, begun
 
     def _look_for_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
         """Begin another window where the gradients are gone: Lightning has no hook for ``zero_grad`` in manual optimization."""
@@ -130,7 +145,7 @@ class Windows:
 
     def _forget_micro_batch(self) -> None:
         for window in self._micro_batches.values():
-            if window:  # a callback before us may have stepped already
+            if window and window[-1] is self._newest:  # a callback before us may have stepped already, and not all are reached
                 window.pop()
 
     def scale(self, context: OptimizerContext) -> float | None:
@@ -153,9 +168,31 @@ class Windows:
 
     def clear(self, context: OptimizerContext) -> None:
         """Close the window of an optimizer: its step is decided."""
-        self.in_window = False
+        self.in_window, self.has_step = False, True
+        self._newest = None
         self._open.discard(context.index)
         self._micro_batches[context.index].clear()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this batch has no part in any step: ``training_step`` returned None, or only its forward pass is wanted.
+
+        In manual optimization a step without a backward pass that Lightning has seen is one of ``loss.backward()``.
+        """
+        return not self.has_backward and not (self._is_manual and self.has_step)
+
+    def end_epoch(self) -> list[Tensor]:
+        """End the windows that the epoch has left in the middle; in manual optimization they may go on in the next one.
+
+        Returns:
+            Their losses.
+        """
+        losses = [loss for window in self._micro_batches.values() for loss, _ in window]
+        if not self._is_manual:
+            self.in_window = False
+            for window in self._micro_batches.values():
+                window.clear()
+        return losses
 
     def end(self, report: StepReport | None) -> WindowNorms | None:
         """Forget what was found out about the window's micro-batches.
@@ -170,7 +207,7 @@ class Windows:
 
     def detach(self) -> None:
         """Let go of batches, losses and hooks."""
-        self.kept = None
+        self.kept = self._newest = None
         for window in self._micro_batches.values():
             window.clear()
         self._open.clear()
@@ -212,9 +249,9 @@ class InspectedWindows(Windows):
         self._inspected.begin_batch(batch)
 
     @override
-    def before_backward(self, loss: Tensor) -> list[OptimizerContext]:
+    def before_backward(self, loss: Tensor) -> None:
         self._inspected.before_backward()
-        return super().before_backward(loss)
+        super().before_backward(loss)
 
     @override
     def after_backward(self, report: ReportMicroBatch) -> bool:

@@ -201,7 +201,7 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
         if self._own_engine:
-            self._own_engine.end_batch()
+            self._own_engine.end_batch(outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of the epoch."""

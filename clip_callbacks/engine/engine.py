@@ -20,7 +20,7 @@ from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop
 from clip_callbacks.core.measurement import FALSE, TRUE
 from clip_callbacks.core.metric_names import AMP_SCALE
-from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
 from clip_callbacks.core.rules import ClipState, Plan
 from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport, as_undone
@@ -137,15 +137,13 @@ class StepEngine:
         self.windows.begin_batch(batch, batch_idx, kept)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Remember the loss until the step, to be looked at only if the step is bad."""
-        begun = self.windows.before_backward(loss)
-        if self._guard.watches_passes:
-            self._guard.begin_pass(begun)
+        """Remember the loss until the step."""
+        self.windows.before_backward(loss)
 
     def after_backward(self) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
-        if self._guard.watches_passes:
-            self._guard.end_pass()
+        if len(self.contexts) > 1:
+            self._guard.end_pass(*self.windows.end_pass())
         if self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 
@@ -196,7 +194,7 @@ class StepEngine:
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
-        elif self._deferred.applies_to(context):
+        elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
             mode = StepMode.ON_DEVICE
         return StepContext(
             trainer,
@@ -292,16 +290,20 @@ class StepEngine:
             monitor.end_step(context, report, noise)
         self.last_report = report
 
-    def end_batch(self) -> None:
+    def end_batch(self, outputs: Any) -> None:
         """Let schedules go on; publish what the batch's steps reported."""
+        if self.windows.is_idle:
+            is_bad = self._is_automatic and _is_bad_loss(outputs)
+            self._guard.undo_pass(is_bad=is_bad)
         self._guard.end_batch()
         if self._publisher.is_logging_step:
             self._collect_and_raise()
         self._publisher.end_batch(self._module, self.contexts)
 
     def end_epoch(self) -> None:
-        """Publish the metrics of the epoch."""
+        """Undo what nobody will step for; publish the metrics of the epoch."""
         self._collect_and_raise()
+        self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
 
     def end_fit(self) -> None:
@@ -382,3 +384,9 @@ class StepEngine:
         if not self._has_warned_of_no_gradient:
             self._has_warned_of_no_gradient = True
             rank_zero_warn("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?", stacklevel=2)
+
+
+def _is_bad_loss(outputs: Any) -> bool:
+    """Whether what ``training_step`` returned, as Lightning hands it on, is a loss that is not finite."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+    return isinstance(loss, Tensor) and not all_finite([loss])

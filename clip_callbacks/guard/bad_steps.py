@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from clip_callbacks.core.diagnosis import Findings, Spike
+from clip_callbacks.core.diagnosis import LISTED, Findings, Spike
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
@@ -202,6 +203,22 @@ class BadStepLog:
         bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle)
         _warn(message.text(": the micro-batch is dropped from its window."))
+
+    def undone(self, trainer: Trainer, names: Sequence[str], since: str) -> None:
+        """Tell of buffers that a forward pass without a step has made bad, if there are any.
+
+        Args:
+            trainer: The Trainer.
+            names: Their names.
+            since: What they are put back to the beginning of.
+        """
+        if names:
+            place = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, rank {trainer.global_rank}"
+            listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            _warn(
+                f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed}. "
+                f"They are put back to what they were before {since}."
+            )
 
     def can_go_back(self, streak: int) -> bool:
         """Whether a streak ends in a rollback."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,7 @@ from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Spike
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.metric_names import SKIPPED_STEPS
+from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_report import StepReport
@@ -88,7 +89,6 @@ class Guard(Unguarded):
             self._restorer.detach()
         scope = ResourceScope(self._trainer, module, contexts, self._options.restore_buffers, self.schedules)
         self._restorer = SkippedStepRestorer(scope)
-        self.watches_passes = self._restorer.watches_passes
         if self._options.rolls_back and not renewed:
             every, lr_factor = self._options.every, self._options.lr_factor
             together = (*limits, self.thresholds)
@@ -131,12 +131,8 @@ class Guard(Unguarded):
             self.rollback.begin_batch(in_window=in_window)
 
     @override
-    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
-        self.restorer.begin_pass(begun)
-
-    @override
-    def end_pass(self) -> None:
-        self.restorer.end_pass()
+    def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
+        self.restorer.end_pass(reached, begun)
 
     @override
     def begin_step(self, step: StepContext) -> None:
@@ -266,9 +262,23 @@ class Guard(Unguarded):
             self._count_spike(step, Spike.of(names, report.parameter_norms, report.total_norm, report.skip_limit))
 
     @override
+    def undo_pass(self, *, is_bad: bool) -> None:
+        self._log.undone(self._trainer, self.restorer.undo_pass(is_bad=is_bad), "the batch")
+
+    @override
+    def end_epoch(self, losses: Sequence[Tensor]) -> None:
+        if losses:
+            undone = self.restorer.undo_window(is_bad=not all_finite(losses))
+            self._log.undone(self._trainer, undone, "the window that the epoch has left")
+
+    @override
     def end_batch(self) -> None:
         self.restorer.end_batch()
         self.rollback.end_batch()
+
+    @override
+    def needs_host(self, context: OptimizerContext) -> bool:
+        return self.restorer.needs_host(context)
 
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:

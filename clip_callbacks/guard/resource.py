@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,9 +16,9 @@ from clip_callbacks.trainer.step_context import StepContext
 class Resource:
     """A kind of state, as far as one optimizer's window may change it. What a kind has no use for, it leaves out.
 
-    The calls in order: ``begin_batch`` for each batch, ``begin_window`` for the first of a window, ``begin_pass`` and ``end_pass``
-    around each backward pass, then ``begin_step``, then either ``commit`` or ``abort``; or, where the host does not know which,
-    ``abort_on_device``; then ``end_batch``.
+    The calls in order: ``begin_batch`` for each batch; with several optimizers ``begin_window`` after the first backward pass of a
+    window, and ``end_pass`` after each; then ``begin_step``, then either ``commit`` or ``abort``; or, where the host does not know
+    which, ``abort_on_device``; then ``end_batch``. ``undo_pass`` and ``undo_window`` come where there was no step.
     """
 
     def begin_batch(self, *, in_window: bool) -> None:
@@ -29,13 +29,14 @@ class Resource:
         """
 
     def begin_window(self) -> None:
-        """A window has begun with this batch; its first forward pass is over."""
+        """A window of this optimizer has begun, as one of several: its first backward pass is over."""
 
-    def begin_pass(self) -> None:
-        """A backward pass comes, whosever it is; its forward pass is over."""
+    def end_pass(self, reached: Collection[int]) -> None:
+        """A backward pass is over, whosever it was.
 
-    def end_pass(self) -> None:
-        """The backward pass is over."""
+        Args:
+            reached: The numbers of the optimizers whose gradients it has changed.
+        """
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""
@@ -57,6 +58,21 @@ class Resource:
     def end_batch(self) -> None:
         """The batch is over, but for Lightning's schedules."""
 
+    def undo_pass(self, *, is_bad: bool) -> list[str]:
+        """A batch is over in which nothing led to a step: put back what its forward pass has made bad.
+
+        Args:
+            is_bad: Whether its loss is not finite, so that all it has changed is to be put back.
+
+        Returns:
+            The names of tensors that it has made bad.
+        """
+        return []
+
+    def undo_window(self, *, is_bad: bool) -> list[str]:
+        """An epoch is over in mid-window, and nobody will step: arguments as for :meth:`undo_pass`."""
+        return []
+
     def reset(self) -> None:
         """Take the state as it is now for that of the window's beginning: a rollback has put it there."""
 
@@ -66,6 +82,15 @@ class Resource:
     def before(self) -> dict[int, Tensor]:
         """Tensors as a skip would put them back, by the ``id`` of the live ones."""
         return {}
+
+    def named_before(self) -> list[tuple[str, Tensor]]:
+        """Tensors as a skip would put them back, by name, for the report of a bad step."""
+        return []
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host must decide on the next step, for a reason that has come up in the fit."""
+        return False
 
     def reason_against_deferral(self) -> str | None:
         """Why the host must know at once whether a step is skipped, if it must."""
@@ -80,7 +105,7 @@ class ResourceScope:
         trainer: The Trainer.
         module: The module in training.
         contexts: Its optimizers.
-        restore_buffers: Whether running statistics of batch normalization are put back.
+        restore_buffers: Whether buffers that forward passes write to are put back.
         schedules: What holds schedules.
     """
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from clip_callbacks.guard.batch_statistics import batch_statistics
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.parameter_check import parameter_checks
 from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
+from clip_callbacks.guard.rewritten_parameters import rewritten_parameters
 from clip_callbacks.guard.schedules import held_schedules
+from clip_callbacks.guard.written_buffers import written_buffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
-RESOURCES: tuple[MakeResources, ...] = (batch_statistics, line_searches, parameter_checks, held_schedules)
+RESOURCES: tuple[MakeResources, ...] = (written_buffers, rewritten_parameters, line_searches, parameter_checks, held_schedules)
 """Every kind of state that a skipped step puts back, in the order in which it is put back. A new one is a file, and a name here."""
 
 
@@ -33,7 +34,7 @@ class SkippedStepRestorer:
         self._each = [resource for resources in self._resources.values() for resource in resources]
         # on a healthy step only those are called that have something to do
         self._at_batch = _overriding(self._each, "begin_batch")
-        self._before_pass, self._after_pass = _overriding(self._each, "begin_pass"), _overriding(self._each, "end_pass")
+        self._after_pass = _overriding(self._each, "end_pass")
         self._after_batch = _overriding(self._each, "end_batch")
         self._at_window, self._at_step, self._at_commit = (
             {index: _overriding(resources, method) for index, resources in self._resources.items()}
@@ -49,27 +50,18 @@ class SkippedStepRestorer:
         for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)
 
-    @property
-    def watches_passes(self) -> bool:
-        """Whether any resource wants to know of backward passes."""
-        return bool(self._before_pass or self._after_pass or any(self._at_window.values()))
-
-    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
-        """A backward pass comes; its forward pass is over.
+    def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
+        """A backward pass is over; with several optimizers only.
 
         Args:
-            begun: The optimizers whose window begins with it.
+            reached: The numbers of the optimizers whose gradients it has changed.
+            begun: Those of them whose window it has begun.
         """
-        for context in begun:
-            for resource in self._at_window[context.index]:
+        for index in begun:
+            for resource in self._at_window[index]:
                 resource.begin_window()
-        for resource in self._before_pass:
-            resource.begin_pass()
-
-    def end_pass(self) -> None:
-        """The backward pass is over."""
         for resource in self._after_pass:
-            resource.end_pass()
+            resource.end_pass(reached)
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""
@@ -101,6 +93,21 @@ class SkippedStepRestorer:
         for resource in self._after_batch:
             resource.end_batch()
 
+    def undo_pass(self, *, is_bad: bool) -> list[str]:
+        """A batch is over in which nothing led to a step: put back what its forward pass has made bad.
+
+        Args:
+            is_bad: Whether its loss is not finite.
+
+        Returns:
+            The names of tensors that it has made bad.
+        """
+        return [name for resource in self._each for name in resource.undo_pass(is_bad=is_bad)]
+
+    def undo_window(self, *, is_bad: bool) -> list[str]:
+        """An epoch is over in mid-window, and nobody will step: arguments as for :meth:`undo_pass`."""
+        return [name for resource in self._each for name in resource.undo_window(is_bad=is_bad)]
+
     def reset(self) -> None:
         """Take everything as it is now for what a skip goes back to: a rollback has put it there."""
         for resource in self._each:
@@ -109,6 +116,14 @@ class SkippedStepRestorer:
     def before(self, context: OptimizerContext) -> dict[int, Tensor]:
         """Tensors as a skip of an optimizer's step would put them back, by the ``id`` of the live ones."""
         return {key: copy for resource in self._resources[context.index] for key, copy in resource.before().items()}
+
+    def named_before(self, context: OptimizerContext) -> list[tuple[str, Tensor]]:
+        """The same, by name."""
+        return [pair for resource in self._resources[context.index] for pair in resource.named_before()]
+
+    def needs_host(self, context: OptimizerContext) -> bool:
+        """Whether the host must decide on the next step of an optimizer, for a reason that has come up in the fit."""
+        return any(resource.needs_host for resource in self._resources[context.index])
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         """Why the host must know at once whether a step is skipped, if it must."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.limits import Limit
@@ -42,13 +43,11 @@ class Unguarded:
     """Takes every step, whatever its gradients are; but a GradScaler that has left unscaling to us takes no bad one."""
 
     restores_buffers = False
-    """Whether batch statistics are put back."""
+    """Whether buffers that forward passes write to are put back."""
     drops_micro_batches = False
     """Whether bad micro-batches are dropped from their window."""
     deferral: bool | None = None
     """Whether steps are to be decided on the device; None: where it pays."""
-    watches_passes = False
-    """Whether it is to be told of backward passes."""
     is_stale = False
     """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
 
@@ -83,15 +82,13 @@ class Unguarded:
             in_window: Whether there was a backward pass since the last step of any optimizer.
         """
 
-    def begin_pass(self, begun: Sequence[OptimizerContext]) -> None:
-        """A backward pass comes; its forward pass is over.
+    def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
+        """A backward pass is over; with several optimizers only.
 
         Args:
-            begun: The optimizers whose window begins with it.
+            reached: The numbers of the optimizers whose gradients it has changed.
+            begun: Those of them whose window it has begun.
         """
-
-    def end_pass(self) -> None:
-        """The backward pass is over."""
 
     def begin_step(self, step: StepContext) -> None:
         """A step comes; nothing of it has had an effect."""
@@ -155,8 +152,26 @@ class Unguarded:
     def count_dropped_micro_batch(self) -> None:
         """Count a micro-batch that was dropped."""
 
+    def undo_pass(self, *, is_bad: bool) -> None:
+        """A batch is over in which nothing led to a step: undo what its forward pass has made bad.
+
+        Args:
+            is_bad: Whether its loss is not finite.
+        """
+
     def end_batch(self) -> None:
         """The batch is over."""
+
+    def end_epoch(self, losses: Sequence[Tensor]) -> None:
+        """The epoch is over.
+
+        Args:
+            losses: Those of a window that nobody will step for, if the epoch was left in the middle of one.
+        """
+
+    def needs_host(self, context: OptimizerContext) -> bool:
+        """Whether the host must decide on the next step of an optimizer, for a reason that has come up in the fit."""
+        return False
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         """Why the host must decide on steps of an optimizer, if it must."""

@@ -24,6 +24,20 @@ def fingerprints(table: ParameterTable) -> Fingerprints:
     return {place: _fingerprint(gradient) for place, gradient in enumerate(wholes) if gradient is not None}
 
 
+def is_changed(table: ParameterTable, before: Fingerprints) -> bool:
+    """Whether any gradient has another fingerprint than it had; the first that has one is enough.
+
+    Args:
+        table: The parameters.
+        before: What :func:`fingerprints` returned.
+    """
+    for place, tensor in enumerate(table.tensors):
+        now = tensor.grad
+        if (None if now is None else _fingerprint(now)) != before.get(place):
+            return True
+    return False
+
+
 def _fingerprint(gradient: Tensor) -> tuple[int, int, int]:
     """Of a sharded gradient this rank's shard counts its writes too."""
     shard = shard_of(gradient)

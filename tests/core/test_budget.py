@@ -17,7 +17,7 @@ from clip_callbacks import (
     RatioLimit,
     clip_step,
 )
-from clip_callbacks.trainer.batch_norm import BatchStatistics
+from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 from tests.helpers.laws import NAMED
 from tests.helpers.operations import SYNCS, WRITES, Operations, Transfers, count, reads
 from tests.helpers.training import Regression, data
@@ -168,7 +168,10 @@ def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
     assert transfers.waits == [True]  # then the host goes on with numbers, which fake tensors do not have
 
 
-def test_batch_statistics_are_put_back_unread(fake_cuda):
+def test_buffers_are_put_back_unread(fake_cuda):
     net = nn.Sequential(nn.BatchNorm1d(8, device="cuda"), nn.BatchNorm1d(3, device="cuda"))
-    statistics = BatchStatistics(net)
+    written = WrittenBuffers(net)
+    statistics = BufferCopies(written)
+    written.begin_window()
+    statistics.keep()
     statistics.restore_where(torch.ones((), dtype=torch.bool, device="cuda"))

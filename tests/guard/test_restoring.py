@@ -32,10 +32,13 @@ def test_statistics_are_those_of_before_the_window_under_accumulation(trainer):
 
 
 def test_keeping_statistics_allocates_nothing_per_step(trainer):
-    from clip_callbacks.trainer.batch_norm import BatchStatistics, layers_with_statistics
+    from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
     module = Regression(net=nn.Sequential(nn.Linear(4, 4096), nn.BatchNorm1d(4096), nn.Linear(4096, 1)))
-    statistics = BatchStatistics(layers_with_statistics(module))
+    written = WrittenBuffers(module)
+    statistics = BufferCopies(written)
+    written.begin_window()
+    statistics.keep()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         statistics.keep()
         statistics.restore()

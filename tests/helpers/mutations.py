@@ -58,7 +58,7 @@ FAULTS = [
     Fault("stats/sketch.py", "torch.lerp(lower, upper, ranks.frac())", "lower", "publishing"),
     Fault("bundles/bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),
     # the callbacks
-    Fault("trainer/batch_norm.py", "torch.where(flag, self.kept, flat, out=flat)", "torch.where(flag, flat, self.kept, out=flat)", "guard"),
+    Fault("trainer/tensor_copies.py", "torch.where(flag.to(flat.device), self.kept, flat, out=flat)", "torch.where(flag.to(flat.device), flat, self.kept, out=flat)", "guard"),
     Fault("trainer/scheduler_hold.py", "self._skipped_batches += self._seen - self._window_start", "self._skipped_batches += 1", "guard"),
     Fault("guard/line_search.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
     Fault("trainer/grad_scaler.py", "finite.logical_not().float()", "finite.float()", "integration"),
@@ -70,8 +70,8 @@ FAULTS = [
     Fault("publishing/publisher.py", "for key, value in values.items() if math.isfinite(value)}", "for key, value in values.items()}", "publishing"),
     Fault("publishing/publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1)", "fit_loop.epoch_loop._batches_that_stepped)", "publishing"),
     Fault("guard/guard.py", 'if options.policy not in {"skip", "ignore"} or options', "if options", "guard"),
-    Fault("guard/batch_statistics.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
-    Fault("guard/batch_statistics.py", "self._own.keep_from(self._common.at_step)", "self._own.keep_from(self._common.last)", "guard"),
+    Fault("guard/written_buffers.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
+    Fault("guard/written_buffers.py", "self._own.keep_from(self._common.at_step)", "self._own.keep_from(self._common.last)", "guard"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
 ]  # fmt: skip
 

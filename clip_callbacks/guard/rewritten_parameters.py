@@ -1,0 +1,160 @@
+"""Parameters that forward passes rewrite, as ``Embedding(max_norm=...)`` does, put back for a skipped step.
+
+Those are copied that are known to be rewritten: where a module has a ``max_norm``, or where a version counter has risen between the
+beginning of a batch and its first step. In the first window all small ones are copied, so that the first rewriting ever can be
+undone too. In passes without a step nothing is put back: such a rewriting does not depend on the values of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from operator import attrgetter
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.step_context import StepContext
+from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others
+from clip_callbacks.trainer.written_buffers import FIRST_COPIES
+
+WATCHED_WINDOWS = 3
+"""How many of the first windows are watched."""
+
+WATCHED_EVERY = 64
+"""One of so many later windows is watched: two looks at the version counters of all parameters."""
+
+_version = attrgetter("_version")
+
+
+def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
+    """Make the resource of each optimizer."""
+    known = set(_renormalized(scope.module))
+    is_manual = not scope.module.automatic_optimization
+    return {context.index: RewrittenParameters(context, known, is_manual=is_manual) for context in scope.contexts}
+
+
+def _renormalized(module: nn.Module) -> Iterator[Tensor]:
+    """The weights that an embedding renormalizes in its forward pass."""
+    for each in module.modules():
+        weight = each._parameters.get("weight")
+        if weight is not None and getattr(each, "max_norm", None) is not None:
+            yield weight
+
+
+class RewrittenParameters(Resource):
+    """Those of one optimizer's parameters that forward passes rewrite.
+
+    Args:
+        context: The optimizer.
+        known: Parameters that are known to be rewritten, whosever they are.
+        is_manual: Whether a batch may have several steps.
+    """
+
+    def __init__(self, context: OptimizerContext, known: Collection[Tensor], *, is_manual: bool) -> None:
+        self._index = context.index
+        self._tensors = dict(zip(context.table.names, context.table.tensors, strict=True))
+        self._copies, self._suspects = TensorCopies(), TensorCopies()
+        self._rewritten: set[str] = set()
+        self._lost: list[str] = []
+        self._windows = 0
+        self._has_pass = self._is_told = self._is_watching = False
+        self._versions: list[int] = []
+        self._handle: RemovableHandle | None = None
+        if is_manual:
+            self._handle = context.optimizer.register_step_post_hook(self._after_step)
+        for name, tensor in self._tensors.items():
+            if tensor in known and fits_among_others(tensor):
+                self._rewritten.add(name)
+                self._copies.add(name, tensor, None)
+
+    @override
+    def begin_batch(self, *, in_window: bool) -> None:
+        if self._has_pass or (in_window and not self._is_told):
+            return  # the window goes on
+        self._windows += 1
+        if self._rewritten:
+            self._copies.keep()
+        self._is_watching = self._windows <= WATCHED_WINDOWS or self._windows % WATCHED_EVERY == 0
+        if self._is_watching:
+            if self._windows == 1:
+                self._suspect()
+            self._versions = list(map(_version, self._tensors.values()))
+
+    def _suspect(self) -> None:
+        """Copy parameters for the first window, small ones first."""
+        room = FIRST_COPIES
+        for name, tensor in sorted(self._tensors.items(), key=lambda item: item[1].numel()):
+            room -= tensor.numel() * tensor.element_size()
+            if room >= 0 and name not in self._rewritten and tensor.requires_grad and fits_among_others(tensor):
+                self._suspects.add(name, tensor, None)
+        self._suspects.keep()
+
+    @override
+    def end_pass(self, reached: Collection[int]) -> None:
+        self._is_told = True
+        self._has_pass = self._has_pass or self._index in reached
+
+    @override
+    def begin_step(self, step: StepContext) -> None:
+        if self._is_watching and step.is_new:
+            self._is_watching = False
+            self._look()
+            if self._windows == 1:
+                self._suspects = TensorCopies()
+
+    def _look(self) -> None:
+        """Find parameters that were rewritten for the first time, before any optimizer could have done it."""
+        suspects = dict(self._suspects.named())
+        for (name, tensor), version in zip(self._tensors.items(), self._versions, strict=True):
+            if tensor._version != version and name not in self._rewritten and fits_among_others(tensor):
+                self._rewritten.add(name)
+                self._copies.add(name, tensor, suspects.get(name))
+                if name not in suspects:
+                    self._lost.append(name)
+
+    @override
+    def commit(self, step: StepContext) -> None:
+        self._has_pass = False
+        self._lost.clear()
+
+    @override
+    def abort(self, step: StepContext, *, is_called: bool) -> None:
+        self._has_pass = False
+        self._copies.restore()
+        if self._lost:
+            rank_zero_warn(
+                f"The parameters {', '.join(self._lost)} were rewritten by a forward pass for the first time, in a step that is "
+                "skipped, and cannot be put back: no copy was kept of what they were. From now on they are put back.",
+                category=RuntimeWarning,
+            )
+            self._lost.clear()
+
+    @override
+    def abort_on_device(self, skipped: Tensor) -> None:
+        self._has_pass = False
+        self._copies.restore_where(skipped)
+        self._lost.clear()
+
+    def _after_step(self, *_: Any) -> None:
+        """Copy anew: in manual optimization another forward pass may follow in the same batch."""
+        self._has_pass = False
+        if self._rewritten:
+            self._copies.keep()
+
+    @override
+    def reset(self) -> None:
+        self._copies.keep()
+
+    @override
+    def before(self) -> dict[int, Tensor]:
+        return self._copies.copies()
+
+    @override
+    def detach(self) -> None:
+        if self._handle:
+            self._handle.remove()

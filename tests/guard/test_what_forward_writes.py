@@ -1,0 +1,289 @@
+"""Whatever a forward pass writes to is put back for a skipped step: buffers and parameters of every kind, from the first on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from clip_callbacks import GradientClipping, NonFiniteGuard
+from clip_callbacks.trainer import written_buffers
+from tests.helpers.exact_skip import differences, everything
+from tests.helpers.members import FORWARD_WRITES
+from tests.helpers.training import Regression, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
+
+BATCHES = 10
+
+
+class Writer(nn.Module):
+    """Something that forward writes to, from a batch on.
+
+    Args:
+        write: How: called with the module, and a vector that the batch has made.
+        start: The number of the forward pass from which on it writes.
+    """
+
+    def __init__(self, write: Any, start: int = 0) -> None:
+        super().__init__()
+        self.write, self.start, self.passes = write, start, 0
+        self.register_buffer("centre", torch.zeros(8))
+        self.register_buffer("empty", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            if self.passes >= self.start:
+                self.write(self, x.detach().mean(0))
+            self.passes += 1
+        return x - x.mean(0)  # the buffer is read in evaluation only: a NaN in it shows nowhere else
+
+
+def assigns(self: Writer, mean: torch.Tensor) -> None:
+    self.centre = self.centre * 0.9 + mean * 0.1
+
+
+def fills_an_empty_place(self: Writer, mean: torch.Tensor) -> None:
+    self.empty = mean if self.empty is None else self.empty * 0.9 + mean * 0.1
+
+
+def assigns_and_writes(self: Writer, mean: torch.Tensor) -> None:
+    self.centre = self.centre.clone()
+    self.centre.lerp_(mean, 0.1)
+
+
+WAYS = {
+    "in place": lambda self, mean: self.centre.lerp_(mean, 0.1),
+    "through .data": lambda self, mean: self.centre.data.lerp_(mean, 0.1),
+    "assigned": assigns,
+    "assigned and in place": assigns_and_writes,
+    "place that was empty": fills_an_empty_place,
+    "another shape": lambda self, mean: setattr(self, "centre", torch.cat([self.centre, mean[:1]])),
+    "counter": lambda self, mean: self.centre.add_(1),
+    "a view": lambda self, mean: self.centre[2:4].add_(mean[2:4]),
+}
+
+
+class Subject(Regression):
+    def __init__(self, middle: nn.Module, bad: set[int], optimizer: Any = torch.optim.AdamW, **options: Any) -> None:
+        super().__init__(optimizer, nn.Sequential(nn.Linear(4, 8), middle, nn.Linear(8, 1)), lr=0.02, **options)
+        self.bad = bad
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets, number = batch
+        loss = nn.functional.mse_loss(self.net(inputs * math.nan if int(number) in self.bad else inputs), targets)
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+
+def batches(left_out: set[int]) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = [(torch.randn(6, 4, generator=generator), torch.randn(6, 1, generator=generator), number) for number in range(BATCHES)]
+    return DataLoader([batch for batch in drawn if batch[2] not in left_out], batch_size=None)
+
+
+def fitted(
+    tmp_path: Any, middle: Any, bad: set[int], left_out: set[int], guard: Any, *, is_manual: bool = False, **options: Any
+) -> Any:
+    torch.manual_seed(0)
+    module = Subject(middle(), bad, **options)
+    module.automatic_optimization = not is_manual
+    fit = make_trainer(tmp_path, guard, GradientClipping(1.0))
+    fit.fit(module, batches(left_out))
+    buffers = {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
+    return everything(module, fit) | buffers
+
+
+def assert_no_trace(tmp_path: Any, middle: Any, bad: set[int], **options: Any) -> None:
+    guard = NonFiniteGuard()
+    ours = fitted(tmp_path, middle, bad, set(), guard, **options)
+    clean = fitted(tmp_path, middle, set(), bad, NonFiniteGuard(), **options)
+    assert guard.skipped_steps == len(bad)
+    assert differences(ours, clean) == []
+
+
+@pytest.mark.parametrize("is_manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("bad", [{0}, {5}, {3, 4}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_that_forward_writes_to(tmp_path, way, bad, is_manual):
+    assert_no_trace(tmp_path, lambda: Writer(WAYS[way]), bad, is_manual=is_manual)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "through .data"])
+def test_the_first_change_ever_may_be_a_bad_one(tmp_path, way):
+    assert_no_trace(tmp_path, lambda: Writer(WAYS[way], start=6), {6})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_the_guard_it_would_stay(tmp_path, way):
+    """The tests above can fail."""
+    ours = fitted(tmp_path, lambda: Writer(WAYS[way]), {5}, set(), NonFiniteGuard(restore_buffers=False))
+    clean = fitted(tmp_path, lambda: Writer(WAYS[way]), set(), {5}, NonFiniteGuard())
+    assert differences(ours, clean) != []
+
+
+def test_a_late_write_around_the_counter_is_named_and_undone_as_far_as_it_is_known(tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"net\.1\.centre are not finite and were written through `.data`"):
+        late = fitted(tmp_path, lambda: Writer(WAYS["through .data"], start=6), {6}, set(), NonFiniteGuard())
+    assert late["buffer.net.1.centre"].isfinite().all()
+
+
+def test_what_was_too_large_to_be_kept_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(written_buffers, "FIRST_COPIES", 16)
+    with pytest.warns(RuntimeWarning, match=r"net\.1\.centre have changed for the first time, in a step that is skipped"):
+        fitted(tmp_path, lambda: Writer(WAYS["in place"], start=6), {6}, set(), NonFiniteGuard())
+    assert_no_trace(tmp_path, lambda: Writer(WAYS["in place"]), {6})
+
+
+def test_buffers_that_never_change_are_not_copied_again_and_again(tmp_path):
+    written = written_buffers.WrittenBuffers(nn.ModuleList([Writer(WAYS["in place"]), nn.BatchNorm1d(8)]))
+    copies = written_buffers.BufferCopies(written)
+    for _ in range(5):
+        written.begin_window()
+        copies.keep()
+    assert {name for name, _ in copies.named()} == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+class Rewritten(nn.Module):
+    """Rewrites a parameter in its forward pass."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.weight, self.write = nn.Parameter(torch.randn(8)), write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.write(self.weight, x.mean(0).nan_to_num(0.3))
+        return x * self.weight
+
+
+class Table(nn.Module):
+    """A table of vectors that its forward pass renormalizes."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        indices = torch.arange(len(x)) % 3
+        return x + (self.table(indices[:, None]) if isinstance(self.table, nn.EmbeddingBag) else self.table(indices))
+
+
+REWRITTEN = {
+    "Embedding": lambda: Table(nn.Embedding(3, 8, max_norm=0.5)),
+    "EmbeddingBag": lambda: Table(nn.EmbeddingBag(3, 8, max_norm=0.5)),
+    "normalized": lambda: Rewritten(lambda weight, _: weight.copy_(nn.functional.normalize(weight, dim=0))),
+    "clamped": lambda: Rewritten(lambda weight, _: weight.clamp_(-0.5, 0.5)),
+    "moved with the batch": lambda: Rewritten(lambda weight, mean: weight.add_(mean, alpha=0.01)),
+}
+
+
+@pytest.mark.parametrize("is_manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("bad", [{0}, {5}, {3, 4}], ids=str)
+@pytest.mark.parametrize("way", REWRITTEN)
+def test_parameters_that_forward_rewrites(tmp_path, way, bad, is_manual):
+    assert_no_trace(tmp_path, REWRITTEN[way], bad, is_manual=is_manual)
+
+
+def test_a_late_rewriting_is_put_back_from_the_next_watched_window_on(tmp_path, monkeypatch):
+    passes = []
+
+    def late(weight: torch.Tensor, mean: torch.Tensor) -> None:
+        passes.append(1)
+        if len(passes) > 4:
+            weight.add_(mean, alpha=0.01)
+
+    monkeypatch.setattr("clip_callbacks.guard.rewritten_parameters.WATCHED_EVERY", 6)
+    with pytest.warns(RuntimeWarning, match=r"net\.1\.weight were rewritten by a forward pass for the first time"):
+        fitted(tmp_path, lambda: Rewritten(late), {5}, set(), NonFiniteGuard())
+
+
+# Any of it together
+
+
+@st.composite
+def networks(draw: Any) -> Any:
+    """A maker of random layers, each of which its forward pass writes to in a way of its own."""
+    layers = draw(st.lists(st.sampled_from([*WAYS, *REWRITTEN, *FORWARD_WRITES]), min_size=1, max_size=4))
+
+    def layer(name: str) -> nn.Module:
+        if name in WAYS:
+            return Writer(WAYS[name])
+        return REWRITTEN[name]() if name in REWRITTEN else FORWARD_WRITES[name](8)
+
+    return lambda: nn.Sequential(*map(layer, layers))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    middle=networks(),
+    bad=st.sets(st.integers(0, BATCHES - 1), max_size=4),
+    optimizer=st.sampled_from([torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]),
+    is_manual=st.booleans(),
+)
+def test_no_batch_leaves_a_trace_in_any_network(tmp_path_factory, middle, bad, optimizer, is_manual):
+    assert_no_trace(tmp_path_factory.mktemp("any"), middle, bad, is_manual=is_manual, optimizer=optimizer)
+
+
+# Passes without a step
+
+
+class NoSteps(Subject):
+    """Its ``training_step`` returns None where the loss is not finite, as people write."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.isfinite() else None
+
+
+@pytest.mark.parametrize("way", [*WAYS, "batch norm"])
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*No parameter has a gradient.*", "ignore:.*returned `None`.*")
+def test_a_pass_that_led_to_no_step_leaves_no_nan(tmp_path, way, windows):
+    middle = nn.BatchNorm1d(8) if way == "batch norm" else Writer(WAYS[way])
+    module = NoSteps(middle, {5})
+    if way == "counter":
+        return  # cannot become bad
+    with pytest.warns(RuntimeWarning, match="Non-finite buffers after a forward pass that led to no step, at epoch 0, batch 5"):
+        make_trainer(tmp_path, NonFiniteGuard(), accumulate_grad_batches=windows).fit(module, batches(set()))
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+
+
+class Leaves(Subject):
+    """Leaves its first epoch in the middle of a window."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 6 else None
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite buffers:RuntimeWarning")
+def test_an_epoch_left_in_mid_window_leaves_no_trace(tmp_path):
+    results = []
+    for bad, left_out in (({5}, set()), (set(), {4, 5})):
+        torch.manual_seed(0)
+        module = Leaves(nn.BatchNorm1d(8), bad)
+        trainer = make_trainer(tmp_path, NonFiniteGuard(), max_epochs=1, accumulate_grad_batches=4)
+        if left_out:
+            module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 4 else None
+        trainer.fit(module, batches(set()))
+        results.append(dict(module.named_buffers()))
+    assert differences(*results) == []
+
+
+def test_buffers_of_an_average_belong_to_the_average():
+    module = nn.ModuleList([nn.BatchNorm1d(2), AveragedModel(nn.BatchNorm1d(2))])
+    written = written_buffers.WrittenBuffers(module)
+    copies = written_buffers.BufferCopies(written)
+    written.begin_window()
+    assert all(name.startswith("0.") for name, _ in copies.named())

@@ -18,7 +18,7 @@ from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
-from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch
+from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch, StepContext
 from clip_callbacks.trainer.strategies import data_parallel
 
 REMEMBERED = 1024
@@ -56,6 +56,8 @@ class Windows:
         self._micro_batches: dict[int, deque[MicroBatch]] = {}
         self._open: set[int] = set()
         self._newest: MicroBatch | None = None
+        self._sharing: dict[int, list[int]] = {}
+        self._spoilt: dict[int, Discarded] = {}
         self._before_pass: dict[int, Fingerprints] = {}
         self._are_several = False
         self.kept: KeptBatch | None = None
@@ -70,6 +72,7 @@ class Windows:
         """
         self._contexts = contexts
         self._are_several = len(contexts) > 1
+        self._sharing = _sharing(contexts) if self._are_several else {}
         self._micro_batches = {
             context.index: self._micro_batches.get(context.index, deque(maxlen=REMEMBERED)) for context in contexts
         }
@@ -125,6 +128,7 @@ class Windows:
         if not context.table.has_gradients:
             window.clear()
             self._open.discard(context.index)
+            self._spoilt.pop(context.index, None)
         if len(window) >= KEPT_IN_MANUAL:  # an optimizer that steps seldom, or never
             window[-KEPT_IN_MANUAL] = window[-KEPT_IN_MANUAL]._replace(kept=None)
 
@@ -154,13 +158,35 @@ class Windows:
             return 1.0
         return self._rescaler.scale(context, 1.0)
 
-    def discarded(self, scale: float | None) -> Discarded | None:
-        """Why nothing of the window is left, if nothing is.
+    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
+        """Why nothing of an optimizer's window is left, if nothing is.
 
         Args:
+            context: The optimizer.
             scale: What :meth:`scale` said.
         """
+        if context.index in self._spoilt:
+            return self._spoilt[context.index]
         return Discarded.WEIGHTLESS if scale is None else None
+
+    def spoil_others(self, step: StepContext, outcome: StepOutcome) -> None:
+        """Discard the windows of optimizers that share parameters with one whose step is skipped, as far as they share losses.
+
+        Args:
+            step: The step.
+            outcome: What came of it, one of those that are skipped.
+        """
+        reason = Discarded.OVERFLOWED if outcome is StepOutcome.OVERFLOWED else Discarded.SHARED
+        for index in self._sharing.get(step.optimizer.index, ()):
+            window = self._micro_batches[index]
+            if any(mine is theirs for mine in step.micro_batches for theirs in window):
+                self._spoilt[index] = reason
+
+    def reason_against_deferral(self, context: OptimizerContext) -> str | None:
+        """Why the host must decide on steps of an optimizer, if it must."""
+        if self._sharing.get(context.index):
+            return "other optimizers hold some of the same parameters, and must know of a skipped step"
+        return None
 
     def micro_batches(self, context: OptimizerContext) -> tuple[MicroBatch, ...]:
         """The micro-batches that wait for an optimizer's step."""
@@ -171,6 +197,7 @@ class Windows:
         self.in_window, self.has_step = False, True
         self._newest = None
         self._open.discard(context.index)
+        self._spoilt.pop(context.index, None)
         self._micro_batches[context.index].clear()
 
     @property
@@ -213,6 +240,12 @@ class Windows:
         self._open.clear()
         self.in_window = False
         self._rescaler.detach()
+
+
+def _sharing(contexts: Sequence[OptimizerContext]) -> dict[int, list[int]]:
+    """By the number of each optimizer, those of others that hold some of its parameters."""
+    held = {context.index: set(map(id, context.table.tensors)) for context in contexts}
+    return {index: [other for other in held if other != index and held[other] & held[index]] for index in held}
 
 
 class InspectedWindows(Windows):
@@ -271,10 +304,10 @@ class InspectedWindows(Windows):
         return self._rescaler.scale(context, self._inspected.scale)
 
     @override
-    def discarded(self, scale: float | None) -> Discarded | None:
+    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
         if self._inspected.is_lost:
             return Discarded.DROPPED
-        return super().discarded(scale)
+        return super().discarded(context, scale)
 
     @override
     def end(self, report: StepReport | None) -> WindowNorms | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class Measurement:
         is_deferred: Whether the host is not to read them now.
         counts: Whether limits take the step into their states, 0-dim bool, where a deferred step has another reason against it
             than gradients that are not finite; None: if all gradients are finite.
+        loss_is_finite: Whether the losses are that the gradients are of, as far as they are known; of a deferred step 0-dim bool.
     """
 
     norms: Tensor
@@ -99,17 +101,19 @@ class Measurement:
     scale: float | Tensor = 1.0
     is_deferred: bool = False
     counts: Tensor | None = None
+    loss_is_finite: bool | Tensor = True
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether every entry of every gradient is; this reads the total norm."""
-        return math.isfinite(self.total.tolist()[0])
+        """Whether every entry of every gradient is, and every loss; this reads the total norm."""
+        return bool(self.loss_is_finite) and math.isfinite(self.total.tolist()[0])
 
     @cached_property
     def finite(self) -> Tensor:
-        """Whether every entry is finite, 0-dim bool; of a deferred step unread, and a norm that overflows is not finite."""
+        """Whether all of it is finite, 0-dim bool; of a deferred step unread, and a norm that overflows is not finite."""
         if self.is_deferred:
-            return self.total.reshape(()) < math.inf
+            finite = self.total.reshape(()) < math.inf
+            return finite.logical_and(self.loss_is_finite) if isinstance(self.loss_is_finite, Tensor) else finite
         return TRUE if self.is_finite else FALSE
 
 
@@ -121,6 +125,7 @@ def measure(
     loss_scale: Tensor | None = None,
     spec: MeasurementSpec = MeasurementSpec(),
     deferred: bool = False,
+    losses: Sequence[Tensor] = (),
 ) -> Measurement:
     """Read the gradients once, and those a second time whose norm is not reliable.
 
@@ -131,19 +136,24 @@ def measure(
         loss_scale: What they will be divided by, a tensor of one entry; None is 1.
         spec: What is needed beside the total norm.
         deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
+        losses: What the gradients are of; one that is not finite makes the step bad, whatever its gradients are. They are read
+            with the norms.
     """
     table, reduction = gradients.table, gradients.table.reduction
     if not gradients.tensors and not reduction:
-        return _nothing(gradients, norm_type, spec, scale, deferred=deferred)
+        return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses))
     norms = ours = _unit_norms_here(gradients, norm_type) if spec.by_unit else _norms_here(gradients, norm_type)
     weights = _weight_norms_here(table, norm_type, spec) if spec.weights else None
     if reduction:
+        if losses:  # a bad one is to be known on all ranks, by the collective that there is
+            ours = norms = ours + (sum_of(losses) * 0.0).to(ours)
         norms, weights = _over_all_ranks(table, ours, weights, norm_type, spec)
     total = total_norm(norms.double(), norm_type).to(norms.dtype) if spec.by_unit else total_norm(norms, norm_type)
     if deferred:
-        return _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
+        measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
+        return replace(measured, loss_is_finite=torch.isfinite(sum_of(losses)).reshape(())) if losses else measured
 
-    norms, total, weights, divisor = on_host(norms, total, weights, loss_scale)
+    norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
     norms, total = remeasure(gradients, ours, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
     scale = scale / divisor
     if scale != 1.0:
@@ -152,7 +162,29 @@ def measure(
         parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
     else:
         norms = parameter_norms = norms if reduction else gradients.fill(norms)
-    return Measurement(norms, total, parameter_norms, norm_type, weights, scale)
+    return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
+
+
+def are_finite(losses: Sequence[Tensor]) -> bool:
+    """Whether losses are numbers; an infinite one in float16 may be the loss scale's doing, and is left to the gradients."""
+    return all(_is_finite(loss) for loss in losses)
+
+
+def _is_finite(loss: Tensor) -> bool:
+    numbers: Any = _number(loss).tolist()  # reads the memory, where item() would call an operator
+    return math.isfinite(numbers if isinstance(numbers, float) else sum(numbers))
+
+
+def sum_of(losses: Sequence[Tensor]) -> Tensor:
+    """The sum of losses, shape ``(1,)``, unread: finite only if each of them is."""
+    first, *others = [_number(loss).reshape(1) for loss in losses]
+    return torch.cat([first, *others]).sum(0, keepdim=True) if others else first
+
+
+def _number(loss: Tensor) -> Tensor:
+    if loss.dtype is torch.float16:
+        loss = torch.where(loss.isinf(), 0.0, loss.float())
+    return loss if loss.numel() == 1 else loss.sum()
 
 
 def _deferred(
@@ -250,14 +282,24 @@ def _laid_out(
 
 
 def on_host(
-    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU."""
+    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None, losses: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor | None, float, bool]:
+    """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU.
+
+    Returns:
+        Norms, total and weights; the loss scale as a number; whether the losses are finite.
+    """
     if norms.is_cpu:
-        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale)
-    parts = [norms, total, *(() if weights is None else (weights,))]
+        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale), are_finite(losses)
+    parts = {"norms": norms, "total": total}
+    if weights is not None:
+        parts["weights"] = weights
     if loss_scale is not None:
-        parts.append(loss_scale.to(norms).reshape(1))
-    together = torch.cat(parts).cpu()
-    norms, total, *rest = together.split([len(part) for part in parts])  # type: ignore[no-untyped-call]
-    return norms, total, None if weights is None else rest[0], 1.0 if loss_scale is None else together.tolist()[-1]
+        parts["loss_scale"] = loss_scale.to(norms).reshape(1)
+    if losses:
+        parts["loss"] = sum_of(losses).to(norms)
+    together = torch.cat(list(parts.values())).cpu()
+    each = together.split([len(part) for part in parts.values()])  # type: ignore[no-untyped-call]
+    read = dict(zip(parts, each, strict=True))
+    divisor = float(read["loss_scale"]) if "loss_scale" in read else 1.0
+    return read["norms"], read["total"], read.get("weights"), divisor, are_finite([read["loss"]] if losses else ())

@@ -160,6 +160,7 @@ def measure_step(
     scale: float = 1.0,
     loss_scale: Tensor | None = None,
     deferred: bool = False,
+    losses: Sequence[Tensor] = (),
 ) -> MeasuredStep:
     """Read the gradients of one step, and change nothing: the first half of :func:`clip_step`.
 
@@ -173,10 +174,11 @@ def measure_step(
         scale: A factor for all gradients before all else.
         loss_scale: What the loss was multiplied by, a tensor of one entry; None is 1.
         deferred: Whether nothing is to be read on the host.
+        losses: What the gradients are of: one that is not finite makes the step bad, whatever its gradients are.
     """
     gradients = table.gradients()
     deferred = deferred and gradients.exist
-    norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred)
+    norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses)
     if plan.skip_above is None:
         return MeasuredStep(plan, gradients, norms, scale, loss_scale, None, ())
     *_, held = plan.parts(state)

@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.accumulation.windows import InspectedWindows, Windows
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop
-from clip_callbacks.core.measurement import FALSE, TRUE
+from clip_callbacks.core.measurement import FALSE
 from clip_callbacks.core.metric_names import AMP_SCALE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
 from clip_callbacks.core.rules import ClipState, Plan
@@ -33,9 +34,13 @@ from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
-from clip_callbacks.trainer.grad_scaler import grad_scaler, is_still_scaled, loss_scale, take_over
+from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
+from clip_callbacks.trainer.loss_carrier import LossCarrier
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+
+DISCARD = Resolution(Action.SKIP, holds_scale=True)
+"""What is done about gradients that mean nothing."""
 
 NOTHING = Plan((), (), None, by_unit=False)
 """The plan of a step whose gradients mean nothing."""
@@ -75,7 +80,7 @@ class StepEngine:
 
         self._check_trainer()
         self.windows = self._make_windows()
-        self._deferred = DeferredSteps((self._clipper, self._guard, *self._monitors), wanted=self._guard.deferral)
+        self._deferred = DeferredSteps((self._clipper, self._guard, self.windows, *self._monitors), wanted=self._guard.deferral)
         self._publisher = Publisher(
             trainer,
             (self._clipper, self._guard, self._rescaler),
@@ -83,6 +88,8 @@ class StepEngine:
             clips=self._clipper.clips,
             shows=components.shows,
         )
+        self._loss_carrier = LossCarrier()
+        self._carries_losses = trainer.world_size > 1 and self._guard.judges_losses
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
     @property
@@ -139,9 +146,13 @@ class StepEngine:
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
         self.windows.before_backward(loss)
+        if self._carries_losses:
+            self._loss_carrier.begin_pass(loss, self.contexts)
 
     def after_backward(self) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
+        if self._carries_losses:
+            self._loss_carrier.end_pass()
         if len(self.contexts) > 1:
             self._guard.end_pass(*self.windows.end_pass())
         if self.windows.after_backward(self._report_micro_batch):
@@ -163,22 +174,31 @@ class StepEngine:
             return
 
         self._guard.begin_step(step)
-        is_called = True
         if step.mode is StepMode.DISCARDED:
-            report = self._discard(step)
+            resolution, report = DISCARD, self._discard(step)
         else:
             measured, states = self._measure(step)
             resolution = self._guard.resolve(step, measured)
             report = self._apply(step, measured, states, resolution)
-            is_called = resolution.is_called
-        if step.loss_scale is not None:  # after the write, and before the scaler's own step
-            assert self._scaler is not None, "it has scaled the loss"
-            take_over(self._scaler, optimizer, TRUE if step.discarded else report.finite)
+        if self._scaler is not None:  # after the write, and before the scaler's own step
+            self._tell_scaler(self._scaler, step, report, resolution)
+        if report.outcome.is_skipped:
+            self.windows.spoil_others(step, report.outcome)
         self.windows.clear(context)
         if step.mode is StepMode.ON_DEVICE:
             self._defer(step, report)
         else:
-            self._finish(step, report, is_called=is_called)
+            self._finish(step, report, is_called=resolution.is_called)
+
+    def _tell_scaler(self, scaler: GradScaler, step: StepContext, report: StepReport, resolution: Resolution) -> None:
+        """Tell the GradScaler what was found where it has left unscaling to us, and nothing of what no loss scale would cure."""
+        optimizer = step.optimizer.optimizer
+        if resolution.holds_scale and step.mode is not StepMode.ON_DEVICE:
+            hold(scaler, optimizer)
+        elif step.loss_scale is not None:
+            take_over(scaler, optimizer, report.finite)
+            if resolution.holds_scale:
+                hold_where(scaler, optimizer, report.finite.logical_not() & is_incurable(step.losses, step.loss_scale))
 
     def _describe(self, context: OptimizerContext) -> StepContext:
         """Find out which step this is, and how it is to be decided; nothing is changed."""
@@ -188,9 +208,14 @@ class StepEngine:
                 # 16-mixed, and the window's last training_step returned None: Lightning will not step either
                 return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
             scale_of_loss = loss_scale(self._scaler)
+        if self._is_automatic and not self.windows.in_window and not context.table.has_gradients:
+            # every training_step of the window returned None: the optimizer is called, and has nothing to do
+            return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
         is_new = context.begins_step(trainer.global_step)
         scale = self.windows.scale(context)
-        discarded = Discarded.STALE if is_new and self._guard.is_stale else self.windows.discarded(scale)
+        discarded = self.windows.discarded(context, scale)
+        if is_new and self._guard.is_stale:
+            discarded = Discarded.STALE
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
@@ -220,7 +245,8 @@ class StepEngine:
         self._guard.discard(step)
         measured = measure_step(table, NOTHING, (), self._norm_type)
         report, _ = apply_step(measured, (), Action.SKIP)
-        return replace(report, finite=FALSE)
+        outcome = StepOutcome.OVERFLOWED if step.discarded is Discarded.OVERFLOWED else StepOutcome.SKIPPED
+        return replace(report, finite=FALSE, outcome=outcome)
 
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
@@ -235,11 +261,25 @@ class StepEngine:
         states = self._clipper.limit_states(index)
         if ceiling is not None:
             states = (*states, *self._guard.limit_states(index))
-        is_deferred = step.mode is StepMode.ON_DEVICE
         measured = measure_step(
-            context.table, plan, states, self._norm_type, scale=step.scale, loss_scale=step.loss_scale, deferred=is_deferred
+            context.table,
+            plan,
+            states,
+            self._norm_type,
+            scale=step.scale,
+            loss_scale=step.loss_scale,
+            deferred=step.mode is StepMode.ON_DEVICE,
+            losses=step.losses if self._judges_losses(context) else (),
         )
         return measured, states
+
+    def _judges_losses(self, context: OptimizerContext) -> bool:
+        """Whether this rank's losses have a say in the step by themselves.
+
+        Where ranks hold copies of the parameters they must decide alike, and no collective tells them of one another's losses: a
+        bad one makes a gradient NaN instead, before gradients are averaged (``trainer/loss_carrier.py``).
+        """
+        return self._guard.judges_losses and (self._trainer.world_size == 1 or context.table.reduction is not None)
 
     def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepReport:
         """Do what was decided, and keep the states of limits."""
@@ -324,6 +364,7 @@ class StepEngine:
         for monitor in self._monitors:
             monitor.detach()
         self.windows.detach()
+        self._loss_carrier.end_pass()
         self._deferred.detach()
         self._optimizers.detach()
 

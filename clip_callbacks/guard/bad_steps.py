@@ -16,7 +16,7 @@ from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
-from clip_callbacks.trainer.step_context import StepContext
+from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 NEVER = -2
 """Not the number of a step, nor of the one before it."""
@@ -32,23 +32,42 @@ class Counters:
         skipped: Steps skipped.
         zeroed: Steps taken after non-finite entries were set to 0.
         overflowed: Steps that a GradScaler skipped.
-        streak: Bad steps in a row, up to ``last_bad``.
+        streak: Batches with bad steps in a row, up to ``last_bad``.
+        steps_in_streak: The bad steps in them: a batch may have many, as with truncated backpropagation.
         last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NEVER`` before the first.
+        last_batch: Epoch and number of the batch of that step.
     """
 
     skipped: int = 0
     zeroed: int = 0
     overflowed: int = 0
     streak: int = 0
+    steps_in_streak: int = 0
     last_bad: int = NEVER
+    last_batch: tuple[int, int] = (0, 0)
 
-    def add(self, number: int) -> bool:
-        """Count a bad step, once though its closure may run several times; whether it is counted now."""
+    def add(self, number: int, batch: tuple[int, int]) -> bool:
+        """Count a bad step, once though its closure may run several times; whether it is counted now.
+
+        Args:
+            number: Its number.
+            batch: Epoch and number of its batch.
+        """
         if number == self.last_bad:
             return False
-        self.streak = self.streak + 1 if self.last_bad == number - 1 else 1
-        self.last_bad = number
+        if self.last_bad != number - 1 or not self.streak:
+            self.streak = self.steps_in_streak = 0
+        self.streak += not self.streak or batch != tuple(self.last_batch)
+        self.steps_in_streak += 1
+        self.last_bad, self.last_batch = number, batch
         return True
+
+    @property
+    def in_a_row(self) -> str:
+        """The streak in words."""
+        if self.steps_in_streak == self.streak:
+            return f"bad step {self.streak} in a row"
+        return f"bad step {self.steps_in_streak} in a row, in bad batch {self.streak} in a row"
 
 
 class BadStepCounts:
@@ -86,7 +105,7 @@ class BadStepCounts:
     def end_streaks(self) -> None:
         """Begin every streak anew."""
         for counters in self.of.values():
-            counters.streak = 0
+            counters.streak = counters.steps_in_streak = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
@@ -137,20 +156,20 @@ class BadStepLog:
         self._rollback = rollback
         self._last_findings: Findings | None = None
 
-    def nonfinite(self, step: StepContext, findings: Findings, streak: int, before: Mapping[int, Tensor]) -> None:
+    def nonfinite(self, step: StepContext, findings: Findings, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Tell of gradients that are not finite.
 
         Args:
             step: The step.
             findings: What a look at it has found.
-            streak: How many bad steps in a row this is.
+            counters: The optimizer's, which have counted it.
             before: Tensors as a skip puts them back, by the ``id`` of the live ones.
 
         Raises:
             NonFiniteGradientError: If the policy says so, or the streak ends here and the run cannot go back.
         """
         policy = self._options.policy
-        facts = {**step.place, "policy": policy, "streak": streak, **findings.facts()}
+        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts()}
         bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
         done = "the step is skipped"
         if policy == "zero":
@@ -158,43 +177,45 @@ class BadStepLog:
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
-        self._tell(step, message, streak)
+        self._tell(step, message, counters)
 
-    def spike(self, step: StepContext, spike: Spike, streak: int, before: Mapping[int, Tensor]) -> None:
+    def spike(self, step: StepContext, spike: Spike, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Tell of a finite step that is skipped for its norm; arguments as for :meth:`nonfinite`.
 
         Raises:
             NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        facts = {**step.place, "policy": self._options.policy, "streak": streak, **spike.facts()}
+        facts = {**step.place, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
             advice="Lower the learning rate, or raise skip_above: a level that lasts is no spike.",
             bundle=self._journal.record(step, facts, before),
         )
-        self._tell(step, message, streak)
+        self._tell(step, message, counters)
 
-    def weightless(self, step: StepContext, streak: int) -> None:
-        """Tell of a window whose micro-batches all have weight 0.
+    def discarded(self, step: StepContext, counters: Counters) -> None:
+        """Tell of a window whose gradients mean nothing.
 
         Raises:
             NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        what = f"Every micro-batch of the window has weight 0 at {step}"
-        facts = {"policy": self._options.policy, "streak": streak, "stage": "weight", "message": what}
+        assert step.discarded is not None
+        stage = "weight" if step.discarded is Discarded.WEIGHTLESS else step.discarded.value
+        what = f"{step.why_discarded} at {step}"
+        facts = {"policy": self._options.policy, "streak": counters.streak, "stage": stage, "message": what}
         self._journal.note({**step.place, **facts})
-        self._tell(step, _Message(what), streak)
+        self._tell(step, _Message(what), counters)
 
-    def all_dropped(self, step: StepContext, streak: int) -> None:
+    def all_dropped(self, step: StepContext, counters: Counters) -> None:
         """Tell of a window whose micro-batches were all dropped, if the streak ends with it: each has been told of.
 
         Raises:
             NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        if self._is_over(streak) and self._last_findings:
+        if self._is_over(counters.streak) and self._last_findings:
             what = f"Non-finite gradients in every micro-batch at {step}"
-            self._tell(step, _Message(what, self._last_findings.describe(), advice=_ADVICE), streak)
+            self._tell(step, _Message(what, self._last_findings.describe(), advice=_ADVICE), counters)
 
     def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
         """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
@@ -225,13 +246,13 @@ class BadStepLog:
         is_last = self._counts.rollbacks >= self._options.max_rollbacks
         return self._is_over(streak) and self._options.rolls_back and not is_last and self._rollback.step is not None
 
-    def _tell(self, step: StepContext, message: _Message, streak: int) -> None:
+    def _tell(self, step: StepContext, message: _Message, counters: Counters) -> None:
         """Warn of a bad step; at the end of a streak go back, or raise.
 
         Raises:
             NonFiniteGradientError: If the streak ends here, and the run cannot go back.
         """
-        number = f"bad step {streak} in a row"
+        number, streak = counters.in_a_row, counters.streak
         if not self._is_over(streak):
             end = ""
             if self._options.policy != "ignore":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from clip_callbacks.core.diagnosis import Findings, examine, examine_on_all_ranks
+from clip_callbacks.core.measurement import are_finite
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
@@ -53,27 +53,14 @@ def ask_scaler(step: StepContext, *, is_over: bool) -> ScalerVerdict:
 
 
 def _has_bad_loss(step: StepContext, *, is_over: bool) -> bool:
-    """Whether a loss is bad by itself, on any rank.
-
-    With several optimizers the losses have no say, since nobody knows whose gradients a loss has reached; nor on several ranks
-    once the step is over, since they do not learn of it together.
-    """
-    if len(step.trainer.optimizers) > 1 or (is_over and step.trainer.world_size > 1):
-        return False
-    return _on_any_rank(step, any(_is_bad(loss) for loss in step.losses), is_over=is_over)
+    """Whether a loss is bad by itself, on any rank: no loss scale would cure that."""
+    return _on_any_rank(step, not are_finite(step.losses), is_over=is_over)
 
 
 def _on_any_rank(step: StepContext, flag: bool, *, is_over: bool) -> bool:
     if step.trainer.world_size == 1 or is_over:
         return flag
     return any(gathered(flag))
-
-
-def _is_bad(scaled_loss: Tensor) -> bool:
-    """Whether a loss is no number whatever the loss scale; an infinite one in float16 may be the scale's doing."""
-    if bool(scaled_loss.isnan().any()):
-        return True
-    return scaled_loss.dtype is not torch.float16 and bool(scaled_loss.isinf().any())
 
 
 def look_at(step: StepContext, *, after_good_step: bool, traces: bool, norms: Tensor | None = None) -> Findings:

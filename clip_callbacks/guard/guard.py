@@ -103,6 +103,11 @@ class Guard(Unguarded):
         return self._restorer
 
     @property
+    def judges_losses(self) -> bool:  # type: ignore[override]
+        """Whether a loss that is not finite makes a step bad, whatever its gradients are."""
+        return self._options.policy != "ignore"
+
+    @property
     def is_stale(self) -> bool:  # type: ignore[override]
         """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
         return self.rollback.is_fresh
@@ -159,8 +164,9 @@ class Guard(Unguarded):
     @override
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
         if step.mode is StepMode.ON_DEVICE:
-            takes_all = self._options.policy == "ignore" and step.loss_scale is None
-            return CLIP if takes_all else Resolution(Action.ON_DEVICE)
+            if self._options.policy != "ignore":
+                return Resolution(Action.ON_DEVICE, holds_scale=True)
+            return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
         if not measured.norms.is_finite:
             return self._resolve_nonfinite(step)
         if measured.is_spike:
@@ -168,7 +174,7 @@ class Guard(Unguarded):
             norms = measured.norms
             spike = Spike.of(step.optimizer.table.names, norms.parameter_norms, norms.total, measured.threshold.limit)
             self._count_spike(step, spike)
-            return Resolution(Action.SKIP, StepOutcome.SKIPPED)
+            return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
         return CLIP
 
     def _resolve_nonfinite(self, step: StepContext, norms: Tensor | None = None) -> Resolution:
@@ -194,22 +200,22 @@ class Guard(Unguarded):
             action = Action.SKIP
         number = step.number
         after_good_step = 0 < number != counters.last_bad + 1
-        if counters.add(number):
+        if counters.add(number, step.batch):
             if self._log.can_go_back(counters.streak):
                 action = Action.SKIP
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
             findings = look_at(step, after_good_step=after_good_step, traces=self._options.trace_forward, norms=norms)
-            self._log.nonfinite(step, findings, counters.streak, self.restorer.before(step.optimizer))
+            self._log.nonfinite(step, findings, counters, self.restorer.before(step.optimizer))
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
         # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
-        return Resolution(action if step.is_new else Action.CLIP, StepOutcome.SKIPPED, is_called=not scaler.skips)
+        return Resolution(action if step.is_new else Action.CLIP, StepOutcome.SKIPPED, holds_scale=True)
 
     def _count_spike(self, step: StepContext, spike: Spike) -> None:
         counters = self.counts.of[step.optimizer.index]
-        counters.skipped += counters.add(step.optimizer.history.steps)
-        self._log.spike(step, spike, counters.streak, self.restorer.before(step.optimizer))
+        counters.skipped += counters.add(step.optimizer.history.steps, step.batch)
+        self._log.spike(step, spike, counters, self.restorer.before(step.optimizer))
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
@@ -223,14 +229,17 @@ class Guard(Unguarded):
     @override
     def discard(self, step: StepContext) -> None:
         counters = self.counts.of[step.optimizer.index]
+        if step.discarded is Discarded.OVERFLOWED:
+            counters.overflowed += 1
+            return
         if step.discarded is Discarded.STALE:
             counters.skipped += 1
             return
-        counters.skipped += counters.add(step.optimizer.history.steps)
+        counters.skipped += counters.add(step.optimizer.history.steps, step.batch)
         if step.discarded is Discarded.DROPPED:
-            self._log.all_dropped(step, counters.streak)
+            self._log.all_dropped(step, counters)
         else:
-            self._log.weightless(step, counters.streak)
+            self._log.discarded(step, counters)
 
     @override
     def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
@@ -291,6 +300,8 @@ class Guard(Unguarded):
             return 'bundles of the weights (bundle_dir, weights="full") are written before other optimizers step'
         if options.skip_above is not None and grad_scaler(self._trainer) is not None:
             return "a GradScaler, which takes the place of what skip_above tells the optimizer"
+        if self._trainer.world_size > 1 and grad_scaler(self._trainer) is not None:
+            return "a GradScaler on several ranks, which must all know whether it was the loss or the loss scale"
         return self.restorer.reason_against_deferral(context)
 
     @override

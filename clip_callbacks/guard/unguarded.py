@@ -28,11 +28,14 @@ class Resolution:
         action: What is done to its gradients.
         outcome: What comes of the step, where that is more than the action says.
         is_called: Whether the optimizer is called; a GradScaler that found an overflow does not call it.
+        holds_scale: Whether the GradScaler is to learn nothing of the step: no loss scale would cure it. Of a deferred step: if
+            that turns out so.
     """
 
     action: Action
     outcome: StepOutcome | None = None
     is_called: bool = True
+    holds_scale: bool = False
 
 
 CLIP = Resolution(Action.CLIP)
@@ -48,6 +51,8 @@ class Unguarded:
     """Whether bad micro-batches are dropped from their window."""
     deferral: bool | None = None
     """Whether steps are to be decided on the device; None: where it pays."""
+    judges_losses = False
+    """Whether a loss that is not finite makes a step bad, whatever its gradients are."""
     is_stale = False
     """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
 
@@ -114,7 +119,7 @@ class Unguarded:
             return CLIP
         if step.mode is StepMode.ON_DEVICE:
             return Resolution(Action.ON_DEVICE)
-        return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, is_called=False)
+        return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
 
     def discard(self, step: StepContext) -> None:
         """Count a window of which nothing is left.
@@ -122,7 +127,7 @@ class Unguarded:
         Raises:
             NonFiniteGradientError: If this is one bad step too many in a row.
         """
-        rank_zero_warn(f"Every micro-batch of the window has weight 0 at {step}: the step is skipped.", stacklevel=2)
+        rank_zero_warn(f"{step.why_discarded} at {step}: the step is skipped.", stacklevel=2)
 
     def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
         """Undo a skipped step, and more if bad ones do not end.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 
 import torch
 from lightning.pytorch import Trainer
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
+
+from clip_callbacks.core.measurement import sum_of
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
@@ -52,6 +55,55 @@ def take_over(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor) ->
     device = loss_scale(scaler).device
     state["found_inf_per_device"] = {device: finite.logical_not().float().to(device)}
     state["stage"] = OptState.UNSCALED
+
+
+def hold(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Leave the scale and its growth counter as they are through a step that is skipped, and that no other scale would cure.
+
+    The scaler is told that nothing was found, calls the optimizer, whose gradients are gone, and counts one good step; that one is
+    taken off beforehand.
+    """
+    state = scaler._per_optimizer_states[id(optimizer)]
+    device = loss_scale(scaler).device
+    state["found_inf_per_device"] = {device: torch.zeros((), dtype=torch.float32, device=device)}
+    state["stage"] = OptState.UNSCALED
+    _growth_counter(scaler).sub_(1)
+
+
+def hold_where(scaler: GradScaler, optimizer: Optimizer, flag: torch.Tensor) -> None:
+    """Do as :func:`hold` if a flag is set, 0-dim bool, which stays unread.
+
+    It takes effect after the step of a fused optimizer, which stands still for what was found, and before the scaler's update.
+    """
+
+    def after_step(*_: object) -> None:
+        hook.remove()
+        found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        for each in found.values():
+            each.mul_(flag.logical_not().to(each.device))
+        counter = _growth_counter(scaler)
+        counter.sub_(flag.to(counter))
+
+    hook = optimizer.register_step_post_hook(after_step)
+
+
+def is_incurable(losses: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+    """Whether no lower loss scale would make a bad step good: a loss is not finite, or the scale is at 1; 0-dim bool, unread.
+
+    Args:
+        losses: The losses of the step.
+        scale: What they were multiplied by.
+    """
+    incurable = scale <= 1.0
+    if losses:
+        incurable = incurable.reshape(()) | torch.isfinite(sum_of(losses)).logical_not().reshape(())
+    return incurable
+
+
+def _growth_counter(scaler: GradScaler) -> torch.Tensor:
+    counter = scaler._growth_tracker
+    assert counter is not None, "a loss was scaled before"
+    return counter
 
 
 def has_overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -56,8 +56,21 @@ class Discarded(Enum):
     """Every micro-batch was dropped."""
     WEIGHTLESS = "weightless"
     """Every micro-batch has weight 0, on all ranks."""
+    SHARED = "shared"
+    """They share parameters with an optimizer whose step was skipped: the gradients of these are gone."""
+    OVERFLOWED = "overflowed"
+    """They share parameters with an optimizer whose step has overflowed."""
     STALE = "stale"
     """They were computed with weights that a rollback in this batch has replaced."""
+
+
+_WHY_DISCARDED = {
+    Discarded.DROPPED: "Every micro-batch of the window was dropped",
+    Discarded.WEIGHTLESS: "Every micro-batch of the window has weight 0",
+    Discarded.SHARED: "Parameters are shared with another optimizer, whose step of the same losses was bad,",
+    Discarded.OVERFLOWED: "Parameters are shared with another optimizer, whose step of the same losses has overflowed,",
+    Discarded.STALE: "The gradients are of weights that a rollback has replaced,",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +101,16 @@ class StepContext:
     def losses(self) -> list[Tensor]:
         """The losses of the window, 0-dim, multiplied by the loss scale."""
         return [loss for loss, _ in self.micro_batches]
+
+    @property
+    def why_discarded(self) -> str:
+        """Why the gradients mean nothing, in words."""
+        return _WHY_DISCARDED.get(self.discarded, "") if self.discarded else ""
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """The epoch and the number of the batch."""
+        return int(self.place["epoch"]), int(self.place["batch"])
 
     @property
     def number(self) -> int:

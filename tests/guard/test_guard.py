@@ -223,7 +223,7 @@ def test_a_nan_that_no_scale_cures_is_told_from_an_overflow(trainer):
     fit.fit(module, data(24, size=1.0))
     assert guard.skipped_steps == 2
     assert guard.overflowed_steps > 0
-    assert fit.precision_plugin.scaler.get_scale() == 2.0 ** (30 - guard.skipped_steps - guard.overflowed_steps)
+    assert fit.precision_plugin.scaler.get_scale() == 2.0 ** (30 - guard.overflowed_steps), "a loss that is NaN is not its fault"
 
     class Backward(Regression):
         def loss(self, batch, batch_idx):
@@ -288,14 +288,14 @@ def test_trace_never_ends_a_run_and_leaves_metrics_alone(trainer, tmp_path):
         assert module.seen.weight == 6
 
 
-def test_with_several_optimizers_a_scaler_s_overflow_is_not_laid_to_another_s_loss(trainer):
+def test_each_of_several_optimizers_is_judged_by_its_own_losses(trainer):
     from tests.helpers.training import TwoNetworks, scaled
 
-    guard = NonFiniteGuard("raise")
-    fit = trainer(guard, **scaled(init_scale=1024.0))
+    guard = NonFiniteGuard()
+    fit = trainer(guard, **scaled(init_scale=16.0))
     fit.fit(TwoNetworks({3: math.nan}), data(8))
-    assert guard.overflowed_steps >= 1
-    assert fit.precision_plugin.scaler.get_scale() < 1024.0
+    assert (guard.skipped_steps, guard.overflowed_steps) == (1, 0), "one of two networks had a loss that is NaN"
+    assert fit.precision_plugin.scaler.get_scale() == 16.0
 
 
 def test_a_journal_that_cannot_be_written_does_not_stop_the_run(trainer, tmp_path):

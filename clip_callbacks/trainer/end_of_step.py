@@ -1,8 +1,8 @@
 """The end of one optimizer step, whatever it calls inside.
 
-torch's step hooks run once for the ``step`` of each class that calls its parent's, and are missing where a wrapper is no ``Optimizer``
-of torch; they cannot tell the end from the middle. Lightning's own optimizer says so at the very end, once, in
-automatic and in manual optimization, and with a GradScaler in between.
+torch's step hooks run once for the ``step`` of each class that calls its parent's, and a wrapper that is no ``Optimizer`` has
+none: they cannot tell the end from the middle. Lightning's own optimizer says so once, at the very end, in automatic and in
+manual optimization, and with a GradScaler in between.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from clip_callbacks.guard.line_search import line_searches
-from clip_callbacks.guard.parameter_check import parameter_checks
+from clip_callbacks.guard.optimizer_bookkeeping import optimizer_bookkeeping
 from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
 from clip_callbacks.guard.rewritten_parameters import rewritten_parameters
 from clip_callbacks.guard.schedules import held_schedules
@@ -15,7 +15,7 @@ from clip_callbacks.guard.written_buffers import written_buffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
-RESOURCES: tuple[MakeResources, ...] = (written_buffers, rewritten_parameters, line_searches, parameter_checks, held_schedules)
+RESOURCES: tuple[MakeResources, ...] = (written_buffers, rewritten_parameters, line_searches, optimizer_bookkeeping, held_schedules)
 """Every kind of state that a skipped step puts back, in the order in which it is put back. A new one is a file, and a name here."""
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from operator import attrgetter
-from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.end_of_step import at_end_of_step
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others
@@ -35,7 +35,7 @@ def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
     """Make the resource of each optimizer."""
     known = set(_renormalized(scope.module))
     is_manual = not scope.module.automatic_optimization
-    return {context.index: RewrittenParameters(context, known, is_manual=is_manual) for context in scope.contexts}
+    return {context.index: RewrittenParameters(scope.trainer, context, known, is_manual=is_manual) for context in scope.contexts}
 
 
 def _renormalized(module: nn.Module) -> Iterator[Tensor]:
@@ -50,13 +50,16 @@ class RewrittenParameters(Resource):
     """Those of one optimizer's parameters that forward passes rewrite.
 
     Args:
+        trainer: The Trainer.
         context: The optimizer.
         known: Parameters that are known to be rewritten, whosever they are.
         is_manual: Whether a batch may have several steps.
     """
 
-    def __init__(self, context: OptimizerContext, known: Collection[Tensor], *, is_manual: bool) -> None:
-        self._index = context.index
+    def __init__(self, trainer: Trainer, context: OptimizerContext, known: Collection[Tensor], *, is_manual: bool) -> None:
+        self._trainer = trainer
+        self._context = context
+        self._is_manual = is_manual
         self._tensors = dict(zip(context.table.names, context.table.tensors, strict=True))
         self._copies, self._suspects = TensorCopies(), TensorCopies()
         self._rewritten: set[str] = set()
@@ -64,9 +67,6 @@ class RewrittenParameters(Resource):
         self._windows = 0
         self._has_pass = self._is_told = self._is_watching = False
         self._versions: list[int] = []
-        self._handle: RemovableHandle | None = None
-        if is_manual:
-            self._handle = context.optimizer.register_step_post_hook(self._after_step)
         for name, tensor in self._tensors.items():
             if tensor in known and fits_among_others(tensor):
                 self._rewritten.add(name)
@@ -97,7 +97,7 @@ class RewrittenParameters(Resource):
     @override
     def end_pass(self, reached: Collection[int]) -> None:
         self._is_told = True
-        self._has_pass = self._has_pass or self._index in reached
+        self._has_pass = self._has_pass or self._context.index in reached
 
     @override
     def begin_step(self, step: StepContext) -> None:
@@ -121,6 +121,8 @@ class RewrittenParameters(Resource):
     def commit(self, step: StepContext) -> None:
         self._has_pass = False
         self._lost.clear()
+        if self._is_manual and self._rewritten:  # another forward pass may follow in the same batch
+            at_end_of_step(self._trainer, self._context.optimizer, self._copies.keep)
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
@@ -140,12 +142,6 @@ class RewrittenParameters(Resource):
         self._copies.restore_where(skipped)
         self._lost.clear()
 
-    def _after_step(self, *_: Any) -> None:
-        """Copy anew: in manual optimization another forward pass may follow in the same batch."""
-        self._has_pass = False
-        if self._rewritten:
-            self._copies.keep()
-
     @override
     def reset(self) -> None:
         self._copies.keep()
@@ -153,8 +149,3 @@ class RewrittenParameters(Resource):
     @override
     def before(self) -> dict[int, Tensor]:
         return self._copies.copies()
-
-    @override
-    def detach(self) -> None:
-        if self._handle:
-            self._handle.remove()

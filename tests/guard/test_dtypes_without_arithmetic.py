@@ -11,6 +11,7 @@ from torch import nn
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, RatioLimit
 from clip_callbacks.core.nonfinite import has_arithmetic
+from clip_callbacks.replay.watch import _not_finite
 from tests.helpers.exotic import frozen_tensors
 from tests.helpers.rollback import rollback
 from tests.helpers.training import Poisoned, assert_same_bits, data, weights
@@ -109,6 +110,16 @@ def test_the_run_goes_back(trainer, kind):
     loader = list(data(7))
     trainer().fit(clean, torch.utils.data.DataLoader([*loader[:2], *loader[5:]], batch_size=None))
     assert_same_bits([it.detach() for it in module.learning()], [it.detach() for it in clean.learning()])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "meta"])
+def test_a_replay_takes_no_frozen_weights_for_numbers(kind):
+    layer = nn.Linear(4, 2)
+    layer.base = nn.Parameter(frozen_tensors()[kind], requires_grad=False)
+    layer.register_buffer("codes", frozen_tensors()["float8_e5m2"])
+    assert _not_finite(layer) == ()
+    layer.bias.data.fill_(math.nan)
+    assert _not_finite(layer) == ("bias",)
 
 
 class TwoAdapted(Adapted):

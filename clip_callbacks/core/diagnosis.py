@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
+from clip_callbacks.core.parameters import ParameterTable, learns
 from clip_callbacks.core.reduction import gathered, shard_of
 
-FaultStage: TypeAlias = Literal["step", "parameter", "loss", "gradient", "unknown"]
+FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
 
 LISTED = 8
 """How many offenders a report names."""
@@ -28,7 +29,7 @@ class Offender:
     """One tensor with non-finite entries.
 
     Args:
-        name: Of the parameter.
+        name: Of the parameter, of the buffer, or of what holds the tensor.
         shape: Of the tensor.
         nan: Count of NaN entries; None if only the norm is known.
         inf: Count of infinite entries; None if only the norm is known.
@@ -62,7 +63,7 @@ class Findings:
 
     Args:
         gradients: Parameters with non-finite gradients, in module order.
-        parameters: Parameters that are non-finite themselves, in module order.
+        parameters: Parameters that are non-finite themselves, in module order; none that is frozen.
         before: The nearest parameter before the first offender with a finite gradient, if any.
         after: The nearest such parameter after it.
         count: How many parameters have a gradient.
@@ -70,6 +71,10 @@ class Findings:
         after_good_step: Whether the step before was taken with finite gradients.
         traced: The first module with a non-finite output, if the batch was run again to find it.
         loss_ranks: Of several ranks, those with a loss that is not finite.
+        buffers: Buffers that were non-finite before the step.
+        carried: Tensors in plain attributes of modules that are non-finite now: a skip does not put them back.
+        carried_before: Those of them that were so before the step.
+        frozen: Frozen parameters that look non-finite, if no step has been good so far: they may as well be packed codes.
     """
 
     gradients: tuple[Offender, ...]
@@ -81,6 +86,10 @@ class Findings:
     after_good_step: bool = False
     traced: str | None = None
     loss_ranks: tuple[int, ...] = ()
+    buffers: tuple[Offender, ...] = ()
+    carried: tuple[Offender, ...] = ()
+    carried_before: tuple[Offender, ...] = ()
+    frozen: tuple[Offender, ...] = ()
 
     @property
     def guilty_ranks(self) -> tuple[int, ...]:
@@ -89,21 +98,26 @@ class Findings:
 
     @property
     def stage(self) -> FaultStage:
-        """Where it began: in the step before, in parameters non-finite before that, in the loss (forward), or in backward."""
+        """Where it began: in the step before, in what was non-finite before that, in the loss (forward), or in backward."""
         if self.parameters:
             return "step" if self.after_good_step else "parameter"
+        if self.buffers:
+            return "buffer"
+        if self.carried_before:
+            return "carried"
         if self.loss_is_finite is None:
             return "unknown"
         return "gradient" if self.loss_is_finite else "loss"
 
     def facts(self) -> dict[str, Any]:
         """The same as :meth:`describe`, for a line of JSON."""
-        offenders = {"gradients": [*map(Offender.facts, self.gradients)], "parameters": [*map(Offender.facts, self.parameters)]}
+        kinds = ("gradients", "parameters", "buffers", "carried", "carried_before", "frozen")
+        offenders = {kind: [*map(Offender.facts, getattr(self, kind))] for kind in kinds}
         facts = {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | offenders
         return facts | {"guilty_ranks": list(self.guilty_ranks)}
 
     def describe(self) -> str:
-        """Text of at most a dozen lines: the stage and what to look at, the offenders, their finite neighbours."""
+        """Text of at most nineteen lines: the stage and what to look at, the offenders, their finite neighbours."""
         lines = [f"Stage: {_STAGES[self.stage]}"]
         if self.guilty_ranks:
             lines += [f"Where it began: rank {_enumerated(self.guilty_ranks)}"]
@@ -111,6 +125,14 @@ class Findings:
             lines += [f"First non-finite output: {self.traced}"]
         if self.parameters:
             lines += [f"Non-finite parameters: {_listed(self.parameters, 3)}"]
+        if self.buffers:
+            lines += [f"Non-finite buffers before this step: {_listed(self.buffers, 3)}"]
+        if self.carried:
+            lines += [f"Not finite in plain attributes, which a skip does not put back: {_listed(self.carried, 3)}"]
+        if self.carried_before:
+            lines += [f"  so before this step already: {_listed(self.carried_before, 3)}"]
+        if self.frozen:
+            lines += [f"Frozen and not finite, as packed codes may be: {_listed([it.name for it in self.frozen], 3)}"]
         lines += [f"Non-finite gradients in {len(self.gradients)} of {self.count} parameters:"]
         lines += [f"  {offender}" for offender in self.gradients[:LISTED]]
         if len(self.gradients) > LISTED:
@@ -160,6 +182,9 @@ _STAGES: dict[FaultStage, str] = {
     "step": "the optimizer step before made parameters non-finite, from finite gradients (its learning rate, the optimizer, or "
     "code that wrote to them).",
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
+    "buffer": "buffers were non-finite before this step (an earlier bad batch, a checkpoint, or code that wrote to them).",
+    "carried": "a tensor that a module carries from batch to batch was non-finite before this step; reset it where the batch was "
+    "bad, or register it as a buffer, which a skip puts back.",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
     "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
     "unknown": "gradients are not finite; a loss that is not was not seen here (it may be another rank's).",
@@ -168,15 +193,23 @@ _STAGES: dict[FaultStage, str] = {
 
 @torch.no_grad()
 def examine(
-    table: ParameterTable, losses: Sequence[Tensor] = (), *, after_good_step: bool = False, norms: Tensor | None = None
+    table: ParameterTable,
+    losses: Sequence[Tensor] = (),
+    *,
+    after_good_step: bool = False,
+    norms: Tensor | None = None,
+    buffers: Iterable[tuple[str, Tensor]] = (),
+    frozen: Iterable[tuple[str, Tensor]] = (),
 ) -> Findings:
-    """Look at every gradient, parameter and loss of a bad step.
+    """Look at every gradient, parameter and loss of a bad step; at parameters that are frozen only where ``frozen`` names them.
 
     Args:
         table: The parameters of the optimizer about to step, with their gradients.
         losses: The losses of the window, 0-dim.
         after_good_step: Whether the step before was taken with finite gradients.
         norms: Of the gradients of a step that is over, shape ``(N,)`` on the host: nothing else is left of them.
+        buffers: Names and values, as they were before the step's first forward pass, of those buffers that are to be finite.
+        frozen: Names of frozen parameters and these, where no step has been good so far.
     """
     if norms is None:
         held = [
@@ -189,12 +222,23 @@ def examine(
         names, gradients = list(table.names), _offenders_by_norm(table, norms)
     return Findings(
         gradients,
-        _offenders(zip(table.names, table.shapes, map(shard_of, table.tensors), strict=True)),
+        _offenders(
+            (name, shape, shard_of(tensor))
+            for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
+            if learns(tensor)
+        ),
         *_neighbours(names, gradients),
         count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
+        buffers=offenders_among(buffers),
+        frozen=offenders_among(frozen),
     )
+
+
+def offenders_among(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
+    """Those of some tensors that are not finite, this rank's shards of sharded ones; what cannot be judged is passed over."""
+    return _offenders((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
 
 
 def examine_on_all_ranks(table: ParameterTable, findings: Findings) -> Findings:
@@ -229,6 +273,10 @@ def examine_on_all_ranks(table: ParameterTable, findings: Findings) -> Findings:
         loss_is_finite=None if set(losses) == {None} else False not in losses,
         traced=next((share.findings.traced for share in each if share.findings.traced), None),
         loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
+        buffers=_joined_copies([share.findings.buffers for share in each]),
+        carried=_joined_copies([share.findings.carried for share in each]),
+        carried_before=_joined_copies([share.findings.carried_before for share in each]),
+        frozen=_joined_copies([share.findings.frozen for share in each]),
     )
 
 
@@ -246,11 +294,7 @@ def _joined(
     each: Sequence[_Share], found: Sequence[Sequence[Offender]], names: Sequence[str], *, is_divided: bool
 ) -> tuple[Offender, ...]:
     """Offenders of all ranks, each once: parts of one tensor are summed up, copies are not."""
-    by_name: dict[str, dict[int, Offender]] = {}
-    for rank, offenders in enumerate(found):
-        for offender in offenders:
-            by_name.setdefault(offender.name, {})[rank] = offender
-    joined = []
+    by_name, joined = _by_name(found), []
     for name in names:
         if guilty := by_name.get(name):
             parts = [offender for rank, offender in guilty.items() if name in each[rank].counted] if is_divided else []
@@ -260,6 +304,24 @@ def _joined(
             ranks = tuple(guilty) if set(others) - set(guilty) else ()
             joined.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
     return tuple(joined)
+
+
+def _joined_copies(found: Sequence[Sequence[Offender]]) -> tuple[Offender, ...]:
+    """Offenders of all ranks, each once, of tensors of which every rank has one of its own."""
+    joined = []
+    for guilty in _by_name(found).values():
+        ranks = tuple(guilty) if len(guilty) < len(found) else ()
+        joined.append(replace(next(iter(guilty.values())), ranks=ranks))
+    return tuple(joined)
+
+
+def _by_name(found: Sequence[Sequence[Offender]]) -> dict[str, dict[int, Offender]]:
+    """What each rank has found, by names and by ranks."""
+    by_name: dict[str, dict[int, Offender]] = {}
+    for rank, offenders in enumerate(found):
+        for offender in offenders:
+            by_name.setdefault(offender.name, {})[rank] = offender
+    return by_name
 
 
 def _neighbours(names: Sequence[str], offenders: Sequence[Offender]) -> tuple[str | None, str | None]:
@@ -277,9 +339,11 @@ def _entries(tensor: Tensor) -> Tensor:
 
 
 def _offenders(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[Offender, ...]:
-    """Of names, shapes, and this rank's parts of parameters or of their gradients."""
+    """Of names, shapes, and this rank's parts of tensors."""
     found = []
     for name, shape, part in named:
+        if not has_arithmetic(part):
+            continue
         entries = _entries(part.detach())
         if not bool(torch.isfinite(entries).all()):
             found.append(replace(count_nonfinite(entries, name), shape=shape))
@@ -301,6 +365,6 @@ def _enumerated(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _listed(offenders: Sequence[Offender], most: int) -> str:
+def _listed(offenders: Sequence[Offender | str], most: int) -> str:
     rest = f" and {len(offenders) - most} more" if len(offenders) > most else ""
     return "; ".join(str(offender) for offender in offenders[:most]) + rest

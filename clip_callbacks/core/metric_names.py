@@ -29,5 +29,7 @@ HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"
 """In the log directory: a line of JSON for each bad step."""
+OFFENDERS = ("parameters", "buffers", "carried_before", "gradients", "largest")
+"""Under which keys a line of it lists what was bad, that which began it first."""
 
 PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}

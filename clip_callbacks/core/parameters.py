@@ -336,6 +336,14 @@ class Gradients:
         return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
 
 
+def learns(parameter: Tensor) -> bool:
+    """Whether a step may change a parameter: whether it requires a gradient, or was given one.
+
+    What is frozen is not judged as numbers: there may be codes in it, packed into any dtype, which look like NaN in some.
+    """
+    return parameter.requires_grad or parameter.grad is not None
+
+
 def without_wrappers(name: str) -> str:
     """A name as it is without wrappers of torch.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from clip_callbacks.core.diagnosis import Findings, examine, examine_on_all_ranks
+from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks
 from clip_callbacks.core.measurement import are_finite
 from clip_callbacks.core.nonfinite import all_finite
+from clip_callbacks.core.parameters import learns, without_wrappers
 from clip_callbacks.core.reduction import gathered
+from clip_callbacks.trainer.carried import carried_tensors
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.trace_forward import trace_forward
@@ -63,7 +66,54 @@ def _on_any_rank(step: StepContext, flag: bool, *, is_over: bool) -> bool:
     return any(gathered(flag))
 
 
-def look_at(step: StepContext, *, after_good_step: bool, traces: bool, norms: Tensor | None = None) -> Findings:
+class CarriedTensors:
+    """The tensors in a module's plain attributes that hold NaN, as one optimizer's steps meet them.
+
+    What holds some when the fit begins, or was left so by a bad batch, is suspected of spoiling the next step. A good step in spite
+    of it acquits it: a memory bank may be NaN wherever nothing was stored yet.
+
+    Args:
+        module: The module in training.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._acquitted: set[str] = set()
+        self._suspects = carried_tensors(module)
+
+    def begin_batch(self) -> None:
+        """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""
+        self._suspects = self._among(self._suspects)
+
+    def look(self) -> tuple[tuple[Offender, ...], tuple[Offender, ...]]:
+        """At a bad step, after its forward passes: what holds NaN now, and what held some before them."""
+        before = self._suspects
+        self._suspects = tuple(each for each in carried_tensors(self._module) if each.name not in self._acquitted)
+        return self._suspects, before
+
+    def end_good_step(self) -> None:
+        """A step was good, whatever its forward passes have met."""
+        self._acquitted |= {each.name for each in self._among(self._suspects)}
+        self._suspects = ()
+
+    def _among(self, suspects: tuple[Offender, ...]) -> tuple[Offender, ...]:
+        """Those that hold NaN; nothing is looked at where nobody is suspected, as on most steps."""
+        if not suspects:
+            return ()
+        names = {each.name for each in suspects}
+        return tuple(each for each in carried_tensors(self._module) if each.name in names)
+
+
+def look_at(
+    step: StepContext,
+    *,
+    after_good_step: bool,
+    traces: bool,
+    norms: Tensor | None = None,
+    buffers: Iterable[tuple[str, Tensor]] = (),
+    carried: CarriedTensors | None = None,
+    none_was_good: bool = False,
+) -> Findings:
     """Walk over the parameters of a bad step; on several ranks a collective, unless the step is over.
 
     Args:
@@ -71,9 +121,16 @@ def look_at(step: StepContext, *, after_good_step: bool, traces: bool, norms: Te
         after_good_step: Whether the step before was taken with finite gradients.
         traces: Whether a batch with a bad loss is run again to find the module.
         norms: Of a step that is over, the norms of its gradients, on the host: nothing else is left of them.
+        buffers: Names and values, as they were before the step's first forward pass, of those buffers that are to be finite.
+        carried: What watches tensors in plain attributes.
+        none_was_good: Whether all steps of the optimizer so far were bad: then frozen parameters are looked at too.
     """
     table = step.optimizer.table
-    findings = examine(table, step.losses, after_good_step=after_good_step, norms=norms)
+    frozen = _frozen(step) if none_was_good else ()
+    findings = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
+    if carried:
+        now, before = carried.look()
+        findings = replace(findings, carried=now, carried_before=before)
     if traces:
         findings = replace(findings, traced=_trace(step))
     if step.trainer.world_size == 1:
@@ -88,6 +145,15 @@ def look_at(step: StepContext, *, after_good_step: bool, traces: bool, norms: Te
 def is_guilty(step: StepContext, findings: Findings) -> bool:
     """Whether a step may be this rank's fault: it is one of those where it began, or nobody knows where."""
     return not findings.guilty_ranks or step.trainer.global_rank in findings.guilty_ranks
+
+
+def _frozen(step: StepContext) -> list[tuple[str, Tensor]]:
+    """The frozen parameters of an optimizer, and those of the module that no optimizer holds."""
+    table = step.optimizer.table
+    held = {id(tensor) for each in step.trainer.optimizers for group in each.param_groups for tensor in group["params"]}
+    others = [(without_wrappers(name), it) for name, it in step.trainer.lightning_module.named_parameters() if id(it) not in held]
+    own = zip(table.names, table.tensors, strict=True)
+    return [(name, tensor) for name, tensor in (*own, *others) if not learns(tensor)]
 
 
 def _trace(step: StepContext) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.diagnosis import Spike
+from clip_callbacks.core.diagnosis import Findings, Spike
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.metric_names import SKIPPED_STEPS
 from clip_callbacks.core.nonfinite import all_finite
@@ -19,7 +19,7 @@ from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.guard.bad_steps import BadStepCounts, BadStepLog, Counters
-from clip_callbacks.guard.examination import ask_scaler, look_at
+from clip_callbacks.guard.examination import CarriedTensors, ask_scaler, look_at
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.resource import ResourceScope
@@ -62,6 +62,7 @@ class Guard(Unguarded):
         self.journal = Journal(options)
         self.rollback = NoRollback()
         self._restorer: SkippedStepRestorer | None = None
+        self._carried: dict[int, CarriedTensors] = {}
         self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
 
     @override
@@ -84,6 +85,7 @@ class Guard(Unguarded):
             )
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
+            self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed)
         if self._restorer:
             self._restorer.detach()
@@ -132,6 +134,8 @@ class Guard(Unguarded):
     @override
     def begin_batch(self, *, in_window: bool) -> None:
         self.restorer.begin_batch(in_window=in_window)
+        for carried in self._carried.values():
+            carried.begin_batch()
         if self._options.rolls_back:
             self.rollback.begin_batch(in_window=in_window)
 
@@ -205,12 +209,26 @@ class Guard(Unguarded):
                 action = Action.SKIP
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
-            findings = look_at(step, after_good_step=after_good_step, traces=self._options.trace_forward, norms=norms)
+            findings = self._look_at(step, after_good_step=after_good_step, none_was_good=counters.streak > number, norms=norms)
             self._log.nonfinite(step, findings, counters, self.restorer.before(step.optimizer))
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
         # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
         return Resolution(action if step.is_new else Action.CLIP, StepOutcome.SKIPPED, holds_scale=True)
+
+    def _look_at(
+        self, step: StepContext, *, after_good_step: bool = False, none_was_good: bool = False, norms: Tensor | None = None
+    ) -> Findings:
+        """Look at all that a bad step may come from: arguments as for :func:`look_at`."""
+        return look_at(
+            step,
+            after_good_step=after_good_step,
+            traces=self._options.trace_forward,
+            norms=norms,
+            buffers=self.restorer.named_before(step.optimizer),
+            carried=self._carried[step.optimizer.index],
+            none_was_good=none_was_good,
+        )
 
     def _count_spike(self, step: StepContext, spike: Spike) -> None:
         counters = self.counts.of[step.optimizer.index]
@@ -219,7 +237,7 @@ class Guard(Unguarded):
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
-        findings = look_at(step, after_good_step=False, traces=self._options.trace_forward)
+        findings = self._look_at(step)
         self._log.dropped_micro_batch(step, findings, self.restorer.before(step.optimizer))
 
     @override
@@ -249,6 +267,7 @@ class Guard(Unguarded):
             self.restorer.abort(step, is_called=is_called)
         else:
             self.restorer.commit(step)
+            self._carried[step.optimizer.index].end_good_step()
         if self._options.rolls_back:
             self.rollback.end_step(step, report)
 

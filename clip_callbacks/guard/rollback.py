@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from clip_callbacks.core.actions import StepOutcome
-from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.reduction import on_any_rank
+from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
+from clip_callbacks.core.parameters import learns
+from clip_callbacks.core.reduction import on_any_rank, shard_of
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.guard.restore import SkippedStepRestorer
 from clip_callbacks.guard.run_state import HasLimitStates, RunCopy, RunState
@@ -93,16 +95,20 @@ class Rollback(NoRollback):
         self.run = RunState(trainer, module, (), limits, schedules)
         self._copy: RunCopy | None = None
         self._good_steps = self._returns = 0
-        self._is_candidate = self._is_asked = self._is_lost = False
+        self._is_candidate = self._is_asked = self._is_lost = self._has_checked_states = False
+        self._packed: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self.is_fresh = False
 
     @override
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
         self._contexts, self._restorer = contexts, restorer
+        if len(contexts) > 1:
+            self._packed = {id(tensor) for context in contexts for tensor in context.table.tensors if _looks_packed(tensor)}
         copy, self._copy = self._copy, None
         if copy is None:
             self.run.meet(contexts)
+            self.run.check()
             return
         self._copy = self.run.carry_over(copy, contexts)
         self._is_lost = self._copy is None
@@ -135,6 +141,9 @@ class Rollback(NoRollback):
     @override
     def begin_batch(self, *, in_window: bool) -> None:
         self.is_fresh = False
+        if self._good_steps and not self._has_checked_states:  # after the first step, not in the middle of the run
+            self._has_checked_states = True
+            self.run.check()
         self._take_up_other_schedules()
         if in_window:
             return
@@ -205,7 +214,8 @@ class Rollback(NoRollback):
             return True
         if any(other.report is not None and other.report.outcome is not StepOutcome.TAKEN for other in others):
             return False
-        shards = [shard.detach() for other in others for shard in other.table.shards]
+        rows = [row for other in others for row in zip(other.table.tensors, other.table.shards, strict=True)]
+        shards = [shard.detach() for tensor, shard in rows if id(tensor) not in self._packed and has_arithmetic(shard)]
         are_finite = not shards or all_finite(torch._foreach_norm(shards))  # of norms: a weight of 1e30 is as lost as a NaN
         if self._trainer.world_size == 1:
             return are_finite
@@ -220,3 +230,10 @@ class Rollback(NoRollback):
     def _restore(self) -> None:
         assert self._copy is not None
         self.run.restore(self._copy, self._lr_factor**self._returns)
+
+
+@torch.no_grad()
+def _looks_packed(parameter: Tensor) -> bool:
+    """Whether a frozen parameter was no good as a number from the beginning: there may be codes in it."""
+    shard = shard_of(parameter)
+    return not learns(parameter) and has_arithmetic(shard) and not all_finite(torch._foreach_norm([shard]))

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
+from torch.utils._pytree import tree_leaves
 
+from clip_callbacks.core.parameters import learns
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.trainer.averages import begin_anew, live_averages
@@ -20,7 +22,7 @@ from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.learning_rates import scaled_groups, scaled_schedule
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
-from clip_callbacks.trainer.snapshot import Snapshot, overlaps
+from clip_callbacks.trainer.snapshot import Snapshot, can_be_copied, is_opaque, overlaps
 
 
 class HasLimitStates(Protocol):
@@ -95,6 +97,26 @@ class RunState:
         """Take up the optimizers, of which there is no copy yet."""
         self._contexts = contexts
 
+    def check(self) -> None:
+        """See that a copy can be made of all that there is now; optimizers make their states in the first step.
+
+        Raises:
+            ValueError: If it cannot. It names who holds what, and says what to do.
+        """
+        for context in self._contexts:
+            who = type(context.optimizer).__name__
+            for name, tensor in zip(context.table.names, context.table.tensors, strict=True):
+                if learns(tensor) and not _is_restorable(tensor):
+                    raise ValueError(_no_copy(tensor, f"the parameter {name}"))
+            for state in context.optimizer.state.values():
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    for leaf in tree_leaves(value):
+                        if isinstance(leaf, Tensor) and not can_be_copied(leaf):
+                            raise ValueError(_no_copy(leaf, f"{key!r} in the state of {who}"))
+        for name, buffer in self._module.named_buffers():
+            if not can_be_copied(buffer):
+                raise ValueError(_no_copy(buffer, f"the buffer {name}"))
+
     def keep_buffers(self) -> None:
         """Copy the buffers before a window's first forward pass, which will change them."""
         self._kept_buffers = self._next_buffers.keep(live_buffers(self._module))
@@ -104,7 +126,12 @@ class RunState:
         self._kept_limits = self.limit_states()
 
     def copy(self) -> RunCopy:
-        """Copy the run as it is before the step that comes, over the copy before: that one is of no use any more."""
+        """Copy the run as it is before the step that comes, over the copy before: that one is of no use any more.
+
+        Raises:
+            ValueError: If something cannot be copied.
+        """
+        self.check()
         trees = self.memory.keep(self._live_trees())
         self._buffers, self._next_buffers = self._next_buffers, self._buffers
         return RunCopy(
@@ -200,13 +227,17 @@ class RunState:
         }
 
     def _live_parameters(self) -> dict[Tensor, Tensor]:
-        """By themselves, without those that cannot be trained: lazy ones before their first pass, sparse and expanded ones."""
+        """By themselves, without those that cannot be trained: lazy ones before their first pass, sparse and expanded ones.
+
+        Frozen ones of kinds that cannot be copied are left out too.
+        """
         each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
         each |= {id(tensor): tensor for context in self._contexts for tensor in context.table.tensors}
         return {
             tensor: tensor
             for tensor in each.values()
             if not is_lazy(tensor) and tensor.layout is torch.strided and not overlaps(shard_of(tensor))
+            if _is_restorable(tensor)
         }
 
     def _live_groups(self) -> list[list[dict[str, Any]]]:
@@ -224,3 +255,18 @@ class RunState:
         if not scaler:
             return []
         return [scaler._scale, scaler._growth_tracker]
+
+
+def _is_restorable(parameter: Tensor) -> bool:
+    """Whether a parameter can be copied and written to in place: nothing else can take the place of one."""
+    return can_be_copied(parameter) and not is_opaque(shard_of(parameter))
+
+
+def _no_copy(tensor: Tensor, what: str) -> str:
+    kind = type(tensor).__name__
+    if type(tensor) in {Tensor, Parameter}:
+        kind = str(tensor.dtype)
+    return (
+        f'`on_streak` must be "raise" where tensors cannot be copied, got "rollback" with {what}, which is of the kind {kind}. '
+        'Use NonFiniteGuard(on_streak="raise"), or an optimizer and layers whose tensors have clone() or __tensor_flatten__().'
+    )

@@ -98,7 +98,7 @@ class _Buffers(Resource, ABC):
 
     @override
     def named_before(self) -> list[tuple[str, Tensor]]:
-        return self._window.named()
+        return self._window.named_that_changed()
 
 
 class _WholeModule(_Buffers):
@@ -403,7 +403,7 @@ class _OneOfSeveral(_InManual):
 
     @override
     def named_before(self) -> list[tuple[str, Tensor]]:
-        return self._foreign.named() + super().named_before()
+        return self._foreign.named_that_changed() + super().named_before()
 
     @override
     def detach(self) -> None:

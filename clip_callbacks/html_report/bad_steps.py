@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clip_callbacks.core.metric_names import TOTAL_NORM
+from clip_callbacks.core.metric_names import OFFENDERS, TOTAL_NORM
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series, Values
 from clip_callbacks.stats.advice import robust_sigma
@@ -39,7 +39,7 @@ class BadStep:
         what: "skipped", "spike" and so on.
         norm: total_norm; NaN if it was not finite or is not known.
         where: Epoch and batch and rank, as far as known.
-        offenders: Which parameters, or what else is known.
+        offenders: Which parameters, buffers and so on, or what else is known.
     """
 
     step: int
@@ -82,9 +82,8 @@ def spikes(track: Track) -> tuple[Series, Values]:
 
 
 def offenders(entry: Mapping[str, Any]) -> list[str]:
-    """The parameters that an entry of the journal names, the first offender first."""
-    named = [*(entry.get("parameters") or []), *(entry.get("gradients") or []), *(entry.get("largest") or [])]
-    return list(dict.fromkeys(str(each.get("name", "?")) for each in named))
+    """What an entry of the journal names, the first offender first: what was bad before the step, then parameters by gradients."""
+    return list(dict.fromkeys(str(each.get("name", "?")) for kind in OFFENDERS for each in entry.get(kind) or []))
 
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_callbacks.core.metric_names import JOURNAL, TOTAL_NORM
+from clip_callbacks.core.metric_names import JOURNAL, OFFENDERS, TOTAL_NORM
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
@@ -153,7 +153,7 @@ def _entry(line: str) -> Mapping[str, Any] | None:
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
-    named = [entry.get(key) or [] for key in ("gradients", "parameters", "largest")]
+    named = [entry.get(key) or [] for key in OFFENDERS]
     is_sound = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
     return entry if is_sound else None
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from clip_callbacks.core.parameters import without_wrappers
+from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
+from clip_callbacks.core.parameters import learns, without_wrappers
 from clip_callbacks.replay.ranges import Range, floats_in
 
 
@@ -236,8 +237,13 @@ def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Modu
 
 def _not_finite(module: nn.Module) -> tuple[str, ...]:
     """Names of a module's own tensors that are not; masks of -inf are buffers, and no fault."""
-    parameters = [name for name, tensor in module.named_parameters(recurse=False) if not bool(tensor.detach().isfinite().all())]
-    return (*parameters, *(name for name, tensor in module.named_buffers(recurse=False) if bool(tensor.isnan().any())))
+    parameters = [
+        name
+        for name, tensor in module.named_parameters(recurse=False)
+        if learns(tensor) and has_arithmetic(tensor) and not all_finite([tensor.detach()])
+    ]
+    buffers = module.named_buffers(recurse=False)
+    return (*parameters, *(name for name, tensor in buffers if has_arithmetic(tensor) and bool(tensor.isnan().any())))
 
 
 def _edges_to(tensors: list[Tensor]) -> set[Any]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.parameters import ParameterTable, learns
 from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightsBefore:
-    """Copies of an optimizer's parameters before a step, of half precision in float32.
+    """Copies of an optimizer's parameters before a step, of half precision in float32; frozen ones are left out.
 
     Args:
         table: The parameters.
@@ -31,7 +31,7 @@ class WeightsBefore:
     def __init__(self, table: ParameterTable, blocks: Partition) -> None:
         self._table = table
         self._blocks = blocks
-        self._places = [place for place in blocks.members.tolist() if table.shards[place].numel()]
+        self._places = [place for place in blocks.members.tolist() if learns(table.tensors[place]) and table.shards[place].numel()]
         live = self._live()
         self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in _HALF else each.dtype) for each in live]
         if live:
@@ -47,7 +47,7 @@ class WeightsBefore:
             norm_type: The order p.
 
         Returns:
-            Shape ``(B,)``, float64, on the host; NaN for a block whose weights were 0.
+            Shape ``(B,)``, float64, on the host; NaN for a block whose weights were 0, or are all frozen.
         """
         norms = [self._norms(norm_type)]
         if self._copies:

@@ -4,24 +4,69 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.trainer.device_event import DeviceEvent
 
 Path = tuple[Any, ...]
 AS_IS = object()
-"""Stands for a tensor without values, as that of a lazy module before its first pass: whatever it has become stays."""
+"""Stands for a tensor without values, as that of a lazy module before its first pass, or one on the meta device: whatever it has
+become stays."""
 
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether entries of a tensor share memory, as after ``expand``: nothing can be written there."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that one is made of, as optimizers keep 8-bit states, by its attributes; none of a plain one."""
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
+        return {}
+    return {name: getattr(wrapper, name) for name in wrapper.__tensor_flatten__()[0]}
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether a tensor's class decides what every function does with it, and does not tell what tensors it is made of."""
+    if parts_of(tensor):
+        return False
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+@torch.no_grad()
+def can_be_copied(tensor: Tensor) -> bool:
+    """Whether a copy can be made of a tensor; of one of an exotic kind this is tried."""
+    shard = shard_of(tensor)
+    if is_lazy(shard) or shard.is_meta:
+        return True
+    if parts := parts_of(shard):
+        return all(map(can_be_copied, parts.values()))
+    if is_opaque(shard) or shard.is_quantized:
+        return _has_clone(shard)
+    return _dtype_has_copies(shard.dtype)
+
+
+@cache
+def _dtype_has_copies(dtype: torch.dtype) -> bool:
+    """Not so of integers of fewer than 8 bits, which torch only has names for."""
+    return _has_clone(torch.empty(1, dtype=dtype, device="cpu"))
+
+
+def _has_clone(tensor: Tensor) -> bool:
+    try:
+        tensor.detach().clone()
+    except Exception:  # of somebody else's class: whatever it is
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +96,19 @@ class Slot:
         if self.like is not None:
             return self.like
         return torch.empty_like(self.copy, device=self.device, pin_memory=False)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeSlot:
+    """Where a tensor stood that is made of others.
+
+    Args:
+        like: The tensor itself: its class may make no other like it.
+        parts: What was kept of the tensors that it is made of, by their attributes.
+    """
+
+    like: Tensor
+    parts: dict[str, Any]
 
 
 class Snapshot:
@@ -113,7 +171,7 @@ class _Copying:
 
     def __init__(self, known: dict[Path, Tensor]) -> None:
         self._known = known
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[int, Slot | WholeSlot] = {}
         self.rooms: dict[Path, Tensor] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -127,22 +185,28 @@ class _Copying:
         return deepcopy(live)
 
     def _tensor(self, live: Tensor, path: Path) -> Any:
-        if is_lazy(live):
+        if is_lazy(live) or live.is_meta:
             return AS_IS
-        if live.layout is torch.strided:
-            return self._slot(live, path)
-        return live.detach().clone()  # sparse ones are few and small: they stay where they are
-
-    def _slot(self, live: Tensor, path: Path) -> Slot:
+        shard = shard_of(live)
+        parts = parts_of(shard)
+        if not parts and (is_opaque(shard) or live.layout is not torch.strided):
+            return live.detach().clone()  # these are few and small: they stay where they are
         if id(live) not in self._slots:
-            shard = shard_of(live)
-            room = self._known.get(path)
-            if room is None or (room.shape, room.dtype, room.is_pinned()) != (shard.shape, shard.dtype, shard.is_cuda):
-                room = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda, requires_grad=False)
-            self.rooms[path] = room
-            self.pairs.append((room, shard))
-            self._slots[id(live)] = Slot(room, shard.device, None if shard is live else live)
+            slot: Slot | WholeSlot
+            if parts:
+                slot = WholeSlot(live, {name: self.visit(part, (*path, name)) for name, part in parts.items()})
+            else:
+                slot = self._slot(live, shard, path)
+            self._slots[id(live)] = slot
         return self._slots[id(live)]
+
+    def _slot(self, live: Tensor, shard: Tensor, path: Path) -> Slot:
+        room = self._known.get(path)
+        if room is None or (room.shape, room.dtype, room.is_pinned()) != (shard.shape, shard.dtype, shard.is_cuda):
+            room = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda, requires_grad=False)
+        self.rooms[path] = room
+        self.pairs.append((room, shard))
+        return Slot(room, shard.device, None if shard is live else live)
 
 
 def _path_key(key: Any) -> Any:
@@ -161,8 +225,8 @@ class _Writing:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, kept: Any, live: Any) -> Any:
-        if isinstance(kept, Slot):
-            return self._target(kept, live)
+        if isinstance(kept, (Slot, WholeSlot)):
+            return self._whole(kept) if isinstance(kept, WholeSlot) else self._target(kept, live)
         if kept is AS_IS:
             return live
         if isinstance(kept, dict):
@@ -179,6 +243,17 @@ class _Writing:
                 return live
             return type(kept)(items)
         return kept.clone() if isinstance(kept, Tensor) else deepcopy(kept)
+
+    def _whole(self, slot: WholeSlot) -> Tensor:
+        """The tensor that there was, with its parts in place; it may stand in two places."""
+        if id(slot) not in self._targets:
+            self._targets[id(slot)] = slot.like
+            shard = shard_of(slot.like)
+            for name, now in parts_of(shard).items():
+                then = self.visit(slot.parts[name], now)
+                if then is not now:
+                    setattr(shard, name, then)
+        return self._targets[id(slot)]
 
     def _target(self, slot: Slot, live: Any) -> Tensor:
         """One tensor for each that there was: two places may have held the same, and may hold the same now."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from clip_callbacks.core.diagnosis import count_nonfinite
-from clip_callbacks.core.nonfinite import all_finite
+from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 
 
 def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:
@@ -52,7 +52,7 @@ def _hook(name: str, found: list[str]) -> Any:
 
 
 def _floats(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and has_arithmetic(leaf)]
 
 
 @contextmanager

@@ -194,6 +194,7 @@ class BufferCopies:
         self._in_place = TensorCopies()
         self._loose: dict[str, Kept] = {}
         self._unknown: set[str] = set()
+        self._fresh: set[str] = set()
         buffers.register(self)
         for slot in buffers.changing():
             self.adopt(slot, None, None)
@@ -215,6 +216,8 @@ class BufferCopies:
             self._loosen(name, first, replaced)
         elif is_new:
             self._in_place.add(name, live, first.content if first else None)
+        if is_new:
+            self._fresh.add(name)
         if is_new and replaced is None and (first is None or first.content is None):
             self._unknown.add(name)
 
@@ -234,7 +237,8 @@ class BufferCopies:
         self._in_place.keep()
         if self._loose:
             self._loose = {name: Kept.of(self._slots[name].tensor) for name in self._loose}
-        if self._unknown:
+        if self._fresh:
+            self._fresh.clear()
             self._unknown.clear()
 
     def keep_from(self, other: BufferCopies) -> None:
@@ -286,6 +290,10 @@ class BufferCopies:
         """The copies, by name; asked on bad steps only."""
         loose = [(name, kept.content) for name, kept in self._loose.items() if kept.content is not None]
         return self._in_place.named() + loose
+
+    def named_that_changed(self) -> list[tuple[str, Tensor]]:
+        """Those that had changed before the copies were made, by name: what never has is as it was meant, as a mask of -inf."""
+        return [(name, copy) for name, copy in self.named() if name not in self._fresh]
 
     def gone_bad(self) -> list[str]:
         """The names of those that are not finite now, and were; reads all of them."""

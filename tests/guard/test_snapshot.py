@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from clip_callbacks.trainer.snapshot import Snapshot
 from tests.helpers.exact_skip import differences
+from tests.helpers.exotic import Cloned, Coded, Opaque
 from tests.helpers.members import O
 from tests.helpers.rollback import BATCHES, LOST, Subject, Weights, fitted, rollback, without
-from tests.helpers.training import Poisoned, data
+from tests.helpers.training import Poisoned, assert_same_bits, data, weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Non-finite gradients:RuntimeWarning",
@@ -152,3 +154,84 @@ def test_a_snapshot_does_not_write_twice_into_a_tensor_that_stands_in_two_places
     live[1] = live[0]
     memory.put_back(kept, live)
     assert torch.equal(torch.stack(live), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+# ---- optimizers' states of other kinds -----------------------------------------------------------------------------------------
+
+
+class LowBit(O.SGD):
+    """Momentum in 8 bits, in a tensor of its own class."""
+
+    def __init__(self, params, kind, lr=0.01):
+        super().__init__(params, lr=lr)
+        self.kind = kind
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["moment"] = self.kind.of(torch.zeros_like(parameter))
+            moment = 0.9 * state["moment"].values() + parameter.grad
+            state["moment"].set(moment)
+            parameter.sub_(moment, alpha=self.param_groups[0]["lr"])
+        return loss
+
+
+def low_bit(kind, bad=(3, 4)):
+    torch.manual_seed(0)
+    module = Poisoned(dict.fromkeys(bad, math.nan))
+    module.configure_optimizers = lambda: LowBit(module.parameters(), kind)
+    return module
+
+
+@pytest.mark.parametrize("kind", [Coded, Cloned])
+def test_states_that_are_tensors_of_a_class_of_their_own_go_back(trainer, kind):
+    loader, module, clean = list(data(7)), low_bit(kind), low_bit(kind, bad=())
+    ours, theirs = trainer(guard := rollback(max_consecutive=2, every=2)), trainer()
+    ours.fit(module, DataLoader(loader, batch_size=None))
+    theirs.fit(clean, DataLoader([*loader[:2], *loader[5:]], batch_size=None))
+    assert guard.rollbacks == 1
+    assert_same_bits(weights(module), weights(clean))
+    states = [[it["moment"].values() for it in fit.optimizers[0].state.values()] for fit in (ours, theirs)]
+    assert_same_bits(*states)
+
+
+def test_states_that_cannot_be_copied_are_refused_by_name_after_the_first_step(trainer):
+    fit = trainer(rollback(max_consecutive=2, every=100))
+    with pytest.raises(ValueError, match=r'`on_streak` must be "raise" .*\'moment\' in the state of LowBit.* kind Opaque. Use '):
+        fit.fit(low_bit(Opaque), data(7))
+    assert fit.global_step == 1
+
+
+def test_parameters_and_buffers_that_cannot_be_copied_are_refused_before_the_first_step(trainer):
+    module = Poisoned({})
+    module.register_buffer("codes", Opaque.of(torch.ones(2)))
+    with pytest.raises(ValueError, match="the buffer codes, which is of the kind Opaque"):
+        trainer(rollback()).fit(module, data(7))
+
+
+def test_a_snapshot_of_a_tensor_made_of_others_is_one_of_these():
+    memory, one = Snapshot(), Coded.of(torch.arange(4.0))
+    live, codes = {"one": one, "same": one}, one.codes
+    kept = memory.keep(live)
+    one.set(torch.zeros(4))
+    scale, one.scale = one.scale, torch.zeros(1).expand(1)
+    live.pop("same")
+    live["one"] = Coded.of(torch.ones(4))
+    restored = memory.put_back(kept, live)
+    assert restored["one"] is one, "no other can be made like it"
+    assert restored["same"] is one
+    assert one.codes is codes
+    assert torch.equal(one.values(), Coded.of(torch.arange(4.0)).values())
+    assert memory.nbytes == codes.numel() + 4
+    assert scale is not one.scale
+
+
+def test_what_has_no_values_stays():
+    memory, live = Snapshot(), [torch.empty(2, device="meta")]
+    (meta,) = live
+    assert memory.put_back(memory.keep(live), live)[0] is meta

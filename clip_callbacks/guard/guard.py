@@ -86,7 +86,8 @@ class Guard(Unguarded):
         self.thresholds.attach(contexts, renewed=renewed)
         if self._restorer:
             self._restorer.detach()
-        scope = ResourceScope(self._trainer, module, contexts, self._options.restore_buffers, self.schedules)
+        restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
+        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps)
         self._restorer = SkippedStepRestorer(scope)
         self.watches_passes = self._restorer.watches_passes
         if self._options.rolls_back and not renewed:
@@ -95,6 +96,9 @@ class Guard(Unguarded):
             self.rollback = Rollback(self._trainer, module, together, self.schedules, every=every, lr_factor=lr_factor)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self._restorer)
+
+    def _skipped_steps(self) -> int:
+        return self.counts.skipped + self.counts.overflowed
 
     @property
     def restorer(self) -> SkippedStepRestorer:

@@ -82,6 +82,7 @@ class ResourceScope:
         contexts: Its optimizers.
         restore_buffers: Whether running statistics of batch normalization are put back.
         schedules: What holds schedules.
+        skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
     """
 
     trainer: Trainer
@@ -89,6 +90,7 @@ class ResourceScope:
     contexts: Sequence[OptimizerContext]
     restore_buffers: bool
     schedules: SchedulerHold
+    skipped_steps: Callable[[], int]
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]

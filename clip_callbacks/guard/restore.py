@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from clip_callbacks.guard.averages import averages
 from clip_callbacks.guard.batch_statistics import batch_statistics
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.parameter_check import parameter_checks
@@ -14,7 +15,7 @@ from clip_callbacks.guard.schedules import held_schedules
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
-RESOURCES: tuple[MakeResources, ...] = (batch_statistics, line_searches, parameter_checks, held_schedules)
+RESOURCES: tuple[MakeResources, ...] = (batch_statistics, line_searches, parameter_checks, held_schedules, averages)
 """Every kind of state that a skipped step puts back, in the order in which it is put back. A new one is a file, and a name here."""
 
 

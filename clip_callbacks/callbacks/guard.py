@@ -98,8 +98,8 @@ class NonFiniteGuard(GradientCallback):
     the batch does not count.
 
     Averages of the weights go back too: an ``AveragedModel`` that a callback holds, as WeightAveraging does, and that of
-    StochasticWeightAveraging. WeightAveraging counts the return as a step like any other, and averages the old weights in. Two
-    kinds of buffers stay as they are: those that are new, and non-persistent ones whose shape has changed, as caches that grow.
+    StochasticWeightAveraging. Two kinds of buffers stay as they are: those that are new, and non-persistent ones whose shape has
+    changed, as caches that grow.
 
     Where optimizers take up parameters that the module has had all along, as fine-tuning callbacks do, or schedules are swapped, as
     SWA does, the copy still serves: weights and moments go back to it, parameter groups and schedules to where they were at that

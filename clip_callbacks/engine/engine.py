@@ -233,10 +233,11 @@ class StepEngine:
         )
 
     def _abandon(self, step: StepContext) -> None:
-        """Forget the window of a step that Lightning does not take."""
+        """Forget the window of a step that is none."""
         self.windows.clear(step.optimizer)
         self.windows.end(None)
-        self._guard.abandon(step)
+        # with a GradScaler that has not unscaled, Lightning does not call the optimizer
+        self._guard.abandon(step, is_called=self._scaler is None)
 
     def _discard(self, step: StepContext) -> StepReport:
         """Skip a window without usable gradients: all micro-batches dropped, all weights 0, or the weights they belong to gone."""
@@ -303,8 +304,7 @@ class StepEngine:
 
     def _learn(self, step: StepContext, report: StepReport) -> None:
         """Take in the report of a deferred step."""
-        if report.outcome is not StepOutcome.TAKEN:
-            self._guard.collect(step, report)
+        self._guard.collect(step, report)
         self._keep(step, report, None)
 
     def _finish(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:

@@ -89,7 +89,8 @@ class Guard(Unguarded):
         self.thresholds.attach(contexts, renewed=renewed)
         if self._restorer:
             self._restorer.detach()
-        scope = ResourceScope(self._trainer, module, contexts, self._options.restore_buffers, self.schedules)
+        restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
+        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps)
         self._restorer = SkippedStepRestorer(scope)
         if self._options.rolls_back and not renewed:
             every, lr_factor = self._options.every, self._options.lr_factor
@@ -97,6 +98,9 @@ class Guard(Unguarded):
             self.rollback = Rollback(self._trainer, module, together, self.schedules, every=every, lr_factor=lr_factor)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self._restorer)
+
+    def _skipped_steps(self) -> int:
+        return self.counts.skipped + self.counts.overflowed
 
     @property
     def restorer(self) -> SkippedStepRestorer:
@@ -277,12 +281,14 @@ class Guard(Unguarded):
             self.restorer.abort_on_device(step, report.skipped)
 
     @override
-    def abandon(self, step: StepContext) -> None:
-        self.restorer.commit(step)
+    def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        self.restorer.abandon(step, is_called=is_called)
 
     @override
     def collect(self, step: StepContext, report: StepReport) -> None:
-        if not bool(report.finite):
+        if report.outcome is StepOutcome.TAKEN:
+            self._carried[step.optimizer.index].end_good_step()
+        elif not bool(report.finite):
             self._resolve_nonfinite(step, report.parameter_norms)
         elif report.outcome.is_skipped:
             assert report.skip_limit is not None

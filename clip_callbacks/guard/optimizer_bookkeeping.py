@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from clip_callbacks.guard.contents import Contents, fingerprint, picture
+from clip_callbacks.guard.contents import Contents, picture
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.end_of_step import at_end_of_step
+from clip_callbacks.trainer.fingerprints import fingerprint
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
@@ -71,6 +72,10 @@ class OptimizerBookkeeping(Resource):
         if is_called:
             before = _Before(self._context)
             self._take_back = at_end_of_step(self._trainer, self._context.optimizer, lambda: self._end_step(before))
+
+    @override
+    def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        self.abort(step, is_called=is_called)
 
     def _end_step(self, before: _Before) -> None:
         self._take_back = None

@@ -52,6 +52,13 @@ class Resource:
             is_called: Whether the optimizer is called all the same; a GradScaler that found an overflow does not call it.
         """
 
+    def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        """There is no step: every ``training_step`` of its window returned None. Arguments as for :meth:`abort`.
+
+        What forward passes have written stays, unless it is bad (:meth:`undo_pass`), and schedules advance as Lightning has them.
+        """
+        self.commit(step)
+
     def abort_on_device(self, skipped: Tensor) -> None:
         """Put the state back if a flag is set, 0-dim bool, without reading it."""
 
@@ -107,6 +114,7 @@ class ResourceScope:
         contexts: Its optimizers.
         restore_buffers: Whether buffers that forward passes write to are put back.
         schedules: What holds schedules.
+        skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
     """
 
     trainer: Trainer
@@ -114,6 +122,7 @@ class ResourceScope:
     contexts: Sequence[OptimizerContext]
     restore_buffers: bool
     schedules: SchedulerHold
+    skipped_steps: Callable[[], int]
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]

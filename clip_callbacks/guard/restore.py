@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from clip_callbacks.guard.averages import averages
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.optimizer_bookkeeping import optimizer_bookkeeping
 from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
@@ -15,7 +16,14 @@ from clip_callbacks.guard.written_buffers import written_buffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
-RESOURCES: tuple[MakeResources, ...] = (written_buffers, rewritten_parameters, line_searches, optimizer_bookkeeping, held_schedules)
+RESOURCES: tuple[MakeResources, ...] = (
+    written_buffers,
+    rewritten_parameters,
+    line_searches,
+    optimizer_bookkeeping,
+    held_schedules,
+    averages,
+)
 """Every kind of state that a skipped step puts back, in the order in which it is put back. A new one is a file, and a name here."""
 
 
@@ -82,6 +90,11 @@ class SkippedStepRestorer:
         """
         for resource in self._resources[step.optimizer.index]:
             resource.abort(step, is_called=is_called)
+
+    def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        """There is no step, though Lightning counts one: arguments as for :meth:`abort`."""
+        for resource in self._resources[step.optimizer.index]:
+            resource.abandon(step, is_called=is_called)
 
     def abort_on_device(self, step: StepContext, skipped: Tensor) -> None:
         """Put back what the window of a step has changed if a flag is set, 0-dim bool, which stays unread."""

@@ -141,8 +141,13 @@ class Unguarded:
     def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
         """Undo a step if it is skipped, which the host does not know."""
 
-    def abandon(self, step: StepContext) -> None:
-        """Let schedules go on: Lightning takes no step."""
+    def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        """Undo a step that is none, since every ``training_step`` of its window returned None.
+
+        Args:
+            step: The step.
+            is_called: Whether the optimizer is called all the same.
+        """
 
     def collect(self, step: StepContext, report: StepReport) -> None:
         """Learn what came of a deferred step.

@@ -40,7 +40,7 @@ class StepMode(Enum):
     """How a step is decided, known before it."""
 
     NOT_TAKEN = "not_taken"
-    """Lightning takes no step: every ``training_step`` of the window returned None under a GradScaler."""
+    """There is no step: every ``training_step`` of the window returned None, or under a GradScaler the last one."""
     DISCARDED = "discarded"
     """The gradients mean nothing, whatever they are; :attr:`StepContext.discarded` says why."""
     ON_HOST = "on_host"

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
-from clip_callbacks.guard.contents import MAX_ENTRIES, PIECE, Contents, picture, sum_of_bits
+from clip_callbacks.guard.contents import MAX_ENTRIES, Contents, picture
+from clip_callbacks.trainer.fingerprints import PIECE, sum_of_bits
 from tests.helpers.exact_skip import differences
 from tests.helpers.members import OPTIMIZERS
 from tests.helpers.training import Regression, data, make_trainer, scaled

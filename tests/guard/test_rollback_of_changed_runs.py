@@ -179,7 +179,8 @@ def test_an_average_that_has_taken_in_ruined_weights_is_good_again(trainer):
     averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
 
     class Ruined(Subject):
-        def on_train_batch_end(self, *_):
+        def optimizer_step(self, *args, **options):
+            super().optimizer_step(*args, **options)
             if self.trainer.fit_loop.epoch_loop.total_batch_idx == 4:
                 self.net[0].weight.data.fill_(math.nan)
 

@@ -152,6 +152,11 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
         if engine:
             engine.detach()
 
+    def _later_callbacks(self, trainer: Trainer) -> list[Callback]:
+        """The callbacks of others that come after this one."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks[callbacks.index(self) :] if not isinstance(callback, GradientCallback)]
+
     # --- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -174,12 +179,12 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
         self._take_up_loaded(trainer, pl_module)
         if self._own_engine:
-            self._own_engine.start_fit()
+            self._own_engine.start_fit(self._later_callbacks(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
         if self._take_up_loaded(trainer, pl_module) and self._own_engine:  # Lightning's searches restore in the middle of a fit
-            self._own_engine.start_fit()
+            self._own_engine.start_fit(self._later_callbacks(trainer))
         if self._own_engine:
             self._own_engine.begin_batch(batch, batch_idx)
 
@@ -196,7 +201,7 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Run the pass: the gradients are ready, the optimizer has not moved."""
         if self._own_engine:
-            self._own_engine.step(optimizer)
+            self._own_engine.before_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""

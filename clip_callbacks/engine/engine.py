@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -35,6 +35,7 @@ from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
+from clip_callbacks.trainer.last_hook import LastHook
 from clip_callbacks.trainer.loss_carrier import LossCarrier
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
@@ -89,6 +90,7 @@ class StepEngine:
             shows=components.shows,
         )
         self._loss_carrier = LossCarrier()
+        self._last_hook: LastHook | None = None
         self._carries_losses = trainer.world_size > 1 and self._guard.judges_losses
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
@@ -130,8 +132,13 @@ class StepEngine:
         """Tell loggers which metrics belong together; once for a fit, before the module's own hook."""
         lay_out_charts(self._trainer, {context.suffix: self._charts(context) for context in self.contexts})
 
-    def start_fit(self) -> None:
-        """Take hold of where metrics and bad steps go: training starts."""
+    def start_fit(self, later: Sequence[Callback]) -> None:
+        """Take hold of where metrics and bad steps go: training starts.
+
+        Args:
+            later: The callbacks that come later in the Trainer's list, those of the family left out.
+        """
+        self._last_hook = LastHook(self._module, later, self.step)
         self._publisher.start_fit()
         self._guard.start_fit()
 
@@ -160,6 +167,14 @@ class StepEngine:
 
     def _report_micro_batch(self, context: OptimizerContext, newest: tuple[MicroBatch, ...]) -> None:
         self._guard.drop_micro_batch(StepContext(self._trainer, context, StepMode.ON_HOST, newest))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Run the pass now, or leave it to the module's own hook, which may change gradients and is called last."""
+        last = self._last_hook
+        if last is None or not last.takes_over:
+            self.step(optimizer)
+            if last is not None and last.compares:
+                last.note(self._context(optimizer).table)
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:
@@ -360,6 +375,8 @@ class StepEngine:
 
     def detach(self) -> None:
         """Let go of the module and its optimizers, and leave no hook on them."""
+        if self._last_hook is not None:
+            self._last_hook.detach()
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()

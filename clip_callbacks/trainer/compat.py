@@ -37,11 +37,9 @@ def is_of(thing: object, kind: type[Kind]) -> TypeGuard[Kind]:
     return isinstance(thing, (kind, _counterpart(kind)))
 
 
-def overrides(module: LightningModule, hook: str) -> bool:
-    """Whether a module has a hook of its own."""
-    return any(
-        is_overridden(hook, module, base) for base in (LightningModule, _counterpart(LightningModule)) if isinstance(module, base)
-    )
+def overrides(thing: object, hook: str, kind: type[Any] = LightningModule) -> bool:
+    """Whether a module, or a thing of another kind, has a hook of its own."""
+    return any(is_overridden(hook, thing, base) for base in (kind, _counterpart(kind)) if isinstance(thing, base))
 
 
 def _counterpart(kind: type[Any]) -> type[Any]:

@@ -42,11 +42,13 @@ class Tagger(LightningModule):
     def training_step(self, batch, batch_idx):
         return self.loss(batch)
 
-    def on_before_optimizer_step(self, optimizer):  # after every callback's
+    def remember_gradients(self, *_):
         self.gradients.append(self.net.weight.grad.clone() if self.net.weight.grad is not None else None)
 
     def configure_optimizers(self):
-        return self.make_optimizer(self.parameters(), **self.options)
+        optimizer = self.make_optimizer(self.parameters(), **self.options)
+        optimizer.register_step_post_hook(self.remember_gradients)  # what it has stepped with
+        return optimizer
 
 
 def loader(batches):

@@ -1,0 +1,97 @@
+"""Who changes gradients after our hook before an optimizer step: later callbacks, and the module, whose own hook is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.trainer.compat import overrides
+from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
+
+HOOK = "on_before_optimizer_step"
+
+
+class LastHook:
+    """The module's hook before an optimizer step, which Lightning calls after those of all callbacks.
+
+    A module that has one may change gradients there: the pass is then run right after it, which is where ``gradient_clip_val``
+    clips. Otherwise, where later callbacks have one, the fingerprints of gradients tell whether they have changed them.
+
+    Args:
+        module: The module in training.
+        later: The callbacks that come later in the Trainer's list, those of the family left out.
+        run: Runs the pass for an optimizer.
+    """
+
+    def __init__(self, module: LightningModule, later: Sequence[Any], run: Callable[[Optimizer], None]) -> None:
+        self._module = module
+        self._later = [callback for callback in later if overrides(callback, HOOK, Callback)]
+        self._run = run
+        self._seen: tuple[ParameterTable, Fingerprints] | None = None
+        self.takes_over = overrides(module, HOOK)
+        self.compares = bool(self._later) and not self.takes_over
+        self._is_attached = self.takes_over or self.compares
+        if self._is_attached:
+            self._had_own = vars(module).get(HOOK)
+            setattr(module, HOOK, _Extended(getattr(module, HOOK), self._after_all))
+
+    def note(self, table: ParameterTable) -> None:
+        """Remember the gradients as the pass has left them."""
+        self._seen = table, fingerprints(table)
+
+    def _after_all(self, optimizer: Optimizer) -> None:
+        if self.takes_over:
+            self._run(optimizer)
+        elif self._seen is not None:
+            table, seen = self._seen
+            self._seen = None
+            if is_changed(table, seen):
+                self._warn()
+
+    def _warn(self) -> None:
+        self.compares = False
+        names = ", ".join(type(callback).__name__ for callback in self._later)
+        rank_zero_warn(
+            f"Gradients were changed in {HOOK} by a callback that comes later in the Trainer's list ({names}): what the optimizer "
+            "steps with is not what was clipped, guarded and logged. Put it before the gradient callbacks, or have it change "
+            "gradients in on_after_backward.",
+            category=RuntimeWarning,
+        )
+
+    def detach(self) -> None:
+        """Give the module its own hook back."""
+        if self._is_attached:
+            self._is_attached = False
+            if self._had_own is None:
+                delattr(self._module, HOOK)
+            else:
+                setattr(self._module, HOOK, self._had_own)
+
+
+class _Extended:
+    """A module's hook, and what is run after it; in a copy of the module, its own hook alone.
+
+    Args:
+        original: The module's hook.
+        after: What is run after it.
+    """
+
+    def __init__(self, original: Callable[[Optimizer], Any], after: Callable[[Optimizer], None]) -> None:
+        self.__wrapped__ = original
+        self._after = after
+
+    def __call__(self, optimizer: Optimizer) -> None:
+        self.__wrapped__(optimizer)
+        self._after(optimizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.__wrapped__,)
+
+
+def _itself(hook: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
+    return hook

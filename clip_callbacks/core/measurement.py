@@ -125,7 +125,7 @@ def measure(
     loss_scale: Tensor | None = None,
     spec: MeasurementSpec = MeasurementSpec(),
     deferred: bool = False,
-    losses: Sequence[Tensor] = (),
+    losses: Sequence[Tensor] | None = None,
 ) -> Measurement:
     """Read the gradients once, and those a second time whose norm is not reliable.
 
@@ -137,17 +137,15 @@ def measure(
         spec: What is needed beside the total norm.
         deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
         losses: What the gradients are of; one that is not finite makes the step bad, whatever its gradients are. They are read
-            with the norms.
+            with the norms. None, on all ranks alike: they have no say.
     """
     table, reduction = gradients.table, gradients.table.reduction
     if not gradients.tensors and not reduction:
-        return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses))
+        return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses or ()))
     norms = ours = _unit_norms_here(gradients, norm_type) if spec.by_unit else _norms_here(gradients, norm_type)
     weights = _weight_norms_here(table, norm_type, spec) if spec.weights else None
     if reduction:
-        if losses:  # a bad one is to be known on all ranks, by the collective that there is
-            ours = norms = ours + (sum_of(losses) * 0.0).to(ours)
-        norms, weights = _over_all_ranks(table, ours, weights, norm_type, spec)
+        norms, weights, losses = _over_all_ranks(table, ours, weights, losses, norm_type, spec)
     total = total_norm(norms.double(), norm_type).to(norms.dtype) if spec.by_unit else total_norm(norms, norm_type)
     if deferred:
         measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
@@ -217,15 +215,34 @@ def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scal
 
 
 def _over_all_ranks(
-    table: ParameterTable, ours: Tensor, weights: Tensor | None, norm_type: float, spec: MeasurementSpec
-) -> tuple[Tensor, Tensor | None]:
-    """From this rank's norms to those of whole tensors: of gradients and of weights, by one collective."""
+    table: ParameterTable,
+    ours: Tensor,
+    weights: Tensor | None,
+    losses: Sequence[Tensor] | None,
+    norm_type: float,
+    spec: MeasurementSpec,
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
+    """From this rank's norms to those of whole tensors, of gradients and of weights, by one collective.
+
+    It also tells all ranks of a loss that is not finite on one of them: in a further set of numbers, which are 0 otherwise.
+
+    Returns:
+        Norms of gradients; those of weights; in place of this rank's losses a number that is not finite if any rank's is not.
+    """
     reduction = table.unit_reduction if spec.by_unit else table.reduction
     assert reduction is not None
-    if weights is None:
-        return reduction.norms(ours, norm_type), None
-    norms = reduction.norms(torch.cat([ours, weights.to(ours)]), norm_type)
-    return norms[: len(ours)], norms[len(ours) :]
+    sets = [ours]
+    if weights is not None:
+        sets.append(weights.to(ours))
+    if losses is not None:  # also where this rank has none: all are to send as much
+        nothing = torch.zeros_like(ours)
+        sets.append(nothing + (sum_of(losses) * 0.0).to(ours) if losses else nothing)
+    together = reduction.norms(torch.cat(sets) if len(sets) > 1 else ours, norm_type)
+    reduced = list(together.split(len(ours)))  # type: ignore[no-untyped-call]
+    norms = reduced.pop(0)
+    if losses is not None:
+        losses = (reduced.pop().amax(),)
+    return norms, reduced.pop() if reduced else None, losses
 
 
 def _norms_here(gradients: Gradients, norm_type: float) -> Tensor:
@@ -285,7 +302,7 @@ def _laid_out(
 
 
 def on_host(
-    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None, losses: Sequence[Tensor] = ()
+    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None, losses: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, float, bool]:
     """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU.
 
@@ -293,7 +310,7 @@ def on_host(
         Norms, total and weights; the loss scale as a number; whether the losses are finite.
     """
     if norms.is_cpu:
-        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale), are_finite(losses)
+        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale), are_finite(losses or ())
     parts = {"norms": norms, "total": total}
     if weights is not None:
         parts["weights"] = weights

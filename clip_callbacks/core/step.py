@@ -160,7 +160,7 @@ def measure_step(
     scale: float = 1.0,
     loss_scale: Tensor | None = None,
     deferred: bool = False,
-    losses: Sequence[Tensor] = (),
+    losses: Sequence[Tensor] | None = None,
 ) -> MeasuredStep:
     """Read the gradients of one step, and change nothing: the first half of :func:`clip_step`.
 
@@ -174,7 +174,8 @@ def measure_step(
         scale: A factor for all gradients before all else.
         loss_scale: What the loss was multiplied by, a tensor of one entry; None is 1.
         deferred: Whether nothing is to be read on the host.
-        losses: What the gradients are of: one that is not finite makes the step bad, whatever its gradients are.
+        losses: What the gradients are of: one that is not finite makes the step bad, whatever its gradients are; None, on all
+            ranks alike, if they have no say.
     """
     gradients = table.gradients()
     deferred = deferred and gradients.exist

@@ -285,7 +285,7 @@ class StepEngine:
             scale=step.scale,
             loss_scale=step.loss_scale,
             deferred=step.mode is StepMode.ON_DEVICE,
-            losses=step.losses if self._judges_losses(context) else (),
+            losses=step.losses if self._judges_losses(context) else None,
         )
         return measured, states
 

@@ -194,6 +194,17 @@ def dropping(optimizer=torch.optim.AdamW, **options):
     } | options
 
 
+@pytest.mark.parametrize("name", ["ddp", "ddp_find_unused_parameters_true", "fsdp2", "tp", "fsdp1"])
+def test_a_bad_loss_on_one_rank_is_skipped_by_all_though_its_gradients_are_zero(run, name):
+    """Under DDP no rank would know: the loss leaves a NaN in a gradient before it is averaged."""
+    bad, options = (0, 5), {"optimizer": torch.optim.AdamW, "lr": 0.05}
+    poison = {(1, number): "no gradient" for number in bad}
+    ours = assert_one_answer(run(name, NonFiniteGuard(), GradientClipping(1.0), poison=poison, **options))
+    clean = assert_one_answer(run(name, NonFiniteGuard(), GradientClipping(1.0), bad=bad, **options))
+    assert sum(ours["skipped"]) == 2
+    assert_same_bits(ours["weights"], clean["weights"])
+
+
 @matrix(
     slow=is_variant,
     name=sorted(DROPS_MICRO_BATCHES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 
 import torch
@@ -67,7 +68,8 @@ class Divided(LightningModule):
 
     Args:
         division: Words: "fsdp", "tp", "offload", "groups" for a parameter group per mesh.
-        poison: What the losses of batches are multiplied by, by (rank, number of the batch).
+        poison: What the losses of batches are multiplied by, by (rank, number of the batch); "no gradient" makes them NaN, and
+            their gradients exactly 0.
     """
 
     def __init__(self, division="", *, poison=None, optimizer=torch.optim.SGD, **options):
@@ -94,6 +96,8 @@ class Divided(LightningModule):
         loss = nn.functional.mse_loss(self.net(inputs), targets)
         factor = self.poison.get((self.global_rank, self.number), 1.0)
         self.number += 1
+        if factor == "no gradient":
+            return loss * 0.0 + math.nan
         return loss * factor
 
     def configure_optimizers(self):

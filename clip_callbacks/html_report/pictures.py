@@ -5,18 +5,28 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, FAINT, PAPER = "#010102", "#010203", "#010304"
 """Stand for the page's own colors, light or dark, in the SVG."""
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 PRINTED = {INK: "#1c2430", FAINT: "#d5dae1", PAPER: "#ffffff"}
+PRINTED_DPI = 150
+SVG_DPI = FigureCanvasSVG.fixed_dpi
+"""A point is a unit of an SVG."""
+CELLS_DPI = 100
+"""Of the heat maps in an SVG, which are pictures of pixels."""
 
 
 @dataclass(frozen=True)
@@ -87,33 +97,38 @@ class Chart:
     draw: Callable[[Figure, Look], None]
     heights: tuple[float, float] = (3.4, 3.2)
 
-    def figure(self, look: Look) -> Figure:
-        """Draw it."""
-        size = (4.3, self.heights[1]) if look.narrow else (9.4, self.heights[0])
-        with mpl.rc_context(look.style), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font has not
-            figure = Figure(figsize=size, layout="constrained")
-            self.draw(figure, look)
-            return figure
-
     def svg(self, *, narrow: bool) -> str:
         """As an SVG element whose colors are the page's."""
         look, buffer = Look(narrow=narrow), io.StringIO()
-        figure = self.figure(look)
-        with mpl.rc_context(look.style), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        with self._laid_out(look, FigureCanvasSVG, SVG_DPI) as figure:
+            metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+            figure.savefig(buffer, format="svg", dpi=CELLS_DPI, metadata=metadata)
         return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
 
     def write_png(self, folder: Path) -> Path:
         """Write it as a file, dark on white."""
         look = Look(ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
-        figure = self.figure(look)
         path = folder / f"{self.key}.png"
-        with mpl.rc_context(look.style), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            figure.savefig(path, dpi=150, facecolor=look.paper)
+        with self._laid_out(look, FigureCanvasAgg, PRINTED_DPI) as figure:
+            figure.savefig(path, dpi=PRINTED_DPI, facecolor=look.paper)
         return path
+
+    @contextmanager
+    def _laid_out(self, look: Look, canvas: type[FigureCanvasBase], dpi: float) -> Iterator[Figure]:
+        """Draw it, to be saved, and lay it out as the canvas measures text.
+
+        With a layout engine ``savefig`` would draw all of it once more, for nothing but the layout.
+        """
+        size = (4.3, self.heights[1]) if look.narrow else (9.4, self.heights[0])
+        with mpl.rc_context(look.style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font has not
+            figure = Figure(figsize=size, dpi=dpi)
+            canvas(figure)
+            figure.set_layout_engine(layout := ConstrainedLayoutEngine())  # before: color bars are placed for it
+            self.draw(figure, look)
+            layout.execute(figure)
+            figure.set_layout_engine(None)
+            yield figure
 
 
 def _inline(text: str, prefix: str) -> str:

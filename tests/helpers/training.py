@@ -34,9 +34,17 @@ class Regression(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
         loss = self.loss(batch, batch_idx)
-        if loss is not None and not self.trainer.barebones:
+        if loss is not None and self.is_read("train_loss"):
             self.log("train_loss", loss)
         return loss
+
+    def is_read(self, name: str) -> bool:
+        """Whether anybody reads a metric: to log a number takes a quarter of a small step, and most runs are of weights."""
+        trainer = self.trainer
+        if trainer.barebones:
+            return False
+        monitors = {config.monitor for config in trainer.lr_scheduler_configs}
+        return bool(trainer.loggers or trainer.checkpoint_callbacks or trainer.progress_bar_callback) or name in monitors
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))

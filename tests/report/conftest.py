@@ -31,3 +31,9 @@ def fitted(tmp_path_factory):
         trainer = make_trainer(folder, *callbacks, logger=loggers, log_every_n_steps=2, max_epochs=3)
         trainer.fit(Poisoned({4: math.nan, 9: math.inf}), data(10))
     return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the pictures of a page blank: to draw them takes nearly all of the time of a test that looks at what else is there."""
+    monkeypatch.setattr("clip_callbacks.html_report.pictures.Chart.svg", lambda chart, *, narrow: "")

@@ -58,6 +58,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
     assert [run.name for run in runs] == ["x/csv/version_0", "y/csv/version_0", "version_1"]
 
 
+@pytest.mark.usefixtures("undrawn")  # on the page
 def test_pictures_are_written_as_png(tmp_path, capsys):
     from PIL import Image
 
@@ -122,6 +123,7 @@ def test_unusable_input_is_one_line_and_exit_code_2(case, command, tmp_path, cap
     assert not page.exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_cannot_be_used_beside_others_is_noted(tmp_path, capsys):
     write(tmp_path / "good", table()), write(tmp_path / "bad", text="")
     code, _, err = run_main(capsys, "report", tmp_path, "-o", tmp_path / "page.html")
@@ -158,6 +160,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("source", ["csv", "board", "mlflow.db"])
 def test_a_progress_bar_is_shown_to_a_terminal(fitted, tmp_path, source, monkeypatch):
     from clip_callbacks.html_report import csv_log, progress
@@ -206,6 +209,7 @@ def test_suggest_says_its_notes(tmp_path, capsys):
     assert "do not fit its header" in next(iter(json.loads(out).values()))["notes"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monkeypatch):
     path, page = write(tmp_path / "log", table()), tmp_path / "page.html"
     page.write_text("the old one")
@@ -262,6 +266,7 @@ def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypa
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("scope", "is_local"), [("layer", True), ("global", False)])
 def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, is_local):
     class Silent(Regression):

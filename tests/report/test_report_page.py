@@ -51,24 +51,32 @@ def page(logs):
     return path.as_uri()
 
 
-def cells(opened_page, table):
-    rows = opened_page.page.query_selector_all(f"{table} tr")
-    return [[cell.inner_text().strip() for cell in row.query_selector_all("th, td")] for row in rows]
-
-
-def test_it_renders_without_an_error_and_asks_nobody_for_anything(opened, page):
+@pytest.fixture(scope="module")
+def wide(opened, page):
+    """The page, opened once for all tests that only read it."""
     with opened(page) as it:
-        assert it.errors == []
-        assert [url for url in it.requests if not url.startswith("data:")] == [page]
-        assert it.page.title() == "Two runs: clean, poisoned"
-        assert it.page.query_selector_all("script") == []
+        yield it
 
 
-def test_the_figures_in_the_table_are_those_of_the_log(opened, page, logs):
+def cells(opened_page, table):
+    return opened_page.page.evaluate(
+        """table => [...document.querySelectorAll(`${table} tr`)].map(
+            row => [...row.querySelectorAll("th, td")].map(cell => cell.innerText.trim()))""",
+        table,
+    )
+
+
+def test_it_renders_without_an_error_and_asks_nobody_for_anything(wide, page):
+    assert wide.errors == []
+    assert [url for url in wide.requests if not url.startswith("data:")] == [page]
+    assert wide.page.title() == "Two runs: clean, poisoned"
+    assert wide.page.query_selector_all("script") == []
+
+
+def test_the_figures_in_the_table_are_those_of_the_log(wide, logs):
     import pandas as pd
 
-    with opened(page) as it:
-        headings, *rows = cells(it, "#runs-table")
+    headings, *rows = cells(wide, "#runs-table")
     assert [row[0] for row in rows] == ["clean", "poisoned"]
     for row in rows:
         frame = pd.read_csv(logs / row[0] / "metrics.csv")
@@ -86,9 +94,8 @@ def test_the_figures_in_the_table_are_those_of_the_log(opened, page, logs):
         assert shown["clipped"] == f"{clipped:.1%}"
 
 
-def test_bad_steps_are_in_their_table(opened, page):
-    with opened(page) as it:
-        rows = cells(it, "table.bad-steps")
+def test_bad_steps_are_in_their_table(wide):
+    rows = cells(wide, "table.bad-steps")
     by_step = {row[0]: row for row in rows}
     assert by_step["4"][1:] == [
         "skipped",
@@ -133,38 +140,36 @@ def points(it, gid):
     return path.count("M") + path.count("L")
 
 
-def test_every_logged_point_is_in_the_pictures(opened, page, logs):
+def test_every_logged_point_is_in_the_pictures(wide, logs):
     import pandas as pd
 
-    with opened(page) as it:
-        for name in ("clean", "poisoned"):
-            frame = pd.read_csv(logs / name / "metrics.csv")
-            for key in ("total_norm", "clip_coef", "max_norm"):
-                assert points(it, f"{key}-{name}") == frame[f"grad/{key}"].notna().sum(), (key, name)
-            losses = frame["train_loss"].astype(float)
-            logged = points(it, f"loss-{name}: train_loss")
-            assert logged == np.isfinite(losses).sum()
-            clipped = (frame["grad/clip_coef"] < 1).sum()
-            assert len(drawn(it, f"clipped-{name}").query_selector_all("use")) == clipped > 10
-            assert points(it, f"what_if-{name}") > 50
-            assert points(it, f"histogram-{name}") > 20
-            assert points(it, f"clip_fraction-{name}") > 20
-        assert len(drawn(it, "skips-poisoned").query_selector_all("use")) == 2
-        assert it.page.query_selector_all("[id$='-skips-clean']") == []
+    for name in ("clean", "poisoned"):
+        frame = pd.read_csv(logs / name / "metrics.csv")
+        for key in ("total_norm", "clip_coef", "max_norm"):
+            assert points(wide, f"{key}-{name}") == frame[f"grad/{key}"].notna().sum(), (key, name)
+        losses = frame["train_loss"].astype(float)
+        logged = points(wide, f"loss-{name}: train_loss")
+        assert logged == np.isfinite(losses).sum()
+        clipped = (frame["grad/clip_coef"] < 1).sum()
+        assert len(drawn(wide, f"clipped-{name}").query_selector_all("use")) == clipped > 10
+        assert points(wide, f"what_if-{name}") > 50
+        assert points(wide, f"histogram-{name}") > 20
+        assert points(wide, f"clip_fraction-{name}") > 20
+    assert len(drawn(wide, "skips-poisoned").query_selector_all("use")) == 2
+    assert wide.page.query_selector_all("[id$='-skips-clean']") == []
 
 
-def test_heat_maps_show_the_norms_of_the_blocks(opened, page, logs):
+def test_heat_maps_show_the_norms_of_the_blocks(wide, logs):
     import base64
     import io
 
     import pandas as pd
     from PIL import Image
 
-    with opened(page) as it:
-        image = it.page.query_selector(
-            "figure#blocks-1 .wide-picture image[id*='blocks-1-image'], figure#blocks-1 .wide-picture image"
-        )
-        encoded = image.get_attribute("xlink:href") or image.get_attribute("href")
+    image = wide.page.query_selector(
+        "figure#blocks-1 .wide-picture image[id*='blocks-1-image'], figure#blocks-1 .wide-picture image"
+    )
+    encoded = image.get_attribute("xlink:href") or image.get_attribute("href")
     with Image.open(io.BytesIO(base64.b64decode(encoded.partition(",")[2]))) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(float)
     frame = pd.read_csv(logs / "clean" / "metrics.csv")
@@ -176,13 +181,12 @@ def test_heat_maps_show_the_norms_of_the_blocks(opened, page, logs):
         assert np.corrcoef(norms, line)[0, 1] > 0.8
 
 
-def test_a_run_has_one_color_in_all_pictures_and_tables(opened, page):
-    with opened(page) as it:
-        for place, name in enumerate(("clean", "poisoned")):
-            swatch = it.page.query_selector_all("#runs-table .swatch")[place].evaluate("e => getComputedStyle(e).backgroundColor")
-            for gid in (f"total_norm-{name}", f"clip_coef-{name}", f"what_if-{name}"):
-                path = drawn(it, gid).query_selector("path")
-                assert path.evaluate("e => getComputedStyle(e).stroke") == swatch, gid
+def test_a_run_has_one_color_in_all_pictures_and_tables(wide):
+    for place, name in enumerate(("clean", "poisoned")):
+        swatch = wide.page.query_selector_all("#runs-table .swatch")[place].evaluate("e => getComputedStyle(e).backgroundColor")
+        for gid in (f"total_norm-{name}", f"clip_coef-{name}", f"what_if-{name}"):
+            path = drawn(wide, gid).query_selector("path")
+            assert path.evaluate("e => getComputedStyle(e).stroke") == swatch, gid
 
 
 @of_each_kind
@@ -201,10 +205,11 @@ def test_it_passes_an_accessibility_check(opened, page, width, dark):
 
 def test_the_keyboard_reaches_what_scrolls(opened, page):
     with opened(page, width=390) as it:
+        scroll = {"Table of runs", "Bad steps of poisoned"}
         reached = set()
         for _ in range(60):
             it.page.keyboard.press("Tab")
-            label = it.page.evaluate("document.activeElement.getAttribute('aria-label')")
-            reached.add(label)
-        assert "Table of runs" in reached
-        assert "Bad steps of poisoned" in reached
+            reached.add(it.page.evaluate("document.activeElement.getAttribute('aria-label')"))
+            if scroll <= reached:
+                break
+        assert scroll <= reached

@@ -69,11 +69,13 @@ class Line(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int = 0) -> Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # after every callback's
+    def note_gradient(self, *_: object) -> None:
         self.taken.append(self.net.weight.grad.clone())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.0)
+        optimizer.register_step_post_hook(self.note_gradient)  # SGD leaves gradients as they are
+        return optimizer
 
 
 def samples() -> TensorDataset:

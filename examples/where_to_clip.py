@@ -57,7 +57,7 @@ class FourLayers(LightningModule):
     def on_after_backward(self) -> None:
         self.seen["gradient"] = self.gradients()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # after every callback's
+    def see_clipped(self, *_: object) -> None:
         self.seen["after clip"] = self.gradients()
 
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
@@ -65,7 +65,9 @@ class FourLayers(LightningModule):
         self.seen["gradient then"] = self.gradients()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer.register_step_post_hook(self.see_clipped)  # SGD leaves gradients as they are
+        return optimizer
 
 
 def one_step() -> tuple[dict[str, list[float]], float]:

@@ -153,7 +153,7 @@ class StepEngine:
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
         self.windows.before_backward(loss)
-        if self._carries_losses:
+        if self._carries_losses and not self._rescaler.is_silent:
             self._loss_carrier.begin_pass(loss, self.contexts)
 
     def after_backward(self) -> None:
@@ -377,6 +377,7 @@ class StepEngine:
         """Let go of the module and its optimizers, and leave no hook on them."""
         if self._last_hook is not None:
             self._last_hook.detach()
+            self._last_hook = None
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()

@@ -13,6 +13,7 @@ from operator import attrgetter
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
@@ -128,6 +129,8 @@ class RewrittenParameters(Resource):
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._has_pass = False
         self._copies.restore()
+        if isinstance(self._context.optimizer, LBFGS):  # its search goes on, and ends where its step began
+            at_end_of_step(self._trainer, self._context.optimizer, self._copies.restore)
         if self._lost:
             rank_zero_warn(
                 f"The parameters {', '.join(self._lost)} were rewritten by a forward pass for the first time, in a step that is "

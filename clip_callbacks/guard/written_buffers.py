@@ -59,6 +59,13 @@ class _Buffers(Resource, ABC):
     def _batch(self) -> BufferCopies:
         """The buffers as they were when the batch began."""
 
+    def _look_unless_old(self) -> None:
+        """Find what has changed in a window that may be skipped: contents are read in the first windows only."""
+        if self._written.is_young:
+            self._written.look_closely()
+        else:
+            self._written.look()
+
     def _put_back(self, *copies: BufferCopies) -> None:
         """Put buffers back, and say of which that cannot be done right."""
         at_first = self._written.look_closely()
@@ -140,7 +147,7 @@ class _WholeModule(_Buffers):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        self._written.look()
+        self._look_unless_old()
         self._at_window.restore_where(skipped)
 
     @override
@@ -177,7 +184,7 @@ class _InManual(_Buffers):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        self._written.look()
+        self._look_unless_old()
         self._window.restore_where(skipped)
         self._settle()
 
@@ -185,6 +192,12 @@ class _InManual(_Buffers):
     @override
     def needs_host(self) -> bool:
         return self._written.has_changing
+
+    @override
+    def reason_against_deferral(self) -> str | None:
+        if self._written.keeps_statistics:
+            return "batch statistics are to be put back in manual optimization (restore_buffers)"
+        return None
 
     def _after_search(self, *_: Any) -> None:
         if not self._is_bad:

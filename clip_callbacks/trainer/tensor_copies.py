@@ -11,11 +11,10 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.trainer.snapshot import overlaps
 
 
@@ -28,9 +27,9 @@ def fits_among_others(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return is_plain and not (shard.is_floating_point() and shard.element_size() == 1) and not overlaps(shard)
 
 
-def _is_wrapper(tensor: object) -> bool:
+def _is_wrapper(tensor: Tensor) -> bool:
     """Whether a tensor is made of others, as low-bit ones are; not a sharded one, whose shard is the one that counts."""
-    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
+    return not is_sharded(tensor) and is_traceable_wrapper_subclass(tensor)
 
 
 class Kept:

@@ -84,9 +84,19 @@ class WrittenBuffers:
         self._windows = 0
 
     @property
+    def keeps_statistics(self) -> bool:
+        """Whether there is batch normalization, which changes from the first forward pass on."""
+        return any(isinstance(each, _NormBase) and each.running_mean is not None for each in self._module.modules())
+
+    @property
     def has_changing(self) -> bool:
         """Whether any is known to change."""
         return bool(self._changing)
+
+    @property
+    def is_young(self) -> bool:
+        """Whether contents were compared when the window began, so that what differs now has changed in it."""
+        return self._windows <= COMPARED_WINDOWS + 1
 
     def changing(self) -> Iterator[Slot]:
         """Those that are known to change."""
@@ -98,14 +108,12 @@ class WrittenBuffers:
 
     def begin_window(self) -> None:
         """A window begins, in which buffers may change."""
-        if self._windows <= COMPARED_WINDOWS:
-            if self._windows:
-                self.look()
-                self._compare()
-            self._take_up_new()
-            self._windows += 1
-        else:
+        self._windows += 1
+        if self._windows > 1:
             self.look()
+        if self.is_young:
+            self._compare()
+            self._take_up_new()
 
     def look(self) -> None:
         """Find those that have changed for the first time, by the tensors in their places and by version counters."""
@@ -132,7 +140,7 @@ class WrittenBuffers:
             windows: the last that is known of them is what they were when the fit began.
         """
         self.look()
-        if self._windows <= COMPARED_WINDOWS:
+        if self.is_young:
             self._compare()
             return []
         late = [self._slots[name] for name, first in self._first.items() if not first.is_still_there]

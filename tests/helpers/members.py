@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch import optim as O
 
+from tests.helpers.writers import WAYS, Rewritten, Writer
+
 Options: TypeAlias = Mapping[str, Any]
 
 LOOP: Mapping[str, Options] = {"loop": {}}
@@ -65,6 +67,12 @@ FORWARD_WRITES: dict[str, Callable[[int], nn.Module]] = {
     "instance norm": lambda features: nn.Sequential(
         nn.Unflatten(1, (features // 2, 2)), nn.InstanceNorm1d(features // 2, affine=True, track_running_stats=True), nn.Flatten()
     ),
+    "spectral norm": lambda features: nn.utils.parametrizations.spectral_norm(nn.Linear(features, features)),
+    "running centre": lambda features: Writer(WAYS["in place"], features=features),
+    "running centre through .data": lambda features: Writer(WAYS["through .data"], features=features),
+    "assigned centre": lambda features: Writer(WAYS["assigned"], features=features),
+    "counter of passes": lambda features: Writer(WAYS["counter"], features=features),
+    "weight that forward moves": lambda features: Rewritten(lambda weight, mean: weight.add_(mean, alpha=0.01), features=features),
 }
 """Layers that a forward pass in training writes to, by their even number of features."""
 

@@ -12,13 +12,14 @@ from tests.helpers import parallel
 
 
 class Witness(Callback):
-    """Keeps the gradients of each step before and after clipping; it stands before the family, the module's hook comes after."""
+    """Keeps the gradients of each step before clipping, since it stands before the family, and those that were stepped with."""
 
     def __init__(self):
         self.before, self.after = [], []
 
-    def setup(self, trainer, pl_module, stage):
-        pl_module.on_before_optimizer_step = lambda *_: self.after.append(self.gradients(pl_module))
+    def on_train_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: self.after.append(self.gradients(pl_module)))
 
     @staticmethod
     def gradients(module):

@@ -33,7 +33,9 @@ class Cell:
     layer: str = "batch norm"
 
 
-def exists(optimizer: str, implementation: str, *_: str) -> bool:
+def exists(optimizer: str, implementation: str, kind: str, place: str, loop: str, layer: str) -> bool:
+    if optimizer == "SparseAdam" and layer == "weight that forward moves":
+        return False  # it holds sparse weights only: one that moves and that no optimizer holds is named, not put back
     return implementation in OPTIMIZERS[optimizer].implementations
 
 

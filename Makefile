@@ -82,6 +82,7 @@ examples: $(VENV)/.installed
 		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \
 		"-W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric" \
 		"-m benchmarks.bundles --steps 64" \
+		"-m benchmarks.transactions --steps 24" \
 		"-m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1" \
 		"-W ignore examples/token_weighted.py --steps 4" \
 		"-W ignore examples/char_rnn.py fit --config configs/char_rnn.yaml --trainer.max_steps 20 --trainer.val_check_interval 10 \
@@ -132,6 +133,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.limits --output limits.md
 	$(BIN)/python -m benchmarks.report --output report_cpu.md
 	$(BIN)/python -m benchmarks.bundles --output bundles_cpu.md
+	$(BIN)/python -m benchmarks.transactions --output transactions_cpu.md
 	$(BIN)/python -m benchmarks.rollback --output rollback_cpu.md
 
 clean:

@@ -23,32 +23,41 @@ from clip_callbacks.guard.options import GuardOptions, Level, OnStreak, Weights
 class NonFiniteGuard(GradientCallback):
     """Keeps NaN and Inf gradients from the weights.
 
-    Under "skip" **a bad step never happened**. Its gradients become None, so that every optimizer of ``torch.optim`` leaves the
-    parameters, its own state, step counters and weight decay as they are, bit for bit; running statistics of batch normalization
-    are put back to where the window began; step-interval learning-rate schedules stand still (a ReduceLROnPlateau is left to
-    Lightning; in manual optimization it is you who steps them: look at ``last_report.skipped``). ``global_step`` and the batch
-    counter advance: Lightning owns them. Random numbers that the batch has drawn stay drawn. An optimizer that moves parameters
-    without a gradient is found out at the first skip.
+    A step is bad if a gradient or a loss of its window is not finite. Under "skip" **a bad step never happened**. Its gradients
+    become None, so that every optimizer of ``torch.optim`` leaves the parameters, its own state, step counters and weight decay as
+    they are, bit for bit. Buffers, and parameters, that a forward pass has written to are put back to where the window began; so is
+    what an optimizer of another package counts in its parameter groups or its state. Step-interval learning-rate schedules stand
+    still (a ReduceLROnPlateau is left to Lightning; in manual optimization it is you who steps them: look at
+    ``last_report.skipped``). Lightning's averages of the weights do not count the step. With several optimizers each goes back by
+    itself. ``global_step`` and the batch counter advance: Lightning owns them. Random numbers that the batch has drawn stay drawn.
+    What cannot be put back is named in a warning at the first skip: attributes of an optimizer's own, averages that somebody else
+    keeps. An optimizer that moves parameters without a gradient raises an error there.
+
+    A forward pass that leads to no step, as where ``training_step`` returned None, leaves no NaN in a buffer either. A batch with
+    no step counts in no metric and no streak.
 
     On several ranks all skip together what is bad on one of them, and the report names it.
 
     Each bad step or dropped micro-batch warns once: where and when, which parameters (with counts of NaN and inf), their nearest
-    finite neighbours, and whether the loss or the parameters were non-finite before. The parameters are walked over on bad steps
-    only. The same facts go as a line of JSON into ``nonfinite_steps.jsonl`` in the log directory.
+    finite neighbours, and whether the loss, parameters or buffers were non-finite before. The parameters are walked over on bad
+    steps only. The same facts go as a line of JSON into ``nonfinite_steps.jsonl`` in the log directory.
 
     Under a GradScaler (16-mixed) an overflow is the scaler's business: it skips the step and lowers the scale. Such steps are
     counted apart (``overflowed_steps``) and raise nothing. A step that no scale can cure, because the loss itself is not finite or
-    the scale is down to 1, counts as a bad one and is skipped whatever the policy, since the scaler skips it.
+    the scale is down to 1, counts as a bad one: it is skipped whatever the policy, and leaves the scale and its growth counter as
+    they were.
 
     Args:
         policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step.
-        max_consecutive: After so many bad steps in a row an error is raised, on all ranks; at least 1.
+        max_consecutive: After so many bad batches in a row an error is raised, on all ranks; at least 1. Many bad steps in one
+            batch, as of truncated backpropagation, are one bad batch.
         on_streak: What comes after so many: "raise" the error, or "rollback" to the last good weights.
         level: What is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", and the
             step is taken with the mean of the others. The latter reads the gradients after each backward pass, and needs room for
             those of one micro-batch. On several ranks all drop what is bad on one, at the price of one more average of gradients
             for each window; with plain DDP only.
-        restore_buffers: Whether a skipped step puts back the running statistics of batch normalization.
+        restore_buffers: Whether a skipped step puts back the buffers that its forward passes have written to: batch statistics,
+            codebooks, power iterations, counters.
         hold_schedulers: Whether step-interval learning-rate schedules stand still for a skipped step.
         trace_forward: Whether a batch whose loss is not finite is run again, under hooks, to name the first module whose output is
             not finite. Keeps the batches of a window until its step. Not in manual optimization.

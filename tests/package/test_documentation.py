@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import clip_callbacks
 from clip_callbacks import cli
 from clip_callbacks.core import metric_names
+from clip_callbacks.guard.restore import RESOURCES
 from docs.hooks.reference import MEMBERS, reference_pages
 
 ROOT = Path(__file__).parents[2]
@@ -332,3 +333,26 @@ def test_the_reference_has_every_public_name():
         assert sum(f"::: clip_callbacks.{name}\n" in page for page in pages.values()) == 1
     for name, members in MEMBERS.items():
         assert all(inspect.getdoc(getattr(getattr(clip_callbacks, name), member)) for member in members)
+
+
+def test_each_line_about_skipped_steps_is_held_by_a_test():
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs/skipped_steps.md").read_text("utf-8").splitlines() if "|" in line]
+    named = [row[-1].strip().strip("`") for row in rows[2:]]
+    assert named.count("") == 1, "what goes on needs no test"
+    for place in filter(None, named):
+        path, _, test = place.partition("::")
+        assert f"\ndef {test}(" in (ROOT / "tests" / path).read_text("utf-8"), place
+
+
+def test_each_kind_of_state_that_is_put_back_has_a_line_about_it():
+    text = (ROOT / "docs/skipped_steps.md").read_text("utf-8")
+    words = {
+        "written_buffers": "buffers that a forward pass writes to",
+        "rewritten_parameters": "parameters that a forward pass rewrites",
+        "line_searches": "LBFGS's line search",
+        "optimizer_bookkeeping": "counts in `param_groups`",
+        "held_schedules": "step-interval schedules",
+        "averages": "WeightAveraging",
+    }
+    assert {make.__name__ for make in RESOURCES} == words.keys()
+    assert all(word in text for word in words.values())

@@ -31,6 +31,9 @@ BLOCK = 3
 """Steps in a row of one kind; the first of them does not count: what it reads was last in the cache a block before."""
 
 
+CALLS = 500
+
+
 class Residual(nn.Module):
     """A block of two convolutions with batch normalization."""
 
@@ -67,15 +70,15 @@ class Network(LightningModule):
 
 def residual() -> Network:
     """Fifty batch norms, as a ResNet-50 has 53."""
-    return Network(nn.Sequential(nn.Conv2d(3, 32, 3), *(Residual(32) for _ in range(25)), nn.Flatten()), (16, 3, 16, 16))
+    return Network(nn.Sequential(nn.Conv2d(3, 16, 3), *(Residual(16) for _ in range(25)), nn.Flatten()), (8, 3, 10, 10))
 
 
 def transformer() -> Network:
     """Layer norms, and no buffer that changes; a mask of each layer that does not."""
-    layers = [nn.TransformerEncoderLayer(192, 6, 768, dropout=0.0, batch_first=True) for _ in range(12)]
+    layers = [nn.TransformerEncoderLayer(96, 6, 384, dropout=0.0, batch_first=True) for _ in range(12)]
     for layer in layers:
         layer.register_buffer("mask", torch.full((128, 128), -torch.inf).triu(1))
-    return Network(nn.Sequential(*layers), (8, 128, 192))
+    return Network(nn.Sequential(*layers), (2, 64, 96))
 
 
 class StatisticsOnly(Resource):
@@ -106,6 +109,8 @@ class Switch(Callback):
         self.dice = Random(0)
         self.times: dict[bool, list[float]] = {True: [], False: []}
         self.kinds: dict[bool, SkippedStepRestorer] = {}
+        self.context: Any = None
+        self.calls: dict[bool, list[float]] = {True: [], False: []}
         self._is_all = True
         self._pair = [True, False]
         self._start = 0.0
@@ -114,7 +119,8 @@ class Switch(Callback):
         """Choose, and start the clock."""
         part = self.guard._part
         if not self.kinds:
-            scope = ResourceScope(trainer, pl_module, self.guard._engine.contexts, True, part.schedules, lambda: 0)
+            (self.context,) = self.guard._engine.contexts
+            scope = ResourceScope(trainer, pl_module, [self.context], True, part.schedules, lambda: 0)
             fewer = (statistics_only, line_searches, optimizer_bookkeeping, held_schedules)
             self.kinds = {True: part._restorer, False: SkippedStepRestorer(scope, fewer)}
         if batch_idx % BLOCK == 0:
@@ -130,8 +136,16 @@ class Switch(Callback):
         if batch_idx >= WARM_UP and batch_idx % BLOCK:
             self.times[self._is_all].append(seconds)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time the beginning of a batch by itself: what both kinds do for a good step, but for a look at a flag or two."""
+        for kind, restorer in self.kinds.items():
+            for _ in range(CALLS):
+                start = time.perf_counter()
+                restorer.begin_batch(in_window=False)
+                self.calls[kind].append(time.perf_counter() - start)
 
-def run(module: Network, steps: int, *others: Callback) -> tuple[dict[bool, list[float]], int]:
+
+def run(module: Network, steps: int, *others: Callback) -> tuple[Switch, int]:
     """Seconds of each step of both kinds; bytes of the copies that are kept."""
     seed_everything(0, verbose=False)
     with warnings.catch_warnings():
@@ -141,8 +155,12 @@ def run(module: Network, steps: int, *others: Callback) -> tuple[dict[bool, list
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[switch, guard, GradientClipping(1e9), *others], **quiet)
         trainer.fit(module)
-    before = switch.kinds[True].before(switch.kinds[True].contexts[0])
-    return switch.times, sum(copy.numel() * copy.element_size() for copy in before.values())
+    before = switch.kinds[True].before(switch.context)
+    return switch, sum(copy.numel() * copy.element_size() for copy in before.values())
+
+
+def _median(seconds: list[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def main() -> None:
@@ -157,13 +175,17 @@ def main() -> None:
         ("50 batch norms, EMA of the weights", residual, (EMAWeightAveraging(),)),
         ("transformer, 12 constant masks", transformer, ()),
     ):
-        times, kept = run(make(), options.steps, *others)
+        switch, kept = run(make(), options.steps, *others)
+        times, calls = switch.times, {kind: _median(seconds) * 1e6 for kind, seconds in switch.calls.items()}
         pairs = list(zip(times[True], times[False], strict=False))
         ratio = Ratio.of(*map(list, zip(*pairs, strict=True)))
-        everything, fewer = (sorted(times[kind])[len(times[kind]) // 2] for kind in (True, False))
+        everything, fewer = _median(times[True]), _median(times[False])
         paired = f"{ratio.median:.4f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
-        rows.append([name, len(pairs), f"{fewer * 1e3:.2f}", f"{everything * 1e3:.2f}", f"{everything / fewer:.4f}", paired, kept])
+        direct = [f"{calls[False]:.0f}", f"{calls[True]:.0f}", f"{1 + (calls[True] - calls[False]) / fewer / 1e6:.4f}"]
+        medians = [f"{fewer * 1e3:.2f}", f"{everything * 1e3:.2f}", f"{everything / fewer:.4f}"]
+        rows.append([name, len(pairs), *medians, paired, *direct, kept])
     headers = ["network", "pairs", "statistics only, ms", "all, ms", "ratio of the medians", "median of the ratios (quartiles)"]
+    headers += ["beginning of a batch, statistics only, us", "all, us", "ratio by these"]
     text = "# Good steps with all state guarded, over batch statistics only\n\n" + machine("cpu") + "\n\n"
     publish(text + table(rows, [*headers, "bytes copied for a window"]), options.output)
 

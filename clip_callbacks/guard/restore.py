@@ -32,11 +32,11 @@ class SkippedStepRestorer:
 
     Args:
         scope: What the resources are made of.
-        makers: The kinds of state.
+        makers: The kinds of state; None is all of them.
     """
 
-    def __init__(self, scope: ResourceScope, makers: Sequence[MakeResources] = RESOURCES) -> None:
-        kinds = [make(scope) for make in makers]
+    def __init__(self, scope: ResourceScope, makers: Sequence[MakeResources] | None = None) -> None:
+        kinds = [make(scope) for make in (RESOURCES if makers is None else makers)]
         self._resources: dict[int, list[Resource]] = {
             context.index: [kind[context.index] for kind in kinds if context.index in kind] for context in scope.contexts
         }

@@ -70,8 +70,8 @@ FAULTS = [
     Fault("publishing/publisher.py", "for key, value in values.items() if math.isfinite(value)}", "for key, value in values.items()}", "publishing"),
     Fault("publishing/publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1)", "fit_loop.epoch_loop._batches_that_stepped)", "publishing"),
     Fault("guard/guard.py", 'if options.policy not in {"skip", "ignore"} or options', "if options", "guard"),
-    Fault("guard/written_buffers.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
-    Fault("guard/written_buffers.py", "self._own.keep_from(self._common.at_step)", "self._own.keep_from(self._common.last)", "guard"),
+    Fault("guard/buffers_in_manual.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
+    Fault("guard/buffers_in_manual.py", "self._window.keep_from(self._common.at_step)", "self._window.keep_from(self._common.last)", "guard"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
 ]  # fmt: skip
 

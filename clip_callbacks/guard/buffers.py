@@ -1,0 +1,73 @@
+"""Buffers of one optimizer's window, put back for a skipped step, and for a bad forward pass without a step."""
+
+from __future__ import annotations
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from clip_callbacks.guard.resource import Resource
+from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
+
+
+class Buffers(Resource):
+    """What the resources of buffers have in common, in automatic and in manual optimization.
+
+    Args:
+        written: Which buffers change.
+        window: The buffers as they were when the window began.
+        batch: The buffers as they were when the batch began.
+    """
+
+    def __init__(self, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
+        self._written = written
+        self._window = window
+        self._batch = batch
+
+    def look_unless_old(self) -> None:
+        """Find what has changed in a window that may be skipped: contents are read in the first windows only."""
+        if self._written.is_young:
+            self._written.look_closely()
+        else:
+            self._written.look()
+
+    def put_back(self, *copies: BufferCopies) -> None:
+        """Put buffers back, and say of which that cannot be done right."""
+        at_first = self._written.look_closely()
+        lost = [name for each in copies for name in each.restore()]
+        if at_first:
+            rank_zero_warn(
+                f"The buffers {', '.join(at_first)} are not finite and were written through `.data`, which no version counter "
+                "shows: they are put back to what they were when the fit began. From now on they are put back as all others.",
+                category=RuntimeWarning,
+            )
+        if lost:
+            rank_zero_warn(
+                f"The buffers {', '.join(lost)} have changed for the first time, in a step that is skipped, and cannot be put "
+                "back: no copy was kept of what they were. From now on they are put back as all others.",
+                category=RuntimeWarning,
+            )
+
+    @override
+    def undo_pass(self, *, is_bad: bool) -> list[str]:
+        self._written.look()
+        bad = self._batch.gone_bad()
+        if bad or is_bad:
+            self.put_back(self._batch)
+        return bad
+
+    @override
+    def undo_window(self, *, is_bad: bool) -> list[str]:
+        self._written.look()
+        bad = self._window.gone_bad()
+        if bad or is_bad:
+            self.put_back(self._window)
+        return bad
+
+    @override
+    def before(self) -> dict[int, Tensor]:
+        return self._window.copies()
+
+    @override
+    def named_before(self) -> list[tuple[str, Tensor]]:
+        return self._window.named_that_changed()

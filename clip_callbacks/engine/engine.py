@@ -89,9 +89,12 @@ class StepEngine:
             clips=self._clipper.clips,
             shows=components.shows,
         )
-        self._loss_carrier = LossCarrier()
+        self._judges_losses = self._guard.judges_losses
         self._last_hook: LastHook | None = None
-        self._carries_losses = trainer.world_size > 1 and self._guard.judges_losses
+        # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
+        # one makes a gradient NaN there, before gradients are averaged.
+        self._carries_losses = trainer.world_size > 1 and self._judges_losses
+        self._loss_carrier = LossCarrier()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
     @property
@@ -285,17 +288,9 @@ class StepEngine:
             scale=step.scale,
             loss_scale=step.loss_scale,
             deferred=step.mode is StepMode.ON_DEVICE,
-            losses=step.losses if self._judges_losses(context) else None,
+            losses=step.losses if self._judges_losses and (not self._carries_losses or context.table.reduction) else None,
         )
         return measured, states
-
-    def _judges_losses(self, context: OptimizerContext) -> bool:
-        """Whether this rank's losses have a say in the step by themselves.
-
-        Where ranks hold copies of the parameters they must decide alike, and no collective tells them of one another's losses: a
-        bad one makes a gradient NaN instead, before gradients are averaged (``trainer/loss_carrier.py``).
-        """
-        return self._guard.judges_losses and (self._trainer.world_size == 1 or context.table.reduction is not None)
 
     def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepReport:
         """Do what was decided, and keep the states of limits."""

@@ -83,7 +83,8 @@ class CarriedTensors:
 
     def begin_batch(self) -> None:
         """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""
-        self._suspects = self._among(self._suspects)
+        if self._suspects:
+            self._suspects = self._among(self._suspects)
 
     def look(self) -> tuple[tuple[Offender, ...], tuple[Offender, ...]]:
         """At a bad step, after its forward passes: what holds NaN now, and what held some before them."""
@@ -93,13 +94,12 @@ class CarriedTensors:
 
     def end_good_step(self) -> None:
         """A step was good, whatever its forward passes have met."""
-        self._acquitted |= {each.name for each in self._among(self._suspects)}
-        self._suspects = ()
+        if self._suspects:
+            self._acquitted |= {each.name for each in self._among(self._suspects)}
+            self._suspects = ()
 
     def _among(self, suspects: tuple[Offender, ...]) -> tuple[Offender, ...]:
-        """Those that hold NaN; nothing is looked at where nobody is suspected, as on most steps."""
-        if not suspects:
-            return ()
+        """Those that hold NaN."""
         names = {each.name for each in suspects}
         return tuple(each for each in carried_tensors(self._module) if each.name in names)
 

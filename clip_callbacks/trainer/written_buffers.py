@@ -117,6 +117,8 @@ class WrittenBuffers:
 
     def look(self) -> None:
         """Find those that have changed for the first time, by the tensors in their places and by version counters."""
+        if not self._slots:
+            return
         slots = self._slots.values()
         live = [slot.owner._buffers.get(slot.key) for slot in slots]
         are_replaced = not all(map(is_, live, self._live))
@@ -242,6 +244,8 @@ class BufferCopies:
 
     def keep(self) -> None:
         """Copy them as they are."""
+        if not self._slots:
+            return
         self._in_place.keep()
         if self._loose:
             self._loose = {name: Kept.of(self._slots[name].tensor) for name in self._loose}

@@ -69,5 +69,5 @@ class Buffers(Resource):
         return self._window.copies()
 
     @override
-    def named_before(self) -> list[tuple[str, Tensor]]:
-        return self._window.named_that_changed()
+    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
+        return self._window.suspects(odd_ones_too=none_was_good)

@@ -277,8 +277,8 @@ class _OneOfSeveral(_InManual):
         return self._foreign.copies() | super().before()
 
     @override
-    def named_before(self) -> list[tuple[str, Tensor]]:
-        return self._foreign.named_that_changed() + super().named_before()
+    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
+        return self._foreign.suspects(odd_ones_too=False) + super().suspects(none_was_good=none_was_good)
 
     @override
     def detach(self) -> None:

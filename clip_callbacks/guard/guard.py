@@ -229,7 +229,7 @@ class Guard(Unguarded):
             after_good_step=after_good_step,
             traces=self._options.trace_forward,
             norms=norms,
-            buffers=self.restorer.named_before(step.optimizer),
+            buffers=self.restorer.suspects(step.optimizer, none_was_good=none_was_good),
             carried=self._carried[step.optimizer.index],
             none_was_good=none_was_good,
         )

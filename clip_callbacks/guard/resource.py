@@ -90,8 +90,12 @@ class Resource:
         """Tensors as a skip would put them back, by the ``id`` of the live ones."""
         return {}
 
-    def named_before(self) -> list[tuple[str, Tensor]]:
-        """Tensors as a skip would put them back, by name, for the report of a bad step."""
+    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
+        """Tensors as they were before the window, by name, that are to be finite: the report names those that are not.
+
+        Args:
+            none_was_good: Whether every step of the optimizer so far was bad.
+        """
         return []
 
     @property

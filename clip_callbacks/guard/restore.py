@@ -131,9 +131,14 @@ class SkippedStepRestorer:
         """Tensors as a skip of an optimizer's step would put them back, by the ``id`` of the live ones."""
         return {key: copy for resource in self._resources[context.index] for key, copy in resource.before().items()}
 
-    def named_before(self, context: OptimizerContext) -> list[tuple[str, Tensor]]:
-        """The same, by name."""
-        return [pair for resource in self._resources[context.index] for pair in resource.named_before()]
+    def suspects(self, context: OptimizerContext, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
+        """Tensors as they were before the window of an optimizer, by name, that are to be finite.
+
+        Args:
+            context: The optimizer.
+            none_was_good: Whether every step of it so far was bad.
+        """
+        return [pair for resource in self._resources[context.index] for pair in resource.suspects(none_was_good=none_was_good)]
 
     def needs_host(self, context: OptimizerContext) -> bool:
         """Whether the host must decide on the next step of an optimizer, for a reason that has come up in the fit."""

@@ -78,6 +78,7 @@ class WrittenBuffers:
         self._live: list[Tensor | None] = []
         self._changing: set[str] = set()
         self._first: dict[str, Kept] = {}
+        self._odd: set[str] = set()
         self._watched: list[Tensor] = []
         self._versions = 0
         self._views: list[BufferCopies] = []
@@ -97,6 +98,15 @@ class WrittenBuffers:
     def is_young(self) -> bool:
         """Whether contents were compared when the window began, so that what differs now has changed in it."""
         return self._windows <= COMPARED_WINDOWS + 1
+
+    def is_odd(self, name: str) -> bool:
+        """Whether a buffer was not finite when the fit began, as a mask of -inf, or a memory bank that is yet to be filled."""
+        return name in self._odd
+
+    def odd_constants(self) -> list[tuple[str, Tensor]]:
+        """Those that have never changed and hold NaN, by name."""
+        each = [(name, first.content) for name, first in self._first.items() if name in self._odd]
+        return [(name, content) for name, content in each if content is not None and bool(content.isnan().any())]
 
     def changing(self) -> Iterator[Slot]:
         """Those that are known to change."""
@@ -179,6 +189,8 @@ class WrittenBuffers:
             else:
                 room -= _nbytes(slot.tensor)
                 self._first[slot.name] = Kept.on_host(slot.tensor, has_room=room >= 0)
+                if not is_finite(self._first[slot.name].content):
+                    self._odd.add(slot.name)
         self._watch()
 
     def _watch(self) -> None:
@@ -303,9 +315,21 @@ class BufferCopies:
         loose = [(name, kept.content) for name, kept in self._loose.items() if kept.content is not None]
         return self._in_place.named() + loose
 
-    def named_that_changed(self) -> list[tuple[str, Tensor]]:
-        """Those that had changed before the copies were made, by name: what never has is as it was meant, as a mask of -inf."""
-        return [(name, copy) for name, copy in self.named() if name not in self._fresh]
+    def suspects(self, *, odd_ones_too: bool) -> list[tuple[str, Tensor]]:
+        """Those that should have been finite, by name; asked on bad steps only.
+
+        What has never changed is as it was meant, and what was not finite when the fit began may be so by design.
+
+        Args:
+            odd_ones_too: Whether the latter are suspect too, as far as they hold NaN: no step has been good with them.
+        """
+        self._buffers.look()
+        kept = self.named()
+        found = [(name, copy) for name, copy in kept if name not in self._fresh and not self._buffers.is_odd(name)]
+        if odd_ones_too:
+            found += [(name, copy) for name, copy in kept if self._buffers.is_odd(name) and bool(copy.isnan().any())]
+            found += self._buffers.odd_constants()
+        return found
 
     def gone_bad(self) -> list[str]:
         """The names of those that are not finite now, and were; reads all of them."""

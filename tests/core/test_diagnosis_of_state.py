@@ -239,3 +239,27 @@ def test_a_frozen_parameter_is_named_before_the_first_good_step(trainer, tmp_pat
     track, said = fit_of(trainer, tmp_path, module, [0])
     assert [entry["stage"] for entry in track.bad_steps] == ["loss"]
     assert "Frozen and not finite, as packed codes may be: base" in said[0]
+
+
+class Banked(Regression):
+    """Holds a bank that is NaN where nothing was stored yet; the forward pass fills it, or only reads it."""
+
+    def __init__(self, fills, spoils=False):
+        super().__init__()
+        self.register_buffer("bank", torch.full((40,), math.nan))
+        self.fills, self.spoils = fills, spoils
+
+    def loss(self, batch, batch_idx):
+        if self.fills:
+            self.bank[batch_idx] = batch[0].mean()
+        return super().loss(batch, batch_idx) + (self.bank[-1] if self.spoils else 0.0)
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_a_buffer_that_began_with_nan_is_blamed_only_if_no_step_was_good(trainer, tmp_path, fills):
+    track, said = fit_of(trainer, tmp_path, Banked(fills), [4])
+    assert [entry["stage"] for entry in track.bad_steps] == ["loss"]
+    assert not any("bank" in each for each in said)
+    track, said = fit_of(trainer, tmp_path, Banked(fills, spoils=True), [])
+    assert {entry["stage"] for entry in track.bad_steps} == {"buffer"}
+    assert all("bank" in each for each in said)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGradientError, NonFiniteGuard
 from tests.helpers.exact_skip import differences
+from tests.helpers.matrix import matrix
 from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, make_trainer, scaled, weights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -92,10 +93,9 @@ def fitted(tmp_path: Any, kind: str, bad: set[int], left_out: set[int], way: str
     return flat, guard
 
 
-@pytest.mark.parametrize("bad", [{0}, {4, 5}], ids=str)
-@pytest.mark.parametrize("kind", ZERO_GRADIENTS)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_bad_loss_is_a_bad_step_whatever_its_gradients_are(tmp_path, way, kind, bad):
+@matrix(way=list(WAYS), kind=list(ZERO_GRADIENTS), place=["first", "two in a row"])
+def test_a_bad_loss_is_a_bad_step_whatever_its_gradients_are(tmp_path, way, kind, place):
+    bad = {0} if place == "first" else {4, 5}
     if way == "accumulated":
         bad = {min(bad) // 2 * 2, min(bad) // 2 * 2 + 1}  # a whole window, so that the clean run has none of it
     ours, guard = fitted(tmp_path, kind, bad, set(), way)

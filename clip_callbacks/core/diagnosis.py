@@ -128,7 +128,9 @@ class Findings:
         if self.buffers:
             lines += [f"Non-finite buffers before this step: {_listed(self.buffers, 3)}"]
         if self.carried:
-            lines += [f"Not finite in plain attributes, which a skip does not put back: {_listed(self.carried, 3)}"]
+            lines += [
+                f"Not finite in plain attributes or frozen parameters, which a skip does not put back: {_listed(self.carried, 3)}"
+            ]
         if self.carried_before:
             lines += [f"  so before this step already: {_listed(self.carried_before, 3)}"]
         if self.frozen:

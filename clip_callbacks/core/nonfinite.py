@@ -29,7 +29,7 @@ def as_policy(policy: object, argument: str) -> Policy:
     return as_choice(policy, argument, POLICIES)
 
 
-_NUMBERS = frozenset(
+NUMBERS = frozenset(
     [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128]
 )
 """Dtypes with arithmetic. The 8-bit floats are stored and converted only: some of torch's functions raise on them."""
@@ -47,7 +47,7 @@ def has_arithmetic(tensor: Tensor) -> bool:
     Args:
         tensor: Any; of a sharded one, this rank's shard.
     """
-    if is_lazy(tensor) or tensor.dtype not in _NUMBERS or tensor.is_meta or tensor.is_mkldnn or tensor.is_nested:
+    if is_lazy(tensor) or tensor.dtype not in NUMBERS or tensor.is_meta or tensor.is_mkldnn or tensor.is_nested:
         return False
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:

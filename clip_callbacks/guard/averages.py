@@ -37,6 +37,7 @@ class _Averages(Resource):
     def __init__(self, scope: ResourceScope) -> None:
         self._trainer, self._module = scope.trainer, scope.module
         self._hold = AveragingHold(scope.trainer, scope.skipped_steps)
+        self._put_back = scope.put_back
         self._watched: Fingerprints = {}
         self._named: set[str] = set()
         self._time = (0, 0)
@@ -85,7 +86,10 @@ class _Averages(Resource):
         self._watched, self._time = self._fingerprints(), self._now()
 
     def _fingerprints(self) -> Fingerprints:
-        apart = weights_apart(self._trainer, self._module)
+        apart = {
+            name: [tensor for tensor in tensors if id(tensor) not in self._put_back]
+            for name, tensors in weights_apart(self._trainer, self._module).items()
+        }
         return {name: list(map(_number, tensors)) for name, tensors in apart.items() if name not in self._named}
 
     def _now(self) -> tuple[int, int]:

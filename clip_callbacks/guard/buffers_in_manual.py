@@ -253,9 +253,8 @@ class _OneOfSeveral(_InManual):
             self._window.keep_from(common.at_step)
         if self._foreign_is_last:
             self._foreign.keep_from(common.last)
-        for copies in (self._window, self._foreign):
-            if not copies.is_finite:  # bad forward passes came before other optimizers' steps
-                copies.keep_from(common.at_batch)
+        for copies in (self._window, self._foreign):  # bad forward passes came before other optimizers' steps
+            copies.keep_bad_from(common.at_batch)
 
     @override
     def undo_pass(self, *, is_bad: bool) -> list[str]:

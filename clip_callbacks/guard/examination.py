@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks
+from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks, offenders_among
 from clip_callbacks.core.measurement import are_finite
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.parameters import learns, without_wrappers
@@ -79,7 +79,14 @@ class CarriedTensors:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._acquitted: set[str] = set()
-        self._suspects = carried_tensors(module)
+        self._frozen = {id(tensor): tensor._version for tensor in module.parameters() if not tensor.requires_grad}
+        self._suspects = self._found()
+
+    def _found(self) -> tuple[Offender, ...]:
+        """Those that hold NaN now: frozen parameters too that were written to, or put there, since the fit began."""
+        named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
+        written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
+        return (*carried_tensors(self._module), *offenders_among(written))
 
     def begin_batch(self) -> None:
         """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""
@@ -89,7 +96,7 @@ class CarriedTensors:
     def look(self) -> tuple[tuple[Offender, ...], tuple[Offender, ...]]:
         """At a bad step, after its forward passes: what holds NaN now, and what held some before them."""
         before = self._suspects
-        self._suspects = tuple(each for each in carried_tensors(self._module) if each.name not in self._acquitted)
+        self._suspects = tuple(each for each in self._found() if each.name not in self._acquitted)
         return self._suspects, before
 
     def end_good_step(self) -> None:
@@ -101,7 +108,7 @@ class CarriedTensors:
     def _among(self, suspects: tuple[Offender, ...]) -> tuple[Offender, ...]:
         """Those that hold NaN."""
         names = {each.name for each in suspects}
-        return tuple(each for each in carried_tensors(self._module) if each.name in names)
+        return tuple(each for each in self._found() if each.name in names)
 
 
 def look_at(

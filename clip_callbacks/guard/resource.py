@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -119,6 +119,7 @@ class ResourceScope:
         restore_buffers: Whether buffers that forward passes write to are put back.
         schedules: What holds schedules.
         skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
+        put_back: The ``id`` of each parameter that a forward pass rewrites, and a skip puts back; grows as they are found.
     """
 
     trainer: Trainer
@@ -127,6 +128,7 @@ class ResourceScope:
     restore_buffers: bool
     schedules: SchedulerHold
     skipped_steps: Callable[[], int]
+    put_back: set[int] = field(default_factory=set)
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from operator import attrgetter
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS
 from typing_extensions import override
 
+from clip_callbacks.core.nonfinite import has_arithmetic
+from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.end_of_step import at_end_of_step
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others
+from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others, have_same_bits
 from clip_callbacks.trainer.written_buffers import FIRST_COPIES
 
 WATCHED_WINDOWS = 3
@@ -35,8 +36,7 @@ _version = attrgetter("_version")
 def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
     """Make the resource of each optimizer."""
     known = set(_renormalized(scope.module))
-    is_manual = not scope.module.automatic_optimization
-    return {context.index: RewrittenParameters(scope.trainer, context, known, is_manual=is_manual) for context in scope.contexts}
+    return {context.index: RewrittenParameters(scope, context, known) for context in scope.contexts}
 
 
 def _renormalized(module: nn.Module) -> Iterator[Tensor]:
@@ -51,16 +51,16 @@ class RewrittenParameters(Resource):
     """Those of one optimizer's parameters that forward passes rewrite.
 
     Args:
-        trainer: The Trainer.
+        scope: The Trainer and the module.
         context: The optimizer.
         known: Parameters that are known to be rewritten, whosever they are.
-        is_manual: Whether a batch may have several steps.
     """
 
-    def __init__(self, trainer: Trainer, context: OptimizerContext, known: Collection[Tensor], *, is_manual: bool) -> None:
-        self._trainer = trainer
+    def __init__(self, scope: ResourceScope, context: OptimizerContext, known: Collection[Tensor]) -> None:
+        self._trainer = scope.trainer
         self._context = context
-        self._is_manual = is_manual
+        self._is_manual = not scope.module.automatic_optimization
+        self._put_back = scope.put_back
         self._tensors = dict(zip(context.table.names, context.table.tensors, strict=True))
         self._copies, self._suspects = TensorCopies(), TensorCopies()
         self._rewritten: set[str] = set()
@@ -71,6 +71,7 @@ class RewrittenParameters(Resource):
         for name, tensor in self._tensors.items():
             if tensor in known and fits_among_others(tensor):
                 self._rewritten.add(name)
+                self._put_back.add(id(tensor))
                 self._copies.add(name, tensor, None)
 
     @override
@@ -91,7 +92,7 @@ class RewrittenParameters(Resource):
         room = FIRST_COPIES
         for name, tensor in sorted(self._tensors.items(), key=lambda item: item[1].numel()):
             room -= tensor.numel() * tensor.element_size()
-            if room >= 0 and name not in self._rewritten and tensor.requires_grad and fits_among_others(tensor):
+            if room >= 0 and name not in self._rewritten and has_arithmetic(shard_of(tensor)) and fits_among_others(tensor):
                 self._suspects.add(name, tensor, None)
         self._suspects.keep()
 
@@ -112,10 +113,14 @@ class RewrittenParameters(Resource):
         """Find parameters that were rewritten for the first time, before any optimizer could have done it."""
         suspects = dict(self._suspects.named())
         for (name, tensor), version in zip(self._tensors.items(), self._versions, strict=True):
-            if tensor._version != version and name not in self._rewritten and fits_among_others(tensor):
+            if name in self._rewritten or not fits_among_others(tensor):
+                continue
+            before = suspects.get(name)
+            if tensor._version != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):
                 self._rewritten.add(name)
-                self._copies.add(name, tensor, suspects.get(name))
-                if name not in suspects:
+                self._put_back.add(id(tensor))
+                self._copies.add(name, tensor, before)
+                if before is None:
                     self._lost.append(name)
 
     @override
@@ -132,17 +137,22 @@ class RewrittenParameters(Resource):
         if isinstance(self._context.optimizer, LBFGS):  # its search goes on, and ends where its step began
             at_end_of_step(self._trainer, self._context.optimizer, self._copies.restore)
         if self._lost:
-            rank_zero_warn(
-                f"The parameters {', '.join(self._lost)} were rewritten by a forward pass for the first time, in a step that is "
-                "skipped, and cannot be put back: no copy was kept of what they were. From now on they are put back.",
-                category=RuntimeWarning,
-            )
-            self._lost.clear()
+            self._tell_of_lost()
+
+    def _tell_of_lost(self) -> None:
+        rank_zero_warn(
+            f"The parameters {', '.join(self._lost)} were rewritten by a forward pass for the first time, in a step that is "
+            "skipped, and cannot be put back: no copy was kept of what they were. From now on they are put back.",
+            category=RuntimeWarning,
+        )
+        self._lost.clear()
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
         self._has_pass = False
         self._copies.restore_where(skipped)
+        if self._lost and bool(skipped):
+            self._tell_of_lost()
         self._lost.clear()
 
     @override

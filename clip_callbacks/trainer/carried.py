@@ -52,7 +52,8 @@ def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
 
 def _tensors(value: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield name, value
+        if not value.requires_grad:  # what the next batch is to read is detached; what is not is a record of outputs
+            yield name, value
     elif isinstance(value, (tuple, list, dict)) and depth and len(value) <= MOST:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:

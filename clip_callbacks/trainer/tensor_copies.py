@@ -11,11 +11,17 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clip_callbacks.core.nonfinite import all_finite
+from clip_callbacks.core.nonfinite import NUMBERS, all_finite, has_arithmetic
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.trainer.snapshot import overlaps
+
+_PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
+"""The last one stands for a plain tensor in dry runs."""
+
+_WHOLE = frozenset([torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 
 
 def fits_among_others(tensor: Tensor | None) -> TypeGuard[Tensor]:
@@ -23,8 +29,11 @@ def fits_among_others(tensor: Tensor | None) -> TypeGuard[Tensor]:
     if tensor is None or _is_wrapper(tensor):
         return False
     shard = shard_of(tensor)
-    is_plain = shard.layout is torch.strided and not shard.is_quantized and not shard.is_meta and not shard.is_inference()
-    return is_plain and not (shard.is_floating_point() and shard.element_size() == 1) and not overlaps(shard)
+    if shard.layout is not torch.strided or shard.is_inference() or overlaps(shard):
+        return False
+    if type(shard) in _PLAIN:
+        return not shard.is_meta and (shard.dtype in _WHOLE or shard.dtype in NUMBERS)
+    return has_arithmetic(shard)
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
@@ -79,20 +88,26 @@ class Kept:
         """Whether the content is bit for bit what it was; reads all of it. True where there is nothing to compare bit by bit."""
         if self.content is None or self.tensor is None or self.content.layout is not torch.strided or self.content.is_quantized:
             return True
-        return _have_same_bits(self.content, shard_of(self.tensor).detach().to(self.content.device))
+        return have_same_bits(self.content, shard_of(self.tensor).detach().to(self.content.device))
 
     def restored(self) -> Tensor | None:
         """The tensor with its content of then; another one where it cannot be written to, as a sparse one.
 
-        One whose entries share memory, or of an inference, nobody else can have written to either.
+        One made in inference mode nobody else can have written to either.
         """
         if self.tensor is None or self.content is None or self.tensor.is_inference():
             return self.tensor
         shard = shard_of(self.tensor)
         if shard.layout is not torch.strided or shard.is_quantized:
             return self.content.clone()
-        if not overlaps(shard):
-            shard.data.copy_(self.content)
+        if shard.shape != self.content.shape:
+            if shard is not self.tensor:
+                return self.content.clone()
+            self.tensor.resize_(self.content.shape)
+        once = tuple(
+            slice(0, 1 if stride == 0 else None) for stride in shard.stride()
+        )  # entries that share memory are written once
+        shard.data[once].copy_(self.content[once])
         return self.tensor
 
     def write_where(self, flag: Tensor, target: Tensor | None) -> bool:
@@ -146,7 +161,7 @@ class TensorCopies:
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name, live in self._live.items():
             kinds.setdefault((live.dtype, live.device), []).append(name)
-        rooms = [_Room({name: self._live[name] for name in names}) for names in kinds.values()]
+        rooms = [_Room({name: self._live[name] for name in names}, known) for names in kinds.values()]
         for room in rooms:
             room.fill(known)
         self._rooms, self._pending, self._is_complete = rooms, {}, True
@@ -162,6 +177,11 @@ class TensorCopies:
         """Copy all as they are."""
         for room in self._each:
             room.keep()
+
+    @property
+    def resized(self) -> list[str]:
+        """The names of tensors that have another shape than their copies: ``resize_`` leaves the tensor in its place."""
+        return [name for name, copy in self.named() if shard_of(self._live[name]).shape != copy.shape]
 
     def keep_from(self, other: TensorCopies) -> None:
         """Take the copies that others have of the same tensors."""
@@ -201,18 +221,19 @@ class TensorCopies:
 class _Room:
     """Tensors of one dtype on one device, and their copies side by side in one tensor."""
 
-    def __init__(self, live: dict[str, Tensor]) -> None:
+    def __init__(self, live: dict[str, Tensor], known: dict[str, Tensor]) -> None:
         self._names = list(live)
         self._live = [shard_of(tensor) for tensor in live.values()]
+        self._shapes = [known[name].shape for name in live]
         self.kept, self._copies = self._space()
         self._others: list[Tensor] = []
         self._scratch: tuple[Tensor, list[Tensor]] | None = None
 
     def _space(self) -> tuple[Tensor, list[Tensor]]:
-        first = self._live[0]
-        flat = torch.empty(sum(tensor.numel() for tensor in self._live), dtype=first.dtype, device=first.device)
-        parts = flat.split([tensor.numel() for tensor in self._live])  # type: ignore[no-untyped-call]
-        return flat, [part.view(tensor.shape) for part, tensor in zip(parts, self._live, strict=True)]
+        first, sizes = self._live[0], [shape.numel() for shape in self._shapes]
+        flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        parts = flat.split(sizes)  # type: ignore[no-untyped-call]
+        return flat, [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def named(self) -> Iterable[tuple[str, Tensor]]:
         return zip(self._names, self._copies, strict=True)
@@ -249,11 +270,14 @@ def _copy(tensor: Tensor | None, device: torch.device | None = None) -> Tensor |
     """A tensor's entries, of this rank's shard; None where there are none to copy."""
     if tensor is None or tensor.is_meta:
         return None
-    copy = shard_of(tensor).detach().clone()
-    return copy if device is None else copy.to(device)
+    try:
+        copy = shard_of(tensor).detach().clone()
+        return copy if device is None else copy.to(device)
+    except (NotImplementedError, RuntimeError, TypeError):  # a subclass of another package may have no copies
+        return None
 
 
-def _have_same_bits(one: Tensor, other: Tensor) -> bool:
+def have_same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether all bits agree: NaN is equal to itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

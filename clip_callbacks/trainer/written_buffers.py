@@ -26,6 +26,9 @@ FIRST_COPIES = 2**28
 COMPARED_WINDOWS = 2
 """After how many of the first windows contents are compared: who writes around version counters mostly does so from the start."""
 
+TAKEN_UP_EVERY = 64
+"""In one of so many later windows the module is searched for buffers that were not there before."""
+
 _version = attrgetter("_version")
 
 
@@ -123,6 +126,7 @@ class WrittenBuffers:
             self.look()
         if self.is_young:
             self._compare()
+        if self.is_young or self._windows % TAKEN_UP_EVERY == 0:
             self._take_up_new()
 
     def look(self) -> None:
@@ -179,7 +183,10 @@ class WrittenBuffers:
 
     def _take_up_new(self) -> None:
         """Take up buffers that were not there before; small ones first are copied, since the first change ever may be a bad one."""
-        new = [slot for slot in _slots(self._module) if slot.name not in self._slots and not _is_lazy(slot.tensor)]
+        now = {slot.name: slot for slot in _slots(self._module) if not _is_lazy(slot.tensor)}
+        for name in [name for name, slot in self._slots.items() if name not in now or now[name].owner is not slot.owner]:
+            self._forget(name)
+        new = [slot for name, slot in now.items() if name not in self._slots]
         self._slots |= {slot.name: slot for slot in new}
         self._live = [slot.tensor for slot in self._slots.values()]
         room = FIRST_COPIES - sum(first.nbytes for first in self._first.values())
@@ -192,6 +199,14 @@ class WrittenBuffers:
                 if not is_finite(self._first[slot.name].content):
                     self._odd.add(slot.name)
         self._watch()
+
+    def _forget(self, name: str) -> None:
+        """Let go of a buffer whose module is no longer there."""
+        del self._slots[name]
+        self._first.pop(name, None)
+        self._changing.discard(name)
+        for view in self._views:
+            view.forget(name)
 
     def _watch(self) -> None:
         """Remember version counters of those that have never changed."""
@@ -254,16 +269,44 @@ class BufferCopies:
             tensor = replaced.tensor if replaced else self._slots[name].tensor
             self._loose[name] = Kept(tensor, copy)
 
+    def forget(self, name: str) -> None:
+        """Let go of a buffer whose module is no longer there."""
+        self._slots.pop(name, None)
+        self._in_place.remove(name)
+        self._loose.pop(name, None)
+
     def keep(self) -> None:
         """Copy them as they are."""
         if not self._slots:
             return
-        self._in_place.keep()
+        try:
+            self._in_place.keep()
+        except RuntimeError:
+            self._loosen_resized()
+            self._in_place.keep()
         if self._loose:
             self._loose = {name: Kept.of(self._slots[name].tensor) for name in self._loose}
         if self._fresh:
             self._fresh.clear()
             self._unknown.clear()
+
+    def _loosen_resized(self) -> None:
+        """Keep by themselves those that were resized in their place, as observers of channels do in their first pass."""
+        for name in self._in_place.resized:
+            self._loosen(name, None, Replaced(self._slots[name].tensor))
+
+    def keep_bad_from(self, other: BufferCopies) -> None:
+        """Take the copies that others have of the buffers of those modules of which a copy is not finite; on bad steps only."""
+        copies = dict(self.named())
+        owners = {id(self._slots[name].owner) for name, copy in copies.items() if not is_finite(copy)}
+        if not owners:
+            return
+        theirs = dict(other.named())
+        for name, slot in self._slots.items():
+            if id(slot.owner) in owners and name in self._loose:
+                self._loose[name] = other._loose[name]
+            elif id(slot.owner) in owners and name in theirs:
+                copies[name].copy_(theirs[name])
 
     def keep_from(self, other: BufferCopies) -> None:
         """Take the copies that others have of the same buffers."""
@@ -279,6 +322,7 @@ class BufferCopies:
             The names of those that have changed for the first time, too large for a copy of what they were.
         """
         lost, self._unknown = sorted(self._unknown), set()
+        self._loosen_resized()
         self._in_place.restore()
         for name, kept in self._loose.items():
             if name not in lost:
@@ -287,7 +331,7 @@ class BufferCopies:
 
     def _put_back(self, slot: Slot, kept: Kept) -> None:
         live = slot.tensor
-        has_other_shape = live is not None and kept.tensor is not None and live.shape != kept.tensor.shape
+        has_other_shape = live is not None and kept.content is not None and shard_of(live).shape != kept.content.shape
         if slot.is_persistent or not has_other_shape:  # else a cache has grown; an attribute elsewhere may say how long it is
             slot.put(kept.restored())
 
@@ -295,6 +339,7 @@ class BufferCopies:
     def restore_where(self, flag: Tensor) -> None:
         """Put the buffers back to the copies if a flag is set, 0-dim bool, which stays unread if shapes are as they were."""
         self._unknown = set()
+        self._loosen_resized()
         self._in_place.restore_where(flag)
         for name, kept in self._loose.items():
             if not kept.write_where(flag, self._slots[name].tensor) and bool(flag):

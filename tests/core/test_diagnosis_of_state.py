@@ -184,7 +184,7 @@ def fit_of(trainer, tmp_path, module, bad):
 def test_a_hidden_state_is_blamed_from_the_second_bad_step_on(trainer, tmp_path):
     track, said = fit_of(trainer, tmp_path, Recurrent(), [4])
     assert [entry["stage"] for entry in track.bad_steps] == ["loss"] + ["carried"] * 5
-    assert "Not finite in plain attributes, which a skip does not put back: state[0] [1, 4, 4]" in said[0]
+    assert "Not finite in plain attributes or frozen parameters, which a skip does not put back: state[0] [1, 4, 4]" in said[0]
     assert "so before this step already" not in said[0]
     assert "a tensor that a module carries from batch to batch was non-finite before this step; reset it" in said[1]
     rows, _ = bad_steps(track)

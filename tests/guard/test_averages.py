@@ -355,6 +355,9 @@ class Codebook(Subject):
         self.book.centre.mul_(0.9).add_(batch[0].mean(0))
         return super().loss(batch, batch_idx) + self.book.other.weight.sum() * 0
 
+    def configure_optimizers(self):
+        return self.make_optimizer([each for each in self.parameters() if each.requires_grad], **self.options)
+
 
 class Following(Callback):
     """A stranger's moving average."""

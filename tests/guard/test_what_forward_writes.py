@@ -202,3 +202,83 @@ def test_buffers_of_an_average_belong_to_the_average():
     copies = written_buffers.BufferCopies(written)
     written.begin_window()
     assert all(name.startswith("0.") for name, _ in copies.named())
+
+
+# Found by programs of others
+
+
+class Resizes(nn.Module):
+    """Makes room for as many channels as it meets, as an observer of channels does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            now = x.detach().amax(0)
+            if len(self.largest) != len(now):
+                self.largest.resize_(now.shape).copy_(now)
+            else:
+                self.largest.copy_(torch.maximum(self.largest, now))
+        return x
+
+
+class Shares(nn.Module):
+    """All entries of its buffer share memory, which it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.scale[:1].mul_(0.9)
+        return x
+
+
+class Follows(nn.Module):
+    """A frozen parameter of the optimizer that forward writes to, in one way or another."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.centre, self.write = nn.Parameter(torch.zeros(8), requires_grad=False), write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.write(self.centre, x.detach().mean(0))
+        return x - x.mean(0)
+
+
+FOUND = {
+    "resized in its place": Resizes,
+    "expanded": Shares,
+    "a frozen parameter": lambda: Follows(lambda centre, mean: centre.lerp_(mean, 0.1)),
+    "a frozen parameter through .data": lambda: Follows(lambda centre, mean: centre.data.lerp_(mean, 0.1)),
+    "a parameter through .data": lambda: Rewritten(lambda weight, _: weight.data.mul_(0.99)),
+    "another tensor as .data": lambda: Rewritten(lambda weight, _: setattr(weight, "data", weight.data * 0.99)),
+}
+
+
+@matrix(way=list(FOUND), bad=list(PLACES), loop=["automatic", "manual"])
+def test_what_others_have_found(tmp_path, way, bad, loop):
+    assert_no_trace(tmp_path, FOUND[way], PLACES[bad], is_manual=loop == "manual")
+
+
+class GrowsLate(nn.Module):
+    """Makes a layer with batch statistics in a later batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes, self.late = 0, nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        if self.passes == 4:
+            self.late = nn.BatchNorm1d(8, affine=False)
+        return self.late(x)
+
+
+def test_buffers_that_come_late_are_taken_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(written_buffers, "TAKEN_UP_EVERY", 3)
+    assert_no_trace(tmp_path, GrowsLate, {7})

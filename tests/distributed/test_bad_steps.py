@@ -7,6 +7,9 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from clip_callbacks import (
     AccumulationRescaling,
@@ -203,6 +206,46 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_all_though_its_gradients_are_zero(
     clean = assert_one_answer(run(name, NonFiniteGuard(), GradientClipping(1.0), bad=bad, **options))
     assert sum(ours["skipped"]) == 2
     assert_same_bits(ours["weights"], clean["weights"])
+
+
+class Parts(LightningModule):
+    """An encoder and a head, each with an optimizer of its own, or one for both behind a checkpoint; one loss for all."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head, self.kind = nn.Linear(4, 4), nn.Linear(4, 1), kind
+        self.automatic_optimization = kind == "checkpoint"
+
+    def forward(self, inputs):
+        return self.head(self.encoder(inputs).tanh())
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch[0]) if self.kind != "checkpoint" else checkpoint(self, batch[0].requires_grad_(), use_reentrant=True)
+        loss = nn.functional.mse_loss(outputs, batch[1])
+        if batch_idx == 5 and self.global_rank == 1:
+            loss = loss * 0.0 + math.nan
+        if self.automatic_optimization:
+            return loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        if self.kind == "checkpoint":
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+        return [torch.optim.AdamW(part.parameters(), lr=0.05) for part in (self.encoder, self.head)]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("an optimizer each", 2), ("checkpoint", 1)])
+def test_a_bad_loss_reaches_every_optimizer_and_through_checkpoints(run, kind, steps):
+    found = run("ddp", NonFiniteGuard(), module=Parts(kind))
+    for each in found:
+        assert sum(counters["skipped"] for counters in each["states"][0]["counters"].values()) == steps
+    assert_same_bits(found[0]["weights"], found[1]["weights"])
 
 
 @matrix(

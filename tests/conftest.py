@@ -76,6 +76,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # thousands of tests need not be looked through again and again
+    gc.set_threshold(100_000, 20, 100)  # what fits leave in circles is small, and a tenth of the time would go into looking for it
 
 
 @pytest.fixture(autouse=True, scope="session")

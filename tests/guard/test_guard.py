@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGradientError, NonFiniteGuard
+from tests.helpers.matrix import matrix
 from tests.helpers.training import Poisoned, Regression, assert_same_bits, data, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
@@ -20,22 +21,23 @@ def optimizer_state(fit):
     return [value for state in fit.optimizers[0].state.values() for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.parametrize("bad", [{0: math.nan}, {5: math.inf}, {3: math.nan, 4: -math.inf}])
-@pytest.mark.parametrize("guard", [lambda: [NonFiniteGuard()], lambda: [GradientClipping(1.0)]], ids=["guard", "clipping"])
-@pytest.mark.parametrize(
-    ("optimizer", "options"),
-    [
-        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
-        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-        (torch.optim.RMSprop, {"momentum": 0.5}),
-        (torch.optim.Adagrad, {}),
-        (torch.optim.AdamW, {"fused": True}),
-    ],
+@matrix(
+    bad={"first": {0: math.nan}, "later": {5: math.inf}, "two in a row": {3: math.nan, 4: -math.inf}},
+    guard={"guard": NonFiniteGuard, "clipping": GradientClipping},
+    optimizer={
+        "AdamW": (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
+        "SGD": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "RMSprop": (torch.optim.RMSprop, {"momentum": 0.5}),
+        "Adagrad": (torch.optim.Adagrad, {}),
+        "fused": (torch.optim.AdamW, {"fused": True}),
+    },
 )
-def test_weights_and_optimizer_state_are_as_if_the_batch_had_not_come(trainer, bad, guard, optimizer, options):
+def test_weights_and_optimizer_state_are_as_if_the_batch_had_not_come(trainer, bad, guard, optimizer):
+    optimizer, options = optimizer
+
     def train(module, loader):
-        fit = trainer(*guard())
+        fit = trainer(guard())
         fit.fit(module, loader)
         return weights(module), optimizer_state(fit)
 

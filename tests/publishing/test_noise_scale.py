@@ -27,7 +27,7 @@ def draws(count, *, spread, seed=0):
 @pytest.mark.parametrize("spread", [0.5, 3.0])
 @pytest.mark.parametrize(("count", "samples"), [(2, 1), (4, 8), (16, 2)])
 def test_the_estimator_finds_the_noise_scale(spread, count, samples):
-    windows = 4000
+    windows = 2500
     estimate = NoiseScale(decay=0.9995)
     small = draws(windows * count * samples, spread=spread).view(windows, count, samples, WIDTH).mean(2)
     for gradients in small:
@@ -65,7 +65,7 @@ def test_one_micro_batch_tells_nothing(small):
     ],
 )
 def test_in_a_trainer(trainer, family, options):
-    feed = draws(1200, spread=3.0).float()
+    feed = draws(960, spread=3.0).float()
     run = trainer(*family, GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, **options)
     run.fit(GradientTape(feed))
     assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)

@@ -203,6 +203,11 @@ class Tasks(LightningModule):
         self.encoder = nn.Linear(4, 4)
         self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
         self.bad, self.order, self.apart = bad, order, apart
+        self.bad_gradients: set[int] = set()
+
+    def on_after_backward(self) -> None:
+        if self.trainer.fit_loop.batch_idx in self.bad_gradients:
+            self.encoder.weight.grad[0, 0] = math.nan
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizers = self.optimizers()
@@ -232,6 +237,20 @@ def test_a_bad_gradient_of_a_shared_parameter_skips_both(trainer, whose, order, 
     guard, module = NonFiniteGuard(), Tasks({3: whose}, order, apart=apart)
     trainer(guard).fit(module, DataLoader(batches, batch_size=None))
     clean = Tasks({}, order, apart=apart)
+    trainer(NonFiniteGuard()).fit(clean, DataLoader(batches[:3] + batches[4:], batch_size=None))
+    assert guard.skipped_steps == 2
+    assert_same_bits(weights(module), weights(clean))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_where_losses_are_finite_the_first_to_skip_tells_the_other(trainer, order):
+    """Its skip takes the bad gradient away, and the other one would see good ones only."""
+    batches = list(data(8))
+    guard, module = NonFiniteGuard(), Tasks({}, order)
+    module.bad_gradients = {3}
+    with pytest.warns(RuntimeWarning, match="Parameters are shared with another optimizer"):
+        trainer(guard).fit(module, DataLoader(batches, batch_size=None))
+    clean = Tasks({}, order)
     trainer(NonFiniteGuard()).fit(clean, DataLoader(batches[:3] + batches[4:], batch_size=None))
     assert guard.skipped_steps == 2
     assert_same_bits(weights(module), weights(clean))

@@ -142,3 +142,28 @@ def test_windows_that_nobody_tells_of_end_at_the_last_step_or_batch(trainer):
     ours = trained(trainer, Directly((1, 1), poison=(0, {6})), NonFiniteGuard())
     clean = trained(trainer, Directly((1, 1), left_out=(0, {6})), NonFiniteGuard())
     assert_same_bits(ours, clean)
+
+
+class ForwardFirst(Several):
+    """All forward passes come before the first backward pass; a bad one leaves finite statistics, though wrong ones."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        losses = {}
+        for index, net in enumerate(self.nets):
+            if not (index == self.left_out[0] and batch_idx in self.left_out[1]):
+                is_bad = index == self.poison[0] and batch_idx in self.poison[1]
+                loss = nn.functional.mse_loss(net(batch[0] * (1e3 if is_bad else 1.0)), batch[1])
+                losses[index] = loss * math.nan if is_bad else loss
+        optimizers = self.optimizers()
+        for index, loss in losses.items():
+            optimizers[index].zero_grad()
+            self.manual_backward(loss)
+        for index in losses:
+            optimizers[index].step()
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_forward_pass_long_before_its_backward_pass_is_undone(trainer, whose):
+    ours = trained(trainer, ForwardFirst((1, 1), poison=(whose, {6})), NonFiniteGuard())
+    clean = trained(trainer, ForwardFirst((1, 1), left_out=(whose, {6})), NonFiniteGuard())
+    assert_same_bits(ours, clean)

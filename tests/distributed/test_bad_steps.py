@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +207,25 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_all_though_its_gradients_are_zero(
     clean = assert_one_answer(run(name, NonFiniteGuard(), GradientClipping(1.0), bad=bad, **options))
     assert sum(ours["skipped"]) == 2
     assert_same_bits(ours["weights"], clean["weights"])
+
+
+def scales(name, kind, fused):
+    """The loss scale and its growth counter after a loss that is NaN on one rank, and what was counted."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
+    guard, poison = NonFiniteGuard(), {(1, 5): math.nan if kind == "nan" else kind}
+    options = {"optimizer": torch.optim.AdamW, "lr": 0.05, "fused": fused, "plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    parallel.train(name, guard, poison=poison, **options)
+    return scaler.state_dict(), guard.skipped_steps, guard.overflowed_steps
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["nan", "no gradient"])
+def test_a_loss_that_is_nan_on_one_rank_leaves_the_loss_scale_of_all(run, kind, fused):
+    first, second = run("ddp", kind, fused, function=scales)
+    assert first == second
+    state, skipped, overflowed = first
+    assert (skipped, overflowed) == (1, 0)
+    assert state["scale"] >= 64.0
 
 
 class Parts(LightningModule):

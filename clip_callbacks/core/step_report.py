@@ -37,7 +37,7 @@ class StepReport:
         factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)``, or each unit's, ``(U,)``, if
             ``unit_norms`` is there, or one entry for all; None is 1.
         norm_type: The order p of all norms.
-        finite: Whether every gradient was finite when it came, 0-dim bool.
+        finite: Whether every gradient was finite when it came, and every loss that is known, 0-dim bool.
         skipped: Whether the step is skipped, 0-dim bool.
         accumulation_scale: What all gradients were multiplied by before all else, to make a window's sum its mean.
         unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".

@@ -50,18 +50,17 @@ class Buffers(Resource):
 
     @override
     def undo_pass(self, *, is_bad: bool) -> list[str]:
-        self._written.look()
-        bad = self._batch.gone_bad()
-        if bad or is_bad:
-            self.put_back(self._batch)
-        return bad
+        return self._undo(self._batch, is_bad=is_bad)
 
     @override
     def undo_window(self, *, is_bad: bool) -> list[str]:
+        return self._undo(self._window, is_bad=is_bad)
+
+    def _undo(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
         self._written.look()
-        bad = self._window.gone_bad()
+        bad = copies.gone_bad()
         if bad or is_bad:
-            self.put_back(self._window)
+            self.put_back(copies)
         return bad
 
     @override

@@ -128,8 +128,7 @@ class _WholeModuleInManual(_InManual):
         self.put_back(self._window)
 
     def _fetch(self) -> None:
-        if not self._window.is_finite:  # the forward pass of a second step came before the first step
-            self._window.keep_from(self._batch)
+        self._window.keep_bad_from(self._batch)  # the forward pass of a second step may have come before the first step
 
     @override
     def reset(self) -> None:

@@ -105,7 +105,8 @@ class StepContext:
     @property
     def why_discarded(self) -> str:
         """Why the gradients mean nothing, in words."""
-        return _WHY_DISCARDED.get(self.discarded, "") if self.discarded else ""
+        assert self.discarded is not None, "asked of discarded steps only"
+        return _WHY_DISCARDED[self.discarded]
 
     @property
     def batch(self) -> tuple[int, int]:

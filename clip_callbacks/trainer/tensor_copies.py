@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clip_callbacks.core.nonfinite import NUMBERS, all_finite, has_arithmetic
+from clip_callbacks.core.nonfinite import NUMBERS, has_arithmetic
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.trainer.snapshot import overlaps
 
@@ -104,9 +104,8 @@ class Kept:
             if shard is not self.tensor:
                 return self.content.clone()
             self.tensor.resize_(self.content.shape)
-        once = tuple(
-            slice(0, 1 if stride == 0 else None) for stride in shard.stride()
-        )  # entries that share memory are written once
+        # entries that share memory, as after expand, are written once
+        once = tuple(slice(0, 1 if stride == 0 else None) for stride in shard.stride())
         shard.data[once].copy_(self.content[once])
         return self.tensor
 
@@ -211,11 +210,6 @@ class TensorCopies:
     def named(self) -> list[tuple[str, Tensor]]:
         """The copies, by name."""
         return [pair for room in self._each for pair in room.named()]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the copies are."""
-        return all_finite(room.kept for room in self._each)
 
 
 class _Room:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
+from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.trainer.tensor_copies import Kept, TensorCopies, fits_among_others
 
@@ -312,7 +313,8 @@ class BufferCopies:
         """Take the copies that others have of the same buffers."""
         self._in_place.keep_from(other._in_place)
         self._loose = {name: other._loose[name] for name in self._loose}
-        self._unknown = self._unknown & other._unknown
+        self._unknown &= other._unknown
+        self._fresh &= other._fresh
 
     @torch.no_grad()
     def restore(self) -> list[str]:
@@ -350,11 +352,6 @@ class BufferCopies:
         loose = [(self._slots[name].tensor, kept.content) for name, kept in self._loose.items()]
         return self._in_place.copies() | {id(live): content for live, content in loose if content is not None}
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether the copies are; asked on bad steps only."""
-        return self._in_place.is_finite and all(is_finite(kept.content) for kept in self._loose.values())
-
     def named(self) -> list[tuple[str, Tensor]]:
         """The copies, by name; asked on bad steps only."""
         loose = [(name, kept.content) for name, kept in self._loose.items() if kept.content is not None]
@@ -382,12 +379,10 @@ class BufferCopies:
 
 
 def _slots(module: nn.Module) -> Iterable[Slot]:
-    averages = tuple(
-        f"{name}." for name, child in module.named_modules() if isinstance(child, AveragedModel) and child is not module
-    )
+    averages = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, AveragedModel))
     for place, owner in module.named_modules():
         prefix = f"{place}." if place else ""
-        if owner._buffers and not prefix.startswith(averages or ("\0",)):
+        if owner._buffers and not prefix.startswith(averages):
             for key in owner._buffers:
                 yield Slot(prefix + key, owner, key)
 
@@ -421,7 +416,5 @@ def _has_gone_bad(before: Tensor, now: Tensor | None) -> bool:
 
 
 def _is_number(tensor: Tensor) -> bool:
-    """Whether entries may be NaN, of a dtype that can be asked."""
-    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    return (tensor.is_floating_point() and tensor.element_size() > 1) or tensor.is_complex()
+    """Whether entries may be NaN, and torch can be asked."""
+    return tensor.layout is torch.strided and has_arithmetic(shard_of(tensor))

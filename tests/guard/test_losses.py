@@ -146,12 +146,12 @@ class Backwards(Regression):
         return loss
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["plain", "fused"])
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
-def test_nan_losses_leave_the_scale_and_its_counter(tmp_path, options, deferred, count):
-    if deferred and not options:
-        return
+@pytest.mark.parametrize(
+    ("options", "deferred"),
+    [({}, False), ({"fused": True}, False), ({"fused": True}, True)],
+    ids=["plain", "fused", "on the device"],
+)
+def test_nan_losses_leave_the_scale_and_its_counter(tmp_path, options, deferred):
     results = []
     for bad in ({3, 6, 7}, set()):
         torch.manual_seed(0)

@@ -167,3 +167,18 @@ def test_a_forward_pass_long_before_its_backward_pass_is_undone(trainer, whose):
     ours = trained(trainer, ForwardFirst((1, 1), poison=(whose, {6})), NonFiniteGuard())
     clean = trained(trainer, ForwardFirst((1, 1), left_out=(whose, {6})), NonFiniteGuard())
     assert_same_bits(ours, clean)
+
+
+class Spoilt(Several):
+    """Code of its own spoils statistics between two batches."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            self.nets[0][1].running_mean.fill_(math.nan)
+
+
+def test_statistics_that_were_bad_before_are_named(trainer):
+    module = Spoilt((1, 1), poison=(0, {5}))
+    with pytest.warns(RuntimeWarning, match="buffers were non-finite before this step") as said:
+        trainer(NonFiniteGuard()).fit(module, DataLoader(batches(), batch_size=None))
+    assert any("nets.0.1.running_mean" in str(each.message) for each in said)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers import browser, entry_points
+from tests.helpers import browser, installed
 from tests.helpers.browser import Opened
 from tests.helpers.ranks import Ranks
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
-entry_points.ask_once()  # before Lightning is imported
+installed.ask_quickly()  # before Lightning is imported
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 collect_ignore = ["package/typed_script.py"]  # for mypy only: some of its lines are wrong
 

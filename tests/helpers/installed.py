@@ -1,0 +1,27 @@
+"""Answer quickly what Lightning and torchmetrics ask about the packages that are installed; to be called before they are imported.
+
+Each Trainer asks ``importlib.metadata`` for entry points that bring callbacks. With two hundred packages that takes as long as
+the rest of a small fit, and the answer never changes. And torchmetrics imports transformers for metrics that no test uses: a
+fifth of the time that it takes to import Lightning, in every process that does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from functools import cache
+
+UNUSED = {"transformers"}
+"""Packages that torchmetrics would import."""
+
+
+def ask_quickly() -> None:
+    """Keep the list of entry points, and hide what is unused from whoever asks for its version from now on."""
+    importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
+    version = importlib.metadata.version
+
+    def version_of_what_is_used(name: str) -> str:
+        if name in UNUSED:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    importlib.metadata.version = version_of_what_is_used

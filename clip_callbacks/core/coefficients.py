@@ -15,6 +15,8 @@ from torch import Tensor
 EPS = 1e-6
 """Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
+EPS_FLOAT32 = c_float(EPS).value
+
 CLEARLY = 1.0 - 1e-6
 """Below this share of the limit no rounding in float32 makes a coefficient less than 1: the division may be left out."""
 
@@ -79,11 +81,8 @@ def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
         return 1.0
     if dtype is torch.float64:
         return 1.0 / (norm + EPS) * limit
-    return _float32(_float32(1.0 / _float32(norm + _float32(EPS))) * _float32(limit))
-
-
-def _float32(number: float) -> float:
-    return c_float(number).value
+    reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
+    return c_float(reciprocal * c_float(limit).value).value
 
 
 _ONES: dict[tuple[int, torch.dtype], Tensor] = {}

@@ -179,9 +179,12 @@ class StepEngine:
             if last is not None and last.compares:
                 last.note(self._context(optimizer).table)
 
-    @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
+        with torch.no_grad():  # as a decorator it takes three more calls
+            self._step(optimizer)
+
+    def _step(self, optimizer: Optimizer) -> None:
         context = self._context(optimizer)
         if self._deferred.is_in_use:
             self._deferred.collect(context, self._learn)
@@ -346,9 +349,10 @@ class StepEngine:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.undo_pass(is_bad=is_bad)
         self._guard.end_batch()
-        if self._publisher.is_logging_step:
+        is_logging_step = self._publisher.is_logging_step
+        if is_logging_step:
             self._collect_and_raise()
-        self._publisher.end_batch(self._module, self.contexts)
+        self._publisher.end_batch(self._module, self.contexts, is_logging_step=is_logging_step)
 
     def end_epoch(self) -> None:
         """Undo what nobody will step for; publish the metrics of the epoch."""

@@ -78,9 +78,8 @@ class Publisher:
         self._stepped.add(context.index)
         self._unlogged.add(context.index)
 
-    def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext]) -> None:
+    def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext], *, is_logging_step: bool) -> None:
         """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
-        is_logging_step = self.is_logging_step
         for context in contexts:
             has_stepped = context.index in self._stepped
             # in manual optimization the step may have come in a batch before the one that logs

@@ -77,11 +77,6 @@ class StepCounts:
     def __init__(self) -> None:
         self.steps = self.clipped = 0
 
-    def add(self, *, clipped: bool) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.clipped += clipped
-
     @property
     def fraction(self) -> float:
         """Share of steps clipped; 0 without steps."""
@@ -107,7 +102,8 @@ class Spans:
     def add(self, *, clipped: bool) -> None:
         """Count one step."""
         for counts in (self.since_logged, self.epoch, self.run):
-            counts.add(clipped=clipped)
+            counts.steps += 1
+            counts.clipped += clipped
 
     def state(self) -> list[int]:
         """Everything, as numbers."""

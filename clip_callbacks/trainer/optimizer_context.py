@@ -55,8 +55,11 @@ class OptimizerContext:
         groups = self.optimizer.param_groups
         if len(groups) != len(self._held):
             return True
-        pairs = [(group["params"], held) for group, held in zip(groups, self._held, strict=True)]
-        return any(len(params) != len(held) or not all(map(is_, params, held)) for params, held in pairs)
+        for group, held in zip(groups, self._held, strict=True):
+            params = group["params"]
+            if len(params) != len(held) or not all(map(is_, params, held)):
+                return True
+        return False
 
     def begins_step(self, step_number: int) -> bool:
         """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes.

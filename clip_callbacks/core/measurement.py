@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.losses import are_finite, sum_of
 from clip_callbacks.core.parameters import Gradients, ParameterTable, learns
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
@@ -41,8 +41,9 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
         return norms
     if partition.is_whole and norms.ndim == 1:
         return total_norm(norms, norm_type)
-    blocks = partition.member_blocks.to(norms.device)
-    parts = (norms if partition.is_total else norms[..., partition.members.to(norms.device)]).double()
+    blocks, parts = partition.member_blocks.to(norms.device), norms.double()
+    if not partition.is_total:
+        parts = parts[..., partition.members.to(norms.device)]
     shape = *norms.shape[:-1], len(partition.names)
     if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
         sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
@@ -57,7 +58,9 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
 
 def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
     """Add parts up by blocks; of several steps by scattering, since index_add_ would take a call for each part."""
-    return sums.index_add_(0, blocks, parts) if parts.ndim == 1 else sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
+    if parts.ndim == 1:
+        return sums.index_add_(0, blocks, parts)
+    return sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ class Measurement:
         """Whether all of it is finite, 0-dim bool; of a deferred step unread, and a norm that overflows is not finite."""
         if self.is_deferred:
             finite = self.total.reshape(()) < math.inf
-            return finite.logical_and(self.loss_is_finite) if isinstance(self.loss_is_finite, Tensor) else finite
+            if isinstance(self.loss_is_finite, Tensor):
+                finite = finite.logical_and(self.loss_is_finite)
+            return finite
         return TRUE if self.is_finite else FALSE
 
 
@@ -142,14 +147,16 @@ def measure(
     table, reduction = gradients.table, gradients.table.reduction
     if not gradients.tensors and not reduction:
         return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses or ()))
-    norms = ours = _unit_norms_here(gradients, norm_type) if spec.by_unit else _norms_here(gradients, norm_type)
-    weights = _weight_norms_here(table, norm_type, spec) if spec.weights else None
+    norms = ours = _norms_here(gradients, norm_type, spec)
+    weights = _weight_norms_here(table, norm_type, spec)
     if reduction:
         norms, weights, losses = _over_all_ranks(table, ours, weights, losses, norm_type, spec)
-    total = total_norm(norms.double(), norm_type).to(norms.dtype) if spec.by_unit else total_norm(norms, norm_type)
+    total = _total(norms, norm_type, spec)
     if deferred:
         measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
-        return replace(measured, loss_is_finite=torch.isfinite(sum_of(losses)).reshape(())) if losses else measured
+        if losses:
+            measured = replace(measured, loss_is_finite=torch.isfinite(sum_of(losses)).reshape(()))
+        return measured
 
     norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
     norms, total = remeasure(gradients, ours, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
@@ -158,31 +165,10 @@ def measure(
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
     if spec.by_unit:
         parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
-    else:
-        norms = parameter_norms = norms if reduction else gradients.fill(norms)
-    return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
-
-
-def are_finite(losses: Sequence[Tensor]) -> bool:
-    """Whether losses are numbers; an infinite one in float16 may be the loss scale's doing, and is left to the gradients."""
-    return all(_is_finite(loss) for loss in losses)
-
-
-def _is_finite(loss: Tensor) -> bool:
-    numbers: Any = _number(loss).tolist()  # reads the memory, where item() would call an operator
-    return math.isfinite(numbers if isinstance(numbers, float) else sum(numbers))
-
-
-def sum_of(losses: Sequence[Tensor]) -> Tensor:
-    """The sum of losses, shape ``(1,)``, unread: finite only if each of them is."""
-    first, *others = [_number(loss).reshape(1) for loss in losses]
-    return torch.cat([first, *others]).sum(0, keepdim=True) if others else first
-
-
-def _number(loss: Tensor) -> Tensor:
-    if loss.dtype is torch.float16:
-        loss = torch.where(loss.isinf(), 0.0, loss.float())
-    return loss if loss.numel() == 1 else loss.sum()
+        return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
+    if not reduction:
+        norms = gradients.fill(norms)
+    return Measurement(norms, total, norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
 
 
 def _deferred(
@@ -207,11 +193,11 @@ def _deferred(
 
 def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scale: float, *, deferred: bool) -> Measurement:
     """The measurement of a step without gradients."""
-    count = len(gradients.table)
-    parts = torch.zeros(len(gradients.table.units) if spec.by_unit else count, device="cpu")
-    weights = torch.zeros_like(parts) if spec.weights else None
-    total, parameter_norms = torch.zeros(1, device="cpu"), torch.zeros(count, device="cpu")
-    return Measurement(parts, total, parameter_norms, norm_type, weights, scale, is_deferred=deferred)
+    norms = parameter_norms = torch.zeros(len(gradients.table), device="cpu")
+    if spec.by_unit:
+        norms = torch.zeros(len(gradients.table.units), device="cpu")
+    weights = torch.zeros_like(norms) if spec.weights else None
+    return Measurement(norms, torch.zeros(1, device="cpu"), parameter_norms, norm_type, weights, scale, is_deferred=deferred)
 
 
 def _over_all_ranks(
@@ -231,49 +217,70 @@ def _over_all_ranks(
     """
     reduction = table.unit_reduction if spec.by_unit else table.reduction
     assert reduction is not None
-    sets = [ours]
+    sets = {"norms": ours}
     if weights is not None:
-        sets.append(weights.to(ours))
+        sets["weights"] = weights.to(ours)
     if losses is not None:  # also where this rank has none: all are to send as much
-        nothing = torch.zeros_like(ours)
-        sets.append(nothing + (sum_of(losses) * 0.0).to(ours) if losses else nothing)
-    together = reduction.norms(torch.cat(sets) if len(sets) > 1 else ours, norm_type)
-    reduced = list(together.split(len(ours)))  # type: ignore[no-untyped-call]
-    norms = reduced.pop(0)
+        sets["losses"] = torch.zeros_like(ours)
+        if losses:
+            sets["losses"] += (sum_of(losses) * 0.0).to(ours)
+    together = ours if len(sets) == 1 else torch.cat(list(sets.values()))
+    each = reduction.norms(together, norm_type).split(len(ours))  # type: ignore[no-untyped-call]
+    reduced = dict(zip(sets, each, strict=True))
     if losses is not None:
-        losses = (reduced.pop().amax(),)
-    return norms, reduced.pop() if reduced else None, losses
+        losses = (reduced["losses"].amax(),)
+    return reduced["norms"], reduced.get("weights"), losses
 
 
-def _norms_here(gradients: Gradients, norm_type: float) -> Tensor:
-    """Norms of the gradients that are there, ``(n,)``; where ranks hold parts, of this rank's, ``(N,)``, 0 where it has none."""
+def _norms_here(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -> Tensor:
+    """Norms of the gradients that are there, ``(n,)``; where ranks hold parts, of this rank's, ``(N,)``, 0 where it has none.
+
+    By unit: of all units, ``(U,)``.
+    """
+    if spec.by_unit:
+        return _unit_norms_here(gradients, norm_type)
     table = gradients.table
     if gradients.tensors:
         norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
     else:
-        norms = torch.zeros(0, device=table.shards[0].device if table.shards else "cpu")
+        norms = torch.zeros(0, device=_device(table))
     if not table.reduction:
         return norms
-    return gradients.fill(norms.to(torch.float64 if table.is_wide else torch.float32))
+    return gradients.fill(norms.to(_dtype(table)))
+
+
+def _dtype(table: ParameterTable) -> torch.dtype:
+    """The dtype of norms that are laid out for all parameters."""
+    return torch.float64 if table.is_wide else torch.float32
+
+
+def _device(table: ParameterTable) -> torch.device:
+    return table.shards[0].device if table.shards else torch.device("cpu")
 
 
 def _unit_norms_here(gradients: Gradients, norm_type: float) -> Tensor:
     """Norms of the units, where ranks hold parts of those of this rank's parts, ``(U,)``; 0 where there is no gradient."""
-    table = gradients.table
-    dtype = torch.float64 if table.is_wide else torch.float32
-    device = table.shards[0].device if table.shards else torch.device("cpu")
-    rows = gradients.rows
+    table, rows = gradients.table, gradients.rows
+    dtype, device = _dtype(table), _device(table)
     found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
     return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
 
 
-def _weight_norms_here(table: ParameterTable, norm_type: float, spec: MeasurementSpec) -> Tensor:
-    """Norms of parameters, or of their units, where ranks hold parts of those of this rank's parts.
+def _total(norms: Tensor, norm_type: float, spec: MeasurementSpec) -> Tensor:
+    """The norm of all; of units there may be so many that a sum of float32 numbers would lose digits."""
+    if spec.by_unit:
+        return total_norm(norms.double(), norm_type).to(norms.dtype)
+    return total_norm(norms, norm_type)
+
+
+def _weight_norms_here(table: ParameterTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
+    """Norms of parameters, or of their units, where ranks hold parts of those of this rank's parts; None if nobody asks for any.
 
     They are 0 where nobody asks for them, and of frozen parameters: these are to change nothing, held by the optimizer or not.
     """
-    dtype = torch.float64 if table.is_wide else torch.float32
-    device = table.shards[0].device
+    if not spec.weights:
+        return None
+    dtype, device = _dtype(table), _device(table)
     places = [position for position in spec.weights if learns(table.tensors[position]) and table.shards[position].numel()]
     shards = [table.shards[position].detach() for position in places]
     if spec.by_unit:
@@ -284,7 +291,9 @@ def _weight_norms_here(table: ParameterTable, norm_type: float, spec: Measuremen
     if not shards:
         return norms
     read = tensor_norms(shards, norm_type).to(dtype)
-    return read if len(places) == len(table) else norms.index_copy_(0, table.index(places, device, "weights"), read)
+    if len(places) == len(table):
+        return read
+    return norms.index_copy_(0, table.index(places, device, "weights"), read)
 
 
 def _laid_out(
@@ -310,7 +319,8 @@ def on_host(
         Norms, total and weights; the loss scale as a number; whether the losses are finite.
     """
     if norms.is_cpu:
-        return norms, total, weights, 1.0 if loss_scale is None else float(loss_scale), are_finite(losses or ())
+        divisor = 1.0 if loss_scale is None else float(loss_scale)
+        return norms, total, weights, divisor, are_finite(losses or ())
     parts = {"norms": norms, "total": total}
     if weights is not None:
         parts["weights"] = weights
@@ -321,5 +331,5 @@ def on_host(
     together = torch.cat(list(parts.values())).cpu()
     each = together.split([len(part) for part in parts.values()])  # type: ignore[no-untyped-call]
     read = dict(zip(parts, each, strict=True))
-    divisor = float(read["loss_scale"]) if "loss_scale" in read else 1.0
-    return read["norms"], read["total"], read.get("weights"), divisor, are_finite([read["loss"]] if losses else ())
+    divisor = float(read.get("loss_scale", 1.0))
+    return read["norms"], read["total"], read.get("weights"), divisor, "loss" not in read or are_finite([read["loss"]])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks, offenders_among
-from clip_callbacks.core.measurement import are_finite
+from clip_callbacks.core.losses import are_finite
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.parameters import learns, without_wrappers
 from clip_callbacks.core.reduction import gathered

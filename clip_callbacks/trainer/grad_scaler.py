@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from clip_callbacks.core.measurement import sum_of
+from clip_callbacks.core.losses import sum_of
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

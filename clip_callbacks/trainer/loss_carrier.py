@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.core.measurement import sum_of
+from clip_callbacks.core.losses import sum_of
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 

@@ -222,7 +222,9 @@ def shard_of(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     shard = tensor._local_tensor  # what to_local() returns, at a tenth of its cost
-    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard.detach() if shard.requires_grad else shard
+    if isinstance(shard, AsyncCollectiveTensor):
+        return shard.wait()
+    return shard.detach() if shard.requires_grad else shard
 
 
 def shard_of_gradient(parameter: Tensor) -> Tensor | None:

@@ -155,12 +155,14 @@ def _skips(track: Track) -> Iterator[Finding]:
     stages = Counter(str(entry.get("stage")) for entry in entries)
     stage = stages.most_common(1)[0][0] if stages else ""
     names = Counter(offenders(entry)[0] for entry in entries if entry.get("stage") != "loss" and offenders(entry))
-    where = f' Most often the stage is "{stage}"' if stage else ""
-    who = f", the first offender {names.most_common(1)[0][0]}." if names and stage != "loss" else "." if where else ""
+    where = ""
+    if stage:
+        where = f' Most often the stage is "{stage}"'
+        if names and stage != "loss":
+            where += f", the first offender {names.most_common(1)[0][0]}"
+        where += "."
     were = "was" if skipped == 1 else "were"
-    yield Finding(
-        "bad" if share > MANY else "warn", f"{skipped:,} of {track.steps:,} steps {were} skipped ({share:.2%}).{where}{who}"
-    )
+    yield Finding("bad" if share > MANY else "warn", f"{skipped:,} of {track.steps:,} steps {were} skipped ({share:.2%}).{where}")
 
 
 def _spikes(track: Track) -> Iterator[Finding]:

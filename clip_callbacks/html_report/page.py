@@ -97,7 +97,7 @@ def number(value: float) -> str:
     """Three digits; a dash for NaN, a word for infinity."""
     if math.isnan(value):
         return NONE
-    return ("-" if value < 0 else "") + "inf" if math.isinf(value) else f"{value:.3g}"
+    return f"{value:.3g}"
 
 
 def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:

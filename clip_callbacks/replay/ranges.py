@@ -76,8 +76,10 @@ class Range:
 
     def faults(self) -> str:
         """Such as "12 NaN and 1 inf of 64x128"; empty if all entries are finite."""
-        counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
-        return f"{' and '.join(counts)} of {'x'.join(map(str, self.shape)) or '1'}" if counts else ""
+        if self.is_finite:
+            return ""
+        counts = [f"{count} {kind}" for kind, count in self._faults()]
+        return f"{' and '.join(counts)} of {'x'.join(map(str, self.shape)) or '1'}"
 
     def facts(self) -> dict[str, Any]:
         """For JSON; None stands for NaN."""
@@ -87,9 +89,12 @@ class Range:
     def __str__(self) -> str:
         """The interval, and what is not in it."""
         if math.isnan(self.low):
-            return f"all {'NaN' if not self.inf else 'inf' if not self.nan else 'NaN or inf'}"
-        faults = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
-        return " + ".join([f"[{self.low:.3g}, {self.high:.3g}]", *faults])
+            return f"all {' or '.join(kind for kind, _ in self._faults())}"
+        return " + ".join([f"[{self.low:.3g}, {self.high:.3g}]", *(f"{count} {kind}" for kind, count in self._faults())])
+
+    def _faults(self) -> list[tuple[str, int]]:
+        """The kinds of entries that are not finite, and how many there are of each."""
+        return [(kind, count) for kind, count in (("NaN", self.nan), ("inf", self.inf)) if count]
 
 
 def _unless_nan(choose: Any, numbers: list[float]) -> float:

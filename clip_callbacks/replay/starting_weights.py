@@ -76,13 +76,7 @@ class StartingWeights:
         distance = recorded.step - step if isinstance(step, int) else None
         text = f"those of {path}{which}"
         if distance is not None:
-            steps = "step" if abs(distance) == 1 else "steps"
-            where = (
-                f"{abs(distance)} {steps} {'before' if distance > 0 else 'after'} the bad one"
-                if distance
-                else "that of the bad one"
-            )
-            text += f", of step {step}, {where}"
+            text += f", of step {step}, {_in_words(distance)}"
         return cls(text, content["state_dict"], tuple(content.get("optimizer_states") or ()), distance)
 
     def load(self, module: nn.Module) -> None:
@@ -149,3 +143,12 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _in_words(distance: int) -> str:
+    """Where a checkpoint's step lies, so many steps before the bad one."""
+    if distance == 0:
+        return "that of the bad one"
+    steps = "step" if abs(distance) == 1 else "steps"
+    side = "before" if distance > 0 else "after"
+    return f"{abs(distance)} {steps} {side} the bad one"

@@ -76,7 +76,9 @@ class _Grower:
         return next(condition for condition in ("guilty", "bad", "healthy") if condition in conditions)
 
     def own(self, call: Call) -> str:
-        return "guilty" if call in self.marks else "healthy" if call.is_finite else "bad"
+        if call in self.marks:
+            return "guilty"
+        return "healthy" if call.is_finite else "bad"
 
     def node(self, call: Call) -> Node:
         inside = self.below.get(call, [])

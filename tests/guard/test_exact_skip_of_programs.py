@@ -176,7 +176,7 @@ class NoneGuard(Callback):
             optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("rates", ["one", "two"])
+@pytest.mark.parametrize("rates", ["one", pytest.param("two", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("state", [*FORWARD_WRITES, *OTHER_STATE[:3]])
 def test_the_harness_fails_for_a_guard_written_by_hand(tmp_path, state, rates):
     if state == "average" and rates == "two":

@@ -78,7 +78,7 @@ def test_clip_fraction_of_a_block_is_the_share_of_steps_that_made_an_entry_small
     witness = Witness()
     fit = trainer(witness, GradientClipping(rules=rules), GradientNormMonitor(scope))
     module = Regression(net=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))  # of ReLU some rows are 0
-    fit.fit(module, data(LONG if (rules, scope) == (RULES["layer"], "layer") else 40))
+    fit.fit(module, data(LONG if (rules, scope) == (RULES["layer"], "layer") else 16))
     found = metrics(fit, "grad_clip_fraction/")
     expected = {}
     for block, names in blocks_of(dict(module.named_parameters()), scope).items():

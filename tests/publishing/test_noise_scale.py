@@ -58,9 +58,9 @@ def test_one_micro_batch_tells_nothing(small):
     ("family", "options"),
     [
         ([], {}),
-        ([AccumulationRescaling()], {}),
+        pytest.param([AccumulationRescaling()], {}, marks=pytest.mark.slow),
         ([GradientClipping(0.1), AccumulationRescaling()], {}),
-        ([NonFiniteGuard(level="microbatch")], {}),
+        pytest.param([NonFiniteGuard(level="microbatch")], {}, marks=pytest.mark.slow),
         ([GradientClipping(0.1)], {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}),
     ],
 )

@@ -72,6 +72,10 @@ class NoRescaling:
         """What a logged step tells of the window."""
         return {}
 
+    def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
+        """What is counted over the run."""
+        return {}
+
     def metric_names(self) -> list[str]:
         """The metrics of a logged step."""
         return []

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from clip_callbacks.core.diagnosis import LISTED, Findings, Spike
+from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
@@ -101,6 +102,21 @@ class BadStepCounts:
     def overflowed(self) -> int:
         """Steps that a GradScaler skipped, over all optimizers."""
         return sum(counters.overflowed for counters in self.of.values())
+
+    def metrics(self, index: int) -> dict[str, float]:
+        """What is counted, by the names of metrics: steps of one optimizer, the rest for all of them together.
+
+        Args:
+            index: The number of the optimizer.
+        """
+        counters = self.of[index]
+        return {
+            SKIPPED_STEPS: float(counters.skipped),
+            OVERFLOWED_STEPS: float(counters.overflowed),
+            ZEROED_STEPS: float(counters.zeroed),
+            DROPPED_MICRO_BATCHES: float(self.dropped_micro_batches),
+            ROLLBACKS: float(self.rollbacks),
+        }
 
     def end_streaks(self) -> None:
         """Begin every streak anew."""

@@ -169,7 +169,8 @@ class Track:
     def skipped_steps(self) -> Series:
         """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
         counts = self.metric(SKIPPED_STEPS).finite
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and counts.begin else counts
+        # the norms tell where the log begins: counts come at each epoch's end too, so that their steps keep no interval
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.metric(TOTAL_NORM).begin else counts
 
     @property
     def skips(self) -> tuple[Steps, Values]:

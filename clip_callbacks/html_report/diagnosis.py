@@ -221,12 +221,10 @@ def _shadows(track: Track) -> Iterator[Finding]:
 
 
 def _sampling(track: Track) -> Iterator[Finding]:
-    norms = track.total_norm
-    if len(norms) > 1:
-        every = float(np.median(np.diff(norms.steps)))
-        if every > 1:
-            yield Finding(
-                "note",
-                f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(norms):,} norms; "
-                "clipped and skipped steps are counted over all steps.",
-            )
+    every = track.steps_between_norms
+    if every > 1:
+        yield Finding(
+            "note",
+            f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(track.total_norm):,} norms; "
+            "clipped and skipped steps are counted over all steps.",
+        )

@@ -139,6 +139,17 @@ class Track:
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
     @property
+    def steps_between_norms(self) -> float:
+        """How far apart logged norms are, in the median; NaN with fewer than two."""
+        gaps = np.diff(self.total_norm.steps)
+        return float(np.median(gaps)) if len(gaps) else math.nan
+
+    @property
+    def has_every_step(self) -> bool:
+        """Whether the norm of each step was logged, but for some that had none."""
+        return self.steps_between_norms == 1.0
+
+    @property
     def max_norm(self) -> Series:
         """The limit in force."""
         return self.metric(MAX_NORM).finite

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,12 +114,14 @@ def test_the_epochs_clip_fraction_of_each_rule(trainer, tmp_path):
 
 
 def test_a_resumed_run_goes_on_counting(trainer, tmp_path):
-    first = trainer(NonFiniteGuard(), max_steps=6, max_epochs=5)
-    first.fit(Poisoned({1: math.nan, 5: math.nan}), data(4))
-    first.save_checkpoint(tmp_path / "stopped.ckpt")
+    checkpoint = ModelCheckpoint(tmp_path, filename="in_mid_epoch", every_n_train_steps=6)
+    trainer(checkpoint, NonFiniteGuard(), enable_checkpointing=True, max_epochs=2).fit(
+        Poisoned({1: math.nan, 5: math.nan}), data(4)
+    )
 
     csv = CSVLogger(tmp_path)
-    fit = trainer(NonFiniteGuard(), logger=csv, log_every_n_steps=50, max_epochs=3)
-    fit.fit(Poisoned({7: math.nan}), data(4), ckpt_path=tmp_path / "stopped.ckpt", **SAFELY)
+    again = ModelCheckpoint(tmp_path, filename="in_mid_epoch", every_n_train_steps=6)
+    fit = trainer(again, NonFiniteGuard(), logger=csv, enable_checkpointing=True, log_every_n_steps=50, max_epochs=3)
+    fit.fit(Poisoned({7: math.nan}), data(4), ckpt_path=checkpoint.best_model_path, **SAFELY)
     assert logged(csv, "grad/skipped_steps") == [(7, 3.0), (11, 3.0)]
     assert fit.callback_metrics["grad/skipped_steps"] == 3

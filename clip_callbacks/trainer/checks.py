@@ -182,8 +182,8 @@ def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             "`gradient_clip_val` must not be set beside GradientClipping, got "
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the "
-            "Trainer; where a package makes the Trainer and sets it, pass gradient_clip_val=None through the package's arguments for the "
-            "Trainer (often called trainer_kwargs or pl_trainer_kwargs)."
+            "Trainer; where a package makes the Trainer and sets it, pass gradient_clip_val=None through the package's arguments "
+            "for the Trainer (often called trainer_kwargs or pl_trainer_kwargs)."
         )
     if overrides(module, "configure_gradient_clipping"):
         raise ValueError(

@@ -113,9 +113,7 @@ def test_a_package_that_sets_gradient_clip_val_is_told_none(trainer):
     def package(**trainer_kwargs):
         return trainer(GradientClipping(), **{"gradient_clip_val": 10.0, **trainer_kwargs})
 
-    with pytest.raises(
-        ValueError, match=r"pass gradient_clip_val=None through .* \(often called trainer_kwargs or pl_trainer_kwargs\)"
-    ):
+    with pytest.raises(ValueError, match=r"pass gradient_clip_val=None through .*trainer_kwargs or pl_trainer_kwargs\)"):
         package().fit(Regression(), data(2))
     package(gradient_clip_val=None).fit(Regression(), data(2))
 

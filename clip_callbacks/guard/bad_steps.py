@@ -17,6 +17,7 @@ from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
+from clip_callbacks.trainer.lost_metrics import lost_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 NEVER = -2
@@ -142,6 +143,7 @@ class _Message:
         done: What is done about it, as long as such steps are few.
         advice: What to do when they do not end.
         bundle: Lines that tell of its bundle, each behind a line break.
+        lost: Sentences about metrics that its loss has got into.
     """
 
     what: str
@@ -149,10 +151,12 @@ class _Message:
     done: str = "the step is skipped"
     advice: str = ""
     bundle: str = ""
+    lost: Sequence[str] = ()
 
     def text(self, outcome: str, *more: str) -> str:
         """All of it in lines, what came of the step in the first."""
-        return "\n".join(filter(None, [f"{self.what}{outcome}", self.found, *more])) + self.bundle
+        first = " ".join([f"{self.what}{outcome}", *self.lost])
+        return "\n".join(filter(None, [first, self.found, *more])) + self.bundle
 
 
 class BadStepLog:
@@ -171,6 +175,7 @@ class BadStepLog:
         self._journal = journal
         self._rollback = rollback
         self._last_findings: Findings | None = None
+        self._last_lost: tuple[int, list[str]] = (-1, [])
 
     def nonfinite(self, step: StepContext, findings: Findings, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Tell of gradients that are not finite.
@@ -185,12 +190,13 @@ class BadStepLog:
             NonFiniteGradientError: If the policy says so, or the streak ends here and the run cannot go back.
         """
         policy = self._options.policy
-        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts()}
+        lost = self._lost_metrics(step)
+        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
         done = "the step is skipped"
         if policy == "zero":
             done = "non-finite entries become 0"
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle)
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._tell(step, message, counters)
@@ -236,10 +242,19 @@ class BadStepLog:
     def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
         """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
         self._last_findings = findings
-        facts = {**step.place, "policy": "microbatch", **findings.facts()}
+        lost = self._lost_metrics(step)
+        facts = {**step.place, "policy": "microbatch", **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle)
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
         _warn(message.text(": the micro-batch is dropped from its window."))
+
+    def _lost_metrics(self, step: StepContext) -> list[str]:
+        """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
+        found = step.trainer.current_epoch, lost_metrics(step.trainer)
+        if found == self._last_lost:
+            return []
+        self._last_lost = found
+        return found[1]
 
     def undone(self, trainer: Trainer, names: Sequence[str], since: str) -> None:
         """Tell of buffers that a forward pass without a step has made bad, if there are any.

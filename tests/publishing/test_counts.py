@@ -76,9 +76,15 @@ def test_an_epoch_without_a_good_step_has_counts(trainer, tmp_path):
             {},
             {"rollbacks": 1, "skipped_steps": 2},
         ),
+        (
+            NonFiniteGuard(deferred=True),
+            Poisoned({5: math.nan}, optimizer=torch.optim.AdamW, fused=True),
+            {},
+            {"skipped_steps": 1},
+        ),
         (NonFiniteGuard(), Poisoned({}), scaled(init_scale=2.0**30), {"overflowed_steps": 1, "skipped_steps": 0}),
     ],
-    ids=["zeroed", "dropped", "rolled back", "overflowed"],
+    ids=["zeroed", "dropped", "rolled back", "decided on the device", "overflowed"],
 )
 def test_what_can_be_counted_is(trainer, tmp_path, guard, module, options, counts):
     csv = CSVLogger(tmp_path)

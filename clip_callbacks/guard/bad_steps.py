@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -190,7 +191,7 @@ class BadStepLog:
             NonFiniteGradientError: If the policy says so, or the streak ends here and the run cannot go back.
         """
         policy = self._options.policy
-        lost = self._lost_metrics(step)
+        lost = self._lost_metrics(step, findings)
         facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
         done = "the step is skipped"
@@ -242,19 +243,23 @@ class BadStepLog:
     def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
         """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
         self._last_findings = findings
-        lost = self._lost_metrics(step)
+        lost = self._lost_metrics(step, findings)
         facts = {**step.place, "policy": "microbatch", **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
         _warn(message.text(": the micro-batch is dropped from its window."))
 
-    def _lost_metrics(self, step: StepContext) -> list[str]:
+    def _lost_metrics(self, step: StepContext, findings: Findings) -> list[str]:
         """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
         found = step.trainer.current_epoch, lost_metrics(step.trainer)
         if found == self._last_lost:
             return []
         self._last_lost = found
-        return found[1]
+        rank, sentences = step.trainer.global_rank, found[1]
+        if rank and sentences and rank == min(findings.loss_ranks, default=0):
+            # the report is the first rank's, whose own part of the metric is finite
+            warnings.warn(f"On rank {rank}: {' '.join(sentences)}", RuntimeWarning, stacklevel=2)
+        return sentences
 
     def undone(self, trainer: Trainer, names: Sequence[str], since: str) -> None:
         """Tell of buffers that a forward pass without a step has made bad, if there are any.

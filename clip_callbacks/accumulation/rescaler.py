@@ -19,6 +19,7 @@ from clip_callbacks.core.apply import drop
 from clip_callbacks.core.metric_names import ACCUMULATION_SCALE
 from clip_callbacks.core.reduction import reduces_in_backward
 from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -72,6 +73,10 @@ class NoRescaling:
         """What a logged step tells of the window."""
         return {}
 
+    def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
+        """What is counted over the run."""
+        return {}
+
     def metric_names(self) -> list[str]:
         """The metrics of a logged step."""
         return []
@@ -90,7 +95,7 @@ class Rescaler(NoRescaling):
         divide: Whether in manual optimization the sum over a window becomes a mean.
 
     Raises:
-        ValueError: If there are weights in manual optimization, and nothing would divide by them.
+        ValueError: If there are weights in manual optimization, and nothing would divide by them; or of batches that are not seen.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
@@ -100,6 +105,12 @@ class Rescaler(NoRescaling):
             raise ValueError(
                 f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: nothing "
                 "would be divided by the sum of the weights. Set divide=True, and do not divide your losses."
+            )
+        if weight and takes_dataloader_iter(module):
+            raise ValueError(
+                f"`weight` must be None beside {type(module).__name__}.training_step(dataloader_iter), got "
+                f"weight={name_of(weight)}: batches are drawn in training_step, after callbacks were asked for their weights. "
+                "Write training_step(self, batch, batch_idx); or leave `weight` out, where micro-batches are of one size."
             )
         self._module = module
         self._divides_manually = self._is_manual and divide

@@ -75,6 +75,10 @@ class Unclipped:
         """What a logged step tells of the clipping beside what its report has."""
         return {}
 
+    def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
+        """What is counted over the run: clipped steps are told of as shares."""
+        return {}
+
     def charts(self, context: OptimizerContext) -> dict[str, list[str]]:
         """By title, the metrics of each chart."""
         return {"total_norm": [TOTAL_NORM]}

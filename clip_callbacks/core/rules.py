@@ -22,6 +22,7 @@ TAKEN = {
     *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
     *("total_norm_p50", "total_norm_p90", "total_norm_p99", "amp_scale", "accumulation_scale", "noise_scale"),
     *("shadow_clip_fraction", "shadow_clip_fraction_epoch"),
+    *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks"),
 }
 """Names under "grad/" that other metrics have: some loggers make folders of names."""
 

@@ -50,7 +50,8 @@ def clip_step(
 
     Args:
         parameters: What the optimizer holds: the optimizer itself, ``model.named_parameters()``, bare tensors, or, best where
-            it is called at every step, a :class:`ParameterTable` made once.
+            it is called at every step, a :class:`ParameterTable` made once. Norms are added up in this order, for an optimizer
+            that of its groups: another order may change the last bit of the total norm.
         state: What the last call returned; None before the first.
         rules: Stages of clipping, in order; none measures only.
         norm_type: The order p of all norms, above 0; inf is the maximum norm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,11 +12,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from clip_callbacks.core.diagnosis import LISTED, Findings, Spike
+from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
+from clip_callbacks.trainer.lost_metrics import lost_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 NEVER = -2
@@ -102,6 +105,21 @@ class BadStepCounts:
         """Steps that a GradScaler skipped, over all optimizers."""
         return sum(counters.overflowed for counters in self.of.values())
 
+    def metrics(self, index: int) -> dict[str, float]:
+        """What is counted, by the names of metrics: steps of one optimizer, the rest for all of them together.
+
+        Args:
+            index: The number of the optimizer.
+        """
+        counters = self.of[index]
+        return {
+            SKIPPED_STEPS: float(counters.skipped),
+            OVERFLOWED_STEPS: float(counters.overflowed),
+            ZEROED_STEPS: float(counters.zeroed),
+            DROPPED_MICRO_BATCHES: float(self.dropped_micro_batches),
+            ROLLBACKS: float(self.rollbacks),
+        }
+
     def end_streaks(self) -> None:
         """Begin every streak anew."""
         for counters in self.of.values():
@@ -126,6 +144,7 @@ class _Message:
         done: What is done about it, as long as such steps are few.
         advice: What to do when they do not end.
         bundle: Lines that tell of its bundle, each behind a line break.
+        lost: Sentences about metrics that its loss has got into.
     """
 
     what: str
@@ -133,10 +152,12 @@ class _Message:
     done: str = "the step is skipped"
     advice: str = ""
     bundle: str = ""
+    lost: Sequence[str] = ()
 
     def text(self, outcome: str, *more: str) -> str:
         """All of it in lines, what came of the step in the first."""
-        return "\n".join(filter(None, [f"{self.what}{outcome}", self.found, *more])) + self.bundle
+        first = " ".join([f"{self.what}{outcome}", *self.lost])
+        return "\n".join(filter(None, [first, self.found, *more])) + self.bundle
 
 
 class BadStepLog:
@@ -155,6 +176,7 @@ class BadStepLog:
         self._journal = journal
         self._rollback = rollback
         self._last_findings: Findings | None = None
+        self._last_lost: tuple[int, list[str]] = (-1, [])
 
     def nonfinite(self, step: StepContext, findings: Findings, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Tell of gradients that are not finite.
@@ -169,12 +191,13 @@ class BadStepLog:
             NonFiniteGradientError: If the policy says so, or the streak ends here and the run cannot go back.
         """
         policy = self._options.policy
-        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts()}
+        lost = self._lost_metrics(step, findings)
+        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_guilty=is_guilty(step, findings))
         done = "the step is skipped"
         if policy == "zero":
             done = "non-finite entries become 0"
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle)
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._tell(step, message, counters)
@@ -220,10 +243,23 @@ class BadStepLog:
     def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
         """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
         self._last_findings = findings
-        facts = {**step.place, "policy": "microbatch", **findings.facts()}
+        lost = self._lost_metrics(step, findings)
+        facts = {**step.place, "policy": "microbatch", **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle)
+        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
         _warn(message.text(": the micro-batch is dropped from its window."))
+
+    def _lost_metrics(self, step: StepContext, findings: Findings) -> list[str]:
+        """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
+        found = step.trainer.current_epoch, lost_metrics(step.trainer)
+        if found == self._last_lost:
+            return []
+        self._last_lost = found
+        rank, sentences = step.trainer.global_rank, found[1]
+        if rank and sentences and rank == min(findings.loss_ranks, default=0):
+            # the report is the first rank's, whose own part of the metric is finite
+            warnings.warn(f"On rank {rank}: {' '.join(sentences)}", RuntimeWarning, stacklevel=2)
+        return sentences
 
     def undone(self, trainer: Trainer, names: Sequence[str], since: str) -> None:
         """Tell of buffers that a forward pass without a step has made bad, if there are any.

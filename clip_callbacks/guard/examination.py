@@ -13,6 +13,7 @@ from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.parameters import learns, without_wrappers
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.trainer.carried import carried_tensors
+from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.trace_forward import trace_forward
@@ -169,6 +170,10 @@ def _trace(step: StepContext) -> str | None:
     if not module.automatic_optimization:
         return None
     for loss, kept in step.micro_batches:
-        if kept and not all_finite([loss]):
+        if all_finite([loss]):
+            continue
+        if kept:
             return trace_forward(step.trainer, module, kept.batch, kept.batch_idx)
+        if takes_dataloader_iter(module):
+            return "not traced with training_step(dataloader_iter), which draws batches that nobody else sees"
     return None

@@ -13,7 +13,7 @@ from typing_extensions import override
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Findings, Spike
 from clip_callbacks.core.limits import Limit
-from clip_callbacks.core.metric_names import SKIPPED_STEPS
+from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
@@ -331,11 +331,22 @@ class Guard(Unguarded):
 
     @override
     def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
-        return {SKIPPED_STEPS: float(self.counts.of[context.index].skipped)}
+        return self.count_metrics(context)
+
+    @override
+    def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
+        counts = self.counts.metrics(context.index)
+        return {name: counts[name] for name in self.metric_names()}
 
     @override
     def metric_names(self) -> list[str]:
-        return [SKIPPED_STEPS]
+        can_be = {
+            OVERFLOWED_STEPS: grad_scaler(self._trainer) is not None,
+            ZEROED_STEPS: self._options.policy == "zero",
+            DROPPED_MICRO_BATCHES: self.drops_micro_batches,
+            ROLLBACKS: self._options.rolls_back,
+        }
+        return [SKIPPED_STEPS, *(name for name, is_so in can_be.items() if is_so)]
 
     @override
     def skipped_steps_of(self, index: int) -> int:

@@ -191,6 +191,10 @@ class Unguarded:
         """What a logged step tells of the guard."""
         return {}
 
+    def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
+        """What is counted over the run, by the names of metrics."""
+        return {}
+
     def metric_names(self) -> list[str]:
         """The metrics of a logged step."""
         return []

@@ -52,6 +52,7 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
         *([Finding("bad", caution)] if (caution := out_of_control(losses)) else []),
         *_clipping(track),
         *_skips(track),
+        *_lost_metrics(track),
         *_spikes(track),
         *_scaler(track),
         *_blocks(track),
@@ -165,6 +166,15 @@ def _skips(track: Track) -> Iterator[Finding]:
     yield Finding("bad" if share > MANY else "warn", f"{skipped:,} of {track.steps:,} steps {were} skipped ({share:.2%}).{where}")
 
 
+def _lost_metrics(track: Track) -> Iterator[Finding]:
+    """What the guard has said of metrics that a bad loss has got into: of each the first time, and how often."""
+    told = [(int(entry["step"]), str(sentence)) for entry in track.bad_steps for sentence in entry.get("lost_metrics") or []]
+    for sentence in dict.fromkeys(sentence for _, sentence in told):
+        steps = [step for step, other in told if other == sentence]
+        more = f" (so in {len(steps)} epochs)" if len(steps) > 1 else ""
+        yield Finding("warn", f"From step {steps[0]:,} on{more}: {sentence}")
+
+
 def _spikes(track: Track) -> Iterator[Finding]:
     found, times = spikes(track)
     if found:
@@ -223,12 +233,10 @@ def _shadows(track: Track) -> Iterator[Finding]:
 
 
 def _sampling(track: Track) -> Iterator[Finding]:
-    norms = track.total_norm
-    if len(norms) > 1:
-        every = float(np.median(np.diff(norms.steps)))
-        if every > 1:
-            yield Finding(
-                "note",
-                f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(norms):,} norms; "
-                "clipped and skipped steps are counted over all steps.",
-            )
+    every = track.steps_between_norms
+    if every > 1:
+        yield Finding(
+            "note",
+            f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(track.total_norm):,} norms; "
+            "clipped and skipped steps are counted over all steps.",
+        )

@@ -119,7 +119,8 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
         found = track.run.losses(tuple(losses))
         rows, count = bad_steps(track)
         hue, caution = COLORS[len(sections) % MOST], out_of_control(found)
-        advice = advise(torch.from_numpy(np.array(track.total_norm.values)), out_of_control=caution is not None)
+        norms = torch.from_numpy(np.array(track.total_norm.values))
+        advice = advise(norms, out_of_control=caution is not None, is_sampled=not track.has_every_step)
         if advice and caution and not advice.is_of_calm_part:
             advice = None
         if advice and track.is_local:

@@ -139,6 +139,17 @@ class Track:
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
     @property
+    def steps_between_norms(self) -> float:
+        """How far apart logged norms are, in the median; NaN with fewer than two."""
+        gaps = np.diff(self.total_norm.steps)
+        return float(np.median(gaps)) if len(gaps) else math.nan
+
+    @property
+    def has_every_step(self) -> bool:
+        """Whether the norm of each step was logged, but for some that had none."""
+        return self.steps_between_norms == 1.0
+
+    @property
     def max_norm(self) -> Series:
         """The limit in force."""
         return self.metric(MAX_NORM).finite
@@ -169,7 +180,8 @@ class Track:
     def skipped_steps(self) -> Series:
         """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
         counts = self.metric(SKIPPED_STEPS).finite
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and counts.begin else counts
+        # the norms tell where the log begins: counts come at each epoch's end too, so that their steps keep no interval
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.metric(TOTAL_NORM).begin else counts
 
     @property
     def skips(self) -> tuple[Steps, Values]:

@@ -29,6 +29,10 @@ class MetricSource(Protocol):
         """The metrics of a logged step of one optimizer."""
         ...
 
+    def count_metrics(self, context: OptimizerContext) -> Mapping[str, float]:
+        """What it has counted of one optimizer's steps over the run so far."""
+        ...
+
 
 class Publisher:
     """Writes metrics as Lightning's own LearningRateMonitor does: straight to the loggers, on Lightning's x-axis.
@@ -54,6 +58,7 @@ class Publisher:
         self._shows = shows
         self._stepped: set[int] = set()
         self._unlogged: set[int] = set()
+        self._logged_at: dict[int, int] = {}
         self._callback_metrics: dict[str, Any] = {}
         self._progress_bar_metrics: dict[str, Any] = {}
 
@@ -72,6 +77,7 @@ class Publisher:
         """Forget which reports are to be published: the optimizers are others."""
         self._stepped.clear()
         self._unlogged.clear()
+        self._logged_at.clear()
 
     def note_step(self, context: OptimizerContext) -> None:
         """Learn that an optimizer has a new report."""
@@ -90,16 +96,19 @@ class Publisher:
         self._stepped.clear()
 
     def end_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Publish percentiles and clip fractions of the epoch, at the step of Lightning's own epoch metrics."""
+        """Publish percentiles, clip fractions and counts, at the step of Lightning's own epoch metrics."""
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         for context in contexts:
             self._offer(context.named(self._values(context)))
             values = context.history.epoch_metrics(clipping=self._clips)
             context.history.end_epoch()
             for monitor in self._monitors:
                 values |= monitor.end_epoch(context)
-            metrics = as_floats(context.named(values))
-            self._offer(metrics)
-            self._log(metrics, self._trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            counts = {key: count for source in self._sources for key, count in source.count_metrics(context).items()}
+            self._offer(as_floats(context.named(values | counts)))
+            if self._logged_at.get(context.index) != step:  # a logger that has the counts of this step keeps no second ones
+                values |= counts
+            self._log(as_floats(context.named(values)), step)
 
     def _offer_step(self, context: OptimizerContext) -> None:
         """Between logging steps nothing is read or reckoned: the tensors of the report are handed on."""
@@ -139,6 +148,7 @@ class Publisher:
         self._log(context.named(metrics), step)
         log_histograms(self._trainer, context.named(histograms), step)
         context.history.begin_log()
+        self._logged_at[context.index] = step
         self._unlogged.discard(context.index)
 
     def _offer(self, values: Mapping[str, float]) -> None:

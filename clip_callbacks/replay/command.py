@@ -45,6 +45,8 @@ def replay(options: argparse.Namespace) -> int:
         ValueError: If anything that is needed cannot be used.
     """
     _check_picture(options.output)
+    if options.output:
+        from clip_callbacks.replay.picture import write_picture
     bundle = Bundle.read(options.bundle)
     recorded = Recorded.of(bundle)
     device, notes = _device(options.device, recorded)
@@ -56,8 +58,6 @@ def replay(options: argparse.Namespace) -> int:
         laboratory = Laboratory(made, recorded, weights, device, options.precision or recorded.precision)
         found = investigate(laboratory, rows, options, [*notes, *_notes(bundle)])
     if options.output:
-        from clip_callbacks.replay.picture import write_picture
-
         write_picture(found, options.output)
     if options.json:
         print(json.dumps(found.facts(), indent=2))

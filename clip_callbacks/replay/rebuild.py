@@ -128,8 +128,10 @@ def _as_main(script: Path | None) -> Iterator[types.ModuleType]:
 def _build(
     main: types.ModuleType, script: Path | None, whole: Sequence[str], parts: Sequence[str], recorded_script: str
 ) -> Rebuilt:
-    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.cli import _JSONARGPARSE_SIGNATURES_AVAILABLE, LightningCLI
 
+    if not _JSONARGPARSE_SIGNATURES_AVAILABLE:  # else it is missed only when the script makes its LightningCLI
+        raise ModuleNotFoundError("LightningCLI needs jsonargparse[signatures], which is missing, or too old")
     made: list[Rebuilt] = []
     complaints = io.StringIO()
     with _intercepted(LightningCLI, whole, parts, made), silenced():

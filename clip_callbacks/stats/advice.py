@@ -94,7 +94,7 @@ class Advice:
         return "\n".join([*lines, f"Or a limit that sets itself, never above that: {self.adaptive_call}."])
 
 
-def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
+def advise(norms: Tensor, *, out_of_control: bool = False, is_sampled: bool = False) -> Advice | None:
     r"""Suggest a max_norm from the total norms of a run, in the order of its steps.
 
     The suggestion is the 90th percentile of the norms, rounded to two digits, or to more where that would clip other steps: it
@@ -109,6 +109,7 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
             out and counted.
         out_of_control: Whether the run is known to have gone out of control. If its norms grew threefold from the first quarter to
             the last, the suggestion then is the 90th percentile of the calmest quarter.
+        is_sampled: Whether the norms are those of some steps only, of which a log may hold more.
 
     Returns:
         The advice; None if no norm is left.
@@ -147,7 +148,7 @@ def advise(norms: Tensor, *, out_of_control: bool = False) -> Advice | None:
         reasons=(
             f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
             source,
-            *quarters.reasons(out_of_control=out_of_control),
+            *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled),
             *(() if quarters.changed or not quarters.medians else (stand_out,)),
         ),
         is_of_calm_part=from_calm,
@@ -176,9 +177,11 @@ class _Quarters(NamedTuple):
     def changed(self) -> bool:
         return bool(self.medians) and max(self.medians) >= CHANGED * min(self.medians)
 
-    def reasons(self, *, out_of_control: bool) -> Iterator[str]:
-        if not self.medians:
+    def reasons(self, *, out_of_control: bool, is_sampled: bool) -> Iterator[str]:
+        if not self.medians and is_sampled:
             yield f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…))."
+        elif not self.medians:
+            yield f"Fewer than {FEWEST} steps: ask again of a longer run."
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "

@@ -14,6 +14,7 @@ from clip_callbacks.core.metric_names import (
     CLIP_FRACTION_EPOCH,
     PERCENTILES,
     RULE_CLIP_FRACTION,
+    RULE_CLIP_FRACTION_EPOCH,
     SHADOW_CLIP_FRACTION,
     SHADOW_CLIP_FRACTION_EPOCH,
 )
@@ -160,7 +161,10 @@ class RunHistory:
         percentiles = self.epoch_norms.percentiles(tuple(PERCENTILES))
         if percentiles is None:
             return {}
-        fractions = {CLIP_FRACTION_EPOCH: self.clips.epoch.fraction} if clipping else {}
+        fractions = {}
+        if clipping:
+            fractions[CLIP_FRACTION_EPOCH] = self.clips.epoch.fraction
+        fractions |= {RULE_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.rules.items()}
         fractions |= {SHADOW_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.shadows.items()}
         return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
 

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.trainer.compat import is_of, overrides
+from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
 from clip_callbacks.trainer.strategies import averages_plainly
 
@@ -112,6 +113,8 @@ def _reason_against_noise_scale(trainer: Trainer, module: LightningModule, *, is
         return "manual optimization, where only the training_step knows what makes a window"
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         return "LBFGS, whose closure runs the window again within one step"
+    if takes_dataloader_iter(module):
+        return "training_step(dataloader_iter), which draws batches that nobody else sees"
     if is_weighted:
         return "a `weight`, with which micro-batches are no samples of one size"
     return None
@@ -178,10 +181,14 @@ def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
     if trainer.gradient_clip_val:  # 0 is Lightning's word for off
         raise ValueError(
             "`gradient_clip_val` must not be set beside GradientClipping, got "
-            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the Trainer."
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the "
+            "Trainer; where a package makes the Trainer and sets it, pass gradient_clip_val=None through the package's arguments "
+            "for the Trainer (often called trainer_kwargs or pl_trainer_kwargs)."
         )
     if overrides(module, "configure_gradient_clipping"):
         raise ValueError(
             "`configure_gradient_clipping` must not be overridden beside GradientClipping, got "
-            f"{type(module).__name__}.configure_gradient_clipping: gradients would be clipped twice. Remove one of them."
+            f"{type(module).__name__}.configure_gradient_clipping: gradients would be clipped twice. Remove one of them; "
+            "where the module is a package's, derive a class from it with the line "
+            "`configure_gradient_clipping = LightningModule.configure_gradient_clipping`."
         )

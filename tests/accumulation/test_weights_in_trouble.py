@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
-from clip_callbacks import AccumulationRescaling, LabelTokens, NonFiniteGuard
+from clip_callbacks import AccumulationRescaling, BatchSize, LabelTokens, NonFiniteGuard
 from tests.helpers.tagging import Tagger, fit, loader, sentences
-from tests.helpers.training import TRUSTING, assert_same_bits, weights
+from tests.helpers.training import TRUSTING, Iterating, assert_same_bits, data, weights
 
 # What has gone wrong once
 
@@ -157,3 +157,17 @@ def test_a_fit_after_an_exception_begins_with_no_window(trainer, tmp_path):
         run.fit(module, loader(batches), ckpt_path=tmp_path / "mid.ckpt", **TRUSTING)
         gradients.append(module.gradients)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+@pytest.mark.parametrize("weight", [LabelTokens("y"), BatchSize(), lambda batch: len(batch["y"])], ids=["labels", "samples", "own"])
+def test_a_weight_of_batches_that_only_training_step_sees_is_refused_at_fit_start(trainer, weight):
+    module = Iterating({})
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"`weight` must be None beside Iterating.training_step\(dataloader_iter\), got weight="):
+        trainer(AccumulationRescaling(weight), accumulate_grad_batches=2).fit(module, data(4))
+    assert_same_bits(before, weights(module))
+    assert not module.trainer.fit_loop.epoch_loop.total_batch_idx > 0, "nothing was drawn"
+    rescaling = AccumulationRescaling()  # the way out
+    trainer(rescaling, accumulate_grad_batches=2).fit(Iterating({}), data(3))
+    assert rescaling.last_report.accumulation_scale == 2.0

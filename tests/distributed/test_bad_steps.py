@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -78,6 +79,27 @@ def test_the_report_names_the_guilty_rank(run, name):
     assert "net.down.weight [5, 6]: " + {"tp": "15 NaN on rank 1"}.get(name, "") in report
     assert "tp" in name or "net.down.weight [5, 6]: 30 NaN" in report
     assert not [message for messages in every[1:] for message in messages if "Non-finite" in message], "said once"
+
+
+class LoggingItsLoss(parallel.Divided):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+def stopped_early(name, bad):
+    module = LoggingItsLoss(STRATEGIES[name][2], poison=dict.fromkeys(bad, math.nan))
+    return reports(name, NonFiniteGuard(), EarlyStopping("train_loss"), module=module, max_epochs=3), module.trainer.current_epoch
+
+
+@pytest.mark.parametrize(("bad", "teller"), [([(1, 3)], 1), ([(0, 3), (1, 3)], 0)], ids=["the second rank", "both"])
+def test_the_rank_whose_logged_loss_is_bad_says_who_acts_on_it(run, bad, teller):
+    each = run("ddp", bad, function=stopped_early)
+    assert [epochs for _, epochs in each] == [1, 1], "stopped on all ranks"
+    told = [[message for message in messages if "EarlyStopping stops the run" in message] for messages, _ in each]
+    assert [len(messages) for messages in told] == [rank == teller for rank in (0, 1)]
+    assert told[teller][0].startswith("On rank 1: train_loss" if teller else "Non-finite gradients at step 3")
 
 
 class GradientPoison(parallel.Divided):

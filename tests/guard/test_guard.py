@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGradientError, NonFiniteGuard
 from tests.helpers.matrix import matrix
-from tests.helpers.training import Poisoned, Regression, assert_same_bits, data, weights
+from tests.helpers.training import Iterating, Poisoned, Regression, assert_same_bits, data, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
 
@@ -199,6 +199,12 @@ def test_trace_names_the_first_module_with_a_bad_output(trainer, tmp_path, bad_l
         trainer(NonFiniteGuard(trace_forward=True), logger=csv).fit(module, data(5, size=0.1))
     assert facts(csv)[0]["traced"].startswith(bad_layer)
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_trace_says_why_it_names_no_module_where_training_step_draws_its_batches(trainer):
+    with pytest.warns(RuntimeWarning, match=r"First non-finite output: not traced with training_step\(dataloader_iter\)"):
+        trainer(NonFiniteGuard(trace_forward=True)).fit(Iterating({1: math.nan}), data(3))
 
 
 def test_trace_leaves_the_run_as_it_was(trainer, tmp_path):

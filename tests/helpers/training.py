@@ -67,6 +67,14 @@ class Poisoned(Regression):
         return None if factor is None or loss is None else loss * factor
 
 
+class Iterating(Poisoned):
+    """The same, with a ``training_step`` that draws its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor | None:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return self.loss(batch, batch_idx)
+
+
 class GradientTape(LightningModule):
     """Gradients are what ``feed`` says: loss = <weight, feed[batch]>."""
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from clip_callbacks import (
@@ -106,6 +107,28 @@ def test_a_pattern_without_a_match_lists_near_names(trainer):
 
 def test_gradient_clip_val_beside_it(trainer):
     refused(trainer, r"`gradient_clip_val` must not be set beside GradientClipping", GradientClipping(), gradient_clip_val=0.5)
+
+
+def test_a_package_that_sets_gradient_clip_val_is_told_none(trainer):
+    def package(**trainer_kwargs):
+        return trainer(GradientClipping(), **{"gradient_clip_val": 10.0, **trainer_kwargs})
+
+    with pytest.raises(ValueError, match=r"pass gradient_clip_val=None through .*trainer_kwargs or pl_trainer_kwargs\)"):
+        package().fit(Regression(), data(2))
+    package(gradient_clip_val=None).fit(Regression(), data(2))
+
+
+def test_a_package_whose_module_clips_is_derived_from(trainer):
+    class OfPackage(Regression):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, gradient_clip_val=1.0)
+
+    class Derived(OfPackage):
+        configure_gradient_clipping = LightningModule.configure_gradient_clipping
+
+    line = "configure_gradient_clipping = LightningModule.configure_gradient_clipping"
+    refused(trainer, f"derive a class from it with the line `{line}`", GradientClipping(), module=OfPackage())
+    trainer(GradientClipping()).fit(Derived(), data(2))
 
 
 def test_configure_gradient_clipping_beside_it(trainer):

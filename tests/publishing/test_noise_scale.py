@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
 from clip_callbacks.stats.noise_scale import NoiseScale
-from tests.helpers.training import SAFELY, GradientTape, Poisoned, Regression, data
+from tests.helpers.training import SAFELY, GradientTape, Iterating, Poisoned, Regression, data
 
 WIDTH = 20
 
@@ -117,12 +117,14 @@ class ManualTape(GradientTape):
         self.automatic_optimization = False
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 @pytest.mark.parametrize(
     ("module", "family", "message"),
     [
         (ManualTape(draws(4, spread=1.0).float()), [], "manual optimization"),
         (Regression(torch.optim.LBFGS), [], "LBFGS"),
         (Regression(), [AccumulationRescaling(LabelTokens(1))], "a `weight`"),
+        (Iterating({}), [], r"training_step\(dataloader_iter\)"),
     ],
 )
 def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, message):

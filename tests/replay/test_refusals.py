@@ -63,6 +63,16 @@ def test_configurations_that_cannot_be_used_are_refused_in_one_line(bad, tmp_pat
     assert len(refused(capsys, bad, *config(tmp_path, Net, kindd="log"))) < 1000
 
 
+def test_without_jsonargparse_the_extra_that_brings_it_is_named(bad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", False)
+    script = tmp_path / "main.py"
+    script.write_text("raise KeyError('is not run')")
+    for arguments in (config(tmp_path, Net, kind="log"), [*config(tmp_path, Net, kind="log"), "--script", script]):
+        line = refused(capsys, bad, *arguments)
+        assert "LightningCLI needs jsonargparse[signatures]" in line
+        assert "pip install 'clip_callbacks[replay]'" in line
+
+
 def test_checkpoints_that_cannot_be_used_are_refused(bad, tmp_path, capsys):
     good = config(tmp_path, Net, kind="log")
     path = tmp_path / "x.ckpt"

@@ -10,11 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
 from scipy import stats
 
 import clip_callbacks
+from clip_callbacks import GradientNormMonitor
+from clip_callbacks.html_report.page import make_sections
+from clip_callbacks.html_report.sources import read_runs
 from clip_callbacks.stats import advice as advice_module
 from clip_callbacks.stats.advice import advise, rounded
+from tests.helpers.training import GradientTape
 
 DISTRIBUTIONS = {
     "lognormal": stats.lognorm(0.6, scale=3.0),
@@ -128,7 +133,21 @@ def test_norms_that_fall_are_told_of():
 
 
 def test_a_short_run_is_not_divided():
-    assert advise(torch.logspace(0, 3, advice_module.FEWEST - 1)).quarters == ()
+    norms = torch.logspace(0, 3, advice_module.FEWEST - 1)
+    assert advise(norms).quarters == ()
+    assert advise(norms).reasons[-1] == "Fewer than 40 steps: ask again of a longer run."
+    assert "log more often" in advise(norms, is_sampled=True).reasons[-1]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 24), (3, 72)])
+def test_only_who_logged_some_of_the_steps_is_told_to_log_more_often(trainer, tmp_path, every, steps, said):
+    monitor, csv = GradientNormMonitor(), CSVLogger(tmp_path)
+    fit = trainer(monitor, logger=csv, log_every_n_steps=every, max_steps=steps, max_epochs=-1)
+    fit.fit(GradientTape(1 + torch.rand(24, 1)))
+    (section,) = make_sections(read_runs([csv.log_dir])[0], ())
+    assert section.advice.steps == 24, "of the log"
+    assert ("log more often" in section.advice.describe()) == (every > 1)
+    assert "log more often" not in " ".join([*said, *monitor.advice().reasons])
 
 
 def test_facts_are_json_without_nan():

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from clip_callbacks.html_report.bad_steps import offenders, spikes
+from clip_callbacks.html_report.logs_of_others import taken_after_clip, untold
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.stats.advice import FEWEST, QUARTERS
@@ -50,6 +51,8 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
     found = [
         *_broken_loss(losses),
         *([Finding("bad", caution)] if (caution := out_of_control(losses)) else []),
+        *_origin(track),
+        *_not_finite(track),
         *_clipping(track),
         *_skips(track),
         *_spikes(track),
@@ -64,7 +67,12 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
 
 def out_of_control(losses: dict[str, Series]) -> str | None:
     """What to say if the training loss doubled: if in some quarter of the run its median was twice the first value logged."""
-    training = sorted(losses, key=lambda key: ("val" in key.lower() or "test" in key.lower(), "train" not in key.lower(), len(key)))
+
+    def rank(key: str) -> tuple[bool, bool, bool, int]:
+        name = key.lower()
+        return "val" in name or "test" in name, len(losses[key].finite) < FEWEST, "train" not in name, len(key)
+
+    training = sorted(losses, key=rank)
     for key in training[:1]:
         finite = losses[key].finite
         if len(finite) < FEWEST or not bool((finite.values > 0).all()):
@@ -97,6 +105,25 @@ def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
         )
 
 
+def _origin(track: Track) -> Iterator[Finding]:
+    if track.norm.is_ours:
+        return
+    if caution := taken_after_clip(track):
+        yield Finding("bad", caution)
+    yield Finding("note", untold(track))
+
+
+def _not_finite(track: Track) -> Iterator[Finding]:
+    logged = track.logged_norm
+    broken = logged.steps[~np.isfinite(logged.values)]
+    if len(broken):
+        yield Finding(
+            "warn",
+            f"{len(broken):,} of {len(logged):,} logged norms are NaN or inf, first at step {broken[0]:,}: they are in no "
+            "percentile and no picture.",
+        )
+
+
 def _clipping(track: Track) -> Iterator[Finding]:
     share, norms, limit = track.share_clipped, track.total_norm, track.max_norm
     if not norms:
@@ -105,6 +132,9 @@ def _clipping(track: Track) -> Iterator[Finding]:
         )
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
+    if math.isnan(share) and not track.norm.is_ours:
+        yield Finding("note", f"p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
+        return
     if math.isnan(share) or (not limit and not share):
         yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
@@ -225,8 +255,8 @@ def _sampling(track: Track) -> Iterator[Finding]:
     if len(norms) > 1:
         every = float(np.median(np.diff(norms.steps)))
         if every > 1:
+            counted = "; clipped and skipped steps are counted over all steps" if track.norm.is_ours else ""
             yield Finding(
                 "note",
-                f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(norms):,} norms; "
-                "clipped and skipped steps are counted over all steps.",
+                f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(norms):,} norms{counted}.",
             )

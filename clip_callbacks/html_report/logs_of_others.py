@@ -40,10 +40,14 @@ def provisos(track: Track) -> list[str]:
     if norm.is_ours:
         return []
     if track.run.kind == TRANSFORMERS:
-        return ["The Trainer of transformers logs the norm before its own clip: the number is one for its max_grad_norm, too."]
+        said = (
+            f"{norm.name} was logged by the Trainer of transformers, before its own clip: the number is one for its max_grad_norm, "
+            "too. Which one it had, and which steps were clipped or skipped, is not in the log."
+        )
+        return [said]
     holds = (
-        f"{norm.name} was not logged by clip_callbacks: the number holds if that is the norm before clipping, of whole steps, "
-        "without a loss scale, which the log does not tell."
+        f"{norm.name} was not logged by clip_callbacks. The log does not tell which steps were clipped or skipped, nor whether "
+        "that is the norm before clipping, of whole steps, without a loss scale: only then does the number hold."
     )
     if norm.norm_type in {None, EUCLIDEAN}:
         return [holds]

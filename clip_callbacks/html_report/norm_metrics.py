@@ -112,9 +112,10 @@ def _says_norm(words: set[str]) -> bool:
 
 
 def look_like_norms(names: Collection[str]) -> list[str]:
-    """The metrics whose names speak of gradients or of norms, those first that speak of both, short ones first."""
+    """The metrics whose names speak of gradients or of norms: norms of all gradients first, then those that speak of both."""
     hints = {name: _words(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
-    return sorted(hints, key=lambda name: (not _says_norm(hints[name]), len(name), name))
+    known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN.match(name)}
+    return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
 
 
 def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> str:

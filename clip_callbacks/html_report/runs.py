@@ -116,18 +116,13 @@ class Run:
         norms = find_norms(self.metrics) if self.norms is None else self.norms
         return [Track(self, norm) for norm in norms if norm.name in self.metrics]
 
-    def is_same(self, other: Run, *, fewest: int = 2) -> bool:
-        """Whether two logs are of one run: one is the beginning of the other, in its norms and in every metric that both hold.
-
-        Args:
-            other: The other log.
-            fewest: Points that the norms of the shorter one must have.
-        """
+    def is_same(self, other: Run) -> bool:
+        """Whether two logs are of one run: one is the beginning of the other, in its norms and in every metric that both hold."""
         if len(self.tracks) != len(other.tracks):
             return False
         norms = [(track.logged_norm, like.logged_norm) for track, like in zip(self.tracks, other.tracks, strict=True)]
         shared = [(series, other.metrics[key]) for key, series in self.metrics.items() if key in other.metrics]
-        is_long = not norms or max(min(len(one), len(two)) for one, two in norms) >= fewest
+        is_long = any(min(len(one), len(two)) > 1 for one, two in norms)
         return is_long and all(one.begins_like(two) for one, two in norms + shared)
 
     def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:

@@ -55,12 +55,25 @@ def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[st
     if not states:
         raise UnusableLogError(problems[0])
     states.sort(key=lambda state: (-_last_step(state[1]), CHECKPOINT.search(state[0].parent.name) is not None))
-    runs: list[Run] = []
-    for file, metrics, notes in states:
-        run = Run.of(str(folder.absolute()), str(file), metrics, TRANSFORMERS, notes)
-        if not any(run.is_same(other, fewest=0) for other in runs):
-            runs.append(run)
+    kept: list[tuple[Path, dict[str, Series], list[str]]] = []
+    for state in states:
+        if not any(_is_part(state[1], metrics) for _, metrics, _ in kept):
+            kept.append(state)
+    if not kept[0][1]:
+        raise UnusableLogError(f"{kept[0][0]} holds an empty log_history: nothing was logged.")
+    chosen: list[str] = []
+    if len(states) > len(kept):
+        read = " and ".join("the folder's own" if file.parent == folder else f"that of {file.parent.name}" for file, _, _ in kept)
+        chosen = [f"Of {len(states)} {STATE} {read} was read: it holds what the others hold."]
+    runs = [Run.of(str(folder.absolute()), str(file), metrics, TRANSFORMERS, [*notes, *chosen]) for file, metrics, notes in kept]
     return runs, problems
+
+
+def _is_part(metrics: dict[str, Series], whole: dict[str, Series]) -> bool:
+    """Whether all that a state holds is in another, which went on from it."""
+    return all(
+        key in whole and len(series) <= len(whole[key]) and series.begins_like(whole[key]) for key, series in metrics.items()
+    )
 
 
 def _last_step(metrics: dict[str, Series]) -> int:

@@ -266,7 +266,7 @@ def _what_if_chart(shown: list[Shown]) -> Chart:
 
 def _axis(shown: Sequence[Shown]) -> str:
     """What an axis of norms is called: as they were logged, if all were logged under one name."""
-    names = {"total_norm" if each.track.norm.is_ours else short(each.track.norm.name, 40) for each in shown}
+    names = {short(each.track.norm.title, 40) for each in shown}
     return names.pop() if len(names) == 1 else "norm"
 
 

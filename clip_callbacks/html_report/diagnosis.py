@@ -223,7 +223,7 @@ def _blocks(track: Track) -> Iterator[Finding]:
     if shares[heaviest] > DOMINANT:
         yield Finding(
             "note",
-            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of the total norm, in the median: a global "
+            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of {track.norm.title}, in the median: a global "
             f"norm is its norm, and "
             'clips all others because of it. scope="layer" gives each its own.',
         )

@@ -41,6 +41,11 @@ class NormMetric:
     is_ours: bool = True
     norm_type: float | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called in texts and pictures."""
+        return "total_norm" if self.is_ours else self.name
+
     def block(self, name: str) -> str | None:
         """The block whose norm another metric is; None if it is something else."""
         if self.is_ours:

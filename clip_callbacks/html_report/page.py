@@ -130,8 +130,7 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
 def _advice(track: Track, caution: str | None) -> Advice | None:
     """A max_norm; None if no norm was logged, or none is to be trusted."""
     norms = torch.from_numpy(np.array(track.logged_norm.values))
-    name = "total_norm" if track.norm.is_ours else track.norm.name
-    advice = advise(norms, out_of_control=caution is not None, metric=name, norm_type=track.norm.norm_type)
+    advice = advise(norms, out_of_control=caution is not None, metric=track.norm.title, norm_type=track.norm.norm_type)
     if advice is None or taken_after_clip(track) or (caution and not advice.is_of_calm_part):
         return None
     local = (LOCAL,) if track.is_local else ()

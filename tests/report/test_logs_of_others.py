@@ -221,6 +221,22 @@ def test_runs_without_the_metric_that_was_asked_for_are_left_out(tmp_path):
     assert "holds no metric 'mine'. These look like norms: grad/total_norm, " in notes[0]
 
 
+def test_a_store_of_mlflow_holds_norms_of_any_name_behind_any_prefix(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(tracking_uri=str(tmp_path / "mlruns"))
+    experiment = client.create_experiment("theirs")
+    for name in ("ours-grad/total_norm", "train/grad_norm", "mine", "accuracy"):
+        identifier = client.create_run(experiment, run_name=name).info.run_id
+        for step in range(3):
+            client.log_metric(identifier, name, 1.0 + step, step=step)
+    runs, _ = read_runs([str(tmp_path)])
+    assert {track.norm.name for run in runs for track in run.tracks} == {"grad/total_norm", "train/grad_norm"}
+    (run,), _ = read_runs([str(tmp_path)], ["mine"])
+    assert run.tracks[0].total_norm.values.tolist() == [1.0, 2.0, 3.0]
+
+
 # ---- tables --------------------------------------------------------------------------------------------------------------------
 
 

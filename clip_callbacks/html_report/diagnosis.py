@@ -114,14 +114,20 @@ def _origin(track: Track) -> Iterator[Finding]:
 
 
 def _not_finite(track: Track) -> Iterator[Finding]:
-    logged = track.logged_norm
-    broken = logged.steps[~np.isfinite(logged.values)]
-    if len(broken):
-        yield Finding(
-            "warn",
-            f"{len(broken):,} of {len(logged):,} logged norms are NaN or inf, first at step {broken[0]:,}: they are in no "
-            "percentile and no picture.",
-        )
+    logged, finite = track.logged_norm, track.logged_norm.finite
+    broken = len(logged) - len(finite)
+    if not broken:
+        return
+    first = int(logged.steps[~np.isfinite(logged.values)][0])
+    text = (
+        f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at step {first:,}: they are in no percentile and no "
+        "picture."
+    )
+    at_end = int((logged.steps > finite.steps[-1]).sum()) if finite else 0
+    if at_end > 1:
+        yield Finding("bad", f"{text} None is finite after step {finite.steps[-1]:,}: since then the weights may be NaN.")
+    else:
+        yield Finding("warn", text)
 
 
 def _clipping(track: Track) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ IN_LIGHTNING = (
 IN_TRANSFORMERS = (
     "the max_grad_norm of the Trainer (1.0 by default), which is not in trainer_state.json. The Trainer of transformers logs the "
     "norm before that clip, without the loss scale, of the last step of each logging interval. A loss that was NaN is not in the "
-    "log either, unless logging_nan_inf_filter was off."
+    "log either, but the mean of those before it, unless logging_nan_inf_filter was off."
 )
 
 

@@ -195,7 +195,10 @@ class _Quarters(NamedTuple):
 
     def reasons(self, *, out_of_control: bool) -> Iterator[str]:
         if not self.medians:
-            yield f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…))."
+            yield (
+                f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…), in "
+                "transformers logging_steps)."
+            )
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "

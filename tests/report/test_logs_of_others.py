@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
 from clip_callbacks import GradientClipping
+from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.norm_metrics import NormMetric, find_norms, no_norm, norms_of_others
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
@@ -261,6 +262,16 @@ def test_norms_that_are_not_finite_are_counted_and_told(tmp_path, capsys):
     assert (facts["steps"], facts["left_out"]) == (97, 3)
     assert facts["percentiles"]["p50"] == pytest.approx(np.median(norms[np.isfinite(norms)]))
     assert "3 of 100 logged norms are NaN or inf, first at step 7" in said(read(path))
+
+
+@pytest.mark.parametrize(("broken", "is_over"), [([7, 8, 99], False), ([7, 98, 99], True), ([99], False), (range(100), False)])
+def test_norms_that_stay_nan_are_the_end(broken, is_over):
+    norms = lognormal(100)
+    norms[list(broken)] = math.nan
+    run = Run("run", "", {"grad_norm": Series.of(np.arange(100), norms)})
+    (found,) = [finding for finding in diagnose(run.tracks[0], {}) if "logged norms are NaN" in finding.text]
+    assert ("None is finite after step 97" in found.text) is is_over
+    assert found.severity == ("bad" if is_over else "warn")
 
 
 # ---- what is said --------------------------------------------------------------------------------------------------------------

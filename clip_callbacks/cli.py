@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_callbacks.bundles.terminal import escaped
+from clip_callbacks.core.metric_names import TOTAL_NORM
 
 if TYPE_CHECKING:
     from clip_callbacks.html_report.page import Section
@@ -19,9 +20,9 @@ UNUSABLE = 2
 """Exit code if the input cannot be used, as argparse has it for wrong arguments."""
 
 LOGS = (
-    "a metrics.csv, one of TensorBoard's event files, a database of MLflow (mlflow.db), a folder with such anywhere "
-    "below it, or the "
-    "address of an MLflow store (sqlite:///mlflow.db, http://localhost:5000; behind # an experiment's name or a run's id)"
+    "a metrics.csv or another CSV file with a column for the step, one of TensorBoard's event files, a database of MLflow "
+    "(mlflow.db), the trainer_state.json of a Trainer of transformers, a folder with such anywhere below it, or the address of an "
+    "MLflow store (sqlite:///mlflow.db, http://localhost:5000; behind # an experiment's name or a run's id)"
 )
 
 
@@ -53,7 +54,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     from clip_callbacks.html_report.runs import UnusableLogError
     from clip_callbacks.html_report.sources import read_runs
 
-    runs, notes = read_runs(options.logs)
+    runs, notes = read_runs(options.logs, options.norm)
     if options.steps:
         first, last = options.steps
         runs = [part for run in runs if (part := run.within(first, last)).tracks]
@@ -64,7 +65,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 
 def _say(notes: Sequence[str], runs: Sequence[Run]) -> None:
     for note in [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]:
-        print(f"clip-callbacks: {note}", file=sys.stderr)
+        print(f"clip-callbacks: {escaped(note)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("logs", nargs="+", metavar="LOGS", help=LOGS)
         command.add_argument(
             "--loss", action="append", default=[], metavar="METRIC", help="a metric that is a loss; may be repeated"
+        )
+        command.add_argument(
+            "--norm",
+            action="append",
+            default=[],
+            metavar="METRIC",
+            help=f"the metric that is the norm of all gradients; may be repeated (default: {TOTAL_NORM}, which clip_callbacks "
+            "logs, else one that is known by its name, such as grad_norm or grad_2.0_norm_total)",
         )
         command.add_argument("--steps", type=_steps, metavar="A:B", help="only steps from A to B; either may be left out")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write (default: %(default)s)")
@@ -187,7 +196,7 @@ def _suggest(options: argparse.Namespace) -> int:
 
 def _facts(section: Section) -> dict[str, object]:
     advice = section.advice.facts() if section.advice else {"max_norm": None}
-    return advice | {"caution": section.caution, "notes": list(section.track.run.notes)}
+    return {"metric": section.track.norm.name} | advice | {"caution": section.caution, "notes": list(section.track.run.notes)}
 
 
 def _told(section: Section) -> str:

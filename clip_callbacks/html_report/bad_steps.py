@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clip_callbacks.core.metric_names import OFFENDERS, TOTAL_NORM
+from clip_callbacks.core.metric_names import OFFENDERS
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series, Values
 from clip_callbacks.stats.advice import robust_sigma
@@ -55,12 +55,12 @@ def bad_steps(track: Track) -> tuple[list[BadStep], int]:
     They are the journal's, else the skips that were logged; norms logged that are not finite; and the largest spikes.
     """
     bad = [_journal_row(entry) for entry in track.bad_steps] or _logged_skips(track)
-    logged = track.metric(TOTAL_NORM)
+    logged = track.logged_norm
     bad += [BadStep(int(step), "norm not finite", math.nan, "", "") for step in logged.steps[~np.isfinite(logged.values)][:LISTED]]
     outliers, times = spikes(track)
     limits = track.max_norm.at(outliers.steps)
     largest = [
-        _spike_row(int(outliers.steps[place]), float(outliers.values[place]), float(times[place]), float(limits[place]))
+        _spike_row(track, int(outliers.steps[place]), float(outliers.values[place]), float(times[place]), float(limits[place]))
         for place in np.argsort(-times, kind="stable")[:LISTED]
     ]
     return sorted([*bad[:LISTED], *largest], key=lambda row: row.step), len(bad) + len(outliers)
@@ -103,6 +103,11 @@ def _logged_skips(track: Track) -> list[BadStep]:
     ]
 
 
-def _spike_row(step: int, norm: float, times: float, limit: float) -> BadStep:
-    held = f"clipped to {limit:.3g}" if limit < norm else "not clipped"
-    return BadStep(step, "spike", norm, "", f"{times:.3g} times the median around it; {held}")
+def _spike_row(track: Track, step: int, norm: float, times: float, limit: float) -> BadStep:
+    if limit < norm:
+        held = f"; clipped to {limit:.3g}"
+    elif track.norm.is_ours:
+        held = "; not clipped"
+    else:  # it is not in the log
+        held = ""
+    return BadStep(step, "spike", norm, "", f"{times:.3g} times the median around it{held}")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from clip_callbacks.html_report.axes import DASHED, Shown, draw_line, name_lines, number_plainly, over_steps
+from clip_callbacks.html_report.axes import DASHED, Shown, draw_line, name_lines, number_plainly, over_steps, short
 from clip_callbacks.html_report.heat_map import heat_map
 from clip_callbacks.html_report.pictures import Chart, Look
 from clip_callbacks.html_report.series import Series, Steps
@@ -67,7 +67,7 @@ def _norm_chart(shown: list[Shown]) -> Chart:
         ):
             if is_there:
                 norms.plot([], [], color=look.ink, linestyle=style, marker=marker, label=label)
-        norms.set(yscale="log", ylabel="total_norm")
+        norms.set(yscale="log", ylabel=_axis(shown))
         number_plainly(norms.yaxis)
         for strip in strips:
             strip.set(ylabel="clipped", ylim=(0, 1.02))
@@ -80,13 +80,18 @@ def _norm_chart(shown: list[Shown]) -> Chart:
         f"median {np.median(each.track.total_norm.values):.3g}, last max_norm {_or_none(each.track.max_norm.last)}"
         for each in shown
     )
+    long = "the median of each column of the picture, the shade reaches from its smallest to its largest value"
+    ours = (
+        "total_norm before clipping, on a logarithmic axis; what lies above the dashed limit is clipped down to it: the dots. A "
+        "cross at the top is a skipped step. Below, the share of all steps that were clipped. "
+        f"Of long runs the line is {long}, and there are no dots."
+    )
+    theirs = f"The norm as it was logged, on a logarithmic axis. Of long runs the line is {long}."
     return Chart(
         "norm",
         "Norm of the gradient",
-        "total_norm before clipping, on a logarithmic axis; what lies above the dashed limit is clipped down to it: the dots. A "
-        "cross at the top is a skipped step. Below, the share of all steps that were clipped. Of long runs the line is the median "
-        "of each column of the picture, the shade reaches from its smallest to its largest value, and there are no dots.",
-        f"total_norm over steps. {spans}.",
+        ours if any(each.track.norm.is_ours for each in shown) else theirs,
+        f"{_axis(shown)} over steps. {spans}.",
         draw,
         (4.4, 4.4),
     )
@@ -209,7 +214,7 @@ def _histogram_chart(shown: list[Shown]) -> Chart:
                 axes.axvline(limit, color=look.ink, linestyle=DASHED, linewidth=1.4)
             axes.set(xscale="log", ylim=(0, top), ylabel="logged steps", title=each.label)
             number_plainly(axes.xaxis)
-        rows[-1].set_xlabel("total_norm (dashed: max_norm)" if has_limit else "total_norm")
+        rows[-1].set_xlabel(f"{_axis(shown)} (dashed: max_norm)" if has_limit else _axis(shown))
 
     percentiles = "; ".join(
         f"{each.track.name}: "
@@ -218,7 +223,9 @@ def _histogram_chart(shown: list[Shown]) -> Chart:
     )
     caption = "How often each norm occurred, on a logarithmic axis, with percentiles."
     height = 1.0 + 1.5 * len(shown)
-    return Chart("histogram", "Distribution of norms", caption, f"Histogram of total_norm. {percentiles}.", draw, (height, height))
+    return Chart(
+        "histogram", "Distribution of norms", caption, f"Histogram of {_axis(shown)}. {percentiles}.", draw, (height, height)
+    )
 
 
 def _what_if_chart(shown: list[Shown]) -> Chart:
@@ -255,6 +262,12 @@ def _what_if_chart(shown: list[Shown]) -> Chart:
         "diamond the suggestion. Other clipping would have made other steps: read it as a guide."
     )
     return Chart("what_if", "What if max_norm were another?", caption, f"Share of steps clipped over max_norm. {clipped}.", draw)
+
+
+def _axis(shown: Sequence[Shown]) -> str:
+    """What an axis of norms is called: as they were logged, if all were logged under one name."""
+    names = {short(each.track.norm.title, 40) for each in shown}
+    return names.pop() if len(names) == 1 else "norm"
 
 
 def _or_none(value: float) -> str:

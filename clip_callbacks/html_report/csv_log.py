@@ -1,9 +1,9 @@
-"""Reads what Lightning's CSVLogger wrote."""
+"""Reads what Lightning's CSVLogger wrote, and any other table of metrics with a column for the step."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series, Steps, Values
 
-STEP = "step"
+STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
+"""What a column of steps is called, in letters of any size; of several the first counts."""
 ROWS = 200_000
 """Rows that are in memory as a table at once."""
 
@@ -23,7 +24,7 @@ Columns = dict[str, list[tuple[Steps, Values]]]
 
 
 def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
-    """Metrics and notes of a ``metrics.csv``.
+    """Metrics and notes of a ``metrics.csv``, or of another table with a column for the step.
 
     An empty cell is a metric that was not logged; "nan" and "inf" are values. A file whose columns changed in mid-run, by rows of
     another length or by another header, is read header by header; rows that fit none are left out and counted.
@@ -45,6 +46,12 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     if not columns:
         raise UnusableLogError(f"{path} holds a header and no values: nothing was logged.")
     return joined(columns), notes
+
+
+def step_column(columns: Iterable[object]) -> str | None:
+    """The column of steps; None if there is none."""
+    called = {str(column).strip().lower(): str(column) for column in columns}
+    return next((called[name] for name in STEPS if name in called), None)
 
 
 def joined(columns: Columns) -> dict[str, Series]:
@@ -72,17 +79,18 @@ def _read_fast(path: Path) -> tuple[Columns, int]:
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False}
     with path.open("rb") as file, progress_bar(path.parent.name, path.stat().st_size, "B") as bar:
         for table in pd.read_csv(file, chunksize=ROWS, encoding_errors="replace", **options):
-            if STEP not in table or not pd.api.types.is_numeric_dtype(table[STEP]):
+            step = step_column(table.columns)
+            if step is None or not pd.api.types.is_numeric_dtype(table[step]):
                 raise _OtherHeader
-            texts += _take(columns, table, table[STEP])
+            texts += _take(columns, table, step, table[step])
             bar.update(file.tell() - bar.n)
     return columns, texts
 
 
-def _take(columns: Columns, table: pd.DataFrame, steps: pd.Series[Any]) -> int:
+def _take(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
     """Keep what the columns of a chunk have, NaN and infinities included; how many cells hold other text."""
     has_step, shared, texts = steps.notna(), dict[bytes, Steps](), 0
-    for key in table.columns.drop(STEP):
+    for key in table.columns.drop(step):
         is_logged = (table[key].notna() & has_step).to_numpy()
         if not is_logged.any():
             continue
@@ -100,36 +108,37 @@ def _take(columns: Columns, table: pd.DataFrame, steps: pd.Series[Any]) -> int:
 def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
     columns: Columns = {}
     headers, misfits, texts = 0, 0, 0
-    for header, rows, misfit in _segments(path):
+    for step, header, rows, misfit in _segments(path):
         headers, misfits = headers + 1, misfits + misfit
         table = pd.DataFrame(rows, columns=header, dtype=object).replace("", np.nan)
-        steps = pd.to_numeric(table[STEP], errors="coerce")
-        texts += _take(columns, table, steps)
+        texts += _take(columns, table, step, pd.to_numeric(table[step], errors="coerce"))
     if not headers:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline().strip()[:60]
-        raise UnusableLogError(f"{path} has no column {STEP!r}, as what a CSVLogger writes: it begins with {first!r}.")
+        raise UnusableLogError(f"{path} has no column {STEPS[0]!r}, as what a CSVLogger writes: it begins with {first!r}.")
     notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
     if misfits:
         notes.append(f"{misfits} rows of {path.name} do not fit its header and are left out.")
     return columns, texts, notes
 
 
-def _segments(path: Path) -> Iterator[tuple[list[str], list[list[str]], int]]:
-    """Each header with the rows under it that fit it, and how many do not."""
+def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int]]:
+    """Each header, its column of steps first, with the rows under it that fit it, and how many do not."""
+    step: str | None = None
     header: list[str] = []
     rows: list[list[str]] = []
     misfits = 0
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         for row in csv.reader(line.replace("\0", "") for line in file):
-            if STEP in row and len(set(row)) == len(row):
-                if header:
-                    yield header, rows, misfits
-                header, rows, misfits = row, [], 0
-            elif header and row:
+            found = (step if step in row else None) if step else step_column(row)
+            if found and len(set(row)) == len(row):
+                if step:
+                    yield step, header, rows, misfits
+                step, header, rows, misfits = found, row, [], 0
+            elif step and row:
                 if len(row) == len(header):
                     rows.append(row)
                 else:
                     misfits += 1
-    if header:
-        yield header, rows, misfits
+    if step:
+        yield step, header, rows, misfits

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from clip_callbacks.html_report.bad_steps import offenders, spikes
+from clip_callbacks.html_report.logs_of_others import taken_after_clip, untold
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.stats.advice import FEWEST, QUARTERS
@@ -50,6 +51,8 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
     found = [
         *_broken_loss(losses),
         *([Finding("bad", caution)] if (caution := out_of_control(losses)) else []),
+        *_origin(track),
+        *_not_finite(track),
         *_clipping(track),
         *_skips(track),
         *_lost_metrics(track),
@@ -65,7 +68,12 @@ def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
 
 def out_of_control(losses: dict[str, Series]) -> str | None:
     """What to say if the training loss doubled: if in some quarter of the run its median was twice the first value logged."""
-    training = sorted(losses, key=lambda key: ("val" in key.lower() or "test" in key.lower(), "train" not in key.lower(), len(key)))
+
+    def rank(key: str) -> tuple[bool, bool, bool, int]:
+        name = key.lower()
+        return "val" in name or "test" in name, len(losses[key].finite) < FEWEST, "train" not in name, len(key)
+
+    training = sorted(losses, key=rank)
     for key in training[:1]:
         finite = losses[key].finite
         if len(finite) < FEWEST or not bool((finite.values > 0).all()):
@@ -98,6 +106,31 @@ def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
         )
 
 
+def _origin(track: Track) -> Iterator[Finding]:
+    if track.norm.is_ours:
+        return
+    if caution := taken_after_clip(track):
+        yield Finding("bad", caution)
+    yield Finding("note", untold(track))
+
+
+def _not_finite(track: Track) -> Iterator[Finding]:
+    logged, finite = track.logged_norm, track.logged_norm.finite
+    broken = len(logged) - len(finite)
+    if not broken:
+        return
+    first = int(logged.steps[~np.isfinite(logged.values)][0])
+    text = (
+        f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at step {first:,}: they are in no percentile and no "
+        "picture."
+    )
+    at_end = int((logged.steps > finite.steps[-1]).sum()) if finite else 0
+    if at_end > 1:
+        yield Finding("bad", f"{text} None is finite after step {finite.steps[-1]:,}: since then the weights may be NaN.")
+    else:
+        yield Finding("warn", text)
+
+
 def _clipping(track: Track) -> Iterator[Finding]:
     share, norms, limit = track.share_clipped, track.total_norm, track.max_norm
     if not norms:
@@ -106,6 +139,9 @@ def _clipping(track: Track) -> Iterator[Finding]:
         )
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
+    if math.isnan(share) and not track.norm.is_ours:
+        yield Finding("note", f"p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
+        return
     if math.isnan(share) or (not limit and not share):
         yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
@@ -205,7 +241,7 @@ def _blocks(track: Track) -> Iterator[Finding]:
     if shares[heaviest] > DOMINANT:
         yield Finding(
             "note",
-            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of total_norm, in the median: a global "
+            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of {track.norm.title}, in the median: a global "
             f"norm is its norm, and "
             'clips all others because of it. scope="layer" gives each its own.',
         )
@@ -235,8 +271,8 @@ def _shadows(track: Track) -> Iterator[Finding]:
 def _sampling(track: Track) -> Iterator[Finding]:
     every = track.steps_between_norms
     if every > 1:
+        counted = "; clipped and skipped steps are counted over all steps" if track.norm.is_ours else ""
+        count = len(track.total_norm)
         yield Finding(
-            "note",
-            f"About one step in {every:.0f} was logged: percentiles and pictures are made from {len(track.total_norm):,} norms; "
-            "clipped and skipped steps are counted over all steps.",
+            "note", f"About one step in {every:.0f} was logged: percentiles and pictures are made from {count:,} norms{counted}."
         )

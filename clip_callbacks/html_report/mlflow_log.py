@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from clip_callbacks.core.metric_names import TOTAL_NORM
+from clip_callbacks.html_report.norm_metrics import find_norms, no_norm
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import Run, UnusableLogError
 from clip_callbacks.html_report.series import Series
@@ -16,12 +17,13 @@ from clip_callbacks.html_report.series import Series
 SQLITE = "sqlite:///"
 
 
-def read_mlflow(uri: str) -> list[Run]:
-    """All active runs that logged ``grad/total_norm``, of all experiments, the oldest first.
+def read_mlflow(uri: str, norms: Sequence[str] = ()) -> list[Run]:
+    """All active runs that logged a norm of all gradients, of all experiments, the oldest first.
 
     Args:
         uri: Of the tracking store, such as ``sqlite:///mlflow.db`` or ``http://localhost:5000``; behind a ``#`` the name of an
             experiment, or the id of a run, if not all are wanted.
+        norms: Metrics that are such norms; none: those that are known by their names.
 
     Raises:
         UnusableLogError: If it cannot be reached, or holds no such run.
@@ -37,12 +39,14 @@ def read_mlflow(uri: str) -> list[Run]:
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which it has put in maintenance, and reads all the same
     try:
         client = MlflowClient(tracking_uri=uri)
-        found = [run for run in _all_runs(client, wanted) if any(key.startswith(TOTAL_NORM) for key in run.data.metrics)]
+        there = _all_runs(client, wanted)
+        found = [run for run in there if find_norms(run.data.metrics, norms)]
         runs = [_read(client, uri, run) for run in sorted(found, key=lambda run: run.info.start_time)]
     except Exception as error:  # whatever its stores raise: sockets, databases, versions
         raise UnusableLogError(f"{uri} cannot be read: {str(error).splitlines()[0][:200]}") from None
     if not runs:
-        raise UnusableLogError(f"{uri} holds no run{f' of {wanted!r}' if wanted else ''} with {TOTAL_NORM}.")
+        source = f"{uri}{f'#{wanted}' if wanted else ''} ({len(there)} runs)"
+        raise UnusableLogError(no_norm(source, {key for run in there for key in run.data.metrics}, norms))
     return runs
 
 

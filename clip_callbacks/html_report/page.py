@@ -21,6 +21,7 @@ from clip_callbacks.html_report.axes import Shown
 from clip_callbacks.html_report.bad_steps import FEWEST, BadStep, bad_steps
 from clip_callbacks.html_report.charts import COLORS, MOST, make_charts
 from clip_callbacks.html_report.diagnosis import Finding, diagnose, out_of_control
+from clip_callbacks.html_report.logs_of_others import provisos, taken_after_clip
 from clip_callbacks.html_report.pictures import Chart
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import Run, Track, UnusableLogError
@@ -76,9 +77,10 @@ class Section:
     @property
     def nothing_bad(self) -> str:
         """What to say where the table of bad steps is empty."""
+        skipped = "No step was skipped." if self.track.norm.is_ours else "Whether steps were skipped is not in the log."
         if len(self.track.total_norm) < FEWEST:
-            return "No step was skipped. Too few norms were logged to tell spikes."
-        return "None: no step was skipped, no norm stands far out of those around it."
+            return f"{skipped} Too few norms were logged to tell spikes."
+        return f"{skipped} No norm stands far out of those around it."
 
     def yaml(self, *, adaptive: bool = False) -> str:
         """The suggestion for a configuration file."""
@@ -118,16 +120,27 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
     for track in [track for run in runs for track in run.tracks]:
         found = track.run.losses(tuple(losses))
         rows, count = bad_steps(track)
-        hue, caution = COLORS[len(sections) % MOST], out_of_control(found)
-        norms = torch.from_numpy(np.array(track.total_norm.values))
-        advice = advise(norms, out_of_control=caution is not None, is_sampled=not track.has_every_step)
-        if advice and caution and not advice.is_of_calm_part:
-            advice = None
-        if advice and track.is_local:
-            advice = replace(advice, reasons=(*advice.reasons, LOCAL))
+        hue, caution = COLORS[len(sections) % MOST], taken_after_clip(track) or out_of_control(found)
+        advice = _advice(track, caution)
         shown = Shown(track, found, hue, advice.max_norm if advice else math.nan)
         sections.append(Section(shown, diagnose(track, found), caution, advice, rows, count))
     return sections
+
+
+def _advice(track: Track, caution: str | None) -> Advice | None:
+    """A max_norm; None if no norm was logged, or none is to be trusted."""
+    norms = torch.from_numpy(np.array(track.logged_norm.values))
+    advice = advise(
+        norms,
+        out_of_control=caution is not None,
+        is_sampled=not track.has_every_step,
+        metric=track.norm.title,
+        norm_type=track.norm.norm_type,
+    )
+    if advice is None or taken_after_clip(track) or (caution and not advice.is_of_calm_part):
+        return None
+    local = (LOCAL,) if track.is_local else ()
+    return replace(advice, reasons=(*advice.reasons, *local, *provisos(track)))
 
 
 def write_report(

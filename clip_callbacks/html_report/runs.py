@@ -23,6 +23,7 @@ from clip_callbacks.core.metric_names import (
     TOTAL_NORM,
     UPDATE_RATIO,
 )
+from clip_callbacks.html_report.norm_metrics import LISTED, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import Series, Steps, Values
 
 ROUNDING = 1.001
@@ -46,6 +47,8 @@ LOSS_WORDS = {
     "error",
 }
 """What metrics are called that ought to fall."""
+TRANSFORMERS = "transformers"
+"""The kind of log that the Trainer of Hugging Face's transformers leaves in its checkpoints."""
 PREFIXED = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
 
 
@@ -61,9 +64,10 @@ class Run:
         name: What tells it from the others.
         source: Where it was read.
         metrics: By name.
-        kind: Of log: "CSV", "TensorBoard" or "MLflow".
+        kind: Of log: "CSV", "TensorBoard", "MLflow" or "transformers".
         bad_steps: The guard's journal: a dictionary for each bad step.
         notes: What the reader has to say, in sentences.
+        norms: The metrics that are norms of all gradients; None: those that are found by their names.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Run:
     kind: str = "CSV"
     bad_steps: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    norms: tuple[NormMetric, ...] | None = None
 
     @classmethod
     def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
@@ -95,11 +100,30 @@ class Run:
         )
         return replace(self, metrics=metrics, bad_steps=bad_steps)
 
+    def reading(self, wanted: Sequence[str] = ()) -> Run:
+        """The run with the norms that are read, those wanted or those that are found, and a note if others could be meant."""
+        norms = find_norms(self.metrics, wanted)
+        read = [norm.name for norm in norms]
+        others = [norm.name for norm in norms_of_others(self.metrics) if norm.name not in read]
+        if not read or not others or wanted:
+            return replace(self, norms=norms)
+        note = f"Norms are read from {', '.join(read)}. --norm reads another: {', '.join(others[:LISTED])}."
+        return replace(self, norms=norms, notes=(*self.notes, note))
+
     @cached_property
     def tracks(self) -> list[Track]:
-        """One for each optimizer; several are told apart by the suffix of their metrics."""
-        suffixes = [key.removeprefix(TOTAL_NORM) for key in self.metrics if key == TOTAL_NORM or key.startswith(f"{TOTAL_NORM}-")]
-        return [Track(self, suffix) for suffix in sorted(suffixes)]
+        """One for each optimizer, or for each norm that is read."""
+        norms = find_norms(self.metrics) if self.norms is None else self.norms
+        return [Track(self, norm) for norm in norms if norm.name in self.metrics]
+
+    def is_same(self, other: Run) -> bool:
+        """Whether two logs are of one run: one is the beginning of the other, in its norms and in every metric that both hold."""
+        if len(self.tracks) != len(other.tracks):
+            return False
+        norms = [(track.logged_norm, like.logged_norm) for track, like in zip(self.tracks, other.tracks, strict=True)]
+        shared = [(series, other.metrics[key]) for key, series in self.metrics.items() if key in other.metrics]
+        is_long = any(min(len(one), len(two)) > 1 for one, two in norms)
+        return is_long and all(one.begins_like(two) for one, two in norms + shared)
 
     def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:
         """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if it stands alone."""
@@ -116,11 +140,16 @@ class Track:
 
     Args:
         run: The run.
-        suffix: Of the metrics' names; empty with one optimizer.
+        norm: The metric that is the norm of all its gradients.
     """
 
     run: Run
-    suffix: str = ""
+    norm: NormMetric
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its metrics end with; empty with one optimizer."""
+        return self.norm.suffix
 
     @property
     def name(self) -> str:
@@ -131,10 +160,15 @@ class Track:
         """A metric by its name without the suffix; empty if it was not logged."""
         return self.run.metrics.get(key + self.suffix, Series.empty())
 
+    @property
+    def logged_norm(self) -> Series:
+        """Norm of all gradients as it was logged: ours is that before clipping."""
+        return self.run.metrics[self.norm.name]
+
     @cached_property
     def total_norm(self) -> Series:
-        """Norm of all gradients before clipping: the finite ones, above 0."""
-        finite = self.metric(TOTAL_NORM).finite
+        """Norm of all gradients: the finite ones, above 0."""
+        finite = self.logged_norm.finite
         positive = finite.values > 0
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
@@ -193,7 +227,14 @@ class Track:
     @property
     def steps(self) -> int:
         """How many steps the log tells of."""
-        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self.metric(TOTAL_NORM).begin
+        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self._begin
+
+    @property
+    def _begin(self) -> int:
+        """The first step that the log tells of: 0, or 1 if others count steps that are done, as 10, 20, 30."""
+        steps, begin = self.logged_norm.steps, self.logged_norm.begin
+        counts_done = not self.norm.is_ours and len(steps) > 1 and int(steps[0]) == int(np.median(np.diff(steps)))
+        return max(begin, int(counts_done))
 
     @property
     def bad_steps(self) -> list[Mapping[str, Any]]:
@@ -205,8 +246,14 @@ class Track:
         """Share of all steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
         return self.clip_fraction.mean
 
-    def blocks(self, prefix: str = BLOCK_NORM) -> dict[str, Series]:
-        """What was logged of each block under a prefix, by the blocks' names."""
+    def blocks(self) -> dict[str, Series]:
+        """The norms of blocks, by the blocks' names."""
+        named = {key: self.norm.block(key) for key in self.run.metrics}
+        blocks = {block: self.run.metrics[key].finite for key, block in named.items() if block}
+        return blocks or self.logged_of_blocks(BLOCK_NORM)
+
+    def logged_of_blocks(self, prefix: str) -> dict[str, Series]:
+        """What was logged of each block, or of each limit, under a prefix."""
         return {
             key.removeprefix(prefix).removesuffix(self.suffix): series.finite
             for key, series in self.run.metrics.items()
@@ -216,10 +263,10 @@ class Track:
     @property
     def update_ratios(self) -> dict[str, Series]:
         """Norm of the update over the norm of the weights, for each block."""
-        return self.blocks(UPDATE_RATIO)
+        return self.logged_of_blocks(UPDATE_RATIO)
 
     @property
     def shadows(self) -> dict[str, float]:
         """For each shadow limit the share of steps that it would have clipped."""
-        shares = {name: series.mean for name, series in self.blocks(SHADOW_CLIP_FRACTION.format("")).items()}
+        shares = {name: series.mean for name, series in self.logged_of_blocks(SHADOW_CLIP_FRACTION.format("")).items()}
         return {name: share for name, share in shares.items() if not math.isnan(share)}

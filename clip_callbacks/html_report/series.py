@@ -76,6 +76,13 @@ class Series:
         place = np.searchsorted(self.steps, steps, "right") - 1
         return np.where(place >= 0, self.values[np.maximum(place, 0)], np.nan)
 
+    def begins_like(self, other: Series) -> bool:
+        """Whether the shorter one of two series is the beginning of the other; event files hold seven digits."""
+        count = min(len(self), len(other))
+        return np.array_equal(self.steps[:count], other.steps[:count]) and np.allclose(
+            self.values[:count], other.values[:count], rtol=1e-6, equal_nan=True
+        )
+
     @property
     def begin(self) -> int:
         """The first step that the log tells of: 0, or one interval before the first point if logging began later."""

@@ -9,44 +9,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clip_callbacks.core.metric_names import JOURNAL, OFFENDERS, TOTAL_NORM
+from clip_callbacks.core.metric_names import JOURNAL, OFFENDERS
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
+from clip_callbacks.html_report.norm_metrics import no_norm
 from clip_callbacks.html_report.runs import Run, UnusableLogError
+from clip_callbacks.html_report.trainer_state import STATE, read_states, run_folder
 
 EVENTS = "tfevents"
 DATABASES = (".db", ".sqlite", ".sqlite3")
+JSON = ".json"
 
 
-def read_runs(logs: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """All runs with gradient metrics in the logs that were named.
+def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
+    """All runs with a norm of their gradients in the logs that were named.
 
     Args:
-        logs: Files (``metrics.csv``, TensorBoard's event files, MLflow's sqlite database), folders that hold such anywhere below
-            them, or addresses of MLflow's stores.
+        logs: Files (``metrics.csv`` and other tables with a column for the step, TensorBoard's event files, MLflow's sqlite
+            database, ``trainer_state.json`` of transformers), folders that hold such anywhere below them, or addresses of
+            MLflow's stores.
+        norms: Metrics that are norms of all gradients; none: ours, else one that is known by its name.
 
     Returns:
         The runs, and notes on what was left out.
 
     Raises:
-        UnusableLogError: If something named does not exist, or no run with gradient metrics is left.
+        UnusableLogError: If something named does not exist, or no run with such a norm is left.
     """
     runs: list[Run] = []
     problems: list[str] = []
     seen: set[str] = set()
     for log in logs:
-        found, problem = _read(log, seen)
+        found, problem = _read(log, seen, norms)
         runs += found
         problems += problem
     usable, notes = [], []
     for run in runs:
-        if run.tracks:
-            usable.append(run)
+        read = run.reading(norms)
+        if read.tracks:
+            usable.append(read)
         else:
-            problems.append(f"{run.source} holds no {TOTAL_NORM}: was a callback of clip_callbacks in the Trainer?")
+            problems.append(no_norm(run.source, run.metrics, norms))
     if not usable:
         more = f" (and {len(problems) - 1} more logs that cannot be used)" if len(problems) > 1 else ""
         raise UnusableLogError(f"{problems[0]}{more}")
@@ -55,7 +59,7 @@ def read_runs(logs: Sequence[str]) -> tuple[list[Run], list[str]]:
     return _named(kept), notes
 
 
-def _read(log: str, seen: set[str]) -> tuple[list[Run], list[str]]:
+def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs of one argument, and what cannot be used; what an earlier argument named is not read again."""
     if not log:
         raise UnusableLogError("LOGS must be a file, a folder or an address, got an empty text.")
@@ -63,23 +67,25 @@ def _read(log: str, seen: set[str]) -> tuple[list[Run], list[str]]:
         if log in seen:
             return [], []
         seen.add(log)
-        return read_mlflow(log), []
+        return read_mlflow(log, norms), []
     path = Path(log)
     if not path.exists():
         raise UnusableLogError(f"{log}: no such file or folder.")
     units = _units(path)
     if not units:
         raise UnusableLogError(
-            f"{log} holds no log that can be read: no metrics.csv, no event file of TensorBoard, no database of MLflow."
+            f"{log} holds no log that can be read: no metrics.csv, no event file of TensorBoard, no database of MLflow, no {STATE}."
         )
     runs: list[Run] = []
     problems: list[str] = []
     for files in units:
-        if (known := str(files[0].resolve())) in seen:
+        if str(files[0].resolve()) in seen:
             continue
-        seen.add(known)
+        seen.update(str(file.resolve()) for file in files)
         with collected(problems):
-            runs += _read_files(files)
+            found, unusable = _read_files(files, path, norms)
+            runs += found
+            problems += unusable
     return runs, problems
 
 
@@ -93,19 +99,21 @@ def collected(problems: list[str]) -> Iterator[None]:
 
 
 def _units(path: Path) -> list[list[Path]]:
-    """The files of each run: one CSV file or database, or the event files of one folder."""
+    """The files of each run: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
     files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
-    events: dict[Path, list[Path]] = {}
+    together: dict[tuple[Path, str], list[Path]] = {}
     units = []
     for file in files:
         if EVENTS in file.name:
-            events.setdefault(file.parent, []).append(file)
+            together.setdefault((file.parent, EVENTS), []).append(file)
+        elif file.name == STATE or (file.suffix == JSON and file is path):
+            together.setdefault((run_folder(file, path), STATE), []).append(file)
         elif (file.suffix in DATABASES and (file is path or is_database(file))) or (
             file.suffix == ".csv" and (file is path or file.name == "metrics.csv")
         ):
             units.append([file])
     stores = [[store] for store in sorted({file.parents[1] for file in files if _is_experiment(file)})]
-    return units + list(events.values()) + stores
+    return units + list(together.values()) + stores
 
 
 def _is_experiment(file: Path) -> bool:
@@ -118,17 +126,20 @@ def _is_experiment(file: Path) -> bool:
         return False
 
 
-def _read_files(files: list[Path]) -> list[Run]:
+def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """The runs of one unit of files below a path that was asked for, and what of it cannot be used."""
     first = files[0]
     if first.is_dir() or first.suffix in DATABASES:
-        return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}")
+        return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}", norms), []
+    if first.suffix == JSON:
+        return read_states(files, run_folder(first, path))
     if EVENTS in first.name:
         kind, (metrics, notes) = "TensorBoard", read_events(files)
     else:
         kind, (metrics, notes) = "CSV", read_csv(first)
     journal, more = read_journal(first.parent / JOURNAL)
     run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*notes, *more])
-    return [replace(run, bad_steps=journal)]
+    return [replace(run, bad_steps=journal)], []
 
 
 def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
@@ -159,31 +170,19 @@ def _entry(line: str) -> Mapping[str, Any] | None:
 
 
 def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Each run once, if several loggers wrote it."""
+    """Each run once, if several loggers wrote it: as the log that holds most of it."""
     kept: list[Run] = []
     notes = []
     for run in runs:
-        place, double = next(((place, other) for place, other in enumerate(kept) if _is_same(run, other)), (0, None))
-        if double is None:
+        like = (place for place, other in enumerate(kept) if run.kind != other.kind and run.is_same(other))
+        place = next(like, None)
+        if place is None:
             kept.append(run)
-        else:
-            kept[place] = replace(double, bad_steps=double.bad_steps or run.bad_steps)  # the journal lies beside one of them
-            notes.append(f"{run.source} is the same run as {double.source} ({double.kind}) and is shown once.")
+            continue
+        longer, other = sorted((kept[place], run), key=lambda log: -len(log.tracks[0].logged_norm))
+        kept[place] = replace(longer, bad_steps=longer.bad_steps or other.bad_steps)  # the journal lies beside one of them
+        notes.append(f"{other.source} is the same run as {longer.source} ({longer.kind}) and is shown once.")
     return kept, notes
-
-
-def _is_same(run: Run, other: Run) -> bool:
-    """Whether two logs of different kinds agree in all that they share."""
-    shared = run.metrics.keys() & other.metrics.keys()
-    return (
-        run.kind != other.kind
-        and any(key.startswith(TOTAL_NORM) and len(run.metrics[key]) > 1 for key in shared)
-        and all(
-            np.array_equal(run.metrics[key].steps, other.metrics[key].steps)
-            and np.allclose(run.metrics[key].values, other.metrics[key].values, rtol=1e-6, equal_nan=True)  # float32 in event files
-            for key in shared
-        )
-    )
 
 
 def _named(runs: list[Run]) -> list[Run]:

@@ -25,6 +25,7 @@ SAME = 0.02
 """By so much the share of steps that a rounded threshold clips may differ."""
 LEAST_SIGMA = 0.05
 """The floor of RobustZScoreLimit too."""
+EUCLIDEAN = 2.0
 HIGHEST_LOG = math.log(1.79e308)
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
@@ -45,6 +46,7 @@ class Advice:
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
         reasons: Sentences.
         is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
+        norm_type: The order p of the norms, if it is known.
     """
 
     steps: int
@@ -57,6 +59,7 @@ class Advice:
     outliers: float
     reasons: tuple[str, ...]
     is_of_calm_part: bool = False
+    norm_type: float | None = None
 
     @property
     def adaptive_call(self) -> str:
@@ -66,7 +69,14 @@ class Advice:
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
         """What to put under LightningCLI's configuration, as nested dictionaries."""
         limit = self._adaptive if adaptive else self.max_norm
-        return {"trainer": {"callbacks": [_named("GradientClipping", max_norm=limit)]}}
+        return {"trainer": {"callbacks": [_named("GradientClipping", max_norm=limit, **self._order)]}}
+
+    @property
+    def _order(self) -> dict[str, float | str]:
+        """The argument for the order of the norm, if it is another than 2, which GradientClipping takes by itself."""
+        if self.norm_type is None or self.norm_type == EUCLIDEAN:
+            return {}
+        return {"norm_type": "inf" if math.isinf(self.norm_type) else self.norm_type}
 
     @property
     def _adaptive(self) -> dict[str, Any]:
@@ -85,7 +95,7 @@ class Advice:
             "largest": self.largest,
             "medians_of_quarters": list(self.quarters),
             "outliers": self.outliers,
-        }
+        } | self._order
 
     def describe(self) -> str:
         """A few lines of text."""
@@ -94,7 +104,14 @@ class Advice:
         return "\n".join([*lines, f"Or a limit that sets itself, never above that: {self.adaptive_call}."])
 
 
-def advise(norms: Tensor, *, out_of_control: bool = False, is_sampled: bool = False) -> Advice | None:
+def advise(
+    norms: Tensor,
+    *,
+    out_of_control: bool = False,
+    is_sampled: bool = False,
+    metric: str = "total_norm",
+    norm_type: float | None = None,
+) -> Advice | None:
     r"""Suggest a max_norm from the total norms of a run, in the order of its steps.
 
     The suggestion is the 90th percentile of the norms, rounded to two digits, or to more where that would clip other steps: it
@@ -110,6 +127,8 @@ def advise(norms: Tensor, *, out_of_control: bool = False, is_sampled: bool = Fa
         out_of_control: Whether the run is known to have gone out of control. If its norms grew threefold from the first quarter to
             the last, the suggestion then is the 90th percentile of the calmest quarter.
         is_sampled: Whether the norms are those of some steps only, of which a log may hold more.
+        metric: The name of the norms.
+        norm_type: The order p of the norms, if it is known.
 
     Returns:
         The advice; None if no norm is left.
@@ -135,10 +154,11 @@ def advise(norms: Tensor, *, out_of_control: bool = False, is_sampled: bool = Fa
         if from_calm
         else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
     )
+    left_out = len(values) - len(sound)
     stand_out = f"{outliers:.2%} of the steps stand out: above {threshold:.3g}, three robust standard deviations from the median."
     return Advice(
         steps=len(sound),
-        left_out=len(values) - len(sound),
+        left_out=left_out,
         percentiles=percentiles,
         largest=largest,
         max_norm=max_norm,
@@ -146,12 +166,14 @@ def advise(norms: Tensor, *, out_of_control: bool = False, is_sampled: bool = Fa
         quarters=quarters.medians,
         outliers=outliers,
         reasons=(
-            f"total_norm: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
+            f"{metric}: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
+            *((f"{left_out} of {len(values)} norms are left out: NaN, inf or not above 0.",) if left_out else ()),
             source,
             *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled),
             *(() if quarters.changed or not quarters.medians else (stand_out,)),
         ),
         is_of_calm_part=from_calm,
+        norm_type=norm_type,
     )
 
 
@@ -179,7 +201,10 @@ class _Quarters(NamedTuple):
 
     def reasons(self, *, out_of_control: bool, is_sampled: bool) -> Iterator[str]:
         if not self.medians and is_sampled:
-            yield f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…))."
+            yield (
+                f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…), in "
+                "transformers logging_steps)."
+            )
         elif not self.medians:
             yield f"Fewer than {FEWEST} steps: ask again of a longer run."
         if self.changed:

@@ -1,0 +1,135 @@
+"""Which metric of a log is the norm of all gradients: ours, else one that others log and that its name tells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
+
+OWN = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
+"""Ours, with the prefix of its logger and the suffix of its optimizer."""
+OWN_PART = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
+"""Ours of a block or of a rule, whatever these are called."""
+LIGHTNING = re.compile(r"(?:.*[^A-Za-z0-9])?grad_(?P<order>inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)_norm_total(?:_step)?$")
+"""What Lightning's ``grad_norm(module, norm_type)`` calls the norm of all gradients."""
+GRADIENT, NORM, BOTH = {"grad", "grads", "gradient", "gradients"}, {"norm", "norms"}, {"gnorm", "gradnorm"}
+OF_ALL = {"total", "global", "overall", "l2", "train", "training", "step"}
+"""Words beside those for gradient and norm with which a name still tells the norm of all gradients at a step."""
+FORK, EPOCH = "_step", "_epoch"
+"""What Lightning adds to a name that is logged for steps and for epochs."""
+ALL = re.compile(r"[_./-](total|global|overall)$")
+LISTED = 8
+"""Metrics that a message names."""
+EUCLIDEAN = 2.0
+
+
+@dataclass(frozen=True)
+class NormMetric:
+    """A metric that is the norm of all gradients of one optimizer.
+
+    Args:
+        name: As it is in the log.
+        suffix: What the names of other metrics of that optimizer end with; empty if there is one optimizer.
+        is_ours: Whether a callback of clip_callbacks logged it.
+        norm_type: The order p, as far as the name tells it.
+    """
+
+    name: str
+    suffix: str = ""
+    is_ours: bool = True
+    norm_type: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called in texts and pictures."""
+        return "total_norm" if self.is_ours else self.name
+
+    def block(self, name: str) -> str | None:
+        """The block whose norm another metric is; None if it is something else."""
+        if self.is_ours:
+            is_block = name.startswith(BLOCK_NORM) and name.endswith(self.suffix)
+            return name.removeprefix(BLOCK_NORM).removesuffix(self.suffix) if is_block else None
+        fork = FORK if self.name.endswith(FORK) else ""
+        alone = self.name.removesuffix(fork)
+        head = ALL.sub("", alone)
+        if name in {alone, alone + FORK, alone + EPOCH} or not (name.startswith(head) and name.endswith(fork)):
+            return None
+        rest = name.removeprefix(head).removesuffix(fork)
+        separators = "/" if self.norm_type is None else "/._-:|"  # Lightning's utility takes any
+        return rest[1:] if rest[1:] and rest[0] in separators else None
+
+
+def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[NormMetric, ...]:
+    """The norms of all gradients that a log holds, one for each optimizer.
+
+    Those wanted, if any are. Else ours; else the first of the others by their names, since they may be the same norm: Lightning's
+    ``grad_2.0_norm_total``, then those of other orders, then names of nothing but words for gradient, norm and all, the shortest.
+
+    Args:
+        names: The metrics of the log.
+        wanted: Those that are to be read, whatever their names.
+    """
+    if wanted:
+        found = [name for name in dict.fromkeys(wanted) if name in names]
+        return tuple(_wanted(name, alone=len(found) == 1) for name in found)
+    own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN.match(name))]
+    return tuple(sorted(own, key=lambda norm: norm.suffix)) or tuple(norms_of_others(names)[:1])
+
+
+def norms_of_others(names: Collection[str]) -> list[NormMetric]:
+    """The norms of all gradients that are not ours, in the order in which they are preferred."""
+    has_own = any(OWN.match(name) for name in names)
+    theirs = [name for name in names if not (OWN.match(name) or (has_own and OWN_PART.match(name)))]
+    found = [_of_others(name, match) for name in theirs if (match := LIGHTNING.match(name)) or _tells_all(name)]
+    return sorted(found, key=_preference)
+
+
+def _preference(norm: NormMetric) -> tuple[bool, bool, float, int, str]:
+    order = norm.norm_type
+    return order is None, order != EUCLIDEAN, order or 0.0, len(norm.name), norm.name
+
+
+def _wanted(name: str, *, alone: bool) -> NormMetric:
+    if match := OWN.match(name):
+        return NormMetric(name, match["suffix"] or "")
+    return _of_others(name, LIGHTNING.match(name), "" if alone else f"-{name}")
+
+
+def _of_others(name: str, match: re.Match[str] | None, suffix: str = "") -> NormMetric:
+    return NormMetric(name, suffix, is_ours=False, norm_type=float(match["order"]) if match else None)
+
+
+def _tells_all(name: str) -> bool:
+    """Whether a name, or its end behind folders or a logger's prefix, is words for gradient, norm and all, and nothing else."""
+    ends = [name, *(name[at.end() :] for at in re.finditer("[/-]", name))]
+    return any(_says_norm(words := _words(end)) and words <= GRADIENT | NORM | BOTH | OF_ALL for end in ends)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
+
+
+def _says_norm(words: set[str]) -> bool:
+    """Whether words are those of a norm of gradients."""
+    return bool(words & BOTH or (words & GRADIENT and words & NORM))
+
+
+def look_like_norms(names: Collection[str]) -> list[str]:
+    """The metrics whose names speak of gradients or of norms: norms of all gradients first, then those that speak of both."""
+    hints = {name: _words(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
+    known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN.match(name)}
+    return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
+
+
+def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> str:
+    """What to say of a log without a norm of all gradients, and what to do."""
+    if wanted:
+        missing = f"{source} holds no metric {' or '.join(map(repr, wanted))}."
+    else:
+        missing = f"{source} holds no {TOTAL_NORM}, nor another metric whose name tells that it is the norm of all gradients."
+    if looks := look_like_norms(names):
+        more = f" and {len(looks) - LISTED} more" if len(looks) > LISTED else ""
+        return f"{missing} These look like norms: {', '.join(looks[:LISTED])}{more}; --norm METRIC reads one of them."
+    return f"{missing} No metric of it looks like one: GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."

@@ -1,0 +1,124 @@
+"""Reads ``trainer_state.json``, which the Trainer of Hugging Face's transformers leaves in a run's folder and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_callbacks.html_report.progress import progress_bar
+from clip_callbacks.html_report.runs import TRANSFORMERS, Run, UnusableLogError
+from clip_callbacks.html_report.series import Series
+
+STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+STEP, SUMMARY = "step", "train_runtime"
+"""Where an entry stands, and what only the last entry has, which sums up the training."""
+
+
+def run_folder(file: Path, top: Path) -> Path:
+    """The folder of the run that a state is of: above a checkpoint, if that is not what was asked for.
+
+    Args:
+        file: The state.
+        top: What was asked for.
+    """
+    is_part = CHECKPOINT.search(file.parent.name) and top not in {file, file.parent}
+    return file.parents[1] if is_part else file.parent
+
+
+def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs of a folder, and what cannot be used.
+
+    Each state holds all that was logged up to it. So the one that holds most stands for the others that it goes on from; a state
+    that it does not go on from, as of an earlier run into the same folder, is a run by itself.
+
+    Args:
+        files: The states of the folder and of its checkpoints.
+        folder: The folder.
+
+    Raises:
+        UnusableLogError: If none can be read.
+    """
+    states: list[tuple[Path, dict[str, Series], list[str]]] = []
+    problems: list[str] = []
+    with progress_bar(folder.name, len(files), "state") as bar:
+        for file in files:
+            try:
+                states.append((file, *_read(file)))
+            except (UnusableLogError, OSError) as error:
+                problems.append(str(error))
+            bar.update()
+    if not states:
+        raise UnusableLogError(problems[0])
+    states.sort(key=lambda state: (-_last_step(state[1]), CHECKPOINT.search(state[0].parent.name) is not None))
+    kept: list[tuple[Path, dict[str, Series], list[str]]] = []
+    for state in states:
+        if not any(_is_part(state[1], metrics) for _, metrics, _ in kept):
+            kept.append(state)
+    if not kept[0][1]:
+        raise UnusableLogError(f"{kept[0][0]} holds an empty log_history: nothing was logged.")
+    chosen: list[str] = []
+    if len(states) > len(kept):
+        read = " and ".join("the folder's own" if file.parent == folder else f"that of {file.parent.name}" for file, _, _ in kept)
+        chosen = [f"Of {len(states)} {STATE} {read} was read: it holds what the others hold."]
+    runs = [Run.of(str(folder.absolute()), str(file), metrics, TRANSFORMERS, [*notes, *chosen]) for file, metrics, notes in kept]
+    return runs, problems
+
+
+def _is_part(metrics: dict[str, Series], whole: dict[str, Series]) -> bool:
+    """Whether all that a state holds is in another, which went on from it."""
+    return all(
+        key in whole and len(series) <= len(whole[key]) and series.begins_like(whole[key]) for key, series in metrics.items()
+    )
+
+
+def _last_step(metrics: dict[str, Series]) -> int:
+    return max((int(series.steps[-1]) for series in metrics.values()), default=-1)
+
+
+def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
+    """Metrics and notes of one file.
+
+    Numbers that are not finite stand in it as ``NaN`` and ``Infinity``, which are no JSON and which Python reads.
+    """
+    try:
+        state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise UnusableLogError(f"{path} is no JSON, as the Trainer of transformers writes it: {error}.") from None
+    log = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(log, list):
+        raise UnusableLogError(f"{path} has no list 'log_history', as what the Trainer of transformers writes.")
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    misfits = 0
+    for entry in log:
+        step = _number(entry.get(STEP)) if isinstance(entry, dict) else None
+        if step is None or not math.isfinite(step):
+            misfits += 1
+        elif SUMMARY not in entry:
+            _take(entry, int(step), points)
+    notes = [f"{misfits} entries of {path.name} have no step and are left out."] if misfits else []
+    return {key: Series.of(steps, values) for key, (steps, values) in points.items()}, notes
+
+
+def _take(entry: dict[str, Any], step: int, points: dict[str, tuple[list[int], list[float]]]) -> None:
+    for key, value in entry.items():
+        if key != STEP and (number := _number(value)) is not None:
+            steps, values = points.setdefault(key, ([], []))
+            steps.append(step)
+            values.append(number)
+
+
+def _number(value: object) -> float | None:
+    """A number, also as text; null, which stands for NaN where JSON is taken at its word, is NaN; None of anything else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

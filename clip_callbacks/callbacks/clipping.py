@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.clipping.clipper import Clipper, names_of
 from clip_callbacks.core.arguments import as_max_norm, as_norm_type
@@ -18,6 +16,9 @@ from clip_callbacks.engine.components import Parts
 from clip_callbacks.guard.guard import Guard
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.trainer.checks import CallbackFacts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class GradientClipping(GradientCallback):

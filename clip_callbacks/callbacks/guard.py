@@ -1,14 +1,9 @@
 """NonFiniteGuard."""
 
-# mypy: disable-error-code="override"
-# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
-
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.nonfinite import Policy
@@ -18,6 +13,9 @@ from clip_callbacks.guard.bad_steps import BadStepCounts
 from clip_callbacks.guard.guard import Guard
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import GuardOptions, Level, OnStreak, Weights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class NonFiniteGuard(GradientCallback):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.core.arguments import as_count_or_none, as_norm_type
 from clip_callbacks.core.blocks import SCOPES, Scope, Selection
@@ -13,6 +11,9 @@ from clip_callbacks.engine.components import Parts
 from clip_callbacks.publishing.monitor import Monitor, MonitorOptions
 from clip_callbacks.stats.advice import Advice, advise
 from clip_callbacks.trainer.checks import CallbackFacts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 TWO = 2.0
 
@@ -94,7 +95,7 @@ class GradientNormMonitor(GradientCallback):
     @property
     def _stable_key(self) -> str:
         """Several monitors may stand in one Trainer: one for each scope."""
-        return self._generate_state_key(scope=self.scope)
+        return self._key(scope=self.scope)
 
     def _facts(self) -> CallbackFacts:
         return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.clipping.clipper import Unclipped
 from clip_callbacks.guard.unguarded import Unguarded
 from clip_callbacks.publishing.monitor import Monitor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass(frozen=True)

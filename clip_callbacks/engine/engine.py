@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -39,6 +38,9 @@ from clip_callbacks.trainer.last_hook import LastHook
 from clip_callbacks.trainer.loss_carrier import LossCarrier
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 DISCARD = Resolution(Action.SKIP, holds_scale=True)
 """What is done about gradients that mean nothing."""

@@ -79,6 +79,8 @@ class NonFiniteGuard(GradientCallback):
         every: Good optimizer steps between copies for a rollback, over all optimizers; at least 1.
         max_rollbacks: After so many rollbacks in a run the next streak raises the error; at least 1.
         lr_factor: What each rollback multiplies learning rates by, above 0 and up to 1.
+        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
+            too. The table among them needs a run of at least 100 optimizer steps.
 
     Raises:
         ValueError: If the policy, level, ``weights`` or ``on_streak`` is unknown, a number is out of its range, ``skip_above`` or
@@ -145,6 +147,7 @@ class NonFiniteGuard(GradientCallback):
         every: int = 100,
         max_rollbacks: int = 3,
         lr_factor: float = 1.0,
+        summary: bool = True,
     ) -> None:
         super().__init__()
         folder = None
@@ -172,6 +175,7 @@ class NonFiniteGuard(GradientCallback):
         self.deferred, self.skip_above = self._options.deferred, self._options.ceiling
         self.restore_buffers, self.hold_schedulers, self.trace_forward = restore_buffers, hold_schedulers, trace_forward
         self.every, self.lr_factor = self._options.every, self._options.lr_factor
+        self.summary = summary
 
     @property
     def skipped_steps(self) -> int:
@@ -232,7 +236,7 @@ class NonFiniteGuard(GradientCallback):
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Guard(trainer, self._options, saved)
-        return Parts(guard=self._part, histories=saved.get("history", {}))
+        return Parts(guard=self._part, summary=self.summary, histories=saved.get("history", {}))
 
     def _empty_state(self) -> dict[str, Any]:
         return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tabulate import tabulate
 from torch import Tensor
 
 from clip_callbacks.core.decisions import Outcome
@@ -33,6 +32,8 @@ def summary_table(
     """
     if not any(context.history.steps >= LEAST_STEPS for context in contexts):
         return None
+    from tabulate import tabulate  # a tenth of what the import of this package takes
+
     rows = []
     for context in contexts:
         rows += [_row(context, skipped_steps_of(context.index), clips=clips), *_rows_of_limits(context)]

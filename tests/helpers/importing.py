@@ -96,41 +96,63 @@ def picture() -> dict[str, Any]:
     }
 
 
+def _packages_of(modules: set[str]) -> list[str]:
+    """The packages of others that modules are of."""
+    return sorted({name.partition(".")[0] for name in modules} - {OURS} - sys.stdlib_module_names)
+
+
+def made() -> list[Any]:
+    """A callback of each base class and of each way to make a key."""
+    ours = sys.modules[OURS]
+    return [ours.GradientClipping(1.0), ours.GradientNormMonitor(), ours.FaultInjection("nan", step=1)]
+
+
+def subclasses(kind: type) -> set[type]:
+    """All that command lines find when they look for a short name."""
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
 def told(order: Sequence[str]) -> dict[str, Any]:
     """Import in an order; tell what the import of this package changed, and whose callbacks its callbacks are in the end."""
     changed: list[str] = []
-    made: list[Any] = []
+    callbacks: list[Any] = []
+    packages: list[str] = []
     for name in order:
         if name != OURS:
             importlib.import_module(name)
             continue
-        before = things()
-        ours = importlib.import_module(OURS)
-        changed = differences(before, things())
-        made = [ours.GradientClipping(1.0), ours.GradientNormMonitor(), ours.FaultInjection("nan", step=1)]
+        before, modules = things(), set(sys.modules)
+        importlib.import_module(OURS)
+        changed, packages = differences(before, things()), _packages_of(set(sys.modules) - modules)
+        callbacks = made()
     hosts = [sys.modules[name].Callback for name in HOSTS if name in sys.modules]
-    is_guest = all(isinstance(it, host) and issubclass(type(it), host) for it in made for host in hosts)
-    return {"changed": changed, "is_guest": is_guest, "picture": picture()}
+    is_guest = all(isinstance(it, host) and type(it) in subclasses(host) for it in callbacks for host in hosts)
+    return {"changed": changed, "packages": packages, "is_guest": is_guest, "picture": picture()}
 
 
 def heard(order: Sequence[str], silenced: Sequence[str]) -> str:
-    """Import in an order, silence loggers, import this package, train with the first Lightning: what is written to stderr."""
-    host, *_ = map(importlib.import_module, order)
-    for name in silenced:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Import in an order, silence loggers, train with the first Lightning: what is written to stderr.
+
+    The callbacks are made when this package is imported, which may be before there is any Lightning.
+    """
+    for name in order:
+        importlib.import_module(name)
+        if name == OURS:
+            callbacks = made()[:2]
+        else:
+            for each in silenced:
+                logging.getLogger(each).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     with TemporaryFile("w+") as file:
         os.dup2(file.fileno(), 2)
-        _train(host)
+        _train(sys.modules[without_ours(order)[0]], callbacks)
         sys.stderr.flush()
         file.seek(0)
         return file.read()
 
 
-def _train(host: Any) -> None:
+def _train(host: Any, callbacks: list[Any]) -> None:
     import torch
-
-    import clip_callbacks
 
     class Module(host.LightningModule):
         def __init__(self):
@@ -144,7 +166,6 @@ def _train(host: Any) -> None:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
     torch.set_num_threads(1)
-    callbacks = [clip_callbacks.GradientClipping(1.0), clip_callbacks.GradientNormMonitor()]
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     logger = host.loggers.logger.DummyLogger()  # the Trainer is not told to be silent
     trainer = host.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, logger=logger, **quiet)
@@ -171,11 +192,11 @@ def in_fork(function: Callable[..., Any], *args: Any) -> Any:
 
 
 SILENCED = {
-    "nobody": (HOSTS[::-1], []),
-    "pytorch_lightning": (HOSTS[1:], ["pytorch_lightning"]),
-    "lightning.pytorch": (HOSTS[:1], ["lightning.pytorch"]),
+    "nobody": ([OURS, *HOSTS[::-1]], []),
+    "pytorch_lightning": ([*HOSTS[1:], OURS], ["pytorch_lightning"]),
+    "lightning.pytorch": ([*HOSTS[:1], OURS], ["lightning.pytorch"]),
 }
-"""Which Lightnings are imported, the first of which trains, and which loggers are silenced then."""
+"""What is imported, the first Lightning of which trains, and which loggers are silenced."""
 
 
 def main(file: str, log: str) -> None:

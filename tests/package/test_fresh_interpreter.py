@@ -31,6 +31,8 @@ def test_importing_the_package_changes_nothing_in_whatever_order(found, order):
     assert told["changed"] == []
     assert told["picture"] == found["told"][" ".join(importing.without_ours(order))]["picture"]
     assert told["is_guest"]
+    # after a Lightning it takes 4 % longer, of its own (python -m benchmarks.importing)
+    assert order[0] == importing.OURS or told["packages"] == []
 
 
 def test_changes_would_be_found():

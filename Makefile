@@ -81,6 +81,7 @@ examples: $(VENV)/.installed
 		"-m benchmarks.limits --quick" \
 		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \
 		"-W ignore examples/fabric.py --steps 60 --devices 2 --poison --folder logs/quick/fabric" \
+		"-m benchmarks.importing --hosts lightning.pytorch --rounds 2" \
 		"-m benchmarks.bundles --steps 64" \
 		"-m benchmarks.transactions --steps 24" \
 		"-m benchmarks.growth --largest 1e4 --steps 100 --budget-s 0.1" \
@@ -126,6 +127,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
 	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
+	$(BIN)/python -m benchmarks.importing --output importing_cpu.md
 	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
 	$(BIN)/python -m benchmarks.ranks --output ranks_cpu.md
 	$(BIN)/python -m benchmarks.rules --output rules_cpu.md

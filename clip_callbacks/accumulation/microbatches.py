@@ -10,10 +10,9 @@ last one are this rank's own. The last backward pass averages what it adds; thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +23,9 @@ from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 class MicroBatches:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 
 from clip_callbacks.accumulation.async_weight import AsyncWeight
 from clip_callbacks.accumulation.weights import Weight
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class WindowWeights:

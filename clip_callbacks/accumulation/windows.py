@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +19,9 @@ from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerpri
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch, StepContext
 from clip_callbacks.trainer.strategies import data_parallel
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 REMEMBERED = 1024
 """How many micro-batches of a window are remembered at most."""

@@ -1,20 +1,19 @@
 """AccumulationRescaling."""
 
-# mypy: disable-error-code="override"
-# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
-
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from clip_callbacks.accumulation.rescaler import Rescaler
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.trainer.checks import CallbackFacts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class AccumulationRescaling(GradientCallback):

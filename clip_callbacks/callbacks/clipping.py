@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.clipping.clipper import Clipper, names_of
 from clip_callbacks.core.arguments import as_max_norm, as_norm_type
@@ -18,6 +16,9 @@ from clip_callbacks.engine.components import Parts
 from clip_callbacks.guard.guard import Guard
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.trainer.checks import CallbackFacts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class GradientClipping(GradientCallback):
@@ -56,6 +57,8 @@ class GradientClipping(GradientCallback):
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
             ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
+        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
+            too. The table among them needs a run of at least 100 optimizer steps.
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
@@ -80,6 +83,7 @@ class GradientClipping(GradientCallback):
         nonfinite: Policy = "skip",
         prog_bar: bool = False,
         shadow: list[float | Limit] | None = None,
+        summary: bool = True,
     ) -> None:
         super().__init__()
         self.rules = _as_rules(max_norm, scope, rules)
@@ -89,6 +93,7 @@ class GradientClipping(GradientCallback):
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value")
         self.prog_bar = prog_bar
+        self.summary = summary
         self._guard_options = GuardOptions(as_policy(nonfinite, "nonfinite"))
         self._own_guard: Guard | None = None
 
@@ -103,6 +108,7 @@ class GradientClipping(GradientCallback):
             default_guard=self._own_guard,
             norm_type=self.norm_type,
             shows=self.prog_bar,
+            summary=self.summary,
             histories=saved.get("history", {}),
         )
 

@@ -1,7 +1,5 @@
 """FaultInjection."""
 
-# mypy: disable-error-code="override"
-
 from __future__ import annotations
 
 import logging
@@ -9,18 +7,20 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.core.blocks import no_match
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import is_sharded, shard_of
-from clip_callbacks.trainer.compat import OtherCallback, is_of
+from clip_callbacks.trainer.compat import FSDP, is_of
+from clip_callbacks.trainer.guest import Guest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Fault: TypeAlias = Literal["nan", "inf", "spike", "loss"]
 
@@ -32,7 +32,7 @@ FACTOR = 1e4
 _log = logging.getLogger(__name__)
 
 
-class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
+class FaultInjection(Guest):
     """Poisons gradients or losses on purpose, to rehearse what a run does when that happens by itself.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
@@ -122,7 +122,7 @@ class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
     def state_key(self) -> str:
         """Several of them may stand in one Trainer."""
         given = {"kind": self.kind, "step": self.steps, "parameter": self.parameter, "rank": self.rank, "factor": self.factor}
-        return self._generate_state_key(**given, probability=self.probability, seed=self.seed)
+        return self._key(**given, probability=self.probability, seed=self.seed)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to poison what nobody wants poisoned, before anything is trained."""
@@ -147,7 +147,7 @@ class FaultInjection(Callback, OtherCallback):  # type: ignore[misc]
         if self.parameter is not None and not self._targets:
             raise ValueError(no_match(self.parameter, list(named), "parameter"))
         # under the first FullyShardedDataParallel parameters are views into others, where gradients arrive
-        self._is_late = is_of(trainer.strategy, FSDPStrategy) or any(map(is_sharded, self._targets.values()))
+        self._is_late = is_of(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Lie in wait in the graph, if this pass is to be struck."""

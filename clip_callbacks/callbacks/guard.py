@@ -1,14 +1,9 @@
 """NonFiniteGuard."""
 
-# mypy: disable-error-code="override"
-# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
-
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.nonfinite import Policy
@@ -18,6 +13,9 @@ from clip_callbacks.guard.bad_steps import BadStepCounts
 from clip_callbacks.guard.guard import Guard
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import GuardOptions, Level, OnStreak, Weights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class NonFiniteGuard(GradientCallback):
@@ -81,6 +79,8 @@ class NonFiniteGuard(GradientCallback):
         every: Good optimizer steps between copies for a rollback, over all optimizers; at least 1.
         max_rollbacks: After so many rollbacks in a run the next streak raises the error; at least 1.
         lr_factor: What each rollback multiplies learning rates by, above 0 and up to 1.
+        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
+            too. The table among them needs a run of at least 100 optimizer steps.
 
     Raises:
         ValueError: If the policy, level, ``weights`` or ``on_streak`` is unknown, a number is out of its range, ``skip_above`` or
@@ -147,6 +147,7 @@ class NonFiniteGuard(GradientCallback):
         every: int = 100,
         max_rollbacks: int = 3,
         lr_factor: float = 1.0,
+        summary: bool = True,
     ) -> None:
         super().__init__()
         folder = None
@@ -174,6 +175,7 @@ class NonFiniteGuard(GradientCallback):
         self.deferred, self.skip_above = self._options.deferred, self._options.ceiling
         self.restore_buffers, self.hold_schedulers, self.trace_forward = restore_buffers, hold_schedulers, trace_forward
         self.every, self.lr_factor = self._options.every, self._options.lr_factor
+        self.summary = summary
 
     @property
     def skipped_steps(self) -> int:
@@ -234,7 +236,7 @@ class NonFiniteGuard(GradientCallback):
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Guard(trainer, self._options, saved)
-        return Parts(guard=self._part, histories=saved.get("history", {}))
+        return Parts(guard=self._part, summary=self.summary, histories=saved.get("history", {}))
 
     def _empty_state(self) -> dict[str, Any]:
         return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}

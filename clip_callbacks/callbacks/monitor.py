@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.core.arguments import as_count_or_none, as_norm_type
 from clip_callbacks.core.blocks import SCOPES, Scope, Selection
@@ -13,6 +11,9 @@ from clip_callbacks.engine.components import Parts
 from clip_callbacks.publishing.monitor import Monitor, MonitorOptions
 from clip_callbacks.stats.advice import Advice, advise
 from clip_callbacks.trainer.checks import CallbackFacts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 TWO = 2.0
 
@@ -49,6 +50,8 @@ class GradientNormMonitor(GradientCallback):
         histograms: Whether to log ``grad_histogram/<block>``, how many entries of the block's gradient before clipping lie between
             which powers of two, to TensorBoard and Weights & Biases. Reads the gradients once more, on logging steps only. Not
             where ranks hold parts of them.
+        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
+            too. The table among them needs a run of at least 100 optimizer steps.
 
     Raises:
         ValueError: If an argument is out of its range, a pattern is no regular expression, or ``noise_scale`` is asked for with
@@ -75,6 +78,7 @@ class GradientNormMonitor(GradientCallback):
         top_k: int | None = None,
         update_ratio: bool = False,
         histograms: bool = False,
+        summary: bool = True,
     ) -> None:
         if scope not in SCOPES or scope == "unit":
             raise ValueError(f"`scope` must be one of {', '.join(SCOPES[:-1])}, got {scope!r}.")
@@ -89,12 +93,13 @@ class GradientNormMonitor(GradientCallback):
         self.params, self.exclude = params, exclude
         self.top_k = as_count_or_none(top_k, "top_k", least=1)
         self.update_ratio, self.histograms = update_ratio, histograms
+        self.summary = summary
         self._selection = Selection(params, exclude)
 
     @property
     def _stable_key(self) -> str:
         """Several monitors may stand in one Trainer: one for each scope."""
-        return self._generate_state_key(scope=self.scope)
+        return self._key(scope=self.scope)
 
     def _facts(self) -> CallbackFacts:
         return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
@@ -111,7 +116,7 @@ class GradientNormMonitor(GradientCallback):
             histograms=self.histograms,
         )
         self._part = Monitor(options, saved)
-        return Parts(monitor=self._part, norm_type=self.norm_type, histories=saved.get("history", {}))
+        return Parts(monitor=self._part, norm_type=self.norm_type, summary=self.summary, histories=saved.get("history", {}))
 
     def _empty_state(self) -> dict[str, Any]:
         return {"norms": {}, "blocks": {}, "last_logged": {}, "noise": {}}

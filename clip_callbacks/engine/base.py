@@ -1,14 +1,10 @@
 """What the gradient callbacks of one Trainer have in common: they share one engine, which the first of them drives."""
 
-# mypy: disable-error-code="override"
-# hooks are given one Lightning's Trainer or the other's, which a type checker takes for strangers
-
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,10 +12,13 @@ from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
-from clip_callbacks.trainer.compat import OtherCallback
+from clip_callbacks.trainer.guest import Guest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
+class GradientCallback(Guest):
     """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.

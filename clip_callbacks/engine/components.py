@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.clipping.clipper import Unclipped
 from clip_callbacks.guard.unguarded import Unguarded
 from clip_callbacks.publishing.monitor import Monitor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Parts:
         monitor: What watches the norms of blocks.
         norm_type: The order of norms that it asks for; None takes any.
         shows: Whether the progress bar shows the norm.
+        summary: Whether the fit is summed up in the end; None leaves it to others.
         histories: The histories of optimizers that its checkpoint knows, by their numbers.
     """
 
@@ -36,6 +38,7 @@ class Parts:
     monitor: Monitor | None = None
     norm_type: float | None = None
     shows: bool = False
+    summary: bool | None = None
     histories: Mapping[int, Any] = field(default_factory=dict)
 
 
@@ -50,6 +53,7 @@ class Components:
         monitors: What watches the norms of blocks.
         norm_type: The order of all norms.
         shows: Whether the progress bar shows the norm.
+        summary: Whether the fit is summed up in the end: a callback wants it, and none is against it.
         histories: What a checkpoint knows of the optimizers' histories, by their numbers.
     """
 
@@ -59,6 +63,7 @@ class Components:
     monitors: tuple[Monitor, ...]
     norm_type: float
     shows: bool
+    summary: bool
     histories: Mapping[int, Any]
 
 
@@ -78,6 +83,7 @@ def assemble(trainer: Trainer, module: LightningModule, parts: Iterable[Parts]) 
         monitors=tuple(one.monitor for one in each if one.monitor is not None),
         norm_type=_first([one.norm_type for one in each], 2.0),
         shows=any(one.shows for one in each),
+        summary={True} == {one.summary for one in each} - {None},
         histories={int(index): history for one in each for index, history in one.histories.items()},
     )
 

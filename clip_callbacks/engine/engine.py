@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
@@ -37,8 +36,12 @@ from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, ch
 from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
 from clip_callbacks.trainer.last_hook import LastHook
 from clip_callbacks.trainer.loss_carrier import LossCarrier
+from clip_callbacks.trainer.messages import is_silent, tell
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 DISCARD = Resolution(Action.SKIP, holds_scale=True)
 """What is done about gradients that mean nothing."""
@@ -73,6 +76,7 @@ class StepEngine:
         self._clipper, self._guard, self._rescaler = components.clipper, components.guard, components.rescaler
         self._monitors = components.monitors
         self._norm_type = components.norm_type
+        self._summary = components.summary
         self._readers = [monitor for monitor in self._monitors if monitor.reads_before_write]
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
@@ -363,14 +367,17 @@ class StepEngine:
     def end_fit(self) -> None:
         """Say in one table, and in a line each what only words can say, how the training went."""
         self._collect_and_raise()
+        if self._summary and not is_silent(self._trainer):
+            for text in self._summed_up():
+                tell(self._trainer, text)
+
+    def _summed_up(self) -> list[str]:
         table = summary_table(self.contexts, clips=self._clipper.clips, skipped_steps_of=self._guard.skipped_steps_of)
-        if table:
-            rank_zero_info(f"Gradients of the run:\n{table}")
-        lines = self._guard.summary(self.contexts)
+        texts = [f"Gradients of the run:\n{table}"] if table else []
+        texts += self._guard.summary(self.contexts)
         for monitor in self._monitors:
-            lines += monitor.summary(self.contexts)
-        for line in lines:
-            rank_zero_info(line)
+            texts += monitor.summary(self.contexts)
+        return texts
 
     def detach(self) -> None:
         """Let go of the module and its optimizers, and leave no hook on them."""

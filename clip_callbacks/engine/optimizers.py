@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from clip_callbacks.accumulation.windows import Windows
@@ -15,6 +15,9 @@ from clip_callbacks.publishing.histograms import check_histograms
 from clip_callbacks.trainer.checks import CallbackFacts, check_optimizers
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.optimizer_context import OptimizerContext, make_contexts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class Optimizers:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -20,6 +19,9 @@ from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
 from clip_callbacks.trainer.lost_metrics import lost_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 NEVER = -2
 """Not the number of a step, nor of the one before it."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
@@ -23,6 +22,9 @@ from clip_callbacks.bundles.random_states import RandomStates
 from clip_callbacks.guard.options import Weights
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 NOT_SEEN = "training_step takes the dataloader's iterator, or calls loss.backward() and not self.manual_backward(loss)"
 """Why hooks have not seen what a bad step was made of."""
@@ -190,7 +192,7 @@ def _versions_of_software() -> dict[str, str | None]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "lightning": lightning.__version__,
+        "lightning": version("lightning"),
         "numpy": numpy.__version__ if numpy else None,
         "clip_callbacks": __version__,
     }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,11 +26,14 @@ from clip_callbacks.guard.rollback import NoRollback, Rollback
 from clip_callbacks.guard.run_state import HasLimitStates
 from clip_callbacks.guard.thresholds import SkipThresholds
 from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import DATALOADER_ITER_FETCHER, is_of
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
 from clip_callbacks.trainer.step_context import Discarded, KeptBatch, StepContext, StepMode
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class Guard(Unguarded):
@@ -131,7 +132,7 @@ class Guard(Unguarded):
         kept = self.journal.keep(batch, batch_idx)
         if kept is None and self._options.trace_forward:
             kept = KeptBatch(batch, batch_idx)
-        if kept is not None and is_of(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        if kept is not None and is_of(self._trainer.fit_loop._data_fetcher, DATALOADER_ITER_FETCHER):
             return None
         return kept
 

@@ -7,9 +7,8 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -18,6 +17,9 @@ from clip_callbacks.core.metric_names import JOURNAL
 from clip_callbacks.guard.capture import BundleWriter
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def folder_of(options: GuardOptions) -> BundleFolder | None:

@@ -9,10 +9,8 @@ the model is as it was, and a run need not end at its first bad batch because la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.types import Optimizable
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -20,10 +18,14 @@ from typing_extensions import override
 
 from clip_callbacks.guard.contents import Contents, picture
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.compat import OPTIMIZABLE, is_of
 from clip_callbacks.trainer.end_of_step import at_end_of_step
 from clip_callbacks.trainer.fingerprints import fingerprint
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 ELSEWHERE = frozenset(
     {"state", "param_groups", "defaults", "step", "grad_scale", "found_inf", "_step_count", "_opt_called"}
@@ -160,7 +162,7 @@ def _optimizers_in(attribute: Any) -> Iterable[Any]:
         attribute = list(attribute.values())
     if not isinstance(attribute, (list, tuple)):
         attribute = [attribute]
-    return [value for value in attribute if isinstance(value, Optimizable)]
+    return [value for value in attribute if is_of(value, OPTIMIZABLE)]
 
 
 def _pictures(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
@@ -169,5 +171,5 @@ def _pictures(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
         f"{prefix}{name}": picture(value)
         for prefix, optimizer in optimizers.items()
         for name, value in vars(optimizer).items()
-        if name not in ELSEWHERE and not name.startswith("_optimizer_") and not isinstance(value, Optimizable)
+        if name not in ELSEWHERE and not name.startswith("_optimizer_") and not is_of(value, OPTIMIZABLE)
     }

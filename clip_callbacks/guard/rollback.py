@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +21,9 @@ from clip_callbacks.guard.run_state import HasLimitStates, RunCopy, RunState
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
 from clip_callbacks.trainer.step_context import StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class NoRollback:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils._pytree import tree_leaves
@@ -23,6 +22,9 @@ from clip_callbacks.trainer.learning_rates import scaled_groups, scaled_schedule
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
 from clip_callbacks.trainer.snapshot import Snapshot, can_be_copied, is_opaque, overlaps
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class HasLimitStates(Protocol):

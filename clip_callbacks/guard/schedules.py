@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
 from clip_callbacks.trainer.step_context import StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def held_schedules(scope: ResourceScope) -> dict[int, Resource]:

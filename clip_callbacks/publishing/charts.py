@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from typing import TYPE_CHECKING, TypeAlias
 
 from clip_callbacks.core.metric_names import SHADOW_CLIP_FRACTION
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 CATEGORY = "Gradients"
 """What TensorBoard calls our charts; the suffix of the optimizer's metrics follows."""
@@ -40,9 +41,9 @@ def lay_out_charts(trainer: Trainer, charts: Mapping[str, Charts]) -> None:
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if is_of(logger, TensorBoardLogger):
+        if is_of(logger, TENSORBOARD):
             _write_layout(logger, charts)
-        elif is_of(logger, WandbLogger):
+        elif is_of(logger, WANDB):
             _define_metrics(logger, charts)
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.stats.histogram import CODES, Histogram, code_counts
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 
 def check_histograms(trainer: Trainer, contexts: Sequence[OptimizerContext]) -> None:
@@ -69,15 +72,15 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Histogram], step: 
     if not histograms or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if is_of(logger, TensorBoardLogger):
+        if is_of(logger, TENSORBOARD):
             for tag, histogram in histograms.items():
                 _write_to_tensorboard(logger, _prefix(logger) + tag, histogram, step)
-        elif is_of(logger, WandbLogger):
+        elif is_of(logger, WANDB):
             _write_to_wandb(logger, histograms, step)
 
 
 def _takes_histograms(logger: Logger) -> bool:
-    return is_of(logger, TensorBoardLogger) or is_of(logger, WandbLogger)
+    return is_of(logger, TENSORBOARD) or is_of(logger, WANDB)
 
 
 def _write_to_tensorboard(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from clip_callbacks.core.metric_names import ACCUMULATION_SCALE, AMP_SCALE, CLIP_COEF, TOTAL_NORM
@@ -17,6 +16,9 @@ from clip_callbacks.publishing.monitor import Monitor
 from clip_callbacks.stats.histogram import Histogram
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 SHOWN = (TOTAL_NORM, CLIP_COEF)
 """What the progress bar shows."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tabulate import tabulate
 from torch import Tensor
 
 from clip_callbacks.core.decisions import Outcome
@@ -13,13 +12,16 @@ from clip_callbacks.core.metric_names import PERCENTILES
 from clip_callbacks.stats.norm_history import Spans
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
+LEAST_STEPS = 100
+"""Of fewer steps there is no table: their p99 is their largest norm, and programs that fit hundreds of times fit briefly."""
+
 HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" for percent in list(PERCENTILES)[1:]), "max_norm")
 
 
 def summary_table(
     contexts: Sequence[OptimizerContext], *, clips: bool, skipped_steps_of: Callable[[int], int | None]
 ) -> str | None:
-    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if nothing was stepped.
+    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if none has stepped often enough.
 
     Columns that nobody fills, as without a guard or a limit, are left out.
 
@@ -28,8 +30,10 @@ def summary_table(
         clips: Whether there is anything that may clip.
         skipped_steps_of: How many steps of an optimizer were skipped, by its number; None if nobody counts.
     """
-    if not any(context.history.steps for context in contexts):
+    if not any(context.history.steps >= LEAST_STEPS for context in contexts):
         return None
+    from tabulate import tabulate  # a tenth of what the import of this package takes
+
     rows = []
     for context in contexts:
         rows += [_row(context, skipped_steps_of(context.index), clips=clips), *_rows_of_limits(context)]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import STOCHASTIC_WEIGHT_AVERAGING, WEIGHT_AVERAGING, is_of
 
-try:
-    from lightning.pytorch.callbacks import WeightAveraging
-except ImportError:  # Lightning before 2.6
-    _AVERAGING: tuple[type[Any], ...] = ()
-else:
-    _AVERAGING = (WeightAveraging,)
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Place: TypeAlias = tuple[int, str]
 """A callback's number and its attribute."""
@@ -30,7 +24,7 @@ def live_averages(trainer: Trainer) -> dict[Place, dict[str, Any]]:
     for number, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         models = {name: value for name, value in vars(callback).items() if isinstance(value, AveragedModel)}
         found |= {(number, name): _tensors(model) for name, model in models.items()}
-        if is_of(callback, StochasticWeightAveraging) and callback.n_averaged is not None:
+        if is_of(callback, STOCHASTIC_WEIGHT_AVERAGING) and callback.n_averaged is not None:
             assert callback._average_model is not None
             found[number, "_average_model"] = {"n_averaged": callback.n_averaged, **_tensors(callback._average_model)}
     return found
@@ -40,7 +34,7 @@ def begin_anew(trainer: Trainer, module: LightningModule, places: Collection[Pla
     """Let SWA begin with the weights as they are now where it has begun since a copy was made: it has averaged what is gone."""
     for number, _ in places:
         callback = trainer.callbacks[number]  # type: ignore[attr-defined]
-        if is_of(callback, StochasticWeightAveraging):
+        if is_of(callback, STOCHASTIC_WEIGHT_AVERAGING):
             assert callback.n_averaged is not None
             assert callback._average_model is not None
             callback.n_averaged.zero_()
@@ -67,7 +61,7 @@ class AveragingHold:
         self._trainer = trainer
         self._skipped_steps = skipped_steps
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._callbacks = [callback for callback in callbacks if any(is_of(callback, kind) for kind in _AVERAGING)]
+        self._callbacks = [callback for callback in callbacks if is_of(callback, WEIGHT_AVERAGING)]
         if skipped_steps():
             self.renumber()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from clip_callbacks.trainer.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 def live_buffers(module: LightningModule) -> dict[str, dict[str, Any]]:

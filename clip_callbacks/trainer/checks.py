@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from clip_callbacks.trainer.compat import is_of, overrides
+from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_of, overrides
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
 from clip_callbacks.trainer.strategies import averages_plainly
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Kind = Literal["clipping", "guard", "rescaling", "monitor"]
 
@@ -122,7 +122,7 @@ def _reason_against_noise_scale(trainer: Trainer, module: LightningModule, *, is
 
 def warn_of_single_micro_batches(trainer: Trainer) -> None:
     """Say that windows of one micro-batch tell nothing of the noise scale."""
-    schedulers = [it for it in trainer.callbacks if is_of(it, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    schedulers = [it for it in trainer.callbacks if is_of(it, GRADIENT_ACCUMULATION_SCHEDULER)]  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches <= 1 and not schedulers:
         rank_zero_warn(
             "noise_scale=True needs windows of several micro-batches: set accumulate_grad_batches above 1.", stacklevel=2
@@ -169,7 +169,7 @@ def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    if is_of(trainer.strategy, DeepSpeedStrategy):
+    if is_of(trainer.strategy, DEEPSPEED):
         raise ValueError(
             "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
             "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "

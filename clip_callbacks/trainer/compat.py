@@ -1,50 +1,107 @@
 """Lightning goes by two names, ``lightning.pytorch`` and ``pytorch_lightning``: the same code twice, strangers to each other.
 
-Which of them a Trainer is of is known when it runs. Both are always installed: the first requires the second.
+Neither is imported by this package. A program has imported the one that it uses, or both, before anything is asked here; to
+import the other one beside it would take time, and change where the first one's messages and deprecation warnings go.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
-from lightning.pytorch import LightningModule
-from lightning_utilities.core import rank_zero
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import (
+        EarlyStopping,
+        GradientAccumulationScheduler,
+        ModelCheckpoint,
+        ModelSummary,
+        StochasticWeightAveraging,
+    )
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-_log = rank_zero.log
-from pytorch_lightning import Callback as OtherCallback  # noqa: E402
-
-# the last import takes over what both write their messages to: who silenced "lightning.pytorch" would hear from it again
-rank_zero.log = _log
-
-__all__ = ["OtherCallback", "is_of", "overrides"]
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+"""The two names."""
 
 Kind = TypeVar("Kind")
 
 
-def is_of(thing: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a thing is of a class of ``lightning.pytorch`` or of its counterpart.
+def class_in(package: str, path: str) -> type[Any] | None:
+    """A class of one Lightning; None if that has not been imported, or is of a version without the class.
+
+    Args:
+        package: One of the two names.
+        path: The place of the class below the package, such as ``strategies.FSDPStrategy``.
+    """
+    if sys.modules.get(package) is None:
+        return None
+    place, _, name = f"{package}.{path}".rpartition(".")
+    found: type[Any] | None = getattr(import_module(place), name, None)
+    return found
+
+
+@dataclass(frozen=True)
+class Twins(Generic[Kind]):
+    """A class of Lightning's under both names.
+
+    Args:
+        path: Its place below the package.
+    """
+
+    path: str
+
+    @property
+    def classes(self) -> tuple[type[Kind], ...]:
+        """Those of the packages that have been imported."""
+        found = [class_in(package, self.path) for package in PACKAGES]
+        return tuple(kind for kind in found if kind is not None)
+
+
+CALLBACK: Twins[Callback] = Twins("Callback")
+DATALOADER_ITER_FETCHER: Twins[_DataLoaderIterDataFetcher] = Twins("loops.fetchers._DataLoaderIterDataFetcher")
+DEEPSPEED: Twins[DeepSpeedStrategy] = Twins("strategies.DeepSpeedStrategy")
+EARLY_STOPPING: Twins[EarlyStopping] = Twins("callbacks.EarlyStopping")
+FSDP: Twins[FSDPStrategy] = Twins("strategies.FSDPStrategy")
+GRADIENT_ACCUMULATION_SCHEDULER: Twins[GradientAccumulationScheduler] = Twins("callbacks.GradientAccumulationScheduler")
+MODEL_CHECKPOINT: Twins[ModelCheckpoint] = Twins("callbacks.ModelCheckpoint")
+MODEL_PARALLEL: Twins[ModelParallelStrategy] = Twins("strategies.ModelParallelStrategy")
+MODEL_SUMMARY: Twins[ModelSummary] = Twins("callbacks.ModelSummary")
+MODULE: Twins[LightningModule] = Twins("LightningModule")
+OPTIMIZABLE: Twins[Any] = Twins("core.optimizer.Optimizable")  # a protocol
+STOCHASTIC_WEIGHT_AVERAGING: Twins[StochasticWeightAveraging] = Twins("callbacks.StochasticWeightAveraging")
+TENSORBOARD: Twins[TensorBoardLogger] = Twins("loggers.TensorBoardLogger")
+TRAINER: Twins[Trainer] = Twins("Trainer")
+WANDB: Twins[WandbLogger] = Twins("loggers.WandbLogger")
+WEIGHT_AVERAGING: Twins[Any] = Twins("callbacks.WeightAveraging")  # since Lightning 2.6
+
+
+def is_of(thing: object, kind: Twins[Kind]) -> TypeGuard[Kind]:
+    """Whether a thing is of a class of either Lightning.
 
     Example::
 
-        >>> import pytorch_lightning
-        >>> isinstance(pytorch_lightning.LightningModule(), LightningModule)
-        False
-        >>> is_of(pytorch_lightning.LightningModule(), LightningModule)
-        True
+        >>> import lightning.pytorch, pytorch_lightning
+        >>> is_of(pytorch_lightning.LightningModule(), MODULE), is_of(lightning.pytorch.LightningModule(), MODULE)
+        (True, True)
     """
-    return isinstance(thing, (kind, _counterpart(kind)))
+    return isinstance(thing, kind.classes)
 
 
-def overrides(thing: object, hook: str, kind: type[Any] = LightningModule) -> bool:
+def overrides(thing: object, hook: str, kind: Twins[Any] = MODULE) -> bool:
     """Whether a module, or a thing of another kind, has a hook of its own."""
     method = getattr(thing, hook)
     function = getattr(method, "__func__", method)  # what hangs on an instance may be any callable
-    return all(function is not getattr(base, hook) for base in (kind, _counterpart(kind)))
+    return all(function is not getattr(base, hook) for base in kind.classes)
 
 
-def _counterpart(kind: type[Any]) -> type[Any]:
-    """The class of the same name in ``pytorch_lightning``."""
-    module = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1)
-    twin: type[Any] = getattr(import_module(module), kind.__name__)
-    return twin
+def package_of(trainer: Trainer) -> str:
+    """The name of the Lightning that a Trainer is of."""
+    for package in PACKAGES:
+        kind = class_in(package, TRAINER.path)
+        if kind is not None and isinstance(trainer, kind):
+            return package
+    return PACKAGES[0]

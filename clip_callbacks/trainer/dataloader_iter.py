@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+import inspect
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 def takes_dataloader_iter(module: LightningModule) -> bool:
     """Whether Lightning hands the dataloader's iterator to ``training_step``, by the name of its argument."""
-    return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters

@@ -8,9 +8,12 @@ manual optimization, and with a GradScaler in between.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def at_end_of_step(trainer: Trainer, optimizer: Optimizer, call: Callable[[], None]) -> Callable[[], None]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from clip_callbacks.core.losses import sum_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

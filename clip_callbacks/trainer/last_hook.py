@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from clip_callbacks.core.parameters import ParameterTable
-from clip_callbacks.trainer.compat import overrides
+from clip_callbacks.trainer.compat import CALLBACK, overrides
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 HOOK = "on_before_optimizer_step"
 
@@ -30,7 +32,7 @@ class LastHook:
 
     def __init__(self, module: LightningModule, later: Sequence[Any], run: Callable[[Optimizer], None]) -> None:
         self._module = module
-        self._later = [callback for callback in later if overrides(callback, HOOK, Callback)]
+        self._later = [callback for callback in later if overrides(callback, HOOK, CALLBACK)]
         self._run = run
         self._seen: tuple[ParameterTable, Fingerprints] | None = None
         self.takes_over = overrides(module, HOOK)

@@ -7,15 +7,16 @@ and EarlyStopping, with ``check_finite`` as it is by default, ends the run witho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torchmetrics import Metric
 
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import EARLY_STOPPING, MODEL_CHECKPOINT, is_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def lost_metrics(trainer: Trainer) -> list[str]:
@@ -47,9 +48,9 @@ def _consequences(trainer: Trainer, names: set[str]) -> Iterator[str]:
     """What is done at the epoch's end about a metric that is not finite."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = type(callback).__name__
-        if is_of(callback, EarlyStopping) and callback.monitor in names and callback.check_finite:
+        if is_of(callback, EARLY_STOPPING) and callback.monitor in names and callback.check_finite:
             yield f"{kind} stops the run (check_finite=True)"
-        elif is_of(callback, ModelCheckpoint) and callback.monitor in names:
+        elif is_of(callback, MODEL_CHECKPOINT) and callback.monitor in names:
             yield f"{kind} takes the epoch for the worst one"
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and config.monitor in names:

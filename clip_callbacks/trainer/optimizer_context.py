@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from operator import is_
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.stats.norm_history import RunHistory
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 T = TypeVar("T")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class KeptBatch(NamedTuple):

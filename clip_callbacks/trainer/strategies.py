@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_callbacks.core.reduction import Reduction
-from clip_callbacks.trainer.compat import is_of
+from clip_callbacks.trainer.compat import FSDP, MODEL_PARALLEL, is_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 Reduce: TypeAlias = Callable[[Sequence[Tensor]], Reduction | None]
 
@@ -25,10 +26,10 @@ def reduction_under(trainer: Trainer) -> Reduce:
     which each holds a copy.
     """
     strategy = trainer.strategy
-    if is_of(strategy, FSDPStrategy):
+    if is_of(strategy, FSDP):
         assert strategy.model is not None
         return partial(Reduction.of_flat, model=strategy.model)
-    whole_world = _leaves_alone(trainer) or _is_hooked(trainer) or is_of(strategy, ModelParallelStrategy)
+    whole_world = _leaves_alone(trainer) or _is_hooked(trainer) or is_of(strategy, MODEL_PARALLEL)
     return partial(Reduction.of, whole_world=whole_world)
 
 

@@ -33,13 +33,27 @@ def test_public_names_are_documented(name):
 def imports(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            yield node.module
+        yield from imports_of(node)
 
 
-LIGHTNING = {"lightning", "pytorch_lightning"}
+def imports_of(node):
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        yield node.module
+
+
+def imported_at_once(statements):
+    """The modules that are imported as soon as a module is run: not in functions, and not for type checkers."""
+    for each in statements:
+        if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING":
+            yield from imported_at_once(each.orelse)
+        elif not isinstance(each, ast.FunctionDef):
+            yield from imports_of(each)
+            yield from imported_at_once(ast.iter_child_nodes(each))
+
+
+LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 WITHOUT_LIGHTNING = ["core", "stats", "bundles", "html_report"]
 
 
@@ -51,6 +65,19 @@ def test_import_boundaries(path):
     if path.relative_to(ROOT).parts[0] in {"core", "bundles"}:
         assert not {name for name in names if name.split(".")[0] == "torchmetrics"}
     assert path.name == "reduction.py" or not {name for name in names if name.startswith("torch.distributed")}
+
+
+def test_no_lightning_is_imported_but_the_one_a_program_uses():
+    """Of its classes is asked by ``clip_callbacks.trainer.compat``. A replay makes Trainers of its own."""
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] != "replay":
+            names = imported_at_once(ast.parse(path.read_text()).body)
+            assert not {name for name in names if name.partition(".")[0] in LIGHTNING}, path
+
+
+def test_an_import_at_once_is_told_from_later_ones():
+    text = "if TYPE_CHECKING: import a\nelse: import b\nclass A:\n  import c\n  def f(): import d\nimport e.f\nfrom g import h"
+    assert [*imported_at_once(ast.parse(text).body)] == ["b", "c", "e.f", "g"]
 
 
 @pytest.mark.parametrize("path", [ROOT / "cli.py", *sorted((ROOT / "html_report").glob("*.py"))], ids=lambda path: path.name)

@@ -13,15 +13,15 @@ from tests.helpers.training import Regression, data
 COMMON = {"last_report", "skipped_steps"}
 THEIRS = {
     AccumulationRescaling: {"weight", "divide"},
-    GradientClipping: {"rules", "shadow", "norm_type", "clip_value", "prog_bar"},
+    GradientClipping: {"rules", "shadow", "norm_type", "clip_value", "prog_bar", "summary"},
     NonFiniteGuard: {
         *("policy", "level", "restore_buffers", "hold_schedulers", "trace_forward", "deferred", "skip_above"),
-        *("on_streak", "every", "lr_factor"),
+        *("on_streak", "every", "lr_factor", "summary"),
         *("skipped_steps_of", "zeroed_steps", "overflowed_steps", "rollbacks", "dropped_micro_batches"),
     },
     GradientNormMonitor: {
         *("scope", "norm_type", "every_n_steps", "noise_scale", "contributions", "params", "exclude", "top_k"),
-        *("update_ratio", "histograms", "advice"),
+        *("update_ratio", "histograms", "summary", "advice"),
     },
 }
 

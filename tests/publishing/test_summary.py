@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import pytest
@@ -110,13 +109,6 @@ def test_a_resumed_run_ends_with_the_table_of_the_whole(trainer, tmp_path, said,
     whole, after = map(cells, said)
     assert whole[0]["steps"] == "16"
     assert after == whole
-
-
-def test_it_is_said_where_lightning_says_things(trainer, caplog):
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        trainer(GradientClipping(None, shadow=[1e-3, 1e6])).fit(Regression(), data(4))
-    (text,) = [record.message for record in caplog.records if "Gradients of the run" in record.message]
-    assert [row["clipped"] for row in cells(text)] == ["0.0%", "100.0%", "0.0%"]
 
 
 def test_what_it_needs_does_not_grow_with_the_run(trainer, tmp_path):

@@ -65,7 +65,7 @@ def test_any_limit_may_replace_any_other(before):
     for make in LIMITS:
         limit = make(1.0)
         clipper, contexts = met([ClipRule(limit, "layer")], saved=deepcopy(state))
-        held, blank = kept(clipper.state_dict()), limit.init(3)
+        held, blank = kept(clipper.state_dict()), limit.init(4)
         misfits = clipper.misfits()
         shapes = [{key: value.shape for key, value in each.items()} for each in (old["state"], blank)]
         if kind(limit) == old["kind"] and shapes[0] == shapes[1]:
@@ -92,9 +92,8 @@ def test_any_scope_may_replace_any_other(before, after):
     elif {before, after} == {"unit", "parameter"}:
         names = list(contexts[0].table.partition(after).names)
         assert {name for name, count in zip(names, counts, strict=True) if count} == {"0.bias", "1.weight", "1.bias", "2.1.bias"}
-        assert anew == [
-            f"{counts.count(0)} of {len(counts)} blocks of the limit of rule_1 (ZScoreLimit), the first of them {names[0]}"
-        ]
+        which = f"{counts.count(0)} of {len(counts)} blocks of the limit of rule_1 (ZScoreLimit), the first of them {names[0]}"
+        assert anew == [which]
     else:
         assert set(counts) == {0}
         assert anew == ["the limit of rule_1 (ZScoreLimit)"]
@@ -102,7 +101,7 @@ def test_any_scope_may_replace_any_other(before, after):
 
 
 def test_one_block_of_everything_goes_on_as_one_group_of_everything():
-    clipper, _ = met([ClipRule(ZScoreLimit(), "global")], [[0, 1, 2]], saved=trained([ClipRule(ZScoreLimit(), "global")]))
+    clipper, _ = met([ClipRule(ZScoreLimit(), "group")], [0], saved=trained([ClipRule(ZScoreLimit(), "global")], [0]))
     assert kept(clipper.state_dict())["state"]["count"].tolist() == [4]
 
 

@@ -43,6 +43,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
         self._left_over: tuple[State, ...] = ()
+        self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
         self._last_run = LastRun()
         self._last_report: StepReport | None = None
         self._last_skipped_steps = 0
@@ -127,7 +128,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         self._last_report, self._last_skipped_steps = self.last_report, self.skipped_steps
         self._save()
         self._is_loaded = False  # in the middle of a fit: the state is that of this fit
-        self._driver = self._part = None
+        self._driver = self._part = self._batch = None
 
     def _save(self) -> None:
         """Keep the state as it is now, unless a checkpoint has brought another one."""
@@ -137,7 +138,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
     def _restart(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
         self._drop_engine()  # of a fit that nobody has ended
-        self._driver = None
+        self._driver = self._batch = None
         if not self._last_run.goes_on(trainer, module):
             self._last_report, self._last_skipped_steps = None, 0
             if not self._is_loaded:
@@ -179,19 +180,49 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
             callback._saved = resumption.fitted(callback._saved)
         return resumption
 
-    def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has."""
+    def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
+        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has.
+
+        Args:
+            trainer: The Trainer.
+            module: The module in training.
+            is_new: Whether what no state has come for begins anew, since all that is there is from before the checkpoint.
+        """
         for callback in self._driven:
             if callback._is_loaded:
                 break
         else:
             return False
         for callback in self._driven:
-            callback._save()
+            if is_new and not callback._is_loaded:
+                callback._saved = {}
+            else:
+                callback._save()
         if self._own_engine:
             self._own_engine.detach()
         self._assemble(trainer, module)
         return True
+
+    def _start_engine(self, trainer: Trainer) -> None:
+        """Have the engine take hold of where metrics go."""
+        if self._own_engine:
+            self._own_engine.start_fit(self._later_callbacks(trainer))
+
+    def _begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Keep what a skipped step would have to put back."""
+        if self._own_engine:
+            self._own_engine.begin_batch(batch, batch_idx)
+
+    def _take_up_in_batch(self) -> None:
+        """Take up a state that comes when a batch has begun, and begin it again: its step counts from there."""
+        if self._batch is None:
+            return
+        trainer, module, batch, batch_idx = self._batch
+        self._take_up_loaded(trainer, module)
+        self._start_engine(trainer)
+        for callback in self._driven:
+            if callback._batch is not None:
+                callback._begin_batch(batch, batch_idx)
 
     def _end(self) -> None:
         """End a fit, for all callbacks."""
@@ -231,19 +262,19 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
-        self._take_up_loaded(trainer, pl_module)
-        if self._own_engine:
-            self._own_engine.start_fit(self._later_callbacks(trainer))
+        self._take_up_loaded(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
+        self._start_engine(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
-        if self._take_up_loaded(trainer, pl_module) and self._own_engine:  # Lightning's searches restore in the middle of a fit
-            self._own_engine.start_fit(self._later_callbacks(trainer))
-        if self._own_engine:
-            self._own_engine.begin_batch(batch, batch_idx)
+        if self._take_up_loaded(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
+            self._start_engine(trainer)
+        self._batch = (trainer, pl_module, batch, batch_idx)
+        self._begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, and weight it."""
+        self._batch = None
         if self._own_engine:
             self._own_engine.before_backward(loss)
 
@@ -259,6 +290,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
+        self._batch = None
         if self._own_engine:
             self._own_engine.end_batch(outputs)
 
@@ -318,13 +350,15 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
             self._check_state(state_dict)
         self._saved = dict(state_dict)
         self._is_loaded = True
+        if self._driver:
+            self._driver._take_up_in_batch()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
         state = {**super().__getstate__(), "_driver": None, "_driven": (), "_own_engine": None, "_part": None}
         if self._engine:
             state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}
-        return state | {"_last_run": LastRun()}
+        return state | {"_last_run": LastRun(), "_batch": None}
 
     def _brought_home(self) -> dict[str, Any]:
         return {

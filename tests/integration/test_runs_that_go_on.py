@@ -128,6 +128,8 @@ def test_a_search_for_the_batch_size_in_a_later_epoch_is_survived(trainer):
             if trainer.current_epoch == 1:
                 seen.append(steps_of(callbacks))
                 self.scale_batch_size(trainer, pl_module)
+                loop = trainer.fit_loop  # as lr_find does; without it Lightning trains no more
+                loop.restarting = loop.epoch_loop.restarting = False
 
         def on_train_batch_start(self, trainer, *_):
             if len(seen) == 1:

@@ -125,7 +125,8 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
 
     def _leave(self) -> None:
         """Keep the state of a fit that is over, and let go of its parts."""
-        self._last_report, self._last_skipped_steps = self.last_report, self.skipped_steps
+        self._last_skipped_steps = self.skipped_steps  # settles what is pending
+        self._last_report = self.last_report
         self._save()
         self._is_loaded = False  # in the middle of a fit: the state is that of this fit
         self._driver = self._part = self._batch = None

@@ -17,7 +17,7 @@ from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.engine.resume import Resumption, State, check_histories, is_of_the_family, reading, warn_of
+from clip_callbacks.engine.resume import Resumption, State, bad_step_counts, check_histories, is_of_the_family, reading, warn_of
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.compat import OtherCallback
 from clip_callbacks.trainer.last_run import LastRun
@@ -58,6 +58,8 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
     @property
     def skipped_steps(self) -> int:
         """How many optimizer steps of this run were skipped for non-finite gradients so far, over all optimizers."""
+        if self._is_loaded and (counted := bad_step_counts([self._saved])):
+            return sum(counters.get("skipped", 0) for counters in counted["counters"].values())
         return self._engine.skipped_steps if self._engine else self._last_skipped_steps
 
     # --- for subclasses
@@ -364,6 +366,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
     def _brought_home(self) -> dict[str, Any]:
         return {
             "_saved": self.state_dict(),
+            "_is_loaded": False,
             "_last_skipped_steps": self.skipped_steps,
             "_last_report": self.last_report,
             "state_key": self.state_key,

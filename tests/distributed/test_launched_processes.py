@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import pickle
 import warnings
 from copy import deepcopy
 
@@ -87,3 +89,28 @@ def test_counts_and_reports_come_home(tmp_path, strategy, package):
     assert found["steps"] == 8
     assert found["advice"]
     assert found["keys"] == ["NonFiniteGuard", "GradientClipping"]
+
+
+def test_what_comes_home_to_nobody_is_dropped():
+    """The callback of the main process is no more, or it is a module's own, made in the launched process."""
+
+    class Launcher:
+        def get_extra_results(self, trainer):
+            return {"callback_metrics_bytes": b""}
+
+    class Strategy:
+        launcher = Launcher()
+
+    class Trainer:
+        strategy = Strategy()
+
+    guard = NonFiniteGuard()
+    guard._come_home_from(Trainer)
+    sent = pickle.dumps(Strategy.launcher.get_extra_results(Trainer))
+    assert len(pickle.loads(sent)) == 2
+    guard.load_state_dict(guard.state_dict() | {"counters": {0: {"skipped": 3}}})
+    pickle.loads(sent)
+    assert guard.skipped_steps == 0, "it has what its copy had"
+    del guard, Strategy.launcher
+    gc.collect()
+    pickle.loads(sent)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 import clip_callbacks
-from clip_callbacks import FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
+from clip_callbacks import FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard, ParameterTable, QuantileLimit
 from tests.helpers.training import Poisoned, assert_same_bits, data, leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:Spike:RuntimeWarning")
@@ -100,3 +100,20 @@ def test_a_copy_goes_its_own_way(trainer, monkeypatch, of):
     assert len(callbacks[0].injected) == callbacks[1].skipped_steps == 1
     assert callbacks[2].state_dict()["limits"][0]["rule_1"]["state"]["count"].item() == 2
     assert len(callbacks[3].state_dict()["norms"][0]) == 2
+
+
+def test_a_copied_report_knows_no_other_partition_by_its_place_in_memory():
+    table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
+    layers, rows = table.partition("layer"), table.partition("parameter")
+    before = layers.meet(rows)[1]
+    for of in COPIES:
+        copied = of(layers)
+        assert not copied._meets
+        assert torch.equal(copied.meet(rows)[1], before)
+
+
+def test_a_state_tells_its_counts_before_the_fit_that_takes_it_up(trainer):
+    for kind in (GradientClipping, NonFiniteGuard):
+        trainer(callback := kind()).fit(Poisoned({1: math.nan, 3: math.nan}), data(5))
+        (other := kind()).load_state_dict(callback.state_dict())
+        assert other.skipped_steps == callback.skipped_steps == 2

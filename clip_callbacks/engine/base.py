@@ -116,10 +116,10 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         """The engine of the fit, if there is one."""
         return self._driver._own_engine if self._driver else None
 
-    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule) -> Parts:
+    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         """Bring this callback's parts to a fit."""
         self._driver = driver
-        return self._make_parts(trainer, module, self._saved)
+        return self._make_parts(trainer, module, saved)
 
     def _forget_saved(self) -> None:
         """Leave the state to the parts: the engine has been made."""
@@ -142,6 +142,7 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
         self._drop_engine()  # of a fit that nobody has ended
         self._driver = self._batch = None
+        self._left_over = ()
         if not self._last_run.goes_on(trainer, module):
             self._last_report, self._last_skipped_steps = None, 0
             if not self._is_loaded:
@@ -152,8 +153,10 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         """Make the engine of a fit, for all callbacks; the first of them drives it."""
         self._driven = tuple(gradient_callbacks(trainer))
         facts = [callback._facts() for callback in self._driven]
-        resumption = self._fit_saved(trainer, module, facts)
-        components = assemble(trainer, module, [callback._join(self, trainer, module) for callback in self._driven])
+        resumption = self._resume(trainer, module, facts)
+        saved = [resumption.fitted(callback._saved) if resumption else {} for callback in self._driven]
+        pairs = zip(self._driven, saved, strict=True)
+        components = assemble(trainer, module, [callback._join(self, trainer, module, state) for callback, state in pairs])
         self._own_engine = StepEngine(trainer, module, components, facts)
         for callback in self._driven:
             callback._forget_saved()
@@ -162,8 +165,8 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
                 resumption.misfits.add(part.misfits())
             warn_of(resumption.misfits)
 
-    def _fit_saved(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
-        """Make saved states fit the callbacks and optimizers of now, if there are any."""
+    def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
+        """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
         known = [callback._saved for callback in self._driven if callback._saved] + list(self._left_over)
         if not known:
             return None
@@ -179,8 +182,6 @@ class GradientCallback(ReturningCallback, Callback, OtherCallback, ABC):  # type
         resumption = Resumption(known, names, norm_type)
         if resumption.is_known:
             resumption.misfits.anew += anew
-        for callback in self._driven:
-            callback._saved = resumption.fitted(callback._saved)
         return resumption
 
     def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:

@@ -256,6 +256,25 @@ def test_the_state_of_an_optimizer_that_is_no_more_is_dropped(trainer):
     assert guard.skipped_steps == 1
 
 
+def test_a_resume_that_fails_at_its_start_may_be_tried_again(trainer, tmp_path):
+    """With the state as it was loaded, whatever that fit would have made of it."""
+    optimizers = ([[0], [1]], [[1]])
+    told = "Is forgotten: optimizer 0, of 2 parameters with net.0.weight."
+    callbacks = [GradientClipping(Z, scope="parameter"), NonFiniteGuard()]
+    first = trainer(*callbacks)
+    first.fit(Parts(*optimizers[0]), data(4))
+    state = deepcopy(callbacks[0].state_dict())
+    again = GradientClipping(rules=[ClipRule(Z, scope="parameter", params="nowhere")])
+    again.load_state_dict(deepcopy(state))
+    with pytest.raises(ValueError, match="nowhere"):
+        trainer(again).fit(Parts(*optimizers[1]), data(4))
+    assert_same_bits(leaves(again.state_dict()), leaves(state))
+    again.rules = callbacks[0].rules
+    with pytest.warns(UserWarning, match=told):
+        trainer(again).fit(Parts(*optimizers[1]), data(4))
+    assert again.state_dict()["limits"][0]["rule_1"]["state"]["count"].tolist() == [8, 8]
+
+
 DAMAGES = [
     (GradientClipping, lambda state: state["limits"][0]["rule_1"].pop("kind"), "KeyError: 'kind'"),
     (GradientClipping, lambda state: state["limits"][0]["rule_1"]["state"].update(mean="three"), "'mean' must be a tensor"),

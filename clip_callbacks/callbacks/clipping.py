@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.clipping.clipper import Clipper, names_of
+from clip_callbacks.clipping.limit_memory import LimitMemory
 from clip_callbacks.core.arguments import as_max_norm, as_norm_type
 from clip_callbacks.core.blocks import Scope
 from clip_callbacks.core.limits import Limit, as_limit
@@ -13,7 +14,8 @@ from clip_callbacks.core.nonfinite import Policy, as_policy
 from clip_callbacks.core.rules import ClipRule
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
-from clip_callbacks.guard.guard import Guard
+from clip_callbacks.engine.resume import State, bad_step_counts
+from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.trainer.checks import CallbackFacts
 
@@ -114,10 +116,24 @@ class GradientClipping(GradientCallback):
 
     def _parts_state(self) -> dict[str, Any]:
         assert self._own_guard is not None, "made with the other part"
-        return {**super()._parts_state(), "guard": self._own_guard.state_dict()}
+        guard = {}
+        if self._own_guard.is_in_use:
+            guard = self._own_guard.state_dict()
+        return {**super()._parts_state(), "guard": guard}
 
     def _empty_state(self) -> dict[str, Any]:
         return {"limits": {}, "shadows": {}, "guard": {}}
+
+    def _check_state(self, state: State) -> None:
+        LimitMemory(state)
+        check_saved(state["guard"])
+
+    def _adopt(self, others: Sequence[State]) -> list[str]:
+        anew = super()._adopt(others)
+        if not self._saved.get("guard"):
+            guard = {"guard": bad_step_counts(others)}
+            self._saved = {"history": {}, **self._empty_state(), **self._saved, **guard}
+        return anew
 
     def _leave(self) -> None:
         super()._leave()

@@ -16,8 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from clip_callbacks.core.blocks import no_match
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import is_sharded, shard_of
+from clip_callbacks.engine.resume import reading
 from clip_callbacks.trainer.compat import FSDP, is_of
 from clip_callbacks.trainer.guest import Guest
+from clip_callbacks.trainer.last_run import LastRun
+from clip_callbacks.trainer.launched import ReturningCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +35,7 @@ FACTOR = 1e4
 _log = logging.getLogger(__name__)
 
 
-class FaultInjection(Guest):
+class FaultInjection(ReturningCallback, Guest):
     """Poisons gradients or losses on purpose, to rehearse what a run does when that happens by itself.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
@@ -108,6 +111,7 @@ class FaultInjection(Guest):
             raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
         self.seed = seed
         self._is_loaded = self._is_late = False
+        self._last_run = LastRun()
         self._targets: dict[str, Tensor] = {}
         self._strike: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -131,11 +135,14 @@ class FaultInjection(Guest):
                 f"{VARIABLE} must be 1 in the environment for FaultInjection to poison this run on purpose, got "
                 f"{os.environ.get(VARIABLE)!r}. Set it for a rehearsal; for real training remove FaultInjection from the callbacks."
             )
+        if stage == "fit":
+            if not self._is_loaded and not self._last_run.goes_on(trainer, pl_module):
+                self._begin()
+            self._last_run = LastRun(trainer, pl_module)
+            self._return_results_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters to strike."""
-        if not self._is_loaded:
-            self._begin()
         self._is_loaded = False
         if self.rank is not None and self.rank >= trainer.world_size:
             raise ValueError(
@@ -196,9 +203,11 @@ class FaultInjection(Guest):
         self._targets = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the parameters."""
+        """Let go of the parameters; a state that came in the middle of a fit is that of this fit."""
         self._withdraw()
         self._targets = {}
+        if stage == "fit":
+            self._is_loaded = False
 
     def _withdraw(self) -> None:
         self._strike = None
@@ -235,25 +244,33 @@ class FaultInjection(Guest):
 
     def state_dict(self) -> dict[str, Any]:
         """What was done, and where the draws stand."""
-        return {"injected": self.injected, "generator": self._generator.get_state(), "decided": self._decided}
+        return {"injected": list(self.injected), "generator": self._generator.get_state(), "decided": self._decided}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        self._begin()
-        self.injected = list(state_dict["injected"])
-        self._generator.set_state(state_dict["generator"])
-        self._decided = state_dict["decided"]
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state is damaged.
+        """
+        with reading(type(self).__name__):
+            injected, decided = list(state_dict["injected"]), int(state_dict["decided"])
+            self._generator.set_state(state_dict["generator"])
+        self.injected, self._decided = injected, decided
         self._is_loaded = True
+
+    def _results(self) -> dict[str, Any]:
+        return {"injected": self.injected}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the run, and with the generator's state, as numbers: neither it nor shared memory can be sent."""
-        return self.__dict__ | {"_generator": self._generator.get_state().tolist(), "_targets": {}, "_strike": None, "_hooks": []}
+        state = super().__getstate__() | {"_targets": {}, "_strike": None, "_hooks": [], "_last_run": LastRun()}
+        return state | {"_generator": self._generator.get_state().tolist(), "injected": list(self.injected)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the generator's state back."""
         generator = torch.Generator()
         generator.set_state(torch.tensor(state["_generator"], dtype=torch.uint8))
-        self.__dict__.update(state | {"_generator": generator})
+        super().__setstate__(state | {"_generator": generator})
 
 
 def _told(strike: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
+from clip_callbacks.engine.resume import State, bad_step_counts
 from clip_callbacks.guard.bad_steps import BadStepCounts
-from clip_callbacks.guard.guard import Guard
+from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import GuardOptions, Level, OnStreak, Weights
 
@@ -240,3 +242,12 @@ class NonFiniteGuard(GradientCallback):
 
     def _empty_state(self) -> dict[str, Any]:
         return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}
+
+    def _check_state(self, state: State) -> None:
+        check_saved(state)
+
+    def _adopt(self, others: Sequence[State]) -> list[str]:
+        counts = bad_step_counts(others)
+        if not self._saved and counts:
+            self._saved = {"history": {}, **self._empty_state(), **counts}
+        return super()._adopt(others)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.core.arguments import as_count_or_none, as_norm_type
 from clip_callbacks.core.blocks import SCOPES, Scope, Selection
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
+from clip_callbacks.engine.resume import State
 from clip_callbacks.publishing.monitor import Monitor, MonitorOptions
 from clip_callbacks.stats.advice import Advice, advise
 from clip_callbacks.trainer.checks import CallbackFacts
@@ -105,7 +107,12 @@ class GradientNormMonitor(GradientCallback):
         return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        options = MonitorOptions(
+        self._part = Monitor(self._monitor_options, saved)
+        return Parts(monitor=self._part, norm_type=self.norm_type, summary=self.summary, histories=saved.get("history", {}))
+
+    @property
+    def _monitor_options(self) -> MonitorOptions:
+        return MonitorOptions(
             scope=self.scope,
             selection=self._selection,
             every_n_steps=self.every_n_steps,
@@ -115,11 +122,20 @@ class GradientNormMonitor(GradientCallback):
             update_ratio=self.update_ratio,
             histograms=self.histograms,
         )
-        self._part = Monitor(options, saved)
-        return Parts(monitor=self._part, norm_type=self.norm_type, summary=self.summary, histories=saved.get("history", {}))
 
     def _empty_state(self) -> dict[str, Any]:
         return {"norms": {}, "blocks": {}, "last_logged": {}, "noise": {}}
+
+    def _check_state(self, state: State) -> None:
+        Monitor(self._monitor_options, state)
+
+    def _adopt(self, others: Sequence[State]) -> list[str]:
+        """A monitor of another scope has seen the same norms of all gradients together."""
+        anew = super()._adopt(others)
+        other = next((state for state in others if "norms" in state and "blocks" in state), None)
+        if not self._saved and other:
+            self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"], "noise": other["noise"]}
+        return anew
 
     def advice(self, index: int = 0) -> Advice | None:
         """A max_norm worth trying, a limit that sets itself, and why, from every healthy step of the run; None before the first.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from clip_callbacks.core.limit_state import NamedLimitState, carry_over
+from clip_callbacks.clipping.limit_memory import LimitMemory
+from clip_callbacks.core.limit_state import Misfits, NamedLimitState
 from clip_callbacks.core.limits import Limit, labels
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
@@ -28,9 +29,6 @@ from clip_callbacks.core.rules import ClipRule, ClipState
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
-States: TypeAlias = dict[int, dict[str, NamedLimitState]]
-"""The states of limits, by the number of the optimizer and by the name of the rule."""
-
 
 class Unclipped:
     """Measures, and clips nothing."""
@@ -39,6 +37,10 @@ class Unclipped:
     """Whether there is anything that may clip."""
     clip_value: float | None = None
     """The largest entry afterwards."""
+
+    def misfits(self) -> Misfits:
+        """What of a checkpoint did not fit, once met the optimizers."""
+        return Misfits()
 
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
         """Meet the optimizers, before the first step or after some of them took on other parameters.
@@ -49,7 +51,7 @@ class Unclipped:
             renewed: Whether an optimizer changed in the middle of a fit.
 
         Raises:
-            ValueError: If a rule's pattern matches no parameter, or a restored state is that of other rules.
+            ValueError: If a rule's pattern matches no parameter.
         """
 
     def rules_of(self, index: int) -> Sequence[ClipRule]:
@@ -104,11 +106,12 @@ class Clipper(Unclipped):
         self.clip_value = clip_value
         self._rules: dict[int, list[ClipRule]] = {}
         self._shadows: dict[int, list[ClipRule]] = {}
-        self._states: States = {}
-        self._shadow_states: States = {}
         self._all_states: dict[int, list[NamedLimitState]] = {}
-        self._restored = _loaded(saved.get("limits", {}))
-        self._restored_shadows = _loaded(saved.get("shadows", {}))
+        self._memory = LimitMemory(saved)
+
+    @override
+    def misfits(self) -> Misfits:
+        return self._memory.misfits
 
     @override
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
@@ -116,15 +119,10 @@ class Clipper(Unclipped):
             self._check(contexts, names)
         for context in contexts:
             rules = {key: _narrowed(rule, context) for key, rule in self._named_rules().items() if _holds(rule, context)}
-            self._rules[context.index] = list(rules.values())
-            whose = f"GradientClipping for optimizer {context.index}"
-            known = [self._states, self._restored]
-            self._states[context.index] = _carried_over(rules, context, known, whose, strict=not renewed)
-            self._attach_shadows(context)
-            self._all_states[context.index] = [
-                *self._states[context.index].values(),
-                *self._shadow_states[context.index].values(),
-            ]
+            shadows = self._named_shadows(context)
+            self._rules[context.index], self._shadows[context.index] = list(rules.values()), list(shadows.values())
+            self._all_states[context.index] = self._memory.attach(context, rules, shadows, renewed=renewed)
+            context.history.keep_only([rule.name for rule in rules.values() if rule.name], list(shadows))
 
     def _check(self, contexts: Sequence[OptimizerContext], names: Sequence[str]) -> None:
         every_name = list(dict.fromkeys([*names, *(name for context in contexts for name in context.table.names)]))
@@ -134,17 +132,13 @@ class Clipper(Unclipped):
                 which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
                 rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
 
-    def _attach_shadows(self, context: OptimizerContext) -> None:
-        """Shadows may change between runs: they decide nothing."""
+    def _named_shadows(self, context: OptimizerContext) -> dict[str, ClipRule]:
+        """By their labels: the first rule with other limits, where it holds."""
         first = self._all_rules[0]
-        shadows: dict[str, ClipRule] = {}
-        if _holds(first, context):
-            for limit, name in zip(self._all_shadows, labels(self._all_shadows), strict=True):
-                shadows[name] = _narrowed(replace(first, max_norm=limit, name=name), context)
-        self._shadows[context.index] = list(shadows.values())
-        known = [self._shadow_states, self._restored_shadows]
-        self._shadow_states[context.index] = _carried_over(shadows, context, known, "shadow", strict=False)
-        context.history.keep_only([rule.name for rule in self._rules[context.index] if rule.name], list(shadows))
+        if not _holds(first, context):
+            return {}
+        named = zip(self._all_shadows, labels(self._all_shadows), strict=True)
+        return {name: _narrowed(replace(first, max_norm=limit, name=name), context) for limit, name in named}
 
     def _named_rules(self) -> dict[str, ClipRule]:
         """By their names, which each of several rules needs for its metrics."""
@@ -197,33 +191,12 @@ class Clipper(Unclipped):
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all limits."""
-        return {
-            "limits": _dumped(self._states or self._restored),
-            "shadows": _dumped(self._shadow_states or self._restored_shadows),
-        }
+        return self._memory.state_dict()
 
 
 def names_of(rules: Sequence[ClipRule]) -> list[str]:
     """The names of rules: their own, or those of their places."""
     return [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
-
-
-def _carried_over(
-    rules: dict[str, ClipRule], context: OptimizerContext, sources: Sequence[States], whose: str, *, strict: bool
-) -> dict[str, NamedLimitState]:
-    known = [source.get(context.index, {}) for source in sources]
-    return {
-        key: carry_over(NamedLimitState.fresh(rule, context.table), [source.get(key) for source in known], whose, strict=strict)
-        for key, rule in rules.items()
-    }
-
-
-def _dumped(states: States) -> dict[int, dict[str, Any]]:
-    return {index: {key: each.dump() for key, each in by_rule.items()} for index, by_rule in states.items()}
-
-
-def _loaded(saved: Mapping[int, Mapping[str, Any]]) -> States:
-    return {int(index): {key: NamedLimitState.load(each) for key, each in by_rule.items()} for index, by_rule in saved.items()}
 
 
 def _holds(rule: ClipRule, context: OptimizerContext) -> bool:

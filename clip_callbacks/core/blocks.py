@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Partition:
     names: Sequence[str]
     index: array[int]
     _meets: dict[int, tuple[Partition, Partition, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what has been worked out: other partitions are known by their place in memory."""
+        return {"names": self.names, "index": self.index, "_meets": {}}
 
     @cached_property
     def is_whole(self) -> bool:

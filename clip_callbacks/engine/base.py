@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
+from clip_callbacks.engine.resume import Resumption, State, bad_step_counts, check_histories, is_of_the_family, reading, warn_of
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.guest import Guest
+from clip_callbacks.trainer.last_run import LastRun
+from clip_callbacks.trainer.launched import ReturningCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class GradientCallback(Guest):
+class GradientCallback(ReturningCallback, Guest):
     """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
@@ -36,6 +41,9 @@ class GradientCallback(Guest):
         self._part: Any = None
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
+        self._left_over: tuple[State, ...] = ()
+        self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
+        self._last_run = LastRun()
         self._last_report: StepReport | None = None
         self._last_skipped_steps = 0
         # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
@@ -49,6 +57,8 @@ class GradientCallback(Guest):
     @property
     def skipped_steps(self) -> int:
         """How many optimizer steps of this run were skipped for non-finite gradients so far, over all optimizers."""
+        if self._is_loaded and (counted := bad_step_counts([self._saved])):
+            return sum(counters.get("skipped", 0) for counters in counted["counters"].values())
         return self._engine.skipped_steps if self._engine else self._last_skipped_steps
 
     # --- for subclasses
@@ -80,6 +90,24 @@ class GradientCallback(Guest):
         """The state before the first fit."""
         return {}
 
+    def _check_state(self, state: State) -> None:
+        """Read a state for trial.
+
+        Raises:
+            LookupError, TypeError, ValueError: If it is damaged.
+        """
+
+    def _adopt(self, others: Sequence[State]) -> list[str]:
+        """Go on with what other callbacks know, where the checkpoint has nothing of this one.
+
+        Args:
+            others: The states of all gradient callbacks in the checkpoint.
+
+        Returns:
+            What begins anew, in words.
+        """
+        return [self.state_key] if self._empty_state() and not self._saved else []
+
     # --- the engine
 
     @property
@@ -87,55 +115,117 @@ class GradientCallback(Guest):
         """The engine of the fit, if there is one."""
         return self._driver._own_engine if self._driver else None
 
-    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule) -> Parts:
+    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         """Bring this callback's parts to a fit."""
         self._driver = driver
-        return self._make_parts(trainer, module, self._saved)
+        return self._make_parts(trainer, module, saved)
 
     def _forget_saved(self) -> None:
         """Leave the state to the parts: the engine has been made."""
-        self._saved, self._is_loaded = {}, False
+        self._saved, self._is_loaded, self._left_over = {}, False, ()
 
     def _leave(self) -> None:
         """Keep the state of a fit that is over, and let go of its parts."""
-        self._last_report, self._last_skipped_steps = self.last_report, self.skipped_steps
+        self._last_skipped_steps = self.skipped_steps  # settles what is pending
+        self._last_report = self.last_report
         self._save()
-        self._driver = self._part = None
+        self._is_loaded = False  # in the middle of a fit: the state is that of this fit
+        self._driver = self._part = self._batch = None
 
     def _save(self) -> None:
         """Keep the state as it is now, unless a checkpoint has brought another one."""
         if not self._is_loaded:
             self._saved = self.state_dict()
 
-    def _restart(self) -> None:
-        """Begin a new run, unless a checkpoint has brought a state: what an earlier fit left does not count."""
+    def _restart(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
         self._drop_engine()  # of a fit that nobody has ended
-        self._driver = None
-        self._last_report, self._last_skipped_steps = None, 0
-        if not self._is_loaded:
-            self._saved = {}
+        self._driver = self._batch = None
+        self._left_over = ()
+        if not self._last_run.goes_on(trainer, module):
+            self._last_report, self._last_skipped_steps = None, 0
+            if not self._is_loaded:
+                self._saved = {}
+        self._last_run = LastRun(trainer, module)
 
     def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the engine of a fit, for all callbacks; the first of them drives it."""
         self._driven = tuple(gradient_callbacks(trainer))
-        components = assemble(trainer, module, [callback._join(self, trainer, module) for callback in self._driven])
-        self._own_engine = StepEngine(trainer, module, components, [callback._facts() for callback in self._driven])
+        facts = [callback._facts() for callback in self._driven]
+        resumption = self._resume(trainer, module, facts)
+        saved = [resumption.fitted(callback._saved) if resumption else {} for callback in self._driven]
+        pairs = zip(self._driven, saved, strict=True)
+        components = assemble(trainer, module, [callback._join(self, trainer, module, state) for callback, state in pairs])
+        self._own_engine = StepEngine(trainer, module, components, facts)
         for callback in self._driven:
             callback._forget_saved()
+        if resumption:
+            for part in (components.clipper, components.guard):
+                resumption.misfits.add(part.misfits())
+            warn_of(resumption.misfits)
 
-    def _take_up_loaded(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has."""
+    def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
+        """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
+        known = [callback._saved for callback in self._driven if callback._saved] + list(self._left_over)
+        if not known:
+            return None
+        anew = [what for callback in self._driven for what in callback._adopt(known)]
+        if not any(callback._saved.get("history") for callback in self._driven):
+            histories = [state["history"] for state in self._left_over if state["history"]]
+            self._saved = {**self._empty_state(), **self._saved, "history": histories[0] if histories else {}}
+        names = {
+            index: ParameterTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
+            for index, optimizer in enumerate(trainer.optimizers)
+        }
+        norm_type = next((fact.norm_type for fact in facts if fact.norm_type is not None), 2.0)
+        resumption = Resumption(known, names, norm_type)
+        if resumption.is_known:
+            resumption.misfits.anew += anew
+        return resumption
+
+    def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
+        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has.
+
+        Args:
+            trainer: The Trainer.
+            module: The module in training.
+            is_new: Whether what no state has come for begins anew, since all that is there is from before the checkpoint.
+        """
         for callback in self._driven:
             if callback._is_loaded:
                 break
         else:
             return False
         for callback in self._driven:
-            callback._save()
+            if is_new and not callback._is_loaded:
+                callback._saved = {}
+            else:
+                callback._save()
         if self._own_engine:
             self._own_engine.detach()
         self._assemble(trainer, module)
         return True
+
+    def _start_engine(self, trainer: Trainer) -> None:
+        """Have the engine take hold of where metrics go."""
+        if self._own_engine:
+            self._own_engine.start_fit(self._later_callbacks(trainer))
+
+    def _begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Keep what a skipped step would have to put back."""
+        if self._own_engine:
+            self._own_engine.begin_batch(batch, batch_idx)
+
+    def _take_up_in_batch(self) -> None:
+        """Take up a state that comes when a batch has begun, and begin it again: its step counts from there."""
+        if self._batch is None:
+            return
+        trainer, module, batch, batch_idx = self._batch
+        self._take_up_loaded(trainer, module)
+        self._start_engine(trainer)
+        for callback in self._driven:
+            if callback._batch is not None:
+                callback._begin_batch(batch, batch_idx)
 
     def _end(self) -> None:
         """End a fit, for all callbacks."""
@@ -163,32 +253,31 @@ class GradientCallback(Guest):
         self.state_key = self._stable_key
         if stage == "fit":
             check_trainer(trainer, pl_module, [callback._facts() for callback in gradient_callbacks(trainer)])
+            self._restart(trainer, pl_module)
+            self._return_results_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the engine; the first callback does it for all."""
-        callbacks = gradient_callbacks(trainer)
-        if callbacks[0] is self:
-            for callback in callbacks:
-                callback._restart()
+        if gradient_callbacks(trainer)[0] is self:
             self._assemble(trainer, pl_module)
             if self._own_engine:
                 self._own_engine.lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
-        self._take_up_loaded(trainer, pl_module)
-        if self._own_engine:
-            self._own_engine.start_fit(self._later_callbacks(trainer))
+        self._take_up_loaded(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
+        self._start_engine(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
-        if self._take_up_loaded(trainer, pl_module) and self._own_engine:  # Lightning's searches restore in the middle of a fit
-            self._own_engine.start_fit(self._later_callbacks(trainer))
-        if self._own_engine:
-            self._own_engine.begin_batch(batch, batch_idx)
+        if self._take_up_loaded(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
+            self._start_engine(trainer)
+        self._batch = (trainer, pl_module, batch, batch_idx)
+        self._begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss until the step, and weight it."""
+        self._batch = None
         if self._own_engine:
             self._own_engine.before_backward(loss)
 
@@ -204,6 +293,7 @@ class GradientCallback(Guest):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Publish what the batch's optimizer steps reported."""
+        self._batch = None
         if self._own_engine:
             self._own_engine.end_batch(outputs)
 
@@ -221,6 +311,8 @@ class GradientCallback(Guest):
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
         if self._own_engine:
             self._end()
+        if stage == "fit":  # Lightning's searches before a fit restore a state and leave it here
+            self._is_loaded = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
@@ -237,27 +329,48 @@ class GradientCallback(Guest):
         history = engine.history_state() if self._driver is self else {}
         return {"history": history, **self._parts_state()}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take note of the states of callbacks that are no longer there; another run's checkpoint ends the last one."""
+        if self._engine is None and not self._is_loaded:
+            self._saved = {}
+        if gradient_callbacks(trainer)[0] is self:
+            keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            left = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
+            self._left_over = tuple(filter(is_of_the_family, left))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is not one of this callback.
+            ValueError: If the state is not one of this callback, or is damaged.
         """
-        missing = sorted({"history", *self._empty_state()} - state_dict.keys())
+        missing = sorted({"history", *self._empty_state()} - set(state_dict))
         if missing:
             got = f"got keys {sorted(state_dict)} without {missing}"
             raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}.")
+        with reading(type(self).__name__):
+            check_histories(state_dict)
+            self._check_state(state_dict)
         self._saved = dict(state_dict)
         self._is_loaded = True
+        if self._driver:
+            self._driver._take_up_in_batch()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
-        state = {**self.__dict__, "_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_last_report": None}
+        state = {**super().__getstate__(), "_driver": None, "_driven": (), "_own_engine": None, "_part": None}
         if self._engine:
-            state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps}
-        for name in ("log", "log_dict"):  # the module's: Lightning hangs them on every callback
-            state.pop(name, None)
-        return state
+            state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}
+        return state | {"_last_run": LastRun(), "_batch": None}
+
+    def _results(self) -> dict[str, Any]:
+        return {
+            "_saved": self.state_dict(),
+            "_is_loaded": False,
+            "_last_skipped_steps": self.skipped_steps,
+            "_last_report": self.last_report,
+            "state_key": self.state_key,
+        }
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:

@@ -425,7 +425,7 @@ class StepEngine:
     def history_state(self) -> dict[int, dict[str, Any]]:
         """What the optimizers' histories hold, by number of the optimizer."""
         self.collect_pending()
-        return {context.index: context.history.state_dict() for context in self.contexts}
+        return {context.index: context.history_state() | {"norm_type": self._norm_type} for context in self.contexts}
 
     # --- optimizers that change in the middle of a fit
 

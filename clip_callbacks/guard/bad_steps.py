@@ -89,8 +89,8 @@ class BadStepCounts:
 
     def __init__(self, saved: Mapping[str, Any]) -> None:
         self.of = {int(index): Counters(**counters) for index, counters in saved.get("counters", {}).items()}
-        self.rollbacks: int = saved.get("rollbacks", 0)
-        self.dropped_micro_batches: int = saved.get("dropped_micro_batches", 0)
+        self.rollbacks = int(saved.get("rollbacks", 0))
+        self.dropped_micro_batches = int(saved.get("dropped_micro_batches", 0))
 
     @property
     def skipped(self) -> int:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Findings, Spike
+from clip_callbacks.core.limit_state import Misfits
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import all_finite
@@ -36,6 +37,18 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
+def check_saved(saved: Mapping[str, Any]) -> None:
+    """Read for trial what :meth:`Guard.state_dict` returned.
+
+    Raises:
+        LookupError, TypeError, ValueError: If it is damaged.
+    """
+    BadStepCounts(saved)
+    SkipThresholds(None, saved.get("skip_above", {}))
+    if "skipped_batches" in saved:
+        SchedulerHold(is_on=False).load_state(saved["skipped_batches"])
+
+
 class Guard(Unguarded):
     """Decides on bad steps of one fit, counts them and tells of them, and has skipped ones leave no trace.
 
@@ -59,7 +72,7 @@ class Guard(Unguarded):
         self.thresholds = SkipThresholds(options.ceiling, saved.get("skip_above", {}))
         self.schedules = SchedulerHold(options.hold_schedulers)
         if "skipped_batches" in saved:
-            self.schedules.load_state(tuple(saved["skipped_batches"]))
+            self.schedules.load_state(saved["skipped_batches"])
         self.journal = Journal(options)
         self.rollback = NoRollback()
         self._restorer: SkippedStepRestorer | None = None
@@ -79,15 +92,11 @@ class Guard(Unguarded):
                 "no rank has all of them. Save checkpoints."
             )
         renewed = self._restorer is not None
-        if not renewed and not self.counts.of.keys() <= {context.index for context in contexts}:
-            raise ValueError(
-                "the checkpoint's state of NonFiniteGuard must fit the optimizers, "
-                f"got counters of {len(self.counts.of)} for {len(contexts)}."
-            )
+        resumed = [] if renewed else list(self.counts.of)
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
-        self.thresholds.attach(contexts, renewed=renewed)
+        self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
         if self._restorer:
             self._restorer.detach()
         restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
@@ -99,6 +108,15 @@ class Guard(Unguarded):
             self.rollback = Rollback(self._trainer, module, together, self.schedules, every=every, lr_factor=lr_factor)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self._restorer)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it decides in this fit, and no other guard does."""
+        return self._restorer is not None
+
+    @override
+    def misfits(self) -> Misfits:
+        return self.thresholds.misfits
 
     def _skipped_steps(self) -> int:
         return self.counts.skipped + self.counts.overflowed

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from clip_callbacks.core.actions import Action, StepOutcome
+from clip_callbacks.core.limit_state import Misfits
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import MeasuredStep
@@ -72,8 +73,12 @@ class Unguarded:
             limits: Whatever else has limits, whose states go back in a rollback.
 
         Raises:
-            ValueError: If restored counters are those of other optimizers, or weights are to be written that are sharded.
+            ValueError: If weights are to be written that are sharded.
         """
+
+    def misfits(self) -> Misfits:
+        """What of a checkpoint did not fit, once met the optimizers."""
+        return Misfits()
 
     def start_fit(self) -> None:
         """Find where bad steps are written down."""

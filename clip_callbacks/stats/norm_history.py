@@ -203,7 +203,7 @@ class RunHistory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
         self.epoch_norms.load(state["norms"])
         self.run_norms.load(state["run_norms"])
         self.clips.load(state["counts"])

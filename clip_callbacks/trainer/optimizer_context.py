@@ -90,6 +90,15 @@ class OptimizerContext:
         """Go on with the history of an optimizer whose place this one has taken."""
         self.history = history
 
+    @property
+    def of_which(self) -> str:
+        """Behind the name of a thing that each optimizer has: which one's it is, if there are several."""
+        return f" of optimizer {self.index}" if self.suffix else ""
+
+    def history_state(self) -> dict[str, Any]:
+        """What the history holds, for a checkpoint, and what tells whether it fits: the parameters."""
+        return {**self.history.state_dict(), "parameters": list(self.table.names)}
+
     def named(self, metrics: Mapping[str, T]) -> dict[str, T]:
         """Metrics under the names that they have for this optimizer."""
         return {key + self.suffix: value for key, value in metrics.items()}

@@ -94,7 +94,7 @@ class SchedulerHold:
 
     def load_state(self, state: tuple[int, int, int]) -> None:
         """Go on from what :meth:`state` returned."""
-        self._epoch, self._skipped_batches, self._seen = state
+        self._epoch, self._skipped_batches, self._seen = map(int, state)
 
     def release(self) -> None:
         """Put intervals and frequencies back."""

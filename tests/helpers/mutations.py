@@ -85,6 +85,12 @@ FAULTS = [
     Fault("trainer/last_hook.py", "self.takes_over = overrides(module, HOOK)", "self.takes_over = False", "integration"),
     Fault("accumulation/windows.py", "self._spoilt[index] = reason", "pass", "guard"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
+    # resumed, copied, launched
+    Fault("clipping/limit_memory.py", "if not found.unknown:", "if True:", "limits"),
+    Fault("core/limit_state.py", "        and old.dtype == new.dtype\n", "", "limits"),
+    Fault("trainer/last_run.py", " and self._module() is module", "", "integration"),
+    Fault("engine/resume.py", "renumbered |= {-1 - key", "by_number |= {-1 - key", "integration"),
+    Fault("trainer/launched.py", "identity is None or identity in _LIVING", "identity is None", "distributed"),
 ]  # fmt: skip
 
 

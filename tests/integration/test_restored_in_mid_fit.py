@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder
 
-from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard, ZScoreLimit
+from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, GradientNormMonitor, NonFiniteGuard, ZScoreLimit
 from tests.helpers.training import Poisoned, Regression, data, limit_states
 
 
@@ -28,19 +28,21 @@ class Restore(Callback):
                 callback.load_state_dict(state)
 
 
-def fitted(trainer, *restored):
+def fitted(trainer, *restored, place=0):
     clipping, guard, monitor = GradientClipping(ZScoreLimit(1e6)), NonFiniteGuard(), GradientNormMonitor()
-    ours = [guard, clipping, AccumulationRescaling(), monitor]
-    restore = [Restore(ours, *restored)] if restored else []
+    callbacks = [guard, clipping, AccumulationRescaling(BatchSize()), monitor]
+    if restored:
+        callbacks.insert(place, Restore(callbacks[:], *restored))
     torch.manual_seed(0)
-    trainer(*restore, *ours).fit(Poisoned({1: math.nan, 6: math.nan}), data(8))
+    trainer(*callbacks).fit(Poisoned({1: math.nan, 6: math.nan}), data(8))
     return clipping, guard, monitor
 
 
 @pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
-def test_callbacks_go_on_from_what_was_restored(trainer):
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_callbacks_go_on_from_what_was_restored(trainer, place):
     """Of the batches between nothing is left: norms, counts of bad steps, what limits remember."""
-    clipping, guard, monitor = fitted(trainer, 3, 5)
+    clipping, guard, monitor = fitted(trainer, 3, 5, place=place)
     _, _, whole = fitted(trainer)
     norms = whole.state_dict()["norms"][0]  # of the batches 0, 2, 3, 4, 5 and 7
     assert torch.equal(monitor.state_dict()["norms"][0], norms[[0, 1, 4, 5]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
-from clip_callbacks.core.parameters import Gradients, ParameterTable, learns
+from clip_callbacks.core.parameters import Gradients, ParameterTable, count_entries, learns
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
 
@@ -274,7 +274,7 @@ def _weight_norms_here(table: ParameterTable, norm_type: float, spec: Measuremen
     """
     dtype = torch.float64 if table.is_wide else torch.float32
     device = table.shards[0].device
-    places = [position for position in spec.weights if learns(table.tensors[position]) and table.shards[position].numel()]
+    places = [position for position in spec.weights if learns(table.tensors[position]) and count_entries(table.shards[position])]
     shards = [table.shards[position].detach() for position in places]
     if spec.by_unit:
         rows = [each for position, shard in zip(places, shards, strict=True) for each in table.rows(position, shard)]

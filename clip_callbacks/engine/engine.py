@@ -155,6 +155,9 @@ class StepEngine:
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
+        self._take_in_shapes()
+        if self.windows.looks_at_passes and self._optimizers.outdated:
+            self._renew()
         self.windows.before_backward(loss)
         if self._carries_losses and not self._rescaler.is_silent:
             self._loss_carrier.begin_pass(loss, self.contexts)
@@ -420,6 +423,7 @@ class StepEngine:
 
     def _context(self, optimizer: Optimizer) -> OptimizerContext:
         """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
+        self._take_in_shapes()
         context = self._optimizers.find(optimizer)
         if context is None:
             self.collect_pending()
@@ -428,6 +432,12 @@ class StepEngine:
         if context.is_outdated:
             self._renew()
         return context
+
+    def _take_in_shapes(self) -> None:
+        """Take up parameters of lazy modules once a forward pass has given them shapes."""
+        if self._optimizers.may_grow and self._optimizers.grown:
+            self.collect_pending()
+            self._optimizers.take_in_shapes()
 
     def _renew(self) -> None:
         """Take up what optimizers hold now; reports of deferred steps are of what they held before."""

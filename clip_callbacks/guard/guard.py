@@ -87,10 +87,9 @@ class Guard(Unguarded):
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed)
-        if self._restorer:
-            self._restorer.detach()
+        before = self._restorer.hand_over() if self._restorer else {}
         restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
-        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps)
+        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps, before)
         self._restorer = SkippedStepRestorer(scope)
         if self._options.rolls_back and not renewed:
             every, lr_factor = self._options.every, self._options.lr_factor

@@ -38,7 +38,9 @@ from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is
 from clip_callbacks.trainer.last_hook import LastHook
 from clip_callbacks.trainer.loss_carrier import LossCarrier
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+from clip_callbacks.trainer.unseen_steps import UnseenSteps
 
 DISCARD = Resolution(Action.SKIP, holds_scale=True)
 """What is done about gradients that mean nothing."""
@@ -91,6 +93,8 @@ class StepEngine:
         )
         self._judges_losses = self._guard.judges_losses
         self._last_hook: LastHook | None = None
+        self._second_clip: SecondClip | None = None
+        self._unseen_steps = UnseenSteps(module)
         # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
         # one makes a gradient NaN there, before gradients are averaged.
         self._carries_losses = trainer.world_size > 1 and self._judges_losses
@@ -142,6 +146,8 @@ class StepEngine:
             later: The callbacks that come later in the Trainer's list, those of the family left out.
         """
         self._last_hook = LastHook(self._module, later, self.step)
+        if self._clipper.has_limits:
+            self._second_clip = SecondClip(self._module)
         self._publisher.start_fit()
         self._guard.start_fit()
 
@@ -150,6 +156,7 @@ class StepEngine:
         kept = self._guard.keep_batch(batch, batch_idx)
         if self._optimizers.outdated:
             self._renew()
+        self._unseen_steps.begin_batch(self.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
@@ -186,6 +193,7 @@ class StepEngine:
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
         context = self._context(optimizer)
+        self._unseen_steps.note_step(context)
         if self._deferred.is_in_use:
             self._deferred.collect(context, self._learn)
             self._deferred.raise_errors([context])
@@ -273,7 +281,7 @@ class StepEngine:
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
         context, index = step.optimizer, step.optimizer.index
-        if not context.table.has_gradients:
+        if not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
             self._warn_of_no_gradient()
         if self._readers and step.is_new and self._publisher.is_logging_step:
             for monitor in self._readers:
@@ -345,6 +353,7 @@ class StepEngine:
 
     def end_batch(self, outputs: Any) -> None:
         """Let schedules go on; publish what the batch's steps reported."""
+        self._unseen_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.undo_pass(is_bad=is_bad)
@@ -355,12 +364,14 @@ class StepEngine:
 
     def end_epoch(self) -> None:
         """Undo what nobody will step for; publish the metrics of the epoch."""
+        self._unseen_steps.end_epoch()
         self._collect_and_raise()
         self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
 
     def end_fit(self) -> None:
         """Say in one table, and in a line each what only words can say, how the training went."""
+        self._unseen_steps.end_epoch()
         self._collect_and_raise()
         table = summary_table(self.contexts, clips=self._clipper.clips, skipped_steps_of=self._guard.skipped_steps_of)
         if table:
@@ -373,9 +384,11 @@ class StepEngine:
 
     def detach(self) -> None:
         """Let go of the module and its optimizers, and leave no hook on them."""
-        if self._last_hook is not None:
-            self._last_hook.detach()
-            self._last_hook = None
+        for hook in (self._second_clip, self._last_hook):
+            if hook is not None:
+                hook.detach()
+        self._second_clip = self._last_hook = None
+        self._unseen_steps.detach()
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()

@@ -121,6 +121,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the package tells of a run at its end: the table first, then lines."""
     lines: list[str] = []
     monkeypatch.setattr("clip_callbacks.engine.engine.rank_zero_info", lines.append)
+    monkeypatch.setattr("clip_callbacks.engine.search.rank_zero_info", lines.append)
     return lines
 
 

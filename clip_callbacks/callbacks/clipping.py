@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -112,6 +113,11 @@ class GradientClipping(GradientCallback):
 
     def _empty_state(self) -> dict[str, Any]:
         return {"limits": {}, "shadows": {}, "guard": {}}
+
+    def _for_search(self) -> GradientClipping:
+        searching = copy(self)
+        searching._guard_options = self._guard_options.for_search()
+        return searching
 
     def _leave(self) -> None:
         super()._leave()

@@ -113,6 +113,9 @@ class GradientNormMonitor(GradientCallback):
         self._part = Monitor(options, saved)
         return Parts(monitor=self._part, norm_type=self.norm_type, histories=saved.get("history", {}))
 
+    def _for_search(self) -> None:
+        """Steps of a search tell nothing of the run."""
+
     def _empty_state(self) -> dict[str, Any]:
         return {"norms": {}, "blocks": {}, "last_logged": {}, "noise": {}}
 

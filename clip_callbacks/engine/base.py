@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
+from clip_callbacks.engine.search import LearningRateSearch
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.compat import OtherCallback
 
@@ -34,6 +36,7 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
         self._driver: GradientCallback | None = None
         self._driven: tuple[GradientCallback, ...] = ()
         self._own_engine: StepEngine | None = None
+        self._search: LearningRateSearch | None = None
         self._part: Any = None
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
@@ -138,6 +141,21 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
         self._assemble(trainer, module)
         return True
 
+    def _for_search(self) -> GradientCallback | None:
+        """A copy for a search for the learning rate; None if it has no use there."""
+        return copy(self)
+
+    def _interrupt(self) -> None:
+        """Take the hooks of a fit off: its state comes back with a checkpoint."""
+        if self._own_engine:
+            self._own_engine.detach()
+
+    def _drop_search(self) -> None:
+        """Leave searches for the learning rate alone from now on."""
+        search, self._search = self._search, None
+        if search:
+            search.detach()
+
     def _end(self) -> None:
         """End a fit, for all callbacks."""
         try:
@@ -162,8 +180,12 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
         self.state_key = self._stable_key
+        self._drop_search()  # of a fit that nobody has ended
         if stage == "fit":
-            check_trainer(trainer, pl_module, [callback._facts() for callback in gradient_callbacks(trainer)])
+            callbacks = gradient_callbacks(trainer)
+            check_trainer(trainer, pl_module, [callback._facts() for callback in callbacks])
+            if callbacks[0] is self:
+                self._search = LearningRateSearch(trainer, pl_module, callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the engine; the first callback does it for all."""
@@ -220,11 +242,13 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
+        self._drop_search()
         if self._own_engine:
             self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
+        self._drop_search()
         if self._own_engine:
             self._own_engine.collect_at_last()
             self._end()
@@ -254,6 +278,7 @@ class GradientCallback(Callback, OtherCallback, ABC):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
         state = {**self.__dict__, "_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_last_report": None}
+        state["_search"] = None
         if self._engine:
             state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps}
         for name in ("log", "log_dict"):  # the module's: Lightning hangs them on every callback

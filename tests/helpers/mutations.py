@@ -63,7 +63,7 @@ FAULTS = [
     Fault("trainer/scheduler_hold.py", "self._skipped_batches += self._seen - self._window_start", "self._skipped_batches += 1", "guard"),
     Fault("guard/line_search.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
     Fault("trainer/grad_scaler.py", "finite.logical_not().float()", "finite.float()", "integration"),
-    Fault("guard/bad_steps.py", "return streak >= self._options.max_consecutive", "return streak > self._options.max_consecutive", "guard"),
+    Fault("guard/bad_steps.py", "streak >= self._options.max_consecutive", "streak > self._options.max_consecutive", "guard"),
     Fault("guard/bad_steps.py", "if self.last_bad != number - 1 or not self.streak:", "if not self.streak:", "guard"),
     Fault("trainer/learning_rates.py", "if id(value) not in done:", "if True:", "guard"),
     Fault("accumulation/microbatches.py", "            self._buffers.restore()\n", "", "accumulation"),
@@ -80,6 +80,10 @@ FAULTS = [
     Fault("trainer/averages.py", "_latest_update_step = self._trainer.global_step + 1", "_latest_update_step = self._trainer.global_step", "guard"),
     Fault("trainer/last_hook.py", "self.takes_over = overrides(module, HOOK)", "self.takes_over = False", "integration"),
     Fault("accumulation/windows.py", "self._spoilt[index] = reason", "pass", "guard"),
+    Fault("trainer/written_buffers.py", "            self._await_lazy()\n", "", "integration"),
+    Fault("guard/written_buffers.py", "return dict(before)", "pass", "integration"),
+    Fault("trainer/unseen_steps.py", "return len(written) > len(others)", "return bool(written)", "integration"),
+    Fault("guard/options.py", "hold_schedulers=False,\n            deferred", "deferred", "integration"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
 ]  # fmt: skip
 

@@ -19,13 +19,13 @@ class ManualWindow:
     """
 
     def __init__(self, context: OptimizerContext) -> None:
-        self._context = context
+        self.context = context
         self.window = Window(divisor=1)
-        self._seen = fingerprints(self._context.table)
+        self._seen = fingerprints(self.context.table)
 
     def before_backward(self) -> None:
         """See whether the gradients were set to zero since the last backward pass."""
-        present = fingerprints(self._context.table)
+        present = fingerprints(self.context.table)
         is_sharded = self._reduction is not None
         # An empty shard never changes: where ranks hold shards, only entries tell, and one collective for all of them.
         has_gradients = (not is_sharded and present == self._seen) or not self._is_zero()
@@ -37,14 +37,14 @@ class ManualWindow:
 
     def after_backward(self, weight: float) -> None:
         """See whether the pass reached a gradient of this optimizer."""
-        present = fingerprints(self._context.table)
+        present = fingerprints(self.context.table)
         if self._agreed(present != self._seen):
             self.window.add(weight)
         self._seen = present
 
     @property
     def _reduction(self) -> Reduction | None:
-        return self._context.table.reduction
+        return self.context.table.reduction
 
     def _agreed(self, flag: bool) -> bool:
         """Whether it holds on any rank: an empty shard tells nothing."""
@@ -54,7 +54,7 @@ class ManualWindow:
 
     def _gradients(self) -> list[Tensor]:
         """This rank's shards of the gradients that there are."""
-        gradients = (tensor.grad for tensor in self._context.table.tensors)
+        gradients = (tensor.grad for tensor in self.context.table.tensors)
         return [shard_of(gradient) for gradient in gradients if gradient is not None]
 
     def _is_zero(self) -> bool:

@@ -33,7 +33,6 @@ class MicroBatches:
 
     Args:
         module: The module in training.
-        contexts: Its optimizers.
         restore_buffers: Whether a dropped micro-batch's effect on buffers is undone.
         drops: Whether bad ones are dropped, or all only measured.
         parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
@@ -45,14 +44,13 @@ class MicroBatches:
     def __init__(
         self,
         module: LightningModule,
-        contexts: Sequence[OptimizerContext],
         *,
         restore_buffers: bool,
         drops: bool,
         parallel: DistributedDataParallel | None = None,
     ) -> None:
-        self._contexts = contexts
-        self._tensors = [tensor for context in contexts for tensor in context.table.tensors]
+        self._contexts: Sequence[OptimizerContext] = ()
+        self._tensors: list[Tensor] = []
         self._drops = drops
         self._parallel = parallel
         self._averages = False
@@ -64,6 +62,11 @@ class MicroBatches:
         self._buffers = BufferCopies(self._written) if self._written else None
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
+
+    def meet(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Take up what the optimizers hold now; a window under way goes on."""
+        self._contexts = contexts
+        self._tensors = [tensor for context in contexts for tensor in context.table.tensors]
 
     def begin_batch(self, batch: Any) -> None:
         """Keep buffers as they are before the micro-batch, and its size."""
@@ -151,6 +154,11 @@ class MicroBatches:
                 tensor.grad = old
             else:
                 tensor.grad = old + tensor.grad
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        if self._written:
+            self._written.detach()
 
     def end_window(self) -> None:
         """Begin a new window."""

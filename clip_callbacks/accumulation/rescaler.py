@@ -128,7 +128,8 @@ class Rescaler(NoRescaling):
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         self._contexts |= {context.index: context for context in contexts}
         if self._divides_manually:
-            self._manual |= {context.index: ManualWindow(context) for context in contexts}
+            same = {window.context: window for window in self._manual.values()}
+            self._manual |= {context.index: same.get(context) or ManualWindow(context) for context in contexts}
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Ask for the weight of the batch; set gradients to zero that a step has used and Lightning will not.

@@ -47,6 +47,7 @@ class Windows:
         in_window: Whether there was a backward pass since the last step of any optimizer.
         has_backward: Whether there was one in this batch.
         has_step: Whether a step was decided in this batch.
+        looks_at_passes: Whether each backward pass matters, so that optimizers are to be known by then.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
@@ -63,6 +64,7 @@ class Windows:
         self._before_pass: dict[int, Fingerprints] = {}
         self._are_several = False
         self.kept: KeptBatch | None = None
+        self.looks_at_passes = rescaler.watches_passes
         self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
@@ -261,22 +263,17 @@ class InspectedWindows(Windows):
         restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
     """
 
-    _inspected: MicroBatches
-
     def __init__(
         self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool, restore_buffers: bool
     ) -> None:
         super().__init__(trainer, module, rescaler)
-        self._drops = drops
-        self._restore_buffers = restore_buffers
+        self.looks_at_passes = True
+        self._inspected = MicroBatches(module, restore_buffers=restore_buffers, drops=drops, parallel=data_parallel(trainer))
 
     @override
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
         super().attach(changed, contexts)
-        parallel = data_parallel(self._trainer)
-        self._inspected = MicroBatches(
-            self._module, contexts, restore_buffers=self._restore_buffers, drops=self._drops, parallel=parallel
-        )
+        self._inspected.meet(contexts)
 
     @override
     def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
@@ -318,6 +315,11 @@ class InspectedWindows(Windows):
             norms = self._norms(report)
         self._inspected.end_window()
         return norms
+
+    @override
+    def detach(self) -> None:
+        super().detach()
+        self._inspected.detach()
 
     def _norms(self, report: StepReport) -> WindowNorms | None:
         """Norms of the micro-batches and of their mean, without Lightning's division by N and the loss scale."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 
@@ -23,7 +24,7 @@ def zero_backward(loss: Tensor, parameters: Iterable[Tensor]) -> list[RemovableH
         The hooks, to be taken off after the pass.
     """
     hooks: list[RemovableHandle] = [node.register_hook(_zeros) for node in _nodes(loss)]
-    each = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
+    each = {id(tensor): tensor for tensor in parameters if tensor.requires_grad and not is_lazy(tensor)}
     return hooks + [tensor.register_hook(torch.zeros_like) for tensor in each.values()]  # type: ignore[no-untyped-call]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.clipping.clipper import Clipper, names_of
@@ -134,6 +135,11 @@ class GradientClipping(GradientCallback):
             guard = {"guard": bad_step_counts(others)}
             self._saved = {"history": {}, **self._empty_state(), **self._saved, **guard}
         return anew
+
+    def _for_search(self) -> GradientClipping:
+        searching = copy(self)
+        searching._guard_options = self._guard_options.for_search()
+        return searching
 
     def _leave(self) -> None:
         super()._leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +240,11 @@ class NonFiniteGuard(GradientCallback):
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Guard(trainer, self._options, saved)
         return Parts(guard=self._part, summary=self.summary, histories=saved.get("history", {}))
+
+    def _for_search(self) -> NonFiniteGuard:
+        searching = copy(self)
+        searching._options = self._options.for_search()
+        return searching
 
     def _empty_state(self) -> dict[str, Any]:
         return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}

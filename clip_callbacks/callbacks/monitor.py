@@ -123,6 +123,9 @@ class GradientNormMonitor(GradientCallback):
             histograms=self.histograms,
         )
 
+    def _for_search(self) -> None:
+        """Steps of a search tell nothing of the run."""
+
     def _empty_state(self) -> dict[str, Any]:
         return {"norms": {}, "blocks": {}, "last_logged": {}, "noise": {}}
 

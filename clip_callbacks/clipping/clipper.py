@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing_extensions import override
 
 from clip_callbacks.clipping.limit_memory import LimitMemory
 from clip_callbacks.core.limit_state import Misfits, NamedLimitState
-from clip_callbacks.core.limits import Limit, labels
+from clip_callbacks.core.limits import FixedLimit, Limit, as_limit, labels
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
     CLIP_FRACTION,
@@ -35,6 +36,8 @@ class Unclipped:
 
     clips = False
     """Whether there is anything that may clip."""
+    has_limits = False
+    """Whether any norm, or any entry, has a limit; else all is only measured."""
     clip_value: float | None = None
     """The largest entry afterwards."""
 
@@ -104,6 +107,7 @@ class Clipper(Unclipped):
         self._all_rules = rules
         self._all_shadows = shadows
         self.clip_value = clip_value
+        self.has_limits = clip_value is not None or any(as_limit(rule.max_norm) != FixedLimit(math.inf) for rule in rules)
         self._rules: dict[int, list[ClipRule]] = {}
         self._shadows: dict[int, list[ClipRule]] = {}
         self._all_states: dict[int, list[NamedLimitState]] = {}

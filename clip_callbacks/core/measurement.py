@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.losses import are_finite, sum_of
-from clip_callbacks.core.parameters import Gradients, ParameterTable, learns
+from clip_callbacks.core.parameters import Gradients, ParameterTable, count_entries, learns
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
 
@@ -281,7 +281,7 @@ def _weight_norms_here(table: ParameterTable, norm_type: float, spec: Measuremen
     if not spec.weights:
         return None
     dtype, device = _dtype(table), _device(table)
-    places = [position for position in spec.weights if learns(table.tensors[position]) and table.shards[position].numel()]
+    places = [position for position in spec.weights if learns(table.tensors[position]) and count_entries(table.shards[position])]
     shards = [table.shards[position].detach() for position in places]
     if spec.by_unit:
         rows = [each for position, shard in zip(places, shards, strict=True) for each in table.rows(position, shard)]

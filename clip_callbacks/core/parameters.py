@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clip_callbacks.core.blocks import EVERYTHING, OUTSIDE, SCOPES, Partition, Scope, Selection, unknown_scope
@@ -24,6 +25,9 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 @dataclass(frozen=True, eq=False)
 class ParameterTable:
     """The parameters that take part in one optimizer step, each once, and what blocks they can form.
+
+    A parameter of a lazy module has no shape before its first forward pass: until then it counts as empty, and a table that is to
+    know its shape is made after that.
 
     Build it once (:meth:`of_optimizer`, :meth:`of_named`) and pass it to :func:`~clip_callbacks.clip_step` at every step. A
     parameter that stands in it twice, as tied weights do, is counted once, under its first name.
@@ -199,7 +203,7 @@ class ParameterTable:
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the parameters, undivided."""
-        return self.reduction.shapes if self.reduction else tuple(tuple(tensor.shape) for tensor in self.tensors)
+        return self.reduction.shapes if self.reduction else tuple(map(_shape_of, self.tensors))
 
     @cached_property
     def units(self) -> Units:
@@ -224,7 +228,7 @@ class ParameterTable:
 
     @cached_property
     def _filled(self) -> tuple[list[int], list[Tensor]]:
-        places = [position for position, shard in enumerate(self.shards) if shard.numel()]
+        places = [position for position, shard in enumerate(self.shards) if count_entries(shard)]
         return places, [self.tensors[position] for position in places]
 
     def gradients(self, *, bucketed: bool = True) -> Gradients:
@@ -342,6 +346,23 @@ def learns(parameter: Tensor) -> bool:
     What is frozen is not judged as numbers: there may be codes in it, packed into any dtype, which look like NaN in some.
     """
     return parameter.requires_grad or parameter.grad is not None
+
+
+def renormalized_weights(module: nn.Module) -> Iterator[Tensor]:
+    """The weights that an embedding renormalizes in its forward pass."""
+    for each in module.modules():
+        weight = each._parameters.get("weight")
+        if weight is not None and getattr(each, "max_norm", None) is not None:
+            yield weight
+
+
+def count_entries(tensor: Tensor) -> int:
+    """How many entries a tensor has; none if it is of a lazy module that has not run yet."""
+    return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return (0,) if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def without_wrappers(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import Resumption, State, bad_step_counts, check_histories, is_of_the_family, reading, warn_of
+from clip_callbacks.engine.search import LearningRateSearch
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.guest import Guest
 from clip_callbacks.trainer.last_run import LastRun
@@ -38,6 +40,7 @@ class GradientCallback(ReturningCallback, Guest):
         self._driver: GradientCallback | None = None
         self._driven: tuple[GradientCallback, ...] = ()
         self._own_engine: StepEngine | None = None
+        self._search: LearningRateSearch | None = None
         self._part: Any = None
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
@@ -227,6 +230,21 @@ class GradientCallback(ReturningCallback, Guest):
             if callback._batch is not None:
                 callback._begin_batch(batch, batch_idx)
 
+    def _for_search(self) -> GradientCallback | None:
+        """A copy for a search for the learning rate; None if it has no use there."""
+        return copy(self)
+
+    def _interrupt(self) -> None:
+        """Take the hooks of a fit off: its state comes back with a checkpoint."""
+        if self._own_engine:
+            self._own_engine.detach()
+
+    def _drop_search(self) -> None:
+        """Leave searches for the learning rate alone from now on."""
+        search, self._search = self._search, None
+        if search:
+            search.detach()
+
     def _end(self) -> None:
         """End a fit, for all callbacks."""
         try:
@@ -251,10 +269,14 @@ class GradientCallback(ReturningCallback, Guest):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
         self.state_key = self._stable_key
+        self._drop_search()  # of a fit that nobody has ended
         if stage == "fit":
-            check_trainer(trainer, pl_module, [callback._facts() for callback in gradient_callbacks(trainer)])
+            callbacks = gradient_callbacks(trainer)
+            check_trainer(trainer, pl_module, [callback._facts() for callback in callbacks])
             self._restart(trainer, pl_module)
             self._return_results_of(trainer)
+            if callbacks[0] is self:
+                self._search = LearningRateSearch(trainer, pl_module, callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the engine; the first callback does it for all."""
@@ -309,6 +331,7 @@ class GradientCallback(ReturningCallback, Guest):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
+        self._drop_search()
         if self._own_engine:
             self._end()
         if stage == "fit":  # Lightning's searches before a fit restore a state and leave it here
@@ -316,6 +339,7 @@ class GradientCallback(ReturningCallback, Guest):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
+        self._drop_search()
         if self._own_engine:
             self._own_engine.collect_at_last()
             self._end()
@@ -358,7 +382,7 @@ class GradientCallback(ReturningCallback, Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
-        state = {**super().__getstate__(), "_driver": None, "_driven": (), "_own_engine": None, "_part": None}
+        state = {**super().__getstate__(), "_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None}
         if self._engine:
             state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}
         return state | {"_last_run": LastRun(), "_batch": None}

@@ -38,7 +38,9 @@ from clip_callbacks.trainer.last_hook import LastHook
 from clip_callbacks.trainer.loss_carrier import LossCarrier
 from clip_callbacks.trainer.messages import is_silent, tell
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+from clip_callbacks.trainer.unseen_steps import UnseenSteps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -95,6 +97,8 @@ class StepEngine:
         )
         self._judges_losses = self._guard.judges_losses
         self._last_hook: LastHook | None = None
+        self._second_clip: SecondClip | None = None
+        self._unseen_steps = UnseenSteps(module)
         # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
         # one makes a gradient NaN there, before gradients are averaged.
         self._carries_losses = trainer.world_size > 1 and self._judges_losses
@@ -146,6 +150,8 @@ class StepEngine:
             later: The callbacks that come later in the Trainer's list, those of the family left out.
         """
         self._last_hook = LastHook(self._module, later, self.step)
+        if self._clipper.has_limits:
+            self._second_clip = SecondClip(self._module)
         self._publisher.start_fit()
         self._guard.start_fit()
 
@@ -154,11 +160,15 @@ class StepEngine:
         kept = self._guard.keep_batch(batch, batch_idx)
         if self._optimizers.outdated:
             self._renew()
+        self._unseen_steps.begin_batch(self.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
+        self._take_in_shapes()
+        if self.windows.looks_at_passes and self._optimizers.outdated:
+            self._renew()
         self.windows.before_backward(loss)
         if self._carries_losses and not self._rescaler.is_silent:
             self._loss_carrier.begin_pass(loss, self.contexts)
@@ -190,6 +200,7 @@ class StepEngine:
 
     def _step(self, optimizer: Optimizer) -> None:
         context = self._context(optimizer)
+        self._unseen_steps.note_step(context)
         if self._deferred.is_in_use:
             self._deferred.collect(context, self._learn)
             self._deferred.raise_errors([context])
@@ -277,7 +288,7 @@ class StepEngine:
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
         context, index = step.optimizer, step.optimizer.index
-        if not context.table.has_gradients:
+        if not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
             self._warn_of_no_gradient()
         if self._readers and step.is_new and self._publisher.is_logging_step:
             for monitor in self._readers:
@@ -349,6 +360,7 @@ class StepEngine:
 
     def end_batch(self, outputs: Any) -> None:
         """Let schedules go on; publish what the batch's steps reported."""
+        self._unseen_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.undo_pass(is_bad=is_bad)
@@ -360,12 +372,14 @@ class StepEngine:
 
     def end_epoch(self) -> None:
         """Undo what nobody will step for; publish the metrics of the epoch."""
+        self._unseen_steps.end_epoch()
         self._collect_and_raise()
         self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
 
     def end_fit(self) -> None:
         """Say in one table, and in a line each what only words can say, how the training went."""
+        self._unseen_steps.end_epoch()
         self._collect_and_raise()
         if self._summary and not is_silent(self._trainer):
             for text in self._summed_up():
@@ -381,9 +395,11 @@ class StepEngine:
 
     def detach(self) -> None:
         """Let go of the module and its optimizers, and leave no hook on them."""
-        if self._last_hook is not None:
-            self._last_hook.detach()
-            self._last_hook = None
+        for hook in (self._second_clip, self._last_hook):
+            if hook is not None:
+                hook.detach()
+        self._second_clip = self._last_hook = None
+        self._unseen_steps.detach()
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()
@@ -431,6 +447,7 @@ class StepEngine:
 
     def _context(self, optimizer: Optimizer) -> OptimizerContext:
         """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
+        self._take_in_shapes()
         context = self._optimizers.find(optimizer)
         if context is None:
             self.collect_pending()
@@ -439,6 +456,12 @@ class StepEngine:
         if context.is_outdated:
             self._renew()
         return context
+
+    def _take_in_shapes(self) -> None:
+        """Take up parameters of lazy modules once a forward pass has given them shapes."""
+        if self._optimizers.may_grow and self._optimizers.grown:
+            self.collect_pending()
+            self._optimizers.take_in_shapes()
 
     def _renew(self) -> None:
         """Take up what optimizers hold now; reports of deferred steps are of what they held before."""

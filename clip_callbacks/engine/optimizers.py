@@ -33,6 +33,7 @@ class Optimizers:
 
     Attributes:
         contexts: What each optimizer has in this fit.
+        may_grow: Whether any of them holds parameters of lazy modules that have not run yet.
 
     Raises:
         ValueError: If something asked for cannot be done with these optimizers.
@@ -70,6 +71,26 @@ class Optimizers:
     def outdated(self) -> list[OptimizerContext]:
         """The optimizers that hold other parameters than they did."""
         return [context for context in self.contexts if context.is_outdated]
+
+    @property
+    def grown(self) -> list[OptimizerContext]:
+        """The optimizers of whose lazy parameters a forward pass has made some."""
+        return [context for context in self.contexts if context.has_grown]
+
+    def take_in_shapes(self) -> None:
+        """Learn the shapes of parameters that were lazy: the same tensors, so that nothing else of a window under way changes."""
+        if self.outdated:
+            self.renew()
+        grown = self.grown
+        for context in grown:
+            context.tabulate(self._module)
+        self._meet_tables(grown, [name for context in grown for name in context.table.names], renewed=True)
+        for context in grown:
+            self._deferred.register(context)
+        self._note_lazy()
+
+    def _note_lazy(self) -> None:
+        self.may_grow = any(context.is_lazy for context in self.contexts)
 
     def renew(self) -> None:
         """Take up what the optimizers hold now."""
@@ -111,14 +132,18 @@ class Optimizers:
             names: The names that patterns may match.
             renewed: Whether the fit is under way.
         """
-        parts = self._components
-        parts.clipper.attach(changed, names, renewed=renewed)
-        for monitor in parts.monitors:
-            monitor.attach(changed, names, renewed=renewed)
+        self._meet_tables(changed, names, renewed=renewed)
         self._windows.attach(changed, self.contexts)
-        parts.guard.attach(self._module, self.contexts, (parts.clipper,))
+        self._components.guard.attach(self._module, self.contexts, (self._components.clipper,))
         for context in self.contexts:
             self._deferred.register(context)
+        self._note_lazy()
+
+    def _meet_tables(self, changed: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
+        """Have those parts meet the optimizers that form blocks of their parameters: arguments as for :meth:`_attach`."""
+        self._components.clipper.attach(changed, names, renewed=renewed)
+        for monitor in self._components.monitors:
+            monitor.attach(changed, names, renewed=renewed)
 
     def detach(self) -> None:
         """Leave nothing on the optimizers of what did not ride with their steps."""

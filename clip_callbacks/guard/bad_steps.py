@@ -249,7 +249,7 @@ class BadStepLog:
         facts = {**step.place, "policy": "microbatch", **findings.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_window=False, is_guilty=is_guilty(step, findings))
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
-        _warn(message.text(": the micro-batch is dropped from its window."))
+        self._warn(message.text(": the micro-batch is dropped from its window."))
 
     def _lost_metrics(self, step: StepContext, findings: Findings) -> list[str]:
         """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
@@ -274,7 +274,7 @@ class BadStepLog:
         if names:
             place = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, rank {trainer.global_rank}"
             listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-            _warn(
+            self._warn(
                 f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed}. "
                 f"They are put back to what they were before {since}."
             )
@@ -295,15 +295,20 @@ class BadStepLog:
             end = ""
             if self._options.policy != "ignore":
                 end = f", {self._options.max_consecutive} stop the run"
-            _warn(message.text(f": {message.done} ({number}{end})."))
+            self._warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_go_back(streak):
-            _warn(message.text(f": {number}. {self._go_back(step)}"))
+            self._warn(message.text(f": {number}. {self._go_back(step)}"))
         else:
             raise NonFiniteGradientError(message.text(f": {number} ({self._cap}).", message.advice))
 
     def _is_over(self, streak: int) -> bool:
-        """Whether a streak ends with this step: what is ignored has no end."""
-        return streak >= self._options.max_consecutive and self._options.policy != "ignore"
+        """Whether a streak ends with this step: what is ignored has no end, nor has a search for the learning rate."""
+        has_end = self._options.policy != "ignore" and not self._options.in_search
+        return has_end and streak >= self._options.max_consecutive
+
+    def _warn(self, text: str) -> None:
+        if not self._options.in_search:
+            rank_zero_warn(text, category=RuntimeWarning)
 
     def _go_back(self, step: StepContext) -> str:
         """Have the run go back to earlier weights at the end of this step; that in a sentence, and in a line of the journal."""
@@ -330,7 +335,3 @@ class BadStepLog:
         if self._counts.rollbacks >= self._options.max_rollbacks:
             return f"{cap}, after {self._counts.rollbacks} rollbacks, max_rollbacks={self._options.max_rollbacks}"
         return f"{cap}, and no good step to go back to{self._rollback.since}"
-
-
-def _warn(text: str) -> None:
-    rank_zero_warn(text, category=RuntimeWarning)

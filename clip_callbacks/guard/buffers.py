@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
@@ -24,6 +27,10 @@ class Buffers(Resource):
         self._window = window
         self._batch = batch
 
+    def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
+        """Whether it serves the same optimizers with other parameters as well, so that a window under way keeps its copies."""
+        return True
+
     def look_unless_old(self) -> None:
         """Find what has changed in a window that may be skipped: contents are read in the first windows only."""
         if self._written.is_young:
@@ -39,6 +46,13 @@ class Buffers(Resource):
             rank_zero_warn(
                 f"The buffers {', '.join(at_first)} are not finite and were written through `.data`, which no version counter "
                 "shows: they are put back to what they were when the fit began. From now on they are put back as all others.",
+                category=RuntimeWarning,
+            )
+        if made := self._written.begin_anew():
+            rank_zero_warn(
+                f"The buffers {', '.join(made)} are not finite and were made in a batch that is skipped, after it had begun: "
+                "nobody knows what they were. Batch statistics begin anew, others stay. Make modules before a batch, as in "
+                "on_train_epoch_start.",
                 category=RuntimeWarning,
             )
         if lost:
@@ -62,6 +76,10 @@ class Buffers(Resource):
         if bad or is_bad:
             self.put_back(copies)
         return bad
+
+    @override
+    def detach(self) -> None:
+        self._written.detach()
 
     @override
     def before(self) -> dict[int, Tensor]:

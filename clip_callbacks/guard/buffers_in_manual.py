@@ -49,11 +49,16 @@ class _InManual(Buffers, ABC):
 
     def __init__(self, context: OptimizerContext, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
         super().__init__(written, window, batch)
+        self._context = context
         self._hooks: list[RemovableHandle] = []
         self._is_bad = False
         self._searches = isinstance(context.optimizer, LBFGS)
         if self._searches:  # its closures go on after the point at which its step is judged
             self._hooks.append(context.optimizer.register_step_post_hook(self._after_search))
+
+    @override
+    def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
+        return any(context is self._context for context in contexts)
 
     @override
     def commit(self, step: StepContext) -> None:
@@ -97,6 +102,7 @@ class _InManual(Buffers, ABC):
 
     @override
     def detach(self) -> None:
+        super().detach()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -197,11 +203,21 @@ class _OneOfSeveral(_InManual):
 
         super().__init__(context, common.written, window=BufferCopies(common.written, is_own), batch=common.at_batch)
         self._index = index
+        self._holders = holders
         self._foreign = BufferCopies(common.written, lambda slot: not is_own(slot))
         self._common = common
         self._has_begun = False
         self._foreign_is_last = True
         common.members.append(self)
+
+    @override
+    def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
+        """Where no layer has gone from one optimizer to another; those that are new are met."""
+        now = _holders(self._common.written.module, contexts)
+        if not super().goes_on(contexts) or any(now.get(layer, held) != held for layer, held in self._holders.items()):
+            return False
+        self._holders.update(now)
+        return True
 
     @property
     def _is_first(self) -> bool:

@@ -100,7 +100,7 @@ class BundleWriter:
 
     def _state(self, trainer: Trainer, before: Mapping[int, Tensor]) -> dict[str, Any]:
         live = self._module.state_dict(keep_vars=True)
-        weights = {name: encoded(before.get(id(value), _data(value))) for name, value in live.items()}
+        weights = {name: encoded(before.get(id(value), _data(value))) for name, value in live.items() if not is_lazy(value)}
         return {WEIGHTS: {"module": weights}, OPTIMIZERS: [encoded(optimizer.state_dict()) for optimizer in trainer.optimizers]}
 
     def _module_facts(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
@@ -97,10 +98,9 @@ class Guard(Unguarded):
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
-        if self._restorer:
-            self._restorer.detach()
+        before = self._restorer.hand_over() if self._restorer else {}
         restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
-        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps)
+        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps, before)
         self._restorer = SkippedStepRestorer(scope)
         if self._options.rolls_back and not renewed:
             every, lr_factor = self._options.every, self._options.lr_factor
@@ -196,6 +196,8 @@ class Guard(Unguarded):
             return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
         if not measured.norms.is_finite:
             return self._resolve_nonfinite(step)
+        if _is_undone(step):
+            return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
         if measured.is_spike:
             assert measured.threshold is not None
             norms = measured.norms
@@ -237,7 +239,7 @@ class Guard(Unguarded):
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
         # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
-        return Resolution(action if step.is_new else Action.CLIP, StepOutcome.SKIPPED, holds_scale=True)
+        return Resolution(Action.CLIP if _searches(step) else action, StepOutcome.SKIPPED, holds_scale=True)
 
     def _look_at(
         self, step: StepContext, *, after_good_step: bool = False, none_was_good: bool = False, norms: Tensor | None = None
@@ -397,3 +399,14 @@ class Guard(Unguarded):
         self.rollback = NoRollback()  # its memory
         self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.journal.detach()
+
+
+def _searches(step: StepContext) -> bool:
+    """Whether this is a further point of a line search, which goes back in the end if any point was bad."""
+    return not step.is_new and isinstance(step.optimizer.optimizer, LBFGS)
+
+
+def _is_undone(step: StepContext) -> bool:
+    """Whether an earlier pass of the same step was bad, as of SAM, which needs two: a good one after it has no use."""
+    report = step.optimizer.report
+    return not step.is_new and not _searches(step) and report is not None and report.outcome.is_skipped

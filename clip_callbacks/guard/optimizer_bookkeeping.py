@@ -9,6 +9,7 @@ the model is as it was, and a run need not end at its first bad batch because la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -73,15 +74,23 @@ class OptimizerBookkeeping(Resource):
         self.detach()
         if is_called:
             before = _Before(self._context)
-            self._take_back = at_end_of_step(self._trainer, self._context.optimizer, lambda: self._end_step(before))
+            end = partial(self._end_step, before, has_moved=not step.is_new)
+            self._take_back = at_end_of_step(self._trainer, self._context.optimizer, end)
 
     @override
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
         self.abort(step, is_called=is_called)
 
-    def _end_step(self, before: _Before) -> None:
+    def _end_step(self, before: _Before, *, has_moved: bool) -> None:
+        """See what the optimizer has changed.
+
+        Args:
+            before: The optimizer at the verdict.
+            has_moved: Whether it had called its closure before, as SAM does, and may have left the parameters somewhere else.
+        """
         self._take_back = None
-        before.check_parameters()
+        if not has_moved:
+            before.check_parameters()
         changed = before.put_back()
         if changed and not self._has_warned:
             self._has_warned = True

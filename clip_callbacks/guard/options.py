@@ -21,7 +21,7 @@ EVERY, MAX_ROLLBACKS, LR_FACTOR = 100, 3, 1.0
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """The arguments of :class:`~clip_callbacks.NonFiniteGuard`, which documents them.
+    """The arguments of :class:`~clip_callbacks.NonFiniteGuard`, which documents them, and whether this is a learning-rate search.
 
     Raises:
         ValueError: If one is out of its range, or does not go with another one.
@@ -43,6 +43,7 @@ class GuardOptions:
     every: int = EVERY
     max_rollbacks: int = MAX_ROLLBACKS
     lr_factor: float = LR_FACTOR
+    in_search: bool = False
 
     def __post_init__(self) -> None:
         """Check every argument, and what goes together."""
@@ -79,6 +80,22 @@ class GuardOptions:
                 raise ValueError(
                     f'`{argument}` must be left at {default} without rollbacks, got {value!r}: set on_streak="rollback".'
                 )
+
+    def for_search(self) -> GuardOptions:
+        """The options for a search for the learning rate, which is to go on whatever comes: bad steps are skipped without a word.
+
+        Schedules do not stand still, since that of the search is what it is about, and nothing is left behind.
+        """
+        policy: Policy = "skip" if self.policy == "raise" else self.policy
+        return GuardOptions(
+            policy,
+            level=self.level,
+            restore_buffers=self.restore_buffers,
+            hold_schedulers=False,
+            deferred=self.deferred,
+            skip_above=self.skip_above,
+            in_search=True,
+        )
 
     @property
     def ceiling(self) -> Limit | None:

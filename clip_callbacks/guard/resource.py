@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from clip_callbacks.trainer.step_context import StepContext
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+Kind = TypeVar("Kind", bound="Resource")
 
 
 class Resource:
@@ -122,6 +124,7 @@ class ResourceScope:
         restore_buffers: Whether buffers that forward passes write to are put back.
         schedules: What holds schedules.
         skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
+        before: The resources of each optimizer until now, by its number, where it has taken up other parameters in mid-fit.
         put_back: The ``id`` of each parameter that a forward pass rewrites, and a skip puts back; grows as they are found.
     """
 
@@ -131,7 +134,12 @@ class ResourceScope:
     restore_buffers: bool
     schedules: SchedulerHold
     skipped_steps: Callable[[], int]
+    before: Mapping[int, Sequence[Resource]] = field(default_factory=dict)
     put_back: set[int] = field(default_factory=set)
+
+    def resource_before(self, index: int, kind: type[Kind]) -> Kind | None:
+        """The resource of a kind that an optimizer had until now, if it had one."""
+        return next((resource for resource in self.before.get(index, ()) if isinstance(resource, kind)), None)
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from clip_callbacks.guard.averages import averages
+from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.optimizer_bookkeeping import optimizer_bookkeeping
 from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
@@ -148,6 +149,17 @@ class SkippedStepRestorer:
         """Why the host must know at once whether a step is skipped, if it must."""
         reasons = (resource.reason_against_deferral() for resource in self._resources[context.index])
         return next((reason for reason in reasons if reason), None)
+
+    def hand_over(self) -> dict[int, list[Resource]]:
+        """Take all hooks off but those of what puts buffers back, which are the module's and not the optimizers'.
+
+        Returns:
+            The resources of each optimizer, by its number, for those that follow them.
+        """
+        for resource in self._each:
+            if not isinstance(resource, Buffers):
+                resource.detach()
+        return self._resources
 
     def detach(self) -> None:
         """Take all hooks off."""

@@ -7,15 +7,16 @@ undone too. In passes without a step nothing is put back: such a rewriting does 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from operator import attrgetter
+from collections.abc import Collection
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.core.nonfinite import has_arithmetic
+from clip_callbacks.core.parameters import renormalized_weights
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.end_of_step import at_end_of_step
@@ -30,21 +31,11 @@ WATCHED_WINDOWS = 3
 WATCHED_EVERY = 64
 """One of so many later windows is watched: two looks at the version counters of all parameters."""
 
-_version = attrgetter("_version")
-
 
 def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
     """Make the resource of each optimizer."""
-    known = set(_renormalized(scope.module))
+    known = set(renormalized_weights(scope.module))
     return {context.index: RewrittenParameters(scope, context, known) for context in scope.contexts}
-
-
-def _renormalized(module: nn.Module) -> Iterator[Tensor]:
-    """The weights that an embedding renormalizes in its forward pass."""
-    for each in module.modules():
-        weight = each._parameters.get("weight")
-        if weight is not None and getattr(each, "max_norm", None) is not None:
-            yield weight
 
 
 class RewrittenParameters(Resource):
@@ -67,12 +58,14 @@ class RewrittenParameters(Resource):
         self._lost: list[str] = []
         self._windows = 0
         self._has_pass = self._is_told = self._is_watching = False
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
+        before = scope.resource_before(context.index, RewrittenParameters)
+        kept = before._copies.copies() if before else {}
         for name, tensor in self._tensors.items():
-            if tensor in known and fits_among_others(tensor):
+            if (tensor in known or id(tensor) in kept) and fits_among_others(tensor):
                 self._rewritten.add(name)
                 self._put_back.add(id(tensor))
-                self._copies.add(name, tensor, None)
+                self._copies.add(name, tensor, kept.get(id(tensor)))
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
@@ -85,12 +78,13 @@ class RewrittenParameters(Resource):
         if self._is_watching:
             if self._windows == 1:
                 self._suspect()
-            self._versions = list(map(_version, self._tensors.values()))
+            self._versions = [None if is_lazy(tensor) else tensor._version for tensor in self._tensors.values()]
 
     def _suspect(self) -> None:
         """Copy parameters for the first window, small ones first."""
         room = FIRST_COPIES
-        for name, tensor in sorted(self._tensors.items(), key=lambda item: item[1].numel()):
+        there = [(name, tensor) for name, tensor in self._tensors.items() if not is_lazy(tensor)]
+        for name, tensor in sorted(there, key=lambda item: item[1].numel()):
             room -= tensor.numel() * tensor.element_size()
             if room >= 0 and name not in self._rewritten and has_arithmetic(shard_of(tensor)) and fits_among_others(tensor):
                 self._suspects.add(name, tensor, None)
@@ -114,6 +108,8 @@ class RewrittenParameters(Resource):
         suspects = dict(self._suspects.named())
         for (name, tensor), version in zip(self._tensors.items(), self._versions, strict=True):
             if name in self._rewritten or not fits_among_others(tensor):
+                continue
+            if version is None:  # of a lazy module, whose first forward pass has made it
                 continue
             before = suspects.get(name)
             if tensor._version != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):

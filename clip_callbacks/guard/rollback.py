@@ -189,7 +189,7 @@ class Rollback(NoRollback):
         is_first, self._is_candidate = self._is_candidate, False
         if report.outcome is not StepOutcome.TAKEN or not step.optimizer.table.has_gradients:
             return
-        if is_first and self._others_are_good(step.optimizer):
+        if is_first and not self.run.has_grown and self._others_are_good(step.optimizer):
             self._copy = None  # what is in memory is no longer that of the old one
             self._copy = self.run.copy()
             self._good_steps = self._returns = 0

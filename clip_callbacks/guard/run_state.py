@@ -93,6 +93,7 @@ class RunState:
         self.memory, self._groups = Snapshot(), Snapshot()
         self._buffers, self._next_buffers = Snapshot(), Snapshot()
         self._kept_buffers: Any = None
+        self._lazy: list[Tensor] = []
         self._kept_limits: LimitStates = []
 
     def meet(self, contexts: Sequence[OptimizerContext]) -> None:
@@ -122,6 +123,12 @@ class RunState:
     def keep_buffers(self) -> None:
         """Copy the buffers before a window's first forward pass, which will change them."""
         self._kept_buffers = self._next_buffers.keep(live_buffers(self._module))
+        self._lazy = [tensor for tensor in (*self._module.parameters(), *self._module.buffers()) if is_lazy(tensor)]
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether lazy modules have made parameters or buffers since, which were nothing that could be gone back to."""
+        return not all(map(is_lazy, self._lazy))
 
     def keep_limits(self) -> None:
         """Hold the limits' states as they are before a step."""

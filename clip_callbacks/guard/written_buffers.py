@@ -16,6 +16,12 @@ def written_buffers(scope: ResourceScope) -> dict[int, Resource]:
     """Make the resource of each optimizer."""
     if not scope.restore_buffers or not scope.contexts:
         return {}
+    before = {index: each for index in scope.before if (each := scope.resource_before(index, Buffers))}
+    is_same = before.keys() == {context.index for context in scope.contexts}
+    if is_same and all(each.goes_on(scope.contexts) for each in before.values()):
+        return dict(before)
+    for each in before.values():
+        each.detach()
     written = WrittenBuffers(scope.module)
     if not scope.module.automatic_optimization:
         return buffers_in_manual_optimization(scope, written)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.parameters import ParameterTable, learns
+from clip_callbacks.core.parameters import ParameterTable, count_entries, learns
 from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -31,11 +31,15 @@ class WeightsBefore:
     def __init__(self, table: ParameterTable, blocks: Partition) -> None:
         self._table = table
         self._blocks = blocks
-        self._places = [place for place in blocks.members.tolist() if learns(table.tensors[place]) and table.shards[place].numel()]
+        self._places = [place for place in blocks.members.tolist() if self._takes(table, place)]
         live = self._live()
         self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in _HALF else each.dtype) for each in live]
         if live:
             torch._foreach_copy_(self._copies, live)
+
+    @staticmethod
+    def _takes(table: ParameterTable, place: int) -> bool:
+        return learns(table.tensors[place]) and count_entries(table.shards[place]) > 0
 
     @torch.no_grad()
     def ratios(self, norm_type: float) -> Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.tuner.lr_finder import _LRCallback
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """The two names."""
@@ -67,6 +68,7 @@ DEEPSPEED: Twins[DeepSpeedStrategy] = Twins("strategies.DeepSpeedStrategy")
 EARLY_STOPPING: Twins[EarlyStopping] = Twins("callbacks.EarlyStopping")
 FSDP: Twins[FSDPStrategy] = Twins("strategies.FSDPStrategy")
 GRADIENT_ACCUMULATION_SCHEDULER: Twins[GradientAccumulationScheduler] = Twins("callbacks.GradientAccumulationScheduler")
+LEARNING_RATE_SEARCH: Twins[_LRCallback] = Twins("tuner.lr_finder._LRCallback")
 MODEL_CHECKPOINT: Twins[ModelCheckpoint] = Twins("callbacks.ModelCheckpoint")
 MODEL_PARALLEL: Twins[ModelParallelStrategy] = Twins("strategies.ModelParallelStrategy")
 MODEL_SUMMARY: Twins[ModelSummary] = Twins("callbacks.ModelSummary")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.reduction import shard_of
 
@@ -18,8 +19,10 @@ def fingerprint(tensor: Tensor) -> tuple[int | None, int | None]:
     """The version of a tensor and the sum of its bits, of this rank's shard: together they tell of most changes.
 
     ``tensor.data`` goes around versions; what only moves entries around leaves the sum as it is. Each may be None: a tensor made
-    in inference mode counts no versions, a subclass of another package may not show its bits.
+    in inference mode counts no versions, a subclass of another package may not show its bits, and one of a lazy module has neither.
     """
+    if is_lazy(tensor):
+        return None, None
     version = None if tensor.is_inference() else tensor._version
     return version, sum_of_bits(tensor)
 

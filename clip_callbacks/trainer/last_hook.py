@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.trainer.compat import CALLBACK, overrides
+from clip_callbacks.trainer.extended_hook import ExtendedHook
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
 
 if TYPE_CHECKING:
@@ -31,16 +32,14 @@ class LastHook:
     """
 
     def __init__(self, module: LightningModule, later: Sequence[Any], run: Callable[[Optimizer], None]) -> None:
-        self._module = module
         self._later = [callback for callback in later if overrides(callback, HOOK, CALLBACK)]
         self._run = run
         self._seen: tuple[ParameterTable, Fingerprints] | None = None
         self.takes_over = overrides(module, HOOK)
         self.compares = bool(self._later) and not self.takes_over
-        self._is_attached = self.takes_over or self.compares
-        if self._is_attached:
-            self._had_own = vars(module).get(HOOK)
-            setattr(module, HOOK, _Extended(getattr(module, HOOK), self._after_all))
+        self._hook: ExtendedHook | None = None
+        if self.takes_over or self.compares:
+            self._hook = ExtendedHook(module, HOOK, self._after_all)
 
     def note(self, table: ParameterTable) -> None:
         """Remember the gradients as the pass has left them."""
@@ -67,33 +66,6 @@ class LastHook:
 
     def detach(self) -> None:
         """Give the module its own hook back."""
-        if self._is_attached:
-            self._is_attached = False
-            if self._had_own is None:
-                delattr(self._module, HOOK)
-            else:
-                setattr(self._module, HOOK, self._had_own)
-
-
-class _Extended:
-    """A module's hook, and what is run after it; in a copy of the module, its own hook alone.
-
-    Args:
-        original: The module's hook.
-        after: What is run after it.
-    """
-
-    def __init__(self, original: Callable[[Optimizer], Any], after: Callable[[Optimizer], None]) -> None:
-        self.__wrapped__ = original
-        self._after = after
-
-    def __call__(self, optimizer: Optimizer) -> None:
-        self.__wrapped__(optimizer)
-        self._after(optimizer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.__wrapped__,)
-
-
-def _itself(hook: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
-    return hook
+        if self._hook:
+            self._hook.detach()
+            self._hook = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clip_callbacks.core.parameters import ParameterTable
@@ -49,6 +50,7 @@ class OptimizerContext:
     def tabulate(self, module: LightningModule) -> None:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
+        self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
         self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
 
     @property
@@ -62,6 +64,16 @@ class OptimizerContext:
             if len(params) != len(held) or not all(map(is_, params, held)):
                 return True
         return False
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether some of the parameters were those of lazy modules that had not run yet when the table was made."""
+        return bool(self._lazy)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether a forward pass has given lazy modules parameters of some shape since the table was made."""
+        return not all(map(is_lazy, self._lazy))
 
     def begins_step(self, step_number: int) -> bool:
         """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes.

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clip_callbacks.core.nonfinite import NUMBERS, has_arithmetic
@@ -26,7 +27,7 @@ _WHOLE = frozenset([torch.bool, torch.uint8, torch.int8, torch.int16, torch.int3
 
 def fits_among_others(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a tensor can be copied together with others of its dtype: a plain one, or a sharded one of plain shards."""
-    if tensor is None or _is_wrapper(tensor):
+    if tensor is None or is_lazy(tensor) or _is_wrapper(tensor):
         return False
     shard = shard_of(tensor)
     if shard.layout is not torch.strided or shard.is_inference() or overlaps(shard):

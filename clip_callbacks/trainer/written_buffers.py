@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
@@ -77,7 +78,7 @@ class WrittenBuffers:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.module = module
         self._slots: dict[str, Slot] = {}
         self._live: list[Tensor | None] = []
         self._changing: set[str] = set()
@@ -87,11 +88,12 @@ class WrittenBuffers:
         self._versions = 0
         self._views: list[BufferCopies] = []
         self._windows = 0
+        self._lazy: dict[nn.Module, RemovableHandle] = {}
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether there is batch normalization, which changes from the first forward pass on."""
-        return any(isinstance(each, _NormBase) and each.running_mean is not None for each in self._module.modules())
+        return any(isinstance(each, _NormBase) and each.running_mean is not None for each in self.module.modules())
 
     @property
     def has_changing(self) -> bool:
@@ -129,6 +131,7 @@ class WrittenBuffers:
             self._compare()
         if self.is_young or self._windows % TAKEN_UP_EVERY == 0:
             self._take_up_new()
+            self._await_lazy()
 
     def look(self) -> None:
         """Find those that have changed for the first time, by the tensors in their places and by version counters."""
@@ -168,6 +171,20 @@ class WrittenBuffers:
             self._watch()
         return [slot.name for slot in bad]
 
+    def begin_anew(self) -> list[str]:
+        """Have batch statistics begin anew that are not finite and were made since the window began; on bad steps only.
+
+        Returns:
+            The names of all buffers that were: of these nothing is known of before.
+        """
+        known = {(id(slot.owner), slot.key) for slot in self._slots.values()}
+        made = [slot for slot in _slots(self.module) if (id(slot.owner), slot.key) not in known and not _is_lazy(slot.tensor)]
+        bad = [slot for slot in made if not is_finite(slot.tensor)]
+        for owner in {id(slot.owner): slot.owner for slot in bad}.values():
+            if isinstance(owner, _NormBase):
+                owner.reset_running_stats()
+        return [slot.name for slot in bad]
+
     def _compare(self) -> None:
         changed = [self._slots[name] for name, first in self._first.items() if not first.is_still_there]
         for slot in changed:
@@ -182,24 +199,43 @@ class WrittenBuffers:
         for view in self._views:
             view.adopt(slot, first if is_known else None, replaced)
 
+    def _await_lazy(self) -> None:
+        """Have the buffers of lazy modules taken up as they are made, right before the first forward pass writes to them."""
+        for slot in _slots(self.module):
+            if _is_lazy(slot.tensor) and slot.owner not in self._lazy:
+                self._lazy[slot.owner] = slot.owner.register_forward_pre_hook(self._take_up_made)
+
+    def _take_up_made(self, owner: nn.Module, inputs: object) -> None:
+        """Take up the buffers of a lazy module, which has just made them in a hook before this one."""
+        self._lazy.pop(owner).remove()
+        own = [slot for slot in _slots(self.module) if slot.owner is owner and not _is_lazy(slot.tensor)]
+        self._take_up([slot for slot in own if slot.name not in self._slots])
+
     def _take_up_new(self) -> None:
         """Take up buffers that were not there before; small ones first are copied, since the first change ever may be a bad one."""
-        now = {slot.name: slot for slot in _slots(self._module) if not _is_lazy(slot.tensor)}
+        now = {slot.name: slot for slot in _slots(self.module) if not _is_lazy(slot.tensor)}
         for name in [name for name, slot in self._slots.items() if name not in now or now[name].owner is not slot.owner]:
             self._forget(name)
-        new = [slot for name, slot in now.items() if name not in self._slots]
-        self._slots |= {slot.name: slot for slot in new}
         self._live = [slot.tensor for slot in self._slots.values()]
+        self._take_up([slot for name, slot in now.items() if name not in self._slots])
+        self._watch()
+
+    def _take_up(self, new: list[Slot]) -> None:
+        """Take up buffers as they are now; of others nothing is forgotten that the window under way has done to them."""
+        self._slots |= {slot.name: slot for slot in new}
+        self._live += [slot.tensor for slot in new]
         room = FIRST_COPIES - sum(first.nbytes for first in self._first.values())
         for slot in sorted(new, key=lambda slot: _nbytes(slot.tensor)):
             if isinstance(slot.owner, _NormBase):  # writes around the version counter, maybe long after the fit has begun
+                self._first[slot.name] = Kept.of(slot.tensor)
                 self._mark(slot)
             else:
                 room -= _nbytes(slot.tensor)
-                self._first[slot.name] = Kept.on_host(slot.tensor, has_room=room >= 0)
-                if not is_finite(self._first[slot.name].content):
+                first = self._first[slot.name] = Kept.on_host(slot.tensor, has_room=room >= 0)
+                self._watched += first.counted
+                self._versions += sum(map(_version, first.counted))
+                if not is_finite(first.content):
                     self._odd.add(slot.name)
-        self._watch()
 
     def _forget(self, name: str) -> None:
         """Let go of a buffer whose module is no longer there."""
@@ -208,6 +244,12 @@ class WrittenBuffers:
         self._changing.discard(name)
         for view in self._views:
             view.forget(name)
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for handle in self._lazy.values():
+            handle.remove()
+        self._lazy.clear()
 
     def _watch(self) -> None:
         """Remember version counters of those that have never changed."""

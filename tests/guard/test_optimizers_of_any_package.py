@@ -429,8 +429,8 @@ class SeveralClosureCalls(InGroup):
 
 def test_the_first_of_several_verdicts_is_what_a_skip_goes_back_to(tmp_path):
     bad = {0, 4}
-    with pytest.raises(RuntimeError, match="got SeveralClosureCalls, which moved them in a skipped step"):
-        train(tmp_path, SeveralClosureCalls, bad)
+    guarded = train(tmp_path, SeveralClosureCalls, bad)
+    assert differences(guarded, train(tmp_path, SeveralClosureCalls, (), without=bad)) == []
 
 
 # what tensors and containers hold

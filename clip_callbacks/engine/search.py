@@ -1,0 +1,94 @@
+"""A search for the learning rate, for which Lightning takes all callbacks out of the Trainer: the gradient callbacks go in again.
+
+The search trains with one callback of Lightning's own in ``trainer.callbacks``, and puts that list back in the end. Hooks of the
+module are called there as ever. So the module's ``on_train_start`` is extended for the fit, and adds copies of the gradient
+callbacks to the list of the search: the run itself learns nothing of the steps that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clip_callbacks.trainer.compat import LEARNING_RATE_SEARCH, is_of
+from clip_callbacks.trainer.extended_hook import ExtendedHook
+from clip_callbacks.trainer.guest import Guest
+from clip_callbacks.trainer.messages import is_silent, tell
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Searching(Protocol):
+    """A gradient callback, as far as a search is concerned."""
+
+    def _for_search(self) -> Any:
+        """A copy for a search; None if it has no use there."""
+        ...
+
+    def _interrupt(self) -> None:
+        """Take the hooks of a fit off, until a checkpoint brings its state back."""
+        ...
+
+
+class LearningRateSearch:
+    """Brings gradient callbacks into searches for the learning rate, before a fit and in the middle of one.
+
+    Args:
+        trainer: The Trainer.
+        module: The module to train.
+        callbacks: The gradient callbacks of the Trainer, the one first that drives the others.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Searching]) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._callbacks = callbacks
+        self._hook = ExtendedHook(module, "on_train_start", self._begin)
+
+    def _begin(self) -> None:
+        """Join in if what starts to train is a search: its state before it is in a checkpoint of Lightning's."""
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        if not any(is_of(callback, LEARNING_RATE_SEARCH) for callback in callbacks):
+            return
+        copies = [copy for callback in self._callbacks if (copy := callback._for_search()) is not None]
+        for callback in self._callbacks:
+            callback._interrupt()
+        if copies:
+            self._trainer.callbacks = [*callbacks, _EndOfSearch(copies[0], self.detach), *copies]  # type: ignore[attr-defined]
+            copies[0]._assemble(self._trainer, self._module)
+            copies[0].on_train_start(self._trainer, self._module)
+
+    def detach(self) -> None:
+        """Give the module its own hook back."""
+        self._hook.detach()
+
+
+class _EndOfSearch(Guest):
+    """Ends the part of the gradient callbacks in a search, before they would sum up as at the end of a fit.
+
+    Args:
+        driver: The first of them.
+        give_up: What is called if the search raises: Lightning tells those callbacks only that are in the search.
+    """
+
+    def __init__(self, driver: Any, give_up: Any) -> None:
+        super().__init__()
+        self._driver = driver
+        self._give_up = give_up
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave it to the fit: the search begins later."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many steps were skipped, and let go of the module and its optimizers."""
+        before, engine = self._driver._last_skipped_steps, self._driver._engine
+        skipped = engine.skipped_steps - before if engine else 0
+        if skipped and not is_silent(trainer):
+            tell(trainer, f"The search for the learning rate has skipped {skipped} steps that were not fit to be taken.")
+        self._driver._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook on the module."""
+        self._driver._end()
+        self._give_up()

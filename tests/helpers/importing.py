@@ -13,10 +13,13 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FunctionType
 from typing import Any
+
+from tests.helpers import installed
 
 OURS = "clip_callbacks"
 HOSTS = ("lightning.pytorch", "pytorch_lightning")
@@ -112,43 +115,66 @@ def subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
-def told(order: Sequence[str]) -> dict[str, Any]:
-    """Import in an order; tell what the import of this package changed, and whose callbacks its callbacks are in the end."""
-    changed: list[str] = []
-    callbacks: list[Any] = []
-    packages: list[str] = []
-    for name in order:
+@dataclass(frozen=True)
+class Imported:
+    """What a process has imported so far.
+
+    Attributes:
+        order: The packages, in order.
+        changed: What the import of this package has changed.
+        packages: Packages of others that it has brought.
+        callbacks: Made as soon as it was there, which may be before there is any Lightning.
+    """
+
+    order: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    callbacks: tuple[Any, ...] = ()
+
+    def after(self, name: str) -> Imported:
+        """Import one more."""
+        order = (*self.order, name)
         if name != OURS:
             importlib.import_module(name)
-            continue
+            return replace(self, order=order)
         before, modules = things(), set(sys.modules)
         importlib.import_module(OURS)
         changed, packages = differences(before, things()), _packages_of(set(sys.modules) - modules)
-        callbacks = made()
-    hosts = [sys.modules[name].Callback for name in HOSTS if name in sys.modules]
-    is_guest = all(isinstance(it, host) and type(it) in subclasses(host) for it in callbacks for host in hosts)
-    return {"changed": changed, "packages": packages, "is_guest": is_guest, "picture": picture()}
+        return Imported(order, tuple(changed), tuple(packages), tuple(made()))
+
+    def told(self) -> dict[str, Any]:
+        """What has changed, and whose callbacks the callbacks are in the end."""
+        hosts = [sys.modules[name].Callback for name in HOSTS if name in sys.modules]
+        is_guest = all(isinstance(it, host) and type(it) in subclasses(host) for it in self.callbacks for host in hosts)
+        return {"changed": self.changed, "packages": self.packages, "is_guest": is_guest, "picture": picture()}
+
+    def heard(self, silenced: Sequence[str]) -> str:
+        """Silence loggers, train with the first Lightning: what is written to stderr."""
+        for each in silenced:
+            logging.getLogger(each).setLevel(logging.ERROR)
+        imported = self if OURS in self.order else self.after(OURS)
+        warnings.simplefilter("ignore")
+        with TemporaryFile("w+") as file:
+            os.dup2(file.fileno(), 2)
+            _train(sys.modules[without_ours(self.order)[0]], list(imported.callbacks[:2]))
+            sys.stderr.flush()
+            file.seek(0)
+            return file.read()
 
 
-def heard(order: Sequence[str], silenced: Sequence[str]) -> str:
-    """Import in an order, silence loggers, train with the first Lightning: what is written to stderr.
-
-    The callbacks are made when this package is imported, which may be before there is any Lightning.
-    """
-    for name in order:
-        importlib.import_module(name)
-        if name == OURS:
-            callbacks = made()[:2]
-        else:
-            for each in silenced:
-                logging.getLogger(each).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    with TemporaryFile("w+") as file:
-        os.dup2(file.fileno(), 2)
-        _train(sys.modules[without_ours(order)[0]], callbacks)
-        sys.stderr.flush()
-        file.seek(0)
-        return file.read()
+def explore(imported: Imported) -> dict[str, Any]:
+    """All that is wanted of the orders that begin in this way, each fork with one import more than the process it is of."""
+    orders = {*ORDERS, *map(without_ours, ORDERS)}
+    found: dict[str, Any] = {}
+    if imported.order in orders:
+        found["told " + " ".join(imported.order)] = imported.told()
+    for who, (order, silenced) in SILENCED.items():
+        if imported.order == order:
+            found[f"heard {who}"] = in_fork(imported.heard, silenced)
+    length = len(imported.order)
+    for name in sorted({order[length] for order in orders if len(order) > length and order[:length] == imported.order}):
+        found |= in_fork(lambda name=name: explore(imported.after(name)))
+    return found
 
 
 def _train(host: Any, callbacks: list[Any]) -> None:
@@ -192,21 +218,19 @@ def in_fork(function: Callable[..., Any], *args: Any) -> Any:
 
 
 SILENCED = {
-    "nobody": ([OURS, *HOSTS[::-1]], []),
-    "pytorch_lightning": ([*HOSTS[1:], OURS], ["pytorch_lightning"]),
-    "lightning.pytorch": ([*HOSTS[:1], OURS], ["lightning.pytorch"]),
+    "nobody": ((OURS, *HOSTS[::-1]), []),
+    "pytorch_lightning": (HOSTS[1:], ["pytorch_lightning"]),
+    "lightning.pytorch": (HOSTS[:1], ["lightning.pytorch"]),
 }
-"""What is imported, the first Lightning of which trains, and which loggers are silenced."""
+"""What is imported, the first Lightning of which trains, and which loggers are silenced before this package is imported."""
 
 
 def main(file: str, log: str) -> None:
+    installed.ask_quickly()
     for name in HEAVY:
         importlib.import_module(name)
     assert not watched_modules().keys() & set(HOSTS)
-    orders = dict.fromkeys([*ORDERS, *map(without_ours, ORDERS)])
-    found = {"told": {" ".join(order): in_fork(told, order) for order in orders}}
-    found["heard"] = {who: in_fork(heard, *what) for who, what in SILENCED.items()}
-    Path(file).write_text(json.dumps(found))
+    Path(file).write_text(json.dumps(explore(Imported())))
     sys.argv = ["clip-callbacks", "suggest", log]
     runpy.run_module("clip_callbacks.cli", run_name="__main__")
 

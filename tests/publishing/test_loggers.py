@@ -30,6 +30,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
+from tests.helpers import mlflow_store
 from tests.helpers.browser import needs_browser
 from tests.helpers.layouts import Charts, as_charts, layout_of
 from tests.helpers.training import SAFELY, Poisoned, Regression, TwoNetworks, data
@@ -145,7 +146,7 @@ def of_mlflow(logger: MLFlowLogger, uri: str) -> Readings:
 @contextmanager
 def mlflow_in_a_file(folder: Path, server: str = "") -> Iterator[Recording]:
     pytest.importorskip("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = mlflow_store.in_file(folder)
     logger = MLFlowLogger(tracking_uri=uri, artifact_location=str(folder / "artifacts"))
     yield Recording(logger, lambda: of_mlflow(logger, uri))
 

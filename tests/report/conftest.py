@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from clip_callbacks import GradientClipping, GradientNormMonitor
+from tests.helpers import mlflow_store
 from tests.helpers.training import Poisoned, data
 
 
@@ -24,7 +25,7 @@ def fitted(tmp_path_factory):
         loggers = [
             CSVLogger(folder, "csv", version="run"),
             TensorBoardLogger(folder, "board", version="run"),
-            MLFlowLogger("ours", run_name="run", tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+            MLFlowLogger("ours", run_name="run", tracking_uri=mlflow_store.in_file(folder)),
         ]
         torch.manual_seed(0)
         callbacks = [GradientClipping(0.5), GradientNormMonitor()]

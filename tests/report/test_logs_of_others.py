@@ -19,6 +19,7 @@ from clip_callbacks.html_report.norm_metrics import NormMetric, find_norms, no_n
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.sources import read_runs
+from tests.helpers import mlflow_store
 from tests.helpers.logs import read, run_main, said, table, write
 from tests.helpers.training import Regression, data, make_trainer
 
@@ -45,7 +46,7 @@ def theirs(tmp_path_factory):
         loggers = [
             CSVLogger(folder, "csv", version="run"),
             TensorBoardLogger(folder, "board", version="run"),
-            MLFlowLogger("theirs", run_name="run", tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+            MLFlowLogger("theirs", run_name="run", tracking_uri=mlflow_store.in_file(folder)),
         ]
         torch.manual_seed(0)
         make_trainer(folder, logger=loggers, log_every_n_steps=1, max_epochs=1).fit(Logging(), data(STEPS))

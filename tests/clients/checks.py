@@ -11,7 +11,7 @@ import torch
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.clients.client import COPIES, Client, same, weights_of_copy
-from tests.clients.probes import SaveAfterFirstEpoch, resumed_from
+from tests.clients.probes import BatchCount, SaveAfterFirstEpoch, resumed_from
 from tests.helpers.training import leaves
 
 
@@ -64,11 +64,11 @@ def test_clips_to_the_same_bits(client, plain_fit, tmp_path):
 
 
 def test_all_callbacks_resume(client, family_fit, tmp_path):
-    callbacks = family(client)
+    callbacks = [*family(client), BatchCount()]
     with resumed_from(family_fit.checkpoint):
         model = client.fit(tmp_path, callbacks)
-    resumed = client.trained(model, callbacks)
-    assert steps(resumed) == steps(family_fit.callbacks) > 0
+    *resumed, counted = client.trained(model, callbacks)
+    assert steps(resumed) == steps(family_fit.callbacks) > counted.batches > 0
     if client.resumes_exactly:
         assert same(client.weights(model), client.weights(family_fit.model))
         assert_same_states(resumed, family_fit.callbacks)

@@ -28,6 +28,16 @@ class SaveAfterFirstEpoch(Callback, OtherCallback):
             trainer.save_checkpoint(self.path)
 
 
+class BatchCount(Callback, OtherCallback):
+    """How many batches a fit has trained on: fewer in one that was resumed."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches += 1
+
+
 class NaNBatch(Callback, OtherCallback):
     """The batch of one optimizer step is NaN while it is used; data that a package keeps in memory are whole afterwards."""
 

@@ -1,6 +1,8 @@
 # make demo: train on real text with and without clipping, write a report page. make test: run the tests. make check: all that CI runs.
 # make test-guard, and so on for each folder of tests: those alone. make slow: every cell of every matrix. make coverage: which lines the tests run.
 # make mutations: plant faults that the tests must find. make docs: build the site into build/site. make wheel-test: try the wheel by itself.
+# make clients: other packages, each in its own environment, with the callbacks; make clients CLIENTS="darts gluonts": these.
+# make lightning-tests LIGHTNING_TESTS=…/tests: Lightning's own tests, with the callbacks in every Trainer.
 # make benchmarks: time and compare everything anew, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -9,11 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
 LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
+CLIENTS ?=
+LIGHTEST := gluonts transformers
+LIGHTNING_PARTS ?= callbacks checkpointing loops tuner
 QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guard/test_guard.py limits/test_rules.py integration/test_resume.py $(addprefix bundles/test_,bundle.py batches.py folder.py hostile_bundles.py))
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
-.PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-test benchmarks clean
+.PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-test clients lightest-clients lightning-tests \
+	benchmarks clean
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -121,7 +127,17 @@ wheel-test: dist
 		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks" --numprocesses 2) || exit 1; \
 	done
 
-check: test lint types examples docs wheel-test
+clients: $(VENV)/.installed
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+lightest-clients: $(VENV)/.installed
+	$(BIN)/python -m tests.clients.run $(LIGHTEST)
+
+# the wheels and source distributions of Lightning have no tests: LIGHTNING_TESTS is the folder tests/ of a checkout of its repository
+lightning-tests: $(VENV)/.installed
+	$(BIN)/python -m tests.clients.lightning_suite "$(LIGHTNING_TESTS)" $(LIGHTNING_PARTS)
+
+check: test lint types examples docs wheel-test lightest-clients
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
@@ -139,4 +155,4 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.rollback --output rollback_cpu.md
 
 clean:
-	rm -rf $(VENV) $(ALONE) build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALONE) .venv-clients build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

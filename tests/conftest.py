@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
 installed.ask_quickly()  # before Lightning is imported
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-collect_ignore = ["package/typed_script.py"]  # for mypy only: some of its lines are wrong
+collect_ignore = [
+    "package/typed_script.py",  # for mypy only: some of its lines are wrong
+    "clients",  # what each of its packages needs is in an environment of its own
+]
 
 TOGETHER = {
     "forked": (

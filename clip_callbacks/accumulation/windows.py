@@ -12,6 +12,7 @@ from typing_extensions import override
 from clip_callbacks.accumulation.microbatches import MicroBatches
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
+from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.grad_scaler import grad_scaler
@@ -100,7 +101,7 @@ class Windows:
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
         self.in_window = self.has_backward = True
-        self._newest = micro_batch = MicroBatch(loss.detach(), self.kept)
+        self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:

@@ -24,8 +24,10 @@ def sum_of(losses: Sequence[Tensor]) -> Tensor:
 
 
 def _is_finite(loss: Tensor) -> bool:
-    numbers: Any = _number(loss).tolist()  # reads the memory, where item() would call an operator
-    return math.isfinite(numbers if isinstance(numbers, float) else sum(numbers))
+    number: Any = _number(loss).tolist()  # reads the memory, where item() would call an operator
+    while isinstance(number, list):  # of one entry, in any number of dimensions
+        (number,) = number
+    return math.isfinite(number)
 
 
 def _number(loss: Tensor) -> Tensor:

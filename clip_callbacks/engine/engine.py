@@ -21,6 +21,7 @@ from clip_callbacks.core.apply import drop
 from clip_callbacks.core.measurement import FALSE
 from clip_callbacks.core.metric_names import AMP_SCALE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
+from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState, Plan
 from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport, as_undone
@@ -477,4 +478,4 @@ class StepEngine:
 def _is_bad_loss(outputs: Any) -> bool:
     """Whether what ``training_step`` returned, as Lightning hands it on, is a loss that is not finite."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else None
-    return isinstance(loss, Tensor) and not all_finite([loss])
+    return isinstance(loss, Tensor) and not all_finite([shard_of(loss)])

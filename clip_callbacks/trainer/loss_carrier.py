@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.core.losses import sum_of
 from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 NODES = 1000
@@ -45,7 +46,7 @@ class LossCarrier:
             for place, table in enumerate(tables):
                 for tensor in table.tensors:
                     self._holders.setdefault(id(tensor), set()).add(place)
-        nothing = sum_of([loss.detach()]) * 0.0  # or NaN, if the loss is not finite
+        nothing = sum_of([shard_of(loss).detach()]) * 0.0  # or NaN, if the loss is not finite
 
         def carry(gradient: Tensor) -> Tensor:
             if gradient.layout is not torch.strided:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from clip_callbacks import (
@@ -32,7 +33,7 @@ from tests.helpers.agreement import (
 )
 from tests.helpers.laws import ADAPTIVE
 from tests.helpers.matrix import matrix
-from tests.helpers.parallel import STRATEGIES
+from tests.helpers.parallel import STRATEGIES, Divided
 from tests.helpers.ranks import RanksFailedError
 from tests.helpers.training import assert_same_bits
 
@@ -229,6 +230,24 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_all_though_its_gradients_are_zero(
     clean = assert_one_answer(run(name, NonFiniteGuard(), GradientClipping(1.0), bad=bad, **options))
     assert sum(ours["skipped"]) == 2
     assert_same_bits(ours["weights"], clean["weights"])
+
+
+class DistributedLoss(Divided):
+    """Its loss is a DTensor, as ``loss_parallel`` leaves it."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return DTensor.from_local(loss, self.device_mesh["tensor_parallel"], [Replicate()])
+
+
+def with_a_distributed_loss(name, poison):
+    return parallel.result(name, NonFiniteGuard(), GradientClipping(1.0), module=DistributedLoss("tp", poison=poison), steps=4)
+
+
+def test_a_loss_may_be_distributed(run):
+    bad, good = ({(rank, 1): factor for rank in (0, 1)} for factor in ("no gradient", 1.0))
+    assert assert_one_answer(run("tp", bad, function=with_a_distributed_loss))["skipped"] == [False, True, False, False]
+    assert not any(assert_one_answer(run("tp", good, function=with_a_distributed_loss))["skipped"])
 
 
 def scales(name, kind, fused):

@@ -66,6 +66,18 @@ def scaler_of(fit: Any) -> Any:
     return fit.precision_plugin.scaler
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1)])
+def test_a_loss_may_have_dimensions(trainer, shape):
+    class Shaped(Poisoned):
+        def loss(self, batch, batch_idx):
+            return super().loss(batch, batch_idx).reshape(shape)
+
+    guard = NonFiniteGuard()
+    trainer(guard).fit(Shaped({2: math.nan}), data(5))
+    assert guard.skipped_steps == 1
+    assert bool(guard.last_report.finite)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "automatic": {},
     "manual": {"is_manual": True},

@@ -47,6 +47,9 @@ ONLY_COMPILED = {
 }
 """Blocks that are not run, by a name in them: they are compiled, their imports resolved, their callbacks made."""
 
+IN_OTHER_PACKAGES = ROOT / "docs/in_other_packages.md"
+"""Its blocks use packages that are not installed here: they are compiled, their callbacks made."""
+
 PLACEHOLDERS = {
     "a": 1.0,
     "b": 2.0,
@@ -145,6 +148,9 @@ def is_only_compiled(block: Block) -> bool:
 @pytest.mark.filterwarnings("ignore:Non-finite gradients at step")  # of the rehearsal
 def test_python_runs(block, scope):
     code = compile(block.source, str(block), "exec")
+    if ROOT / block.page == IN_OTHER_PACKAGES:
+        assert make_callbacks(block.source, scope) or "Distribution" in block.source or "clip_" in block.source
+        return
     if is_only_compiled(block):
         check_names(block.source, scope)
         return
@@ -166,8 +172,23 @@ def check_names(source: str, scope: dict[str, Any]) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             assert node.id in scope or node.id in stored or hasattr(builtins, node.id), node.id
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in clip_callbacks.__all__:
-            eval(compile(ast.Expression(node), "callback", "eval"), scope)
+    make_callbacks(source, scope)
+
+
+def make_callbacks(source: str, scope: dict[str, Any]) -> list[Any]:
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    callbacks = [call for call in calls if isinstance(getattr(clip_callbacks, call.func.id, None), type)]
+    return [eval(compile(ast.Expression(call), "callback", "eval"), scope) for call in callbacks]
+
+
+def test_every_package_is_told_of_with_the_version_that_is_tested():
+    told = IN_OTHER_PACKAGES.read_text()
+    pinned = [path.read_text().partition("\n")[0].split("==") for path in (ROOT / "tests/clients/requirements").glob("*.txt")]
+    assert len(pinned) >= 8
+    for package, version in pinned:
+        name = package.replace("_", "-")
+        assert f"| [{name}](#{name}) | {version} |" in told
+        assert f"\n## {name}\n" in told
 
 
 def test_what_is_only_compiled_is_there():

@@ -11,21 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.parameters import ParameterTable
-from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.engine.resume import Resumption, State, bad_step_counts, check_histories, is_of_the_family, reading, warn_of
+from clip_callbacks.engine.resume import Resumption, State, is_of_the_family, warn_of
+from clip_callbacks.engine.saving import SavingCallback
 from clip_callbacks.engine.search import LearningRateSearch
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
-from clip_callbacks.trainer.guest import Guest
-from clip_callbacks.trainer.last_run import LastRun
-from clip_callbacks.trainer.launched import ReturningCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class GradientCallback(ReturningCallback, Guest):
+class GradientCallback(SavingCallback):
     """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
@@ -42,27 +39,10 @@ class GradientCallback(ReturningCallback, Guest):
         self._own_engine: StepEngine | None = None
         self._search: LearningRateSearch | None = None
         self._part: Any = None
-        self._saved: dict[str, Any] = {}
-        self._is_loaded = False
         self._left_over: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
-        self._last_run = LastRun()
-        self._last_report: StepReport | None = None
-        self._last_skipped_steps = 0
         # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
         self.state_key = f"{self._stable_key}@{id(self)}"
-
-    @property
-    def last_report(self) -> StepReport | None:
-        """What the last optimizer step's pass found and did; None before the first."""
-        return self._engine.last_report if self._engine else self._last_report
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many optimizer steps of this run were skipped for non-finite gradients so far, over all optimizers."""
-        if self._is_loaded and (counted := bad_step_counts([self._saved])):
-            return sum(counters.get("skipped", 0) for counters in counted["counters"].values())
-        return self._engine.skipped_steps if self._engine else self._last_skipped_steps
 
     # --- for subclasses
 
@@ -89,28 +69,6 @@ class GradientCallback(ReturningCallback, Guest):
         state: dict[str, Any] = self._part.state_dict()
         return state
 
-    def _empty_state(self) -> dict[str, Any]:
-        """The state before the first fit."""
-        return {}
-
-    def _check_state(self, state: State) -> None:
-        """Read a state for trial.
-
-        Raises:
-            LookupError, TypeError, ValueError: If it is damaged.
-        """
-
-    def _adopt(self, others: Sequence[State]) -> list[str]:
-        """Go on with what other callbacks know, where the checkpoint has nothing of this one.
-
-        Args:
-            others: The states of all gradient callbacks in the checkpoint.
-
-        Returns:
-            What begins anew, in words.
-        """
-        return [self.state_key] if self._empty_state() and not self._saved else []
-
     # --- the engine
 
     @property
@@ -123,33 +81,17 @@ class GradientCallback(ReturningCallback, Guest):
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
-    def _forget_saved(self) -> None:
-        """Leave the state to the parts: the engine has been made."""
-        self._saved, self._is_loaded, self._left_over = {}, False, ()
-
     def _leave(self) -> None:
         """Keep the state of a fit that is over, and let go of its parts."""
-        self._last_skipped_steps = self.skipped_steps  # settles what is pending
-        self._last_report = self.last_report
-        self._save()
-        self._is_loaded = False  # in the middle of a fit: the state is that of this fit
+        self._keep_results()
         self._driver = self._part = self._batch = None
-
-    def _save(self) -> None:
-        """Keep the state as it is now, unless a checkpoint has brought another one."""
-        if not self._is_loaded:
-            self._saved = self.state_dict()
 
     def _restart(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
         self._drop_engine()  # of a fit that nobody has ended
         self._driver = self._batch = None
         self._left_over = ()
-        if not self._last_run.goes_on(trainer, module):
-            self._last_report, self._last_skipped_steps = None, 0
-            if not self._is_loaded:
-                self._saved = {}
-        self._last_run = LastRun(trainer, module)
+        self._begin_run(trainer, module)
 
     def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the engine of a fit, for all callbacks; the first of them drives it."""
@@ -162,6 +104,7 @@ class GradientCallback(ReturningCallback, Guest):
         self._own_engine = StepEngine(trainer, module, components, facts)
         for callback in self._driven:
             callback._forget_saved()
+        self._left_over = ()
         if resumption:
             for part in (components.clipper, components.guard):
                 resumption.misfits.add(part.misfits())
@@ -344,14 +287,20 @@ class GradientCallback(ReturningCallback, Guest):
             self._own_engine.collect_at_last()
             self._end()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had not stopped."""
-        engine = self._engine
-        if engine is None or self._is_loaded:
-            return self._saved or {"history": {}, **self._empty_state()}
-        engine.collect_pending()
+    def _state_of(self, engine: StepEngine) -> dict[str, Any]:
+        """The state of the parts, and with the driver's the histories of the optimizers."""
         history = engine.history_state() if self._driver is self else {}
         return {"history": history, **self._parts_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; in the middle of a batch, at once.
+
+        Raises:
+            ValueError: If the state is not one of this callback, or is damaged.
+        """
+        super().load_state_dict(state_dict)
+        if self._driver:
+            self._driver._take_up_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take note of the states of callbacks that are no longer there; another run's checkpoint ends the last one."""
@@ -362,39 +311,10 @@ class GradientCallback(ReturningCallback, Guest):
             left = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
             self._left_over = tuple(filter(is_of_the_family, left))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the state is not one of this callback, or is damaged.
-        """
-        missing = sorted({"history", *self._empty_state()} - set(state_dict))
-        if missing:
-            got = f"got keys {sorted(state_dict)} without {missing}"
-            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}.")
-        with reading(type(self).__name__):
-            check_histories(state_dict)
-            self._check_state(state_dict)
-        self._saved = dict(state_dict)
-        self._is_loaded = True
-        if self._driver:
-            self._driver._take_up_in_batch()
-
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy with the state, but without the engine and its parts: they belong to one Trainer's fit."""
-        state = {**super().__getstate__(), "_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None}
-        if self._engine:
-            state |= {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}
-        return state | {"_last_run": LastRun(), "_batch": None}
-
-    def _results(self) -> dict[str, Any]:
-        return {
-            "_saved": self.state_dict(),
-            "_is_loaded": False,
-            "_last_skipped_steps": self.skipped_steps,
-            "_last_report": self.last_report,
-            "state_key": self.state_key,
-        }
+        """Leave out the engine and its parts: they belong to one Trainer's fit."""
+        own = {"_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None, "_batch": None}
+        return super().__getstate__() | own
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:

@@ -128,8 +128,10 @@ class Rescaler(NoRescaling):
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         self._contexts |= {context.index: context for context in contexts}
         if self._divides_manually:
-            same = {window.context: window for window in self._manual.values()}
-            self._manual |= {context.index: same.get(context) or ManualWindow(context) for context in contexts}
+            known = {window.context.optimizer: window for window in self._manual.values()}
+            for context in contexts:
+                self._manual[context.index] = window = known.get(context.optimizer) or ManualWindow(context)
+                window.context = context
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Ask for the weight of the batch; set gradients to zero that a step has used and Lightning will not.

@@ -66,7 +66,8 @@ class AccumulationRescaling(GradientCallback):
         return CallbackFacts(self._kind, self._stable_key, is_weighted=self.weight is not None)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
+        if self._engine is None:  # otherwise a state has come in the middle of a fit, where the window under way goes on
+            self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
 
     def _begin_batch(self, batch: Any, batch_idx: int) -> None:

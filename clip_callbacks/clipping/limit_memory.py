@@ -73,9 +73,9 @@ class LimitMemory:
             What nobody goes on with.
         """
         known = self._saved[index]
-        left = [key for key, each in known.items() if each.state and not (key in carried and _is_known(carried[key]))]
+        left = [key for key, each in known.items() if each.state and not (key in carried and carried[key].is_known)]
         for key, each in fresh.items():
-            if _is_known(carried[key]) or not each.state:
+            if carried[key].is_known or not each.state:
                 continue
             for other in left:
                 found = carry_over(each, [known[other]])
@@ -101,8 +101,3 @@ class LimitMemory:
                 for index, by_key in (self._live or self._saved).items()
             }
         return states
-
-
-def _is_known(carried: Carried) -> bool:
-    """Whether a limit remembers, and something was known of its blocks."""
-    return bool(carried.state.state) and len(carried.unknown) < len(carried.state.names)

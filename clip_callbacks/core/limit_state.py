@@ -97,8 +97,8 @@ class Carried(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether anything was known, or there is nothing to be known."""
-        return len(self.unknown) < len(self.state.names) or not self.state.state
+        """Whether the limit remembers anything, and something was known of its blocks."""
+        return bool(self.state.state) and len(self.unknown) < len(self.state.names)
 
     def told(self, whose: str, others: Misfits) -> None:
         """Say what begins anew.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _LIVING: WeakValueDictionary[str, ReturningCallback] = WeakValueDictionary()
-"""The callbacks of this process, by what they have in common with their copies in launched ones."""
+"""The callbacks of this process by their identity, which their copies in launched processes share."""
 
 
 class ReturningCallback:

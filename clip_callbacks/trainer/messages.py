@@ -10,8 +10,8 @@ from clip_callbacks.trainer.compat import MODEL_SUMMARY, PACKAGES, is_of, packag
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-SILENCED_BY = ("lightning", *PACKAGES)
-"""The loggers by which people silence Lightning; whoever has silenced one of them wants to hear of none."""
+SILENCED_BY = ("clip_callbacks", "lightning", *PACKAGES, *(f"{package}.utilities.rank_zero" for package in PACKAGES))
+"""The loggers by which people silence this package or Lightning; whoever has silenced one of them wants to hear of none."""
 
 
 def tell(trainer: Trainer, text: str) -> None:

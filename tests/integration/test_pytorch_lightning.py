@@ -46,6 +46,24 @@ def test_the_whole_family_does_the_same_under_both_names(tmp_path):
     assert [it.value for it in events.Scalars("grad/clipped_norm")] == [it.value for it in others.Scalars("grad/clipped_norm")]
 
 
+@pytest.mark.parametrize("name", TWINS)
+def test_a_second_base_keeps_its_hooks_whichever_lightning_it_is_of(tmp_path, name):
+    """The hooks of the other Lightning's Callback, which do nothing, do not come before them."""
+    package, told = TWINS[name], []
+
+    class Tells(package.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            told.append("epoch")
+
+    class Both(NonFiniteGuard, Tells):
+        pass
+
+    make_trainer(package, tmp_path, both := Both()).fit(regression(package), data(1))
+    assert told == ["epoch"]
+    assert both.last_report is not None
+    assert all(isinstance(both, other.Callback) for other in TWINS.values())
+
+
 @pytest.mark.parametrize("saved_by", TWINS)
 def test_a_checkpoint_goes_on_under_either_name(tmp_path, saved_by):
     """Limits' states, counters and histories."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder
 
 from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, GradientNormMonitor, NonFiniteGuard, ZScoreLimit
+from tests.helpers.accumulation import Manual, Recorder
 from tests.helpers.training import Poisoned, Regression, data, limit_states
 
 
@@ -49,6 +50,23 @@ def test_callbacks_go_on_from_what_was_restored(trainer, place):
     assert guard.skipped_steps == clipping.skipped_steps == 2
     assert limit_states(clipping)[0]["count"].item() == 4
     assert guard.state_dict()["history"][0]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "rescaling"),
+    [
+        (Recorder, AccumulationRescaling()),
+        (Recorder, AccumulationRescaling(BatchSize())),
+        (lambda feed: Manual(feed, window=3), AccumulationRescaling(divide=True)),
+    ],
+    ids=["mean", "weighted", "manual"],
+)
+def test_the_window_under_way_stays_the_mean_that_it_is(trainer, make, rescaling):
+    callbacks = [NonFiniteGuard(), rescaling]
+    options = {"accumulate_grad_batches": 3} if make is Recorder else {}
+    module = make(torch.arange(1.0, 9.0)[:, None])
+    trainer(*callbacks, Restore(callbacks, 4, 4), **options).fit(module)
+    assert [round(gradient, 4) for (gradient,) in module.gradients] == [2.0, 5.0, 7.5]
 
 
 def test_a_search_for_the_learning_rate_in_a_later_epoch_is_survived(trainer):

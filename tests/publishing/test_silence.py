@@ -108,9 +108,9 @@ def test_one_that_shows_anything_hears_all(tmp_path, heard, brief, shown):
     assert [text.split(":")[0] for text in heard["lightning"].ours] == ["Gradients of the run", "GradientNormMonitor"]
 
 
-@pytest.mark.parametrize(("name", "silenced"), [*itertools.product(TWINS, ("lightning", *LOGGERS.values()))])
-def test_who_silenced_either_lightning_silenced_us(tmp_path, heard, brief, monkeypatch, name, silenced):
-    """A logger above it, the one it writes to, or that of the other Lightning."""
+@pytest.mark.parametrize(("name", "silenced"), [*itertools.product(TWINS, ("clip_callbacks", "lightning", *LOGGERS.values()))])
+def test_who_silenced_us_or_either_lightning_silenced_us(tmp_path, heard, brief, monkeypatch, name, silenced):
+    """A logger above it, the one it writes to, that of the other Lightning, or our own name."""
     monkeypatch.setattr(logging.getLogger(silenced), "level", logging.WARNING)
     logging.root.manager._clear_cache()
     fit(tmp_path, GradientClipping(1.0), GradientNormMonitor(), name=name)
@@ -123,6 +123,7 @@ def test_other_ways_to_silence_a_logger(tmp_path, heard, brief, monkeypatch):
         (written, "level", logging.ERROR),
         (written, "disabled", True),
         (logging.getLogger("pytorch_lightning"), "disabled", True),
+        (logging.getLogger("pytorch_lightning.utilities.rank_zero"), "level", logging.ERROR),
         (logging.root.manager, "disable", logging.INFO),
     ):
         with monkeypatch.context() as patch:

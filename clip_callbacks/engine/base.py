@@ -42,13 +42,17 @@ class GradientCallback(SavingCallback):
         self._left_over: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
         # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
-        self.state_key = f"{self._stable_key}@{id(self)}"
+        self._name_state(f"{self._stable_key}@{id(self)}")
 
     # --- for subclasses
 
     @property
     def _stable_key(self) -> str:
         return type(self).__qualname__
+
+    def _name_state(self, key: str) -> None:
+        """Set ``state_key``, unless a subclass has a property of its own, as Lightning's documentation shows."""
+        vars(self)["state_key"] = key
 
     def _facts(self) -> CallbackFacts:
         """What the checks need to know of this callback."""
@@ -211,7 +215,7 @@ class GradientCallback(SavingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
-        self.state_key = self._stable_key
+        self._name_state(self._stable_key)
         self._drop_search()  # of a fit that nobody has ended
         if stage == "fit":
             callbacks = gradient_callbacks(trainer)

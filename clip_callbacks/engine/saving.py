@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import State, bad_step_counts, check_histories, reading
@@ -115,10 +117,20 @@ class SavingCallback(ReturningCallback, Guest):
         Raises:
             ValueError: If the state is not one of this callback, or is damaged.
         """
-        missing = sorted({"history", *self._empty_state()} - set(state_dict))
+        if "history" not in state_dict:
+            rank_zero_warn(
+                f"The checkpoint's state of {self.state_key} is left out, and {type(self).__name__} begins anew: it belongs to "
+                f"another callback of this name, with the keys {sorted(map(str, state_dict))}.",
+                stacklevel=2,
+            )
+            return
+        missing = sorted(self._empty_state().keys() - state_dict.keys())
         if missing:
             got = f"got keys {sorted(state_dict)} without {missing}"
-            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}.")
+            raise ValueError(
+                f"the checkpoint's state must be one of {type(self).__name__}, {got}. The checkpoint is damaged: resume from "
+                'another one, or remove the state from checkpoint["callbacks"].'
+            )
         with reading(type(self).__name__):
             check_histories(state_dict)
             self._check_state(state_dict)

@@ -130,8 +130,8 @@ def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int
     misfits = 0
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         for row in csv.reader(line.replace("\0", "") for line in file):
-            found = (step if step in row else None) if step else step_column(row)
-            if found and len(set(row)) == len(row):
+            found = step_column(row) if step is None else step
+            if found in row and len(set(row)) == len(row):
                 if step:
                     yield step, header, rows, misfits
                 step, header, rows, misfits = found, row, [], 0

@@ -13,7 +13,7 @@ from clip_callbacks.stats.norm_history import Spans
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 LEAST_STEPS = 100
-"""Of fewer steps there is no table: their p99 is their largest norm, and programs that fit hundreds of times fit briefly."""
+"""After a fit of fewer steps there is no table: p99 would be the largest norm, and who fits hundreds of times fits briefly."""
 
 HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" for percent in list(PERCENTILES)[1:]), "max_norm")
 
@@ -21,7 +21,7 @@ HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" 
 def summary_table(
     contexts: Sequence[OptimizerContext], *, clips: bool, skipped_steps_of: Callable[[int], int | None]
 ) -> str | None:
-    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if none has stepped often enough.
+    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if the fit was too short.
 
     Columns that nobody fills, as without a guard or a limit, are left out.
 
@@ -30,7 +30,7 @@ def summary_table(
         clips: Whether there is anything that may clip.
         skipped_steps_of: How many steps of an optimizer were skipped, by its number; None if nobody counts.
     """
-    if not any(context.history.steps >= LEAST_STEPS for context in contexts):
+    if not any(context.steps >= LEAST_STEPS for context in contexts):
         return None
     from tabulate import tabulate  # a tenth of what the import of this package takes
 

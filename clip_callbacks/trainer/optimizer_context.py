@@ -34,6 +34,7 @@ class OptimizerContext:
     Attributes:
         table: The parameters.
         history: What the run remembers of its norms.
+        steps: How many steps it has taken or skipped in this fit.
         report: The report of the last step; of LBFGS's closure calls the first one's, unless a later one is bad.
     """
 
@@ -42,6 +43,7 @@ class OptimizerContext:
         self.optimizer = optimizer
         self.suffix = suffix
         self.history = RunHistory()
+        self.steps = 0
         self.report: StepReport | None = None
         self._reduce = reduce
         self._step_number: int | None = None
@@ -94,6 +96,7 @@ class OptimizerContext:
             is_healthy: Whether its norms go into the history.
         """
         self.report = report
+        self.steps += is_new
         self.history.steps += is_new
         if is_healthy:
             self.history.add(report)

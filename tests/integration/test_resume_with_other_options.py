@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
@@ -304,3 +305,39 @@ def test_a_damaged_checkpoint_is_refused_where_it_is_loaded(trainer, monkeypatch
         callback.load_state_dict(damaged)
     assert str(refused.value).startswith(contract)
     assert_same_bits(leaves(callback.state_dict()), leaves(before)), "what was there before stays"
+
+
+class Homemade(Callback):
+    """Somebody's own callback, of a name that ours has too."""
+
+    def state_dict(self):
+        return {"n": 3}
+
+
+Homemade.__qualname__ = "GradientClipping"
+
+
+def test_the_state_of_another_callback_of_the_same_name_is_left_out(trainer, tmp_path):
+    fit = trainer(Homemade())
+    fit.fit(Regression(), data(2))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    ours = GradientClipping()
+    with pytest.warns(UserWarning, match=r"GradientClipping begins anew: it belongs to another .* keys \['n'\]") as caught:
+        trainer(ours, max_epochs=2).fit(Regression(), data(2), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    assert len([warning for warning in caught if "begins anew" in str(warning.message)]) == 1
+    assert ours.state_dict()["history"][0]["steps"] == 2
+
+
+class Named(GradientClipping):
+    """With a key of its own, as Lightning's documentation writes one."""
+
+    @property
+    def state_key(self) -> str:
+        return f"Named[{self.rules[0].scope}]"
+
+
+def test_a_subclass_may_have_a_key_of_its_own(trainer, tmp_path):
+    fit = trainer(Named(2.0))
+    fit.fit(Regression(), data(2))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"].keys() == {"Named[global]"}

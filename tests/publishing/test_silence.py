@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.stats.norm_history import RunHistory
 from tests.helpers.twins import TWINS, regression
 
 SWITCHES = ("logger", "enable_progress_bar", "enable_model_summary")
@@ -68,6 +69,13 @@ def test_a_run_of_a_hundred_steps_is_worth_a_table(tmp_path, heard, name):
     (text,) = heard.pop(name).ours
     assert text.startswith(TABLE)
     assert [others.ours for others in heard.values()] == [[]]
+
+
+def test_the_steps_of_an_earlier_fit_are_worth_none(tmp_path, heard):
+    clipping = GradientClipping(1.0)
+    clipping.load_state_dict(clipping.state_dict() | {"history": {0: RunHistory().state_dict() | {"steps": 1000}}})
+    fit(tmp_path, clipping, steps=3)
+    assert heard["lightning"].ours == []
 
 
 def test_a_shorter_one_is_not_but_a_monitor_suggests_what_it_was_asked_for(tmp_path, heard):

@@ -190,6 +190,20 @@ def test_ours_comes_first_then_lightnings_then_the_shortest_name():
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/grad_norm", "val/grad_norm"],
+        ["training/grad_2.0_norm_total", "val/grad_2.0_norm_total", "test/grad_norm"],
+        ["train_inner/gnorm", "eval/gnorm"],
+        ["train/total_grad_norm", "net/grad_norm"],
+        ["optimizer/global_grad_norm", "dev/grad_norm"],
+    ],
+)
+def test_the_norm_of_the_training_comes_before_those_of_other_data_and_parts(names):
+    assert [norm.name for norm in norms_of_others(names[::-1])] == names
+
+
 def test_the_metric_that_was_read_is_named_if_others_could_be_meant(tmp_path):
     norms = lognormal(50)
     run = read(write(tmp_path / "theirs", log_of(norms, "actor/grad_norm", **{"critic/grad_norm": 2 * norms})))

@@ -360,6 +360,16 @@ def test_a_module_that_clips_itself_is_told_of_once(trainer, options):
     assert "clip_gradients" not in vars(module)
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_a_value_that_the_trainer_is_given_later_is_told_of_as_the_trainers(trainer, hook):
+    module = Regression()
+    setattr(module, hook, lambda: setattr(module.trainer, "gradient_clip_val", 0.5))
+    said = said_of(trainer(GradientClipping(0.1), max_epochs=2), module)
+    assert len(said) == 1
+    assert "clipped twice: trainer.gradient_clip_val was set to 0.5 after the setup" in said[0]
+    assert "self.clip_gradients" not in said[0]
+
+
 def test_it_may_clip_itself_beside_the_others(trainer):
     assert said_of(trainer(NonFiniteGuard(), GradientNormMonitor(), GradientClipping(None)), ByHand(clipping_itself)) == []
 

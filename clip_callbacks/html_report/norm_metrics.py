@@ -134,6 +134,12 @@ def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> 
     else:
         missing = f"{source} holds no {TOTAL_NORM}, nor another metric whose name tells that it is the norm of all gradients."
     if looks := look_like_norms(names):
-        more = f" and {len(looks) - LISTED} more" if len(looks) > LISTED else ""
-        return f"{missing} These look like norms: {', '.join(looks[:LISTED])}{more}; --norm METRIC reads one of them."
-    return f"{missing} No metric of it looks like one: GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
+        return f"{missing} These look like norms: {_listed(looks)}; --norm METRIC reads one of them."
+    held = f" (it holds {_listed(sorted(names))}; --norm METRIC reads any of them)" if names else ""
+    advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
+    return f"{missing} No metric of it looks like one{held}: {advice}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -56,7 +56,7 @@ class UnseenSteps:
         self._versions: dict[int, list[tuple[Tensor, int]]] = {}
         self._samples: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._states: dict[int, int] = {}
-        self._may_have_trained = False
+        self._active: set[int] = set()
         self._is_over = False
 
     def note_step(self, context: OptimizerContext) -> None:
@@ -107,9 +107,9 @@ class UnseenSteps:
         """Whether most of what has a gradient in an optimizer, or had one, was written to since the batch began."""
         return _are_written(self._versions.get(context.index, ()))
 
-    def _is_active(self, context: OptimizerContext) -> bool:
-        """Whether an optimizer may have stepped: of several, one that has gradients or keeps more states than at the beginning."""
-        if len(self._contexts) == 1:
+    def _is_active(self, context: OptimizerContext, *, may_train: bool) -> bool:
+        """Whether an optimizer may have stepped: the only one after a backward pass; any that has gradients, or states since."""
+        if may_train and len(self._contexts) == 1:
             return True
         return context.table.has_gradients or len(context.optimizer.state) > self._states[context.index]
 
@@ -119,12 +119,11 @@ class UnseenSteps:
         Args:
             may_train: Whether there was a backward pass, as far as anybody could see one.
         """
-        if may_train:
-            self._may_have_trained = True
-            stepped = self._stepped
-            for context in self._contexts:
-                versions = [watched for watched in self._versions.get(context.index, ()) if id(watched[0]) not in stepped]
-                if _are_written(versions) and self._is_active(context):
+        stepped = self._stepped if self._versions else set()
+        for context in self._contexts:
+            if context.index in self._versions and self._is_active(context, may_train=may_train):
+                self._active.add(context.index)
+                if _are_written([watched for watched in self._versions[context.index] if id(watched[0]) not in stepped]):
                     self._trained_around.add(context.index)
         self._versions = {}
 
@@ -133,22 +132,17 @@ class UnseenSteps:
         if self._is_over:
             return
         found = sorted(self._waiting & (self._trained_around | self._moved))
-        self._samples, self._may_have_trained = {}, False
+        self._samples, self._active = {}, set()
         if found:
             self._is_over = True
             rank_zero_warn(f"{self._what(found)} was seen, but parameters have changed. {CURE}", category=RuntimeWarning)
 
     @property
     def _moved(self) -> set[int]:
-        """The numbers of those whose parameters have moved since the first batch of the epoch."""
-        if not self._may_have_trained:
-            return set()
-        stepped, moved = self._stepped, set()
-        for context in self._contexts:
-            sample = [sampled for sampled in self._samples.get(context.index, ()) if id(sampled[0]) not in stepped]
-            if self._is_active(context) and _has_moved(sample):
-                moved.add(context.index)
-        return moved
+        """The numbers of those whose parameters have moved since the first batch of the epoch, in which they were active."""
+        stepped = self._stepped
+        samples = {index: self._samples.get(index, ()) for index in self._active}
+        return {index for index, each in samples.items() if _has_moved([sample for sample in each if id(sample[0]) not in stepped])}
 
     def _what(self, found: Sequence[int]) -> str:
         named = [context for context in self._contexts if context.index in found]

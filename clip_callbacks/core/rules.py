@@ -178,8 +178,14 @@ class Plan:
         """The states of the rules, of the shadows, and of ``skip_above``.
 
         Raises:
+            TypeError: If it is no such state.
             ValueError: If they are of other rules.
         """
+        if not isinstance(state, (tuple, list)):
+            raise TypeError(
+                f"`state` must be what the last call returned, or None before the first, got {state!r}. A limit goes into the "
+                "rules: clip_step(parameters, rules=[ClipRule(1.0)])."
+            )
         if len(state) != len(self.stages):
             raise ValueError(
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "

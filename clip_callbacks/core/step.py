@@ -77,6 +77,7 @@ def clip_step(
 
     Raises:
         NonFiniteGradientError: If a gradient is not finite and the policy is "raise"; it names the parameters.
+        TypeError: If the state is none.
         ValueError: If an argument is out of its range, the state is that of other rules, or the step cannot be deferred.
 
     Example::

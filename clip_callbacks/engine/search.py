@@ -7,7 +7,7 @@ callbacks to the list of the search: the run itself learns nothing of the steps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_callbacks.trainer.compat import LEARNING_RATE_SEARCH, is_of
@@ -44,6 +44,7 @@ class LearningRateSearch:
         self._trainer = trainer
         self._module = module
         self._callbacks = callbacks
+        self._is_silent = is_silent(trainer)  # in a search the progress bar is gone, too
         self._hook = ExtendedHook(module, "on_train_start", self._begin)
 
     def _begin(self) -> None:
@@ -55,9 +56,12 @@ class LearningRateSearch:
         for callback in self._callbacks:
             callback._interrupt()
         if copies:
-            self._trainer.callbacks = [*callbacks, _EndOfSearch(copies[0], self.detach), *copies]  # type: ignore[attr-defined]
+            self._trainer.callbacks = [*callbacks, self._end_of_search(copies[0]), *copies]  # type: ignore[attr-defined]
             copies[0]._assemble(self._trainer, self._module)
             copies[0].on_train_start(self._trainer, self._module)
+
+    def _end_of_search(self, driver: Any) -> _EndOfSearch:
+        return _EndOfSearch(driver, self.detach, says_what_was_skipped=not self._is_silent)
 
     def detach(self) -> None:
         """Give the module its own hook back."""
@@ -69,13 +73,15 @@ class _EndOfSearch(Guest):
 
     Args:
         driver: The first of them.
-        give_up: What is called if the search raises: Lightning tells those callbacks only that are in the search.
+        give_up: A function to call if the search raises: Lightning tells those callbacks only that are in the search.
+        says_what_was_skipped: Whether the Trainer may say anything.
     """
 
-    def __init__(self, driver: Any, give_up: Any) -> None:
+    def __init__(self, driver: Any, give_up: Callable[[], None], *, says_what_was_skipped: bool) -> None:
         super().__init__()
         self._driver = driver
         self._give_up = give_up
+        self._says_what_was_skipped = says_what_was_skipped
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave it to the fit: the search begins later."""
@@ -84,8 +90,13 @@ class _EndOfSearch(Guest):
         """Say how many steps were skipped, and let go of the module and its optimizers."""
         before, engine = self._driver._last_skipped_steps, self._driver._engine
         skipped = engine.skipped_steps - before if engine else 0
-        if skipped and not is_silent(trainer):
-            tell(trainer, f"The search for the learning rate has skipped {skipped} steps that were not fit to be taken.")
+        if skipped and self._says_what_was_skipped:
+            steps = "1 step that was" if skipped == 1 else f"{skipped} steps that were"
+            tell(
+                trainer,
+                f"The search for the learning rate has skipped {steps} not fit to be taken. After a loss that is NaN, Lightning's "
+                "running mean of the losses stays NaN, and it suggests no learning rate.",
+            )
         self._driver._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

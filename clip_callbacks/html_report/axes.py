@@ -16,6 +16,8 @@ from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.thinning import thin
 
 DASHED = (0, (4, 2))
+HIGHEST = 1e300
+"""Where a logarithmic axis ends at the latest."""
 SPAN = 300
 """A logarithmic axis that spans less has 2 and 5 on it too."""
 
@@ -72,6 +74,9 @@ def name_lines(axes: Axes, look: Look) -> None:
 def number_plainly(axis: Axis) -> None:
     """Labels such as 0.01 and 30 on a logarithmic axis instead of powers of ten."""
     low, high = axis.get_view_interval()
+    if high > HIGHEST:  # matplotlib cannot divide an axis that ends next to the largest number
+        high = HIGHEST
+        axis.set_view_interval(low, high, ignore=True)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 0 < high < SPAN * low else (1.0,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"))  # noqa: PLR2004
     axis.set_minor_formatter(NullFormatter())

@@ -12,7 +12,7 @@ import pandas as pd
 
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
-from clip_callbacks.html_report.series import Series, Steps, Values
+from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 
 STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
 """What a column of steps is called, in letters of any size; of several the first counts."""
@@ -89,7 +89,7 @@ def _read_fast(path: Path) -> tuple[Columns, int]:
 
 def _take(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
     """Keep what the columns of a chunk have, NaN and infinities included; how many cells hold other text."""
-    has_step, shared, texts = steps.notna(), dict[bytes, Steps](), 0
+    has_step, shared, texts = steps.abs() < LAST_STEP, dict[bytes, Steps](), 0
     for key in table.columns.drop(step):
         is_logged = (table[key].notna() & has_step).to_numpy()
         if not is_logged.any():

@@ -17,6 +17,8 @@ LIGHTNING = re.compile(r"(?:.*[^A-Za-z0-9])?grad_(?P<order>inf|[0-9]+(?:\.[0-9]+
 GRADIENT, NORM, BOTH = {"grad", "grads", "gradient", "gradients"}, {"norm", "norms"}, {"gnorm", "gradnorm"}
 OF_ALL = {"total", "global", "overall", "l2", "train", "training", "step"}
 """Words beside those for gradient and norm with which a name still tells the norm of all gradients at a step."""
+HELD_OUT = {"val", "valid", "validation", "dev", "eval", "evaluation", "test"}
+"""Words for data that nothing is trained on: a norm of theirs is no norm of a step."""
 FORK, EPOCH = "_step", "_epoch"
 """What Lightning adds to a name that is logged for steps and for epochs."""
 ALL = re.compile(r"[_./-](total|global|overall)$")
@@ -65,7 +67,8 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[Norm
     """The norms of all gradients that a log holds, one for each optimizer.
 
     Those wanted, if any are. Else ours; else the first of the others by their names, since they may be the same norm: Lightning's
-    ``grad_2.0_norm_total``, then those of other orders, then names of nothing but words for gradient, norm and all, the shortest.
+    ``grad_2.0_norm_total``, then those of other orders, then names of the fewest words beside those for gradient, norm and all, the
+    shortest. Norms of a validation or a test come last.
 
     Args:
         names: The metrics of the log.
@@ -86,9 +89,10 @@ def norms_of_others(names: Collection[str]) -> list[NormMetric]:
     return sorted(found, key=_preference)
 
 
-def _preference(norm: NormMetric) -> tuple[bool, bool, float, int, str]:
-    order = norm.norm_type
-    return order is None, order != EUCLIDEAN, order or 0.0, len(norm.name), norm.name
+def _preference(norm: NormMetric) -> tuple[bool, bool, bool, float, int, int, str]:
+    order, words = norm.norm_type, _words(norm.name)
+    others = len(words - GRADIENT - NORM - BOTH - OF_ALL)
+    return bool(words & HELD_OUT), order is None, order != EUCLIDEAN, order or 0.0, others, len(norm.name), norm.name
 
 
 def _wanted(name: str, *, alone: bool) -> NormMetric:
@@ -130,6 +134,12 @@ def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> 
     else:
         missing = f"{source} holds no {TOTAL_NORM}, nor another metric whose name tells that it is the norm of all gradients."
     if looks := look_like_norms(names):
-        more = f" and {len(looks) - LISTED} more" if len(looks) > LISTED else ""
-        return f"{missing} These look like norms: {', '.join(looks[:LISTED])}{more}; --norm METRIC reads one of them."
-    return f"{missing} No metric of it looks like one: GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
+        return f"{missing} These look like norms: {_listed(looks)}; --norm METRIC reads one of them."
+    held = f" (it holds {_listed(sorted(names))}; --norm METRIC reads any of them)" if names else ""
+    advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
+    return f"{missing} No metric of it looks like one{held}: {advice}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

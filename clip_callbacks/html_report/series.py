@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Steps = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
+LAST_STEP = 2**63 - 1
+"""Steps are int64."""
 LARGEST = 1.7976931348623157e308
 """What MLflow stores for infinity."""
 

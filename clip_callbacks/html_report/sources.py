@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -186,18 +187,16 @@ def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    """With the shortest ends of their paths that differ; MLflow's own names get numbers if they do not."""
-    parts = [Path(run.name).parts for run in runs]
-    names = ["/".join(part[-1:]) for part in parts]
-    depth = 1
-    while len(set(names)) < len(names) and depth < max(len(part) for part in parts):
-        depth += 1
-        names = [
-            "/".join(part[-depth:]) if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)
-        ]  # fmt: skip
-    seen: dict[str, int] = {}
+    """With the shortest ends of their paths that differ; those of one path, and MLflow's own names, get numbers if they do not."""
+    parts = {run.name: Path(run.name).parts for run in runs}
+    names = {name: str(Path(*part[-1:])) for name, part in parts.items()}
+    for depth in range(2, 1 + max(map(len, parts.values()))):
+        count = Counter(names.values())
+        names = {name: str(Path(*parts[name][-depth:])) if count[short] > 1 else short for name, short in names.items()}
+    seen: Counter[str] = Counter()
     unique = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return [replace(run, name=name) for run, name in zip(runs, unique, strict=True)]
+    for run in runs:
+        short = names[run.name]
+        seen[short] += 1
+        unique.append(replace(run, name=short if seen[short] == 1 else f"{short} ({seen[short]})"))
+    return unique

@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import TRANSFORMERS, Run, UnusableLogError
-from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.series import LAST_STEP, Series
 
 STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -96,7 +96,7 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
     misfits = 0
     for entry in log:
         step = _number(entry.get(STEP)) if isinstance(entry, dict) else None
-        if step is None or not math.isfinite(step):
+        if step is None or not abs(step) < LAST_STEP:
             misfits += 1
         elif SUMMARY not in entry:
             _take(entry, int(step), points)

@@ -1,4 +1,4 @@
-"""Gradients that the module clips itself beside GradientClipping, by Lightning's ``self.clip_gradients``."""
+"""Gradients that Lightning's ``clip_gradients`` clips beside GradientClipping: the module calls it, or the Trainer does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class SecondClip:
-    """Warns once of a module that clips its gradients itself: in manual optimization nothing at fit start tells that it will.
+    """Warns once of a second clip that nothing told of at fit start: by the module itself, or by a ``gradient_clip_val`` set later.
 
-    In automatic optimization Lightning itself calls the method at each step, without a value, and it does nothing then.
+    In automatic optimization Lightning itself calls the method at each step, with the Trainer's value, and without one it does
+    nothing.
 
     Args:
         module: The module in training.
@@ -31,11 +32,18 @@ class SecondClip:
         if not gradient_clip_val or self._has_warned:
             return
         self._has_warned = True
+        if self._module.trainer.gradient_clip_val:
+            what = (
+                f"trainer.gradient_clip_val was set to {gradient_clip_val!r} after the setup of the fit, beside GradientClipping, "
+                "whose metrics are those before that clip. Leave it at None, or remove GradientClipping"
+            )
+        else:
+            what = (
+                f"{type(self._module).__name__} calls self.clip_gradients(gradient_clip_val={gradient_clip_val!r}) beside "
+                "GradientClipping, which measures, clips and logs what that call leaves. Remove the call, or GradientClipping"
+            )
         rank_zero_warn(
-            f"Gradients are clipped twice: {type(self._module).__name__} calls self.clip_gradients(gradient_clip_val="
-            f"{gradient_clip_val!r}) beside GradientClipping, which measures, clips and logs what that call leaves. Remove the "
-            "call, or GradientClipping; NonFiniteGuard and GradientNormMonitor go with either.",
-            category=RuntimeWarning,
+            f"Gradients are clipped twice: {what}; NonFiniteGuard and GradientNormMonitor go with either.", category=RuntimeWarning
         )
 
     def detach(self) -> None:

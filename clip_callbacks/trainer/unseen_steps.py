@@ -3,6 +3,10 @@
 So do ``first_step`` and ``second_step`` of SAM, ``optimizer.optimizer.step()``, and a step inside the backward or the forward pass.
 An optimizer is watched until its first step comes by, which costs nothing from then on. Of a batch the version counters of its
 parameters tell; of an epoch the entries of a few small ones, since ``.data`` goes around the counters.
+
+Parameters change for other reasons too: another optimizer that holds them has stepped, a target network follows, critics are
+clamped, weights are loaded, while an optimizer waits for its turn. So a change counts where most of what may train has changed; of
+several optimizers only for one that has gradients or has begun to keep states.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ class UnseenSteps:
         self._trained_around: set[int] = set()
         self._versions: dict[int, list[tuple[Tensor, int]]] = {}
         self._samples: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._states: dict[int, int] = {}
+        self._active: set[int] = set()
         self._is_over = False
 
     def note_step(self, context: OptimizerContext) -> None:
@@ -72,6 +78,8 @@ class UnseenSteps:
         self._versions = {index: [(tensor, tensor._version) for tensor in tensors] for index, tensors in watched.items()}
         if not self._samples:
             self._samples = {index: _sample(tensors) for index, tensors in watched.items()}
+        for context in contexts:
+            self._states.setdefault(context.index, len(context.optimizer.state))
 
     @property
     def _waiting(self) -> set[int]:
@@ -87,13 +95,23 @@ class UnseenSteps:
         held: Iterable[Tensor] = tables[index].tensors
         if not any(tensor.requires_grad for table in tables.values() for tensor in table.tensors):
             held = self._module.parameters()
-        stepped = {id(tensor) for other in (self._seen & tables.keys()) - {index} for tensor in tables[other].tensors}
-        left_out = stepped | self._renormalized
+        left_out = self._stepped | self._renormalized
         return [tensor for tensor in held if tensor.requires_grad and not is_lazy(tensor) and id(tensor) not in left_out]
+
+    @property
+    def _stepped(self) -> set[int]:
+        """The ids of the parameters that optimizers hold of which a step has come by."""
+        return {id(tensor) for context in self._contexts if context.index in self._seen for tensor in context.table.tensors}
 
     def is_trained_around(self, context: OptimizerContext) -> bool:
         """Whether most of what has a gradient in an optimizer, or had one, was written to since the batch began."""
         return _are_written(self._versions.get(context.index, ()))
+
+    def _is_active(self, context: OptimizerContext, *, may_train: bool) -> bool:
+        """Whether an optimizer may have stepped: the only one after a backward pass; any that has gradients, or states since."""
+        if may_train and len(self._contexts) == 1:
+            return True
+        return context.table.has_gradients or len(context.optimizer.state) > self._states[context.index]
 
     def end_batch(self, *, may_train: bool) -> None:
         """Look at the parameters after a batch.
@@ -101,22 +119,30 @@ class UnseenSteps:
         Args:
             may_train: Whether there was a backward pass, as far as anybody could see one.
         """
-        if may_train:
-            waiting = self._versions.keys() - self._seen
-            self._trained_around |= {index for index in waiting if _are_written(self._versions[index])}
+        stepped = self._stepped if self._versions else set()
+        for context in self._contexts:
+            if context.index in self._versions and self._is_active(context, may_train=may_train):
+                self._active.add(context.index)
+                if _are_written([watched for watched in self._versions[context.index] if id(watched[0]) not in stepped]):
+                    self._trained_around.add(context.index)
         self._versions = {}
 
     def end_epoch(self) -> None:
         """Warn, once in a fit, of optimizers that have trained and of which no step has come by."""
         if self._is_over:
             return
-        waiting = self._waiting
-        moved = {index for index, sample in self._samples.items() if _has_moved(sample)}
-        found = sorted(waiting & (self._trained_around | moved))
-        self._samples = {}
+        found = sorted(self._waiting & (self._trained_around | self._moved))
+        self._samples, self._active = {}, set()
         if found:
             self._is_over = True
             rank_zero_warn(f"{self._what(found)} was seen, but parameters have changed. {CURE}", category=RuntimeWarning)
+
+    @property
+    def _moved(self) -> set[int]:
+        """The numbers of those whose parameters have moved since the first batch of the epoch, in which they were active."""
+        stepped = self._stepped
+        samples = {index: self._samples.get(index, ()) for index in self._active}
+        return {index for index, each in samples.items() if _has_moved([sample for sample in each if id(sample[0]) not in stepped])}
 
     def _what(self, found: Sequence[int]) -> str:
         named = [context for context in self._contexts if context.index in found]
@@ -137,9 +163,11 @@ def _sample(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _are_written(versions: Sequence[tuple[Tensor, int]]) -> bool:
-    """Whether more parameters were written to than have a gradient and were not."""
+    """Whether more parameters were written to than have a gradient and were not; where none has one, more than were not."""
     written = [tensor for tensor, version in versions if tensor._version != version]
-    others = [tensor for tensor, version in versions if tensor._version == version and tensor.grad is not None]
+    others = [tensor for tensor, version in versions if tensor._version == version]
+    if any(tensor.grad is not None for tensor, _ in versions):
+        others = [tensor for tensor in others if tensor.grad is not None]
     return len(written) > len(others)
 
 

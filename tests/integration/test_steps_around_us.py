@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -264,6 +265,70 @@ def test_an_optimizer_whose_turn_comes_later_is_none(trainer):
     assert said_of(trainer(GradientClipping(0.1), max_epochs=2), Late()) == []
 
 
+class Stages(ByHand):
+    """Several optimizers, of which some wait for their turn while others train what they share, or something follows."""
+
+    def __init__(self, turns, holds):
+        super().__init__(None)
+        self.target, self.head, self.other_head = (nn.Linear(4, 1) for _ in range(3))
+        self.turns = turns
+        self.holds = holds
+
+    def training_step(self, batch, batch_idx):
+        for number in self.turns:
+            optimizer = self.optimizers()[number]
+            optimizer.zero_grad()
+            self.manual_backward((self.head(batch[0]) + self.net(batch[0])).square().mean())
+            optimizer.step()
+        with torch.no_grad():
+            for parameter in self.target.parameters():
+                parameter.mul_(0.9)
+
+    def configure_optimizers(self):
+        made = [[p for name in names for p in getattr(self, name).parameters()] for names in self.holds]
+        return [torch.optim.Adam(parameters, lr=0.01) for parameters in made]
+
+
+@pytest.mark.parametrize(
+    ("turns", "holds"),
+    [
+        ([0], [["net", "head"], ["net", "other_head"]]),
+        ([1], [["net", "other_head"], ["net", "head"]]),
+        ([0], [["net", "head"], ["target"]]),
+        ([0], [["net", "head"], ["other_head", "target"]]),
+    ],
+    ids=["the later one shares", "the earlier one shares", "clamped", "with a target"],
+)
+def test_an_optimizer_that_waits_while_its_parameters_change_is_none(trainer, turns, holds):
+    assert said_of(trainer(GradientClipping(0.1), max_epochs=2), Stages(turns, holds)) == []
+
+
+def test_a_target_that_follows_before_the_first_step_is_none(trainer):
+    class WarmingUp(ByHand):
+        def __init__(self):
+            super().__init__(None, torch.optim.Adam)
+            self.target = copy.deepcopy(self.net)
+
+        def training_step(self, batch, batch_idx):
+            if self.trainer.current_epoch == 1:
+                self.manual_backward(self.loss(batch, batch_idx))
+                self.optimizers().step()
+            with torch.no_grad():
+                for followed, parameter in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                    followed.lerp_(parameter + 1.0, 0.1)
+
+    assert said_of(trainer(GradientClipping(0.1), max_epochs=2), WarmingUp()) == []
+
+
+def test_weights_that_are_normalized_without_a_loss_are_none(trainer):
+    class Normalized(Regression):
+        def training_step(self, batch, batch_idx):
+            for parameter in self.parameters():
+                parameter.data.mul_(0.9)
+
+    assert said_of(trainer(GradientClipping(0.1)), Normalized()) == []
+
+
 def test_embeddings_that_are_renormalized_are_none(trainer):
     class Words(ByHand):
         def __init__(self):
@@ -293,6 +358,16 @@ def test_a_module_that_clips_itself_is_told_of_once(trainer, options):
     assert len(said) == 1
     assert "clipped twice: ByHand calls self.clip_gradients(gradient_clip_val=0.5) beside GradientClipping" in said[0]
     assert "clip_gradients" not in vars(module)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_a_value_that_the_trainer_is_given_later_is_told_of_as_the_trainers(trainer, hook):
+    module = Regression()
+    setattr(module, hook, lambda: setattr(module.trainer, "gradient_clip_val", 0.5))
+    said = said_of(trainer(GradientClipping(0.1), max_epochs=2), module)
+    assert len(said) == 1
+    assert "clipped twice: trainer.gradient_clip_val was set to 0.5 after the setup" in said[0]
+    assert "self.clip_gradients" not in said[0]
 
 
 def test_it_may_clip_itself_beside_the_others(trainer):

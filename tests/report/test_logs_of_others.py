@@ -171,7 +171,19 @@ def test_names_of_anything_else_are_listed_and_not_read(name, tmp_path, capsys):
 
 def test_a_log_in_which_nothing_looks_like_a_norm_says_how_to_log_one(tmp_path, capsys):
     _, _, err = run_main(capsys, "suggest", write(tmp_path, log_of(lognormal(60), "accuracy")))
+    assert "looks like one (it holds accuracy, train_loss; --norm METRIC reads any of them)" in err
     assert "GradientClipping(None) in the Trainer logs grad/total_norm" in err
+
+
+def test_what_tensorboards_page_exports_needs_the_name_of_its_column(tmp_path, capsys):
+    path = tmp_path / "run-train-tag-grad_norm.csv"
+    norms = lognormal(60)
+    pd.DataFrame({"Wall time": 1e9 + np.arange(60), "Step": np.arange(60), "Value": norms}).to_csv(path, index=False)
+    _, _, err = run_main(capsys, "suggest", path)
+    assert "(it holds Value, Wall time; --norm METRIC reads any of them)" in err
+    _, out, _ = run_main(capsys, "suggest", path, "--norm", "Value", "--json")
+    (facts,) = json.loads(out).values()
+    assert facts["percentiles"]["p50"] == pytest.approx(np.median(norms))
 
 
 def test_of_many_that_look_like_norms_the_likely_ones_are_listed():
@@ -188,6 +200,20 @@ def test_ours_comes_first_then_lightnings_then_the_shortest_name():
         "grad/total_norm-Adam",
         "grad/total_norm-SGD",
     ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/grad_norm", "val/grad_norm"],
+        ["training/grad_2.0_norm_total", "val/grad_2.0_norm_total", "test/grad_norm"],
+        ["train_inner/gnorm", "eval/gnorm"],
+        ["train/total_grad_norm", "net/grad_norm"],
+        ["optimizer/global_grad_norm", "dev/grad_norm"],
+    ],
+)
+def test_the_norm_of_the_training_comes_before_those_of_other_data_and_parts(names):
+    assert [norm.name for norm in norms_of_others(names[::-1])] == names
 
 
 def test_the_metric_that_was_read_is_named_if_others_could_be_meant(tmp_path):

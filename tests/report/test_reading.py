@@ -88,6 +88,13 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path):
     assert "1 rows of metrics.csv do not fit" in run.notes[0]
 
 
+@pytest.mark.parametrize("step", ["1e30", "-1e30", "inf", "nan", "9223372036854775808"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_rows_whose_step_is_none_are_left_out(tmp_path, step):
+    run = read(write(tmp_path, text=f"step,grad/total_norm\n{step},9.0\n0,1.0\n1,2.0\n"))
+    assert run.metrics["grad/total_norm"].steps.tolist() == [0, 1]
+
+
 def test_a_cut_off_event_file_is_read_up_to_there(fitted, tmp_path):
     (source,) = (fitted / "board/run").glob("*tfevents*")
     whole = read(fitted / "board")

@@ -136,6 +136,21 @@ def test_what_is_no_number_is_no_metric_and_null_is_nan(tmp_path):
     assert any("2 entries of trainer_state.json have no step" in note for note in run.notes)
 
 
+def test_two_runs_of_one_folder_are_told_apart_by_numbers(tmp_path):
+    for seed, steps in enumerate((300, 600)):
+        save(tmp_path / f"deep/out/checkpoint-{steps}", history(steps, seed))
+    save(tmp_path / "other/run", history(300, 2)), save(tmp_path / "another/run", history(300, 3))
+    runs, _ = read_runs([str(tmp_path)])
+    assert {run.name for run in runs} == {"out", "out (2)", "other/run", "another/run"}
+
+
+def test_steps_that_are_none_are_left_out_and_counted(tmp_path):
+    odd = [{"step": step, "grad_norm": 9.0} for step in (10**30, -(2**63), math.inf, math.nan, None, "later")]
+    run = read(save(tmp_path, [*odd, *history(300)]))
+    assert run.metrics["grad_norm"].steps.tolist() == list(range(EVERY, 301, EVERY))
+    assert any("6 entries of trainer_state.json have no step" in note for note in run.notes)
+
+
 def test_a_damaged_checkpoint_does_not_take_the_others_along(finished):
     (finished / "checkpoint-600/trainer_state.json").write_text('{"log_history": [')
     (run,), notes = read_runs([str(finished)])

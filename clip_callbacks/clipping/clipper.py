@@ -36,8 +36,6 @@ class Unclipped:
 
     clips = False
     """Whether there is anything that may clip."""
-    has_limits = False
-    """Whether any norm, or any entry, has a limit; else all is only measured."""
     clip_value: float | None = None
     """The largest entry afterwards."""
 
@@ -56,6 +54,10 @@ class Unclipped:
         Raises:
             ValueError: If a rule's pattern matches no parameter.
         """
+
+    def limits_norms_of(self, index: int) -> bool:
+        """Whether anything limits the gradients of an optimizer, and does not only measure them."""
+        return False
 
     def rules_of(self, index: int) -> Sequence[ClipRule]:
         """The rules that hold for an optimizer."""
@@ -107,7 +109,6 @@ class Clipper(Unclipped):
         self._all_rules = rules
         self._all_shadows = shadows
         self.clip_value = clip_value
-        self.has_limits = clip_value is not None or any(as_limit(rule.max_norm) != FixedLimit(math.inf) for rule in rules)
         self._rules: dict[int, list[ClipRule]] = {}
         self._shadows: dict[int, list[ClipRule]] = {}
         self._all_states: dict[int, list[NamedLimitState]] = {}
@@ -130,6 +131,9 @@ class Clipper(Unclipped):
 
     def _check(self, contexts: Sequence[OptimizerContext], names: Sequence[str]) -> None:
         every_name = list(dict.fromkeys([*names, *(name for context in contexts for name in context.table.names)]))
+        if not any(len(context.table) for context in contexts):
+            rank_zero_warn("No optimizer holds a parameter: GradientClipping has nothing to clip.", stacklevel=2)
+            return
         for rule in self._all_rules:
             rule.selection.check(every_name)
             if not any(_holds(rule, context) for context in contexts):
@@ -150,6 +154,11 @@ class Clipper(Unclipped):
             (rule,) = self._all_rules
             return {names_of(self._all_rules)[0]: rule}
         return {name: replace(rule, name=name) for name, rule in zip(names_of(self._all_rules), self._all_rules, strict=True)}
+
+    @override
+    def limits_norms_of(self, index: int) -> bool:
+        limits = [as_limit(rule.max_norm) for rule in self._rules[index]]
+        return self.clip_value is not None or any(limit != FixedLimit(math.inf) for limit in limits)
 
     @override
     def rules_of(self, index: int) -> list[ClipRule]:

@@ -151,10 +151,14 @@ class StepEngine:
             later: The callbacks that come later in the Trainer's list, those of the family left out.
         """
         self._last_hook = LastHook(self._module, later, self.step)
-        if self._clipper.has_limits:
-            self._second_clip = SecondClip(self._module)
+        if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
+            self._second_clip = SecondClip(self._module, self._is_clipped)
         self._publisher.start_fit()
         self._guard.start_fit()
+
+    def _is_clipped(self, optimizer: Optimizer) -> bool:
+        context = self._optimizers.find(optimizer)
+        return context is not None and self._clipper.limits_norms_of(context.index)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
@@ -289,7 +293,7 @@ class StepEngine:
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
         context, index = step.optimizer, step.optimizer.index
-        if not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
+        if len(context.table) and not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
             self._warn_of_no_gradient()
         if self._readers and step.is_new and self._publisher.is_logging_step:
             for monitor in self._readers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -21,15 +22,17 @@ class SecondClip:
 
     Args:
         module: The module in training.
+        is_clipped: Whether GradientClipping has a limit for an optimizer of torch.
     """
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(self, module: LightningModule, is_clipped: Callable[[Optimizer], bool]) -> None:
         self._module = module
+        self._is_clipped = is_clipped
         self._has_warned = False
         self._hook = ExtendedHook(module, "clip_gradients", self._note)
 
     def _note(self, optimizer: Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any) -> None:
-        if not gradient_clip_val or self._has_warned:
+        if not gradient_clip_val or self._has_warned or not self._is_clipped(getattr(optimizer, "optimizer", optimizer)):
             return
         self._has_warned = True
         if self._module.trainer.gradient_clip_val:

@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
-from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.helpers.training import Poisoned, Regression, assert_same_bits, data, scaled, weights
 
 UNSEEN = "No optimizer step"
@@ -372,6 +372,43 @@ def test_a_value_that_the_trainer_is_given_later_is_told_of_as_the_trainers(trai
 
 def test_it_may_clip_itself_beside_the_others(trainer):
     assert said_of(trainer(NonFiniteGuard(), GradientNormMonitor(), GradientClipping(None)), ByHand(clipping_itself)) == []
+
+
+class TwoOptimizers(LightningModule):
+    """It clips what one of its optimizers holds."""
+
+    automatic_optimization = False
+
+    def __init__(self, clipped):
+        super().__init__()
+        self.a, self.b, self.clipped = nn.Linear(4, 1), nn.Linear(4, 1), clipped
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip((self.a, self.b), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch[0]).square().mean())
+            if net is getattr(self, self.clipped):
+                self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.a, self.b)]
+
+
+@pytest.mark.parametrize(("clipped", "count"), [("a", 1), ("b", 0)])
+def test_it_may_clip_what_no_rule_holds_for(trainer, clipped, count):
+    said = said_of(trainer(GradientClipping(rules=[ClipRule(1.0, params="^a")])), TwoOptimizers(clipped))
+    assert len(said) == count
+
+
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer:UserWarning")
+def test_who_has_no_optimizer_is_not_asked_for_gradients(trainer):
+    class Still(Regression):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.warns(UserWarning, match="No optimizer holds a parameter: GradientClipping has nothing to clip"):
+        trainer(GradientClipping(1.0)).fit(Still(), data(3))  # other warnings are errors
 
 
 def test_the_module_has_its_own_method_again_after_an_error(trainer):

@@ -40,9 +40,10 @@ TOGETHER = {
         "tests/replay/test_scripts.py",
         "tests/report/test_missing_packages.py",
     ),
+    "fresh": ("tests/package/test_fresh_interpreter.py",),
     "services": ("tests/publishing/test_loggers.py", "tests/publishing/test_histograms.py", "tests/report/"),
 }
-"""Tests that share a worker: one fork server and one pool of ranks of each size; one import of MLflow and W&B, one fit's logs."""
+"""Tests that share a worker: one fork server and one pool of ranks of each size; one fresh interpreter; one fit's logs, MLflow, W&B."""
 
 POOLS = {"one_rank", "two_ranks", "four_ranks"}
 

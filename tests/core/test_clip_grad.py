@@ -12,6 +12,7 @@ from torch import nn
 
 from clip_callbacks import clip_grad_norm_
 from tests.helpers import reference
+from tests.helpers.matrix import examples
 
 
 def parameters(*gradients):
@@ -27,7 +28,7 @@ def parameters(*gradients):
     max_norm=st.sampled_from([1e-3, 0.1, 1.0, 7.0, 1e4]),
     p=st.sampled_from([1.0, 2.0, 3.0, math.inf]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_bits_of_torch_in_float32(seed, sizes, max_norm, p):
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(n, generator=generator) for n in sizes]

@@ -15,6 +15,7 @@ from clip_callbacks.core.coefficients import EPS, coefficients
 from clip_callbacks.core.measurement import MeasurementSpec, measure
 from clip_callbacks.core.tensor_norms import CHUNK, tensor_norms, true_norms
 from tests.helpers import reference
+from tests.helpers.matrix import examples
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, 4.0, math.inf]
 
@@ -47,7 +48,7 @@ def test_tensor_norms_equal_a_float64_loop(p, dtype):
     p=st.sampled_from(NORM_TYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_total_norm_is_true_at_any_size_of_the_gradients(sizes, exponent, p, seed):
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(n, generator=generator) * 10.0**exponent for n in sizes]
@@ -197,7 +198,7 @@ SHAPES = [(1,), (7,), (64,), (3, 5), (8, 3, 3, 3), (SMALL,), (SMALL + 1,), (50, 
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
     p=st.sampled_from(NORM_TYPES),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_buckets_have_the_bits_of_one_kernel_for_each_tensor(shapes, dtype, p):
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     alone = tensor_norms(tensors, p, is_uniform=True)
@@ -241,7 +242,7 @@ def test_sparse_gradients_beside_a_bucket():
     limit=st.floats(1e-30, 1e30) | st.floats(1e-3, 1e3),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_the_hosts_coefficient_has_the_bits_of_torchs(norm, limit, dtype):
     norms = torch.tensor([norm], dtype=dtype)
     ours, clips = coefficients(norms, limit)

@@ -14,6 +14,7 @@ from torch import nn
 from clip_callbacks import ClipRule, ParameterTable, RatioLimit, clip_step
 from clip_callbacks.core.units import Units
 from tests.helpers import reference
+from tests.helpers.matrix import examples
 from tests.helpers.operations import SYNCS, count
 
 
@@ -183,7 +184,7 @@ def test_the_ratio_limit_is_that_of_the_published_formula():
 
 
 @given(shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_flat_pieces_hold_each_entry_of_each_row_once(shape, data):
     """As FullyShardedDataParallel cuts flattened parameters: anywhere."""
     size = math.prod(shape)

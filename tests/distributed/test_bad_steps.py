@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings(
     lambda name, _bad, _poison, deferred: name in CARRIES or not deferred,
     slow=is_variant,
     name=DIVIDED,
-    bad={"first and later": (0, 5), "two in a row and the last": (2, 3, 9)},
+    bad={"first and later": (0, 5), "two in a row and the last": (2, 3, parallel.STEPS - 1)},
     poison=[math.nan, math.inf],
     deferred=[False, True],
 )

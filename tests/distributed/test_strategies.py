@@ -49,7 +49,7 @@ NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
 
 def run_of(name, norm_type, scope, kind):
     limit = ADAPTIVE_LIMITS[scope] if kind == "adaptive" else FIXED_LIMITS[scope] * (4 if norm_type == 1 else 1)
-    return parallel.result(name, GradientClipping(limit, scope=scope, norm_type=norm_type))
+    return parallel.result(name, GradientClipping(limit, scope=scope, norm_type=norm_type), steps=10)
 
 
 @lru_cache

@@ -42,8 +42,8 @@ def reports(name, *callbacks, **options):
     return [str(warning.message) for warning in caught]
 
 
-KINDS = ("ddp", "fsdp2", "fsdp1", "tp", "fsdp2_tp")
-"""Each way of dividing a network once; the other strategies are variants of these, most of them on four ranks."""
+KINDS = ("ddp", "fsdp2", "fsdp1", "tp")
+"""Each way of dividing a network once; the other strategies are variants or compounds of these, most of them on four ranks."""
 
 
 def is_variant(name, *_):

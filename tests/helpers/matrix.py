@@ -14,6 +14,12 @@ import pytest
 EVERY_CELL = "EVERY_CELL" in os.environ
 """Whether slow cells are collected at all: there are thousands, and to leave them out takes as long as to run many a test."""
 
+
+def examples(count: int) -> int:
+    """How many examples of a property are tried: so many in the slow suite, a third of them in the fast one."""
+    return count if EVERY_CELL else count // 3
+
+
 Axis = Mapping[str, Any] | Sequence[Any]
 
 

@@ -22,7 +22,7 @@ from tests.helpers.training import TRUSTING, make_trainer, numbers
 BATCH = 8
 """Rows of the large batch that all ranks have together."""
 
-STEPS = 10
+STEPS = 7
 """Of a training, unless a test asks for others: through every warm-up, and some steps are clipped and some are not."""
 
 STRATEGIES = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import AccumulationRescaling, ClipRule, clip_step
+from tests.helpers.matrix import examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -107,7 +108,7 @@ def with_gradient(entries):
     return weight
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(ENTRIES, st.floats(0.5, 16), st.one_of(st.floats(1, 4), st.just(math.inf)))
 def test_a_larger_norm_type_never_gives_a_larger_total_norm(entries, norm_type, factor):
     smaller, larger = (
@@ -116,7 +117,7 @@ def test_a_larger_norm_type_never_gives_a_larger_total_norm(entries, norm_type, 
     assert larger <= smaller * (1 + 1e-12), "but for the rounding of powers and roots in float64"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(ENTRIES, st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0, 3.0, math.inf]))
 def test_clipping_shrinks_and_never_enlarges(entries, max_norm, norm_type):
     weight = with_gradient(entries)

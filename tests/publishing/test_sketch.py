@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
+from tests.helpers.matrix import examples
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
 ROUNDING = 1e-9  # of the logarithm in float64, whose bins are 2 % wide
@@ -33,7 +34,7 @@ def assert_within_one_percent(answers, column):
 norms = st.one_of(st.just(0.0), st.floats(LOWEST, HIGHEST), st.floats(0.5, 2.0))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(norms, norms), min_size=1, max_size=60), st.integers(1, 7))
 def test_every_quantile_is_within_one_percent(steps, size):
     sketch = NormSketch(2)

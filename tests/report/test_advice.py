@@ -19,6 +19,7 @@ from clip_callbacks.html_report.page import make_sections
 from clip_callbacks.html_report.sources import read_runs
 from clip_callbacks.stats import advice as advice_module
 from clip_callbacks.stats.advice import advise, rounded
+from tests.helpers.matrix import examples
 from tests.helpers.training import GradientTape
 
 DISTRIBUTIONS = {
@@ -46,7 +47,7 @@ def test_the_percentiles_of_known_distributions_are_recovered(distribution):
 
 
 @given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=200), st.randoms())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 def test_numbers_are_those_of_numpy(values, dice):
     bad = [math.nan, math.inf, -math.inf, 0.0, -1.0]
     mixed = values + bad

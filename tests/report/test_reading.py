@@ -20,6 +20,7 @@ from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.sources import read_runs
 from tests.helpers.logs import read, run_main, table, texts, write
+from tests.helpers.matrix import examples
 from tests.helpers.training import Regression, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
@@ -107,7 +108,7 @@ def test_a_cut_off_event_file_is_read_up_to_there(fitted, tmp_path):
         assert run.metrics["grad/total_norm"].values[0] == whole.metrics["grad/total_norm"].values[0]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     events=st.lists(
         st.tuples(
@@ -169,7 +170,7 @@ def test_a_damaged_event_file_is_read_up_to_there(fitted, tmp_path):
     assert run.tracks
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e300, 1e300))))
 def test_where_steps_go_back_the_later_branch_counts(points):
     series = Series.of([step for step, _ in points], [value for _, value in points])
@@ -184,7 +185,7 @@ def test_where_steps_go_back_the_later_branch_counts(points):
     assert held[1:-1].tolist() == list(expected.values())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 2**32 - 1))
 def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
     dice = np.random.default_rng(seed)
@@ -207,7 +208,7 @@ def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
             assert math.isnan(peak)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(0, 1)), min_size=2, max_size=60), st.integers(1, 40))
 def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged, columns):
     gaps, values = zip(*logged, strict=True)

@@ -43,7 +43,7 @@ TOGETHER = {
     "fresh": ("tests/package/test_fresh_interpreter.py",),
     "services": ("tests/publishing/test_loggers.py", "tests/publishing/test_histograms.py", "tests/report/"),
 }
-"""Tests that share a worker: one fork server and one pool of ranks of each size; one fresh interpreter; one fit's logs, MLflow, W&B."""
+"""Tests that share a worker: a fork server and its pools of ranks; a fresh interpreter; one fit's logs, MLflow and W&B."""
 
 POOLS = {"one_rank", "two_ranks", "four_ranks"}
 

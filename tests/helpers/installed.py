@@ -8,19 +8,22 @@ fifth of the time that it takes to import Lightning, in every process that does.
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from functools import cache
 
 UNUSED = {"transformers"}
 """Packages that torchmetrics would import."""
+ASKING = "lightning_utilities.core.imports"
+"""The module that asks for it; everybody else gets the answer."""
 
 
 def ask_quickly() -> None:
-    """Keep the list of entry points, and hide what is unused from whoever asks for its version from now on."""
+    """Keep the list of entry points, and hide what is unused from torchmetrics."""
     importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
     version = importlib.metadata.version
 
     def version_of_what_is_used(name: str) -> str:
-        if name in UNUSED:
+        if name in UNUSED and sys._getframe(1).f_globals.get("__name__") == ASKING:
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 

@@ -61,7 +61,7 @@ class GradientClipping(GradientCallback):
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
             ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
         summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
-            too. The table among them needs a run of at least 100 optimizer steps.
+            too. The table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
         ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.

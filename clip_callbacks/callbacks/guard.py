@@ -83,7 +83,7 @@ class NonFiniteGuard(GradientCallback):
         max_rollbacks: After so many rollbacks in a run the next streak raises the error; at least 1.
         lr_factor: What each rollback multiplies learning rates by, above 0 and up to 1.
         summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
-            too. The table among them needs a run of at least 100 optimizer steps.
+            too. The table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
         ValueError: If the policy, level, ``weights`` or ``on_streak`` is unknown, a number is out of its range, ``skip_above`` or

@@ -53,7 +53,7 @@ class GradientNormMonitor(GradientCallback):
             which powers of two, to TensorBoard and Weights & Biases. Reads the gradients once more, on logging steps only. Not
             where ranks hold parts of them.
         summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
-            too. The table among them needs a run of at least 100 optimizer steps.
+            too. The table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
         ValueError: If an argument is out of its range, a pattern is no regular expression, or ``noise_scale`` is asked for with

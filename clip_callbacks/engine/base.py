@@ -171,7 +171,8 @@ class GradientCallback(SavingCallback):
         if self._batch is None:
             return
         trainer, module, batch, batch_idx = self._batch
-        self._take_up_loaded(trainer, module)
+        if not self._take_up_loaded(trainer, module):
+            return
         self._start_engine(trainer)
         for callback in self._driven:
             if callback._batch is not None:

@@ -23,6 +23,9 @@ NAMED = ("limits", "shadows")
 """What is known of blocks by their names, also where another optimizer holds them."""
 
 
+DAMAGED = 'The checkpoint is damaged: resume from another one, or remove the state from checkpoint["callbacks"].'
+
+
 @contextmanager
 def reading(whose: str) -> Iterator[None]:
     """Refuse a state that cannot be read.
@@ -38,8 +41,7 @@ def reading(whose: str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the checkpoint's state of {whose} must be what its state_dict() returned, got one that cannot be read "
-            f"({type(error).__name__}: {error}). The checkpoint is damaged: resume from another one, or remove the state from "
-            'checkpoint["callbacks"].'
+            f"({type(error).__name__}: {error}). {DAMAGED}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.engine.resume import State, bad_step_counts, check_histories, reading
+from clip_callbacks.engine.resume import DAMAGED, State, bad_step_counts, check_histories, reading
 from clip_callbacks.trainer.guest import Guest
 from clip_callbacks.trainer.last_run import LastRun
 from clip_callbacks.trainer.launched import ReturningCallback
@@ -127,10 +127,7 @@ class SavingCallback(ReturningCallback, Guest):
         missing = sorted(self._empty_state().keys() - state_dict.keys())
         if missing:
             got = f"got keys {sorted(state_dict)} without {missing}"
-            raise ValueError(
-                f"the checkpoint's state must be one of {type(self).__name__}, {got}. The checkpoint is damaged: resume from "
-                'another one, or remove the state from checkpoint["callbacks"].'
-            )
+            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}. {DAMAGED}")
         with reading(type(self).__name__):
             check_histories(state_dict)
             self._check_state(state_dict)
@@ -145,6 +142,5 @@ class SavingCallback(ReturningCallback, Guest):
         return {**self._results_so_far(), "_is_loaded": False, "state_key": self.state_key}
 
     def _results_so_far(self) -> dict[str, Any]:
-        if self._engine is None:
-            return {key: getattr(self, key) for key in ("_saved", "_last_skipped_steps", "_last_report")}
-        return {"_saved": self.state_dict(), "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}
+        saved = self._saved if self._engine is None else self.state_dict()
+        return {"_saved": saved, "_last_skipped_steps": self.skipped_steps, "_last_report": self.last_report}

@@ -78,6 +78,10 @@ class Buffers(Resource):
         return bad
 
     @override
+    def hand_over(self) -> None:
+        """Leave the hooks where they are: buffers are the module's and not the optimizers', and :meth:`goes_on` tells the rest."""
+
+    @override
     def detach(self) -> None:
         self._written.detach()
 

@@ -88,6 +88,10 @@ class Resource:
     def reset(self) -> None:
         """Take the state as it is now for that of the window's beginning: a rollback has put it there."""
 
+    def hand_over(self) -> None:
+        """Make way for the resources of optimizers that hold other parameters now: as for :meth:`detach`, unless this may go on."""
+        self.detach()
+
     def detach(self) -> None:
         """Take all hooks off."""
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from clip_callbacks.guard.averages import averages
-from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.optimizer_bookkeeping import optimizer_bookkeeping
 from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
@@ -151,14 +150,13 @@ class SkippedStepRestorer:
         return next((reason for reason in reasons if reason), None)
 
     def hand_over(self) -> dict[int, list[Resource]]:
-        """Take all hooks off but those of what puts buffers back, which are the module's and not the optimizers'.
+        """Make way for the resources of the same optimizers, which hold other parameters now.
 
         Returns:
             The resources of each optimizer, by its number, for those that follow them.
         """
         for resource in self._each:
-            if not isinstance(resource, Buffers):
-                resource.detach()
+            resource.hand_over()
         return self._resources
 
     def detach(self) -> None:

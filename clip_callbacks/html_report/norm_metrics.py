@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
+from clip_callbacks.stats.advice import EUCLIDEAN
 
 OWN = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
 """Ours, with the prefix of its logger and the suffix of its optimizer."""
@@ -24,7 +25,6 @@ FORK, EPOCH = "_step", "_epoch"
 ALL = re.compile(r"[_./-](total|global|overall)$")
 LISTED = 8
 """Metrics that a message names."""
-EUCLIDEAN = 2.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ So what a copy has counted is packed into a thing that, as it is unpickled, hand
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ _LIVING: WeakValueDictionary[str, ReturningCallback] = WeakValueDictionary()
 """The callbacks of this process by their identity, which their copies in launched processes share."""
 
 
-class ReturningCallback:
+class ReturningCallback(ABC):
     """A callback whose copies in launched processes tell it in the end what they have counted."""
 
     def __init__(self) -> None:
@@ -40,9 +41,9 @@ class ReturningCallback:
         if hasattr(launcher, "get_extra_results"):
             launcher.get_extra_results = partial(_with_results, launcher.get_extra_results, self)
 
+    @abstractmethod
     def _results(self) -> dict[str, Any]:
         """The attributes that the callback of the main process takes over."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the module's methods, which Lightning hangs on every callback."""

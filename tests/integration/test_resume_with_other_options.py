@@ -327,6 +327,37 @@ def test_the_state_of_another_callback_of_the_same_name_is_left_out(trainer, tmp
     assert ours.state_dict()["history"][0]["steps"] == 2
 
 
+class Loads(Callback):
+    """Brings a callback a state when a batch has begun."""
+
+    def __init__(self, callback, state):
+        self.callback, self.state = callback, state
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 1:
+            self.callback.load_state_dict(self.state)
+
+
+class Hooked(Regression):
+    def on_before_optimizer_step(self, optimizer):
+        """As an override: the pass comes after it, once."""
+
+
+def test_the_state_of_another_callback_changes_nothing_in_the_middle_of_a_batch(trainer):
+    passes = []
+    for loads in (True, False):
+        torch.manual_seed(0)
+        clipping = GradientClipping(0.1)
+        module = Hooked()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(clipping, *([Loads(clipping, {"n": 3})] if loads else [])).fit(module, data(4))
+        passes.append((clipping.state_dict()["history"][0]["counts"], [parameter.detach() for parameter in module.parameters()]))
+        assert not {"on_before_optimizer_step"} & vars(module).keys(), "it has its own hook again"
+    assert passes[0][0] == passes[1][0]
+    assert_same_bits(passes[0][1], passes[1][1])
+
+
 class Named(GradientClipping):
     """With a key of its own, as Lightning's documentation writes one."""
 

@@ -7,10 +7,9 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from clip_callbacks import GradientClipping, GradientNormMonitor
-from tests.helpers import mlflow_store
+from tests.helpers.mlflow_store import three_loggers
 from tests.helpers.training import Poisoned, data
 
 
@@ -22,14 +21,9 @@ def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loggers = [
-            CSVLogger(folder, "csv", version="run"),
-            TensorBoardLogger(folder, "board", version="run"),
-            MLFlowLogger("ours", run_name="run", tracking_uri=mlflow_store.in_file(folder)),
-        ]
         torch.manual_seed(0)
         callbacks = [GradientClipping(0.5), GradientNormMonitor()]
-        trainer = make_trainer(folder, *callbacks, logger=loggers, log_every_n_steps=2, max_epochs=3)
+        trainer = make_trainer(folder, *callbacks, logger=three_loggers(folder, "ours"), log_every_n_steps=2, max_epochs=3)
         trainer.fit(Poisoned({4: math.nan, 9: math.inf}), data(10))
     return folder
 

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
 from clip_callbacks import GradientClipping
@@ -19,8 +18,8 @@ from clip_callbacks.html_report.norm_metrics import NormMetric, find_norms, no_n
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.sources import read_runs
-from tests.helpers import mlflow_store
 from tests.helpers.logs import read, run_main, said, table, write
+from tests.helpers.mlflow_store import three_loggers
 from tests.helpers.training import Regression, data, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
@@ -43,13 +42,8 @@ def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loggers = [
-            CSVLogger(folder, "csv", version="run"),
-            TensorBoardLogger(folder, "board", version="run"),
-            MLFlowLogger("theirs", run_name="run", tracking_uri=mlflow_store.in_file(folder)),
-        ]
         torch.manual_seed(0)
-        make_trainer(folder, logger=loggers, log_every_n_steps=1, max_epochs=1).fit(Logging(), data(STEPS))
+        make_trainer(folder, logger=three_loggers(folder, "theirs"), log_every_n_steps=1, max_epochs=1).fit(Logging(), data(STEPS))
     return folder
 
 

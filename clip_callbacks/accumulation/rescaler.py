@@ -17,7 +17,7 @@ from clip_callbacks.accumulation.zero_backward import zero_backward
 from clip_callbacks.core.apply import drop
 from clip_callbacks.core.metric_names import ACCUMULATION_SCALE
 from clip_callbacks.core.reduction import reduces_in_backward
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
@@ -71,7 +71,7 @@ class NoRescaling:
         """
         return 1.0 if self._is_manual else scale_of_kept
 
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
         """What a logged step tells of the window."""
         return {}
 
@@ -214,7 +214,7 @@ class Rescaler(NoRescaling):
         return window.scale(total, self._trainer.world_size)
 
     @override
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
         return {ACCUMULATION_SCALE: report.accumulation_scale}
 
     @override

@@ -13,7 +13,7 @@ from clip_callbacks.accumulation.microbatches import MicroBatches
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.reduction import shard_of
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
@@ -226,7 +226,7 @@ class Windows:
                 window.clear()
         return losses
 
-    def end(self, report: StepReport | None) -> WindowNorms | None:
+    def end(self, report: StepRecord | None) -> WindowNorms | None:
         """Forget what was found out about the window's micro-batches.
 
         Args:
@@ -310,7 +310,7 @@ class InspectedWindows(Windows):
         return super().discarded(context, scale)
 
     @override
-    def end(self, report: StepReport | None) -> WindowNorms | None:
+    def end(self, report: StepRecord | None) -> WindowNorms | None:
         norms = None
         if report is not None and report.outcome is StepOutcome.TAKEN:
             norms = self._norms(report)
@@ -322,7 +322,7 @@ class InspectedWindows(Windows):
         super().detach()
         self._inspected.detach()
 
-    def _norms(self, report: StepReport) -> WindowNorms | None:
+    def _norms(self, report: StepRecord) -> WindowNorms | None:
         """Norms of the micro-batches and of their mean, without Lightning's division by N and the loss scale."""
         scaler = grad_scaler(self._trainer)
         return self._inspected.window_norms(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.core.blocks import no_match
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import is_sharded, shard_of
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.resume import reading
 from clip_callbacks.trainer.compat import FSDP, is_of
 from clip_callbacks.trainer.guest import Guest
@@ -148,7 +148,7 @@ class FaultInjection(ReturningCallback, Guest):
             raise ValueError(
                 f"`rank` must be below the number of ranks, {trainer.world_size}, got {self.rank}: nothing would be struck."
             )
-        table = ParameterTable.of_named(pair for pair in pl_module.named_parameters() if pair[1].requires_grad)
+        table = TensorTable.of_named(pair for pair in pl_module.named_parameters() if pair[1].requires_grad)
         named = dict(zip(table.names, table.tensors, strict=True))
         self._targets = {name: tensor for name, tensor in named.items() if re.search(self.parameter or "", name)}
         if self.parameter is not None and not self._targets:

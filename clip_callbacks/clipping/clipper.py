@@ -27,7 +27,7 @@ from clip_callbacks.core.metric_names import (
     TOTAL_NORM,
 )
 from clip_callbacks.core.rules import ClipRule, ClipState
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -78,7 +78,7 @@ class Unclipped:
         """Why the host must decide on steps of an optimizer, if it must."""
         return None
 
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, Tensor | float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
         """What a logged step tells of the clipping beside what its report has."""
         return {}
 
@@ -185,7 +185,7 @@ class Clipper(Unclipped):
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
 
     @override
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, Tensor | float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
         return {**report.rule_metrics(), **context.history.fractions()}
 
     @override

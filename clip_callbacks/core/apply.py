@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.fused import board
-from clip_callbacks.core.parameters import Gradients, ParameterTable
+from clip_callbacks.core.tensor_table import Gradients, TensorTable
 
 LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
 
@@ -152,7 +152,7 @@ def zero_nonfinite_(gradients: Gradients, norms: Tensor) -> None:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def drop(table: ParameterTable) -> None:
+def drop(table: TensorTable) -> None:
     """Take the gradients away: ``torch.optim`` optimizers leave a parameter without one alone, its state and decay too."""
     for parameter in table.tensors:
         parameter.grad = None

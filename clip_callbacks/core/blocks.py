@@ -1,6 +1,6 @@
 """Which gradient entries share one norm: from tensors to named blocks.
 
-A :class:`ParameterTable` is what one optimizer holds, each tensor once. A :class:`Partition` divides it into the blocks of
+A :class:`TensorTable` is what one optimizer holds, each tensor once. A :class:`Partition` divides it into the blocks of
 one scope; what it divides are the parameters or, where a rule asks for them, their units. All of it is plain index arithmetic,
 worked out once and used at every step.
 """

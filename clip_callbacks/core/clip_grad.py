@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_callbacks.core.apply import scale_
 from clip_callbacks.core.coefficients import coefficients
 from clip_callbacks.core.measurement import measure
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.tensor_table import TensorTable
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def clip_grad_norm_(
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    gradients = ParameterTable.nameless(tensors).gradients(bucketed=False)
+    gradients = TensorTable.nameless(tensors).gradients(bucketed=False)
     if gradients.table.reduction and not norm_type > 0:
         raise ValueError(f"`norm_type` must be above 0 where ranks hold parts of the parameters, got {norm_type!r}.")
     if not gradients.exist:

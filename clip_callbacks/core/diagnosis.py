@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
-from clip_callbacks.core.parameters import ParameterTable, learns
 from clip_callbacks.core.reduction import gathered, shard_of
+from clip_callbacks.core.tensor_table import TensorTable, learns
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
 
@@ -195,7 +195,7 @@ _STAGES: dict[FaultStage, str] = {
 
 @torch.no_grad()
 def examine(
-    table: ParameterTable,
+    table: TensorTable,
     losses: Sequence[Tensor] = (),
     *,
     after_good_step: bool = False,
@@ -243,7 +243,7 @@ def offenders_among(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]
     return _offenders((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
 
 
-def examine_on_all_ranks(table: ParameterTable, findings: Findings) -> Findings:
+def examine_on_all_ranks(table: TensorTable, findings: Findings) -> Findings:
     """What all ranks have found, the same on each: a collective, for steps that are bad on all of them.
 
     Args:
@@ -352,7 +352,7 @@ def _offenders(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[Of
     return tuple(found)
 
 
-def _offenders_by_norm(table: ParameterTable, norms: Tensor) -> tuple[Offender, ...]:
+def _offenders_by_norm(table: TensorTable, norms: Tensor) -> tuple[Offender, ...]:
     rows = zip(table.names, table.shapes, norms.tolist(), strict=True)
     return tuple(Offender(name, shape, None, None, str(norm)) for name, shape, norm in rows if not math.isfinite(norm))
 

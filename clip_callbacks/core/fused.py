@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.core.parameters import Gradients
+from clip_callbacks.core.tensor_table import Gradients
 
 CARRIERS = (Adam, AdamW, SGD, Adagrad)
 """Whose fused kernels do all of this; a subclass may have another ``step``."""

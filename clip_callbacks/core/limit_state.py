@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.limits import LimitState, kind
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.rules import ClipRule
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import UnitNames
 
 
@@ -35,7 +35,7 @@ class NamedLimitState:
     scope: str = ""
 
     @classmethod
-    def fresh(cls, rule: ClipRule, table: ParameterTable) -> NamedLimitState:
+    def fresh(cls, rule: ClipRule, table: TensorTable) -> NamedLimitState:
         """What a rule begins with."""
         stage = rule.stage(table)
         state = stage.init()
@@ -176,7 +176,7 @@ def _same_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tuple[
     return pairs
 
 
-def _members(table: ParameterTable, partition: Partition) -> list[list[str]]:
+def _members(table: TensorTable, partition: Partition) -> list[list[str]]:
     members: list[list[str]] = [[] for _ in partition.names]
     for name, block in zip(table.names, partition.index, strict=True):
         if block != OUTSIDE:

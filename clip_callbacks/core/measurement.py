@@ -15,9 +15,9 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.losses import are_finite, sum_of
-from clip_callbacks.core.parameters import Gradients, ParameterTable, count_entries, learns
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
+from clip_callbacks.core.tensor_table import Gradients, TensorTable, count_entries, learns
 
 SAFE_IN_DOUBLE = 4.0
 """The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
@@ -201,7 +201,7 @@ def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scal
 
 
 def _over_all_ranks(
-    table: ParameterTable,
+    table: TensorTable,
     ours: Tensor,
     weights: Tensor | None,
     losses: Sequence[Tensor] | None,
@@ -249,12 +249,12 @@ def _norms_here(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -
     return gradients.fill(norms.to(_dtype(table)))
 
 
-def _dtype(table: ParameterTable) -> torch.dtype:
+def _dtype(table: TensorTable) -> torch.dtype:
     """The dtype of norms that are laid out for all parameters."""
     return torch.float64 if table.is_wide else torch.float32
 
 
-def _device(table: ParameterTable) -> torch.device:
+def _device(table: TensorTable) -> torch.device:
     return table.shards[0].device if table.shards else torch.device("cpu")
 
 
@@ -273,7 +273,7 @@ def _total(norms: Tensor, norm_type: float, spec: MeasurementSpec) -> Tensor:
     return total_norm(norms, norm_type)
 
 
-def _weight_norms_here(table: ParameterTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
+def _weight_norms_here(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
     """Norms of parameters, or of their units, where ranks hold parts of those of this rank's parts; None if nobody asks for any.
 
     They are 0 where nobody asks for them, and of frozen parameters: these are to change nothing, held by the optimizer or not.

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.parameters import Gradients
 from clip_callbacks.core.tensor_norms import smallest_sound_norm, total_norm, true_norms, true_row_norms
+from clip_callbacks.core.tensor_table import Gradients
 
 Suspects: TypeAlias = list[int] | Tensor
 """Which norms are not reliable: places among the gradients that are there, or, of units, a bool for each."""

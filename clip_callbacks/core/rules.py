@@ -16,7 +16,7 @@ import torch
 from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.core.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
 from clip_callbacks.core.measurement import MeasurementSpec
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.tensor_table import TensorTable
 
 TAKEN = {
     *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
@@ -74,7 +74,7 @@ class ClipRule:
         """Which parameters it holds for."""
         return Selection(self.params, self.exclude)
 
-    def stage(self, table: ParameterTable, *, by_unit: bool = False) -> Stage:
+    def stage(self, table: TensorTable, *, by_unit: bool = False) -> Stage:
         """The rule bound to the parameters of one optimizer.
 
         Args:
@@ -129,7 +129,7 @@ class Plan:
     by_unit: bool
 
     @classmethod
-    def of(cls, table: ParameterTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
+    def of(cls, table: TensorTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
         """Bind rules to parameters; the last plan of a table is kept, for the next step with the same rules."""
         asked = (*rules, None, *shadows, None, skip_above)
         known = _LAST.get(table)
@@ -201,4 +201,4 @@ class Plan:
         return state[:rules], state[rules:both], state[both:]
 
 
-_LAST: WeakKeyDictionary[ParameterTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()
+_LAST: WeakKeyDictionary[TensorTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()

@@ -19,17 +19,17 @@ from clip_callbacks.core.fused import can_carry, clear
 from clip_callbacks.core.limits import LimitState, MaxNorm
 from clip_callbacks.core.measurement import FALSE, TRUE, Measurement, measure
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
-from clip_callbacks.core.parameters import Gradients, ParameterTable
 from clip_callbacks.core.rules import ClipRule, ClipState, Plan
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.tensor_table import Gradients, TensorTable
 
-Judge: TypeAlias = Callable[[ParameterTable], Policy]
+Judge: TypeAlias = Callable[[TensorTable], Policy]
 """Asked on a bad step, before anything is touched, which policy to follow."""
 
 
 @torch.no_grad()
 def clip_step(
-    parameters: ParameterTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+    parameters: TensorTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
     state: ClipState | None = None,
     *,
     rules: Sequence[ClipRule] = (ClipRule(1.0),),
@@ -42,7 +42,7 @@ def clip_step(
     loss_scale: Tensor | None = None,
     fused: Optimizer | None = None,
     deferred: bool = False,
-) -> tuple[StepReport, ClipState]:
+) -> tuple[StepRecord, ClipState]:
     """Clip the gradients of one optimizer step; for Fabric and plain loops what the callbacks are for a Trainer.
 
     Call it between ``backward()`` and ``optimizer.step()``. The gradients are read once. They are written once, and only if
@@ -50,7 +50,7 @@ def clip_step(
 
     Args:
         parameters: What the optimizer holds: the optimizer itself, ``model.named_parameters()``, bare tensors, or, best where
-            it is called at every step, a :class:`ParameterTable` made once. Norms are added up in this order, for an optimizer
+            it is called at every step, a :class:`TensorTable` made once. Norms are added up in this order, for an optimizer
             that of its groups: another order may change the last bit of the total norm.
         state: What the last call returned; None before the first.
         rules: Stages of clipping, in order; none measures only.
@@ -88,7 +88,7 @@ def clip_step(
         >>> report.total_norm, weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    table = ParameterTable.of(parameters)
+    table = TensorTable.of(parameters)
     plan = Plan.of(table, rules, shadows, skip_above)
     state = plan.init() if state is None else state
     measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, loss_scale=loss_scale, deferred=deferred)
@@ -143,7 +143,7 @@ class MeasuredStep:
     threshold_state: tuple[LimitState, ...]
 
     @property
-    def table(self) -> ParameterTable:
+    def table(self) -> TensorTable:
         """The parameters."""
         return self.gradients.table
 
@@ -154,7 +154,7 @@ class MeasuredStep:
 
 
 def measure_step(
-    table: ParameterTable,
+    table: TensorTable,
     plan: Plan,
     state: ClipState,
     norm_type: float = 2.0,
@@ -193,7 +193,7 @@ def measure_step(
 
 def apply_step(
     step: MeasuredStep, state: ClipState, action: Action, *, clip_value: float | None = None, fused: Optimizer | None = None
-) -> tuple[StepReport, ClipState]:
+) -> tuple[StepRecord, ClipState]:
     """Do to the gradients of a measured step what was decided: the second half of :func:`clip_step`.
 
     A finite step whose norm is above the plan's threshold is skipped, whatever the action says.
@@ -240,7 +240,7 @@ def apply_step(
 
 def _apply_on_device(
     step: MeasuredStep, state: ClipState, action: Action, clip_value: float | None, fused: Optimizer | None
-) -> tuple[StepReport, ClipState]:
+) -> tuple[StepRecord, ClipState]:
     """Have the device decide: a fused optimizer carries the factor, and whether it is to stand still."""
     gradients, norms = step.gradients, step.norms
     carrier = _carrier(fused, gradients, clip_value)
@@ -283,12 +283,12 @@ def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
     return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
 
 
-def _skip(step: MeasuredStep) -> StepReport:
+def _skip(step: MeasuredStep) -> StepRecord:
     """Take the gradients away; say what was measured, with nothing decided."""
     drop(step.table)
     norms = step.norms
     limit = step.threshold.limit if step.threshold and norms.is_finite else None
-    return StepReport(
+    return StepRecord(
         norms.total,
         norms.parameter_norms,
         describe(step.plan.rules, norms),
@@ -310,9 +310,9 @@ def _report(
     skipped: Tensor,
     shadows: tuple[Outcome, ...],
     outcome: StepOutcome,
-) -> StepReport:
+) -> StepRecord:
     norms, threshold = step.norms, step.threshold
-    return StepReport(
+    return StepRecord(
         norms.total,
         norms.parameter_norms,
         outcomes,

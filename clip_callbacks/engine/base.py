@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import Resumption, State, is_of_the_family, warn_of
@@ -124,7 +124,7 @@ class GradientCallback(SavingCallback):
             histories = [state["history"] for state in self._left_over if state["history"]]
             self._saved = {**self._empty_state(), **self._saved, "history": histories[0] if histories else {}}
         names = {
-            index: ParameterTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
+            index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
             for index, optimizer in enumerate(trainer.optimizers)
         }
         norm_type = next((fact.norm_type for fact in facts if fact.norm_type is not None), 2.0)

@@ -9,7 +9,7 @@ import torch
 
 from clip_callbacks.core.fused import DEVICES, is_fused, starts_momentum
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.device_event import DeviceEvent
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
@@ -31,13 +31,13 @@ class PendingReport:
         report: Its report, where the gradients are.
     """
 
-    def __init__(self, step: StepContext, report: StepReport) -> None:
+    def __init__(self, step: StepContext, report: StepRecord) -> None:
         self.step = step
         self._report = report.to_host()
         _ = step.place  # as it is now
         self._event = DeviceEvent(report.total.device)
 
-    def read(self) -> StepReport:
+    def read(self) -> StepRecord:
         """The report; a step later the device is long past it."""
         self._event.wait()
         return self._report.settled()
@@ -95,12 +95,12 @@ class DeferredSteps:
                 return reason
         return None
 
-    def enqueue(self, step: StepContext, report: StepReport) -> None:
+    def enqueue(self, step: StepContext, report: StepRecord) -> None:
         """Let the host learn of a step when the next one comes, or somebody asks."""
         self.is_in_use = True
         self._pending[step.optimizer.index] = PendingReport(step, report)
 
-    def collect(self, context: OptimizerContext, learn: Callable[[StepContext, StepReport], None]) -> None:
+    def collect(self, context: OptimizerContext, learn: Callable[[StepContext, StepRecord], None]) -> None:
         """Collect the report of an optimizer's deferred step, if there is one.
 
         An error is stored and raised later, at a point that every rank reaches, because a single rank may have called this.

@@ -24,7 +24,7 @@ from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState, Plan
 from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
-from clip_callbacks.core.step_report import StepReport, as_undone
+from clip_callbacks.core.step_record import StepRecord, as_undone
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.engine.optimizers import Optimizers
@@ -84,7 +84,7 @@ class StepEngine:
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
         self._has_warned_of_no_gradient = False
-        self.last_report: StepReport | None = None
+        self.last_report: StepRecord | None = None
 
         self._check_trainer()
         self.windows = self._make_windows()
@@ -231,7 +231,7 @@ class StepEngine:
         else:
             self._finish(step, report, is_called=resolution.is_called)
 
-    def _tell_scaler(self, scaler: GradScaler, step: StepContext, report: StepReport, resolution: Resolution) -> None:
+    def _tell_scaler(self, scaler: GradScaler, step: StepContext, report: StepRecord, resolution: Resolution) -> None:
         """Tell the GradScaler what was found where it has left unscaling to us, and nothing of what no loss scale would cure."""
         optimizer = step.optimizer.optimizer
         if resolution.holds_scale and step.mode is not StepMode.ON_DEVICE:
@@ -280,7 +280,7 @@ class StepEngine:
         # with a GradScaler that has not unscaled, Lightning does not call the optimizer
         self._guard.abandon(step, is_called=self._scaler is None)
 
-    def _discard(self, step: StepContext) -> StepReport:
+    def _discard(self, step: StepContext) -> StepRecord:
         """Skip a window without usable gradients: all micro-batches dropped, all weights 0, or the weights they belong to gone."""
         table = step.optimizer.table
         drop(table)
@@ -315,7 +315,7 @@ class StepEngine:
         )
         return measured, states
 
-    def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepReport:
+    def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepRecord:
         """Do what was decided, and keep the states of limits."""
         index, clip_value = step.optimizer.index, self._clipper.clip_value
         report, states = apply_step(measured, states, resolution.action, clip_value=clip_value, fused=step.optimizer.optimizer)
@@ -327,7 +327,7 @@ class StepEngine:
             self._guard.save_limit_states(index, states[count:])
         return report
 
-    def _defer(self, step: StepContext, report: StepReport) -> None:
+    def _defer(self, step: StepContext, report: StepRecord) -> None:
         """Let the host learn of a step when the next one comes, or somebody asks."""
         self._guard.end_deferred_step(step, report)
         if step.loss_scale is not None:
@@ -335,12 +335,12 @@ class StepEngine:
         self._deferred.enqueue(step, report)
         self.last_report = report
 
-    def _learn(self, step: StepContext, report: StepReport) -> None:
+    def _learn(self, step: StepContext, report: StepRecord) -> None:
         """Take in the report of a deferred step."""
         self._guard.collect(step, report)
         self._keep(step, report, None)
 
-    def _finish(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
+    def _finish(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         """Undo a skipped step, and keep the report."""
         context = step.optimizer
         noise = self.windows.end(report)
@@ -354,7 +354,7 @@ class StepEngine:
             # its closure runs the batch again, with other random numbers
             self.windows.keep_anew(self._guard.keep_batch(kept.batch, kept.batch_idx))
 
-    def _keep(self, step: StepContext, report: StepReport, noise: WindowNorms | None) -> None:
+    def _keep(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
         """Have everybody learn what came of a step."""
         context = step.optimizer
         context.remember(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks, offenders_among
 from clip_callbacks.core.losses import are_finite
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.parameters import learns, without_wrappers
 from clip_callbacks.core.reduction import gathered
+from clip_callbacks.core.tensor_table import learns, without_wrappers
 from clip_callbacks.trainer.carried import carried_tensors
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow

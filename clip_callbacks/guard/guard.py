@@ -17,7 +17,7 @@ from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_S
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.guard.bad_steps import BadStepCounts, BadStepLog, Counters
 from clip_callbacks.guard.examination import CarriedTensors, ask_scaler, look_at
 from clip_callbacks.guard.journal import Journal
@@ -285,7 +285,7 @@ class Guard(Unguarded):
             self._log.discarded(step, counters)
 
     @override
-    def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
+    def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         if self._options.rolls_back:
             self.rollback.go_back(step)
         if report.outcome.is_skipped:
@@ -297,7 +297,7 @@ class Guard(Unguarded):
             self.rollback.end_step(step, report)
 
     @override
-    def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
+    def end_deferred_step(self, step: StepContext, report: StepRecord) -> None:
         if self._options.policy != "ignore" or step.loss_scale is not None:
             self.restorer.abort_on_device(step, report.skipped)
 
@@ -306,7 +306,7 @@ class Guard(Unguarded):
         self.restorer.abandon(step, is_called=is_called)
 
     @override
-    def collect(self, step: StepContext, report: StepReport) -> None:
+    def collect(self, step: StepContext, report: StepRecord) -> None:
         if report.outcome is StepOutcome.TAKEN:
             self._carried[step.optimizer.index].end_good_step()
         elif not bool(report.finite):
@@ -351,7 +351,7 @@ class Guard(Unguarded):
         return self.restorer.reason_against_deferral(context)
 
     @override
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
         return self.count_metrics(context)
 
     @override

@@ -16,8 +16,8 @@ from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.core.nonfinite import has_arithmetic
-from clip_callbacks.core.parameters import renormalized_weights
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.tensor_table import renormalized_weights
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.end_of_step import at_end_of_step
 from clip_callbacks.trainer.optimizer_context import OptimizerContext

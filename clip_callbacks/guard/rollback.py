@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
-from clip_callbacks.core.parameters import learns
 from clip_callbacks.core.reduction import on_any_rank, shard_of
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.tensor_table import learns
 from clip_callbacks.guard.restore import SkippedStepRestorer
 from clip_callbacks.guard.run_state import HasLimitStates, RunCopy, RunState
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -57,7 +57,7 @@ class NoRollback:
     def go_back(self, step: StepContext) -> None:
         """Put everything back, if it was asked for."""
 
-    def end_step(self, step: StepContext, report: StepReport) -> None:
+    def end_step(self, step: StepContext, report: StepRecord) -> None:
         """Copy what led to a good step, which is about to be taken, if it is time to."""
 
     def end_batch(self) -> None:
@@ -178,7 +178,7 @@ class Rollback(NoRollback):
             self._restorer.reset()
 
     @override
-    def end_step(self, step: StepContext, report: StepReport) -> None:
+    def end_step(self, step: StepContext, report: StepRecord) -> None:
         if self.is_fresh:
             assert self._copy is not None
             if self._module.automatic_optimization:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils._pytree import tree_leaves
 
-from clip_callbacks.core.parameters import learns
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState
+from clip_callbacks.core.tensor_table import learns
 from clip_callbacks.trainer.averages import begin_anew, live_averages
 from clip_callbacks.trainer.buffers import live_buffers, put_back_buffers
 from clip_callbacks.trainer.grad_scaler import grad_scaler

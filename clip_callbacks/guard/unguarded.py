@@ -14,7 +14,7 @@ from clip_callbacks.core.limit_state import Misfits
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import MeasuredStep
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.guard.run_state import HasLimitStates
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext, StepMode
@@ -136,7 +136,7 @@ class Unguarded:
         """
         rank_zero_warn(f"{step.why_discarded} at {step}: the step is skipped.", stacklevel=2)
 
-    def end_step(self, step: StepContext, report: StepReport, *, is_called: bool) -> None:
+    def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         """Undo a skipped step, and more if bad ones do not end.
 
         Args:
@@ -145,7 +145,7 @@ class Unguarded:
             is_called: Whether the optimizer is called.
         """
 
-    def end_deferred_step(self, step: StepContext, report: StepReport) -> None:
+    def end_deferred_step(self, step: StepContext, report: StepRecord) -> None:
         """Undo a step if it is skipped, which the host does not know."""
 
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
@@ -156,7 +156,7 @@ class Unguarded:
             is_called: Whether the optimizer is called all the same.
         """
 
-    def collect(self, step: StepContext, report: StepReport) -> None:
+    def collect(self, step: StepContext, report: StepRecord) -> None:
         """Learn what came of a deferred step.
 
         Raises:
@@ -194,7 +194,7 @@ class Unguarded:
         """Why the host must decide on steps of an optimizer, if it must."""
         return None
 
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> dict[str, float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
         """What a logged step tells of the guard."""
         return {}
 

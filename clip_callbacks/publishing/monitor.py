@@ -12,7 +12,7 @@ from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.blocks import Partition, Scope, Selection
 from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, NOISE_SCALE, SPILL_OVER, UPDATE_RATIO
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.publishing.histograms import block_codes
 from clip_callbacks.stats.advice import advise
 from clip_callbacks.stats.attribution import contributions, spill_over
@@ -102,7 +102,7 @@ class Monitor:
         if self.options.histograms:
             self._codes[context.index] = block_codes(step, blocks)
 
-    def end_step(self, context: OptimizerContext, report: StepReport, noise: WindowNorms | None) -> None:
+    def end_step(self, context: OptimizerContext, report: StepRecord, noise: WindowNorms | None) -> None:
         """Remember the norms of a healthy step.
 
         Args:
@@ -117,14 +117,14 @@ class Monitor:
         if self.options.noise_scale and noise:
             self._noise[context.index].observe(noise.small, noise.big, noise.samples or 1)
 
-    def readings(self, context: OptimizerContext, report: StepReport) -> tuple[dict[str, float], dict[str, Histogram]]:
+    def readings(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
         """Metrics and histograms of the blocks, if it is time to log them, and the noise scale if there is an estimate."""
         metrics, histograms = self._of_blocks(context, report)
         if self.options.noise_scale and (noise := self._noise[context.index].value) is not None:
             metrics[NOISE_SCALE] = noise
         return metrics, histograms
 
-    def _of_blocks(self, context: OptimizerContext, report: StepReport) -> tuple[dict[str, float], dict[str, Histogram]]:
+    def _of_blocks(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
         before, codes = self._weights_before.pop(context.index, None), self._codes.pop(context.index, None)
         blocks = self._partition(context)
         if blocks is None or not self._is_due(context, context.history.steps):
@@ -160,7 +160,7 @@ class Monitor:
             return None
         return context.table.partition(self.options.scope, selection, by_unit=by_unit)
 
-    def _contributions(self, context: OptimizerContext, report: StepReport, norms: Tensor) -> dict[str, Tensor]:
+    def _contributions(self, context: OptimizerContext, report: StepRecord, norms: Tensor) -> dict[str, Tensor]:
         # The factors of a step are those of its units where a rule clips units: norms and blocks must be of units then, too.
         parts, by_unit = report.parameter_norms, False
         if report.unit_norms is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.metric_names import ACCUMULATION_SCALE, AMP_SCALE, CLIP_COEF, TOTAL_NORM
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.publishing.histograms import log_histograms
 from clip_callbacks.publishing.monitor import Monitor
 from clip_callbacks.stats.histogram import Histogram
@@ -27,7 +27,7 @@ SHOWN = (TOTAL_NORM, CLIP_COEF)
 class MetricSource(Protocol):
     """Something that a logged step tells of, beside what its report has."""
 
-    def step_metrics(self, context: OptimizerContext, report: StepReport) -> Mapping[str, Tensor | float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> Mapping[str, Tensor | float]:
         """The metrics of a logged step of one optimizer."""
         ...
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.bundles.random_states import restore
-from clip_callbacks.core.parameters import without_wrappers
+from clip_callbacks.core.tensor_table import without_wrappers
 from clip_callbacks.replay.outcome import MicroBatch, Outcome
 from clip_callbacks.replay.ranges import Range
 from clip_callbacks.replay.recorded import Recorded

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_callbacks.bundles.bundle import Bundle, classes_in
-from clip_callbacks.core.parameters import without_wrappers
+from clip_callbacks.core.tensor_table import without_wrappers
 from clip_callbacks.replay.recorded import Recorded
 from clip_callbacks.replay.unusable import UnusableReplayError
 

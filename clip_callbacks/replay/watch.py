@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
-from clip_callbacks.core.parameters import learns, without_wrappers
+from clip_callbacks.core.tensor_table import learns, without_wrappers
 from clip_callbacks.replay.ranges import Range, floats_in
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from clip_callbacks.core.blocks import Partition, Scope, Selection
 from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.metric_names import BLOCK_CLIP_FRACTION, BLOCK_PERCENTILES
-from clip_callbacks.core.parameters import ParameterTable
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.norm_history import FLUSH
 from clip_callbacks.stats.sketch import NormSketch
 
@@ -42,7 +42,7 @@ class BlockHistory:
         self._parts: Partition | None = None
         self._norm_type = 2.0
 
-    def attach(self, table: ParameterTable) -> None:
+    def attach(self, table: TensorTable) -> None:
         """Meet the parameters, or other ones; blocks that stay, by their names, keep what was counted."""
         self._flush()
         selection = self._selection.among(table.names)
@@ -56,7 +56,7 @@ class BlockHistory:
             counts = [0 if place is None else int(self._clipped[place]) for place in places]
             self._names, self._clipped = names, torch.tensor(counts, dtype=torch.int64)
 
-    def add(self, report: StepReport, table: ParameterTable) -> None:
+    def add(self, report: StepRecord, table: TensorTable) -> None:
         """Take in a healthy step."""
         if self._blocks is None:
             return
@@ -104,7 +104,7 @@ class BlockHistory:
         self._sketch.load(state["norms"])
         self._clipped = state["clipped"].cpu().clone()
 
-    def _meet(self, report: StepReport, table: ParameterTable) -> None:
+    def _meet(self, report: StepRecord, table: TensorTable) -> None:
         """Learn from the first step what the norms and factors of the others will be of."""
         assert self._blocks is not None
         self._norm_type = report.norm_type

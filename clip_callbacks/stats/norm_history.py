@@ -18,7 +18,7 @@ from clip_callbacks.core.metric_names import (
     SHADOW_CLIP_FRACTION,
     SHADOW_CLIP_FRACTION_EPOCH,
 )
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.sketch import NormSketch
 
 FLUSH = 128
@@ -136,9 +136,9 @@ class RunHistory:
         self.rules: dict[str, Spans] = {}
         self.shadows: dict[str, Spans] = {}
         self.steps = 0
-        self.last: StepReport | None = None
+        self.last: StepRecord | None = None
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: StepRecord) -> None:
         """Take in a healthy step."""
         self.last = report
         self.epoch_norms.add(report.total)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.parameters import ParameterTable, count_entries, learns
 from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
+from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,7 +28,7 @@ class WeightsBefore:
     """
 
     @torch.no_grad()
-    def __init__(self, table: ParameterTable, blocks: Partition) -> None:
+    def __init__(self, table: TensorTable, blocks: Partition) -> None:
         self._table = table
         self._blocks = blocks
         self._places = [place for place in blocks.members.tolist() if self._takes(table, place)]
@@ -38,7 +38,7 @@ class WeightsBefore:
             torch._foreach_copy_(self._copies, live)
 
     @staticmethod
-    def _takes(table: ParameterTable, place: int) -> bool:
+    def _takes(table: TensorTable, place: int) -> bool:
         return learns(table.tensors[place]) and count_entries(table.shards[place]) > 0
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from torchmetrics import Metric
 
 from clip_callbacks.core.diagnosis import Offender, offenders_among
 from clip_callbacks.core.nonfinite import has_arithmetic
-from clip_callbacks.core.parameters import without_wrappers
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.tensor_table import without_wrappers
 
 DEPTH = 2
 """How deep collections are looked into: a state for each layer, of an LSTM each a pair."""

@@ -7,14 +7,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.tensor_table import TensorTable
 
 Fingerprints: TypeAlias = dict[int, tuple[int, int, int]]
 """Those of the gradients that there are, by their parameter's place in the table."""
 
 
-def fingerprints(table: ParameterTable) -> Fingerprints:
+def fingerprints(table: TensorTable) -> Fingerprints:
     """Where the gradients' entries are, and how often each was written in place; no entry is read.
 
     Args:
@@ -24,7 +24,7 @@ def fingerprints(table: ParameterTable) -> Fingerprints:
     return {place: _fingerprint(gradient) for place, gradient in enumerate(wholes) if gradient is not None}
 
 
-def is_changed(table: ParameterTable, before: Fingerprints) -> bool:
+def is_changed(table: TensorTable, before: Fingerprints) -> bool:
     """Whether any gradient has another fingerprint than it had; the first that has one is enough.
 
     Args:

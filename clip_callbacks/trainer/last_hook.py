@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from clip_callbacks.core.parameters import ParameterTable
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.compat import CALLBACK, overrides
 from clip_callbacks.trainer.extended_hook import ExtendedHook
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
@@ -34,14 +34,14 @@ class LastHook:
     def __init__(self, module: LightningModule, later: Sequence[Any], run: Callable[[Optimizer], None]) -> None:
         self._later = [callback for callback in later if overrides(callback, HOOK, CALLBACK)]
         self._run = run
-        self._seen: tuple[ParameterTable, Fingerprints] | None = None
+        self._seen: tuple[TensorTable, Fingerprints] | None = None
         self.takes_over = overrides(module, HOOK)
         self.compares = bool(self._later) and not self.takes_over
         self._hook: ExtendedHook | None = None
         if self.takes_over or self.compares:
             self._hook = ExtendedHook(module, HOOK, self._after_all)
 
-    def note(self, table: ParameterTable) -> None:
+    def note(self, table: TensorTable) -> None:
         """Remember the gradients as the pass has left them."""
         self._seen = table, fingerprints(table)
 

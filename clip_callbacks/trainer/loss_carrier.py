@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clip_callbacks.core.losses import sum_of
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 NODES = 1000
@@ -29,7 +29,7 @@ class LossCarrier:
     """
 
     def __init__(self) -> None:
-        self._tables: list[ParameterTable] = []
+        self._tables: list[TensorTable] = []
         self._holders: dict[int, set[int]] = {}
         self._hooks: list[RemovableHandle] = []
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from clip_callbacks.core.parameters import ParameterTable
-from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.norm_history import RunHistory
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
 
@@ -44,7 +44,7 @@ class OptimizerContext:
         self.suffix = suffix
         self.history = RunHistory()
         self.steps = 0
-        self.report: StepReport | None = None
+        self.report: StepRecord | None = None
         self._reduce = reduce
         self._step_number: int | None = None
         self.tabulate(module)
@@ -53,7 +53,7 @@ class OptimizerContext:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
-        self.table = ParameterTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
+        self.table = TensorTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
 
     @property
     def is_outdated(self) -> bool:
@@ -87,7 +87,7 @@ class OptimizerContext:
         self._step_number = step_number
         return is_new
 
-    def remember(self, report: StepReport, *, is_new: bool, is_healthy: bool) -> None:
+    def remember(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
         """Keep the report of a step.
 
         Args:

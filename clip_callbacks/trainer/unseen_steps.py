@@ -19,8 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from clip_callbacks.core.parameters import learns, renormalized_weights
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.tensor_table import learns, renormalized_weights
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.tensor_copies import fits_among_others, have_same_bits
 

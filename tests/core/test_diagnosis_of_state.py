@@ -11,10 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MeanMetric
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import NonFiniteGuard, ParameterTable
 from clip_callbacks.core import diagnosis
 from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, offenders_among
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.trainer.carried import carried_tensors

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_callbacks import ParameterTable
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.parameters import ParameterTable
 from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
 from tests.helpers.matrix import examples
 

@@ -25,7 +25,7 @@ from clip_callbacks.core.remeasurement import sound_total
 
 
 @dataclass(frozen=True, eq=False)
-class StepReport:
+class StepRecord:
     """What one optimizer step's pass found and did. Tensors stay tensors: reading them is the caller's decision.
 
     Norms are of the true gradient: after accumulation rescaling, without the loss scale.
@@ -121,7 +121,7 @@ class StepReport:
         """Whether any gradient was made smaller; of a deferred step, whether any may have been."""
         return self.factors is not None
 
-    def to_host(self) -> StepReport:
+    def to_host(self) -> StepRecord:
         """The report of a deferred step on its way to the host, which does not wait: good when the device has got this far."""
         copies: dict[int, Tensor] = {}
 
@@ -153,7 +153,7 @@ class StepReport:
             skip_limit=None if self.skip_limit is None else copy(self.skip_limit),
         )
 
-    def settled(self) -> StepReport:
+    def settled(self) -> StepRecord:
         """The report of a deferred step that has come to the host, as if it had been decided there."""
         is_finite = bool(self.finite)
         finite = TRUE if is_finite else FALSE
@@ -207,7 +207,7 @@ class StepReport:
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
 
 
-def as_undone(report: StepReport, outcome: StepOutcome) -> StepReport:
+def as_undone(report: StepRecord, outcome: StepOutcome) -> StepRecord:
     """The report of a step that turned out not to be taken.
 
     Args:

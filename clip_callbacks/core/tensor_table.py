@@ -23,7 +23,7 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 
 @dataclass(frozen=True, eq=False)
-class ParameterTable:
+class TensorTable:
     """The parameters that take part in one optimizer step, each once, and what blocks they can form.
 
     A parameter of a lazy module has no shape before its first forward pass: until then it counts as empty, and a table that is to
@@ -50,17 +50,17 @@ class ParameterTable:
     _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> ParameterTable:
+    def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> TensorTable:
         """Table of ``model.named_parameters()``: one parameter group holds them all."""
         return cls._of_rows((name, tensor, "pg1") for name, tensor in named)
 
     @classmethod
-    def of_tensors(cls, tensors: Iterable[Tensor]) -> ParameterTable:
+    def of_tensors(cls, tensors: Iterable[Tensor]) -> TensorTable:
         """Table of ``model.parameters()``: the names are their positions."""
         return cls.of_named((str(position), tensor) for position, tensor in enumerate(tensors))
 
     @classmethod
-    def nameless(cls, tensors: Iterable[Tensor]) -> ParameterTable:
+    def nameless(cls, tensors: Iterable[Tensor]) -> TensorTable:
         """Table for one use, where nobody asks for names: blocks other than "global" are not to be had."""
         each = tuple({id(tensor): tensor for tensor in tensors}.values())
         return cls(each, (), (), Reduction.of(each))
@@ -72,7 +72,7 @@ class ParameterTable:
         named: Iterable[tuple[str, Tensor]] = (),
         *,
         reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
-    ) -> ParameterTable:
+    ) -> TensorTable:
         """Table of what an optimizer holds, in its own order.
 
         Args:
@@ -91,10 +91,10 @@ class ParameterTable:
 
     @classmethod
     def of(
-        cls, parameters: ParameterTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
-    ) -> ParameterTable:
+        cls, parameters: TensorTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+    ) -> TensorTable:
         """Table of whatever holds parameters: a table, an optimizer, named or bare tensors."""
-        if isinstance(parameters, ParameterTable):
+        if isinstance(parameters, TensorTable):
             return parameters
         if isinstance(parameters, Optimizer):
             return cls.of_optimizer(parameters)
@@ -111,7 +111,7 @@ class ParameterTable:
         cls,
         rows: Iterable[tuple[str, Tensor, str]],
         reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
-    ) -> ParameterTable:
+    ) -> TensorTable:
         first: dict[int, tuple[str, Tensor, str]] = {}
         for row in rows:
             first.setdefault(id(row[1]), row)
@@ -141,7 +141,7 @@ class ParameterTable:
 
         Example::
 
-            >>> table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
+            >>> table = TensorTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
             >>> table.partition("layer").names
             ('0', '1')
             >>> list(table.partition("unit").names)
@@ -296,7 +296,7 @@ class Gradients:
         buckets: How to read the small ones together, if that is worth it.
     """
 
-    table: ParameterTable
+    table: TensorTable
     positions: list[int]
     tensors: list[Tensor]
     buckets: Buckets | None
@@ -376,7 +376,7 @@ def without_wrappers(name: str) -> str:
     return name
 
 
-def _rows_of_sparse(table: ParameterTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
+def _rows_of_sparse(table: TensorTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
     """The rows that a coalesced gradient has entries in."""
     if gradient.ndim <= 1:
         return table.rows(position, values)[0]

@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for pattern in TAKEN:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    for path, content in (*_code_pages(), *reference_pages(_read("README.md")), ("index.md", _read("README.md"))):
+    for path, content in (*_code_pages(), *reference_pages(), ("index.md", _read("README.md"))):
         files.append(File.generated(config, path, content=content))
     return files
 

@@ -1,11 +1,9 @@
-"""The pages of the reference: every public name, every metric, every command, from where they are defined."""
+"""The pages of the reference: every public name and every command, from where they are defined."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-
-from markdown_it import MarkdownIt
 
 import clip_callbacks
 from clip_callbacks import cli
@@ -35,36 +33,20 @@ def group_of(name: str) -> str:
     return next((group for group in ("callbacks", "limits") if module.startswith(group)), "functions")
 
 
-def reference_pages(readme: str) -> Iterator[tuple[str, str]]:
-    """Path and text of each page.
-
-    Args:
-        readme: Text of README.md, which holds the table of metrics.
-    """
+def reference_pages() -> Iterator[tuple[str, str]]:
+    """Yield path and text of each page."""
     titles = {"callbacks": "Callbacks", "limits": "Limits", "functions": "Functions and values"}
     for group, title in titles.items():
         names = [name for name in clip_callbacks.__all__ if group_of(name) == group]
         listed = ", ".join(f"[`{name}`][clip_callbacks.{name}]" for name in names)
         parts = "\n".join(_directive(name) for name in names)
         yield f"reference/{group}.md", f"# {title}\n\n{INTRODUCTIONS[group]}\n\n{listed}\n\n{parts}"
-    yield "reference/metrics.md", f"# Metrics\n\n{section(readme, 'What you see')}"
     yield "reference/command_line.md", _command_line()
 
 
 def _directive(name: str) -> str:
     members = list(MEMBERS.get(name, ()))
     return f"::: clip_callbacks.{name}\n    options:\n      members: {members or 'false'}\n"
-
-
-def section(markdown: str, heading: str) -> str:
-    """What stands under a heading of the second level, up to the next one."""
-    lines, tokens = markdown.splitlines(), MarkdownIt("commonmark").parse(markdown)
-    starts = {
-        tokens[place + 1].content: token.map for place, token in enumerate(tokens) if token.type == "heading_open" and token.map
-    }
-    first = starts[heading][1]
-    last = min((begin for begin, _ in starts.values() if begin >= first), default=len(lines))
-    return "\n".join(lines[first:last]).strip() + "\n"
 
 
 def _command_line() -> str:

@@ -35,7 +35,7 @@ def ours(limit: Limit) -> Callable[[nn.Module], Step]:
     """``clip_step`` with a limit."""
 
     def make(module: nn.Module) -> Step:
-        held, rules = ParameterTable.of_named(module.named_parameters()), [ClipRule(limit)]
+        held, rules = ParameterTable(module.named_parameters()), [ClipRule(limit)]
         state: list[ClipState | None] = [None]
 
         def step() -> None:

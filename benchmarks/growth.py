@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS, UNCOUNTED, interleaved, machine, publish, rounds_for, table
 from clip_callbacks import ClipRule, ParameterTable, clip_step
+from clip_callbacks.core.actions import Action
+from clip_callbacks.core.rules import Plan
+from clip_callbacks.core.step import apply_step, measure_step
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.norm_history import RunHistory
 
 mpl.use("agg")
@@ -34,7 +38,7 @@ def with_gradients(tensors: int, entries: int) -> list[nn.Parameter]:
 def seconds(parameters: list[nn.Parameter], budget_s: float) -> dict[str, float]:
     """Median seconds of a step with nothing to clip."""
     gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    tensors = ParameterTable.of_tensors(parameters)
+    tensors = ParameterTable(parameters)
     whole, local = [ClipRule(1e9)], [ClipRule(1e9, "parameter")]
     runs: dict[str, Callable[[], object]] = {
         TORCH: lambda: nn.utils.clip_grad_norm_(parameters, 1e9),
@@ -62,18 +66,20 @@ def over(sizes: Sequence[int], make: Callable[[int], list[nn.Parameter]], budget
     return series
 
 
+@torch.no_grad()
 def over_steps(marks: Sequence[int]) -> Series:
     """Mean seconds of a step with all that a run remembers of it, over the steps up to each mark since half of it."""
     parameters = with_gradients(50, 64)
-    tensors, rules = ParameterTable.of_tensors(parameters), [ClipRule(1e9)]
-    history, state = RunHistory(), None
+    tensors, history = TensorTable.of(parameters), RunHistory()
+    plan = Plan.of(tensors, [ClipRule(1e9)], (), None)
+    state = plan.init()
     means, start, first = [], 0.0, 1
     begins, ends = {mark // 2 + 1 for mark in marks}, set(marks)
     for step in range(1 - UNCOUNTED, marks[-1] + 1):
         if step in begins:
             start, first = time.perf_counter(), step
-        report, state = clip_step(tensors, state, rules=rules)
-        history.add(report)
+        record, state = apply_step(measure_step(tensors, plan, state), state, Action.CLIP)
+        history.add(record)
         if step in ends:
             means.append((time.perf_counter() - start) / (step - first + 1))
     return {"clip_step and the run's history": means}

@@ -27,7 +27,7 @@ RANKS = 2
 
 def candidates(parameters: list[nn.Parameter], max_norm: float) -> dict[str, Callable[[], object]]:
     """What to time."""
-    held = ParameterTable.of(parameters)
+    held = ParameterTable(parameters)
     scopes = {scope: [ClipRule(max_norm, scope)] for scope in ("global", "parameter")}
     return {
         REFERENCE: lambda: torch.nn.utils.clip_grad_norm_(parameters, max_norm),

@@ -62,7 +62,7 @@ class Stepping:
 
     def __call__(self) -> None:
         """One step."""
-        _, self._state = clip_step(self._held, self._state, rules=self._rules, shadows=self._shadows)
+        _, self._state = clip_step(self._held, self._state, rules=self._rules, shadow=self._shadows)
 
 
 class Operations(TorchDispatchMode):
@@ -175,7 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = next(name for name in SETS if name.startswith(arguments.set))
     holder = Holder(SETS[name], "cpu", torch.float32)
-    held = ParameterTable.of_named(holder.named_parameters())
+    held = ParameterTable(holder.named_parameters())
     note = "Medians (quartiles) of ratios of the same round, interleaved in one process. Made by `python -m benchmarks.rules`."
     parts = [
         f"# What limits, scopes and rules cost, CPU\n\n{machine('cpu')}\n\n{note}\n\nGradients: {name}.",

@@ -23,11 +23,11 @@ COLUMNS = {"nothing to clip": 1e3, "clipping": 0.5}
 
 def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
     """What this package does on one set of gradients, and the floor."""
-    named = ParameterTable.of_named(holder.named_parameters())
+    named = ParameterTable(holder.named_parameters())
     whole, local = [ClipRule(max_norm)], [ClipRule(max_norm / len(named) ** 0.5, "parameter")]
     parameters = list(holder.parameters())
     fused = torch.optim.AdamW(parameters, fused=True)
-    held = ParameterTable.of_optimizer(fused)
+    held = ParameterTable(fused)
     runs: dict[str, Callable[[], object]] = {
         REFERENCE: rivals.torch_clip(holder, max_norm),
         "one bare read": rivals.bare_read(holder),
@@ -57,7 +57,7 @@ def with_optimizer(holder: Holder, max_norm: float) -> dict[str, Callable[[], ob
     """The clip and the step of a fused AdamW together, since one rides on the other."""
     parameters = list(holder.parameters())
     fused = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    held, rules = ParameterTable.of_optimizer(fused), [ClipRule(max_norm)]
+    held, rules = ParameterTable(fused), [ClipRule(max_norm)]
 
     def after_torch() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -19,10 +19,10 @@ from clip_callbacks.core.limits import (
     ZScoreLimit,
 )
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.core.parameter_table import ParameterTable
 from clip_callbacks.core.rules import ClipRule
 from clip_callbacks.core.step import clip_step
-from clip_callbacks.core.step_record import StepRecord as StepReport
-from clip_callbacks.core.tensor_table import TensorTable as ParameterTable
+from clip_callbacks.core.step_report import StepReport
 
 __all__ = [
     "AccumulationRescaling",

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, ParameterTable, clip_step
+from clip_callbacks import AccumulationRescaling, GradientClipping, ParameterTable, clip_step
 
 MICRO_BATCHES, WINDOW = 10, 4
 
@@ -47,13 +47,13 @@ def drift(steps: int, max_norm: float | None) -> Tensor:
     """The three logits before each step and after the last one, shape ``(steps + 1, 3)``."""
     w, b, logits = problem()
     optimizer = torch.optim.SGD([w, b], lr=0.0009)
-    table, state, seen = ParameterTable.of([w, b]), None, []
+    table, state, seen = ParameterTable([w, b]), None, []
     for _ in range(steps):
         optimizer.zero_grad()
         outputs = logits()
         loss(outputs).backward()
         seen.append(outputs.detach())
-        _, state = clip_step(table, state, rules=[ClipRule(max_norm)])
+        _, state = clip_step(table, state, max_norm=max_norm)
         optimizer.step()
     return torch.stack([*seen, logits().detach()])
 

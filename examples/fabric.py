@@ -18,7 +18,7 @@ from lightning.fabric.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import ClipRule, ParameterTable, QuantileLimit, Tightest, clip_step
+from clip_callbacks import ParameterTable, QuantileLimit, Tightest, clip_step
 
 MICRO_BATCHES = 2
 
@@ -36,7 +36,7 @@ def train(fabric, steps, poison):
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     loader = fabric.setup_dataloaders(DataLoader(spirals(), batch_size=64 // fabric.world_size, shuffle=True))
-    table, rules = ParameterTable.of(model.named_parameters()), [ClipRule(Tightest(1.0, QuantileLimit(0.9)))]
+    table, limit = ParameterTable(model.named_parameters()), Tightest(1.0, QuantileLimit(0.9))
     state, skipped, batches = None, 0, iter(())
     for step in range(steps):
         for micro_batch in range(MICRO_BATCHES):
@@ -47,11 +47,11 @@ def train(fabric, steps, poison):
                 loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
                 is_bad = poison and step == 5 and fabric.global_rank == fabric.world_size - 1
                 fabric.backward(loss * math.nan if is_bad else loss)
-        report, state = clip_step(table, state, rules=rules, scale=1 / MICRO_BATCHES)
+        report, state = clip_step(table, state, max_norm=limit, scale=1 / MICRO_BATCHES)
         optimizer.step()
         optimizer.zero_grad()
         skipped += int(report.skipped)
-        metrics = {name: float(value) for name, value in report.metrics().items() if value.isfinite()}
+        metrics = {name: float(value) for name, value in report.metrics().items()}
         metrics |= {"train_loss": loss.item(), "grad/skipped_steps": skipped}
         fabric.log_dict(metrics, step)
     return metrics

@@ -80,8 +80,8 @@ class Steps(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         report = self.clipping.last_report
-        measured = report.outcomes[0]  # of the rule that clips nothing
-        self.norms.append(dict(zip(measured.names, measured.norms.tolist(), strict=True)))
+        names, norms = report.names[:-1], report.norms[:-1]  # the last block, "global", is that of the second rule
+        self.norms.append(dict(zip(names, norms.tolist(), strict=True)))
         self.totals.append(report.total_norm.item())
 
 
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(tabulate(columns, headers="keys"), end="\n\n")
     last = steps.clipping.last_report
     trainer.validate(module, digits(batches)[1], verbose=False)
-    print(f"Steps clipped or looked at in evaluation: {int(steps.clipping.last_report is not last)}")
+    print(f"Steps clipped or looked at in evaluation: {int(steps.clipping.last_report != last)}")
     save(picture(steps, batches * (epochs // 2)), arguments.output / "norms.png")
 
 

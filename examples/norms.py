@@ -19,7 +19,7 @@ from scaffold import BLUE, GREY, ORANGE, RED, command_line, save, sheet, start
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from clip_callbacks import ClipRule, StepReport, clip_grad_norm_, clip_step
+from clip_callbacks import StepReport, clip_grad_norm_, clip_step
 
 GRADIENT = (125.0, 75.0, 45.0, 15.0, 5.0)
 NORM_TYPES = (1.0, 2.0, 3.0, 4.0, math.inf)
@@ -34,7 +34,7 @@ def weight_with(gradient: Sequence[float] | Tensor) -> nn.Parameter:
 
 def clip(gradient: Sequence[float] | Tensor, max_norm: float | None = 1.0, norm_type: float = 2.0) -> StepReport:
     """What a step with this gradient reports."""
-    return clip_step([weight_with(gradient)], rules=[ClipRule(max_norm)], norm_type=norm_type)[0]
+    return clip_step([weight_with(gradient)], max_norm=max_norm, norm_type=norm_type)[0]
 
 
 def row(label: float, gradient: Sequence[float], max_norm: float = 1.0, norm_type: float = 2.0) -> Row:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clip_callbacks import ClipRule, ParameterTable, RobustZScoreLimit, clip_step
+from clip_callbacks import ParameterTable, RobustZScoreLimit, clip_step
 
 MICRO_BATCHES, BATCH, LENGTH = 2, 32, 50
 
@@ -40,8 +40,8 @@ def draw():
 def train(steps, poison, folder):
     model = Adder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    table = ParameterTable.of(model.named_parameters())  # made once: names for the report, and no work at each step
-    rules, state, skipped, rows = [ClipRule(1.0)], None, 0, []
+    table = ParameterTable(model.named_parameters())  # made once: names for the report, and no work at each step
+    state, skipped, rows = None, 0, []
     for step in range(steps):
         for micro_batch in range(MICRO_BATCHES):
             inputs, sums = draw()
@@ -49,12 +49,12 @@ def train(steps, poison, folder):
             (loss * math.nan if poison and (step, micro_batch) == (5, 1) else loss).backward()
         # the mean over the micro-batches; save `state` with your checkpoint: limits remember norms
         report, state = clip_step(
-            table, state, rules=rules, scale=1 / MICRO_BATCHES, skip_above=RobustZScoreLimit(20.0), fused=optimizer
+            table, state, max_norm=1.0, scale=1 / MICRO_BATCHES, skip_above=RobustZScoreLimit(20.0), fused=optimizer
         )
         optimizer.step()  # changes nothing if the step is skipped: there are no gradients then
         optimizer.zero_grad()
         skipped += int(report.skipped)
-        metrics = {name: float(value) for name, value in report.metrics().items() if value.isfinite()}
+        metrics = {name: float(value) for name, value in report.metrics().items()}
         rows.append({"step": step, "train_loss": loss.item(), "grad/skipped_steps": skipped} | metrics)
     write(rows, folder)
     return rows

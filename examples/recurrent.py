@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import ClipRule, GradientClipping, clip_step
+from clip_callbacks import GradientClipping, clip_step
 
 INPUTS, STATES, MAX_NORM = 8, 32, 1.0
 KINDS = ("RNN", "RNN, large weights", "GRU", "LSTM")
@@ -79,7 +79,7 @@ def norms(kind: str, length: int) -> dict[str, float]:
     """Of the gradient at the start of training, for a loss on the last state."""
     rnn, sequence = network(kind), noise(32, length).requires_grad_()
     rnn(sequence)[0][:, -1].square().sum(1).mean().backward()
-    report, _ = clip_step(rnn.named_parameters(), rules=[ClipRule(MAX_NORM)])
+    report, _ = clip_step(rnn.named_parameters(), max_norm=MAX_NORM)
     return {
         "total_norm": report.total_norm.item(),
         "clipped_norm": report.clipped_norm.item(),

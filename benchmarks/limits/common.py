@@ -90,7 +90,7 @@ def fit(
     Returns:
         The loss of each batch.
     """
-    parameters = ParameterTable.of(list(model.named_parameters()))
+    parameters = ParameterTable(list(model.named_parameters()))
     state, losses = None, []
     for batch in batches:
         optimizer.zero_grad()

@@ -175,13 +175,13 @@ def ignores_bursts(limit: Limit) -> bool:
 def _limits(limit: Limit, norms: Tensor, counts: Tensor) -> list[Tensor]:
     """What a limit says in ``clip_step`` on the steps that count."""
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(norms.shape[1])]
-    tensors, rules, state, found = ParameterTable.of_tensors(parameters), [ClipRule(limit, "parameter")], None, []
+    tensors, rules, state, found = ParameterTable(parameters), [ClipRule(limit, "parameter")], None, []
     for now, counted in zip(norms, counts.tolist(), strict=True):
         for parameter, norm in zip(parameters, now, strict=True):
             parameter.grad = norm.reshape(1).clone()
         report, state = clip_step(tensors, state, rules=rules)
         if counted:
-            found.append(torch.as_tensor(report.outcomes[0].limits))
+            found.append(report.limits)
     return found
 
 

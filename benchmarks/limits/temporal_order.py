@@ -93,7 +93,7 @@ class Crowd:
         names = {f"{i}.{j}.": (limit, rate) for i, limit in enumerate(LIMITS.values()) for j, rate in enumerate(RATES)}
         first = torch.stack([start(seed) for seed in range(self.seeds)])
         self.tensors = [nn.Parameter(first.clone()) for _ in names]
-        self.table = ParameterTable.of(list(zip(names, self.tensors, strict=True)))
+        self.table = ParameterTable(list(zip(names, self.tensors, strict=True)))
         self.rules = [ClipRule(limit, "unit", params=f"^{name}") for name, (limit, _) in names.items()]
         groups = [{"params": [each], "lr": rate} for each, (_, rate) in zip(self.tensors, names.values(), strict=True)]
         self.optimizer = torch.optim.SGD(groups)

@@ -1,4 +1,4 @@
-"""What is done about a step once it is measured, and what came of it."""
+"""Actions on a measured step, and outcomes of a step."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from enum import Enum
 
 
 class Action(Enum):
-    """What :func:`~clip_callbacks.core.step.apply_step` does about a step."""
+    """An instruction to :func:`~clip_callbacks.core.step.apply_step` about a measured step."""
 
     CLIP = "clip"
-    """Hold the norms to their limits. Entries that are not finite stay, and no limit takes the step into its state."""
+    """Clip to the limits. Non-finite entries stay, and no limit takes a non-finite step into its state."""
     ZERO = "zero"
-    """Set entries that are not finite to 0, then clip."""
+    """Set non-finite entries to 0, then clip."""
     SKIP = "skip"
-    """Take the gradients away, so that the optimizer changes nothing."""
+    """Set all gradients to None, so that the optimizer changes nothing."""
     ON_DEVICE = "on_device"
-    """Clip a deferred step, or skip it if its gradients are not finite: the device decides, the host does not know yet."""
+    """Clip a deferred step, or skip it if its gradients are not finite. The device decides; the host does not know the result."""
 
 
-class StepOutcome(Enum):
-    """What came of an optimizer step.
+class StepOutcome(str, Enum):
+    """The outcome of an optimizer step.
 
-    Attributes:
-        is_skipped: Whether the optimizer has changed nothing.
+    A member equals its string (``outcome == "skipped"``), so that users compare it without importing this class.
     """
 
-    is_skipped: bool
-
-    def __init__(self, value: str) -> None:
-        """Note whether it is one of those that change nothing."""
-        self.is_skipped = value in {"skipped", "overflowed"}
-
     TAKEN = "taken"
-    """Taken, with finite gradients."""
+    """The step was taken, with finite gradients."""
     IGNORED = "ignored"
-    """Taken with gradients, or of a loss, that are not finite."""
+    """The step was taken although gradients or a loss were not finite."""
     ZEROED = "zeroed"
-    """Taken after entries that were not finite had been set to 0."""
+    """The step was taken after non-finite entries had been set to 0."""
     SKIPPED = "skipped"
-    """Not taken: gradients or a loss were not finite, the step was a spike, or no micro-batch of its window was left."""
+    """The step was skipped: gradients or a loss were not finite, the norm was a spike, or its window had no usable micro-batch."""
     OVERFLOWED = "overflowed"
-    """Not taken by the GradScaler, which lowers the loss scale."""
+    """The GradScaler skipped the step, and lowers the loss scale."""
     PENDING = "pending"
-    """Decided on the device; the host learns of it at the next step."""
+    """The device decides about the step. The host learns the outcome at the next step."""
+
+    __str__ = str.__str__
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the optimizer changed nothing."""
+        return self is StepOutcome.SKIPPED or self is StepOutcome.OVERFLOWED

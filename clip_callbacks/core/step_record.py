@@ -153,7 +153,7 @@ class StepRecord:
             skip_limit=None if self.skip_limit is None else copy(self.skip_limit),
         )
 
-    def settled(self) -> StepRecord:
+    def decided_on_host(self) -> StepRecord:
         """The report of a deferred step that has come to the host, as if it had been decided there."""
         is_finite = bool(self.finite)
         finite = TRUE if is_finite else FALSE

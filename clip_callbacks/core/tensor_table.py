@@ -104,7 +104,13 @@ class TensorTable:
             return cls.of_tensors([parameters])
         rows: Sequence[Tensor | tuple[str, Tensor]] = list(parameters)
         named = [row for row in rows if isinstance(row, tuple)]
-        return cls.of_named(named) if named else cls.of_tensors(row for row in rows if isinstance(row, Tensor))
+        tensors = [row for row in rows if isinstance(row, Tensor)]
+        if len(rows) not in {len(named), len(tensors)}:  # such as the layers of an nn.Sequential
+            raise TypeError(
+                "`parameters` must be an optimizer, tensors, or pairs of a name and a tensor, got "
+                f"{', '.join(sorted({type(row).__name__ for row in rows}))}. Pass the optimizer or model.named_parameters()."
+            )
+        return cls.of_named(named) if named else cls.of_tensors(tensors)
 
     @classmethod
     def _of_rows(

@@ -40,7 +40,7 @@ class PendingReport:
     def read(self) -> StepRecord:
         """The report; a step later the device is long past it."""
         self._event.wait()
-        return self._report.settled()
+        return self._report.decided_on_host()
 
 
 class DeferredSteps:

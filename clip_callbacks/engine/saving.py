@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import DAMAGED, State, bad_step_counts, check_histories, reading
 from clip_callbacks.trainer.guest import Guest
@@ -27,13 +27,16 @@ class SavingCallback(ReturningCallback, Guest):
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
         self._last_run = LastRun()
-        self._last_report: StepRecord | None = None
+        self._last_report: StepReport | None = None
         self._last_skipped_steps = 0
 
     @property
-    def last_report(self) -> StepRecord | None:
-        """What the last optimizer step's pass found and did; None before the first."""
-        return self._engine.last_report if self._engine else self._last_report
+    def last_report(self) -> StepReport | None:
+        """The report of the last optimizer step; None before the first."""
+        if self._engine is None:
+            return self._last_report
+        record = self._engine.last_report
+        return None if record is None else StepReport(record)
 
     @property
     def skipped_steps(self) -> int:

@@ -12,10 +12,9 @@ MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
     "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "rollbacks"),
-    "ParameterTable": ("of_optimizer", "of_named", "of_tensors"),
     "StepReport": (
-        *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clipped", "names", "norms", "limits", "coefficients"),
-        *("metrics", "rule_metrics"),
+        *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),
+        *("names", "norms", "limits", "coefficients", "shadows", "metrics"),
     ),
 }
 """What users ask of a class, beside its arguments; the other members are for the pass."""

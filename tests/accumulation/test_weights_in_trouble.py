@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from clip_callbacks import AccumulationRescaling, BatchSize, LabelTokens, NonFiniteGuard
+from tests.helpers.records import record_of
 from tests.helpers.tagging import Tagger, fit, loader, sentences
 from tests.helpers.training import TRUSTING, Iterating, assert_same_bits, data, weights
 
@@ -170,4 +171,4 @@ def test_a_weight_of_batches_that_only_training_step_sees_is_refused_at_fit_star
     assert not module.trainer.fit_loop.epoch_loop.total_batch_idx > 0, "nothing was drawn"
     rescaling = AccumulationRescaling()  # the way out
     trainer(rescaling, accumulate_grad_batches=2).fit(Iterating({}), data(3))
-    assert rescaling.last_report.accumulation_scale == 2.0
+    assert record_of(rescaling.last_report).accumulation_scale == 2.0

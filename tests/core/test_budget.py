@@ -13,13 +13,15 @@ from clip_callbacks import (
     GradientClipping,
     GradientNormMonitor,
     NonFiniteGuard,
-    ParameterTable,
     RatioLimit,
     clip_step,
 )
+from clip_callbacks.core.actions import Action
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 from tests.helpers.laws import NAMED
 from tests.helpers.operations import SYNCS, WRITES, Operations, Transfers, count, reads
+from tests.helpers.records import record_of, step
 from tests.helpers.training import Regression, data
 
 
@@ -27,7 +29,7 @@ def hundred_tensors(size):
     parameters = [nn.Parameter(torch.zeros(10)) for _ in range(100)]
     for parameter in parameters:
         parameter.grad = torch.full((10,), size)
-    return ParameterTable.of_tensors(parameters)
+    return TensorTable.of_tensors(parameters)
 
 
 def test_operations_of_a_step_with_nothing_to_clip():
@@ -95,7 +97,7 @@ def test_extra_memory_is_less_than_a_hundredth_of_the_gradients():
     parameters = [nn.Parameter(torch.zeros(1 << 20)) for _ in range(8)]
     for parameter in parameters:
         parameter.grad = torch.ones(1 << 20)
-    table = ParameterTable.of_tensors(parameters)
+    table = TensorTable.of_tensors(parameters)
     clip_step(table)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         clip_step(table)
@@ -128,10 +130,10 @@ def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options
     fused = on_fake_cuda(optimizer)
     if missing:
         fused.param_groups[0]["params"][2].grad = None
-    table = ParameterTable.of(fused)
+    table = TensorTable.of(fused)
     loss_scale = torch.full((), 1024.0, device="cuda")
     with Transfers() as transfers:
-        report, _ = clip_step(table, fused=fused, loss_scale=loss_scale, deferred=True, **options)
+        report = step(table, fused=fused, action=Action.ON_DEVICE, loss_scale=loss_scale, deferred=True, **options)
         fused.step()
         report.to_host()
         _ = report.coefficients, report.limits, report.norms
@@ -143,16 +145,16 @@ def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options
 
 
 @pytest.mark.parametrize("make", NAMED)
-def test_limits_shadows_and_vetoes_read_nothing_on_the_host(fake_cuda, make):
+def test_limits_shadows_and_thresholds_read_nothing_on_the_host(fake_cuda, make):
     fused, limit, state = on_fake_cuda(), make(1.0), None
-    table, rules = ParameterTable.of(fused), [ClipRule(limit), ClipRule(1.0)]
+    table, rules = TensorTable.of(fused), [ClipRule(limit), ClipRule(1.0)]
     with Transfers() as transfers:
         for _ in range(3):
             report, state = clip_step(
-                table, state, rules=rules, shadows=[ClipRule(limit)], skip_above=limit, fused=fused, deferred=True
+                table, state, rules=rules, shadow=[ClipRule(limit)], skip_above=limit, fused=fused, deferred=True
             )
             fused.step()
-            report.to_host()
+            record_of(report).to_host()
     assert not any(transfers.waits)
     assert all(value.device.type == "cuda" for each in state for value in each.values())
     assert report.shadows[0].coefficients.device.type == "cuda"
@@ -164,7 +166,7 @@ def test_limits_shadows_and_vetoes_read_nothing_on_the_host(fake_cuda, make):
 def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
     fused = on_fake_cuda()
     with Transfers() as transfers, pytest.raises((DataDependentOutputException, RuntimeError)):
-        clip_step(fused, rules=rules, fused=fused, loss_scale=torch.full((), 1024.0, device="cuda"))
+        step(fused, rules=rules, fused=fused, loss_scale=torch.full((), 1024.0, device="cuda"))
     assert transfers.waits == [True]  # then the host goes on with numbers, which fake tensors do not have
 
 

@@ -83,7 +83,7 @@ def test_no_host_sync_in_fifty_fused_steps(gpu, name, normed, precision):
 def test_at_most_one_host_sync_otherwise(fused, scope):
     parameters = with_gradients("cuda")
     optimizer = torch.optim.AdamW(parameters, fused=fused)
-    table, rules = ParameterTable.of(optimizer), [ClipRule(0.1, scope)]
+    table, rules = ParameterTable(optimizer), [ClipRule(0.1, scope)]
     clip_step(table, rules=rules, fused=optimizer)
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -164,7 +164,7 @@ def test_overflows_lower_the_scale(gpu, name):
 def test_clip_step_is_captured_by_a_cuda_graph():
     parameters = with_gradients("cuda")
     fresh = [parameter.grad.clone() for parameter in parameters]
-    table = ParameterTable.of(parameters)
+    table = ParameterTable(parameters)
 
     def step():
         return clip_step(table, rules=[ClipRule(0.3)], nonfinite="ignore", deferred=True)[0]
@@ -190,7 +190,7 @@ def test_clip_step_is_captured_by_a_cuda_graph():
 def test_a_captured_fused_step_clips_and_skips():
     parameters = with_gradients("cuda")
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True, capturable=True)
-    table = ParameterTable.of(optimizer)
+    table = ParameterTable(optimizer)
     fresh = [parameter.grad.clone() for parameter in parameters]
 
     def step():
@@ -249,14 +249,14 @@ def decided(device, make, scope, *, deferred):
     limit, state, found = make(1.0), None, []
     parameters = with_gradients(device)
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    table, rules = ParameterTable.of(optimizer), [ClipRule(limit, scope)]
+    table, rules = ParameterTable(optimizer), [ClipRule(limit, scope)]
     fresh = [parameter.grad.clone() for parameter in parameters]
     for step in range(10):
         for parameter, gradient in zip(parameters, fresh, strict=True):
             parameter.grad = gradient * (1 + step % 3)
         torch.cuda.set_sync_debug_mode("error" if deferred and step > 1 else "default")
         try:
-            options = {"shadows": [ClipRule(limit)], "skip_above": 1e6, "fused": optimizer, "deferred": deferred}
+            options = {"shadow": [ClipRule(limit)], "skip_above": 1e6, "fused": optimizer, "deferred": deferred}
             report, state = clip_step(table, state, rules=rules, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")

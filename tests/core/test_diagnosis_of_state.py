@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MeanMetric
 
-from clip_callbacks import NonFiniteGuard, ParameterTable
+from clip_callbacks import NonFiniteGuard
 from clip_callbacks.core import diagnosis
 from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, offenders_among
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.trainer.carried import carried_tensors
@@ -27,7 +28,7 @@ def table_of(net, bad=True):
     net(torch.ones(1, 4)).sum().backward()
     if bad:
         next(net.parameters()).grad[0, 0] = math.nan
-    return ParameterTable.of(net.named_parameters())
+    return TensorTable.of(net.named_parameters())
 
 
 # ---- buffers -------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tests.helpers.training import weights
 @ALL
 def test_no_gradient_is_written_before_the_kernel_does(trainer, name):
     parameters, optimizer = two_parameters(FUSED[name][0], **{k: v for k, v in FUSED[name][1].items() if k != "lr"})
-    table = ParameterTable.of(optimizer)
+    table = ParameterTable(optimizer)
     with Operations() as operations:
         report, _ = clip_step(table, rules=[ClipRule(1.0)], scale=0.5, fused=optimizer)
     assert not WRITES & set(operations.counts)
@@ -166,7 +166,7 @@ def test_a_part_of_an_optimizers_parameters_does_not_ride():
 def test_parameters_given_other_entries_in_mid_run():
     """Buckets of small tensors are planned once; shapes and dtypes may change under them."""
     parameters = [nn.Parameter(torch.zeros(8)) for _ in range(20)]
-    table = ParameterTable.of_tensors(parameters)
+    table = ParameterTable(parameters)
     for change in (lambda i: torch.zeros(8), lambda i: torch.zeros(9 if i == 3 else 8), lambda i: torch.zeros(4, 2).double()):
         for i, parameter in enumerate(parameters):
             parameter.grad = None
@@ -183,7 +183,7 @@ def test_transposed_gradients_have_the_bits_of_torch():
         parameter.grad = torch.randn(5, 7).t() if i % 2 else torch.randn(7, 5)
     expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     for _ in range(2):
-        report, _ = clip_step(ParameterTable.of_tensors(parameters), rules=[])
+        report, _ = clip_step(ParameterTable(parameters), rules=[])
         assert torch.equal(report.total_norm, expected)
 
 

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clip_callbacks import ClipRule, ParameterTable, RatioLimit, clip_step
+from clip_callbacks import ClipRule, RatioLimit, clip_step
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import Units
 from tests.helpers import reference
 from tests.helpers.matrix import examples
 from tests.helpers.operations import SYNCS, count
+from tests.helpers.records import record_of
 
 
 def unit_norms(gradient, p):
@@ -61,7 +63,7 @@ def test_norms_and_coefficients_of_every_kind_of_layer(p, dtype):
         torch.testing.assert_close(parameter.grad, (before[name].double() * factors.view(shape)).to(dtype))
     torch.testing.assert_close(report.total_norm.double().item(), reference.norm(expected, p), rtol=1.3e-6, atol=1e-5)
     torch.testing.assert_close(
-        report.parameter_norms.double(),
+        record_of(report).parameter_norms.double(),
         torch.tensor([reference.norm(reference.entries(gradient), p) for gradient in before.values()], dtype=torch.float64),
         rtol=1.3e-6,
         atol=1e-5,
@@ -70,7 +72,7 @@ def test_norms_and_coefficients_of_every_kind_of_layer(p, dtype):
 
 def test_names_say_the_row():
     module = Mixed()
-    names = ParameterTable.of_named(module.named_parameters()).partition("unit").names
+    names = TensorTable.of_named(module.named_parameters()).partition("unit").names
     assert (names[0], names[1], names[2], names[-1]) == ("scalar", "flat[0]", "embedding.weight[0]", "norm.bias")
     assert list(names[2:4]) == ["embedding.weight[0]", "embedding.weight[1]"]
     assert "linear.bias" in names
@@ -141,7 +143,7 @@ def test_rows_whose_squares_leave_float32(size, all_of_them):
     report, _ = clip_step(module.named_parameters(), rules=[ClipRule(None, "unit")])
     expected = torch.tensor([norm for norms in rows.values() for norm in norms], dtype=torch.float64)
     torch.testing.assert_close(report.norms.double(), expected, rtol=1.3e-6, atol=0)
-    assert report.finite
+    assert report.outcome == "taken"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -150,7 +152,7 @@ def test_a_bad_row_is_named_and_scales_nothing(bad):
     module.linear.weight.grad[2, 1] = bad
     before = [parameter.grad.clone() for parameter in module.parameters()]
     report, _ = clip_step(module.named_parameters(), rules=[ClipRule(0.1, "unit")], nonfinite="ignore")
-    assert not report.finite
+    assert report.outcome == "ignored"
     assert report.coefficients[list(report.names).index("linear.weight[2]")] == 1.0
     places = [name for name, _ in module.named_parameters()]
     assert torch.equal(module.linear.weight.grad[2].nan_to_num(7), before[places.index("linear.weight")][2].nan_to_num(7))
@@ -161,7 +163,7 @@ def test_one_read_one_write_and_no_sync():
     layers = [nn.Linear(4, 3) for _ in range(50)]
     for layer in layers:
         layer.weight.grad, layer.bias.grad = torch.ones(3, 4), torch.ones(3)
-    counts = count(ParameterTable.of_named(nn.ModuleList(layers).named_parameters()), rules=[ClipRule(0.1, "unit"), ClipRule(1.0)])
+    counts = count(TensorTable.of_named(nn.ModuleList(layers).named_parameters()), rules=[ClipRule(0.1, "unit"), ClipRule(1.0)])
     assert counts["aten.linalg_vector_norm"] == 100 + 2, "each tensor once; the total norm before and after the first rule"
     assert counts["aten._foreach_mul_"] == 1
     assert not SYNCS & set(counts)

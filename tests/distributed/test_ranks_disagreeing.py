@@ -21,16 +21,17 @@ from clip_callbacks import (
     ClipRule,
     GradientClipping,
     NonFiniteGuard,
-    ParameterTable,
     clip_grad_norm_,
     clip_step,
 )
 from clip_callbacks.core.reduction import Reduction, averaged
+from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers import parallel
 from tests.helpers.agreement import assert_one_answer, assert_same_run, reports
 from tests.helpers.laws import ADAPTIVE
 from tests.helpers.parallel import STRATEGIES
 from tests.helpers.ranks import RanksFailedError
+from tests.helpers.records import record_of
 from tests.helpers.training import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite")
@@ -363,7 +364,7 @@ def parameter(gradient, mesh):
 def on_meshes(first, second):
     pair = [parameter(torch.full((4,), size), DeviceMesh("cpu", ranks)) for size, ranks in ((1.0, first), (10.0, second))]
     report, _ = clip_step(pair, rules=[ClipRule(4.0, "parameter")])
-    return report.parameter_norms.tolist(), report.coefficients.tolist()
+    return record_of(report).parameter_norms.tolist(), report.coefficients.tolist()
 
 
 @pytest.mark.parametrize(("first", "second"), [([0, 1], [2, 3]), ([0, 1, 2, 3], [2, 3]), ([2, 3], [1, 2])])
@@ -380,7 +381,7 @@ def met_before():
         (torch.ones(4), DeviceMesh("cpu", [1])),
     ):
         optimizer = torch.optim.SGD([parameter(gradient, mesh)], lr=0.1)
-        report, _ = clip_step(ParameterTable.of_optimizer(optimizer, reduce=together), rules=[])
+        report, _ = clip_step(TensorTable.of_optimizer(optimizer, reduce=together), rules=[])
         totals.append(report.total_norm.item())
     return totals
 

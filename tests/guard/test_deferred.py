@@ -22,6 +22,7 @@ from clip_callbacks import (
 from clip_callbacks.core.fused import starts_momentum
 from tests.helpers.fused import FUSED, network, on_device, state_of, two_parameters
 from tests.helpers.matrix import matrix
+from tests.helpers.records import record_of
 from tests.helpers.training import TRUSTING, Poisoned, Regression, assert_same_bits, data, scaled, weights
 
 # Decided on the device
@@ -169,7 +170,7 @@ def test_deferred_without_an_optimizer_multiplies_and_leaves_bad_gradients_alone
     expected = torch.full((3,), size) * (0.1 / (math.sqrt(3) * size + 1e-6) if size == 1.0 else 1.0)
     report, _ = clip_step([parameter], rules=[ClipRule(0.1)], nonfinite="ignore", deferred=True)
     torch.testing.assert_close(parameter.grad, expected, equal_nan=True)
-    assert bool(report.finite) is math.isfinite(size)
+    assert bool(record_of(report).finite) is math.isfinite(size)
     assert 0 <= report.clip_coef <= 1
 
 

@@ -16,10 +16,10 @@ from clip_callbacks import (
     GradientClipping,
     GradientNormMonitor,
     NonFiniteGuard,
-    ParameterTable,
     clip_step,
 )
 from clip_callbacks.core.blocks import Selection
+from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers.training import Regression, assert_same_bits, data, weights
 
 
@@ -101,7 +101,7 @@ def test_a_pattern_without_a_match_lists_near_names(trainer):
         GradientClipping(rules=[ClipRule(1.0, params="net.0.wieght")]),
     )
     with pytest.raises(ValueError, match="Near names: 0.weight"):
-        ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2)).named_parameters()).partition("layer", Selection("0.wait"))
+        TensorTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2)).named_parameters()).partition("layer", Selection("0.wait"))
 
 
 def test_gradient_clip_val_beside_it(trainer):

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Callback
 
 import clip_callbacks
-from clip_callbacks import FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard, ParameterTable, QuantileLimit
+from clip_callbacks import FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
+from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers.training import Poisoned, assert_same_bits, data, leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:Spike:RuntimeWarning")
@@ -103,7 +104,7 @@ def test_a_copy_goes_its_own_way(trainer, monkeypatch, of):
 
 
 def test_a_copied_report_knows_no_other_partition_by_its_place_in_memory():
-    table = ParameterTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
+    table = TensorTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).named_parameters())
     layers, rows = table.partition("layer"), table.partition("parameter")
     before = layers.meet(rows)[1]
     for of in COPIES:

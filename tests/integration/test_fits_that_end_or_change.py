@@ -17,6 +17,7 @@ from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.guard.rollback import Rollback
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.snapshot import Snapshot
+from tests.helpers.records import record_of
 from tests.helpers.training import Poisoned, Regression, data, scaled
 
 
@@ -70,7 +71,7 @@ def test_windows_of_all_replaced_optimizers_are_means(trainer):
 
     class Scales(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            scales.append(clipping.last_report.accumulation_scale)
+            scales.append(record_of(clipping.last_report).accumulation_scale)
 
     clipping = GradientClipping(1.0)
     trainer(clipping, AccumulationRescaling(divide=True), Scales()).fit(Swapped(2, [0, 1], passes=4), data(5))
@@ -154,7 +155,7 @@ def test_a_window_without_weight_is_reported_as_not_finite(trainer):
 
     class Reports(Callback):
         def on_train_batch_end(self, *_):
-            reports.append((bool(clipping.last_report.finite), bool(clipping.last_report.skipped)))
+            reports.append((bool(record_of(clipping.last_report).finite), bool(clipping.last_report.skipped)))
 
     with pytest.warns(RuntimeWarning, match="weight 0"):
         trainer(clipping, AccumulationRescaling(lambda batch: 0.0), Reports()).fit(Regression(), data(2))

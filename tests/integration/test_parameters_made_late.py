@@ -20,6 +20,7 @@ from clip_callbacks import (
     RatioLimit,
     ZScoreLimit,
 )
+from tests.helpers.records import record_of
 from tests.helpers.training import Poisoned, assert_same_bits, data, weights
 
 SCOPES = ["global", "group", "layer", "parameter", "unit"]
@@ -179,7 +180,7 @@ def test_a_network_made_by_configure_model_is_met_by_rules(trainer):
 
     clipping = GradientClipping(rules=[ClipRule(0.1, "unit", params=r"^net\.0", name="first")])
     trainer(clipping).fit(Late(), data(3))
-    assert list(clipping.last_report.outcomes[0].names) == ["net.0.weight[0]", "net.0.weight[1]", "net.0.weight[2]", "net.0.bias"]
+    assert list(clipping.last_report.names) == ["net.0.weight[0]", "net.0.weight[1]", "net.0.weight[2]", "net.0.bias"]
 
 
 class Growing(Poisoned):
@@ -262,7 +263,8 @@ def test_parameters_that_appear_are_clipped(trainer, tmp_path, family):
     callbacks = FAMILIES[family]()
     module = Growing({}, "training_step")
     trainer(*callbacks, **fit).fit(module, data(6))
-    report = next(callback for callback in callbacks if isinstance(callback, GradientClipping)).last_report
+    clipping = next(callback for callback in callbacks if isinstance(callback, GradientClipping))
+    report = record_of(clipping.last_report)
     assert len(report.parameter_norms) == len(list(module.parameters()))
     torch.testing.assert_close(float(report.parameter_norms.double().norm()), float(report.total_norm), rtol=1e-5, atol=0)
 

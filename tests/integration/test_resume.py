@@ -9,6 +9,7 @@ import torch
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.helpers.laws import ADAPTIVE
+from tests.helpers.records import record_of
 from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, leaves, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
@@ -127,4 +128,4 @@ def test_rules_that_remember_nothing_may_change_between_runs(trainer, tmp_path):
     first.save_checkpoint(tmp_path / "a.ckpt")
     callback = GradientClipping(rules=[ClipRule(1.0), ClipRule(0.5, "layer")])
     trainer(callback, max_epochs=2).fit(Poisoned({}), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
-    assert len(callback.last_report.outcomes) == 2
+    assert len(record_of(callback.last_report).outcomes) == 2

@@ -300,7 +300,7 @@ def test_parts_join_the_norm_when_base_finetuning_unfreezes_them(example):
         assert total == pytest.approx(math.hypot(*norms.values()), rel=1e-5)
     last, weights = steps.clipping.last_report, [parameter.clone() for parameter in network.parameters()]
     trainer.validate(network, module.digits(2)[1], verbose=False)
-    assert steps.clipping.last_report is last, "evaluation is never clipped"
+    assert steps.clipping.last_report == last, "evaluation is never clipped"
     assert all(torch.equal(x, y) for x, y in zip(weights, network.parameters(), strict=True))
 
 

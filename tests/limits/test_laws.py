@@ -18,9 +18,11 @@ from clip_callbacks import (
     clip_step,
 )
 from clip_callbacks.core.blocks import SCOPES
+from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers import reference
 from tests.helpers.laws import MAKERS, NORM_TYPES, every, gradients, run, with_gradients
 from tests.helpers.matrix import matrix
+from tests.helpers.records import record_of
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -64,7 +66,7 @@ def test_below_the_limit_gradients_keep_their_bits(make, scope, p):
         report, state = run(module, limit, scope, p, state)
         below = report.norms < report.limits * (1 - 1e-5 if isinstance(limit, FixedLimit) else 1)  # 1e-6 is added to the norm
         assert (report.coefficients[below] == 1.0).all()
-        table = ParameterTable.of_named(module.named_parameters())
+        table = TensorTable.of_named(module.named_parameters())
         kept = table.partition(scope, by_unit=True).spread(below).expand(len(table.units))
         for name, gradient in gradients(module).items():
             rows = [rows for position, other in enumerate(table.names) if other == name for rows in table.rows(position, gradient)]
@@ -149,7 +151,8 @@ def test_a_nonfinite_step_leaves_no_trace_in_the_state(make, scope, p, bad, poli
                 module = with_gradients(99)
                 module[0].weight.grad[0, 0] = bad
                 report, state = run(module, limit, scope, p, state, nonfinite=policy)
-                assert not report.finite
+                assert not report.total_norm.isfinite()
+                assert report.outcome == {"skip": "skipped", "ignore": "ignored"}[policy]
             _, state = run(with_gradients(seed), limit, scope, p, state)
         states[poisoned] = state
     for left, right in zip(states[True], states[False], strict=True):
@@ -172,13 +175,13 @@ def test_decided_on_the_device_as_on_the_host(make, p, rules):
                 module.named_parameters(),
                 states[deferred],
                 rules=stages,
-                shadows=[ClipRule(limit)],
+                shadow=[ClipRule(limit)],
                 norm_type=p,
                 nonfinite="ignore",
                 deferred=deferred,
             )
             written[deferred] = gradients(module)
-        ours, theirs = reports[True].to_host().settled(), reports[False]
+        ours, theirs = record_of(reports[True]).to_host().decided_on_host(), record_of(reports[False])
         torch.testing.assert_close(written[True], written[False], equal_nan=True)
         torch.testing.assert_close(ours.coefficients, theirs.coefficients)
         torch.testing.assert_close(ours.norms, theirs.norms, equal_nan=True)
@@ -246,7 +249,7 @@ def test_groups_are_those_of_the_optimizer():
     optimizer = torch.optim.SGD(
         [{"params": module[0].parameters(), "name": "stem"}, {"params": [*module[1].parameters(), *module[2].parameters()]}], lr=0.1
     )
-    report, _ = clip_step(ParameterTable.of_optimizer(optimizer, module.named_parameters()), rules=[ClipRule(1.0, "group")])
+    report, _ = clip_step(ParameterTable(optimizer, module.named_parameters()), rules=[ClipRule(1.0, "group")])
     assert report.names == ("stem", "pg2")
     stem = [x for parameter in module[0].parameters() for x in reference.entries(parameter.grad)]
     assert reference.norm(stem, 2.0) == pytest.approx(1.0, rel=1e-5)
@@ -285,7 +288,7 @@ def test_policies_of_a_plain_loop(policy):
         assert all(torch.equal(gradient.nan_to_num(7), before[name].nan_to_num(7)) for name, gradient in gradients(module).items())
         return
     report, _ = run(module, FixedLimit(1.0), "global", 2.0, nonfinite=policy)
-    assert not report.finite
+    assert report.outcome == {"skip": "skipped", "zero": "zeroed", "ignore": "ignored"}[policy]
     assert report.skipped.item() is (policy == "skip")
     if policy == "skip":
         assert all(parameter.grad is None for parameter in module.parameters())

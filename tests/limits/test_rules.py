@@ -14,16 +14,17 @@ from clip_callbacks import (
     GradientClipping,
     GradientNormMonitor,
     NonFiniteGuard,
-    ParameterTable,
     QuantileLimit,
     ZScoreLimit,
     clip_step,
 )
 from clip_callbacks.core.blocks import SCOPES
 from clip_callbacks.core.limits import labels
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.attribution import contributions, spill_over
 from tests.helpers import reference
 from tests.helpers.laws import gradients, with_gradients
+from tests.helpers.records import record_of
 from tests.helpers.training import SAFELY, Poisoned, Regression, assert_same_bits, data, weights
 
 
@@ -198,7 +199,7 @@ def test_shadows_may_change_between_runs_and_otherwise_go_on(trainer, tmp_path):
 
 def test_shadows_look_at_the_blocks_of_the_first_rule():
     module = with_gradients(0)
-    report, _ = clip_step(module.named_parameters(), rules=[ClipRule(None)], shadows=[ClipRule(0.5, "parameter"), ClipRule(1e6)])
+    report, _ = clip_step(module.named_parameters(), rules=[ClipRule(None)], shadow=[ClipRule(0.5, "parameter"), ClipRule(1e6)])
     assert [outcome.clips for outcome in report.shadows] == [True, False]
     clipping = GradientClipping(1.0, scope="layer", shadow=[0.5])
     assert clipping.shadow == [FixedLimit(0.5)]
@@ -216,9 +217,9 @@ def test_bad_shadows():
 @pytest.mark.parametrize("scope", ["layer", "parameter", "group"])
 def test_contributions_are_shares_that_add_up(p, scope):
     module = with_gradients(0)
-    table = ParameterTable.of_named(module.named_parameters())
+    table = TensorTable.of_named(module.named_parameters())
     report, _ = clip_step(table, rules=[ClipRule(None, scope)], norm_type=p)
-    shares = contributions(report.norms, report.total, p)
+    shares = contributions(report.norms, record_of(report).total, p)
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
     powers = [norm**p for norm in reference.clip(gradients(module), 1.0, scope, p)[0].values()]
     torch.testing.assert_close(
@@ -248,8 +249,8 @@ def test_spill_over_is_what_a_block_loses_because_of_others(scope, p, rules):
             parameter.grad *= size if only in {None, label} else 0.0
         return module
 
-    table = ParameterTable.of_named((module := made()).named_parameters())
-    report, _ = clip_step(table, rules=rules, norm_type=p)
+    table = TensorTable.of_named((module := made()).named_parameters())
+    report = record_of(clip_step(table, rules=rules, norm_type=p)[0])
     by_unit = report.unit_norms is not None
     norms = report.unit_norms if by_unit else report.parameter_norms
     blocks = table.partition(scope, by_unit=by_unit)

@@ -214,7 +214,7 @@ def called(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_code_within_lines_can_be_evaluated(path, scope):
     scope |= PLACEHOLDERS | {"optimizer": torch.optim.SGD(scope["net"].parameters()), "state": None}
-    scope["table"] = clip_callbacks.ParameterTable.of(scope["optimizer"])
+    scope["table"] = clip_callbacks.ParameterTable(scope["optimizer"])
     for code in expressions(path):
         assert eval(code, scope) is not None, code
 

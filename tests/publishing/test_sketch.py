@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_callbacks import ParameterTable
 from clip_callbacks.core.measurement import block_norms
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
 from tests.helpers.matrix import examples
 
@@ -139,7 +139,7 @@ def test_its_room_does_not_grow_with_steps():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_block_norms_of_many_steps_are_those_of_each(scope, norm_type, dtype):
     net = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(3)])
-    partition = ParameterTable.of(net.named_parameters()).partition(scope)
+    partition = TensorTable.of(net.named_parameters()).partition(scope)
     values = torch.rand(5, 6, dtype=dtype)
     values[1] = 0
     each = torch.stack([block_norms(row, partition, norm_type) for row in values])

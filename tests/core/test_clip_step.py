@@ -1,0 +1,194 @@
+"""What users of a plain loop hold: ``clip_step``'s arguments, the table of parameters, the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from clip_callbacks import ClipRule, FixedLimit, Limit, ParameterTable, QuantileLimit, clip_step
+from clip_callbacks.core.rules import Plan
+from tests.helpers.records import record_of
+
+
+def weight(*entries):
+    made = nn.Parameter(torch.zeros(len(entries)))
+    made.grad = torch.tensor(entries)
+    return made
+
+
+def shown(thing):
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_whatever_holds_parameters():
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias], "name": "biases"}], lr=0.1)
+    named = dict(net.named_parameters())
+    for parameters, names, groups in (
+        (optimizer, ("pg1.0", "biases.0"), ("pg1", "biases")),
+        (net.named_parameters(), ("weight", "bias"), ("pg1", "pg1")),
+        (named, ("weight", "bias"), ("pg1", "pg1")),
+        (net.parameters(), ("0", "1"), ("pg1", "pg1")),
+        (net.weight, ("0",), ("pg1",)),
+        ([], (), ()),
+    ):
+        table = ParameterTable(parameters)
+        assert (table.names, table.groups, len(table)) == (names, groups, len(names))
+    table = ParameterTable(optimizer, net.named_parameters())
+    assert (table.names, table.groups) == (("weight", "bias"), ("pg1", "biases"))
+    assert repr(table) == "ParameterTable(2 parameters in 2 groups)"
+    assert shown(table) == {"names", "groups"}
+    with pytest.raises(AttributeError):
+        table.names = ("a", "b")
+
+
+def test_what_holds_no_parameters_is_refused():
+    net = nn.Sequential(nn.Linear(2, 2))
+    for wrong in (net, [net[0].weight, ("bias", net[0].bias)]):
+        with pytest.raises(TypeError, match="`parameters` must be an optimizer, tensors, or pairs .*, got .*Pass the optimizer"):
+            ParameterTable(wrong)
+        with pytest.raises(TypeError, match="`parameters` must be"):
+            clip_step(wrong)
+    with pytest.raises(ValueError, match="`named` must be left out unless `parameters` is an optimizer, got generator"):
+        ParameterTable(net.parameters(), net.named_parameters())
+
+
+def test_a_table_gives_the_same_step_as_what_it_is_made_of():
+    results = []
+    for make in (ParameterTable, lambda parameters: parameters):
+        pair = {"a": weight(3.0, 4.0), "b": weight(12.0)}
+        table, state = make(pair), None
+        for _ in range(3):
+            report, state = clip_step(table, state, rules=[ClipRule(QuantileLimit(0.5)), ClipRule(1.0, "parameter")])
+        results.append([report.norms, report.limits, *(each.grad for each in pair.values())])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# ---- max_norm and rules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [2.0, None, FixedLimit(2.0), QuantileLimit(0.5), math.inf])
+def test_max_norm_is_one_global_rule(max_norm):
+    plain, ruled = weight(3.0, 4.0), weight(3.0, 4.0)
+    left, right = None, None
+    for _ in range(3):
+        ours, left = clip_step([plain], left, max_norm=max_norm)
+        theirs, right = clip_step([ruled], right, rules=[ClipRule(max_norm)])
+        assert torch.equal(plain.grad, ruled.grad)
+        assert torch.equal(ours.max_norm, theirs.max_norm)
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_max_norm_beside_rules_is_refused():
+    with pytest.raises(ValueError, match=r"`rules` must not be given beside `max_norm`, got rules and max_norm=2\.0\. Each"):
+        clip_step([weight(1.0)], max_norm=2.0, rules=[ClipRule(1.0)])
+    for wrong in (0.0, -1.0, True, "a"):
+        with pytest.raises(ValueError, match="`max_norm` must be a number above 0, a Limit, or None"):
+            clip_step([weight(1.0)], max_norm=wrong)
+
+
+class Unhashable(Limit):
+    __hash__ = None
+
+    def step(self, blocks, state):
+        return torch.full_like(blocks.norms, 2.5), state
+
+
+def test_a_limit_without_a_hash():
+    report, _ = clip_step([weight(3.0, 4.0)], max_norm=Unhashable())
+    assert report.max_norm == 2.5
+
+
+def test_a_plain_max_norm_is_planned_once(monkeypatch):
+    table, planned = ParameterTable([weight(3.0, 4.0)]), []
+    of = Plan.of
+    monkeypatch.setattr(Plan, "of", lambda *arguments: planned.append(of(*arguments)) or planned[-1])
+    for _ in range(3):
+        clip_step(table, max_norm=2.0)
+    assert planned[0] is planned[1] is planned[2]
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "outcome"),
+    [
+        ((3.0, 4.0), {}, "taken"),
+        ((math.nan, 4.0), {}, "skipped"),
+        ((math.nan, 4.0), {"nonfinite": "zero"}, "zeroed"),
+        ((math.nan, 4.0), {"nonfinite": "ignore"}, "ignored"),
+        ((3.0, 4.0), {"skip_above": 4.0}, "skipped"),
+        ((3.0, 4.0), {"nonfinite": "ignore", "deferred": True}, "pending"),
+    ],
+)
+def test_an_outcome_compares_with_strings(entries, options, outcome):
+    report, _ = clip_step([weight(*entries)], **options)
+    assert report.outcome == outcome
+    assert f"{report.outcome}" == str(report.outcome) == report.outcome.value == outcome
+    assert {outcome: 1}[report.outcome] == 1
+    assert json.dumps(report.outcome) == f'"{outcome}"'
+    assert report.skipped.item() is report.outcome.is_skipped is (outcome == "skipped")
+
+
+def test_a_report_shows_what_is_for_users():
+    report, _ = clip_step({"a": weight(3.0, 4.0)}, shadow=[ClipRule(0.5), ClipRule(100.0)])
+    assert shown(report) == {
+        *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),
+        *("names", "norms", "limits", "coefficients", "shadows", "metrics"),
+    }
+    assert [it.ndim for it in (report.skipped, report.total_norm, report.clipped_norm, report.clip_coef, report.max_norm)] == [
+        0
+    ] * 5
+    assert (report.names, report.norms.tolist(), report.limits.tolist()) == (("global",), [5.0], [1.0])
+    assert [shadow.limits for shadow in report.shadows] == [0.5, 100.0]
+    assert repr(report).startswith("StepReport(taken, total_norm=tensor(5.), clip_coef=tensor(0.2")
+    with pytest.raises(AttributeError):
+        report.total_norm = 1.0
+
+
+def test_a_report_can_be_copied_and_equals_itself_only():
+    report, _ = clip_step([weight(3.0, 4.0)], rules=[ClipRule(1.0, "parameter")])
+    other, _ = clip_step([weight(3.0, 4.0)], rules=[ClipRule(1.0, "parameter")])
+    assert report == type(report)(record_of(report))
+    assert len({report, type(report)(record_of(report)), other}) == 2
+    assert report != other
+    assert report != "taken"
+    assert copy.copy(report) == report
+    for copied in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
+        assert (copied.outcome, copied.names) == ("taken", ("0",))
+        assert torch.equal(copied.coefficients, report.coefficients)
+
+
+def test_metrics_are_those_of_a_dashboard_with_the_rules_and_without_what_is_not_finite():
+    pair = {"a": weight(3.0, 4.0), "b": weight(12.0)}
+    rules = [ClipRule(6.5, name="all"), ClipRule(3.0, "parameter", name="each"), ClipRule(None, name="free")]
+    report, _ = clip_step(pair, rules=rules)
+    metrics = {name: value.item() for name, value in report.metrics().items()}
+    assert metrics == {
+        "grad/total_norm": 13.0,
+        "grad/clipped_norm": pytest.approx(math.hypot(2.5, 3.0)),
+        "grad/clip_coef": pytest.approx(math.hypot(2.5, 3.0) / 13),
+        "grad/max_norm": 6.5,
+        "grad/all/total_norm": 13.0,
+        "grad/all/max_norm": 6.5,
+        "grad/all/clip_coef": pytest.approx(0.5),
+        "grad/each/total_norm": pytest.approx(6.5),
+        "grad/each/max_norm": 3.0,
+        "grad/each/clip_coef": pytest.approx(math.hypot(2.5, 3.0) / 6.5),
+        "grad/free/total_norm": pytest.approx(math.hypot(2.5, 3.0)),
+        "grad/free/clip_coef": 1.0,
+    }
+    assert {value.ndim for value in report.metrics().values()} == {0}
+    for policy in ("skip", "ignore"):
+        pair["a"].grad = torch.tensor([math.inf, 4.0])
+        assert clip_step(pair, rules=rules, nonfinite=policy)[0].metrics() == {}

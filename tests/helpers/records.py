@@ -1,0 +1,25 @@
+"""Steps as the engine makes them, with the records that it keeps of them."""
+
+from __future__ import annotations
+
+import torch
+
+from clip_callbacks import ClipRule
+from clip_callbacks.core.actions import Action
+from clip_callbacks.core.rules import Plan
+from clip_callbacks.core.step import apply_step, measure_step
+from clip_callbacks.core.tensor_table import TensorTable
+
+
+def record_of(report):
+    """The engine's record of the step that a public report is about."""
+    return report._record
+
+
+@torch.no_grad()
+def step(parameters, *, rules=None, action=Action.CLIP, fused=None, **options):
+    """The record of a first step, measured and applied with options that only the engine has."""
+    table = TensorTable.of(parameters)
+    plan = Plan.of(table, [ClipRule(1.0)] if rules is None else rules, (), None)
+    measured = measure_step(table, plan, plan.init(), **options)
+    return apply_step(measured, plan.init(), action, fused=fused)[0]

@@ -26,8 +26,8 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
     clip_step,
 )
@@ -41,8 +41,8 @@ LIMITS: tuple[Limit, ...] = (
     ZScoreLimit(),
     RobustZScoreLimit(),
     EmaLimit(),
-    Tightest(ZScoreLimit(), 1.0),
-    Warmup(ZScoreLimit(), 100, until=1.0),
+    TightestLimit(ZScoreLimit(), 1.0),
+    WarmupLimit(ZScoreLimit(), steps=100, warmup_limit=1.0),
     RatioLimit(),
 )
 

@@ -14,8 +14,8 @@ from clip_callbacks.core.limits import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
 )
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
@@ -45,8 +45,8 @@ __all__ = [
     "RatioLimit",
     "RobustZScoreLimit",
     "StepReport",
-    "Tightest",
-    "Warmup",
+    "TightestLimit",
+    "WarmupLimit",
     "ZScoreLimit",
     "clip_grad_norm_",
     "clip_step",

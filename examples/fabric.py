@@ -18,7 +18,7 @@ from lightning.fabric.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import ParameterTable, QuantileLimit, Tightest, clip_step
+from clip_callbacks import ParameterTable, QuantileLimit, TightestLimit, clip_step
 
 MICRO_BATCHES = 2
 
@@ -36,7 +36,7 @@ def train(fabric, steps, poison):
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     loader = fabric.setup_dataloaders(DataLoader(spirals(), batch_size=64 // fabric.world_size, shuffle=True))
-    table, limit = ParameterTable(model.named_parameters()), Tightest(1.0, QuantileLimit(0.9))
+    table, limit = ParameterTable(model.named_parameters()), TightestLimit(1.0, QuantileLimit(0.9))
     state, skipped, batches = None, 0, iter(())
     for step in range(steps):
         for micro_batch in range(MICRO_BATCHES):

@@ -69,7 +69,7 @@ parser.add_argument("--folder", default="logs/gan")
 if __name__ == "__main__":
     arguments = parser.parse_args()
     seed_everything(0)
-    limits = [ClipRule(norm, params=f"^{name}", name=name) for name, norm in (("generator", 0.5), ("discriminator", 1.0))]
+    limits = [ClipRule(norm, include=f"^{name}", name=name) for name, norm in (("generator", 0.5), ("discriminator", 1.0))]
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, log_every_n_steps=MICRO_BATCHES, logger=CSVLogger(arguments.folder, name=""),
         callbacks=[AccumulationRescaling(divide=True), GradientClipping(rules=limits), NonFiniteGuard()],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.limits.common import Batch, Section, colour, fit, panels, percent, pieces, text
 from benchmarks.timing import table
-from clip_callbacks import ClipRule, EmaLimit, QuantileLimit, RobustZScoreLimit, Warmup, ZScoreLimit
+from clip_callbacks import ClipRule, EmaLimit, QuantileLimit, RobustZScoreLimit, WarmupLimit, ZScoreLimit
 from examples.char_rnn import SYMBOLS
 
 RULES: dict[str, list[ClipRule]] = {
@@ -22,7 +22,7 @@ RULES: dict[str, list[ClipRule]] = {
     "QuantileLimit(0.1)": [ClipRule(QuantileLimit(0.1))],
     "ZScoreLimit()": [ClipRule(ZScoreLimit())],
     "RobustZScoreLimit()": [ClipRule(RobustZScoreLimit())],
-    "Warmup(QuantileLimit(0.1), 50, 1.0)": [ClipRule(Warmup(QuantileLimit(0.1), 50, 1.0))],
+    "WarmupLimit(QuantileLimit(0.1), steps=50, warmup_limit=1.0)": [ClipRule(WarmupLimit(QuantileLimit(0.1), 50, 1.0))],
     "EmaLimit(), per parameter": [ClipRule(EmaLimit(), "parameter")],
 }
 WIDTH, CONTEXT, BATCH, WINDOW = 64, 64, 8, 100
@@ -35,7 +35,7 @@ GUESSING = math.log2(SYMBOLS)
 SHOWN = (
     "With AdamW no rate here makes the loss spike, and the limits differ little; where some batches are bad, clipping of "
     "any kind helps. SGD at this rate explodes from the first step on: what holds the first steps to a fixed norm survives "
-    "it (FixedLimit, the warm-up of EmaLimit, Warmup), while limits that learn from unclipped first norms learn the "
+    "it (FixedLimit, the warm-up of EmaLimit, WarmupLimit), while limits that learn from unclipped first norms learn the "
     "explosion."
 )
 

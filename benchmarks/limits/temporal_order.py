@@ -94,7 +94,7 @@ class Crowd:
         first = torch.stack([start(seed) for seed in range(self.seeds)])
         self.tensors = [nn.Parameter(first.clone()) for _ in names]
         self.table = ParameterTable(list(zip(names, self.tensors, strict=True)))
-        self.rules = [ClipRule(limit, "unit", params=f"^{name}") for name, (limit, _) in names.items()]
+        self.rules = [ClipRule(limit, "unit", include=f"^{name}") for name, (limit, _) in names.items()]
         groups = [{"params": [each], "lr": rate} for each, (_, rate) in zip(self.tensors, names.values(), strict=True)]
         self.optimizer = torch.optim.SGD(groups)
         self.state: ClipState | None = None

@@ -26,7 +26,7 @@ from clip_callbacks.core.metric_names import (
     SHADOW_CLIP_FRACTION,
     TOTAL_NORM,
 )
-from clip_callbacks.core.rules import ClipRule, ClipState
+from clip_callbacks.core.rules import ClipRule, ClipState, Stage, selection_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
@@ -135,9 +135,9 @@ class Clipper(Unclipped):
             rank_zero_warn("No optimizer holds a parameter: GradientClipping has nothing to clip.", stacklevel=2)
             return
         for rule in self._all_rules:
-            rule.selection.check(every_name)
+            selection_of(rule).check(every_name)
             if not any(_holds(rule, context) for context in contexts):
-                which = f"all but {rule.exclude!r}" if rule.params is None else repr(rule.params)
+                which = f"all but {rule.exclude!r}" if rule.include is None else repr(rule.include)
                 rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
 
     def _named_shadows(self, context: OptimizerContext) -> dict[str, ClipRule]:
@@ -180,7 +180,7 @@ class Clipper(Unclipped):
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         table = context.table
-        if self.clip_value is None and all(rule.stage(table).partition.is_whole for rule in self.rules_of(context.index)):
+        if self.clip_value is None and all(Stage.of(rule, table).partition.is_whole for rule in self.rules_of(context.index)):
             return None
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
 
@@ -213,12 +213,12 @@ def names_of(rules: Sequence[ClipRule]) -> list[str]:
 
 
 def _holds(rule: ClipRule, context: OptimizerContext) -> bool:
-    return rule.selection.among(context.table.names) is not None
+    return selection_of(rule).among(context.table.names) is not None
 
 
 def _narrowed(rule: ClipRule, context: OptimizerContext) -> ClipRule:
     """The rule for an optimizer that may hold none of what is excluded."""
-    selection = rule.selection.among(context.table.names)
+    selection = selection_of(rule).among(context.table.names)
     if selection is None or selection.exclude == rule.exclude:
         return rule
     return replace(rule, exclude=None)

@@ -104,12 +104,18 @@ class Partition:
 
 
 def unknown_scope(scope: object) -> str:
-    """Say which scopes there are."""
+    """Return the error message for an unknown scope; it lists the scopes."""
     return f"`scope` must be one of {', '.join(SCOPES)}, got {scope!r}."
 
 
-def no_match(pattern: str, names: Sequence[str], argument: str = "params") -> str:
-    """Say that a pattern matches no name, and which names come near it."""
+def no_match(pattern: str, names: Sequence[str], argument: str) -> str:
+    """Return the error message for a pattern that matches no name; it lists near names.
+
+    Args:
+        pattern: The regular expression.
+        names: All names that it could match.
+        argument: Name of the argument that holds the pattern.
+    """
     near = difflib.get_close_matches(pattern.strip("^$.*\\"), names, n=3, cutoff=0.3) or list(names[:3])
     matches = f"got {pattern!r}, which matches none of {len(names)}"
     return f"`{argument}` must match the name of a parameter, {matches}. Near names: {', '.join(near)}."
@@ -117,19 +123,22 @@ def no_match(pattern: str, names: Sequence[str], argument: str = "params") -> st
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parameters a rule holds for, by name.
+    """Choice of parameters by name: a name is in the selection if ``include`` finds it and ``exclude`` does not.
 
     Args:
-        params: A regular expression that ``re.search`` must find in the name; None takes all.
-        exclude: One that it must not find; None leaves out none.
+        include: Regular expression for ``re.search``; None selects all names.
+        exclude: Regular expression for ``re.search``; None excludes no name.
+
+    Raises:
+        ValueError: If either is not a regular expression.
     """
 
-    params: str | None = None
+    include: str | None = None
     exclude: str | None = None
 
     def __post_init__(self) -> None:
         """Check both patterns."""
-        for argument in ("params", "exclude"):
+        for argument in ("include", "exclude"):
             pattern = getattr(self, argument)
             try:
                 re.compile(pattern or "")
@@ -137,33 +146,45 @@ class Selection:
                 raise ValueError(f"`{argument}` must be a regular expression, got {pattern!r}: {error}.") from error
 
     def __contains__(self, name: object) -> bool:
-        """Whether a parameter of this name is selected."""
+        """Return whether a parameter of this name is selected."""
         return (
             isinstance(name, str)
-            and (self.params is None or re.search(self.params, name) is not None)
+            and (self.include is None or re.search(self.include, name) is not None)
             and (self.exclude is None or re.search(self.exclude, name) is None)
         )
 
     def among(self, names: Sequence[str]) -> Selection | None:
-        """The selection for parameters that may be some of those it was made for; None if it selects none of them."""
+        """Return the selection that does the same on a part of all names and passes :meth:`check` there.
+
+        One of several optimizers may hold no parameter that ``exclude`` matches, which is no mistake of the user's: the pattern is
+        left out for it.
+
+        Args:
+            names: Names of the parameters that one optimizer holds.
+
+        Returns:
+            A selection, or None if no name is selected.
+        """
         if not any(name in self for name in names):
             return None
         if self.exclude is None or any(re.search(self.exclude, name) for name in names):
             return self
-        return Selection(self.params)
+        return Selection(self.include)
 
     def check(self, names: Sequence[str]) -> None:
-        """See that each pattern matches some name, and that some name is selected.
+        """Check that each pattern matches some name, and that some name is selected.
 
         Raises:
-            ValueError: If not; it lists near names.
+            ValueError: If not; the message lists near names.
         """
-        for argument, pattern in (("params", self.params), ("exclude", self.exclude)):
+        for argument, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(re.search(pattern, name) for name in names):
                 raise ValueError(no_match(pattern, names, argument))
         if names and not any(name in self for name in names):
-            raise ValueError(f"`exclude` must leave a parameter over, got {self.exclude!r}, which matches all that `params` does.")
+            raise ValueError(
+                f"`exclude` must leave a parameter over, got {self.exclude!r}, which matches each parameter that `include` matches."
+            )
 
 
 EVERYTHING = Selection()
-"""All parameters."""
+"""Selection of all parameters."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.limits import LimitState, kind
-from clip_callbacks.core.rules import ClipRule
+from clip_callbacks.core.rules import ClipRule, Stage
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import UnitNames
 
@@ -37,7 +37,7 @@ class NamedLimitState:
     @classmethod
     def fresh(cls, rule: ClipRule, table: TensorTable) -> NamedLimitState:
         """What a rule begins with."""
-        stage = rule.stage(table)
+        stage = Stage.of(rule, table)
         state = stage.init()
         sort, partition = "" if stage.limit is None else kind(stage.limit), stage.partition
         if not state:

@@ -1,4 +1,4 @@
-"""Rules: which parameters are held to which limit, alone and all of a step's together."""
+"""Clipping rules, and the plan that binds the rules of one step to the parameters of one optimizer."""
 
 from __future__ import annotations
 
@@ -18,41 +18,51 @@ from clip_callbacks.core.limits import FixedLimit, Limit, LimitState, MaxNorm, a
 from clip_callbacks.core.measurement import MeasurementSpec
 from clip_callbacks.core.tensor_table import TensorTable
 
-TAKEN = {
+RESERVED_NAMES = {
     *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
     *("total_norm_p50", "total_norm_p90", "total_norm_p99", "amp_scale", "accumulation_scale", "noise_scale"),
     *("shadow_clip_fraction", "shadow_clip_fraction_epoch"),
     *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks"),
 }
-"""Names under "grad/" that other metrics have: some loggers make folders of names."""
+"""Names that no rule may have. The metrics of a rule are called "grad/<name>/…", and some loggers make a folder of each part of a
+name: "grad/total_norm" cannot be a metric and a folder."""
 
 ClipState: TypeAlias = tuple[LimitState, ...]
-"""The states of the limits of a step: of each rule, of each shadow, of ``skip_above``."""
+"""States of all limits of a step: one for each rule, then one for each shadow, then that of ``skip_above`` if there is one."""
 
 
 @dataclass(frozen=True)
 class ClipRule:
-    r"""One stage of clipping: parameters, how they form blocks, and the limit for each block's norm.
+    r"""One stage of clipping: a selection of parameters, the blocks that they form, and the limit for each block's norm.
+
+    .. math::
+        g \leftarrow g \cdot \min\Bigl(1, \frac{\ell_b}{n_b}\Bigr)
+
+    for all gradients g in block b, with the p-norm :math:`n_b` of the block and its limit :math:`\ell_b`. Under a fixed limit 1e-6
+    is added to the norm, as in torch. Gradients of parameters that are not selected are left alone.
 
     Args:
-        max_norm: The limit: a number above 0, a :class:`Limit`, or None (or inf) to measure and change nothing.
-        scope: Which entries share one norm: "global", "group", "layer", "parameter" or "unit".
-        params: A regular expression; the rule holds for parameters in whose name ``re.search`` finds it. None: for all.
-        exclude: A regular expression; the rule does not hold for parameters in whose name ``re.search`` finds it.
-        name: What the rule's metrics are called; None: by its place, ``rule_1`` and so on.
+        max_norm: Limit in the unit of the gradients: a number above 0, a :class:`Limit`, or None (or inf) to measure and change
+            nothing.
+        scope: Gradient entries that share one norm: "global" (all that the rule selects), "group" (an optimizer's parameter group),
+            "layer" (the parameters that one module owns directly), "parameter" (one tensor) or "unit" (one output row).
+        include: Regular expression; the rule holds for parameters in whose name ``re.search`` finds it. None selects all.
+        exclude: Regular expression; the rule does not hold for parameters in whose name ``re.search`` finds it.
+        name: Name of the rule in metrics, ``grad/<name>/…``; None names it by its place, ``rule_1`` and so on.
 
     Raises:
-        ValueError: If the limit is not above 0, the scope is unknown, or a pattern is no regular expression.
+        ValueError: If the limit is not above 0, the scope is unknown, a pattern is not a regular expression, or the name is that of
+            another metric.
 
     Example::
 
-        >>> [ClipRule(1.0), ClipRule(0.1, scope="parameter", params=r"^decoder\.")][1].params
-        '^decoder\\.'
+        >>> ClipRule(0.1, scope="parameter", include=r"^decoder\.", exclude="bias$").max_norm
+        0.1
     """
 
     max_norm: MaxNorm = 1.0
     scope: Scope = "global"
-    params: str | None = None
+    include: str | None = field(default=None, kw_only=True)
     exclude: str | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
 
@@ -61,66 +71,71 @@ class ClipRule:
         as_limit(self.max_norm)
         if self.scope not in SCOPES:
             raise ValueError(unknown_scope(self.scope))
-        _ = self.selection
-        is_name = isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) and self.name not in TAKEN
+        selection_of(self)
+        is_name = isinstance(self.name, str) and re.fullmatch(r"\w[\w.-]*", self.name) and self.name not in RESERVED_NAMES
         if self.name is not None and not is_name:
             raise ValueError(
                 f"`name` must consist of letters, digits, `_`, `-` and `.`, and not be that of another metric, got {self.name!r}: "
                 "the rule's metrics are called by it."
             )
 
-    @cached_property
-    def selection(self) -> Selection:
-        """Which parameters it holds for."""
-        return Selection(self.params, self.exclude)
 
-    def stage(self, table: TensorTable, *, by_unit: bool = False) -> Stage:
-        """The rule bound to the parameters of one optimizer.
+def selection_of(rule: ClipRule) -> Selection:
+    """Return the selection of parameters that a rule holds for.
 
-        Args:
-            table: The parameters.
-            by_unit: Whether the norms that are measured will be those of units.
-        """
-        limit = self._limit
-        weighed = table.positions(self.selection) if limit is not None and limit.uses_weights else ()
-        return Stage(limit, table.partition(self.scope, self.selection, by_unit=by_unit), weighed, self.name)
-
-    @cached_property
-    def _limit(self) -> Limit | None:
-        limit = as_limit(self.max_norm)
-        return None if limit == FixedLimit(math.inf) else limit
+    Raises:
+        ValueError: If a pattern of the rule is not a regular expression.
+    """
+    return Selection(rule.include, rule.exclude)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A rule bound to parameters.
+    """A rule bound to the parameters of one optimizer.
 
     Args:
-        limit: None lets every norm pass.
-        partition: The blocks.
-        weighed: Positions of the parameters whose own norms the limit asks for.
-        name: Of the rule.
+        limit: Limit of the rule; None if every norm passes.
+        partition: Blocks of the rule.
+        weight_positions: Positions in the table of the parameters whose own norms the limit needs.
+        name: Name of the rule.
     """
 
     limit: Limit | None
     partition: Partition
-    weighed: tuple[int, ...] = ()
+    weight_positions: tuple[int, ...] = ()
     name: str | None = None
 
+    @classmethod
+    def of(cls, rule: ClipRule, table: TensorTable, *, by_unit: bool = False) -> Stage:
+        """Bind a rule to the parameters of one optimizer.
+
+        Args:
+            rule: The rule.
+            table: The parameters.
+            by_unit: If True, the step measures the norms of units, and the partition is one of units.
+
+        Raises:
+            ValueError: If a pattern of the rule matches no parameter.
+        """
+        stated, selection = as_limit(rule.max_norm), selection_of(rule)
+        limit = None if stated == FixedLimit(math.inf) else stated
+        positions = table.positions(selection) if limit is not None and limit.uses_weights else ()
+        return cls(limit, table.partition(rule.scope, selection, by_unit=by_unit), positions, rule.name)
+
     def init(self) -> LimitState:
-        """State before the first step."""
+        """Return the state of the limit before the first step."""
         return self.limit.init(len(self.partition.names)) if self.limit else {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a step decides, bound to parameters.
+    """Everything that decides about one step, bound to the parameters of one optimizer.
 
     Args:
-        rules: What clips, in order.
-        shadows: What would clip.
-        skip_above: What skips a finite step, if anything does.
-        by_unit: Whether units are measured, since a scope asks for them.
+        rules: Stages that clip, in order.
+        shadows: Stages that are evaluated and change no gradient.
+        skip_above: Stage whose limit is the skip threshold: a finite step with a larger total norm is skipped. None: no threshold.
+        by_unit: If True, the norms of units are measured, because some scope is "unit".
     """
 
     rules: tuple[Stage, ...]
@@ -130,56 +145,69 @@ class Plan:
 
     @classmethod
     def of(cls, table: TensorTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
-        """Bind rules to parameters; the last plan of a table is kept, for the next step with the same rules."""
-        asked = (*rules, None, *shadows, None, skip_above)
-        known = _LAST.get(table)
-        if known is not None and len(known[0]) == len(asked) and all(map(is_, known[0], asked)):
-            return known[1]
+        """Bind rules to parameters. The last plan of each table is cached and returned again for the same rules.
+
+        Args:
+            table: The parameters.
+            rules: Rules that clip, in order.
+            shadows: Rules that change no gradient.
+            skip_above: Limit of the total norm above which a finite step is skipped; None for no threshold.
+        """
+        # Compared by identity, which costs less than equality and holds at every step of a loop that keeps its rules.
+        key = (*rules, None, *shadows, None, skip_above)
+        cached = _LAST_PLANS.get(table)
+        if cached is not None and len(cached[0]) == len(key) and all(map(is_, cached[0], key)):
+            return cached[1]
         by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))
-        ceiling = None if skip_above is None else ClipRule(skip_above).stage(table, by_unit=by_unit)
-        stages, shades = (tuple(rule.stage(table, by_unit=by_unit) for rule in some) for some in (rules, shadows))
-        plan = cls(stages, shades, ceiling, by_unit)
-        _LAST[table] = asked, plan
+
+        def bind(rule: ClipRule) -> Stage:
+            return Stage.of(rule, table, by_unit=by_unit)
+
+        threshold = None if skip_above is None else bind(ClipRule(skip_above))
+        plan = cls(tuple(map(bind, rules)), tuple(map(bind, shadows)), threshold, by_unit)
+        _LAST_PLANS[table] = key, plan
         return plan
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in the order of their states."""
-        ceiling = () if self.skip_above is None else (self.skip_above,)
-        return (*self.rules, *self.shadows, *ceiling)
+        """All stages in the order of their states."""
+        threshold = () if self.skip_above is None else (self.skip_above,)
+        return (*self.rules, *self.shadows, *threshold)
 
     @cached_property
     def count_of_clipping(self) -> int:
-        """How many states are those of rules and shadows; that of ``skip_above`` comes last."""
+        """Count of the states of rules and shadows; that of ``skip_above`` comes after them."""
         return len(self.rules) + len(self.shadows)
 
     @cached_property
     def spec(self) -> MeasurementSpec:
-        """What the stages need to know of the gradients."""
-        weighed = {stage.weighed for stage in self.stages if stage.weighed}
-        positions = tuple(sorted(set().union(*weighed)))
+        """Specification of the norms that the stages need."""
+        positions = tuple(sorted({position for stage in self.stages for position in stage.weight_positions}))
         is_local = not all(stage.partition.is_whole for stage in self.stages)
         return MeasurementSpec(local=is_local, by_unit=self.by_unit, weights=positions)
 
     @cached_property
     def remembers(self) -> bool:
-        """Whether any limit has a state."""
+        """If True, at least one limit has a state."""
         return any(self._shapes)
 
     @cached_property
     def _shapes(self) -> tuple[dict[str, torch.Size], ...]:
-        return tuple({key: value.shape for key, value in held.items()} for held in self.init())
+        return tuple({key: value.shape for key, value in state.items()} for state in self.init())
 
     def init(self) -> ClipState:
-        """States before the first step."""
+        """Return the states before the first step."""
         return tuple(stage.init() for stage in self.stages)
 
     def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:
-        """The states of the rules, of the shadows, and of ``skip_above``.
+        """Split a state into those of the rules, of the shadows, and of ``skip_above``.
+
+        Args:
+            state: States of all stages, as :meth:`init` or the last step returned them.
 
         Raises:
-            TypeError: If it is no such state.
-            ValueError: If they are of other rules.
+            TypeError: If it is not a tuple or list.
+            ValueError: If it belongs to other rules.
         """
         if not isinstance(state, (tuple, list)):
             raise TypeError(
@@ -191,14 +219,16 @@ class Plan:
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
                 "what the last call returned."
             )
+        # A healthy step of rules without memory ends here: there is nothing to compare.
         for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self.remembers else ():
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
                 raise ValueError(
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "
                     f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned."
                 )
-        rules, both = len(self.rules), self.count_of_clipping
-        return state[:rules], state[rules:both], state[both:]
+        first_shadow, end = len(self.rules), self.count_of_clipping
+        return state[:first_shadow], state[first_shadow:end], state[end:]
 
 
-_LAST: WeakKeyDictionary[TensorTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()
+_LAST_PLANS: WeakKeyDictionary[TensorTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()
+"""The last plan of each table, with the rules that it was made from."""

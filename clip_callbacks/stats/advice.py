@@ -64,7 +64,7 @@ class Advice:
     @property
     def adaptive_call(self) -> str:
         """The limit that sets itself, as one writes it in Python."""
-        return f"Tightest(QuantileLimit({QUANTILE:g}), {self.max_norm:g})"
+        return f"TightestLimit(QuantileLimit({QUANTILE:g}), {self.max_norm:g})"
 
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
         """What to put under LightningCLI's configuration, as nested dictionaries."""
@@ -80,7 +80,7 @@ class Advice:
 
     @property
     def _adaptive(self) -> dict[str, Any]:
-        return _named("Tightest", limits=[_named("QuantileLimit", quantile=QUANTILE), self.max_norm])
+        return _named("TightestLimit", limits=[_named("QuantileLimit", quantile=QUANTILE), self.max_norm])
 
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -118,8 +118,9 @@ def advise(
     leaves the typical step alone and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
     average norm over many updates in the same way, and found values from half to ten times that average to work.
 
-    The limit that sets itself is ``Tightest(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe, and
-    below it where norms fall, of which it goes on clipping a tenth. An adaptive limit alone follows a run that goes out of control.
+    The limit that sets itself is ``TightestLimit(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe,
+    and below it where norms fall, of which it goes on clipping a tenth. An adaptive limit alone follows a run that goes out of
+    control.
 
     Args:
         norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left

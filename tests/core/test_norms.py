@@ -160,7 +160,7 @@ def test_a_scale_that_overflows_the_norm_but_not_the_entries():
 
 def test_clipped_norm_of_local_rules_does_not_overflow():
     large, small = holder(torch.full((4,), 1e25)), holder(torch.tensor([3.0, 4.0]))
-    report, _ = clip_step({"a": large, "b": small}, rules=[ClipRule(1.0, "parameter", params="b")])
+    report, _ = clip_step({"a": large, "b": small}, rules=[ClipRule(1.0, "parameter", include="b")])
     assert report.total_norm.item() == pytest.approx(2e25)
     assert report.clipped_norm.item() == pytest.approx(2e25)
     assert report.clip_coef.item() == pytest.approx(1.0)

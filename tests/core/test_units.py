@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, RatioLimit, clip_step
+from clip_callbacks.core.rules import selection_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import Units
 from tests.helpers import reference
@@ -96,12 +97,12 @@ def test_units_then_all_together_then_layers():
         ClipRule(2.0, "unit", exclude="norm"),
         ClipRule(3.0),
         ClipRule(0.5, "layer"),
-        ClipRule(0.4, "parameter", params="conv"),
+        ClipRule(0.4, "parameter", include="conv"),
     ]
     clip_step(module.named_parameters(), rules=rules)
     slow = Mixed().fill(3.0)
     for rule in rules:
-        for_each = [(name, parameter) for name, parameter in slow.named_parameters() if name in rule.selection]
+        for_each = [(name, parameter) for name, parameter in slow.named_parameters() if name in selection_of(rule)]
         clip_step(for_each, rules=[ClipRule(rule.max_norm, rule.scope)])
     for ours, theirs in zip(module.parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
@@ -110,7 +111,7 @@ def test_units_then_all_together_then_layers():
 def test_a_rule_of_patterns_leaves_other_rows_their_bits():
     module = Mixed().fill(3.0)
     before = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
-    clip_step(module.named_parameters(), rules=[ClipRule(0.1, "unit", params="weight", exclude=r"^embedding|^norm")])
+    clip_step(module.named_parameters(), rules=[ClipRule(0.1, "unit", include="weight", exclude=r"^embedding|^norm")])
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter.grad, before[name]) is (name not in {"linear.weight", "conv.weight", "transposed.weight"})
 

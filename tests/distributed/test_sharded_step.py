@@ -37,7 +37,7 @@ RULES = (
     [ClipRule(1.0)],
     [ClipRule(0.3, "parameter")],
     [ClipRule(0.5, "layer"), ClipRule(0.6)],
-    [ClipRule(0.1, params=r"^0\.")],
+    [ClipRule(0.1, include=r"^0\.")],
     [ClipRule(1e9)],
 )
 

@@ -18,7 +18,7 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
+    TightestLimit,
 )
 from clip_callbacks.core.blocks import SCOPES
 from tests.helpers import parallel
@@ -39,7 +39,7 @@ ADAPTIVE_LIMITS = {
     "group": QuantileLimit(0.3, window=10),
     "layer": RobustZScoreLimit(0.5, window=10, warmup=2),
     "parameter": EmaLimit(warmup=2),
-    "unit": Tightest(RatioLimit(0.1), ADAPTIVE),
+    "unit": TightestLimit(RatioLimit(0.1), ADAPTIVE),
 }
 NORM_TYPES = (1.0, 2.0, 3.0, math.inf)
 

@@ -16,7 +16,7 @@ from clip_callbacks import (
     NonFiniteGradientError,
     NonFiniteGuard,
     RobustZScoreLimit,
-    Warmup,
+    WarmupLimit,
     clip_step,
 )
 from tests.helpers.laws import with_gradients
@@ -120,7 +120,7 @@ def test_a_lasting_level_is_followed_or_stops_the_run():
 
 @SPIKES
 def test_the_state_is_in_the_checkpoint(trainer, tmp_path):
-    limit = Warmup(RobustZScoreLimit(3.0, warmup=5), 5, until=1e4)
+    limit = WarmupLimit(RobustZScoreLimit(3.0, warmup=5), steps=5, warmup_limit=1e4)
 
     def module():
         torch.manual_seed(0)

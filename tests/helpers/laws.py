@@ -17,8 +17,8 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
     clip_step,
 )
@@ -44,8 +44,8 @@ LIMITS = [
     lambda s: RobustZScoreLimit(1.0, window=5, warmup=5, floor=0.0),
     lambda s: EmaLimit(warmup=3, max_norm=0.7 * s),
     lambda s: EmaLimit(1.5, decay=0.9, warmup=0),
-    lambda s: Tightest(0.7 * s, QuantileLimit(0.5, window=10), RatioLimit(0.5 * s)),
-    lambda s: Warmup(ZScoreLimit(warmup=2), steps=2, until=0.7 * s),
+    lambda s: TightestLimit(0.7 * s, QuantileLimit(0.5, window=10), RatioLimit(0.5 * s)),
+    lambda s: WarmupLimit(ZScoreLimit(warmup=2), steps=2, warmup_limit=0.7 * s),
 ]
 ADAPTIVE = ZScoreLimit(0.5, warmup=2, clip_to="threshold")
 """For tests of what is around a limit that remembers."""

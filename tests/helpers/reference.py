@@ -17,8 +17,8 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
 )
 
@@ -84,8 +84,8 @@ def limits(limit: Limit, history: Sequence[Sequence[float]], p: float, weights: 
         ZScoreLimit: zscore_limits,
         RobustZScoreLimit: robust_limits,
         EmaLimit: ema_limits,
-        Tightest: tightest_limits,
-        Warmup: warmup_limits,
+        TightestLimit: tightest_limits,
+        WarmupLimit: warmup_limits,
     }[type(limit)]
     return loop(limit, history, p, weights)
 
@@ -201,5 +201,5 @@ def tightest_limits(limit, history, p, weights):
 
 
 def warmup_limits(limit, history, p, weights):
-    until, then = limits(limit.until, history, p, weights), limits(limit.limit, history, p, weights)
-    return [until[step] if step < limit.steps else then[step] for step in range(len(history))]
+    first, then = limits(limit.warmup_limit, history, p, weights), limits(limit.limit, history, p, weights)
+    return [first[step] if step < limit.steps else then[step] for step in range(len(history))]

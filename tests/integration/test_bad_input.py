@@ -82,8 +82,8 @@ def test_rules_of_the_wrong_kind():
         GradientClipping(rules=[1.0])
     with pytest.raises(ValueError, match="`rules` must hold at least one ClipRule"):
         GradientClipping(rules=[])
-    with pytest.raises(ValueError, match=r"`params` must be a regular expression, got '\('"):
-        ClipRule(params="(")
+    with pytest.raises(ValueError, match=r"`include` must be a regular expression, got '\('"):
+        ClipRule(include="(")
 
 
 def refused(trainer, match, *callbacks, module=None, loader=None, **options):
@@ -97,8 +97,8 @@ def refused(trainer, match, *callbacks, module=None, loader=None, **options):
 def test_a_pattern_without_a_match_lists_near_names(trainer):
     refused(
         trainer,
-        r"`params` must match the name of a parameter, got 'net.0.wieght', which matches none of 4. Near names: net.0.weight",
-        GradientClipping(rules=[ClipRule(1.0, params="net.0.wieght")]),
+        r"`include` must match the name of a parameter, got 'net.0.wieght', which matches none of 4. Near names: net.0.weight",
+        GradientClipping(rules=[ClipRule(1.0, include="net.0.wieght")]),
     )
     with pytest.raises(ValueError, match="Near names: 0.weight"):
         TensorTable.of(torch.nn.Sequential(torch.nn.Linear(2, 2)).named_parameters()).partition("layer", Selection("0.wait"))

@@ -119,7 +119,7 @@ def test_several_optimizers_are_kept_apart(trainer):
 
 
 def test_one_rule_for_each_network(trainer):
-    rules = [ClipRule(1e-3, params="^generator"), ClipRule(2.0, params="^discriminator")]
+    rules = [ClipRule(1e-3, include="^generator"), ClipRule(2.0, include="^discriminator")]
     callback, fit = GradientClipping(rules=rules), None
     fit = trainer(callback)
     fit.fit(TwoNetworks(), data())
@@ -196,7 +196,7 @@ def test_parameters_added_in_mid_run_are_clipped(trainer):
         def configure_optimizers(self):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
-    callback = GradientClipping(rules=[ClipRule(0.5), ClipRule(1e-3, params=r"net\.0")])
+    callback = GradientClipping(rules=[ClipRule(0.5), ClipRule(1e-3, include=r"net\.0")])
     with pytest.warns(UserWarning, match="The rule for .* holds for no parameter that an optimizer holds now"):
         trainer(callback, Unfreeze(), max_epochs=2).fit(HeadFirst(), data())
     assert record_of(callback.last_report).parameter_norms.shape == (4,)

@@ -28,8 +28,8 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
 )
 from tests.helpers.training import Regression, data
@@ -142,12 +142,12 @@ trainer:
         ("class_path: clip_callbacks.RobustZScoreLimit", RobustZScoreLimit()),
         ("class_path: clip_callbacks.EmaLimit, init_args: {max_norm: 2}", EmaLimit(max_norm=2.0)),
         (
-            "class_path: Tightest, init_args: {limits: [1.5, {class_path: ZScoreLimit}]}",
-            Tightest(1.5, ZScoreLimit()),
+            "class_path: TightestLimit, init_args: {limits: [1.5, {class_path: ZScoreLimit}]}",
+            TightestLimit(1.5, ZScoreLimit()),
         ),
         (
-            "class_path: Warmup, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, until: 2}",
-            Warmup(ZScoreLimit(), 3, 2.0),
+            "class_path: WarmupLimit, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, warmup_limit: 2}",
+            WarmupLimit(ZScoreLimit(), steps=3, warmup_limit=2.0),
         ),
     ],
 )
@@ -176,13 +176,13 @@ trainer:
       init_args:
         rules:
           - max_norm: {class_path: clip_callbacks.FixedLimit, init_args: {max_norm: 2}}
-          - {max_norm: "1e-2", scope: parameter, params: "layer.*"}
+          - {max_norm: "1e-2", scope: parameter, include: "layer.*"}
           - {max_norm: 3, scope: unit, exclude: bias, name: rows}
 """
     (clipping,) = callbacks(write(tmp_path, text))
     assert clipping.rules == [
         ClipRule(FixedLimit(2.0)),
-        ClipRule(0.01, "parameter", "layer.*"),
+        ClipRule(0.01, "parameter", include="layer.*"),
         ClipRule(3.0, "unit", exclude="bias", name="rows"),
     ]
 
@@ -266,5 +266,5 @@ def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
     clipping = next(callback for callback in made.callbacks if isinstance(callback, GradientClipping))
     assert clipping.rules[1] == ClipRule(FixedLimit(0.1), "parameter")
     if path.name == "limits.yaml":
-        assert clipping.rules[0] == ClipRule(Tightest(5.0, ZScoreLimit()))
+        assert clipping.rules[0] == ClipRule(TightestLimit(5.0, ZScoreLimit()))
         assert clipping.shadow == [FixedLimit(1.0), QuantileLimit(0.9)]

@@ -114,7 +114,7 @@ def test_a_fit_that_fails_at_its_start_keeps_the_state_that_was_loaded(trainer, 
         first.fit(Poisoned({1: math.nan, 3: math.nan}), data(5))
     first.save_checkpoint(tmp_path / "a.ckpt")
     again = NonFiniteGuard()
-    rules = GradientClipping(rules=[ClipRule(1.0, params="nowhere")])
+    rules = GradientClipping(rules=[ClipRule(1.0, include="nowhere")])
     second = trainer(again, rules, max_epochs=2)
     with pytest.raises(ValueError, match="nowhere"):
         second.fit(Poisoned({}), data(5), ckpt_path=tmp_path / "a.ckpt", weights_only=False)

@@ -24,7 +24,7 @@ from tests.helpers.records import record_of
 from tests.helpers.training import Poisoned, assert_same_bits, data, weights
 
 SCOPES = ["global", "group", "layer", "parameter", "unit"]
-RULES = [ClipRule(0.1, "unit", params=r"net\.4"), ClipRule(ZScoreLimit(), exclude="bias")]
+RULES = [ClipRule(0.1, "unit", include=r"net\.4"), ClipRule(ZScoreLimit(), exclude="bias")]
 FAMILIES = {
     **{scope: lambda scope=scope: [GradientClipping(0.1, scope=scope)] for scope in SCOPES},
     "limits of units": lambda: [GradientClipping(RatioLimit(0.01), scope="unit", shadow=[1.0, ZScoreLimit()])],
@@ -178,7 +178,7 @@ def test_a_network_made_by_configure_model_is_met_by_rules(trainer):
             if not hasattr(self, "net"):
                 self.net = nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(1))
 
-    clipping = GradientClipping(rules=[ClipRule(0.1, "unit", params=r"^net\.0", name="first")])
+    clipping = GradientClipping(rules=[ClipRule(0.1, "unit", include=r"^net\.0", name="first")])
     trainer(clipping).fit(Late(), data(3))
     assert list(clipping.last_report.names) == ["net.0.weight[0]", "net.0.weight[1]", "net.0.weight[2]", "net.0.bias"]
 

@@ -156,7 +156,7 @@ trainer:
       init_args: {policy: raise}
     - class_path: clip_callbacks.GradientClipping
       init_args:
-        max_norm: {class_path: clip_callbacks.Warmup, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, until: 2}}
+        max_norm: {class_path: clip_callbacks.WarmupLimit, init_args: {limit: {class_path: ZScoreLimit}, steps: 3, warmup_limit: 2}}
 """)
     cli = parse(f"--config={path}")
     cli.trainer.fit(cli.model)

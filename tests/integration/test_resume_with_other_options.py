@@ -21,7 +21,7 @@ from clip_callbacks import (
     NonFiniteGuard,
     QuantileLimit,
     RobustZScoreLimit,
-    Tightest,
+    TightestLimit,
     ZScoreLimit,
 )
 from tests.helpers.laws import ADAPTIVE
@@ -100,8 +100,8 @@ CHANGES = {
     "and to none": (clipping(Q), clipping(None), FORGOTTEN.format(f"what QuantileLimit knew as {RULE_1}")),
     "one that learns to another": (
         clipping(Z),
-        clipping(Tightest(Q, 1.0)),
-        f"Begins anew: {RULE_1} (Tightest(QuantileLimit, FixedLimit)). Is forgotten: what ZScoreLimit knew as {RULE_1}.",
+        clipping(TightestLimit(Q, 1.0)),
+        f"Begins anew: {RULE_1} (TightestLimit(QuantileLimit, FixedLimit)). Is forgotten: what ZScoreLimit knew as {RULE_1}.",
     ),
     "another scope": (
         clipping(Z, scope="layer"),
@@ -265,7 +265,7 @@ def test_a_resume_that_fails_at_its_start_may_be_tried_again(trainer, tmp_path):
     first = trainer(*callbacks)
     first.fit(Parts(*optimizers[0]), data(4))
     state = deepcopy(callbacks[0].state_dict())
-    again = GradientClipping(rules=[ClipRule(Z, scope="parameter", params="nowhere")])
+    again = GradientClipping(rules=[ClipRule(Z, scope="parameter", include="nowhere")])
     again.load_state_dict(deepcopy(state))
     with pytest.raises(ValueError, match="nowhere"):
         trainer(again).fit(Parts(*optimizers[1]), data(4))

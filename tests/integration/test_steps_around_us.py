@@ -397,7 +397,7 @@ class TwoOptimizers(LightningModule):
 
 @pytest.mark.parametrize(("clipped", "count"), [("a", 1), ("b", 0)])
 def test_it_may_clip_what_no_rule_holds_for(trainer, clipped, count):
-    said = said_of(trainer(GradientClipping(rules=[ClipRule(1.0, params="^a")])), TwoOptimizers(clipped))
+    said = said_of(trainer(GradientClipping(rules=[ClipRule(1.0, include="^a")])), TwoOptimizers(clipped))
     assert len(said) == count
 
 

@@ -208,7 +208,7 @@ def test_global_then_local_from_one_read():
 def test_a_rule_holds_for_its_parameters_only():
     module = with_gradients(9, size=5.0)
     before = gradients(module)
-    report, _ = clip_step(module.named_parameters(), rules=[ClipRule(0.1, params="bias"), ClipRule(None)])
+    report, _ = clip_step(module.named_parameters(), rules=[ClipRule(0.1, include="bias"), ClipRule(None)])
     for name, gradient in gradients(module).items():
         assert torch.equal(gradient, before[name]) is ("bias" not in name)
     biases = [x for name, gradient in before.items() if "bias" in name for x in reference.entries(gradient)]

@@ -18,8 +18,8 @@ from clip_callbacks import (
     LinearLimit,
     NonFiniteGuard,
     QuantileLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
     clip_step,
 )
@@ -45,8 +45,9 @@ def resume(trainer, tmp_path, *rules):
 
 
 def test_numbers_of_a_limit_may_change(trainer, tmp_path):
-    saved(trainer, tmp_path, ClipRule(Warmup(ZScoreLimit(2.0), 3, 1.0), "unit"), ClipRule(1.0))
-    clipping = resume(trainer, tmp_path, ClipRule(Warmup(ZScoreLimit(3.0, decay=0.9), 3, 1.0), "unit"), ClipRule(2.0))
+    before, now = (WarmupLimit(limit, steps=3, warmup_limit=1.0) for limit in (ZScoreLimit(2.0), ZScoreLimit(3.0, decay=0.9)))
+    saved(trainer, tmp_path, ClipRule(before, "unit"), ClipRule(1.0))
+    clipping = resume(trainer, tmp_path, ClipRule(now, "unit"), ClipRule(2.0))
     assert state_of(clipping)["state"]["steps"].item() == 8
     assert state_of(clipping)["state"]["limit.count"].max().item() == 8
 
@@ -77,7 +78,7 @@ def test_groups_are_known_by_their_parameters(trainer, tmp_path):
 
 def test_rules_are_known_by_their_names_and_parameters(trainer, tmp_path):
     def rules(*pairs):
-        return [ClipRule(ZScoreLimit(), params=params, name=name) for name, params in pairs]
+        return [ClipRule(ZScoreLimit(), include=params, name=name) for name, params in pairs]
 
     fit = trainer(first := GradientClipping(rules=rules(("low", r"net\.0"), ("high", r"net\.1"))))
     fit.fit(Grouped(0, 1), data(4))
@@ -90,7 +91,7 @@ def test_rules_are_known_by_their_names_and_parameters(trainer, tmp_path):
 
 def test_rules_whose_names_stand_for_other_parameters_go_on_with_what_is_known_of_these(trainer, tmp_path):
     def rules(low, high):
-        return [ClipRule(ZScoreLimit(), params=low, name="low"), ClipRule(ZScoreLimit(), params=high, name="high")]
+        return [ClipRule(ZScoreLimit(), include=low, name="low"), ClipRule(ZScoreLimit(), include=high, name="high")]
 
     fit = trainer(first := GradientClipping(rules=rules(r"net\.0", r"net\.1")))
     fit.fit(Grouped(0, 1), data(4))
@@ -288,9 +289,11 @@ def test_names_of_rules_and_kinds_of_arguments():
         GradientClipping(shadow=0.5)
     with pytest.raises(TypeError, match="`rules` must be a list of ClipRule, got ClipRule"):
         GradientClipping(rules=ClipRule(1.0))
-    with pytest.raises(TypeError, match=r"`first` must be limits and numbers, got \[\[1.0, 2.0\]\]. Write Tightest\(limits="):
-        Tightest([1.0, 2.0])
+    with pytest.raises(
+        TypeError, match=r"`members` must be limits and numbers, got \[\[1.0, 2.0\]\]. Write TightestLimit\(limits="
+    ):
+        TightestLimit([1.0, 2.0])
     with pytest.raises(TypeError, match="`limits` must be a list of limits and numbers, got 1.0"):
-        Tightest(limits=1.0)
+        TightestLimit(limits=1.0)
     assert EmaLimit(max_norm="inf").max_norm == math.inf
     assert LinearLimit("10", "1e-1", 3) == LinearLimit(10.0, 0.1, 3)

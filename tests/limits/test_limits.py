@@ -20,8 +20,8 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
-    Tightest,
-    Warmup,
+    TightestLimit,
+    WarmupLimit,
     ZScoreLimit,
     clip_step,
 )
@@ -44,8 +44,8 @@ DEFAULTS = [
     RobustZScoreLimit(),
     RobustZScoreLimit(3.0, window=50, floor=0.0),
     EmaLimit(),
-    Tightest(QuantileLimit(0.9), ZScoreLimit(), 3.0),
-    Warmup(RobustZScoreLimit(), 100, until=1.0),
+    TightestLimit(QuantileLimit(0.9), ZScoreLimit(), 3.0),
+    WarmupLimit(RobustZScoreLimit(), steps=100, warmup_limit=1.0),
 ]
 
 
@@ -234,10 +234,10 @@ def test_ema_limit_clips_all_blocks_together_at_first():
         (lambda: RobustZScoreLimit(floor=-1.0), "floor"),
         (lambda: EmaLimit(factor=0.0), "factor"),
         (lambda: EmaLimit(max_norm=0.0), "max_norm"),
-        (lambda: Tightest(1.0), "limits"),
-        (lambda: Tightest(1.0, -1.0), "limits"),
-        (lambda: Warmup(1.0, 0, 1.0), "steps"),
-        (lambda: Warmup(1.0, 5, 0.0), "until"),
+        (lambda: TightestLimit(1.0), "limits"),
+        (lambda: TightestLimit(1.0, -1.0), "limits"),
+        (lambda: WarmupLimit(1.0, steps=0, warmup_limit=1.0), "steps"),
+        (lambda: WarmupLimit(1.0, steps=5, warmup_limit=0.0), "warmup_limit"),
         (lambda: ClipRule(1.0, exclude="("), "exclude"),
         (lambda: ClipRule(1.0, name="a b"), "name"),
     ],
@@ -248,8 +248,9 @@ def test_constructor_errors_name_the_argument(make, argument):
 
 
 def test_limits_compare_and_hash_as_values():
-    assert Tightest(1.0, QuantileLimit()) == Tightest(limits=[FixedLimit(1.0), QuantileLimit()])
-    assert len({Warmup(1.0, 5, 2.0), Warmup(FixedLimit(1.0), 5, FixedLimit(2.0)), ZScoreLimit()}) == 2
+    assert TightestLimit(1.0, QuantileLimit()) == TightestLimit(limits=[FixedLimit(1.0), QuantileLimit()])
+    stated, made = WarmupLimit(1.0, steps=5, warmup_limit=2.0), WarmupLimit(FixedLimit(1.0), steps=5, warmup_limit=FixedLimit(2.0))
+    assert len({stated, made, ZScoreLimit()}) == 2
 
 
 def test_labels_are_those_that_every_logger_takes():
@@ -257,4 +258,4 @@ def test_labels_are_those_that_every_logger_takes():
     assert len(set(each)) == len(each)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.") for name in each)
     assert each[4] == "QuantileLimit"
-    assert each[12] == "Tightest-QuantileLimit-quantile_0.9-ZScoreLimit-FixedLimit-3"
+    assert each[12] == "TightestLimit-QuantileLimit-quantile_0.9-ZScoreLimit-FixedLimit-3"

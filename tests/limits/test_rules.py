@@ -63,9 +63,9 @@ def read(logger):
 
 
 RULES = [
-    ClipRule(1.2, params=r"^parts\.encoder"),
-    ClipRule(0.5, "layer", params=r"^parts\.decoder", exclude=r"bias$|\.1\.", name="decoder"),
-    ClipRule(FixedLimit(0.1), "parameter", params="head"),
+    ClipRule(1.2, include=r"^parts\.encoder"),
+    ClipRule(0.5, "layer", include=r"^parts\.decoder", exclude=r"bias$|\.1\.", name="decoder"),
+    ClipRule(FixedLimit(0.1), "parameter", include="head"),
 ]
 
 
@@ -115,7 +115,7 @@ def test_mistakes_in_rules(trainer):
     with pytest.raises(ValueError, match=r"`exclude` must match the name of a parameter, got 'haed'.*Near names: parts.head"):
         fit(ClipRule(1.0, exclude="haed"))
     with pytest.raises(ValueError, match="`exclude` must leave a parameter over, got 'weight'"):
-        fit(ClipRule(1.0, params="head.weight", exclude="weight"))
+        fit(ClipRule(1.0, include="head.weight", exclude="weight"))
     with pytest.raises(ValueError, match="`name` must be another one for each rule, got a, a"):
         fit(ClipRule(1.0, name="a"), ClipRule(2.0, name="a"))
     with pytest.raises(ValueError, match="`exclude` must match the name of a parameter"):
@@ -137,7 +137,7 @@ def test_a_pattern_may_hold_for_one_of_several_optimizers(trainer):
         def configure_optimizers(self):
             return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.parts["encoder"], self.parts["head"])]
 
-    rules = [ClipRule(0.5, "parameter", exclude=r"head\.bias"), ClipRule(0.2, params="head")]
+    rules = [ClipRule(0.5, "parameter", exclude=r"head\.bias"), ClipRule(0.2, include="head")]
     fit = trainer(GradientClipping(rules=rules, shadow=[0.01, ZScoreLimit()]))
     fit.fit(Gan(), data(4))
     names = set(fit.callback_metrics)
@@ -235,7 +235,7 @@ def test_contributions_are_shares_that_add_up(p, scope):
         [ClipRule(1.0)],
         [ClipRule(3.0), ClipRule(0.5, "parameter")],
         [ClipRule(0.7, s) for s in SCOPES],
-        [ClipRule(0.5, params="weight")],
+        [ClipRule(0.5, include="weight")],
     ],
 )
 def test_spill_over_is_what_a_block_loses_because_of_others(scope, p, rules):

@@ -4,7 +4,7 @@ from lightning.pytorch import Trainer
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit, StepReport
 
-clipping = GradientClipping(rules=[ClipRule(QuantileLimit(0.1)), ClipRule(0.1, "parameter", params="^decoder")])
+clipping = GradientClipping(rules=[ClipRule(QuantileLimit(0.1)), ClipRule(0.1, "parameter", include="^decoder")])
 guard = NonFiniteGuard("skip", max_consecutive=5, bundle_dir="bad_steps")
 trainer = Trainer(callbacks=[clipping, guard, GradientNormMonitor()])
 report: StepReport | None = clipping.last_report

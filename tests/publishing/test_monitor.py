@@ -65,8 +65,8 @@ RULES = {
     "layer": [ClipRule(0.5, "layer")],
     "parameter after global": [ClipRule(4.0), ClipRule(0.5, "parameter")],
     "unit": [ClipRule(0.3, "unit")],
-    "unit of some": [ClipRule(0.3, "unit", r"0\.weight")],
-    "some": [ClipRule(0.5, "global", r"net\.2")],
+    "unit of some": [ClipRule(0.3, "unit", include=r"0\.weight")],
+    "some": [ClipRule(0.5, "global", include=r"net\.2")],
     "unit and a global limit": [ClipRule(1e3, "unit"), ClipRule(3.0)],
     "adaptive": [ClipRule(EmaLimit(warmup=2), "parameter")],
 }

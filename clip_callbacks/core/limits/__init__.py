@@ -1,13 +1,14 @@
 """Limits: how large may each block's norm be now?"""
 
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
-from clip_callbacks.core.limits.combine import Tightest, Warmup
 from clip_callbacks.core.limits.ema import EmaLimit
 from clip_callbacks.core.limits.fixed import FixedLimit, as_limit
 from clip_callbacks.core.limits.label import kind, label, labels
 from clip_callbacks.core.limits.quantile import QuantileLimit
 from clip_callbacks.core.limits.ratio import RatioLimit
 from clip_callbacks.core.limits.schedule import CosineLimit, LinearLimit
+from clip_callbacks.core.limits.tightest import TightestLimit
+from clip_callbacks.core.limits.warmup import WarmupLimit
 from clip_callbacks.core.limits.zscore import RobustZScoreLimit, ZScoreLimit
 
 __all__ = [
@@ -22,8 +23,8 @@ __all__ = [
     "QuantileLimit",
     "RatioLimit",
     "RobustZScoreLimit",
-    "Tightest",
-    "Warmup",
+    "TightestLimit",
+    "WarmupLimit",
     "ZScoreLimit",
     "as_limit",
     "kind",

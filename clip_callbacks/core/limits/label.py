@@ -8,8 +8,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from clip_callbacks.core.limits.base import Limit
-from clip_callbacks.core.limits.combine import Tightest
 from clip_callbacks.core.limits.fixed import FixedLimit
+from clip_callbacks.core.limits.tightest import TightestLimit
 
 
 def label(limit: Limit) -> str:
@@ -23,7 +23,7 @@ def label(limit: Limit) -> str:
     """
     if isinstance(limit, FixedLimit):
         options = [_text(limit.max_norm)]
-    elif isinstance(limit, Tightest):
+    elif isinstance(limit, TightestLimit):
         options = [_text(member) for member in limit.members]
     else:
         options = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
@@ -55,11 +55,11 @@ def kind(limit: Limit) -> str:
 
     Example::
 
-        >>> from clip_callbacks.core.limits import Tightest, ZScoreLimit
-        >>> kind(Tightest(ZScoreLimit(3.0), 1.0))
-        'Tightest(ZScoreLimit, FixedLimit)'
+        >>> from clip_callbacks.core.limits import TightestLimit, ZScoreLimit
+        >>> kind(TightestLimit(ZScoreLimit(3.0), 1.0))
+        'TightestLimit(ZScoreLimit, FixedLimit)'
     """
-    if isinstance(limit, Tightest):
+    if isinstance(limit, TightestLimit):
         inner = limit.members
     else:
         inner = tuple(getattr(limit, field.name) for field in fields(limit)) if is_dataclass(limit) else ()

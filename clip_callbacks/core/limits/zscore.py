@@ -55,7 +55,7 @@ class ZScoreLimit(Limit):
 
     Source: Kumar, Owen, Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, equations 3
     to 9; "threshold" is the mode "percentile" of its code. Unlike there, no 1e-6 beside :math:`\sigma`, which would matter for
-    small losses, and no further fixed limit: ``Tightest(ZScoreLimit(), 1.0)`` has both.
+    small losses, and no further fixed limit: ``TightestLimit(ZScoreLimit(), 1.0)`` has both.
 
     Args:
         z: How many standard deviations above the mean a spike begins, above 0.

@@ -1,0 +1,47 @@
+"""Limits inside another limit: one state for all of them, with the entries of each under its name and a dot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+
+
+def init_each(limits: Mapping[str, Limit], blocks: int) -> LimitState:
+    """Return the states before the first step, joined into one.
+
+    Args:
+        limits: The inner limits by name.
+        blocks: Number of blocks, B.
+    """
+    return _joined({name: limit.init(blocks) for name, limit in limits.items()})
+
+
+def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState) -> tuple[dict[str, Tensor], LimitState]:
+    """Let every inner limit take the step as if it were the only one.
+
+    Args:
+        limits: The inner limits by name.
+        blocks: Norms of this step.
+        state: Joined states after the last step; not changed, and entries without the name of an inner limit are ignored.
+
+    Returns:
+        The limits of each by name, each of shape ``(B,)``; and the joined states after the step.
+    """
+    found: dict[str, Tensor] = {}
+    after: dict[str, LimitState] = {}
+    for name, limit in limits.items():
+        values, after[name] = limit.step(blocks, _part(state, name))
+        found[name] = values.expand_as(blocks.norms) if isinstance(values, Tensor) else torch.full_like(blocks.norms, values)
+    return found, _joined(after)
+
+
+def _joined(states: Mapping[str, LimitState]) -> LimitState:
+    return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+
+def _part(state: LimitState, name: str) -> LimitState:
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -1,0 +1,80 @@
+"""The lowest of several limits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.limits._nested import init_each, step_each
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits.fixed import as_limit
+
+
+class TightestLimit(Limit):
+    r"""The lowest of several limits, block by block: :math:`\ell_b = \min_i \ell_b^{(i)}`.
+
+    Every member takes each step as if it were the only limit, so that it learns from the norms as they are and not as the other
+    members would have clipped them.
+
+    Args:
+        members: Limits or numbers, at least two; a number is a fixed limit.
+        limits: List of limits and numbers, for configuration files; it is appended to ``members``.
+
+    Raises:
+        ValueError: If there are fewer than two limits, or a number is not above 0.
+        TypeError: If ``limits`` is not a list, or ``members`` contain one.
+
+    Example::
+
+        >>> TightestLimit(2.0, RatioLimit(0.1)).step(BlockNorms(torch.ones(2), weights=torch.tensor([5.0, 50.0])), {})[0]
+        tensor([0.5000, 2.0000])
+    """
+
+    # Not a dataclass: jsonargparse would look for the types of the arguments among its fields.
+    def __init__(self, *members: float | Limit, limits: list[float | Limit] | None = None) -> None:
+        """Check every member."""
+        if limits is not None and not isinstance(limits, (list, tuple)):
+            raise TypeError(f"`limits` must be a list of limits and numbers, got {limits!r}.")
+        if any(isinstance(member, (list, tuple)) for member in members):
+            raise TypeError(
+                f"`members` must be limits and numbers, got {list(members)!r}. Write TightestLimit(limits=[…]) for a list."
+            )
+        each = (*members, *(limits or ()))
+        if len(each) <= 1:
+            raise ValueError(f"`limits` must be at least two limits or numbers, got {list(each)!r}.")
+        self._members = tuple(as_limit(limit, "limits") for limit in each)
+
+    @property
+    def members(self) -> tuple[Limit, ...]:
+        """All members, numbers as fixed limits."""
+        return self._members
+
+    def __repr__(self) -> str:
+        """Return the call that makes an equal limit."""
+        return f"TightestLimit({', '.join(map(repr, self._members))})"
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other limit has equal members in the same order."""
+        return self._members == other._members if isinstance(other, TightestLimit) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Return the hash of the members."""
+        return hash(self._members)
+
+    @property
+    def _by_number(self) -> dict[str, Limit]:
+        return {str(number): limit for number, limit in enumerate(self._members)}
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether any member needs the norms of the parameters."""
+        return any(limit.uses_weights for limit in self._members)
+
+    def init(self, blocks: int) -> LimitState:
+        """Return the members' states, each key preceded by the member's number and a dot."""
+        return init_each(self._by_number, blocks)
+
+    def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
+        """Return the lowest limit of each block, and the members' states after the step."""
+        found, after = step_each(self._by_number, blocks, state)
+        return torch.stack(list(found.values())).amin(0), after

@@ -1,0 +1,70 @@
+"""A limit with another one in the first steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.arguments import as_count
+from clip_callbacks.core.limits._nested import init_each, step_each
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_count
+from clip_callbacks.core.limits.fixed import as_limit
+
+
+@dataclass(frozen=True)
+class WarmupLimit(Limit):
+    r"""One limit for the first steps, and another one from then on.
+
+    .. math::
+        \ell_b(t) = \begin{cases} \ell_b^{\text{warmup}}(t) & t < \text{steps} \\ \ell_b(t) & \text{otherwise} \end{cases}
+
+    where t is the number of optimizer steps taken before this one. Both limits see every step: an adaptive ``limit`` learns the
+    usual norms while a fixed ``warmup_limit`` keeps the first steps short.
+
+    Args:
+        limit: Limit after the warm-up; a number is a fixed limit.
+        steps: Length of the warm-up in optimizer steps, at least 1; skipped steps do not count.
+        warmup_limit: Limit during the warm-up; a number is a fixed limit, and inf is none.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> limit = WarmupLimit(5.0, steps=1, warmup_limit=0.5)
+        >>> first, state = limit.step(BlockNorms(torch.ones(1)), limit.init(1))
+        >>> first, limit.step(BlockNorms(torch.ones(1)), state)[0]
+        (tensor([0.5000]), tensor([5.]))
+    """
+
+    limit: float | Limit
+    steps: int = field(kw_only=True)
+    warmup_limit: float | Literal["inf"] | Limit = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        object.__setattr__(self, "limit", as_limit(self.limit, "limit"))
+        object.__setattr__(self, "warmup_limit", as_limit(self.warmup_limit, "warmup_limit"))
+        as_count(self.steps, "steps", least=1)
+
+    @property
+    def _both(self) -> dict[str, Limit]:
+        return {"warmup_limit": as_limit(self.warmup_limit), "limit": as_limit(self.limit)}
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether either limit needs the norms of the parameters."""
+        return any(limit.uses_weights for limit in self._both.values())
+
+    def init(self, blocks: int) -> LimitState:
+        """Return a step count of 0, and the states of both limits."""
+        return {"steps": step_count()} | init_each(self._both, blocks)
+
+    def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
+        """Return the limit of each block, and the state after the step."""
+        found, after = step_each(self._both, blocks, state)
+        limits = torch.where(state["steps"] < self.steps, found["warmup_limit"], found["limit"])
+        return limits, {"steps": state["steps"] + 1} | after

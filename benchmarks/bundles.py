@@ -1,4 +1,4 @@
-"""What a good step costs with ``bundle_dir`` set, over one without, in the demo's model: ``python -m benchmarks.bundles``.
+"""What a good step costs with ``bundles`` set, over one without, in the demo's model: ``python -m benchmarks.bundles``.
 
 One fit; each step draws whether bundles are on. So both kinds
 of steps share the process, the weights and whatever else disturbs the machine.
@@ -61,7 +61,7 @@ def run(steps: int, accumulate: int, batch_size: int) -> dict[bool, list[float]]
     seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        guard = NonFiniteGuard(bundle_dir=folder)
+        guard = NonFiniteGuard(bundles=folder)
         switch = Switch(guard)
         trainer = Trainer(
             max_steps=steps // accumulate,
@@ -93,7 +93,7 @@ def main() -> None:
         paired = f"{ratio.median:.4f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
         rows.append([name, len(pairs), f"{off * 1e3:.2f}", f"{on * 1e3:.2f}", f"{on / off:.4f}", paired])
     headers = ["run", "pairs of steps", "without, ms", "with, ms", "ratio of the medians", "median of the ratios (quartiles)"]
-    text = "# Good steps with `bundle_dir`, over those without\n\n" + machine("cpu") + "\n\n" + table(rows, headers)
+    text = "# Good steps with `bundles`, over those without\n\n" + machine("cpu") + "\n\n" + table(rows, headers)
     publish(text, options.output)
 
 

@@ -1,4 +1,4 @@
-"""What the copy for ``NonFiniteGuard(on_streak="rollback")`` costs and takes: ``python -m benchmarks.rollback``."""
+"""What the copy for ``NonFiniteGuard(rollback=Rollback())`` costs and takes: ``python -m benchmarks.rollback``."""
 
 from __future__ import annotations
 

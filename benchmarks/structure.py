@@ -412,7 +412,7 @@ def watched(bundles: Path) -> list[Callback]:
     """The callbacks of the small fit: what to change where the package's options change."""
     from clip_callbacks import GradientClipping, NonFiniteGuard
 
-    return [GradientClipping(0.1), NonFiniteGuard(bundle_dir=bundles)]
+    return [GradientClipping(0.1), NonFiniteGuard(bundles=bundles)]
 
 
 def poisoned() -> LightningModule:

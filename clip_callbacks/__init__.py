@@ -23,11 +23,13 @@ from clip_callbacks.core.parameter_table import ParameterTable
 from clip_callbacks.core.rules import ClipRule
 from clip_callbacks.core.step import clip_step
 from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.guard.options import Bundles, Rollback
 
 __all__ = [
     "AccumulationRescaling",
     "BatchSize",
     "BlockNorms",
+    "Bundles",
     "ClipRule",
     "CosineLimit",
     "EmaLimit",
@@ -44,6 +46,7 @@ __all__ = [
     "QuantileLimit",
     "RatioLimit",
     "RobustZScoreLimit",
+    "Rollback",
     "StepReport",
     "TightestLimit",
     "WarmupLimit",

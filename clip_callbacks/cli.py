@@ -103,7 +103,7 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="run a bad step again and say which module began it",
         description="Run a bad step again from its bundle. Exit code 0: it is bad again; 1: it is not; 2: unusable input.",
     )
-    replay.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that NonFiniteGuard(bundle_dir=...) has written")
+    replay.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that NonFiniteGuard(bundles=...) has written")
     replay.add_argument(
         "--config", type=Path, action="append", required=True, help="configuration of the run, for LightningCLI; may be repeated"
     )

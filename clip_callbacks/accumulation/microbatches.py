@@ -33,7 +33,6 @@ class MicroBatches:
 
     Args:
         module: The module in training.
-        restore_buffers: Whether a dropped micro-batch's effect on buffers is undone.
         drops: Whether bad ones are dropped, or all only measured.
         parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
 
@@ -45,7 +44,6 @@ class MicroBatches:
         self,
         module: LightningModule,
         *,
-        restore_buffers: bool,
         drops: bool,
         parallel: DistributedDataParallel | None = None,
     ) -> None:
@@ -58,7 +56,7 @@ class MicroBatches:
         self._size: int | None = None
         self._sizes: list[int | None] = []
         self.norms: list[float] = []
-        self._written = WrittenBuffers(module) if restore_buffers else None
+        self._written = WrittenBuffers(module) if drops else None
         self._buffers = BufferCopies(self._written) if self._written else None
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0

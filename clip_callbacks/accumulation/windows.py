@@ -261,15 +261,12 @@ class InspectedWindows(Windows):
         module: The module in training.
         rescaler: What makes a window's sum its mean.
         drops: Whether bad micro-batches are dropped, or all are only measured.
-        restore_buffers: Whether a dropped micro-batch's effect on batch statistics is undone.
     """
 
-    def __init__(
-        self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool, restore_buffers: bool
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool) -> None:
         super().__init__(trainer, module, rescaler)
         self.looks_at_passes = True
-        self._inspected = MicroBatches(module, restore_buffers=restore_buffers, drops=drops, parallel=data_parallel(trainer))
+        self._inspected = MicroBatches(module, drops=drops, parallel=data_parallel(trainer))
 
     @override
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:

@@ -24,14 +24,14 @@ class BundleFolder:
 
     Args:
         path: The folder.
-        max_bundles: How many it may hold.
+        max_count: How many it may hold.
         max_bytes: How much they may take together.
     """
 
-    def __init__(self, path: Path, max_bundles: int, max_bytes: float) -> None:
+    def __init__(self, path: Path, max_count: int, max_bytes: float) -> None:
         """Touch nothing yet."""
         self.path = path
-        self._max_bundles = max_bundles
+        self._max_count = max_count
         self._max_bytes = max_bytes
 
     def prepare(self) -> None:
@@ -56,11 +56,11 @@ class BundleFolder:
             more: How many bytes it will take.
         """
         bundles = [found.parent for found in self.path.glob(f"[!.]*/{FACTS}")]  # but unfinished ones
-        if len(bundles) >= self._max_bundles:
-            return f"{self.path} holds {len(bundles)} bundles (max_bundles={self._max_bundles})"
+        if len(bundles) >= self._max_count:
+            return f"{self.path} holds {len(bundles)} bundles (max_count={self._max_count})"
         size = sum(_size(bundle) for bundle in bundles)
         if size + more > self._max_bytes:
-            return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bundle_bytes={self._max_bytes:g})"
+            return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bytes={self._max_bytes:g})"
         return None
 
     def write(

@@ -56,7 +56,8 @@ class GradientClipping(GradientCallback):
             Each logs ``grad/<name>/total_norm``, ``max_norm``, ``clip_coef``, ``clip_fraction``; ``name`` may be ``rule_1``.
         clip_value: Afterwards every entry is clamped to [-clip_value, clip_value].
         nonfinite: What to do with a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries,
-            or "ignore" them. Short for a NonFiniteGuard with its defaults; one in the same Trainer takes its place.
+            or "ignore" them. Short for a NonFiniteGuard of that policy, with its defaults. Where the Trainer has a NonFiniteGuard,
+            that one decides, and this argument must be left at its default.
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
             ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
@@ -64,7 +65,8 @@ class GradientClipping(GradientCallback):
             too. The table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
-        ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given.
+        ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given; at fit start, if
+            ``nonfinite`` is not the default and the Trainer has a NonFiniteGuard.
         TypeError: If ``rules`` holds anything but rules, or ``shadow`` is no list.
 
     Example::
@@ -101,7 +103,7 @@ class GradientClipping(GradientCallback):
         self._own_guard: Guard | None = None
 
     def _facts(self) -> CallbackFacts:
-        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
+        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type, nonfinite=self._guard_options.policy)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Clipper(self.rules, self.shadow, self.clip_value, saved)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.core.blocks import no_match
+from clip_callbacks.core.arguments import as_choice, as_count_or_none
+from clip_callbacks.core.blocks import EVERYTHING, Selection
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.resume import reading
@@ -28,48 +28,47 @@ if TYPE_CHECKING:
 Fault: TypeAlias = Literal["nan", "inf", "spike", "loss"]
 
 VARIABLE = "CLIP_CALLBACKS_INJECT"
-"""The environment variable without which nothing is poisoned."""
-FACTOR = 1e4
-"""What a spike multiplies gradients by, unless told otherwise."""
+"""The environment variable that must be 1 for anything to be poisoned."""
+SPIKE_FACTOR = 1e4
+"""Factor of the gradients for the kind "spike": far above what any healthy step reaches."""
 
 _log = logging.getLogger(__name__)
 
 
 class FaultInjection(ReturningCallback, Guest):
-    """Poisons gradients or losses on purpose, to rehearse what a run does when that happens by itself.
+    """Poisons gradients or losses on purpose, to rehearse a run's reaction to bad steps before they happen by themselves.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
 
-    The first backward pass of a chosen optimizer step is struck, while it runs: before its gradients are added to those of the
-    window, before ranks average them, and before any callback sees them, wherever this one stands among the callbacks. Gradients
-    that ranks hold shards of are struck right after the pass instead: put it before callbacks that look at each backward pass.
+    The first backward pass of each chosen optimizer step is poisoned while it runs: before its gradients are added to those of the
+    window, before ranks average them, and before any callback sees them, wherever this callback stands in the list. Only gradients
+    of which ranks hold shards are poisoned right after the pass instead: there, put it before callbacks that look at each backward
+    pass.
 
-    Each strike is logged by this module's logger as one warning, on the rank that is struck. The loss that ``training_step`` has
-    logged is the one before.
+    Each injection is logged by this module's logger as one warning, on the rank where it happens. The loss that ``training_step``
+    has logged is the one before.
 
     Args:
-        kind: "nan" or "inf": the first entry of each chosen parameter's gradient; "spike": their gradients times ``factor``;
-            "loss": the loss becomes NaN, and with it all gradients.
-        step: The optimizer steps to strike, one or several, as ``trainer.global_step`` stands, from 0, when the loss goes backward.
-        parameter: A regular expression that ``re.search`` must find in the name of a parameter; None takes all. Not for "loss".
-        rank: The rank to strike; None strikes all.
-        probability: In place of ``step``: of each optimizer step, above 0 and up to 1, drawn independently and alike on all ranks.
-        factor: Of a spike, above 0.
-        seed: Of the draws. They are the same in each run, and a resumed run goes on with them.
+        kind: "nan" or "inf" put that value into the first entry of each chosen parameter's gradient; "spike" multiplies the
+            gradients by 10,000; "loss" makes the loss NaN, and with it all gradients.
+        step: Optimizer steps to poison, one or several, as ``trainer.global_step`` counts them, from 0, when the loss goes
+            backward.
+        include: Regular expression that ``re.search`` must find in the name of a parameter; None takes all. Not for "loss".
+        exclude: Regular expression that it must not find in the name; None leaves out none. Not for "loss".
+        rank: Rank to poison; None poisons all.
 
     Attributes:
-        injected: What was done in this run: a dictionary for each strike, of ``kind``, ``step``, ``epoch``, ``batch``, ``rank``,
-            and ``parameters``, the names of those whose gradients were struck.
+        injected: Injections of this run: a dictionary each, of ``kind``, ``step``, ``epoch``, ``batch``, ``rank``, and
+            ``parameters``, the names of the parameters whose gradients were poisoned.
 
     Raises:
-        ValueError: If an argument is out of its range, not exactly one of ``step`` and ``probability`` is given, or at fit start
-            the pattern matches no parameter or there is no such rank.
+        ValueError: If an argument is out of its range; at fit start, if a pattern matches no parameter or there is no such rank.
         RuntimeError: At the start of a fit, if the environment variable is not 1.
 
     Example::
 
         >>> from lightning.pytorch import Trainer
-        >>> faults = FaultInjection("nan", step=[100, 101], parameter=r"attention.*weight")
+        >>> faults = FaultInjection("nan", step=[100, 101], include=r"attention.*weight")
         >>> trainer = Trainer(callbacks=[faults, NonFiniteGuard()], logger=False, enable_checkpointing=False)
         >>> faults.injected
         []
@@ -79,57 +78,38 @@ class FaultInjection(ReturningCallback, Guest):
         self,
         kind: Fault,
         *,
-        step: int | list[int] | None = None,
-        parameter: str | None = None,
+        step: int | list[int],
+        include: str | None = None,
+        exclude: str | None = None,
         rank: int | None = None,
-        probability: float | None = None,
-        factor: float = FACTOR,
-        seed: int = 0,
     ) -> None:
         super().__init__()
-        if kind not in get_args(Fault):
-            raise ValueError(f"`kind` must be one of {', '.join(get_args(Fault))}, got {kind!r}.")
-        self.kind: Fault = kind
-        if (step is None) == (probability is None):
-            raise ValueError(
-                f"`step` or `probability` must be given, and not both, got step={step!r}, probability={probability!r}."
-            )
-        self.steps = None if step is None else _as_steps(step)
-        self.parameter = _as_pattern(parameter, kind)
-        if rank is not None and not _is_count(rank):
-            raise ValueError(f"`rank` must be a whole number of at least 0, or None for all ranks, got {rank!r}.")
-        self.rank = rank
-        if probability is not None and not (_is_number(probability) and 0 < probability <= 1):
-            raise ValueError(f"`probability` must be above 0 and at most 1, got {probability!r}.")
-        self.probability = probability
-        if not (_is_number(factor) and 0 < factor < math.inf):
-            raise ValueError(f"`factor` must be a finite number above 0, got {factor!r}.")
-        if factor != FACTOR and kind != "spike":
-            raise ValueError(f'`factor` must be left at {FACTOR:g} for the kind {kind!r}, got {factor!r}: only a "spike" has one.')
-        self.factor = factor
-        if not _is_count(seed):
-            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
-        self.seed = seed
+        self.kind: Fault = as_choice(kind, "kind", get_args(Fault))
+        self.steps = _as_steps(step)
+        self._selection = Selection(include, exclude)
+        self.include, self.exclude = include, exclude
+        if kind == "loss" and self._selection != EVERYTHING:
+            argument, pattern = ("exclude", exclude) if include is None else ("include", include)
+            raise ValueError(f'`{argument}` must be None for the kind "loss", got {pattern!r}: a bad loss reaches every gradient.')
+        self.rank = as_count_or_none(rank, "rank", least=0, none="or None for all ranks")
         self._is_loaded = self._is_late = False
         self._last_run = LastRun()
         self._targets: dict[str, Tensor] = {}
-        self._strike: dict[str, Any] | None = None
+        self._injection: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []
         self._begin()
 
     def _begin(self) -> None:
         self.injected: list[dict[str, Any]] = []
-        self._generator = torch.Generator().manual_seed(self.seed)
-        self._decided = -1
+        self._last_step = -1
 
     @property
     def state_key(self) -> str:
-        """Several of them may stand in one Trainer."""
-        given = {"kind": self.kind, "step": self.steps, "parameter": self.parameter, "rank": self.rank, "factor": self.factor}
-        return self._key(**given, probability=self.probability, seed=self.seed)
+        """Key of the state in a checkpoint: of its options, because one Trainer may have several of them."""
+        return self._key(kind=self.kind, step=self.steps, include=self.include, exclude=self.exclude, rank=self.rank)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to poison what nobody wants poisoned, before anything is trained."""
+        """Refuse, before anything is trained, to poison a run without the environment variable."""
         if stage == "fit" and os.environ.get(VARIABLE) != "1":
             raise RuntimeError(
                 f"{VARIABLE} must be 1 in the environment for FaultInjection to poison this run on purpose, got "
@@ -142,29 +122,29 @@ class FaultInjection(ReturningCallback, Guest):
             self._return_results_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the parameters to strike."""
+        """Find the parameters to poison."""
         self._is_loaded = False
         if self.rank is not None and self.rank >= trainer.world_size:
             raise ValueError(
-                f"`rank` must be below the number of ranks, {trainer.world_size}, got {self.rank}: nothing would be struck."
+                f"`rank` must be below the number of ranks, {trainer.world_size}, got {self.rank}: nothing would be poisoned."
             )
         table = TensorTable.of_named(pair for pair in pl_module.named_parameters() if pair[1].requires_grad)
         named = dict(zip(table.names, table.tensors, strict=True))
-        self._targets = {name: tensor for name, tensor in named.items() if re.search(self.parameter or "", name)}
-        if self.parameter is not None and not self._targets:
-            raise ValueError(no_match(self.parameter, list(named), "parameter"))
-        # under the first FullyShardedDataParallel parameters are views into others, where gradients arrive
+        self._selection.check(list(named))
+        self._targets = {name: tensor for name, tensor in named.items() if name in self._selection}
+        # Under the first FullyShardedDataParallel parameters are views into others, and gradients arrive at those others.
         self._is_late = is_of(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Lie in wait in the graph, if this pass is to be struck."""
+        """Poison the loss, or hang hooks on the parameters, if this is the first backward pass of a chosen step."""
         self._withdraw()
-        if not self._is_time(trainer.global_step) or self.rank not in {None, trainer.global_rank}:
+        is_first, self._last_step = trainer.global_step != self._last_step, trainer.global_step
+        if not is_first or trainer.global_step not in self.steps or self.rank not in {None, trainer.global_rank}:
             return
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": trainer.fit_loop.batch_idx}
-        self._strike = {"kind": self.kind, **place, "rank": trainer.global_rank, "parameters": []}
+        self._injection = {"kind": self.kind, **place, "rank": trainer.global_rank, "parameters": []}
         if self.kind == "loss":
-            loss.data.fill_(math.nan)  # around the version counter: backward may need the loss
+            loss.data.fill_(math.nan)  # Bypasses the version counter: backward may need the loss itself.
             self._hooks.append(loss.register_hook(lambda gradient: gradient * math.nan))  # type: ignore[no-untyped-call]
         elif not self._is_late:
             self._hooks += [
@@ -173,64 +153,55 @@ class FaultInjection(ReturningCallback, Guest):
             ]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Strike shards; say what was done."""
-        if self._strike and self._is_late and self.kind != "loss":
+        """Poison gradients of which ranks hold shards, and log the injection."""
+        if self._injection and self._is_late and self.kind != "loss":
             for name, tensor in self._targets.items():
                 if tensor.grad is None:
                     continue
                 shard = shard_of(tensor.grad)
                 if shard.numel():
                     shard.copy_(self._poisoner(name)(shard))
-        if self._strike:
-            self.injected.append(self._strike)
-            _log.warning(_told(self._strike))
+        if self._injection:
+            self.injected.append(self._injection)
+            _log.warning(_describe(self._injection))
         self._withdraw()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say which of the chosen steps never came: a rehearsal without a fault has shown nothing."""
-        missed = sorted(set(self.steps or ()) - {strike["step"] for strike in self.injected})
+        """Name the chosen steps that never came: a rehearsal without a fault has shown nothing."""
+        missed = sorted(set(self.steps) - {injection["step"] for injection in self.injected})
         if missed and self.rank in {None, trainer.global_rank}:
             steps = ", ".join(map(str, missed))
             _log.warning(
-                "FaultInjection has not struck step %s: no backward pass began there. The run ends at step %d.",
+                "FaultInjection did not poison step %s: no backward pass began there. The run ends at step %d.",
                 steps,
                 trainer.global_step,
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on a parameter, and let go of them."""
+        """Remove all hooks, and hold the parameters no longer."""
         self._withdraw()
         self._targets = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the parameters; a state that came in the middle of a fit is that of this fit."""
+        """Remove all hooks, and hold the parameters no longer."""
         self._withdraw()
         self._targets = {}
         if stage == "fit":
             self._is_loaded = False
 
     def _withdraw(self) -> None:
-        self._strike = None
+        self._injection = None
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _is_time(self, step: int) -> bool:
-        """Whether this is the first backward pass of a step to be struck; for each step asked once."""
-        if step == self._decided:
-            return False
-        self._decided = step
-        if self.steps is not None:
-            return step in self.steps
-        return float(torch.rand((), generator=self._generator, device="cpu")) < (self.probability or 0.0)
-
     def _poisoner(self, name: str) -> Callable[[Tensor], Tensor]:
-        """From a gradient as it should be to one as it should not."""
+        """Return the function that poisons the gradient of one parameter, as a copy."""
 
-        def poisoned(gradient: Tensor) -> Tensor:
-            if self._strike and name not in self._strike["parameters"]:
-                self._strike["parameters"].append(name)
+        def poison(gradient: Tensor) -> Tensor:
+            if self._injection and name not in self._injection["parameters"]:
+                self._injection["parameters"].append(name)
             if self.kind == "spike":
-                return gradient * self.factor
+                return gradient * SPIKE_FACTOR
             if gradient.layout is not torch.strided:
                 gradient = gradient.coalesce()
                 bad = gradient.values().clone()
@@ -240,69 +211,43 @@ class FaultInjection(ReturningCallback, Guest):
             bad.view(-1)[:1] = float(self.kind)
             return bad
 
-        return poisoned
+        return poison
 
     def state_dict(self) -> dict[str, Any]:
-        """What was done, and where the draws stand."""
-        return {"injected": list(self.injected), "generator": self._generator.get_state(), "decided": self._decided}
+        """Return the injections so far, and the last step at which a backward pass began."""
+        return {"injected": list(self.injected), "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Take over what :meth:`state_dict` returned.
 
         Raises:
             ValueError: If the state is damaged.
         """
         with reading(type(self).__name__):
-            injected, decided = list(state_dict["injected"]), int(state_dict["decided"])
-            self._generator.set_state(state_dict["generator"])
-        self.injected, self._decided = injected, decided
+            injected, last_step = list(state_dict["injected"]), int(state_dict["last_step"])
+        self.injected, self._last_step = injected, last_step
         self._is_loaded = True
 
     def _results(self) -> dict[str, Any]:
         return {"injected": self.injected}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the run, and with the generator's state, as numbers: neither it nor shared memory can be sent."""
-        state = super().__getstate__() | {"_targets": {}, "_strike": None, "_hooks": [], "_last_run": LastRun()}
-        return state | {"_generator": self._generator.get_state().tolist(), "injected": list(self.injected)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the generator's state back."""
-        generator = torch.Generator()
-        generator.set_state(torch.tensor(state["_generator"], dtype=torch.uint8))
-        super().__setstate__(state | {"_generator": generator})
+        """Pickle and copy without the parameters and hooks of a run."""
+        run: dict[str, Any] = {"_targets": {}, "_injection": None, "_hooks": [], "_last_run": LastRun()}
+        return super().__getstate__() | run | {"injected": list(self.injected)}
 
 
-def _told(strike: dict[str, Any]) -> str:
-    kind, names = strike["kind"], ", ".join(strike["parameters"])
-    struck = f"{kind} into the gradients of {names or 'no parameter: there were none'}"
+def _describe(injection: dict[str, Any]) -> str:
+    kind, names = injection["kind"], ", ".join(injection["parameters"])
+    what = f"{kind} into the gradients of {names or 'no parameter: there were none'}"
     if kind == "loss":
-        struck = "nan into the loss"
-    return f"FaultInjection at {', '.join(f'{key} {strike[key]}' for key in ('step', 'epoch', 'batch', 'rank'))}: {struck}."
+        what = "nan into the loss"
+    place = ", ".join(f"{key} {injection[key]}" for key in ("step", "epoch", "batch", "rank"))
+    return f"FaultInjection at {place}: {what}."
 
 
 def _as_steps(step: int | list[int]) -> list[int]:
     steps = list(step) if isinstance(step, (list, tuple)) else [step]
-    if not steps or not all(map(_is_count, steps)):
+    if not steps or not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in steps):
         raise ValueError(f"`step` must be a whole number of at least 0, or a list of them, got {step!r}.")
     return steps
-
-
-def _as_pattern(parameter: object, kind: Fault) -> str | None:
-    if parameter is None:
-        return None
-    if kind == "loss":
-        raise ValueError(f'`parameter` must be None for the kind "loss", got {parameter!r}: a bad loss reaches every gradient.')
-    try:
-        re.compile(parameter)  # type: ignore[call-overload]
-    except (re.error, TypeError) as error:
-        raise ValueError(f"`parameter` must be a regular expression, got {parameter!r}: {error}.") from error
-    return parameter  # type: ignore[return-value]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -115,8 +115,7 @@ class StepEngine:
         drops = self._guard.drops_micro_batches
         if not drops and not self._compares_micro_batches:
             return Windows(self._trainer, self._module, self._rescaler)
-        restore_buffers = self._guard.restores_buffers
-        return InspectedWindows(self._trainer, self._module, self._rescaler, drops=drops, restore_buffers=restore_buffers)
+        return InspectedWindows(self._trainer, self._module, self._rescaler, drops=drops)
 
     @property
     def _compares_micro_batches(self) -> bool:

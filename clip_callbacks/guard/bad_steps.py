@@ -16,7 +16,7 @@ from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
-from clip_callbacks.guard.rollback import NoRollback
+from clip_callbacks.guard.rollback import NoRestorer
 from clip_callbacks.trainer.lost_metrics import lost_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
@@ -172,7 +172,7 @@ class BadStepLog:
         rollback: What goes back to earlier weights.
     """
 
-    def __init__(self, options: GuardOptions, counts: BadStepCounts, journal: Journal, rollback: NoRollback) -> None:
+    def __init__(self, options: GuardOptions, counts: BadStepCounts, journal: Journal, rollback: NoRestorer) -> None:
         self._options = options
         self._counts = counts
         self._journal = journal
@@ -281,8 +281,10 @@ class BadStepLog:
 
     def can_go_back(self, streak: int) -> bool:
         """Whether a streak ends in a rollback."""
-        is_last = self._counts.rollbacks >= self._options.max_rollbacks
-        return self._is_over(streak) and self._options.rolls_back and not is_last and self._rollback.step is not None
+        options = self._options.rollback
+        if options is None or self._counts.rollbacks >= options.max_rollbacks:
+            return False
+        return self._is_over(streak) and self._rollback.step is not None
 
     def _tell(self, step: StepContext, message: _Message, counters: Counters) -> None:
         """Warn of a bad step; at the end of a streak go back, or raise.
@@ -312,7 +314,8 @@ class BadStepLog:
 
     def _go_back(self, step: StepContext) -> str:
         """Have the run go back to earlier weights at the end of this step; that in a sentence, and in a line of the journal."""
-        rollback, counts = self._rollback, self._counts
+        rollback, counts, options = self._rollback, self._counts, self._options.rollback
+        assert options is not None, "only a guard with rollbacks asks for one"
         counts.rollbacks += 1
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
@@ -323,15 +326,16 @@ class BadStepLog:
         rollback.ask()
         return (
             f"The run goes back to where it was before step {rollback.step}{rates} "
-            f"(rollback {counts.rollbacks} of {self._options.max_rollbacks})."
+            f"(rollback {counts.rollbacks} of {options.max_rollbacks})."
         )
 
     @property
     def _cap(self) -> str:
         """For the error at the end of a streak: what allowed no more."""
         cap = f"max_consecutive={self._options.max_consecutive}"
-        if not self._options.rolls_back:
+        options = self._options.rollback
+        if options is None:
             return cap
-        if self._counts.rollbacks >= self._options.max_rollbacks:
-            return f"{cap}, after {self._counts.rollbacks} rollbacks, max_rollbacks={self._options.max_rollbacks}"
+        if self._counts.rollbacks >= options.max_rollbacks:
+            return f"{cap}, after {self._counts.rollbacks} rollbacks, max_rollbacks={options.max_rollbacks}"
         return f"{cap}, and no good step to go back to{self._rollback.since}"

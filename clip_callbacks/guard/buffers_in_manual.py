@@ -85,7 +85,7 @@ class _InManual(Buffers, ABC):
     @override
     def reason_against_deferral(self) -> str | None:
         if self._written.keeps_statistics:
-            return "batch statistics are to be put back in manual optimization (restore_buffers)"
+            return "batch statistics, which a skipped step restores in manual optimization"
         return None
 
     def _after_search(self, *_: Any) -> None:

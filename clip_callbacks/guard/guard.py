@@ -24,7 +24,7 @@ from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.resource import ResourceScope
 from clip_callbacks.guard.restore import SkippedStepRestorer
-from clip_callbacks.guard.rollback import NoRollback, Rollback
+from clip_callbacks.guard.rollback import NoRestorer, RunRestorer
 from clip_callbacks.guard.run_state import HasLimitStates
 from clip_callbacks.guard.thresholds import SkipThresholds
 from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
@@ -66,16 +66,15 @@ class Guard(Unguarded):
     def __init__(self, trainer: Trainer, options: GuardOptions, saved: Mapping[str, Any]) -> None:
         self._options = options
         self._trainer = trainer
-        self.restores_buffers = options.restore_buffers
         self.drops_micro_batches = options.drops_micro_batches
         self.deferral = options.deferred
         self.counts = BadStepCounts(saved)
-        self.thresholds = SkipThresholds(options.ceiling, saved.get("skip_above", {}))
+        self.thresholds = SkipThresholds(options.skip_limit, saved.get("skip_above", {}))
         self.schedules = SchedulerHold(options.hold_schedulers)
         if "skipped_batches" in saved:
             self.schedules.load_state(saved["skipped_batches"])
         self.journal = Journal(options)
-        self.rollback = NoRollback()
+        self.rollback = NoRestorer()
         self._restorer: SkippedStepRestorer | None = None
         self._carried: dict[int, CarriedTensors] = {}
         self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
@@ -99,13 +98,11 @@ class Guard(Unguarded):
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
         before = self._restorer.hand_over() if self._restorer else {}
-        restore_buffers, skipped_steps = self._options.restore_buffers, self._skipped_steps
-        scope = ResourceScope(self._trainer, module, contexts, restore_buffers, self.schedules, skipped_steps, before)
+        scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self._restorer = SkippedStepRestorer(scope)
-        if self._options.rolls_back and not renewed:
-            every, lr_factor = self._options.every, self._options.lr_factor
-            together = (*limits, self.thresholds)
-            self.rollback = Rollback(self._trainer, module, together, self.schedules, every=every, lr_factor=lr_factor)
+        if self._options.rollback is not None and not renewed:
+            all_limits = (*limits, self.thresholds)
+            self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self._restorer)
 
@@ -159,7 +156,7 @@ class Guard(Unguarded):
         self.restorer.begin_batch(in_window=in_window)
         for carried in self._carried.values():
             carried.begin_batch()
-        if self._options.rolls_back:
+        if self._options.rollback is not None:
             self.rollback.begin_batch(in_window=in_window)
 
     @override
@@ -169,7 +166,7 @@ class Guard(Unguarded):
     @override
     def begin_step(self, step: StepContext) -> None:
         self.restorer.begin_step(step)
-        if self._options.rolls_back:
+        if self._options.rollback is not None:
             self.rollback.begin_step()
 
     @override
@@ -286,14 +283,14 @@ class Guard(Unguarded):
 
     @override
     def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
-        if self._options.rolls_back:
+        if self._options.rollback is not None:
             self.rollback.go_back(step)
         if report.outcome.is_skipped:
             self.restorer.abort(step, is_called=is_called)
         else:
             self.restorer.commit(step)
             self._carried[step.optimizer.index].end_good_step()
-        if self._options.rolls_back:
+        if self._options.rollback is not None:
             self.rollback.end_step(step, report)
 
     @override
@@ -340,10 +337,10 @@ class Guard(Unguarded):
         options = self._options
         if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
             return "the guard looks at bad gradients before the step is taken (its policy, or its level)"
-        if options.rolls_back:
-            return 'on_streak="rollback", which must know of a good step before it is taken'
+        if options.rollback is not None:
+            return "rollback=Rollback(...), which must know of a good step before it is taken"
         if options.writes_all_weights and len(self._trainer.optimizers) > 1:
-            return 'bundles of the weights (bundle_dir, weights="full") are written before other optimizers step'
+            return 'bundles of the weights (Bundles(weights="full")) are written before other optimizers step'
         if options.skip_above is not None and grad_scaler(self._trainer) is not None:
             return "a GradScaler, which takes the place of what skip_above tells the optimizer"
         if self._trainer.world_size > 1 and grad_scaler(self._trainer) is not None:
@@ -365,7 +362,7 @@ class Guard(Unguarded):
             OVERFLOWED_STEPS: grad_scaler(self._trainer) is not None,
             ZEROED_STEPS: self._options.policy == "zero",
             DROPPED_MICRO_BATCHES: self.drops_micro_batches,
-            ROLLBACKS: self._options.rolls_back,
+            ROLLBACKS: self._options.rollback is not None,
         }
         return [SKIPPED_STEPS, *(name for name, is_so in can_be.items() if is_so)]
 
@@ -396,7 +393,7 @@ class Guard(Unguarded):
             self._restorer.detach()
         self._restorer = None
         self.rollback.detach()
-        self.rollback = NoRollback()  # its memory
+        self.rollback = NoRestorer()  # its memory
         self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.journal.detach()
 

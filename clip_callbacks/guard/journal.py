@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 def folder_of(options: GuardOptions) -> BundleFolder | None:
     """The folder that bundles go to, if they are wanted."""
-    if options.bundle_dir is None:
+    if options.bundles is None:
         return None
-    return BundleFolder(options.bundle_dir, options.max_bundles, options.max_bundle_bytes)
+    return BundleFolder(Path(options.bundles.folder), options.bundles.max_count, options.bundles.max_bytes)
 
 
 def check_folder(options: GuardOptions) -> None:
@@ -39,7 +39,7 @@ def check_folder(options: GuardOptions) -> None:
         try:
             folder.prepare()
         except OSError as error:
-            raise ValueError(f"`bundle_dir` must be a folder that can be written to, got {folder.path}: {error}") from error
+            raise ValueError(f"`bundles` must be a folder that can be written to, got {folder.path}: {error}") from error
 
 
 class Journal:
@@ -59,13 +59,13 @@ class Journal:
         logs = trainer.log_dir if trainer.loggers else None  # a broadcast: all ranks ask
         if logs and trainer.is_global_zero:
             self._path = Path(logs) / JOURNAL
-        folder = folder_of(self._options)
-        if folder is None:
+        folder, bundles = folder_of(self._options), self._options.bundles
+        if folder is None or bundles is None:
             return
         if full := folder.fullness():
             rank_zero_warn(f"{full}: no more will be written. Clear the folder, or name another.", stacklevel=2)
         else:
-            self._bundles = BundleWriter(folder, self._options.weights, trainer.lightning_module)
+            self._bundles = BundleWriter(folder, bundles.weights, trainer.lightning_module)
 
     def detach(self) -> None:
         """Let go of the module and its batches."""

@@ -125,7 +125,6 @@ class ResourceScope:
         trainer: The Trainer.
         module: The module in training.
         contexts: Its optimizers.
-        restore_buffers: Whether buffers that forward passes write to are put back.
         schedules: What holds schedules.
         skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
         before: The resources of each optimizer until now, by its number, where it has taken up other parameters in mid-fit.
@@ -135,7 +134,6 @@ class ResourceScope:
     trainer: Trainer
     module: LightningModule
     contexts: Sequence[OptimizerContext]
-    restore_buffers: bool
     schedules: SchedulerHold
     skipped_steps: Callable[[], int]
     before: Mapping[int, Sequence[Resource]] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 from clip_callbacks.core.reduction import on_any_rank, shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import learns
+from clip_callbacks.guard.options import Rollback
 from clip_callbacks.guard.restore import SkippedStepRestorer
 from clip_callbacks.guard.run_state import HasLimitStates, RunCopy, RunState
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class NoRollback:
+class NoRestorer:
     """Never goes back."""
 
     step: int | None = None
@@ -67,7 +68,7 @@ class NoRollback:
         """Take all hooks off."""
 
 
-class Rollback(NoRollback):
+class RunRestorer(NoRestorer):
     """Keeps one copy of the weights and all that goes with them, and puts it back.
 
     Args:
@@ -75,8 +76,7 @@ class Rollback(NoRollback):
         module: The module in training.
         limits: Whatever has limits: their states go back too.
         schedules: What holds schedules.
-        every: Good steps between copies.
-        lr_factor: What learning rates are multiplied by, at each return.
+        options: How often a copy is made, and the factor for learning rates.
     """
 
     def __init__(
@@ -85,15 +85,12 @@ class Rollback(NoRollback):
         module: LightningModule,
         limits: Sequence[HasLimitStates],
         schedules: SchedulerHold,
-        *,
-        every: int,
-        lr_factor: float,
+        options: Rollback,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._schedules = schedules
-        self._every = every
-        self._lr_factor = lr_factor
+        self._options = options
         self._contexts: Sequence[OptimizerContext] = ()
         self.run = RunState(trainer, module, (), limits, schedules)
         self._copy: RunCopy | None = None
@@ -126,7 +123,7 @@ class Rollback(NoRollback):
     @property
     def factor(self) -> float:  # type: ignore[override]
         """What the next return multiplies the copy's learning rates by: it may be one of several to the same copy."""
-        return self._lr_factor ** (self._returns + 1)
+        return self._options.lr_factor ** (self._returns + 1)
 
     @property
     def since(self) -> str:  # type: ignore[override]
@@ -150,7 +147,7 @@ class Rollback(NoRollback):
         self._take_up_other_schedules()
         if in_window:
             return
-        self._is_candidate = self._copy is None or self._good_steps >= self._every
+        self._is_candidate = self._copy is None or self._good_steps >= self._options.every_n_steps
         if self._is_candidate:
             self.run.keep_buffers()
 
@@ -232,7 +229,7 @@ class Rollback(NoRollback):
 
     def _restore(self) -> None:
         assert self._copy is not None
-        self.run.restore(self._copy, self._lr_factor**self._returns)
+        self.run.restore(self._copy, self._options.lr_factor**self._returns)
 
 
 @torch.no_grad()

@@ -276,6 +276,6 @@ def _no_copy(tensor: Tensor, what: str) -> str:
     if type(tensor) in {Tensor, Parameter}:
         kind = str(tensor.dtype)
     return (
-        f'`on_streak` must be "raise" where tensors cannot be copied, got "rollback" with {what}, which is of the kind {kind}. '
-        'Use NonFiniteGuard(on_streak="raise"), or an optimizer and layers whose tensors have clone() or __tensor_flatten__().'
+        f"`rollback` must be None where tensors cannot be copied, got Rollback(...) with {what}, which is of the kind {kind}. "
+        "Use NonFiniteGuard(rollback=None), or an optimizer and layers whose tensors have clone() or __tensor_flatten__()."
     )

@@ -48,8 +48,6 @@ CLIP = Resolution(Action.CLIP)
 class Unguarded:
     """Takes every step, whatever its gradients are; but a GradScaler that has left unscaling to us takes no bad one."""
 
-    restores_buffers = False
-    """Whether buffers that forward passes write to are put back."""
     drops_micro_batches = False
     """Whether bad micro-batches are dropped from their window."""
     deferral: bool | None = None

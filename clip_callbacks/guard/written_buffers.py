@@ -14,7 +14,7 @@ from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 def written_buffers(scope: ResourceScope) -> dict[int, Resource]:
     """Make the resource of each optimizer."""
-    if not scope.restore_buffers or not scope.contexts:
+    if not scope.contexts:
         return {}
     before = {index: each for index in scope.before if (each := scope.resource_before(index, Buffers))}
     is_same = before.keys() == {context.index for context in scope.contexts}

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
+from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_of, overrides
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
@@ -29,6 +30,7 @@ class CallbackFacts:
         kind: What it does.
         key: The key of its state, which tells it apart from others of its class.
         norm_type: The order of norms that it asks for; None takes any.
+        nonfinite: Its own policy for bad steps, where it stands in for a guard.
         is_weighted: Whether it gives micro-batches weights.
         has_noise_scale: Whether it estimates the gradient noise scale.
     """
@@ -36,6 +38,7 @@ class CallbackFacts:
     kind: Kind
     key: str
     norm_type: float | None = None
+    nonfinite: Policy = "skip"
     is_weighted: bool = False
     has_noise_scale: bool = False
 
@@ -160,12 +163,26 @@ def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
             f"`callbacks` must hold one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
             "every metric would be logged twice."
         )
+    _check_one_policy(callbacks)
     norm_types = {callback.norm_type for callback in callbacks if callback.norm_type is not None}
     if len(norm_types) > 1:
         raise ValueError(
             f"`norm_type` must be the same for all callbacks of one Trainer, got {sorted(norm_types)}: "
             "the gradients are read once for all of them."
         )
+
+
+def _check_one_policy(callbacks: Sequence[CallbackFacts]) -> None:
+    """Refuse a policy that a guard beside it would overrule without a word."""
+    if not any(callback.kind == "guard" for callback in callbacks):
+        return
+    for callback in callbacks:
+        if callback.nonfinite != "skip":
+            raise ValueError(
+                f'`nonfinite` must be left at "skip" beside a NonFiniteGuard, got {callback.nonfinite!r}: the guard decides on bad '
+                f"steps. Remove nonfinite from {callback.key}, or give the policy to the guard: "
+                f"NonFiniteGuard({callback.nonfinite!r})."
+            )
 
 
 def _check_strategy(trainer: Trainer) -> None:

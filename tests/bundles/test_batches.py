@@ -108,7 +108,7 @@ class Opaque:
 
 def test_views_in_named_tuples_are_written_small_and_those_in_other_objects_capped(trainer, tmp_path):
     large = torch.randn(1_000_000, 4)
-    trainer(guard_to(tmp_path, max_bundle_bytes=1e5)).fit(Unsafe(), loader_of(Pair(large[:2], torch.ones(2, 1))))
+    trainer(guard_to(tmp_path, max_bytes=1e5)).fit(Unsafe(), loader_of(Pair(large[:2], torch.ones(2, 1))))
     (bundle,) = bundles_in(tmp_path / "bad")
     assert (bundle.path / "batches.pt").stat().st_size < 20_000
 
@@ -116,8 +116,8 @@ def test_views_in_named_tuples_are_written_small_and_those_in_other_objects_capp
         def loss(self, batch, batch_idx):
             return self.net(batch.x).mean() * NAN
 
-    with pytest.warns(UserWarning, match=r"a further bundle takes 16.0 MB \(max_bundle_bytes=100000\)"):
-        trainer(guard_to(tmp_path, max_bundle_bytes=1e5)).fit(Takes(), loader_of(Opaque(large[:2])))
+    with pytest.warns(UserWarning, match=r"a further bundle takes 16.0 MB \(max_bytes=100000\)"):
+        trainer(guard_to(tmp_path, max_bytes=1e5)).fit(Takes(), loader_of(Opaque(large[:2])))
     assert len(bundles_in(tmp_path / "bad")) == 1
 
 

@@ -318,7 +318,7 @@ def test_configuration_of_the_command_line_goes_along(tmp_path):
     from lightning.pytorch.cli import LightningCLI
 
     quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    guard = ["--trainer.callbacks+=clip_callbacks.NonFiniteGuard", f"--trainer.callbacks.bundle_dir={tmp_path / 'bad'}"]
+    guard = ["--trainer.callbacks+=clip_callbacks.NonFiniteGuard", f"--trainer.callbacks.bundles={tmp_path / 'bad'}"]
     where = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
     LightningCLI(Configured, args=["fit", "--model.size=2.5", *quiet, *where, *guard])
     (bundle,) = bundles_in(tmp_path / "bad")

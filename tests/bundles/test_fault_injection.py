@@ -39,7 +39,7 @@ def bad_entries(gradients):
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 def test_one_entry_of_one_parameter_at_one_step(trainer, kind):
-    seen, faults = Gradients(), FaultInjection(kind, step=3, parameter=r"2\.weight")
+    seen, faults = Gradients(), FaultInjection(kind, step=3, include=r"2\.weight")
     trainer(seen, faults, NonFiniteGuard()).fit(Regression(), data(6))
     found = [{name: entries for name, entries in bad_entries(each).items() if entries} for each in seen.at]
     assert found == [{}, {}, {}, {"net.2.weight": [[0, 0]]}, {}, {}]
@@ -51,14 +51,14 @@ def test_one_entry_of_one_parameter_at_one_step(trainer, kind):
 
 def test_a_spike_multiplies(trainer):
     runs = []
-    for callbacks in ([], [FaultInjection("spike", step=[1, 4], parameter="bias", factor=100.0)]):
+    for callbacks in ([], [FaultInjection("spike", step=[1, 4], include="bias", exclude="2")]):
         torch.manual_seed(0)
         seen = Gradients()
         trainer(seen, *callbacks).fit(Regression(lr=0.0), data(6))
         runs.append(seen.at)
     for step, (plain, struck) in enumerate(zip(*runs, strict=True)):
         for name in plain:
-            factor = 100.0 if step in {1, 4} and "bias" in name else 1.0
+            factor = 1e4 if step in {1, 4} and name == "net.0.bias" else 1.0
             assert torch.equal(struck[name], factor * plain[name])
 
 
@@ -85,7 +85,7 @@ def test_the_guard_skips_exactly_those_steps_whatever_the_order(trainer, kind, f
 
 def test_the_guard_names_the_parameter(trainer):
     with pytest.warns(RuntimeWarning, match=r"in 1 of 4 parameters(.|\n)*net\.0\.bias \[8\]: 1 NaN"):
-        trainer(FaultInjection("nan", step=1, parameter=r"0\.bias"), NonFiniteGuard()).fit(Regression(), data(3))
+        trainer(FaultInjection("nan", step=1, include=r"0\.bias"), NonFiniteGuard()).fit(Regression(), data(3))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -107,7 +107,7 @@ def test_under_a_grad_scaler(trainer):
 
 
 def test_in_manual_optimization_steps_are_those_of_each_optimizer(trainer):
-    faults, guard = FaultInjection("nan", step=5, parameter="discriminator"), NonFiniteGuard()
+    faults, guard = FaultInjection("nan", step=5, include="discriminator"), NonFiniteGuard()
     fit = trainer(faults, guard, GradientNormMonitor())
     fit.fit(TwoNetworks(), data(6))
     assert (guard.skipped_steps_of(0), guard.skipped_steps_of(1)) == (0, 1)
@@ -127,7 +127,7 @@ def test_sparse_gradients(trainer):
 
 def test_each_strike_is_one_line_of_the_log(trainer, caplog):
     with caplog.at_level(logging.WARNING):
-        trainer(FaultInjection("nan", step=1, parameter="weight"), NonFiniteGuard()).fit(Regression(), data(3))
+        trainer(FaultInjection("nan", step=1, include="weight"), NonFiniteGuard()).fit(Regression(), data(3))
         trainer(FaultInjection("loss", step=2), NonFiniteGuard()).fit(Regression(), data(3))
     lines = [record.getMessage() for record in caplog.records if "fault_injection" in record.name]
     assert sorted(lines[0].partition(" gradients of ")[2].rstrip(".").split(", ")) == ["net.0.weight", "net.2.weight"]
@@ -135,32 +135,32 @@ def test_each_strike_is_one_line_of_the_log(trainer, caplog):
     assert lines[1:] == ["FaultInjection at step 2, epoch 0, batch 2, rank 0: nan into the loss."]
 
 
-def test_draws_are_those_of_the_seed_and_go_on_after_a_resume(trainer, tmp_path):
-    def steps(faults):
-        return [strike["step"] for strike in faults.injected]
-
+def test_a_resumed_run_goes_on_with_what_was_injected(trainer, tmp_path):
     def made():
-        return FaultInjection("spike", probability=0.3, seed=4, factor=1.5)
+        return FaultInjection("spike", step=[3, 19, 20, 35])
+
+    def steps(faults):
+        return [injection["step"] for injection in faults.injected]
 
     whole, first, second = made(), made(), made()
-    trainer(whole, max_epochs=2).fit(Regression(lr=0.001), data(20))
-    assert 6 <= len(steps(whole)) <= 18
+    trainer(whole, max_epochs=2).fit(Regression(lr=0.0), data(20))
+    assert steps(whole) == [3, 19, 20, 35]
     before = trainer(first, max_epochs=1)
-    before.fit(Regression(lr=0.001), data(20))
+    before.fit(Regression(lr=0.0), data(20))
     before.save_checkpoint(tmp_path / "middle.ckpt")
     fit = trainer(second, max_epochs=2)
-    fit.fit(Regression(lr=0.001), data(20), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
-    assert steps(second) == steps(whole)
-    trainer(second, max_epochs=1).fit(Regression(lr=0.001), data(20))
-    assert steps(second) == steps(first), "another run"
-    assert FaultInjection("spike", probability=0.3, seed=5, factor=1.5).state_dict()["injected"] == []
+    fit.fit(Regression(lr=0.0), data(20), ckpt_path=tmp_path / "middle.ckpt", **SAFELY)
+    assert second.injected == whole.injected
+    trainer(second, max_epochs=1).fit(Regression(lr=0.0), data(20))
+    assert steps(second) == steps(first) == [3, 19], "another run"
+    assert made().state_dict()["injected"] == []
 
 
 def test_copies_go_on_by_themselves(trainer):
-    faults = FaultInjection("spike", probability=0.5, factor=1.5)
+    faults = FaultInjection("spike", step=[2, 5])
     twin = copy.deepcopy(faults)
     for one in (faults, twin):
-        trainer(one).fit(Regression(lr=0.001), data(20))
+        trainer(one).fit(Regression(lr=0.0), data(20))
     assert faults.injected == twin.injected != []
 
 
@@ -183,19 +183,14 @@ def test_without_leave_nothing_is_trained(trainer, monkeypatch, value):
     ("options", "message"),
     [
         ({"kind": "zero", "step": 1}, "`kind` must be one of nan, inf, spike, loss, got 'zero'"),
-        ({"kind": "nan"}, "`step` or `probability` must be given, and not both, got step=None, probability=None"),
-        ({"kind": "nan", "step": 1, "probability": 0.5}, "`step` or `probability` must be given, and not both"),
         ({"kind": "nan", "step": -1}, "`step` must be a whole number of at least 0, or a list of them, got -1"),
         ({"kind": "nan", "step": []}, "`step` must be a whole number"),
         ({"kind": "nan", "step": [1, True]}, "`step` must be a whole number"),
-        ({"kind": "nan", "probability": 0.0}, "`probability` must be above 0 and at most 1, got 0.0"),
-        ({"kind": "nan", "probability": math.nan}, "`probability` must be above 0"),
         ({"kind": "nan", "step": 1, "rank": -1}, "`rank` must be a whole number of at least 0, or None for all ranks, got -1"),
-        ({"kind": "nan", "step": 1, "parameter": "("}, "`parameter` must be a regular expression, got '\\('"),
-        ({"kind": "loss", "step": 1, "parameter": "x"}, "`parameter` must be None for the kind \"loss\", got 'x'"),
-        ({"kind": "nan", "step": 1, "factor": 10.0}, "`factor` must be left at 10000 for the kind 'nan', got 10.0"),
-        ({"kind": "spike", "step": 1, "factor": math.inf}, "`factor` must be a finite number above 0, got inf"),
-        ({"kind": "spike", "step": 1, "seed": 1.5}, "`seed` must be a whole number of at least 0, got 1.5"),
+        ({"kind": "nan", "step": 1, "include": "("}, "` must be a regular expression, got '\\('"),
+        ({"kind": "nan", "step": 1, "exclude": "("}, "`exclude` must be a regular expression, got '\\('"),
+        ({"kind": "loss", "step": 1, "include": "x"}, "`include` must be None for the kind \"loss\", got 'x'"),
+        ({"kind": "loss", "step": 1, "exclude": "x"}, "`exclude` must be None for the kind \"loss\", got 'x'"),
     ],
 )
 def test_refusals(options, message):
@@ -204,26 +199,26 @@ def test_refusals(options, message):
 
 
 def test_refusals_at_fit_start(trainer):
-    with pytest.raises(ValueError, match=r"`parameter` must match the name of a parameter, got 'net.0.wieght'.*net\.0\.weight"):
-        trainer(FaultInjection("nan", step=1, parameter="net.0.wieght")).fit(Regression(), data(2))
+    with pytest.raises(ValueError, match=r"` must match the name of a parameter, got 'net.0.wieght'.*net\.0\.weight"):
+        trainer(FaultInjection("nan", step=1, include="net.0.wieght")).fit(Regression(), data(2))
     with pytest.raises(ValueError, match="`rank` must be below the number of ranks, 1, got 1"):
         trainer(FaultInjection("nan", step=1, rank=1)).fit(Regression(), data(2))
 
 
-def test_it_can_be_sent_to_other_processes():
-    injection = FaultInjection("spike", probability=0.5, seed=3)
+def test_it_can_be_sent_to_other_processes(trainer):
+    injection = FaultInjection("spike", step=1)
+    trainer(injection).fit(Regression(), data(3))
     again = pickle.loads(pickle.dumps(injection))
     assert not [value for value in injection.__getstate__().values() if isinstance(value, torch.Tensor)], (
         "shared memory may be gone"
     )
-    assert torch.equal(torch.rand(5, generator=again._generator), torch.rand(5, generator=injection._generator))
+    assert again.state_dict() == injection.state_dict()
+    assert again.state_key == injection.state_key
 
 
 def test_steps_that_never_came_are_told(trainer, caplog, monkeypatch):
     monkeypatch.setenv("CLIP_CALLBACKS_INJECT", "1")
     with caplog.at_level("WARNING"):
-        trainer(FaultInjection("spike", step=[1, 1000]), FaultInjection("spike", step=[1, 1000], factor=5.0)).fit(
-            Regression(), data(4)
-        )
-    told = [record.getMessage() for record in caplog.records if "has not struck" in record.getMessage()]
-    assert told == ["FaultInjection has not struck step 1000: no backward pass began there. The run ends at step 4."] * 2
+        trainer(FaultInjection("spike", step=[1, 1000]), FaultInjection("spike", step=[1, 1000], rank=0)).fit(Regression(), data(4))
+    told = [record.getMessage() for record in caplog.records if "did not poison" in record.getMessage()]
+    assert told == ["FaultInjection did not poison step 1000: no backward pass began there. The run ends at step 4."] * 2

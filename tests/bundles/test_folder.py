@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.folder import BundleFolder
 from tests.helpers import forked
 from tests.helpers.bundles import NAN, bundles_in, guard_to
@@ -26,20 +26,20 @@ pytestmark = [
 
 
 def test_the_number_of_bundles_is_capped_over_runs(trainer, tmp_path):
-    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_bundles=2\).*training goes on") as caught:
-        trainer(guard_to(tmp_path, max_bundles=2)).fit(Poisoned(dict.fromkeys((1, 3, 5, 7), NAN)), data())
-    assert sum("max_bundles" in str(warning.message) for warning in caught) == 1
+    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_count=2\).*training goes on") as caught:
+        trainer(guard_to(tmp_path, max_count=2)).fit(Poisoned(dict.fromkeys((1, 3, 5, 7), NAN)), data())
+    assert sum("max_count" in str(warning.message) for warning in caught) == 1
     assert [bundle.place["step"] for bundle in bundles_in(tmp_path / "bad")] == [1, 3], (
         "the first ones: later ones follow from them"
     )
     with pytest.warns(UserWarning, match="holds 2 bundles .*no more will be written"):
-        trainer(guard_to(tmp_path, max_bundles=2)).fit(Poisoned({0: NAN}), data(2))
+        trainer(guard_to(tmp_path, max_count=2)).fit(Poisoned({0: NAN}), data(2))
     assert len(bundles_in(tmp_path / "bad")) == 2
 
 
 def test_their_size_is_capped_before_anything_is_written(trainer, tmp_path):
-    guard = guard_to(tmp_path, max_bundle_bytes=60_000, weights="full")
-    with pytest.warns(UserWarning, match=r"holds 0.0 MB, a further bundle takes 0.1 MB \(max_bundle_bytes=60000\)"):
+    guard = guard_to(tmp_path, max_bytes=60_000, weights="full")
+    with pytest.warns(UserWarning, match=r"holds 0.0 MB, a further bundle takes 0.1 MB \(max_bytes=60000\)"):
         trainer(guard).fit(Poisoned({1: NAN}, net=nn.Sequential(nn.Linear(4, 5000), nn.Linear(5000, 1))), data(3))
     assert list((tmp_path / "bad").iterdir()) == []
     assert guard.skipped_steps == 1
@@ -54,10 +54,10 @@ def test_two_bundles_of_one_place_stand_side_by_side(trainer, tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(trainer, tmp_path):
     (tmp_path / "bad").write_text("a file")
     module = Regression()
-    with pytest.raises(ValueError, match="`bundle_dir` must be a folder that can be written to, got .*bad"):
+    with pytest.raises(ValueError, match="`bundles` must be a folder that can be written to, got .*bad"):
         trainer(guard_to(tmp_path)).fit(module, data())
-    with pytest.raises(ValueError, match="`bundle_dir` must be a folder that can be written to"):
-        trainer(NonFiniteGuard(bundle_dir="/proc/no/such")).fit(module, data())
+    with pytest.raises(ValueError, match="`bundles` must be a folder that can be written to"):
+        trainer(NonFiniteGuard(bundles="/proc/no/such")).fit(module, data())
     assert module.trainer.global_step == 0
 
 
@@ -65,13 +65,22 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(trainer, 
     ("options", "match"),
     [
         ({"weights": "all"}, "`weights` must be one of none, reference, full, got 'all'"),
-        ({"max_bundles": 0}, "`max_bundles` must be a whole number of at least 1, got 0"),
-        ({"max_bundle_bytes": -1.0}, "`max_bundle_bytes` must be above 0, got -1.0"),
+        ({"max_count": 0}, "`max_count` must be a whole number of at least 1, got 0"),
+        ({"max_bytes": -1.0}, "`max_bytes` must be above 0, got -1.0"),
+        ({"max_bytes": "much"}, "`max_bytes` must be above 0, got 'much'"),
     ],
 )
 def test_bad_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        NonFiniteGuard(bundle_dir="bad", **options)
+        Bundles("bad", **options)
+
+
+def test_only_a_folder_or_bundles_are_taken():
+    with pytest.raises(TypeError, match=r"`bundles` must be a folder, Bundles\(...\) or None, got True"):
+        NonFiniteGuard(bundles=True)
+    with pytest.raises(TypeError, match="`folder` must be a path, got 3"):
+        Bundles(3)
+    assert NonFiniteGuard(bundles="bad").bundles == Bundles("bad")
 
 
 def test_what_killed_runs_left_is_cleared_away_in_time(tmp_path):
@@ -89,7 +98,7 @@ def fill_the_disk(folder):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     module = Poisoned({1: math.nan, 3: math.nan}, net=nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 1)))
-    guard = NonFiniteGuard(bundle_dir=folder / "bad", weights="full")
+    guard = NonFiniteGuard(bundles=Bundles(folder / "bad", weights="full"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(folder, guard).fit(module, data(6))
@@ -139,5 +148,5 @@ def test_the_folder_stays_where_it_was_when_the_process_goes_elsewhere(trainer, 
             monkeypatch.chdir("/")
 
     monkeypatch.chdir(tmp_path)
-    trainer(NonFiniteGuard(bundle_dir="bad")).fit(Wanders({1: NAN}), data(3))
+    trainer(NonFiniteGuard(bundles="bad")).fit(Wanders({1: NAN}), data(3))
     assert len(bundles_in(tmp_path / "bad")) == 1

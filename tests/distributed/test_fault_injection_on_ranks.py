@@ -26,7 +26,7 @@ def on_ranks(name, kind, rank, *, first, **options):
     import warnings
 
     os.environ["CLIP_CALLBACKS_INJECT"] = "1"
-    faults = FaultInjection(kind, step=[2, 4], rank=rank, parameter=None if kind == "loss" else "up.weight")
+    faults = FaultInjection(kind, step=[2, 4], rank=rank, include=None if kind == "loss" else "up.weight")
     guard = NonFiniteGuard(**options)
     family = [faults, guard] if first else [guard, faults]
     with warnings.catch_warnings(record=True) as caught:

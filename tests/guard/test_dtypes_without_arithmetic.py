@@ -105,7 +105,7 @@ def test_a_bad_batch_is_skipped_and_reported(trainer, kind, held):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_goes_back(trainer, kind):
     module, clean = Adapted(kind, held=True, bad=[3, 4]), Adapted(kind, held=False)
-    trainer(guard := rollback(max_consecutive=2, every=2)).fit(module, data(7))
+    trainer(guard := rollback(max_consecutive=2, every_n_steps=2)).fit(module, data(7))
     assert guard.rollbacks == 1
     loader = list(data(7))
     trainer().fit(clean, torch.utils.data.DataLoader([*loader[:2], *loader[5:]], batch_size=None))
@@ -147,6 +147,6 @@ class TwoAdapted(Adapted):
 @pytest.mark.parametrize("kind", ["uint8", "packed float32", "opaque"])
 def test_a_base_that_another_optimizer_holds_keeps_no_copy_from_being_made(trainer, kind):
     module = TwoAdapted(kind)
-    trainer(guard := rollback(max_consecutive=2, every=2)).fit(module, data(7))
+    trainer(guard := rollback(max_consecutive=2, every_n_steps=2)).fit(module, data(7))
     assert guard.rollbacks >= 1
     assert all(bool(it.isfinite().all()) for it in (*module.learning(), *weights(module.head)))

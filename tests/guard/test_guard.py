@@ -128,9 +128,22 @@ def test_ignore_lets_everything_through(trainer):
 
 
 def test_a_guard_takes_the_place_of_the_shorthand(trainer):
-    clipping, guard = GradientClipping(1.0, nonfinite="raise"), NonFiniteGuard("skip")
+    clipping, guard = GradientClipping(1.0), NonFiniteGuard("skip")
     trainer(clipping, guard).fit(Poisoned({2: math.nan}), data())
     assert guard.skipped_steps == clipping.skipped_steps == 1
+    clipping, guard = GradientClipping(1.0), NonFiniteGuard("zero")
+    trainer(clipping, guard).fit(Poisoned({2: math.nan}), data())
+    assert (guard.zeroed_steps, guard.skipped_steps) == (1, 0)
+
+
+@pytest.mark.parametrize("policy", ["raise", "zero", "ignore"])
+@pytest.mark.parametrize("guard", [NonFiniteGuard, lambda: NonFiniteGuard("zero")])
+def test_a_shorthand_that_a_guard_would_overrule_is_refused(trainer, policy, guard):
+    module = Regression()
+    message = rf'`nonfinite` must be left at "skip" beside a NonFiniteGuard, got \'{policy}\'.*NonFiniteGuard\(\'{policy}\'\)'
+    with pytest.raises(ValueError, match=message):
+        trainer(GradientClipping(1.0, nonfinite=policy), guard()).fit(module, data(2))
+    assert module.trainer.global_step == 0
 
 
 def test_a_line_tells_what_the_table_at_the_end_does_not(trainer, said):

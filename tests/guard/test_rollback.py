@@ -1,4 +1,4 @@
-"""NonFiniteGuard(on_streak="rollback"): bad steps that do not end send the run back to its last good weights, bit for bit.
+"""NonFiniteGuard(rollback=Rollback()): bad steps that do not end send the run back to its last good weights, bit for bit.
 
 Copies are made before steps 0 and 3; steps 5, 6 and 7 are bad. The run must be one that batches 3 to 7 have never been part of.
 """
@@ -113,10 +113,9 @@ def test_whatever_a_bad_step_meets_until_then(trainer, policy):
 
 
 @pytest.mark.parametrize("hold_schedulers", [True, False])
-@pytest.mark.parametrize("restore_buffers", [True, False])
-def test_schedules_and_buffers_go_back_even_if_single_skips_leave_them(trainer, hold_schedulers, restore_buffers):
+def test_schedules_go_back_even_if_single_skips_leave_them(trainer, hold_schedulers):
     loader, schedule = data(BATCHES, batch_size=6), SCHEDULES["Step"]
-    guard = rollback(hold_schedulers=hold_schedulers, restore_buffers=restore_buffers)
+    guard = rollback(hold_schedulers=hold_schedulers)
     ours = fitted(trainer(guard), Subject(schedule=schedule), loader)
     clean = fitted(trainer(), Subject({}, schedule=schedule), without(loader, LOST))
     assert differences(ours, clean) == []
@@ -214,7 +213,7 @@ def optimizer_parameters(optimizer):
 @pytest.mark.parametrize("turn", [0, 1])
 def test_two_optimizers_by_hand_go_back_together(trainer, turn):
     loader = data(BATCHES, batch_size=6)
-    guard = rollback(every=6)
+    guard = rollback(every_n_steps=6)
     ours = fitted(trainer(guard), Adversaries(turn=turn), loader)
     assert guard.rollbacks == 1
     # the first three batches take six steps: the copy is made before the fourth; of those that follow nothing is left
@@ -232,7 +231,7 @@ def test_no_copy_is_made_of_weights_that_another_optimizer_s_step_has_ruined(tra
                     optimizer.param_groups[0]["lr"] = 1e38
                 optimizer.step()
 
-    guard = rollback(every=2)
+    guard = rollback(every_n_steps=2)
     copies = Copies(guard)
     fit = trainer(guard, copies)
     fit.fit(Apart({}), data(10, batch_size=6))
@@ -242,7 +241,7 @@ def test_no_copy_is_made_of_weights_that_another_optimizer_s_step_has_ruined(tra
 
 
 def test_copies_come_at_the_first_good_step_and_then_every_so_many(trainer):
-    guard = rollback(every=3)
+    guard = rollback(every_n_steps=3)
     copies = Copies(guard)
     trainer(guard, copies).fit(Subject({0: math.nan, 4: math.nan, 11: math.nan, 12: math.nan, 13: math.nan}), data(18))
     assert copies.steps == [None, *4 * [1], *3 * [5], *9 * [8], 17]
@@ -255,7 +254,7 @@ def test_there_is_one_copy_in_the_same_memory(trainer):
         def on_train_batch_end(self, *_):
             self.seen.append({path: room.data_ptr() for path, room in guard._part.rollback.run.memory._rooms.items()})
 
-    guard, module = rollback(every=1), Subject({}, optimizer=O.AdamW)
+    guard, module = rollback(every_n_steps=1), Subject({}, optimizer=O.AdamW)
     sizes = []
 
     class Size(Callback):
@@ -287,7 +286,7 @@ def test_learning_rates_are_the_factor_times_what_they_would_be(trainer, name):
     options = {"optimizer": O.AdamW, "schedule": SCHEDULES[name]}
     bad = dict.fromkeys((5, 6, 7, 9, 10, 11), math.nan)
     ours, clean = Rates(), Rates()
-    guard = rollback(lr_factor=0.25, every=6)
+    guard = rollback(lr_factor=0.25, every_n_steps=6)
     loader = data(26)
     trainer(guard, ours).fit(Subject(bad, **options), loader)
     trainer(clean).fit(Subject({}, **options), without(loader, range(12)))
@@ -385,18 +384,15 @@ def test_a_rollback_crosses_the_end_of_an_epoch(trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_streak": "stop"}, "`on_streak` must be one of raise, rollback, got 'stop'"),
-        ({"every": 0}, "`every` must be a whole number of at least 1, got 0"),
-        ({"every": 2.0}, "`every` must be a whole number"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1, got 0"),
+        ({"every_n_steps": 2.0}, "`every_n_steps` must be a whole number"),
         ({"max_rollbacks": 0}, "`max_rollbacks` must be a whole number of at least 1, got 0"),
         ({"max_rollbacks": True}, "`max_rollbacks` must be a whole number"),
         ({"lr_factor": 0.0}, "`lr_factor` must be above 0 and at most 1, got 0.0"),
         ({"lr_factor": 1.5}, "`lr_factor` must be above 0 and at most 1, got 1.5"),
         ({"lr_factor": math.nan}, "`lr_factor` must be above 0"),
-        ({"on_streak": "raise", "every": 10}, "`every` must be left at 100 without rollbacks, got 10"),
-        ({"on_streak": "raise", "every": 100, "lr_factor": 0.5}, "`lr_factor` must be left at 1.0 without rollbacks"),
-        ({"policy": "raise"}, '`on_streak` must be "raise" for the policy \'raise\', got "rollback"'),
-        ({"policy": "ignore"}, "`on_streak` must be \"raise\" for the policy 'ignore'"),
+        ({"policy": "raise"}, r"`rollback` must be None for the policy 'raise', got Rollback\(every_n_steps=3, "),
+        ({"policy": "ignore"}, "`rollback` must be None for the policy 'ignore'"),
     ],
 )
 def test_refusals(options, message):
@@ -404,6 +400,12 @@ def test_refusals(options, message):
         rollback(**options)
 
 
+@pytest.mark.parametrize("other", ["rollback", True, {"every_n_steps": 3}])
+def test_only_a_rollback_is_taken(other):
+    with pytest.raises(TypeError, match=r"`rollback` must be Rollback\(...\) or None, got "):
+        NonFiniteGuard(rollback=other)
+
+
 def test_steps_are_not_decided_on_the_device(trainer):
-    with pytest.raises(ValueError, match=r"`deferred` cannot be True here: on_streak=\"rollback\""):
+    with pytest.raises(ValueError, match=r"`deferred` cannot be True here: rollback=Rollback\(...\), which must know"):
         trainer(rollback(deferred=True)).fit(Subject(optimizer=O.AdamW, fused=True), data(2))

@@ -47,7 +47,7 @@ class Unfreezes(Poisoned):
 
 @pytest.mark.parametrize("bad", [(4, 5), (3, 4), (2, 3)], ids=["later", "at once", "from before"])
 def test_the_copy_still_serves_when_an_optimizer_takes_up_what_was_frozen(trainer, bad):
-    guard, path = rollback(every=100, max_consecutive=2), Weights()
+    guard, path = rollback(every_n_steps=100, max_consecutive=2), Weights()
     fit = trainer(guard, path, GradientClipping(QuantileLimit(0.5, window=5, warmup=2), scope="parameter"))
     fit.fit(Unfreezes(bad, at=3), data(7))
     assert guard.rollbacks == 1
@@ -57,7 +57,7 @@ def test_the_copy_still_serves_when_an_optimizer_takes_up_what_was_frozen(traine
 
 
 def test_the_copy_is_lost_when_an_optimizer_takes_up_what_is_new_to_the_module(trainer):
-    guard = rollback(every=100)
+    guard = rollback(every_n_steps=100)
     copies = Copies(guard)
     trainer(guard, copies).fit(Unfreezes((), at=3, is_new=True), data(6))
     assert copies.steps == [0, 0, 0, None, 4, 4]
@@ -76,7 +76,7 @@ def test_what_an_optimizer_gives_up_goes_back_without_its_state(trainer):
         def configure_optimizers(self):
             return O.AdamW([{"params": list(layer.parameters())} for layer in (self.net[0], self.net[2])], lr=0.01)
 
-    guard, path = rollback(every=3, max_consecutive=2), Weights()
+    guard, path = rollback(every_n_steps=3, max_consecutive=2), Weights()
     fit = trainer(guard, path)
     fit.fit(Freezes(dict.fromkeys((5, 6), math.nan)), data(9))
     assert guard.rollbacks == 1
@@ -97,7 +97,7 @@ def test_after_a_resume_the_message_says_that_there_is_no_copy_yet(trainer, tmp_
 @pytest.mark.parametrize("schedule", [None, "Step"])
 def test_a_rollback_crosses_the_start_of_stochastic_weight_averaging(trainer, schedule):
     """Epochs of six batches; SWA begins with the third."""
-    guard, path = rollback(every=100), Weights()
+    guard, path = rollback(every_n_steps=100), Weights()
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=3, annealing_epochs=1)
     average = Weights(lambda: swa._average_model)
     fit = trainer(guard, path, swa, average, max_epochs=3)
@@ -125,7 +125,7 @@ def test_a_schedule_that_was_swapped_stays_and_goes_back_to_where_it_was_found(t
                 (optimizer,) = self.trainer.optimizers
                 self.trainer.lr_scheduler_configs[0].scheduler = O.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
-    fit = trainer(guard := rollback(every=100, hold_schedulers=False))
+    fit = trainer(guard := rollback(every_n_steps=100, hold_schedulers=False))
     fit.fit(Swaps(schedule=SCHEDULES["Step"]), data(8, batch_size=6))
     assert guard.rollbacks == 1
     (config,) = fit.lr_scheduler_configs
@@ -140,7 +140,7 @@ def test_schedules_that_step_now_and_then_count_on_from_where_parameters_were_ta
             optimizer = super().configure_optimizers()
             return [optimizer], [{"scheduler": O.lr_scheduler.StepLR(optimizer, 1), "interval": "step", "frequency": 2}]
 
-    fit = trainer(guard := rollback(every=100))
+    fit = trainer(guard := rollback(every_n_steps=100))
     fit.fit(Scheduled(BAD, at=3), data(9))
     assert guard.rollbacks == 1
     assert fit.lr_scheduler_configs[0].scheduler.last_epoch == 2, "batches 0 to 2 and 8 are four"
@@ -233,7 +233,7 @@ def test_a_plateau_schedule_goes_on_after_a_line_search_that_turned_bad_on_its_w
             loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
             return loss * self.factors.get(batch_idx, 1.0) if self.calls > 1 else loss
 
-    fit = trainer(guard := rollback(every=100))
+    fit = trainer(guard := rollback(every_n_steps=100))
     fit.fit(Later(optimizer=O.LBFGS, max_iter=4), data(BATCHES, batch_size=6))
     assert guard.rollbacks == 1
     (config,) = fit.lr_scheduler_configs

@@ -101,7 +101,7 @@ class Grows(Poisoned):
 
 
 def test_caches_that_have_grown_and_buffers_that_are_new_stay(trainer):
-    guard, module = rollback(max_consecutive=2, every=100), Grows()
+    guard, module = rollback(max_consecutive=2, every_n_steps=100), Grows()
     trainer(guard).fit(module, data(10))
     assert guard.rollbacks == 1
     assert len(module.cache) == 20
@@ -191,7 +191,7 @@ def low_bit(kind, bad=(3, 4)):
 @pytest.mark.parametrize("kind", [Coded, Cloned])
 def test_states_that_are_tensors_of_a_class_of_their_own_go_back(trainer, kind):
     loader, module, clean = list(data(7)), low_bit(kind), low_bit(kind, bad=())
-    ours, theirs = trainer(guard := rollback(max_consecutive=2, every=2)), trainer()
+    ours, theirs = trainer(guard := rollback(max_consecutive=2, every_n_steps=2)), trainer()
     ours.fit(module, DataLoader(loader, batch_size=None))
     theirs.fit(clean, DataLoader([*loader[:2], *loader[5:]], batch_size=None))
     assert guard.rollbacks == 1
@@ -201,8 +201,8 @@ def test_states_that_are_tensors_of_a_class_of_their_own_go_back(trainer, kind):
 
 
 def test_states_that_cannot_be_copied_are_refused_by_name_after_the_first_step(trainer):
-    fit = trainer(rollback(max_consecutive=2, every=100))
-    with pytest.raises(ValueError, match=r'`on_streak` must be "raise" .*\'moment\' in the state of LowBit.* kind Opaque. Use '):
+    fit = trainer(rollback(max_consecutive=2, every_n_steps=100))
+    with pytest.raises(ValueError, match=r"`rollback` must be None .*\'moment\' in the state of LowBit.* kind Opaque. Use "):
         fit.fit(low_bit(Opaque), data(7))
     assert fit.global_step == 1
 

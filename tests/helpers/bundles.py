@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.bundle import Bundle
 from tests.helpers.training import Poisoned, data
 
@@ -25,8 +25,9 @@ def bundles_in(folder):
     return [Bundle.read(path) for path in sorted(folder.iterdir())]
 
 
-def guard_to(folder, **options):
-    return NonFiniteGuard(bundle_dir=folder / "bad", **options)
+def guard_to(folder, *, weights="reference", max_count=20, max_bytes=2e9, **options):
+    bundles = Bundles(folder / "bad", weights=weights, max_count=max_count, max_bytes=max_bytes)
+    return NonFiniteGuard(bundles=bundles, **options)
 
 
 def loader_of(*batches):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.bundle import FACTS
 from clip_callbacks.cli import main
 
@@ -75,7 +75,7 @@ def samples(count=16, width=WIDTH):
 
 def fitted(trainer, tmp_path, module, inputs, batch_size=4, *, weights="full", options=None, callbacks=(), **guard):
     """The bundle of the only bad step of a fit."""
-    fit = trainer(*callbacks, NonFiniteGuard(bundle_dir=tmp_path / "bad", weights=weights, **guard), **(options or {}))
+    fit = trainer(*callbacks, NonFiniteGuard(bundles=Bundles(tmp_path / "bad", weights=weights), **guard), **(options or {}))
     fit.fit(module, DataLoader(TensorDataset(inputs), batch_size=batch_size))
     (bundle,) = (tmp_path / "bad").iterdir()
     return bundle

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from clip_callbacks import (
     GradientClipping,
     NonFiniteGuard,
+    Rollback,
 )
 from tests.helpers.members import O
 from tests.helpers.training import Poisoned, limit_states
@@ -21,8 +22,9 @@ BAD = {5: math.nan, 6: math.inf, 7: math.nan}
 LOST = {3, 4, 5, 6, 7}
 
 
-def rollback(**options):
-    return NonFiniteGuard(**{"on_streak": "rollback", "max_consecutive": 3, "every": 3} | options)
+def rollback(*, every_n_steps=3, max_rollbacks=3, lr_factor=1.0, max_consecutive=3, **options):
+    going_back = Rollback(every_n_steps=every_n_steps, max_rollbacks=max_rollbacks, lr_factor=lr_factor)
+    return NonFiniteGuard(max_consecutive=max_consecutive, rollback=going_back, **options)
 
 
 def without(loader, numbers):

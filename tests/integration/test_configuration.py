@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import (
     AccumulationRescaling,
+    Bundles,
     ClipRule,
     CosineLimit,
     EmaLimit,
@@ -30,6 +31,7 @@ from clip_callbacks import (
     RobustZScoreLimit,
     TightestLimit,
     WarmupLimit,
+    Rollback,
     ZScoreLimit,
 )
 from tests.helpers.training import Regression, data
@@ -210,6 +212,55 @@ trainer:
     assert clipping.norm_type == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("written", "bundles", "rollback"),
+    [
+        ("bundles: bad", Bundles("bad"), None),
+        ("bundles: {folder: bad, weights: full, max_bytes: 1e9}", Bundles("bad", weights="full", max_bytes=1e9), None),
+        (
+            "bundles: {class_path: clip_callbacks.Bundles, init_args: {folder: bad, max_count: 3}}",
+            Bundles("bad", max_count=3),
+            None,
+        ),
+        ("rollback: {}", None, Rollback()),
+        ("rollback: {every_n_steps: 50, lr_factor: 5e-1}", None, Rollback(every_n_steps=50, lr_factor=0.5)),
+        ("rollback: null, bundles: null", None, None),
+    ],
+)
+def test_options_of_bundles_and_of_rollbacks(tmp_path, written, bundles, rollback):
+    text = f"trainer: {{callbacks: [{{class_path: NonFiniteGuard, init_args: {{{written}}}}}]}}"
+    (guard,) = callbacks(write(tmp_path, text))
+    assert (guard.bundles, guard.rollback) == (bundles, rollback)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bundles", "rollback"),
+    [
+        (["bundles=bad"], Bundles("bad"), None),
+        (["bundles.folder=bad", "bundles.weights=full"], Bundles("bad", weights="full"), None),
+        (["rollback={}"], None, Rollback()),
+        (["rollback.every_n_steps=50"], None, Rollback(every_n_steps=50)),
+        (["bundles=bad", "rollback.lr_factor=0.5", "policy=zero"], Bundles("bad"), Rollback(lr_factor=0.5)),
+    ],
+)
+def test_options_of_bundles_and_of_rollbacks_on_the_command_line(monkeypatch, capsys, tmp_path, arguments, bundles, rollback):
+    arguments = ["--trainer.callbacks+=NonFiniteGuard", *(f"--trainer.callbacks.{argument}" for argument in arguments)]
+    (guard,) = callbacks(*arguments)
+    assert (guard.bundles, guard.rollback) == (bundles, rollback)
+    (again,) = callbacks(write(tmp_path, printed(monkeypatch, capsys, *arguments, "--print_config")))
+    assert (again.bundles, again.rollback) == (bundles, rollback)
+
+
+def test_options_of_bundles_and_of_rollbacks_with_hydra():
+    bundles = {"_target_": "clip_callbacks.Bundles", "folder": "bad", "weights": "full"}
+    rollback = {"_target_": "clip_callbacks.Rollback", "every_n_steps": 50}
+    written = [{"_target_": "clip_callbacks.NonFiniteGuard", "bundles": it, "rollback": rollback} for it in (bundles, "bad")]
+    config = OmegaConf.create({"trainer": {"_target_": "lightning.pytorch.Trainer", "logger": False, "callbacks": written}})
+    guards = [it for it in hydra.utils.instantiate(config.trainer).callbacks if isinstance(it, NonFiniteGuard)]
+    assert [guard.bundles for guard in guards] == [Bundles("bad", weights="full"), Bundles("bad")]
+    assert [guard.rollback for guard in guards] == [Rollback(every_n_steps=50)] * 2
+
+
 def test_short_names_on_the_command_line():
     (clipping,) = callbacks("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=0.5")
     assert clipping.rules == [ClipRule(0.5)]
@@ -265,6 +316,8 @@ def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
     made.fit(Regression(), data(6))
     clipping = next(callback for callback in made.callbacks if isinstance(callback, GradientClipping))
     assert clipping.rules[1] == ClipRule(FixedLimit(0.1), "parameter")
+    guard = next(callback for callback in made.callbacks if isinstance(callback, NonFiniteGuard))
+    assert guard.rollback == (Rollback(lr_factor=0.5) if path.name == "trainer.yaml" else None)
     if path.name == "limits.yaml":
         assert clipping.rules[0] == ClipRule(TightestLimit(5.0, ZScoreLimit()))
         assert clipping.shadow == [FixedLimit(1.0), QuantileLimit(0.9)]

@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch import Callback
 
 import clip_callbacks
-from clip_callbacks import FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit
+from clip_callbacks import (
+    Bundles,
+    FaultInjection,
+    GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
+    QuantileLimit,
+    Rollback,
+)
 from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers.training import Poisoned, assert_same_bits, data, leaves
 
@@ -21,11 +29,11 @@ EACH = [kind for kind in vars(clip_callbacks).values() if isinstance(kind, type)
 OPTIONS = {
     GradientClipping: [{}, {"max_norm": QuantileLimit(window=10), "scope": "unit", "shadow": [QuantileLimit(0.5)]}],
     NonFiniteGuard: [
-        *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"on_streak": "rollback", "every": 1}),
-        *({"level": "microbatch"}, {"bundle_dir": "bad", "weights": "full"}),
+        *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"rollback": Rollback(every_n_steps=1)}),
+        *({"level": "microbatch"}, {"bundles": Bundles("bad", weights="full")}),
     ],
     GradientNormMonitor: [{}, {"update_ratio": True, "contributions": True, "top_k": 2, "noise_scale": True}],
-    FaultInjection: [{"kind": "nan", "step": 1}, {"kind": "loss", "probability": 0.5}],
+    FaultInjection: [{"kind": "nan", "step": 1}, {"kind": "loss", "step": [2, 3]}],
 }
 MADE = [(kind, options) for kind in EACH for options in OPTIONS.get(kind, [{}])]
 NAMED = [pytest.param(*made, False, id=f"{made[0].__name__}-{'-'.join(made[1])}") for made in MADE]

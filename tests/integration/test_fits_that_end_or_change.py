@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, Rollback
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.guard.rollback import Rollback
+from clip_callbacks.guard.rollback import RunRestorer
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.snapshot import Snapshot
 from tests.helpers.records import record_of
@@ -94,13 +94,13 @@ def test_an_overflow_that_the_device_has_decided_on_is_judged_by_its_own_loss_sc
 
 def test_nothing_of_a_fit_is_held_in_circles(trainer):
     """What only the garbage collector finds may hold the memory of a GPU for long."""
-    guard = NonFiniteGuard(on_streak="rollback", every=1)
+    guard = NonFiniteGuard(rollback=Rollback(every_n_steps=1))
     callbacks = [GradientClipping(0.5), guard, AccumulationRescaling(), GradientNormMonitor()]
     gc.collect()
     gc.disable()
     try:
         trainer(*callbacks).fit(Regression(), data(4))
-        kinds = {StepEngine, OptimizerContext, Rollback, Snapshot}
+        kinds = {StepEngine, OptimizerContext, RunRestorer, Snapshot}
         held = [type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds]
     finally:
         gc.enable()
@@ -186,6 +186,6 @@ def test_no_batch_is_held_beyond_its_step(trainer, tmp_path, level):
             if batch_idx % 2 == 0:  # the first of a window: all those before it have had their step
                 alive.extend(made() is not None for made in batches.made[:batch_idx])
 
-    guard = NonFiniteGuard(level=level, bundle_dir=tmp_path / "bad")
+    guard = NonFiniteGuard(level=level, bundles=tmp_path / "bad")
     trainer(Alive(), guard, accumulate_grad_batches=2).fit(Regression(), torch.utils.data.DataLoader(batches, batch_size=None))
     assert alive == [False] * (2 + 4 + 6)

@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 from clip_callbacks import (
     AccumulationRescaling,
     BatchSize,
+    Bundles,
     ClipRule,
     GradientClipping,
     GradientNormMonitor,
     NonFiniteGuard,
     RatioLimit,
+    Rollback,
     ZScoreLimit,
 )
 from tests.helpers.records import record_of
@@ -35,11 +37,11 @@ FAMILIES = {
         GradientNormMonitor("layer", update_ratio=True, contributions=True),
         GradientNormMonitor("parameter", histograms=True),
     ],
-    "rollback": lambda: [NonFiniteGuard(on_streak="rollback", every=1), GradientClipping(0.1)],
+    "rollback": lambda: [NonFiniteGuard(rollback=Rollback(every_n_steps=1)), GradientClipping(0.1)],
     "micro-batches": lambda: [NonFiniteGuard(level="microbatch"), GradientClipping(0.1)],
     "deferred": lambda: [NonFiniteGuard(deferred=True), GradientClipping(0.1)],
     "weights of micro-batches": lambda: [AccumulationRescaling(BatchSize()), GradientClipping(0.1)],
-    "bundles": lambda: [NonFiniteGuard(bundle_dir="bundles", weights="full", trace_forward=True), GradientClipping(0.1)],
+    "bundles": lambda: [NonFiniteGuard(bundles=Bundles("bundles", weights="full"), trace_forward=True), GradientClipping(0.1)],
 }
 
 
@@ -155,7 +157,7 @@ def test_lazy_modules_that_never_run_or_run_late_are_no_obstacle(trainer, tmp_pa
 
 def test_no_copy_to_go_back_to_is_made_of_what_lazy_modules_have_just_become(trainer):
     """It would lack the batch statistics of before: the first is made of the second good step."""
-    guard = NonFiniteGuard(on_streak="rollback", every=100, max_consecutive=1)
+    guard = NonFiniteGuard(rollback=Rollback(), max_consecutive=1)
     module = Drawn({3: math.nan}, net=lazy_network())
     seen = []
 

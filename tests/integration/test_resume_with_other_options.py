@@ -22,6 +22,7 @@ from clip_callbacks import (
     QuantileLimit,
     RobustZScoreLimit,
     TightestLimit,
+    Rollback,
     ZScoreLimit,
 )
 from tests.helpers.laws import ADAPTIVE
@@ -143,7 +144,7 @@ CHANGES = {
     ),
     "rescaling more": ([NonFiniteGuard()], [AccumulationRescaling(), NonFiniteGuard()], ""),
     "another policy": ([NonFiniteGuard()], [NonFiniteGuard("zero", max_consecutive=3, level="window", hold_schedulers=False)], ""),
-    "a rollback": ([NonFiniteGuard()], [NonFiniteGuard(on_streak="rollback", every=1)], ""),
+    "a rollback": ([NonFiniteGuard()], [NonFiniteGuard(rollback=Rollback(every_n_steps=1))], ""),
 }
 
 
@@ -287,7 +288,7 @@ DAMAGES = [
     (NonFiniteGuard, lambda state: state.update(skipped_batches=(1, 2)), "not enough values"),
     (GradientNormMonitor, lambda state: state["blocks"][0].update(clipped=None), "AttributeError"),
     (GradientNormMonitor, lambda state: state["noise"].update({0: [1.0]}), "must be a mapping"),
-    (FaultInjection, lambda state: state.pop("generator"), "KeyError: 'generator'"),
+    (FaultInjection, lambda state: state.pop("last_step"), "KeyError: 'last_step'"),
 ]
 
 

@@ -105,7 +105,7 @@ def test_it_goes_on_through_bad_batches_without_them(trainer, said):
             assert all(tensor.isfinite().all() for tensor in self.parameters())
 
     bad = dict.fromkeys(range(5, 18), math.nan)
-    guard = NonFiniteGuard("raise", bundle_dir=trainer().default_root_dir + "/bundles")
+    guard = NonFiniteGuard("raise", bundles=trainer().default_root_dir + "/bundles")
     clipping = GradientClipping(0.1)
     losses = curve(trainer(guard, clipping), Notes(bad))
     assert [math.isnan(loss) for loss in losses] == [False] * 5 + [True] * 15  # a running mean, of Lightning's own

@@ -15,8 +15,8 @@ THEIRS = {
     AccumulationRescaling: {"weight", "divide"},
     GradientClipping: {"rules", "shadow", "norm_type", "clip_value", "prog_bar", "summary"},
     NonFiniteGuard: {
-        *("policy", "level", "restore_buffers", "hold_schedulers", "trace_forward", "deferred", "skip_above"),
-        *("on_streak", "every", "lr_factor", "summary"),
+        *("policy", "max_consecutive", "level", "skip_above", "hold_schedulers", "trace_forward", "deferred"),
+        *("bundles", "rollback", "summary"),
         *("skipped_steps_of", "zeroed_steps", "overflowed_steps", "rollbacks", "dropped_micro_batches"),
     },
     GradientNormMonitor: {

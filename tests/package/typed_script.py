@@ -2,10 +2,19 @@
 
 from lightning.pytorch import Trainer
 
-from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, QuantileLimit, StepReport
+from clip_callbacks import (
+    Bundles,
+    ClipRule,
+    GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
+    QuantileLimit,
+    Rollback,
+    StepReport,
+)
 
 clipping = GradientClipping(rules=[ClipRule(QuantileLimit(0.1)), ClipRule(0.1, "parameter", include="^decoder")])
-guard = NonFiniteGuard("skip", max_consecutive=5, bundle_dir="bad_steps")
+guard = NonFiniteGuard("skip", max_consecutive=5, bundles=Bundles("bad_steps", weights="full"), rollback=Rollback(lr_factor=0.5))
 trainer = Trainer(callbacks=[clipping, guard, GradientNormMonitor()])
 report: StepReport | None = clipping.last_report
 total: float = float(report.total_norm) if report else 0.0

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard
+from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard, Rollback
 from tests.helpers.training import SAFELY, GradientTape, Poisoned, TwoNetworks, data, scaled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +71,7 @@ def test_an_epoch_without_a_good_step_has_counts(trainer, tmp_path):
             {"dropped_micro_batches": 2, "skipped_steps": 0},
         ),
         (
-            NonFiniteGuard(max_consecutive=2, on_streak="rollback", every=1),
+            NonFiniteGuard(max_consecutive=2, rollback=Rollback(every_n_steps=1)),
             Poisoned({2: math.nan, 3: math.nan}),
             {},
             {"rollbacks": 1, "skipped_steps": 2},

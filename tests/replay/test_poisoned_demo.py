@@ -31,7 +31,7 @@ def test_the_bundle_of_the_poisoned_demo_names_the_module_and_the_sample(tmp_pat
         "--trainer.val_check_interval=12",
     ]
     small = ["--poison=0.2", "--trainer.enable_progress_bar=false"]
-    guard = ["--trainer.callbacks+=NonFiniteGuard", "--trainer.callbacks.bundle_dir=bad", "--trainer.callbacks.weights=full"]
+    guard = ["--trainer.callbacks+=NonFiniteGuard", *(f"--trainer.callbacks.bundles.{it}" for it in ("folder=bad", "weights=full"))]
     done = forked.run(DEMO, "fit", f"--config={small_config}", *options, *small, *guard, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     bundles = [Bundle.read(path) for path in sorted((tmp_path / "bad").iterdir())]

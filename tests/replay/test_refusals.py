@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.bundle import BATCHES, FACTS, WEIGHTS
 from clip_callbacks.cli import main
 from clip_callbacks.replay.starting_weights import check_fit
@@ -133,7 +133,7 @@ def one_item(batch):
 def test_classes_of_batches_are_named_and_run_if_they_are_trusted(trainer, tmp_path, capsys):
     inputs = samples()
     inputs[9, 3] = 0
-    fit = trainer(NonFiniteGuard(bundle_dir=tmp_path / "bad", weights="full"))
+    fit = trainer(NonFiniteGuard(bundles=Bundles(tmp_path / "bad", weights="full")))
     fit.fit(Cased("log"), DataLoader(TensorDataset(inputs), batch_size=4, collate_fn=one_item))
     (bundle,) = (tmp_path / "bad").iterdir()
     arguments = config(tmp_path, Cased, kind="log")

@@ -90,7 +90,7 @@ def script(tmp_path):
                             {"class_path": "__main__.Loud"},
                             {
                                 "class_path": "clip_callbacks.NonFiniteGuard",
-                                "init_args": {"bundle_dir": str(folder / "bad"), "max_bundles": 1},
+                                "init_args": {"bundles": {"folder": str(folder / "bad"), "max_count": 1}},
                             },
                         ],
                     },

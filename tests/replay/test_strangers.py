@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from clip_callbacks import NonFiniteGuard
+from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.bundle import BATCHES, FACTS, OPTIMIZERS, WEIGHTS
 from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.cli import main
@@ -29,7 +29,7 @@ def written(tmp_path_factory):
     folder, inputs = tmp_path_factory.mktemp("bundle"), samples(8)
     inputs[5, 3] = 0
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-    fit = Trainer(callbacks=[NonFiniteGuard(bundle_dir=folder, weights="full")], max_epochs=1, accelerator="cpu", **quiet)
+    fit = Trainer(callbacks=[NonFiniteGuard(bundles=Bundles(folder, weights="full"))], max_epochs=1, accelerator="cpu", **quiet)
     fit.fit(Net("log"), DataLoader(TensorDataset(inputs), batch_size=4))
     (bundle,) = folder.iterdir()
     return bundle

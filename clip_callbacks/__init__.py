@@ -2,7 +2,14 @@
 
 from clip_callbacks._version import __version__ as __version__
 from clip_callbacks.accumulation.weights import BatchSize, LabelTokens
-from clip_callbacks.callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.callbacks import (
+    AccumulationRescaling,
+    FaultInjection,
+    GradientClipping,
+    GradientNoiseScale,
+    GradientNormMonitor,
+    NonFiniteGuard,
+)
 from clip_callbacks.core.clip_grad import clip_grad_norm_
 from clip_callbacks.core.limits import (
     BlockNorms,
@@ -36,6 +43,7 @@ __all__ = [
     "FaultInjection",
     "FixedLimit",
     "GradientClipping",
+    "GradientNoiseScale",
     "GradientNormMonitor",
     "LabelTokens",
     "Limit",

@@ -84,7 +84,7 @@ def train(way: str, steps: int, folder: Path, **regularization: float) -> dict[s
     for file in folder.glob("events.*"):  # of an earlier run
         file.unlink()
     module, logger = SimpleRNN(**regularization), TensorBoardLogger(folder, name="", version="")
-    callbacks = GradientClipping(**WAYS[way]), GradientNormMonitor("parameter", contributions=True)
+    callbacks = GradientClipping(**WAYS[way]), GradientNormMonitor("parameter", log_contributions=True)
     trainer = quiet_trainer(*callbacks, max_epochs=4, logger=logger, log_every_n_steps=1)
     trainer.fit(module, DataLoader(sequences(-(-steps // 4)), batch_size=32))
     logger.finalize("success")

@@ -5,5 +5,13 @@ from clip_callbacks.callbacks.clipping import GradientClipping
 from clip_callbacks.callbacks.fault_injection import FaultInjection
 from clip_callbacks.callbacks.guard import NonFiniteGuard
 from clip_callbacks.callbacks.monitor import GradientNormMonitor
+from clip_callbacks.callbacks.noise_scale import GradientNoiseScale
 
-__all__ = ["AccumulationRescaling", "FaultInjection", "GradientClipping", "GradientNormMonitor", "NonFiniteGuard"]
+__all__ = [
+    "AccumulationRescaling",
+    "FaultInjection",
+    "GradientClipping",
+    "GradientNoiseScale",
+    "GradientNormMonitor",
+    "NonFiniteGuard",
+]

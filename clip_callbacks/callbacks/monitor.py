@@ -1,4 +1,4 @@
-"""GradientNormMonitor."""
+"""The callback GradientNormMonitor."""
 
 from __future__ import annotations
 
@@ -10,54 +10,51 @@ from clip_callbacks.core.blocks import SCOPES, Scope, Selection
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State
-from clip_callbacks.publishing.monitor import Monitor, MonitorOptions
+from clip_callbacks.publishing.norm_monitor import MonitorOptions, NormMonitor
 from clip_callbacks.stats.advice import Advice, advise
 from clip_callbacks.trainer.checks import CallbackFacts
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-TWO = 2.0
-
 
 class GradientNormMonitor(GradientCallback):
-    """Shows how large the gradients are: a norm for each block on every logging step, and at the end a max_norm worth trying.
+    """Shows how large the gradients are: one norm per block on every logging step, and a suggested max_norm at the end of the fit.
 
-    Changes nothing. Beside a GradientClipping it costs no further read of the gradients; its norms are those before clipping.
+    A block is a set of gradient entries that share one norm, for instance those of one layer. The callback changes nothing. Beside
+    GradientClipping it costs no further read of the gradients; its norms are those before clipping.
 
-    Metrics: ``grad_norm/<block>`` for each block of ``scope``, and those that the whole family logs. At the end of an epoch
-    ``grad_norm_p50/<block>``, ``_p90`` and ``_p99`` over all its healthy steps, each within 1 % (see
-    :class:`~clip_callbacks.stats.sketch.NormSketch`); and where a rule clips local norms ``grad_clip_fraction/<block>``, the share
-    of these steps in which rules made any entry of the block smaller.
+    Metrics: ``grad_norm/<block>`` for each block of ``scope``, and the metrics of the total norm that every callback of this
+    package logs. At the end of an epoch, over all its healthy steps, ``grad_norm_p50/<block>``, ``grad_norm_p90/<block>`` and
+    ``grad_norm_p99/<block>``, each within 1 % (see :class:`~clip_callbacks.stats.sketch.NormSketch`). If a rule clips local norms,
+    also ``grad_clip_fraction/<block>``, the fraction of these steps in which any rule made entries of the block smaller.
 
     Args:
-        scope: Which entries share one norm: "global", "group", "layer" or "parameter". (A metric for each "unit" would be
-            thousands.)
-        norm_type: The order p of the norm, above 0; "inf" is the maximum norm. The same as GradientClipping's in the same Trainer.
-        every_n_steps: Log what there is of blocks only every so many optimizer steps; None: on every logging step of the Trainer.
-        noise_scale: Whether to estimate the gradient noise scale from the micro-batches of accumulation windows and log it as
-            ``grad/noise_scale``, in samples (in micro-batches where a batch's tensors are of several lengths): about the batch
-            beyond which more samples in a step stop to pay. Reads the gradients after each backward pass, and needs room for those
-            of one micro-batch. McCandlish et al., arXiv 1812.06162; see :class:`~clip_callbacks.stats.noise_scale.NoiseScale`.
-        contributions: Whether to log for each block ``grad_contribution/<block>``, its share of the total norm (of the sum of
-            squares, for p = 2), and ``grad_spill_over/<block>``, the share of its norm that clipping took because of other blocks:
-            1 less its norm after clipping over what that would be if all other gradients were 0, the limits being what they are.
-        params: A regular expression; blocks are made of parameters in whose name ``re.search`` finds it. None: of all.
-        exclude: A regular expression; parameters in whose name ``re.search`` finds it are in no block.
-        top_k: Log only so many blocks: on each logging step those with the largest norms, at the end of an epoch those with the
-            largest p99. None: all.
-        update_ratio: Whether to log ``update_ratio/<block>``, how far the step moved the block's weights as a share of their norm
-            before it. Copies the parameters, on logging steps only. Nothing is logged for a step that is skipped or whose
-            gradients are not finite, nor for weights of 0.
-        histograms: Whether to log ``grad_histogram/<block>``, how many entries of the block's gradient before clipping lie between
-            which powers of two, to TensorBoard and Weights & Biases. Reads the gradients once more, on logging steps only. Not
-            where ranks hold parts of them.
-        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
-            too. The table among them needs a fit of at least 100 optimizer steps.
+        scope: The gradient entries that share one norm: "global", "group", "layer" or "parameter". ("unit" would be thousands of
+            metrics.)
+        norm_type: The order p of the norm, above 0; "inf" is the maximum norm. Must be equal in all callbacks of one Trainer.
+        every_n_steps: The least number of optimizer steps between two times that metrics of blocks are logged. None: they are
+            logged on every logging step of the Trainer.
+        include: A regular expression. If given, blocks have only those parameters in whose name ``re.search`` finds it.
+        exclude: A regular expression. Parameters in whose name ``re.search`` finds it are in no block.
+        top_k: The largest number of blocks to log: on each logging step those with the largest norms, at the end of an epoch those
+            with the largest p99. None: all.
+        log_update_ratio: If True, log ``update_ratio/<block>``: the norm of the change of the block's weights in the step, divided
+            by their norm before it. Copies the parameters, on logging steps only. Nothing is logged for skipped steps, non-finite
+            gradients, or weights that are all 0.
+        log_contributions: If True, log ``grad_contribution/<block>``, the fraction of the total norm (for p = 2, of the sum of
+            squares) that is the block's, and ``grad_spill_over/<block>``, the fraction of the block's norm that clipping removed
+            because of other blocks: 1 - a / b, where a is its norm after clipping, and b would be its norm after clipping with
+            equal limits if all other gradients were 0.
+        log_histograms: If True, log ``grad_histogram/<block>`` to TensorBoard and Weights & Biases: the numbers of entries of the
+            block's gradient before clipping that lie between successive powers of 2. Reads the gradients once more, on logging
+            steps only. Refused where ranks hold parts of the gradients.
+        summary: If False, no callback of this package prints the messages that sum up a fit at its end. The table among them is
+            printed after fits of at least 100 optimizer steps only.
 
     Raises:
-        ValueError: If an argument is out of its range, a pattern is no regular expression, or ``noise_scale`` is asked for with
-            another norm than the 2-norm. At the start of fit, if a pattern matches no parameter.
+        ValueError: If an argument is out of its range, or a pattern is no regular expression. At the start of fit, if a pattern
+            matches no parameter.
 
     Example::
 
@@ -73,13 +70,12 @@ class GradientNormMonitor(GradientCallback):
         *,
         norm_type: float | Literal["inf"] = 2.0,
         every_n_steps: int | None = None,
-        noise_scale: bool = False,
-        contributions: bool = False,
-        params: str | None = None,
+        include: str | None = None,
         exclude: str | None = None,
         top_k: int | None = None,
-        update_ratio: bool = False,
-        histograms: bool = False,
+        log_update_ratio: bool = False,
+        log_contributions: bool = False,
+        log_histograms: bool = False,
         summary: bool = True,
     ) -> None:
         if scope not in SCOPES or scope == "unit":
@@ -87,27 +83,25 @@ class GradientNormMonitor(GradientCallback):
         self.scope: Scope = scope
         super().__init__()
         self.norm_type: float = as_norm_type(norm_type)
-        if noise_scale and self.norm_type != TWO:
-            raise ValueError(f"`norm_type` must be 2 beside noise_scale=True, got {norm_type!r}: the estimate is one of 2-norms.")
         self.every_n_steps = as_count_or_none(every_n_steps, "every_n_steps", least=1)
-        self.noise_scale = noise_scale
-        self.contributions = contributions
-        self.params, self.exclude = params, exclude
+        self.include, self.exclude = include, exclude
         self.top_k = as_count_or_none(top_k, "top_k", least=1)
-        self.update_ratio, self.histograms = update_ratio, histograms
+        self.log_update_ratio = log_update_ratio
+        self.log_contributions = log_contributions
+        self.log_histograms = log_histograms
         self.summary = summary
-        self._selection = Selection(params, exclude)
+        self._selection = Selection(include, exclude)
 
     @property
     def _stable_key(self) -> str:
-        """Several monitors may stand in one Trainer: one for each scope."""
+        """The class with the scope: one Trainer may have several monitors, one for each scope."""
         return self._key(scope=self.scope)
 
     def _facts(self) -> CallbackFacts:
         return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        self._part = Monitor(self._monitor_options, saved)
+        self._part = NormMonitor(self._monitor_options, saved)
         return Parts(monitor=self._part, norm_type=self.norm_type, summary=self.summary, histories=saved.get("history", {}))
 
     @property
@@ -116,35 +110,37 @@ class GradientNormMonitor(GradientCallback):
             scope=self.scope,
             selection=self._selection,
             every_n_steps=self.every_n_steps,
-            noise_scale=self.noise_scale,
-            contributions=self.contributions,
             top_k=self.top_k,
-            update_ratio=self.update_ratio,
-            histograms=self.histograms,
+            log_update_ratio=self.log_update_ratio,
+            log_contributions=self.log_contributions,
+            log_histograms=self.log_histograms,
         )
 
     def _for_search(self) -> None:
-        """Steps of a search tell nothing of the run."""
+        """Steps of a search tell nothing about the run."""
 
     def _empty_state(self) -> dict[str, Any]:
-        return {"norms": {}, "blocks": {}, "last_logged": {}, "noise": {}}
+        return {"norms": {}, "blocks": {}, "last_logged": {}}
 
     def _check_state(self, state: State) -> None:
-        Monitor(self._monitor_options, state)
+        NormMonitor(self._monitor_options, state)
 
     def _adopt(self, others: Sequence[State]) -> list[str]:
-        """A monitor of another scope has seen the same norms of all gradients together."""
+        # Total norms do not depend on the scope: a monitor without a state goes on with those of a monitor of another scope.
         anew = super()._adopt(others)
         other = next((state for state in others if "norms" in state and "blocks" in state), None)
         if not self._saved and other:
-            self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"], "noise": other["noise"]}
+            self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"]}
         return anew
 
     def advice(self, index: int = 0) -> Advice | None:
-        """A max_norm worth trying, a limit that sets itself, and why, from every healthy step of the run; None before the first.
+        """Return a suggested max_norm, an adaptive limit, and the reason for both, from all healthy steps of the run.
 
         Args:
             index: The number of the optimizer.
+
+        Returns:
+            The advice; None before the first healthy step.
         """
         norms = self.state_dict()["norms"].get(index)
         return None if norms is None else advise(norms)

@@ -24,7 +24,7 @@ class Parts:
         guard: What decides on bad steps.
         default_guard: What decides on them if no other callback brings a guard.
         rescaler: What makes windows means.
-        monitor: What watches the norms of blocks.
+        monitor: The part that observes the steps.
         norm_type: The order of norms that it asks for; None takes any.
         shows: Whether the progress bar shows the norm.
         summary: Whether the fit is summed up in the end; None leaves it to others.
@@ -50,7 +50,7 @@ class Components:
         clipper: What clips.
         guard: What decides on bad steps.
         rescaler: What makes windows means.
-        monitors: What watches the norms of blocks.
+        monitors: The parts that observe the steps.
         norm_type: The order of all norms.
         shows: Whether the progress bar shows the norm.
         summary: Whether the fit is summed up in the end: a callback wants it, and none is against it.

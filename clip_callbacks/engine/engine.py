@@ -119,7 +119,7 @@ class StepEngine:
 
     @property
     def _compares_micro_batches(self) -> bool:
-        return any(monitor.options.noise_scale for monitor in self._monitors)
+        return any(monitor.measures_micro_batches for monitor in self._monitors)
 
     def _check_trainer(self) -> None:
         check_optimizers(self._trainer.optimizers, self._scaler, self._facts)

@@ -11,7 +11,6 @@ from clip_callbacks.accumulation.windows import Windows
 from clip_callbacks.core.fused import take_back
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
-from clip_callbacks.publishing.histograms import check_histograms
 from clip_callbacks.trainer.checks import CallbackFacts, check_optimizers
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.optimizer_context import OptimizerContext, make_contexts
@@ -55,8 +54,8 @@ class Optimizers:
         self._deferred = deferred
         self._facts = callbacks
         self.contexts = make_contexts(trainer, module, components.histories)
-        if any(monitor.options.histograms for monitor in components.monitors):
-            check_histograms(trainer, self.contexts)
+        for monitor in components.monitors:
+            monitor.check(trainer, self.contexts)
         names = [name for name, _ in module.named_parameters()]
         self._attach(self.contexts, names, renewed=False)
 

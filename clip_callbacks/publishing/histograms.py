@@ -29,13 +29,14 @@ def check_histograms(trainer: Trainer, contexts: Sequence[OptimizerContext]) -> 
     if not trainer.fast_dev_run and not any(_takes_histograms(logger) for logger in trainer.loggers):  # type: ignore[attr-defined]
         names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
         raise ValueError(
-            f"`histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: no other takes "
+            f"`log_histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: no other takes "
             "histograms. Add one of them to the Trainer."
         )
     if any(context.table.reduction for context in contexts):
         raise ValueError(
-            f"`histograms` must be False where ranks hold parts of the gradients, got True with {type(trainer.strategy).__name__}: "
-            "each rank would show its own part as the whole. Use strategy='ddp', or look at them in a short run on one device."
+            "`log_histograms` must be False where ranks hold parts of the gradients, got True with "
+            f"{type(trainer.strategy).__name__}: each rank would show its own part as the whole. Use strategy='ddp', or look at "
+            "them in a short run on one device."
         )
 
 

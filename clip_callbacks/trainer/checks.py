@@ -19,7 +19,7 @@ from clip_callbacks.trainer.strategies import averages_plainly
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-Kind = Literal["clipping", "guard", "rescaling", "monitor"]
+Kind = Literal["clipping", "guard", "rescaling", "monitor", "noise scale"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class CallbackFacts:
         norm_type: The order of norms that it asks for; None takes any.
         nonfinite: Its own policy for bad steps, where it stands in for a guard.
         is_weighted: Whether it gives micro-batches weights.
-        has_noise_scale: Whether it estimates the gradient noise scale.
     """
 
     kind: Kind
@@ -40,13 +39,13 @@ class CallbackFacts:
     norm_type: float | None = None
     nonfinite: Policy = "skip"
     is_weighted: bool = False
-    has_noise_scale: bool = False
 
 
 _ONE_EACH = {
     "clipping": "gradients would be clipped twice; give one GradientClipping several `rules`",
     "guard": "which policy holds? Keep one of them",
     "rescaling": "gradients would be rescaled twice; keep one of them",
+    "noise scale": "the metric would be logged twice; keep one of them",
 }
 
 
@@ -103,8 +102,8 @@ def check_noise_scale(trainer: Trainer, module: LightningModule, *, is_weighted:
     """
     if reason := _reason_against_noise_scale(trainer, module, is_weighted=is_weighted):
         raise ValueError(
-            f"`noise_scale` must be False with {reason}, got True. Estimate it in a short run on one device, with "
-            "automatic optimization and equal micro-batches."
+            f"GradientNoiseScale must not be used with {reason}. Remove it, and estimate the noise scale in a short run on one "
+            "device, with automatic optimization and equal micro-batches."
         )
     warn_of_single_micro_batches(trainer)
 
@@ -124,11 +123,13 @@ def _reason_against_noise_scale(trainer: Trainer, module: LightningModule, *, is
 
 
 def warn_of_single_micro_batches(trainer: Trainer) -> None:
-    """Say that windows of one micro-batch tell nothing of the noise scale."""
+    """Warn if windows have one micro-batch only, from which the noise scale cannot be estimated."""
     schedulers = [it for it in trainer.callbacks if is_of(it, GRADIENT_ACCUMULATION_SCHEDULER)]  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches <= 1 and not schedulers:
         rank_zero_warn(
-            "noise_scale=True needs windows of several micro-batches: set accumulate_grad_batches above 1.", stacklevel=2
+            "GradientNoiseScale needs accumulation windows of several micro-batches, and logs nothing without them. Set "
+            "`accumulate_grad_batches` above 1.",
+            stacklevel=2,
         )
 
 

@@ -47,12 +47,14 @@ def of_shards(name):
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        parallel.result(name, GradientNormMonitor(histograms=True), logger=TensorBoardLogger(folder), steps=2)
+        parallel.result(name, GradientNormMonitor(log_histograms=True), logger=TensorBoardLogger(folder), steps=2)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "tp"])
 def test_histograms_of_shards_are_refused(run, name):
-    with pytest.raises(RanksFailedError, match="`histograms` must be False where ranks hold parts .*, got True with ModelParallel"):
+    with pytest.raises(
+        RanksFailedError, match="`log_histograms` must be False where ranks hold parts .*, got True with ModelParallel"
+    ):
         run(name, function=of_shards)
 
 

@@ -67,7 +67,7 @@ def test_limits_and_metrics_are_those_of_the_parameters_that_learn(trainer, tmp_
     seen, learned = [], []
     for held in (True, False):
         module, rules = Adapted(kind, held=held), [ClipRule(RatioLimit(0.01), "layer"), ClipRule(RatioLimit(0.1))]
-        monitor = GradientNormMonitor(update_ratio=True, histograms=True, contributions=True)
+        monitor = GradientNormMonitor(log_update_ratio=True, log_histograms=True, log_contributions=True)
         fit = trainer(GradientClipping(rules=rules), monitor, logger=TensorBoardLogger(tmp_path))
         fit.fit(module, data(6))
         seen.append({key: float(value) for key, value in fit.callback_metrics.items()})

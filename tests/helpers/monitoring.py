@@ -43,5 +43,5 @@ def norm(tensors, p):
 
 
 def moved(name, scope, norm_type):
-    found = parallel.train(name, GradientNormMonitor(scope, norm_type=norm_type, update_ratio=True), steps=5)
+    found = parallel.train(name, GradientNormMonitor(scope, norm_type=norm_type, log_update_ratio=True), steps=5)
     return {key: float(value) for key, value in found["trainer"].callback_metrics.items()}

@@ -14,6 +14,7 @@ from clip_callbacks import (
     ClipRule,
     FixedLimit,
     GradientClipping,
+    GradientNoiseScale,
     GradientNormMonitor,
     NonFiniteGuard,
     clip_step,
@@ -152,6 +153,7 @@ def test_two_of_a_kind(trainer):
         trainer, "one GradientNormMonitor for each scope, got .* every metric would be logged twice",
         GradientNormMonitor("layer"), GradientNormMonitor("layer", every_n_steps=3),
     )  # fmt: skip
+    refused(trainer, "one noise scale callback, got .* would be logged twice", GradientNoiseScale(), GradientNoiseScale())
 
 
 def test_different_norm_types(trainer):
@@ -176,7 +178,7 @@ def test_accumulation_under_lbfgs(trainer):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [GradientClipping, NonFiniteGuard, GradientNormMonitor])
+@pytest.mark.parametrize("make", [GradientClipping, NonFiniteGuard, GradientNormMonitor, GradientNoiseScale])
 def test_the_state_of_something_else(make):
     with pytest.raises(ValueError, match=f"the checkpoint's state must be one of {make.__name__}, got keys"):
         make().load_state_dict({"history": {}})

@@ -23,6 +23,7 @@ from clip_callbacks import (
     EmaLimit,
     FixedLimit,
     GradientClipping,
+    GradientNoiseScale,
     GradientNormMonitor,
     LinearLimit,
     NonFiniteGuard,
@@ -59,7 +60,7 @@ def parse(*arguments, model=BoringModel, datamodule=None):
 
 
 def callbacks(*arguments):
-    family = (GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor)
+    family = (GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor, GradientNoiseScale)
     return [callback for callback in parse(*arguments, *QUIET).trainer.callbacks if isinstance(callback, family)]
 
 
@@ -105,19 +106,19 @@ trainer:
         scope: parameter
         norm_type: inf
         every_n_steps: 100
-        params: ^layer
+        include: ^layer
         exclude: bias
         top_k: 10
-        update_ratio: true
-        histograms: true
-        contributions: true
+        log_update_ratio: true
+        log_histograms: true
+        log_contributions: true
 """
     (monitor,) = callbacks(write(tmp_path, text))
     assert (monitor.scope, monitor.norm_type, monitor.every_n_steps) == ("parameter", float("inf"), 100)
-    assert (monitor.params, monitor.exclude, monitor.top_k) == ("^layer", "bias", 10)
-    assert monitor.update_ratio
-    assert monitor.histograms
-    assert monitor.contributions
+    assert (monitor.include, monitor.exclude, monitor.top_k) == ("^layer", "bias", 10)
+    assert monitor.log_update_ratio
+    assert monitor.log_histograms
+    assert monitor.log_contributions
 
 
 def test_class_path_with_a_nested_limit(tmp_path):
@@ -270,6 +271,8 @@ def test_short_names_on_the_command_line():
     )  # fmt: skip
     assert clipping.rules == [ClipRule(FixedLimit(3.0))]
     assert guard.policy == "zero"
+    (noise_scale,) = callbacks("--trainer.callbacks+=GradientNoiseScale")
+    assert isinstance(noise_scale, GradientNoiseScale)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,9 @@ def printed(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", [GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor])
+@pytest.mark.parametrize(
+    "family", [GradientClipping, NonFiniteGuard, AccumulationRescaling, GradientNormMonitor, GradientNoiseScale]
+)
 def test_print_config_shows_every_option_with_its_help(monkeypatch, capsys, family):
     import inspect
 

@@ -15,6 +15,7 @@ from clip_callbacks import (
     Bundles,
     FaultInjection,
     GradientClipping,
+    GradientNoiseScale,
     GradientNormMonitor,
     NonFiniteGuard,
     QuantileLimit,
@@ -32,7 +33,7 @@ OPTIONS = {
         *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"rollback": Rollback(every_n_steps=1)}),
         *({"level": "microbatch"}, {"bundles": Bundles("bad", weights="full")}),
     ],
-    GradientNormMonitor: [{}, {"update_ratio": True, "contributions": True, "top_k": 2, "noise_scale": True}],
+    GradientNormMonitor: [{}, {"log_update_ratio": True, "log_contributions": True, "top_k": 2}],
     FaultInjection: [{"kind": "nan", "step": 1}, {"kind": "loss", "step": [2, 3]}],
 }
 MADE = [(kind, options) for kind in EACH for options in OPTIONS.get(kind, [{}])]
@@ -88,7 +89,8 @@ def test_before_in_and_after_a_fit_and_after_an_error(trainer, tmp_path, monkeyp
     callback = kind(**options)
     check(callback)
     checks = Checks(callback, fails)
-    run = trainer(callback, checks, accumulate_grad_batches=2 if {"noise_scale", "level"} & options.keys() else 1)
+    accumulates = kind is GradientNoiseScale or "level" in options
+    run = trainer(callback, checks, accumulate_grad_batches=2 if accumulates else 1)
     if fails:
         with pytest.raises(KeyError):
             run.fit(Wide({2: math.nan}), data(6))

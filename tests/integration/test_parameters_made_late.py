@@ -34,8 +34,8 @@ FAMILIES = {
     "metrics": lambda: [
         GradientClipping(0.1),
         AccumulationRescaling(),
-        GradientNormMonitor("layer", update_ratio=True, contributions=True),
-        GradientNormMonitor("parameter", histograms=True),
+        GradientNormMonitor("layer", log_update_ratio=True, log_contributions=True),
+        GradientNormMonitor("parameter", log_histograms=True),
     ],
     "rollback": lambda: [NonFiniteGuard(rollback=Rollback(every_n_steps=1)), GradientClipping(0.1)],
     "micro-batches": lambda: [NonFiniteGuard(level="microbatch"), GradientClipping(0.1)],

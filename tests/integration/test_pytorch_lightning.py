@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNoiseScale, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.trainer import compat
 from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_of
 from tests.helpers.training import assert_same_bits, data, numbers, weights
@@ -21,7 +21,7 @@ def make_trainer(package, tmp_path, *callbacks, **options):
 
 
 def family():
-    monitor = GradientNormMonitor(histograms=True, update_ratio=True)
+    monitor = GradientNormMonitor(log_histograms=True, log_update_ratio=True)
     return [AccumulationRescaling(), GradientClipping(1.0), NonFiniteGuard(), monitor]
 
 
@@ -92,10 +92,10 @@ def test_refusals_and_warnings_know_the_other_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`configure_gradient_clipping` must not be overridden"):
         fit(GradientClipping(1.0), module=clips_itself)
     with pytest.raises(ValueError, match="got True with CSVLogger"):
-        fit(GradientNormMonitor(histograms=True), logger=pytorch_lightning.loggers.CSVLogger(tmp_path))
-    with pytest.warns(UserWarning, match="noise_scale=True needs windows"):
-        fit(GradientNormMonitor(noise_scale=True))
-    fit(GradientNormMonitor(noise_scale=True), pytorch_lightning.callbacks.GradientAccumulationScheduler({0: 2}))
+        fit(GradientNormMonitor(log_histograms=True), logger=pytorch_lightning.loggers.CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match="GradientNoiseScale needs accumulation windows"):
+        fit(GradientNoiseScale())
+    fit(GradientNoiseScale(), pytorch_lightning.callbacks.GradientAccumulationScheduler({0: 2}))
 
 
 def test_deepspeed_by_its_other_name(tmp_path, monkeypatch):

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks import (
+    AccumulationRescaling,
+    ClipRule,
+    GradientClipping,
+    GradientNoiseScale,
+    GradientNormMonitor,
+    NonFiniteGuard,
+)
 from tests.helpers.laws import ADAPTIVE
 from tests.helpers.records import record_of
 from tests.helpers.training import SAFELY, Poisoned, assert_same_bits, data, leaves, weights
@@ -22,6 +29,7 @@ def family():
         GradientClipping(rules=[ClipRule(ADAPTIVE), ClipRule(0.4, "layer")]),
         GradientNormMonitor("layer"),
         GradientNormMonitor("parameter"),  # two of one class
+        GradientNoiseScale(),
     ]
 
 
@@ -30,7 +38,7 @@ def module():
     return Poisoned({3: math.nan, 17: math.inf, 27: math.nan}, optimizer=torch.optim.AdamW, lr=0.01)
 
 
-@pytest.mark.parametrize("leader", [0, 2, 4])
+@pytest.mark.parametrize("leader", [0, 2, 4, 5])
 def test_interrupted_and_whole_runs_end_in_the_same_bits(trainer, tmp_path, leader):
     def members():
         made = family()
@@ -85,7 +93,7 @@ def test_callbacks_can_be_copied_and_pickled(trainer):
     import pickle
 
     callbacks = family()
-    trainer(*callbacks).fit(Poisoned({}), data(4))
+    trainer(*callbacks, accumulate_grad_batches=2).fit(Poisoned({}), data(4))
     for callback in callbacks:
         assert copy.deepcopy(callback).state_key == callback.state_key
         pickle.loads(pickle.dumps(callback))

@@ -266,7 +266,7 @@ def test_spill_over_is_what_a_block_loses_because_of_others(scope, p, rules):
 
 def test_the_monitor_logs_both_on_request(trainer, tmp_path):
     logger = Logs.of(tmp_path)
-    trainer(GradientNormMonitor("layer", contributions=True), GradientClipping(0.5), NonFiniteGuard(), logger=logger).fit(
+    trainer(GradientNormMonitor("layer", log_contributions=True), GradientClipping(0.5), NonFiniteGuard(), logger=logger).fit(
         Parts(), data(6)
     )
     rows = [row for row in read(logger) if "grad/total_norm" in row]

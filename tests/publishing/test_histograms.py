@@ -97,7 +97,7 @@ def expected(before, layers, steps, factor=1.0):
 def test_histograms_are_of_gradients_before_clipping_on_logging_steps(trainer, tmp_path):
     witness, board = Witness(), TensorBoardLogger(tmp_path)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    monitor = GradientNormMonitor(histograms=True)
+    monitor = GradientNormMonitor(log_histograms=True)
     trainer(witness, GradientClipping(0.01), monitor, logger=[CSVLogger(tmp_path), board], log_every_n_steps=3).fit(
         Regression(net=net), data(9)
     )
@@ -106,7 +106,7 @@ def test_histograms_are_of_gradients_before_clipping_on_logging_steps(trainer, t
 
 def test_histograms_are_of_the_blocks_that_are_logged(trainer, tmp_path):
     board = TensorBoardLogger(tmp_path)
-    monitor = GradientNormMonitor("parameter", params="weight", top_k=1, every_n_steps=4, histograms=True)
+    monitor = GradientNormMonitor("parameter", include="weight", top_k=1, every_n_steps=4, log_histograms=True)
     trainer(monitor, logger=board, log_every_n_steps=2).fit(Regression(), data(8))
     found = from_tensorboard(board)
     assert [step for _, step in found] == [3, 7]
@@ -123,7 +123,7 @@ def test_histograms_are_of_the_blocks_that_are_logged(trainer, tmp_path):
 
 def test_histograms_are_of_the_rescaled_gradient(trainer, tmp_path):
     witness, board = Witness(), TensorBoardLogger(tmp_path)
-    monitor = GradientNormMonitor(histograms=True)
+    monitor = GradientNormMonitor(log_histograms=True)
     trainer(witness, AccumulationRescaling(), monitor, logger=board, accumulate_grad_batches=3).fit(Regression(), data(8))
     found = from_tensorboard(board)
     short = expected(witness.before, ("net.0", "net.2"), (2,), factor=1.5)  # of its two micro-batches Lightning took a third each
@@ -136,7 +136,7 @@ def test_histograms_are_without_the_loss_scale(trainer, tmp_path, fused):
     for logger, scale in ((board, 2.0**10), (plain, 1.0)):
         torch.manual_seed(0)
         options = scaled(init_scale=scale, growth_interval=1000)
-        monitor = GradientNormMonitor("global", histograms=True)
+        monitor = GradientNormMonitor("global", log_histograms=True)
         trainer(GradientClipping(1.0), monitor, logger=logger, **options).fit(Regression(torch.optim.AdamW, fused=fused), data(2))
     scaled_run, plain_run = (from_tensorboard(logger)["grad_histogram/global", 0] for logger in (board, plain))
     middles = [sum((a + b) / 2 * count for (a, b), count in run.items() if a > 0) for run in (scaled_run, plain_run)]
@@ -149,14 +149,14 @@ def test_histograms_are_without_the_loss_scale(trainer, tmp_path, fused):
 def test_of_a_bad_step_finite_entries_only(trainer, tmp_path, deferred):
     witness, board = Witness(), TensorBoardLogger(tmp_path)
     module = Poisoned({1: math.nan}, optimizer=torch.optim.AdamW, fused=True)
-    monitor = GradientNormMonitor(histograms=True)
+    monitor = GradientNormMonitor(log_histograms=True)
     trainer(witness, NonFiniteGuard(deferred=deferred), monitor, logger=board).fit(module, data(3))
     assert from_tensorboard(board) == expected(witness.before, ("net.0", "net.2"), (0, 2)), "of step 1 all entries are NaN"
 
 
 def test_several_optimizers_have_histograms_of_their_own(trainer, tmp_path):
     board = TensorBoardLogger(tmp_path)
-    trainer(GradientNormMonitor(histograms=True), logger=board, log_every_n_steps=2).fit(TwoNetworks(), data(4))
+    trainer(GradientNormMonitor(log_histograms=True), logger=board, log_every_n_steps=2).fit(TwoNetworks(), data(4))
     tags = ("grad_histogram/generator-SGD", "grad_histogram/discriminator-SGD-1")
     assert set(from_tensorboard(board)) == {(tag, step) for tag in tags for step in (1, 3)}
 
@@ -170,7 +170,7 @@ def test_histograms_of_sparse_gradients_count_what_is_stored(trainer, tmp_path):
             return self.net(torch.tensor([1, 1, 4])).sum()
 
     board = TensorBoardLogger(tmp_path)
-    trainer(GradientNormMonitor(histograms=True), logger=board).fit(Words(), data(1))
+    trainer(GradientNormMonitor(log_histograms=True), logger=board).fit(Words(), data(1))
     assert from_tensorboard(board) == {("grad_histogram/net", 0): Counter({(2.0, 4.0): 3, (1.0, 2.0): 3})}
 
 
@@ -213,7 +213,7 @@ def test_histograms_in_wandb_on_lightnings_x_axis(trainer, tmp_path, prefix):
     wandb = pytest.importorskip("wandb")
     witness = Witness()
     logger = WandbLogger(save_dir=tmp_path, offline=True, prefix=prefix)
-    trainer(witness, GradientNormMonitor(histograms=True), logger=logger, log_every_n_steps=2).fit(Regression(), data(4))
+    trainer(witness, GradientNormMonitor(log_histograms=True), logger=logger, log_every_n_steps=2).fit(Regression(), data(4))
     wandb.finish()
     start = f"{prefix}-" if prefix else ""
     found = {}
@@ -230,7 +230,7 @@ def test_histograms_that_nobody_would_see_are_refused(trainer, tmp_path, logger)
     loggers = CSVLogger(tmp_path) if logger else False
     named = "CSVLogger" if logger else "no logger"
     with pytest.raises(
-        ValueError, match=f"`histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {named}"
+        ValueError, match=f"`log_histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {named}"
     ):
-        trainer(GradientNormMonitor(histograms=True), logger=loggers).fit(Regression(), data(2))
-    trainer(GradientNormMonitor(histograms=True), logger=loggers, fast_dev_run=2).fit(Regression(), data(2))
+        trainer(GradientNormMonitor(log_histograms=True), logger=loggers).fit(Regression(), data(2))
+    trainer(GradientNormMonitor(log_histograms=True), logger=loggers, fast_dev_run=2).fit(Regression(), data(2))

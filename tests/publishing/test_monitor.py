@@ -154,7 +154,7 @@ class Thawing(Regression):
 
 def test_percentiles_follow_layers_that_are_unfrozen_in_mid_epoch(trainer):
     witness = Witness()
-    monitor = GradientNormMonitor(params="weight", update_ratio=True)
+    monitor = GradientNormMonitor(include="weight", log_update_ratio=True)
     fit = trainer(Thaw(), witness, GradientClipping(0.5, scope="layer"), monitor)
     fit.fit(Thawing(), data(10))
     found, fractions = metrics(fit, "grad_norm_p50/"), metrics(fit, "grad_clip_fraction/")
@@ -197,14 +197,14 @@ def keys_of(frame, prefix):
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [
-        ({"params": "weight"}, {"net.0.weight", "net.2.weight"}),
+        ({"include": "weight"}, {"net.0.weight", "net.2.weight"}),
         ({"exclude": "weight"}, {"net.0.bias", "net.2.bias"}),
-        ({"params": r"net\.0", "exclude": "bias$"}, {"net.0.weight"}),
+        ({"include": r"net\.0", "exclude": "bias$"}, {"net.0.weight"}),
     ],
 )
 def test_patterns_choose_parameters(trainer, tmp_path, options, blocks):
     csv = CSVLogger(tmp_path)
-    monitor = GradientNormMonitor("parameter", contributions=True, update_ratio=True, **options)
+    monitor = GradientNormMonitor("parameter", log_contributions=True, log_update_ratio=True, **options)
     trainer(GradientClipping(0.5, scope="unit"), monitor, logger=csv).fit(Regression(), data())
     frame = read(csv)
     for prefix in ("grad_norm", "grad_norm_p50", "grad_clip_fraction", "grad_contribution", "grad_spill_over", "update_ratio"):
@@ -213,13 +213,13 @@ def test_patterns_choose_parameters(trainer, tmp_path, options, blocks):
 
 def test_a_layer_is_then_its_chosen_parameters(trainer):
     witness = Witness()
-    fit = trainer(witness, GradientNormMonitor(params="weight"))
+    fit = trainer(witness, GradientNormMonitor(include="weight"))
     fit.fit(Regression(), data(3))
     last = witness.before[-1]
     assert metrics(fit, "grad_norm/") == pytest.approx({f"net.{i}": norm([last[f"net.{i}.weight"]], 2.0) for i in (0, 2)})
 
 
-@pytest.mark.parametrize("argument", ["params", "exclude"])
+@pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_refused_with_near_names(trainer, argument):
     with pytest.raises(ValueError, match=rf"`{argument}` must match the name of a parameter, got 'net.0.wieght'.*net\.0\.weight"):
         trainer(GradientNormMonitor(**{argument: "net.0.wieght"})).fit(Regression(), data(2))
@@ -229,8 +229,10 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_names(trainer, argu
 
 def test_a_pattern_may_choose_from_one_of_several_optimizers(trainer, tmp_path):
     csv = CSVLogger(tmp_path)
-    options = {"update_ratio": True, "contributions": True, "top_k": 3}
-    trainer(GradientNormMonitor("parameter", params="generator", exclude="bias", **options), logger=csv).fit(TwoNetworks(), data(3))
+    options = {"log_update_ratio": True, "log_contributions": True, "top_k": 3}
+    trainer(GradientNormMonitor("parameter", include="generator", exclude="bias", **options), logger=csv).fit(
+        TwoNetworks(), data(3)
+    )
     frame = read(csv)
     for prefix in ("grad_norm/", "grad_norm_p99/", "update_ratio/"):
         assert keys_of(frame, prefix) == {"generator.weight-SGD"}
@@ -330,7 +332,7 @@ WAYS = {
 @pytest.mark.parametrize(("scope", "norm_type"), [("layer", 2.0), ("parameter", 1.0), ("global", math.inf)])
 def test_update_ratios_are_those_of_the_whole_step(trainer, tmp_path, way, scope, norm_type):
     scales, csv = Scales(), CSVLogger(tmp_path)
-    monitor = GradientNormMonitor(scope, norm_type=norm_type, update_ratio=True)
+    monitor = GradientNormMonitor(scope, norm_type=norm_type, log_update_ratio=True)
     clipping = GradientClipping(2.0, norm_type=norm_type)
     trainer(clipping, monitor, scales, logger=csv, log_every_n_steps=3).fit(Regression(**WAYS[way]), data(9))
     frame = read(csv)
@@ -343,7 +345,7 @@ def test_update_ratios_are_those_of_the_whole_step(trainer, tmp_path, way, scope
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_skipped_step_has_no_update_ratio(trainer, tmp_path, deferred):
     scales, csv = Scales(), CSVLogger(tmp_path)
-    monitor = GradientNormMonitor(update_ratio=True)
+    monitor = GradientNormMonitor(log_update_ratio=True)
     module = Poisoned({1: math.nan, 4: math.inf}, optimizer=torch.optim.AdamW, lr=0.01, fused=True)
     with pytest.warns(RuntimeWarning, match="Non-finite gradients"):
         trainer(NonFiniteGuard(deferred=deferred), monitor, scales, logger=csv).fit(module, data(6))
@@ -355,7 +357,7 @@ def test_a_skipped_step_has_no_update_ratio(trainer, tmp_path, deferred):
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_leaves_out_has_no_update_ratio(trainer, tmp_path, family, fused):
     scales, csv = Scales(), CSVLogger(tmp_path)
-    monitor = GradientNormMonitor(update_ratio=True)
+    monitor = GradientNormMonitor(log_update_ratio=True)
     options = scaled(init_scale=2.0**30, growth_interval=1000)
     module = Regression(torch.optim.AdamW, lr=0.01, fused=fused)
     trainer(monitor, *family, scales, logger=csv, **options).fit(module, data(24, size=1.0))
@@ -367,7 +369,7 @@ def test_a_step_that_the_scaler_leaves_out_has_no_update_ratio(trainer, tmp_path
 
 def test_update_ratios_under_accumulation_are_of_the_step(trainer, tmp_path):
     scales, csv = Scales(), CSVLogger(tmp_path)
-    monitor = GradientNormMonitor(update_ratio=True)
+    monitor = GradientNormMonitor(log_update_ratio=True)
     trainer(AccumulationRescaling(), monitor, scales, logger=csv, accumulate_grad_batches=3).fit(Regression(), data(9))
     scales.after = scales.after[2::3]
     expected = {step: expected_ratios(scales, step, "layer")["net.2"] for step in range(3)}
@@ -380,7 +382,7 @@ def test_update_ratios_of_several_optimizers_and_of_batches_that_are_logged(trai
     module = TwoNetworks()
     module.on_train_batch_start = lambda *_: before.append(Scales.weights(module))
     module.on_train_batch_end = lambda *_: after.append(Scales.weights(module))
-    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=2).fit(module, data(6))
+    trainer(GradientNormMonitor(log_update_ratio=True), logger=csv, log_every_n_steps=2).fit(module, data(6))
     frame = read(csv)
     for layer, suffix in (("generator", "-SGD"), ("discriminator", "-SGD-1")):
         names = [f"{layer}.weight", f"{layer}.bias"]
@@ -398,18 +400,18 @@ def test_a_step_of_a_batch_that_is_not_logged_has_no_update_ratio(trainer, tmp_p
     module = Manual(torch.ones(12, 1), window=4)  # steps in batches 3, 7, 11; logs in 4 and 9
     nn.init.ones_(module.weight)
     module.lr = 0.1
-    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=5).fit(module)
+    trainer(GradientNormMonitor(log_update_ratio=True), logger=csv, log_every_n_steps=5).fit(module)
     assert list(column(read(csv), "grad_norm/(root)").index) == [4, 9]
     assert "update_ratio/(root)" not in read(csv)
     csv = CSVLogger(tmp_path)
-    trainer(GradientNormMonitor(update_ratio=True), logger=csv, log_every_n_steps=4).fit(module)
+    trainer(GradientNormMonitor(log_update_ratio=True), logger=csv, log_every_n_steps=4).fit(module)
     assert list(column(read(csv), "update_ratio/(root)").index) == [3, 7, 11]
 
 
 def test_weights_of_zero_have_no_update_ratio(trainer, tmp_path):
     module, csv = Regression(), CSVLogger(tmp_path)
     nn.init.zeros_(module.net[2].bias)
-    trainer(GradientNormMonitor("parameter", update_ratio=True), logger=csv).fit(module, data(3))
+    trainer(GradientNormMonitor("parameter", log_update_ratio=True), logger=csv).fit(module, data(3))
     frame = read(csv)
     assert list(column(frame, "update_ratio/net.2.bias").index) == [1, 2]
     assert list(column(frame, "update_ratio/net.0.bias").index) == [0, 1, 2]
@@ -418,7 +420,7 @@ def test_weights_of_zero_have_no_update_ratio(trainer, tmp_path):
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_update_ratios_in_other_precisions(trainer, precision):
-    scales, monitor = Scales(), GradientNormMonitor(update_ratio=True)
+    scales, monitor = Scales(), GradientNormMonitor(log_update_ratio=True)
     fit = trainer(monitor, scales, precision=precision)
     fit.fit(Regression(), data(3))
     assert metrics(fit, "update_ratio/") == pytest.approx(expected_ratios(scales, -1, "layer"), rel=1e-6)
@@ -441,6 +443,6 @@ def test_nothing_is_copied_on_other_steps(trainer):
         def on_train_batch_end(self, *_):
             looked.append(len(self.kept))
 
-    monitor = GradientNormMonitor(update_ratio=True, every_n_steps=6)
+    monitor = GradientNormMonitor(log_update_ratio=True, every_n_steps=6)
     trainer(monitor, Looking(), log_every_n_steps=3).fit(Regression(), data(12))
     assert [entry for entry in looked if entry != 0] == [(2, 0), (5, 1), (8, 0), (11, 1)], "what is kept is let go in the batch"

@@ -7,16 +7,23 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard
+from clip_callbacks import (
+    AccumulationRescaling,
+    GradientClipping,
+    GradientNoiseScale,
+    GradientNormMonitor,
+    LabelTokens,
+    NonFiniteGuard,
+)
 from clip_callbacks.stats.noise_scale import NoiseScale
 from tests.helpers.training import SAFELY, GradientTape, Iterating, Poisoned, Regression, data
 
 WIDTH = 20
 
 
-def estimate(monitor):
-    """What a monitor knows of the noise scale, as a checkpoint has it."""
-    return NoiseScale(**monitor.state_dict()["noise"][0])
+def estimate(callback):
+    """The estimate of a callback, as a checkpoint has it."""
+    return NoiseScale(**callback.state_dict()["noise"][0])
 
 
 def draws(count, *, spread, seed=0):
@@ -60,20 +67,21 @@ def test_one_micro_batch_tells_nothing(small):
         ([], {}),
         pytest.param([AccumulationRescaling()], {}, marks=pytest.mark.slow),
         ([GradientClipping(0.1), AccumulationRescaling()], {}),
+        ([GradientNormMonitor("global", every_n_steps=1000), GradientNormMonitor("parameter")], {}),
         pytest.param([NonFiniteGuard(level="microbatch")], {}, marks=pytest.mark.slow),
         ([GradientClipping(0.1)], {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}),
     ],
 )
 def test_in_a_trainer(trainer, family, options):
     feed = draws(960, spread=3.0).float()
-    run = trainer(*family, GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, **options)
+    run = trainer(*family, GradientNoiseScale(), accumulate_grad_batches=8, **options)
     run.fit(GradientTape(feed))
     assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
 
 
 def test_every_micro_batch_is_measured_and_the_gradients_keep_their_bits(trainer):
     results = []
-    for monitors in ([GradientNormMonitor(noise_scale=True)], []):
+    for monitors in ([GradientNoiseScale()], []):
         torch.manual_seed(0)
         module = Regression(torch.optim.AdamW, lr=0.01)
         trainer(*monitors, accumulate_grad_batches=3).fit(module, data())
@@ -93,7 +101,7 @@ def test_samples_are_counted(trainer):
             def train_dataloader(self, batch=batch):
                 return DataLoader([batch] * 8, batch_size=None)
 
-        monitor = GradientNormMonitor(noise_scale=True)
+        monitor = GradientNoiseScale()
         trainer(monitor, accumulate_grad_batches=4).fit(Tape(draws(8, spread=2.0).float()))
         noise.append(estimate(monitor).noise)
     assert noise[0] == pytest.approx(4 * noise[1])
@@ -101,7 +109,7 @@ def test_samples_are_counted(trainer):
 
 def test_the_estimate_goes_on_after_a_resume(trainer, tmp_path):
     feed = draws(80, spread=3.0).float()
-    whole, before, after = (GradientNormMonitor(noise_scale=True) for _ in range(3))
+    whole, before, after = (GradientNoiseScale() for _ in range(3))
     trainer(whole, accumulate_grad_batches=8, max_epochs=2).fit(GradientTape(feed))
     first = trainer(before, accumulate_grad_batches=8)
     first.fit(GradientTape(feed))
@@ -128,15 +136,17 @@ class ManualTape(GradientTape):
     ],
 )
 def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, message):
-    with pytest.raises(ValueError, match=f"`noise_scale` must be False with {message}"):
-        trainer(*family, GradientNormMonitor(noise_scale=True)).fit(
-            module, *([] if isinstance(module, GradientTape) else [data(3)])
-        )
+    with pytest.raises(ValueError, match=f"GradientNoiseScale must not be used with {message}"):
+        trainer(*family, GradientNoiseScale()).fit(module, *([] if isinstance(module, GradientTape) else [data(3)]))
 
 
-def test_it_is_one_of_2_norms():
-    with pytest.raises(ValueError, match="`norm_type` must be 2 beside noise_scale=True, got 1"):
-        GradientNormMonitor(noise_scale=True, norm_type=1)
+@pytest.mark.parametrize("other", [GradientNormMonitor(norm_type=1), GradientClipping(norm_type=1)], ids=["monitor", "clipping"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_it_is_one_of_2_norms(trainer, other, place):
+    callbacks = [GradientNoiseScale()]
+    callbacks.insert(place, other)
+    with pytest.raises(ValueError, match=r"`norm_type` must be the same for all callbacks of one Trainer, got \[1.0, 2.0\]"):
+        trainer(*callbacks).fit(Regression(), data(2))
 
 
 def test_windows_of_micro_batches_of_unequal_size_tell_nothing(trainer):
@@ -147,16 +157,14 @@ def test_windows_of_micro_batches_of_unequal_size_tell_nothing(trainer):
         def loss(self, batch, batch_idx):
             return self.net(batch).square().mean()
 
-    monitor = GradientNormMonitor(noise_scale=True)
+    monitor = GradientNoiseScale()
     trainer(monitor, accumulate_grad_batches=2).fit(Net(), DataLoader(batches, batch_size=None))
     assert estimate(monitor).windows == 1
 
 
 def test_an_overflow_leaves_no_micro_batch_for_the_next_window(trainer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-110)
-    run = trainer(
-        GradientNormMonitor(noise_scale=True), accumulate_grad_batches=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
-    )
+    run = trainer(GradientNoiseScale(), accumulate_grad_batches=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     run.fit(GradientTape(100 * draws(2400, spread=3.0).float()))
     assert scaler.get_scale() < 2.0**20
     assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
@@ -165,18 +173,18 @@ def test_an_overflow_leaves_no_micro_batch_for_the_next_window(trainer):
 def test_the_last_micro_batch_none_under_a_fused_scaler_ends_the_window(trainer):
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
     module = Poisoned({3: None}, optimizer=torch.optim.AdamW, fused=True)
-    monitor = GradientNormMonitor(noise_scale=True)
+    monitor = GradientNoiseScale()
     trainer(monitor, accumulate_grad_batches=2, plugins=plugins).fit(module, data(6, size=1.0))
     assert estimate(monitor).windows == 2
 
 
 def test_without_accumulation_it_says_that_it_learns_nothing(trainer):
-    with pytest.warns(UserWarning, match="noise_scale"):
-        trainer(GradientNormMonitor(noise_scale=True)).fit(Regression(), data(3))
+    with pytest.warns(UserWarning, match="GradientNoiseScale needs accumulation windows of several micro-batches"):
+        trainer(GradientNoiseScale()).fit(Regression(), data(3))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
-@pytest.mark.parametrize("family", [[NonFiniteGuard(level="microbatch")], [GradientNormMonitor(noise_scale=True)]])
+@pytest.mark.parametrize("family", [[NonFiniteGuard(level="microbatch")], [GradientNoiseScale()]])
 def test_a_backward_that_makes_a_graph(trainer, family):
     class Graph(Regression):
         def backward(self, loss):

@@ -1,0 +1,171 @@
+"""The norms of blocks in one fit: the part that GradientNormMonitor makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from clip_callbacks.core.actions import StepOutcome
+from clip_callbacks.core.blocks import Partition, Scope, Selection
+from clip_callbacks.core.measurement import block_norms
+from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, SPILL_OVER, UPDATE_RATIO
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.publishing.histograms import block_codes, check_histograms
+from clip_callbacks.publishing.monitor import Monitor
+from clip_callbacks.stats.advice import advise
+from clip_callbacks.stats.attribution import contributions, spill_over
+from clip_callbacks.stats.block_history import BlockHistory, largest
+from clip_callbacks.stats.histogram import Histogram
+from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.stats.norm_history import NormHistory
+from clip_callbacks.stats.update_ratio import WeightsBefore
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.step_context import StepContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """The arguments of :class:`~clip_callbacks.GradientNormMonitor`, which documents them."""
+
+    scope: Scope
+    selection: Selection
+    every_n_steps: int | None
+    top_k: int | None
+    log_update_ratio: bool
+    log_contributions: bool
+    log_histograms: bool
+
+
+class NormMonitor(Monitor):
+    """Records the norms of blocks, and makes metrics of them.
+
+    Args:
+        options: The options of the callback.
+        saved: A state from :meth:`state_dict`; empty at the beginning of a run.
+    """
+
+    def __init__(self, options: MonitorOptions, saved: Mapping[str, Any]) -> None:
+        self.options = options
+        self.reads_before_write = options.log_update_ratio or options.log_histograms
+        self._selected: dict[int, Selection | None] = {}
+        self._norms: dict[int, NormHistory] = {}
+        self._blocks: dict[int, BlockHistory] = {}
+        self._last_logged = {int(index): step for index, step in saved.get("last_logged", {}).items()}
+        self._weights_before: dict[int, WeightsBefore] = {}
+        self._codes: dict[int, Tensor] = {}
+        for index, values in saved.get("norms", {}).items():
+            self._norms[int(index)] = NormHistory()
+            self._norms[int(index)].load(values)
+        for index, counted in saved.get("blocks", {}).items():
+            self._blocks[int(index)] = self._new_blocks()
+            self._blocks[int(index)].load_state_dict(counted)
+
+    def _new_blocks(self) -> BlockHistory:
+        return BlockHistory(self.options.scope, self.options.selection)
+
+    @override
+    def check(self, trainer: Trainer, contexts: Sequence[OptimizerContext]) -> None:
+        if self.options.log_histograms:
+            check_histograms(trainer, contexts)
+
+    @override
+    def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
+        if not renewed:
+            held = [name for context in contexts for name in context.table.names]
+            self.options.selection.check(list(dict.fromkeys([*names, *held])))
+        for context in contexts:
+            self._selected[context.index] = self.options.selection.among(context.table.names)
+            self._norms.setdefault(context.index, NormHistory())
+            self._blocks.setdefault(context.index, self._new_blocks()).attach(context.table)
+
+    @override
+    def before_write(self, step: StepContext) -> None:
+        context = step.optimizer
+        blocks = self._partition(context)
+        if blocks is None or not self._is_due(context, context.history.steps + 1):
+            return
+        if self.options.log_update_ratio:
+            self._weights_before[context.index] = WeightsBefore(context.table, blocks)
+        if self.options.log_histograms:
+            self._codes[context.index] = block_codes(step, blocks)
+
+    @override
+    def end_step(self, context: OptimizerContext, report: StepRecord, window: WindowNorms | None) -> None:
+        if report.outcome is StepOutcome.TAKEN:
+            self._norms[context.index].add(report.total)
+            self._blocks[context.index].add(report, context.table)
+
+    @override
+    def readings(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
+        before, codes = self._weights_before.pop(context.index, None), self._codes.pop(context.index, None)
+        blocks = self._partition(context)
+        if blocks is None or not self._is_due(context, context.history.steps):
+            return {}, {}
+        self._last_logged[context.index] = context.history.steps
+        norms = block_norms(report.parameter_norms, blocks, report.norm_type)
+        values = {BLOCK_NORM: norms}
+        if self.options.log_contributions:
+            values |= self._contributions(context, report, norms)
+        if before and report.outcome is StepOutcome.TAKEN:
+            values[UPDATE_RATIO] = before.ratios(report.norm_type)
+        chosen = {place: blocks.names[place] for place in largest(norms, self.options.top_k)}
+        numbers = {prefix: each.tolist() for prefix, each in values.items()}
+        metrics = {prefix + name: each[place] for prefix, each in numbers.items() for place, name in chosen.items()}
+        if codes is None:
+            return metrics, {}
+        counts = {HISTOGRAM + name: Histogram.of_codes(codes[place].cpu()) for place, name in chosen.items()}
+        return metrics, {tag: histogram for tag, histogram in counts.items() if histogram}
+
+    @override
+    def end_epoch(self, context: OptimizerContext) -> Mapping[str, float]:
+        metrics = self._blocks[context.index].metrics(self.options.top_k)
+        self._blocks[context.index].end_epoch()
+        return metrics
+
+    def _is_due(self, context: OptimizerContext, steps: int) -> bool:
+        every = self.options.every_n_steps
+        return not every or steps - self._last_logged.get(context.index, 0) >= every
+
+    def _partition(self, context: OptimizerContext, *, by_unit: bool = False) -> Partition | None:
+        selection = self._selected[context.index]
+        if selection is None:
+            return None
+        return context.table.partition(self.options.scope, selection, by_unit=by_unit)
+
+    def _contributions(self, context: OptimizerContext, report: StepRecord, norms: Tensor) -> dict[str, Tensor]:
+        # If a rule clips units, a step has one factor for each unit, so that the norms and the blocks must be those of units, too.
+        parts, by_unit = report.parameter_norms, False
+        if report.unit_norms is not None:
+            parts, by_unit = report.unit_norms, True
+        blocks = self._partition(context, by_unit=by_unit)
+        assert blocks is not None
+        return {
+            CONTRIBUTION: contributions(norms, report.total, report.norm_type),
+            SPILL_OVER: spill_over(report.outcomes, parts, report.factors, blocks, report.norm_type),
+        }
+
+    @override
+    def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
+        advice = {context.suffix: advise(self._norms[context.index].values()) for context in contexts}
+        return [f"GradientNormMonitor{suffix}: {each.describe()}" for suffix, each in advice.items() if each]
+
+    @override
+    def detach(self) -> None:
+        self._weights_before.clear()
+        self._codes.clear()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # The norms of the run take 8 bytes a step; the sketches of the epoch's blocks stay as large as they are.
+        return {
+            "norms": {index: history.values() for index, history in self._norms.items()},
+            "blocks": {index: history.state_dict() for index, history in self._blocks.items()},
+            "last_logged": dict(self._last_logged),
+        }

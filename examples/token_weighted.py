@@ -4,7 +4,7 @@ Micro-batches contain lines of similar length, so that little is padded, and the
 characters. Plain accumulation gives the mean loss of each micro-batch the same weight, and so gives a character of a short line
 many times the weight of a character of a long one. One callback corrects this:
 
-python examples/token_weighted.py --steps 360 --picture docs/token_weighted.png
+python examples/token_weighted.py --steps 360 --picture token_weighted.png
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python examples/accumulation.py            # tables, and logs/accumulation/logits.png, in some twenty seconds
     python examples/accumulation.py --quick    # with a tenth of the steps
 
-First: a second backward adds to the first one's gradients. So N micro-batches are averaged (loss / N), and equal one large batch.
-Second: ten micro-batches in windows of four leave a short window of two. A step is taken on it too, and Lightning divides it by
-four: its gradient comes out at half its size. AccumulationRescaling() makes it the mean of the two. Third: the first problem for
-10,000 steps of SGD, clipped to max_norm 1 and not: each clipped step moves the logits by less, and they drift less far down.
+The first table shows that a second backward pass adds to the gradients of the first, so that N micro-batches are averaged (loss /
+N) to equal one large batch. The second table shows ten micro-batches in windows of four, which leave a short last window of two:
+Lightning divides its losses by four, so its gradient has half the right size, and AccumulationRescaling() makes it the mean of the
+two. The third table repeats the first problem for 10,000 steps of SGD, clipped to max_norm 1 and unclipped: a clipped step moves
+the logits by less, so that they drift less far down.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MICRO_BATCHES, WINDOW = 10, 4
 
 
 def problem() -> tuple[nn.Parameter, nn.Parameter, Callable[[], Tensor]]:
-    """Weights, biases, and the function from nothing to the logits."""
+    """Return weights, biases, and a function that computes the logits."""
     w, b = nn.Parameter(torch.tensor([[1.0, 2.0, 3.0]]).repeat(5, 1)), nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
     return w, b, lambda: torch.ones(5) @ w + b
 
@@ -36,7 +37,7 @@ def loss(logits: Tensor) -> Tensor:
 
 
 def added_gradients(backwards: int) -> tuple[list[list[float]], list[float]]:
-    """Rows of w.grad, and b.grad, after so many backward passes."""
+    """Return the rows of w.grad, and b.grad, after a number of backward passes."""
     w, b, logits = problem()
     for _ in range(backwards):
         loss(logits()).backward()
@@ -44,7 +45,7 @@ def added_gradients(backwards: int) -> tuple[list[list[float]], list[float]]:
 
 
 def drift(steps: int, max_norm: float | None) -> Tensor:
-    """The three logits before each step and after the last one, shape ``(steps + 1, 3)``."""
+    """Return the three logits before each step and after the last one, shape ``(steps + 1, 3)``."""
     w, b, logits = problem()
     optimizer = torch.optim.SGD([w, b], lr=0.0009)
     table, state, seen = ParameterTable([w, b]), None, []
@@ -59,7 +60,7 @@ def drift(steps: int, max_norm: float | None) -> Tensor:
 
 
 class Line(LightningModule):
-    """Keeps the gradient with which each step is taken; it does not move, so that steps can be compared."""
+    """Records the gradient of each step; its learning rate is 0, so that the steps can be compared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ def samples() -> TensorDataset:
 
 
 def window_gradients(*callbacks: AccumulationRescaling) -> list[Tensor]:
-    """The gradient of each window of an epoch in Lightning."""
+    """Return the gradient of each window of an epoch in Lightning."""
     module = Line()
     trainer = quiet_trainer(*callbacks, GradientClipping(None), max_epochs=1, accumulate_grad_batches=WINDOW)
     trainer.fit(module, DataLoader(samples(), batch_size=8))
@@ -93,7 +94,7 @@ def window_gradients(*callbacks: AccumulationRescaling) -> list[Tensor]:
 
 
 def large_batch_gradients() -> list[Tensor]:
-    """The gradient of each window as one batch."""
+    """Return the gradient of each window, computed as one batch."""
     gradients = []
     for batch in DataLoader(samples(), batch_size=8 * WINDOW):
         module = Line()

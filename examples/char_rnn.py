@@ -17,16 +17,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import clip_callbacks  # noqa: F401  (so that the CLI knows its callbacks by their short names)
+import clip_callbacks  # noqa: F401  (makes the short names of its callbacks known to the CLI)
 
 SYMBOLS = 128
-"""ASCII; every other character becomes a question mark."""
+"""Number of ASCII characters; every other character becomes a question mark."""
 PADDING = 0
-"""A character that no source text holds."""
+"""Code of a character that no source text contains."""
 
 
 def read_stdlib(megabytes: float) -> tuple[bytes, bytes]:
-    """Source text of the running interpreter's standard library, split by file: about one in ten is for validation."""
+    """Return the source text of the standard library in use, split by file: about one file in ten is for validation."""
     train, validation = bytearray(), bytearray()
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -44,12 +44,12 @@ def digest(path: Path) -> int:
 
 
 class Chunks(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of a text, each with the same piece one character later; some of them blank, if that is wanted."""
+    """Pieces of a text, each with its targets one character later; ``blank`` of them hold nothing but padding."""
 
     def __init__(self, text: bytes, length: int, blank: int = 0) -> None:
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         self.length = length
-        # drawn apart from the global numbers, so that blank pieces change nothing else
+        # drawn from a generator of its own, so that blank pieces change no other random number
         self.blank = set(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:blank].tolist())
 
     def __len__(self) -> int:
@@ -67,11 +67,11 @@ class StdlibText(LightningDataModule):
     """The standard library's source text in pieces.
 
     Args:
-        megabytes: How much text to read.
-        length: Characters in a piece.
-        batch_size: Pieces in a batch.
-        validation_batches: How many batches to validate on.
-        poison: Share of training batches that hold a piece of nothing but padding, which the model divides by zero over.
+        megabytes: Size of the text to read, in megabytes.
+        length: Number of characters in a piece.
+        batch_size: Number of pieces in a batch.
+        validation_batches: Number of batches to validate on.
+        poison: Share of training batches that contain a blank piece, for which the model divides by zero.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StdlibText(LightningDataModule):
 
 
 class PaddingScale(nn.Module):
-    """Makes up for padding: divides each piece by the share of its characters that are none. Nobody thought of a blank one."""
+    """Divides each piece by its share of characters that are not padding. The fault: a blank piece divides by zero."""
 
     def forward(self, embedded: Tensor, characters: Tensor) -> Tensor:
         return embedded / (characters != PADDING).float().mean(dim=1)[:, None, None]
@@ -113,8 +113,8 @@ class CharRNN(LightningModule):
     Args:
         cell: Kind of recurrent network: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM".
         hidden: Width of the hidden state.
-        layers: Depth.
-        learning_rate: Of SGD with momentum 0.9, falling to a fifth along a cosine, step by step.
+        layers: Number of layers.
+        learning_rate: Learning rate of SGD with momentum 0.9; it falls to a fifth along a cosine, step by step.
     """
 
     def __init__(self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5) -> None:
@@ -128,7 +128,7 @@ class CharRNN(LightningModule):
         self.head = nn.Linear(hidden, SYMBOLS)
 
     def bits(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Bits per character."""
+        """Return the loss in bits per character."""
         inputs, targets = batch
         states, _ = self.rnn(self.padding(self.embedding(inputs), inputs))
         return nn.functional.cross_entropy(self.head(states).flatten(0, 1), targets.flatten()) / math.log(2)
@@ -148,7 +148,7 @@ class CharRNN(LightningModule):
 
 
 class CLI(LightningCLI):
-    """LightningCLI with ``--poison`` for short."""
+    """LightningCLI with ``--poison``, short for ``--data.poison``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -1,4 +1,4 @@
-"""One training, clipped and guarded, in one process or in many: the next character of Python source, on CPUs over gloo.
+"""A clipped and guarded training in one process or several: predict the next character of Python source, on CPUs over gloo.
 
 In one process:            python examples/distributed.py
 Launched by Lightning:     python examples/distributed.py --strategy fsdp2 --devices 2
@@ -64,7 +64,7 @@ parser.add_argument("--poison", action="store_true", help="make the last rank's 
 
 if __name__ == "__main__":
     arguments = parser.parse_args()
-    copies = 2 if arguments.strategy.endswith("tp") else 1  # ranks that see the same rows
+    copies = 2 if arguments.strategy.endswith("tp") else 1  # ranks that read the same samples
     sizes = arguments.devices * arguments.nodes // copies, copies
     strategy = {"single": "auto", "ddp": "ddp"}.get(arguments.strategy) or ModelParallelStrategy(*sizes)
     clipping, guard = GradientClipping(2.0), NonFiniteGuard()

@@ -1,10 +1,10 @@
-"""Fabric with clip_step: bf16-mixed, accumulation, one device or several; the norms in a CSV file.
+"""Use clip_step with Fabric: bf16-mixed, accumulation, one device or several; the norms go to a CSV file.
 
     python examples/fabric.py
     python examples/fabric.py --devices 2     # DDP, on two CPU processes
     clip-callbacks report logs/fabric
 
-All ranks come to the same norms and verdicts, with nothing to configure. With --poison the last rank's loss is NaN at step 5: no
+All ranks reach equal norms and decisions without any configuration. With --poison the last rank's loss is NaN at step 5, and no
 rank takes that step.
 """
 
@@ -24,7 +24,7 @@ MICRO_BATCHES = 2
 
 
 def spirals(points=2048):
-    """Points on two spirals, and on which one each lies."""
+    """Return points on two spirals, labelled by their spiral."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(points) % 2
     angle = 1 + 9 * torch.rand(points, generator=generator)

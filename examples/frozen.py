@@ -3,10 +3,10 @@
     python examples/frozen.py            # a table, and logs/frozen/norms.png, in half a minute
     python examples/frozen.py --quick    # seconds
 
-A transformer encoder of torch's own layers reads handwritten digits (scikit-learn's, 8 × 8 pixels of 17 grays), with its
-embeddings and first two layers frozen: once by requires_grad_(False) for good, once by Lightning's BaseFinetuning, which adds
-them to the optimizer at an epoch. Frozen parameters have no gradient and are in no norm, whether the optimizer holds them or not;
-from the epoch of their unfreezing on they are. Evaluation has no gradients and is never clipped.
+A transformer encoder reads handwritten digits (scikit-learn's, 8 × 8 pixels of 17 grays), with its embeddings and first two layers
+frozen: in one run for good, by requires_grad_(False), in another by Lightning's BaseFinetuning, which adds them to the optimizer at
+a later epoch. Frozen parameters have no gradient and enter no norm, whether or not the optimizer holds them. They enter the norm
+from the epoch on in which they are unfrozen. Evaluation has no gradients and is never clipped.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class DigitReader(LightningModule):
 
 
 class Unfreezing(BaseFinetuning):
-    """Lightning's own way: freeze at first, let the frozen parts join at an epoch, at a tenth of the learning rate."""
+    """Freezes the parts with Lightning's BaseFinetuning, and unfreezes them at an epoch, at a tenth of the learning rate."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Unfreezing(BaseFinetuning):
 
 
 class Steps(Callback):
-    """Keeps the norms of every step, of each parameter and of all."""
+    """Records the norm of each parameter, and of all, at every step."""
 
     def __init__(self, clipping: GradientClipping) -> None:
         self.clipping, self.norms, self.totals = clipping, [], []
@@ -94,10 +94,10 @@ def digits(batches: int) -> tuple[DataLoader[list[Tensor]], DataLoader[list[Tens
 
 
 def train(*callbacks: Callback, holds_frozen: bool = True, batches: int = 4, epochs: int = 2) -> tuple[Steps, Trainer, DigitReader]:
-    """Train, with parts frozen by a callback or else by requires_grad_."""
+    """Train with parts frozen by a callback, or by requires_grad_ if there is none."""
     seed_everything(0, verbose=False)
     module, clipping = DigitReader(holds_frozen=holds_frozen), GradientClipping(rules=[ClipRule(None, "parameter"), ClipRule(0.5)])
-    if not callbacks:  # BaseFinetuning freezes for itself
+    if not callbacks:  # BaseFinetuning freezes parts itself
         nn.ModuleList(module.frozen_parts()).requires_grad_(requires_grad=False)
     steps = Steps(clipping)
     trainer = quiet_trainer(clipping, steps, *callbacks, max_epochs=epochs)
@@ -106,7 +106,7 @@ def train(*callbacks: Callback, holds_frozen: bool = True, batches: int = 4, epo
 
 
 def in_the_norm(norms: Norms) -> dict[str, str]:
-    """For each part of the network, how many of its parameters have a share in the norm."""
+    """Count, for each part of the network, the parameters that enter the norm."""
     counts = {part: len(list(DigitReader().get_submodule(part).parameters())) for part in PARTS}
     found = {part: sum(name.startswith(f"{part}.") and norm > 0 for name, norm in norms.items()) for part in PARTS}
     return {part: f"{found[part]} of {counts[part]}" for part in PARTS}

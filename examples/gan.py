@@ -1,10 +1,10 @@
-"""A GAN in manual optimization: a limit for each network, a guard, accumulation, and metrics for each optimizer.
+"""Train a GAN in manual optimization, with a limit for each network, a guard, accumulation, and metrics for each optimizer.
 
     python examples/gan.py
     clip-callbacks report logs/gan
 
-The generator learns eight spots on a circle. Each optimizer steps once for two micro-batches; `divide=True` makes their sum a mean.
-With --poison the discriminator's loss is NaN at batch 8: its step is skipped, the generator's is not.
+The generator learns eight spots on a circle. Each optimizer steps once every two micro-batches; `divide=True` turns their sum into
+a mean. With --poison the discriminator's loss is NaN at batch 8: its step is skipped, and the generator's is not.
 """
 
 import argparse

@@ -1,17 +1,19 @@
-"""Global or local norms, or one after the other, or a clamp: who is shrunk because of whom?
+"""What do global norms, local norms, both in turn, and clamping do to the gradients beside an exploding one?
 
     python examples/global_and_local.py             # tables, two pictures, TensorBoard logs; half a minute
     python examples/global_and_local.py --quick     # seconds
     python examples/global_and_local.py --dropout 0.2 --l1 1e-4 --l2 1e-3
     tensorboard --logdir logs/global_and_local      # tab Custom Scalars: the norms of all runs
 
-First the gradient of one parameter of a recurrent network is made a thousand times as large. Under a global norm that one outlier
-takes nearly all from everybody, and the direction is kept; under local norms it stays alone, and the direction is not kept.
+The first part multiplies the gradient of one parameter of a recurrent network by a thousand. Clipping the global norm keeps the
+direction, but shrinks the gradients of all other parameters to almost nothing. Clipping local norms leaves the others alone, but
+changes the direction.
 
-Then the network (10 -> 20 -> 5, sequences of 20, batches of 32, Adam with 0.01, clipping at 0.5) is trained with one spoilt batch
-in twenty, and its norms are in TensorBoard. Unclipped it ends worse than it began; under norms it learns. "Global, then local"
-holds each parameter to an eighth of what all may have. The unclipped run also asks which max_norm would have clipped how many
-steps: too small slows training, too large does nothing. Penalties are part of the loss, hence of every norm.
+The second part trains the network (10 -> 20 -> 5, sequences of 20, batches of 32, Adam with 0.01, clipping at 0.5) with one bad
+batch in twenty, and writes its norms to TensorBoard. Without clipping the network ends worse than it began; with clipped norms it
+learns. "Global, then local" limits each parameter to an eighth of the global limit. The unclipped run also counts the steps that
+other values of max_norm would have clipped: too small a value slows training, too large a value has no effect. Penalties are part
+of the loss, and therefore of every norm.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, clip
 
 THRESHOLD, OUTLIER, TIMES = 0.5, "rnn.weight_hh_l0", 1000.0
 SPOILT = 50.0
-"""Errors of spoilt batches are above it, those of others below."""
+"""Error above which a batch is a bad one; the errors of all other batches are below it."""
 WAYS: dict[str, dict[str, Any]] = {
     "none": {"max_norm": None, "shadow": [0.5, 1.0, 2.0, 5.0, 10.0, 100.0]},
     "global": {"max_norm": THRESHOLD},
@@ -46,7 +48,7 @@ COLORS = dict(zip(WAYS, (GREY, RED, BLUE, GREEN, ORANGE), strict=True))
 
 
 class SimpleRNN(LightningModule):
-    """Reads a sequence, answers with five numbers."""
+    """Maps a sequence to five numbers."""
 
     def __init__(self, dropout: float = 0.0, l1: float = 0.0, l2: float = 0.0) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class SimpleRNN(LightningModule):
 
 
 def sequences(batches: int) -> TensorDataset:
-    """Noise; the answer is five signed sums over the last five steps, of variance 1, in spoilt batches 30 times as large."""
+    """Return noise, with five signed sums of the last five steps as targets, of variance 1; 30 times as large in bad batches."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(32 * batches, 20, 10, generator=generator)
     targets = inputs[:, -5:].sum(1) @ torch.randn(10, 5, generator=generator).sign() / 50**0.5
@@ -79,7 +81,7 @@ def sequences(batches: int) -> TensorDataset:
 
 
 def train(way: str, steps: int, folder: Path, **regularization: float) -> dict[str, float]:
-    """Train one way, with the norms in TensorBoard; the metrics at the end."""
+    """Train with one kind of clipping and the norms in TensorBoard; return the metrics at the end."""
     seed_everything(0, verbose=False)
     for file in folder.glob("events.*"):  # of an earlier run
         file.unlink()
@@ -92,13 +94,13 @@ def train(way: str, steps: int, folder: Path, **regularization: float) -> dict[s
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """A metric over steps, read back from TensorBoard's files."""
+    """Read a metric over steps from TensorBoard's files."""
     events = EventAccumulator(str(folder)).Reload()
     return [(event.step, event.value) for event in events.Scalars(metric)]
 
 
 def shrinking(way: str) -> tuple[dict[str, float], float]:
-    """With one exploding gradient: of each parameter, norm after clipping / norm before; and the cosine between both gradients."""
+    """Return each parameter's norm after clipping / before, beside an exploding one, and the cosine between both gradients."""
     torch.manual_seed(0)
     module = SimpleRNN()
     inputs, targets = sequences(1).tensors

@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits under LightningCLI: clipping, guard and metrics come from YAML, or from the command line.
+"""A classifier of handwritten digits with LightningCLI: clipping, guard and metrics are set in YAML or on the command line.
 
 python examples/lightning_cli.py fit --config configs/lightning_cli.yaml
 python examples/lightning_cli.py fit --config configs/lightning_cli.yaml --trainer.callbacks.max_norm=0.5
@@ -13,14 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-import clip_callbacks  # noqa: F401  (so that the CLI knows its callbacks by their short names)
+import clip_callbacks  # noqa: F401  (makes the short names of its callbacks known to the CLI)
 
 
 class Digits(LightningDataModule):
-    """Pictures of 8 x 8 pixels that come with scikit-learn.
+    """Images of 8 x 8 pixels that come with scikit-learn.
 
     Args:
-        batch_size: Pictures in a batch.
+        batch_size: Number of images in a batch.
     """
 
     def __init__(self, batch_size: int = 32) -> None:
@@ -43,8 +43,8 @@ class Classifier(LightningModule):
     """A network with one hidden layer.
 
     Args:
-        hidden: Its width.
-        learning_rate: Of AdamW.
+        hidden: Width of the hidden layer.
+        learning_rate: Learning rate of AdamW.
     """
 
     def __init__(self, hidden: int = 64, learning_rate: float = 1e-2) -> None:

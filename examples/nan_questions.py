@@ -2,10 +2,11 @@
 
     python examples/nan_questions.py    # four reports and a table, in a second; --quick is the same
 
-The order of questions: is the loss NaN (forward pass)? If not, are gradients non-finite (backward pass)? Were the parameters NaN
-before the step? Only after it (learning rate, optimizer)? Four runs, each with one fault, are answered by NonFiniteGuard: stage,
-module, parameters, step and batch, in a warning and in a line of nonfinite_steps.jsonl beside the logs. After the first two
-faults training goes on; parameters that are spoilt stay so, and the guard ends those runs with an error.
+Ask in this order: Is the loss NaN (forward pass)? If not, are gradients non-finite (backward pass)? Were parameters NaN before the
+step? Or only after it (learning rate, optimizer)? NonFiniteGuard answers for four runs, each with one fault: it gives stage,
+module, parameters, step and batch, in a warning and in a line of nonfinite_steps.jsonl beside the logs. After the first two faults
+training goes on. In the other two the parameters themselves are NaN or infinite and stay so, and the guard ends the run with an
+error.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ BATCHES, FAULTY = 8, 3
 
 
 class Entropy(nn.Module):
-    """p log p of something that may be 0: 0 times log 0 is NaN."""
+    """Computes p log p without a check for 0: 0 times log 0 is NaN."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs() * x.abs().log()
 
 
 class Root(nn.Module):
-    """The root of 0 is 0, its derivative there infinite."""
+    """Computes a root, whose derivative at 0 is infinite."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs().sqrt()
 
 
 class Network(LightningModule):
-    """Two linear layers with something between."""
+    """Two linear layers with another module between them."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Network(LightningModule):
 
 
 class SpoiltWeight(Network):
-    """Comes with a NaN in a weight, as from a checkpoint."""
+    """Starts with a NaN in a weight, as from a bad checkpoint."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__(between)
@@ -74,7 +75,7 @@ class SpoiltWeight(Network):
 
 
 class HugeStep(Network):
-    """The step of batch 2 has an absurd learning rate: parameters overflow, and batch 3 meets them."""
+    """Takes the step of batch 2 with an absurd learning rate: the parameters overflow, and batch 3 has a bad loss."""
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.optimizers().param_groups[0]["lr"] = 3e38 if batch_idx == FAULTY - 1 else 0.001
@@ -89,7 +90,7 @@ FAULTS = {
 
 
 class Answer(NamedTuple):
-    """What a run said of its fault: the warning or error as text, the journal's lines, and whether the run came to its end."""
+    """Answers of the guard in one run: the warning as text, the lines of the journal, and whether the run reached its end."""
 
     text: str
     journal: list[dict[str, Any]]
@@ -97,7 +98,7 @@ class Answer(NamedTuple):
 
 
 def ask(fault: str, folder: Path) -> Answer:
-    """Train with a fault under the guard."""
+    """Train with a fault and the guard, and return its answers."""
     module, logger = FAULTS[fault](), CSVLogger(folder, name="", version=fault.replace(" ", "_"))
     guard, error = NonFiniteGuard(max_consecutive=2, trace_forward=True), None
     Path(logger.log_dir, "nonfinite_steps.jsonl").unlink(missing_ok=True)

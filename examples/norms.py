@@ -1,11 +1,11 @@
-"""What is a norm of a gradient, and what does a threshold make of it?
+"""What is the norm of a gradient, and what does a threshold do to it?
 
     python examples/norms.py            # tables, and logs/norms/norms.png
     python examples/norms.py --quick    # the same with fewer random draws
 
-You see total_norm and clip_coef = min(1, max_norm / (total_norm + 1e-6)) of one gradient under several norm types, of gradients
-with one growing entry, and under several thresholds; then, over random gradients of every size, that a larger norm_type never
-gives a larger total_norm, and that clipping shrinks and never enlarges: it cures exploding gradients and does nothing for
+The tables show total_norm and clip_coef = min(1, max_norm / (total_norm + 1e-6)) for one gradient under several norm types, for
+gradients with one growing entry, and under several thresholds. Random gradients of every size then show that a larger norm_type
+never gives a larger total_norm, and that clipping never enlarges a gradient: it cures exploding gradients and does nothing for
 vanishing ones.
 """
 
@@ -38,9 +38,9 @@ def clip(gradient: Sequence[float] | Tensor, max_norm: float | None = 1.0, norm_
 
 
 def row(label: float, gradient: Sequence[float], max_norm: float = 1.0, norm_type: float = 2.0) -> Row:
-    """Of one gradient: a label, total_norm, clip_coef, and clip_coef once more, from the printed norm in double precision."""
+    """Return a label, total_norm and clip_coef of one gradient, and clip_coef computed from the printed norm in float64."""
     report, weight = clip(gradient, max_norm, norm_type), weight_with(gradient)
-    assert clip_grad_norm_(weight, max_norm, norm_type) == report.total_norm  # the drop-in says the same
+    assert clip_grad_norm_(weight, max_norm, norm_type) == report.total_norm  # the drop-in returns an equal norm
     total_norm = report.total_norm.item()
     return label, total_norm, report.clip_coef.item(), min(1.0, max_norm / (total_norm + 1e-6))
 
@@ -58,7 +58,7 @@ def by_threshold() -> list[Row]:
 
 
 def random_gradients(draws: int) -> list[Tensor]:
-    """Of 1 to 50 entries, of sizes from 1e-4 to 1e4."""
+    """Return gradients of 1 to 50 entries, of sizes from 1e-4 to 1e4."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 51, (draws,), generator=generator).tolist()
     sizes = (10 ** (8 * torch.rand(draws, generator=generator) - 4)).tolist()
@@ -66,13 +66,13 @@ def random_gradients(draws: int) -> list[Tensor]:
 
 
 def rising_norms(gradients: list[Tensor]) -> int:
-    """For how many gradients a larger norm type gives a larger norm (beyond the rounding of float32)."""
+    """Count the gradients for which a larger norm type gives a larger norm (beyond the rounding of float32)."""
     norms = torch.tensor([[clip(gradient, None, p).total_norm.item() for p in NORM_TYPES] for gradient in gradients])
     return int((norms[:, 1:] > norms[:, :-1] * (1 + 1e-6)).any(dim=1).sum())
 
 
 def before_and_after(gradients: list[Tensor], max_norm: float) -> list[tuple[float, float]]:
-    """total_norm and clipped_norm of each gradient."""
+    """Return total_norm and clipped_norm of each gradient."""
     reports = [clip(gradient, max_norm) for gradient in gradients]
     return [(report.total_norm.item(), report.clipped_norm.item()) for report in reports]
 

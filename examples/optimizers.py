@@ -1,13 +1,13 @@
-"""What do clipping, the scale of a gradient, and a bad batch mean to SGD, momentum, Adagrad, RMSprop and Adam?
+"""What effect do clipping, the scale of a gradient, and a bad batch have on SGD, momentum, Adagrad, RMSprop and Adam?
 
     python examples/optimizers.py            # a table, and logs/optimizers/scales.png, in half a minute
     python examples/optimizers.py --quick    # seconds
 
-The same classifier of handwritten digits (scikit-learn's) is trained with its loss as it is, a tenth of it, and ten times it. SGD
-moves a tenth or, at first, ten times as far; Adam, RMSprop and Adagrad divide by what they remember of the gradient and hardly
-notice. So a constant clip_coef slows SGD as a smaller learning rate would, and does nothing to Adam: for it clipping is against
-outliers. A threshold below every norm makes all of them blind to the scale. Last, one batch of each run has a NaN loss: under the
-guard every optimizer ends with the bits of a run in which that batch was never drawn.
+A classifier of handwritten digits (scikit-learn's) is trained with its loss, with a tenth of it, and with ten times it. SGD moves a
+tenth or, at first, ten times as far; Adam, RMSprop and Adagrad divide by the size of past gradients, and their path hardly changes.
+So a constant clip_coef slows SGD as a smaller learning rate would, and has no effect on Adam, for which clipping only helps against
+outliers. A threshold below every norm removes the influence of the scale on every optimizer. At last one batch of each run has a
+NaN loss: with the guard every optimizer ends with the bits of a run in which that batch was never drawn.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from clip_callbacks import GradientClipping, NonFiniteGuard
 
 Batch = tuple[Tensor, Tensor]
 ALWAYS = 1e-3
-"""A max_norm below every norm here, whatever the scale."""
+"""A max_norm below every norm of this example, at every scale."""
 
 
 class Way(NamedTuple):
-    """An optimizer, and what a batch is."""
+    """An optimizer with its options, and the size of its batches."""
 
     make: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any]
@@ -51,7 +51,7 @@ WAYS = {
 
 
 class Classifier(LightningModule):
-    """Its loss is multiplied by ``scale``, and is NaN for the batch of number ``poisoned``."""
+    """A classifier whose loss is multiplied by ``scale``, and is NaN for batch number ``poisoned``."""
 
     def __init__(self, way: Way, scale: float = 1.0, poisoned: int | None = None) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ def train(way: Way, data: list[Batch], *, max_norm: float | None = None, scale: 
 
 
 def path_ratio(run: Run, reference: Run) -> float:
-    """How far the weights went, as a multiple of how far they went in the reference."""
+    """Return the distance that the weights moved, as a multiple of the distance in the reference."""
     return float((run.end - run.start).norm() / (reference.end - reference.start).norm())
 
 
 def compare(way: Way, steps: int) -> tuple[dict[str, Any], dict[float, Run]]:
-    """Of one optimizer: its row of the table, and its runs by scale."""
+    """Return the row of one optimizer in the table, and its runs by scale."""
     data = batches(way, steps)
     runs = {scale: train(way, data, scale=scale) for scale in (0.1, 1.0, 10.0)}
     clipped = {scale: train(way, data, max_norm=ALWAYS, scale=scale) for scale in (1.0, 10.0)}
@@ -129,7 +129,7 @@ def picture(found: dict[str, dict[float, Run]]):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = start(command_line(__doc__, "optimizers"), argv)
-    warnings.filterwarnings("ignore", "Non-finite gradients")  # they are meant
+    warnings.filterwarnings("ignore", "Non-finite gradients")  # they are injected on purpose
     found = {name: compare(way, 20 if arguments.quick else 200) for name, way in WAYS.items()}
     print("How far the weights go from their start, with a scaled gradient or clipped, as a multiple of how far without")
     print(tabulate([{"optimizer": name, **row} for name, (row, _) in found.items()], headers="keys", floatfmt=".3f"))

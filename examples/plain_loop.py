@@ -1,10 +1,10 @@
-"""A plain PyTorch loop: accumulate, measure, guard, clip, report; norms in a CSV file.
+"""Clip, guard and log gradients in a plain PyTorch loop with accumulation; the norms go to a CSV file.
 
     python examples/plain_loop.py
     clip-callbacks report logs/plain_loop
 
-A recurrent network learns to add up the two marked ones of fifty numbers: long products of Jacobians, whose gradients explode.
-With --poison one micro-batch of step 5 is NaN: that step never happened, and the printed line counts it.
+A recurrent network learns to add up the two marked ones of fifty numbers. Its gradients are long products of Jacobians and explode.
+With --poison one micro-batch of step 5 is NaN: that step is skipped, and the printed line counts it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Adder(nn.Module):
 
 
 def draw():
-    """Sequences of (number, mark), and the sums of the marked numbers."""
+    """Return sequences of (number, mark), and the sums of the marked numbers."""
     numbers, marks = torch.rand(BATCH, LENGTH), torch.zeros(BATCH, LENGTH)
     marks.scatter_(1, torch.rand(BATCH, LENGTH).topk(2).indices, 1.0)
     return torch.stack([numbers, marks], -1), (numbers * marks).sum(1)

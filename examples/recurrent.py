@@ -1,15 +1,15 @@
-"""What does a long sequence do to the gradients of an RNN, a GRU, an LSTM, and what does clipping do about it?
+"""What does a long sequence do to the gradients of an RNN, a GRU and an LSTM, and what does clipping change?
 
     python examples/recurrent.py            # three tables, and two pictures in logs/recurrent, in half a minute
     python examples/recurrent.py --quick    # seconds
 
-First, where such a gradient comes from: a cell is called at every step, so its weights' gradient is the sum over all calls;
-backward at each time step adds up to one backward of the summed loss. Second, how large it is: at the start of training, over the
-length of the sequence, for a vanilla RNN as torch makes it, one with large recurrent weights, a GRU and an LSTM. The norm of the
-weights' gradient explodes or does not; what the last state feels of the first input explodes with it, or vanishes. Clipping
-brings down what explodes, and leaves what has vanished as it is. Third, training with and without it (is the sum of one number of
-each input positive?): clipping keeps the loss of the vanilla RNN from leaping; to learn the task takes the gates of a GRU or an
-LSTM.
+The first table shows where such a gradient comes from: a cell is called at every time step, so the gradient of its weights is the
+sum over all calls, and backward passes at each time step add up to one backward pass of the summed loss. The second part shows the
+size of this gradient at the start of training, over the length of the sequence, for torch's vanilla RNN, one with large recurrent
+weights, a GRU and an LSTM. The norm of the weights' gradient explodes or not; the gradient at the first input explodes with it, or
+vanishes. Clipping reduces exploding gradients, and leaves vanished ones as they are. The third part trains with and without
+clipping (is the sum of one number of each input positive?): clipping prevents jumps in the loss of the vanilla RNN, but only the
+gates of a GRU or an LSTM learn the task.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def noise(samples: int, length: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
-    """The same recurrent weights' gradient, in double precision, in four ways."""
+    """Compute the gradient of the recurrent weights in four ways, in double precision."""
     sequence = noise(4, length, torch.float64)
     rnn = network("RNN", torch.float64)
     gradients = {}
@@ -59,7 +59,7 @@ def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
         rnn.zero_grad()
 
     def calls(copies: Sequence[Tensor]) -> list[Tensor]:
-        """States of a cell called once for each time step, each time with its own copy of the recurrent weights."""
+        """Return the states of a cell that is called once for each time step, with its own copy of the weights each time."""
         states = [sequence.new_zeros(4, STATES)]
         for step, copy in enumerate(copies):
             inputs = sequence[:, step] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0
@@ -88,7 +88,7 @@ def norms(kind: str, length: int) -> dict[str, float]:
 
 
 class SumOfFirst(LightningModule):
-    """Says at the end of a sequence whether its first numbers have a positive sum."""
+    """Classifies sequences by the sign of the sum of their first numbers."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SumOfFirst(LightningModule):
 
 
 def train(kind: str, max_norm: float | None, steps: int, length: int = 30) -> list[float]:
-    """The losses."""
+    """Train, and return the loss of each step."""
     seed_everything(0, verbose=False)
     module = SumOfFirst(kind)
     data = DataLoader(TensorDataset(noise(32 * steps, length)), batch_size=32)
@@ -120,8 +120,8 @@ def norm_picture(lengths: list[int], found: dict[str, list[dict[str, float]]]):
         axes[0].loglog(lengths, [norm["clipped_norm"] for norm in each], ":", color=COLORS[kind])
         axes[1].loglog(lengths, [norm["first input"] or float("nan") for norm in each], color=COLORS[kind], label=kind)
     axes[0].plot([], [], ":", color=GREY, label=f"clipped to {MAX_NORM:g}")
-    axes[0].set(ylabel="norm of the weights' gradient", title="Clipping brings down what explodes")
-    axes[1].set(ylabel="norm of the gradient at the first input", title="What the last state feels of the first input")
+    axes[0].set(ylabel="norm of the weights' gradient", title="Clipping reduces exploding gradients")
+    axes[1].set(ylabel="norm of the gradient at the first input", title="Influence of the first input on the last state")
     for axis in axes:
         axis.set_xlabel("length of the sequence (time steps)")
         axis.legend(fontsize=8)

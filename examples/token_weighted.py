@@ -1,10 +1,10 @@
-"""A small language model on lines of Python source, padded: plain accumulation against accumulation weighted by tokens.
+"""Compare plain accumulation with accumulation weighted by tokens, for a small language model on padded lines of Python source.
 
-Lines of similar length stand in one micro-batch, so that little is padded; so micro-batches hold from a hundred to some thousand
-characters. Plain accumulation gives each micro-batch's mean loss the same weight, and a character of a short line many times that
-of a long one. One callback puts it right:
+Micro-batches contain lines of similar length, so that little is padded, and therefore hold from a hundred to some thousand
+characters. Plain accumulation gives the mean loss of each micro-batch the same weight, and so gives a character of a short line
+many times the weight of a character of a long one. One callback corrects this:
 
-python examples/token_weighted.py --steps 360 --picture docs/token_weighted.png
+python examples/token_weighted.py --steps 360 --picture token_weighted.png
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 IGNORED, LINES, WINDOW, END = -100, 32, 8, 10
-"""Label of padding; lines in a micro-batch; micro-batches in a window; the character that ends a line."""
+"""Label of padding; lines in a micro-batch; micro-batches in a window; code of the character that ends a line."""
 
 Batch = dict[str, Tensor]
 
 
 def micro_batches(text: bytes, most: int, seed: int) -> list[Batch]:
-    """Lines of similar length together, the micro-batches in random order."""
+    """Return micro-batches of lines of similar length, in random order."""
     lines = sorted((line.strip()[:240] for line in text.splitlines() if len(line.strip()) > 1), key=len)
     groups = [lines[start : start + LINES] for start in range(0, len(lines) - LINES + 1, LINES)]
     random.Random(seed).shuffle(groups)
@@ -44,7 +44,7 @@ def micro_batches(text: bytes, most: int, seed: int) -> list[Batch]:
 
 
 def padded(lines: list[bytes]) -> Batch:
-    """Inputs and the labels one character later; padding is ignored."""
+    """Return inputs, and labels one character later; the loss ignores padding."""
     rows = [torch.tensor([END, *line, END]) for line in lines]
     inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
     labels = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED)
@@ -52,7 +52,7 @@ def padded(lines: list[bytes]) -> Batch:
 
 
 class LineModel(LightningModule):
-    """A GRU that predicts the next character. Nothing in it knows of weights."""
+    """A GRU that predicts the next character. It does not know that micro-batches are weighted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LineModel(LightningModule):
         self.validated: list[tuple[int, float]] = []
 
     def bits(self, batch: Batch) -> Tensor:
-        """Mean over the characters that are not padding."""
+        """Return the mean loss in bits over the characters that are not padding."""
         logits = self.head(self.rnn(self.embedding(batch["inputs"]))[0])
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED) / math.log(2)
 
@@ -78,7 +78,7 @@ class LineModel(LightningModule):
 
 
 def run(rescaling: Callback, train: list[Batch], validation: list[Batch], steps: int) -> list[tuple[int, float]]:
-    """Validation loss over optimizer steps."""
+    """Train, and return the validation loss over optimizer steps."""
     seed_everything(0, verbose=False)
     module = LineModel()
     trainer = Trainer(
@@ -105,7 +105,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], tokens: list[int], file: Pa
     )
     left.legend()
     right.hist(tokens, bins=40, color="#66a182")
-    right.set(xlabel="characters in a micro-batch", ylabel="micro-batches", title="What the micro-batches hold")
+    right.set(xlabel="characters in a micro-batch", ylabel="micro-batches", title="Characters in the micro-batches")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

@@ -1,10 +1,10 @@
-"""A small GPT-2 of Hugging Face, fine-tuned on lines of Python source: accumulation weighted by tokens, clipping, warm-up.
+"""Fine-tune a small GPT-2 of Hugging Face on lines of Python source, with token-weighted accumulation, clipping and warm-up.
 
     python examples/transformer.py
     clip-callbacks report logs/transformer
 
-The model is made from its configuration and reads text byte by byte: nothing is downloaded. Its embeddings are frozen in the first
-epoch. With --poison one micro-batch of the third window is NaN: that step is skipped.
+Nothing is downloaded: the model is made from its configuration and reads text byte by byte. Its embeddings are frozen in the first
+epoch. With --poison one micro-batch of the third window is NaN, and that step is skipped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WINDOW, LINES, LENGTH, PADDING = 4, 16, 96, -100
 
 
 def collate(lines):
-    """Lines as bytes; padding takes no part in the loss."""
+    """Return lines as bytes; the loss ignores padding."""
     rows = [torch.tensor(list(line)) for line in lines]
     labels = pad_sequence(rows, batch_first=True, padding_value=PADDING)
     return BatchEncoding({"input_ids": labels.clamp(min=0), "attention_mask": (labels != PADDING).long(), "labels": labels})

@@ -1,11 +1,12 @@
-"""Where does the clip belong? Between backward and step.
+"""Where does clipping belong? Between backward and step.
 
     python examples/where_to_clip.py    # two tables, in a second; --quick is the same
 
-Four layers of one weight, 0.5, each followed by a sigmoid; input 0.1, target 1, squared error, SGD with a learning rate of 1. The
-first table is one step in Lightning under GradientClipping(0.01208): the gradient as backward left it, as the optimizer got it,
-the weight after the step, and the gradient then: it is still there, hence zero_grad. The second one puts clip_grad_norm_
-elsewhere in a plain loop: before backward there is nothing to clip, after the step it is too late.
+The network has four layers of one weight, 0.5, each followed by a sigmoid; input 0.1, target 1, squared error, SGD with a learning
+rate of 1. The first table shows one step in Lightning with GradientClipping(0.01208): the gradient after backward, the gradient
+that the optimizer received, the weight after the step, and the gradient after the step. It is still there, which is why loops call
+zero_grad. The second table calls clip_grad_norm_ at other places in a plain loop: before backward there is nothing to clip, and
+after the step it is too late.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PLACES: tuple[Place, ...] = ("nowhere", "before backward", "between backward and
 
 
 class FourLayers(LightningModule):
-    """Keeps the gradients of its step at three moments."""
+    """Four layers that record their gradients at three moments of a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class FourLayers(LightningModule):
 
 
 def one_step() -> tuple[dict[str, list[float]], float]:
-    """What the four layers saw, and total_norm."""
+    """Return the values that the four layers recorded, and total_norm."""
     module, clipping = FourLayers(), GradientClipping(MAX_NORM)
     quiet_trainer(clipping, max_steps=1).fit(module, DataLoader([0]))
     assert clipping.last_report
@@ -79,7 +80,7 @@ def one_step() -> tuple[dict[str, list[float]], float]:
 
 
 def weights_with_clip_at(place: Place) -> list[float]:
-    """The weights after a step of a plain loop."""
+    """Return the weights after a step of a plain loop that clips at a place."""
     module = FourLayers()
     optimizer = module.configure_optimizers()
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Docstrings of the package in Markdown: formulas, references and examples are written in them as Sphinx has them."""
+"""Translate the docstrings of the package, with formulas, references and examples in Sphinx's syntax, into Markdown."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _EQUATION = re.compile(r"^( *)\.\. math::(.*)\n((?:\1 +.*\n|\s*\n)*)", re.MULTIL
 
 
 class Sphinx(griffe.Extension):
-    """Rewrites each docstring as it is loaded."""
+    """Translates each docstring when it is loaded."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite one."""
+        """Translate the docstring of one object."""
         if obj.docstring:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
 
 def as_markdown(docstring: str) -> str:
-    """A docstring with formulas as MathML, references by name, and examples as a section."""
+    """Return a docstring with formulas as MathML, references as plain names, and examples as a section."""
     text = _EQUATION.sub(_equation, docstring + "\n")
     text = _MATH.sub(lambda match: inline(match[1]), text)
     text = _ROLE.sub(_reference, text)
@@ -39,6 +39,6 @@ def _equation(match: re.Match[str]) -> str:
 
 
 def _reference(match: re.Match[str]) -> str:
-    """The last part of a name for ``~``, the whole of it otherwise."""
+    """Return the last part of a name that begins with ``~``, or the whole name."""
     is_short, name = match.groups()
     return f"`{name.rpartition('.')[2] if is_short else name}`"

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, and nothing from elsewhere."""
+"""Render formulas as MathML, which browsers draw without a script or a file from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from latex2mathml.converter import convert
 
 
 def inline(formula: str) -> str:
-    """A formula within a line."""
-    return _drawn(formula, "inline")
+    """Render a formula within a line."""
+    return _rendered(formula, "inline")
 
 
 def block(formula: str) -> str:
-    """A formula on its own; long ones scroll on a phone."""
-    return f'<div class="formula">{_drawn(formula, "block")}</div>'
+    """Render a formula as a block; a long one scrolls on a phone."""
+    return f'<div class="formula">{_rendered(formula, "block")}</div>'
 
 
 def fence(source: str, *_: Any, **__: Any) -> str:
-    """A block fenced with ``math``, which GitHub draws too."""
+    """Render a block fenced with ``math``, which GitHub draws too."""
     return block(source)
 
 
-def _drawn(formula: str, display: str) -> str:
-    """MathML; the converter takes an escaped underscore in text for two characters, and knows no small ``bigl``."""
+def _rendered(formula: str, display: str) -> str:
+    """Convert to MathML. The converter reads an escaped underscore in text as two characters, and does not know ``bigl``."""
     return str(convert(formula.strip().replace(r"\_", "_").replace(r"\bigl", "").replace(r"\bigr", ""), display=display))

@@ -1,4 +1,4 @@
-"""Links that work on GitHub, where pages stand in folders of a repository, made to work on the site."""
+"""Rewrite links that work on GitHub, where pages are files of a repository, into links that work on the site."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
 from mkdocs.structure.pages import Page
 
-_BEFORE_MKDOCS = 10
-"""mkdocs checks links with a priority of 0."""
+_PRIORITY = 10
+"""Priority of the rewriting; mkdocs checks links later, with priority 0."""
 _page: list[str] = []
-"""Of the page that is being rendered: where its source is in the repository, and where on the site."""
+"""Path of the source of the page that is being rendered, in the repository and on the site."""
 
 
 class _Links(Treeprocessor):
@@ -26,36 +26,39 @@ class _Links(Treeprocessor):
 
 class _Extension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  # Markdown's name
-        md.treeprocessors.register(_Links(md), "repository_links", _BEFORE_MKDOCS)
+        md.treeprocessors.register(_Links(md), "repository_links", _PRIORITY)
 
 
 def on_config(config: Any, **_: Any) -> Any:
-    """Have links rewritten."""
+    """Register the extension that rewrites links."""
     config.markdown_extensions.append(_Extension())
     return config
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Remember which page is next."""
+    """Note which page is rendered next."""
     place = page.file.src_uri
-    source = (
-        "README.md" if place == "index.md" or place.startswith("reference/") else place if _is_elsewhere(place) else f"docs/{place}"
-    )
+    if place == "index.md":
+        source = "README.md"
+    elif _is_outside_docs(place):
+        source = place
+    else:
+        source = f"docs/{place}"
     _page[:] = [source, place]
     return markdown
 
 
-def _is_elsewhere(place: str) -> bool:
+def _is_outside_docs(place: str) -> bool:
     return place.startswith(("benchmarks/", "examples/", "configs/")) or place in {"CHANGELOG.md", "CONTRIBUTING.md"}
 
 
 def as_on_site(link: str, source: str, place: str) -> str:
-    """A link from a file of the repository as one from its page on the site.
+    """Translate a link in a file of the repository into one for its page on the site.
 
     Args:
-        link: As it is written.
-        source: The file, from the root of the repository.
-        place: The page's source, from the root of the site.
+        link: The link in the file.
+        source: Path of the file, from the root of the repository.
+        place: Path of the page's source, from the root of the site.
     """
     path, anchor, rest = link.partition("#")
     if not path or ":" in path or path.startswith("/"):

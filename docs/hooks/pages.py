@@ -1,4 +1,4 @@
-"""Pages made when the site is built: from files elsewhere in the repository, and from the package."""
+"""Pages that are generated when the site is built: from files elsewhere in the repository, and from the package."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mkdocs.structure.files import File, Files
 from docs.hooks.reference import reference_pages
 
 ROOT = Path(__file__).parents[2]
-TAKEN = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*.md", "benchmarks/results/*.png")
-"""What the site shows as it is, in its place."""
-SHOWN = ("examples/**/*.py", "examples/**/*.yaml", "configs/**/*.yaml")
-"""What it shows as code, each file on a page."""
-UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
+COPIED_FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*.md", "benchmarks/results/*.png")
+"""Files that the site shows unchanged, at their path."""
+CODE_FILES = ("examples/**/*.py", "examples/**/*.yaml", "configs/**/*.yaml")
+"""Files that the site shows as code, each on a page of its own."""
+NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add them."""
-    for pattern in TAKEN:
+    """Add the generated pages to the files of the site."""
+    for pattern in COPIED_FILES:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for path, content in (*_code_pages(), *reference_pages(), ("index.md", _read("README.md"))):
@@ -33,16 +33,16 @@ def _read(path: str) -> str:
 
 
 def _code_pages() -> Iterator[tuple[str, str]]:
-    """A page for each file, and one with all configurations."""
-    for pattern in SHOWN:
+    """Yield a page for each file with code, and one page with all configurations."""
+    for pattern in CODE_FILES:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            yield f"{name}.md", f"{UNSEARCHED}# {name}\n\n{_fenced(path)}"
+            yield f"{name}.md", f"{NOT_SEARCHED}# {name}\n\n{_fenced(path)}"
     folder = ROOT / "configs"
     parts = [f"## {path.relative_to(folder).as_posix()}\n\n{_fenced(path)}" for path in sorted(folder.glob("**/*.yaml"))]
     yield (
         "configs/index.md",
-        "\n".join(["# Configurations\n\nThe files of `configs/`: one question each, to paste from.\n", *parts]),
+        "\n".join(["# Configurations\n\nThe files of `configs/` answer one question each; paste from them.\n", *parts]),
     )
 
 

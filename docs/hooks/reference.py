@@ -12,28 +12,32 @@ MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
     "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "rollbacks"),
+    "ParameterTable": ("names", "groups"),
     "StepReport": (
         *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),
         *("names", "norms", "limits", "coefficients", "shadows", "metrics"),
     ),
 }
-"""What users ask of a class, beside its arguments; the other members are for the pass."""
+"""Members of a class that users need beside its arguments; the other members are for the engine."""
+
+MODULES = {"callbacks": ("callbacks", "guard.options"), "limits": ("core.limits",)}
+"""Modules whose public names stand on a page of the reference; all other names are on the page of functions."""
 
 INTRODUCTIONS = {
-    "callbacks": "Each of the family has `last_report`, the `StepReport` of the last step or None, and a count `skipped_steps`.",
-    "limits": "What `max_norm`, `shadow` and `skip_above` take beside numbers.",
-    "functions": "What callbacks are made of, for plain loops and Fabric; and what they take and give.",
+    "callbacks": "Every callback has `last_report`, the `StepReport` of the last step or None, and a count `skipped_steps`.",
+    "limits": "Limits stand wherever `max_norm`, `shadow` and `skip_above` take a number.",
+    "functions": "Functions for plain loops and Fabric, and the values that functions and callbacks take and return.",
 }
 
 
 def group_of(name: str) -> str:
-    """The page of the reference that tells of a public name."""
+    """Return the page of the reference that a public name is on."""
     module = getattr(clip_callbacks, name).__module__.removeprefix("clip_callbacks.")
-    return next((group for group in ("callbacks", "limits") if module.startswith(group)), "functions")
+    return next((group for group, prefixes in MODULES.items() if module.startswith(prefixes)), "functions")
 
 
 def reference_pages() -> Iterator[tuple[str, str]]:
-    """Yield path and text of each page."""
+    """Yield the path and text of each page."""
     titles = {"callbacks": "Callbacks", "limits": "Limits", "functions": "Functions and values"}
     for group, title in titles.items():
         names = [name for name in clip_callbacks.__all__ if group_of(name) == group]
@@ -51,9 +55,9 @@ def _directive(name: str) -> str:
 def _command_line() -> str:
     parser = cli._parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parts = [f"## clip-callbacks {name}\n\n{_told(command)}" for name, command in commands.choices.items()]
-    return "\n".join([f"# Command line\n\n{_told(parser)}", *parts])
+    parts = [f"## clip-callbacks {name}\n\n{_help(command)}" for name, command in commands.choices.items()]
+    return "\n".join([f"# Command line\n\n{_help(parser)}", *parts])
 
 
-def _told(parser: argparse.ArgumentParser) -> str:
+def _help(parser: argparse.ArgumentParser) -> str:
     return f"````text\n{parser.format_help().rstrip()}\n````\n"

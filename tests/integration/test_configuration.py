@@ -30,9 +30,9 @@ from clip_callbacks import (
     QuantileLimit,
     RatioLimit,
     RobustZScoreLimit,
+    Rollback,
     TightestLimit,
     WarmupLimit,
-    Rollback,
     ZScoreLimit,
 )
 from tests.helpers.training import Regression, data

@@ -22,8 +22,8 @@ from clip_callbacks import (
     NonFiniteGuard,
     QuantileLimit,
     RobustZScoreLimit,
-    TightestLimit,
     Rollback,
+    TightestLimit,
     ZScoreLimit,
 )
 from tests.helpers.laws import ADAPTIVE

@@ -360,6 +360,7 @@ def test_the_reference_has_every_public_name():
     pages = dict(reference_pages())
     for name in clip_callbacks.__all__:
         assert sum(f"::: clip_callbacks.{name}\n" in page for page in pages.values()) == 1
+    assert all("::: clip_callbacks." in page for path, page in pages.items() if path != "reference/command_line.md")
     for name, members in MEMBERS.items():
         assert all(inspect.getdoc(getattr(getattr(clip_callbacks, name), member)) for member in members)
 

@@ -1,4 +1,4 @@
-"""What clips in one fit: the part that GradientClipping makes."""
+"""The part of one fit that GradientClipping makes: rules bound to optimizers, and the states of their limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.clipping.limit_memory import LimitMemory
-from clip_callbacks.core.limit_state import Misfits, NamedLimitState
+from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch
 from clip_callbacks.core.limits import FixedLimit, Limit, as_limit, labels
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
@@ -32,73 +32,73 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
 class Unclipped:
-    """Measures, and clips nothing."""
+    """Part of a fit without GradientClipping: the engine measures, and clips nothing."""
 
     clips = False
-    """Whether there is anything that may clip."""
+    """If True, the fit has rules, which may clip."""
     clip_value: float | None = None
-    """The largest entry afterwards."""
+    """Largest absolute value of an entry after clipping; None for no bound."""
 
-    def misfits(self) -> Misfits:
-        """What of a checkpoint did not fit, once met the optimizers."""
-        return Misfits()
+    def mismatch(self) -> StateMismatch:
+        """Return the differences between a checkpoint and the options of this run; complete after :meth:`attach`."""
+        return StateMismatch()
 
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
-        """Meet the optimizers, before the first step or after some of them took on other parameters.
+        """Bind the rules to optimizers, before the first step or after some of them took on other parameters.
 
         Args:
-            contexts: The optimizers that are new, or hold other parameters.
-            names: The names of all parameters of the module.
-            renewed: Whether an optimizer changed in the middle of a fit.
+            contexts: Optimizers that are new or hold other parameters.
+            names: Names of all parameters of the module.
+            renewed: If True, an optimizer changed in the middle of a fit.
 
         Raises:
             ValueError: If a rule's pattern matches no parameter.
         """
 
     def limits_norms_of(self, index: int) -> bool:
-        """Whether anything limits the gradients of an optimizer, and does not only measure them."""
+        """Return whether any limit may change the gradients of an optimizer; limits of inf only measure."""
         return False
 
     def rules_of(self, index: int) -> Sequence[ClipRule]:
-        """The rules that hold for an optimizer."""
+        """Return the rules that hold for an optimizer."""
         return ()
 
     def shadows_of(self, index: int) -> Sequence[ClipRule]:
-        """The limits that are tried on it, as rules."""
+        """Return the shadows of an optimizer, as rules."""
         return ()
 
     def limit_states(self, index: int) -> ClipState:
-        """The states of both."""
+        """Return the states of the rules' limits, then those of the shadows."""
         return ()
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep them for the next step."""
+        """Keep the states after a step for the next one."""
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
+        """Return the reason why the host must decide on an optimizer's steps; None if the device may."""
         return None
 
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
-        """What a logged step tells of the clipping beside what its report has."""
+        """Return the metrics of rules, and the shares of clipped steps, for a logged step."""
         return {}
 
     def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
-        """What is counted over the run: clipped steps are told of as shares."""
+        """Return the counters of the run for the loggers; none here, because clipped steps are logged as shares."""
         return {}
 
     def charts(self, context: OptimizerContext) -> dict[str, list[str]]:
-        """By title, the metrics of each chart."""
+        """Return the names of the metrics in each chart, by the chart's title."""
         return {"total_norm": [TOTAL_NORM]}
 
 
 class Clipper(Unclipped):
-    """Holds the rules for each optimizer, and their states.
+    """The rules of each optimizer in one fit, and the states of their limits.
 
     Args:
-        rules: The rules, in order.
-        shadows: Limits that are tried on the blocks of the first rule, and clip nothing.
-        clip_value: The largest entry afterwards; None leaves entries alone.
-        saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+        rules: Rules in order.
+        shadows: Limits that are evaluated on the blocks of the first rule and change no gradient.
+        clip_value: Largest absolute value of an entry after clipping; None for no bound.
+        saved: State from a checkpoint, as :meth:`state_dict` returned it; empty at the beginning of a run.
     """
 
     clips = True
@@ -115,8 +115,8 @@ class Clipper(Unclipped):
         self._memory = LimitMemory(saved)
 
     @override
-    def misfits(self) -> Misfits:
-        return self._memory.misfits
+    def mismatch(self) -> StateMismatch:
+        return self._memory.mismatch
 
     @override
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
@@ -135,13 +135,18 @@ class Clipper(Unclipped):
             rank_zero_warn("No optimizer holds a parameter: GradientClipping has nothing to clip.", stacklevel=2)
             return
         for rule in self._all_rules:
+            # An error against all names of the module; only a warning if the parameters exist and no optimizer holds them now,
+            # because an optimizer may take them on later, as in fine-tuning.
             selection_of(rule).check(every_name)
             if not any(_holds(rule, context) for context in contexts):
-                which = f"all but {rule.exclude!r}" if rule.include is None else repr(rule.include)
-                rank_zero_warn(f"The rule for {which} holds for no parameter that an optimizer holds now.", stacklevel=2)
+                rank_zero_warn(
+                    f"The rule with include={rule.include!r} and exclude={rule.exclude!r} holds for no parameter that an optimizer "
+                    "holds now: it clips nothing until one takes such a parameter on.",
+                    stacklevel=2,
+                )
 
     def _named_shadows(self, context: OptimizerContext) -> dict[str, ClipRule]:
-        """By their labels: the first rule with other limits, where it holds."""
+        """Return the first rule with each shadow's limit in turn, by the shadow's label; none where that rule does not hold."""
         first = self._all_rules[0]
         if not _holds(first, context):
             return {}
@@ -149,7 +154,7 @@ class Clipper(Unclipped):
         return {name: _narrowed(replace(first, max_norm=limit, name=name), context) for limit, name in named}
 
     def _named_rules(self) -> dict[str, ClipRule]:
-        """By their names, which each of several rules needs for its metrics."""
+        """Return the rules by name. Each of several rules gets one, for its metrics; a single rule needs none."""
         if len(self._all_rules) == 1:
             (rule,) = self._all_rules
             return {names_of(self._all_rules)[0]: rule}
@@ -170,16 +175,17 @@ class Clipper(Unclipped):
 
     @override
     def limit_states(self, index: int) -> ClipState:
-        return tuple([held.state for held in self._all_states[index]])
+        return tuple([each.state for each in self._all_states[index]])
 
     @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        for held, after in zip(self._all_states[index], states, strict=True):
-            held.state = after
+        for each, after in zip(self._all_states[index], states, strict=True):
+            each.state = after
 
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         table = context.table
+        # A fused optimizer's kernel multiplies all gradients by one factor (`grad_scale`): it can carry out no other clipping.
         if self.clip_value is None and all(Stage.of(rule, table).partition.is_whole for rule in self.rules_of(context.index)):
             return None
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"
@@ -203,12 +209,12 @@ class Clipper(Unclipped):
         return charts
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all limits."""
+        """Return the states of all limits."""
         return self._memory.state_dict()
 
 
 def names_of(rules: Sequence[ClipRule]) -> list[str]:
-    """The names of rules: their own, or those of their places."""
+    """Return the names of rules, with ``rule_1``, ``rule_2``, … by place for rules without a name."""
     return [rule.name or f"rule_{number}" for number, rule in enumerate(rules, 1)]
 
 
@@ -217,7 +223,7 @@ def _holds(rule: ClipRule, context: OptimizerContext) -> bool:
 
 
 def _narrowed(rule: ClipRule, context: OptimizerContext) -> ClipRule:
-    """The rule for an optimizer that may hold none of what is excluded."""
+    """Return the rule without its ``exclude`` where that matches none of an optimizer's parameters, which is no mistake there."""
     selection = selection_of(rule).among(context.table.names)
     if selection is None or selection.exclude == rule.exclude:
         return rule

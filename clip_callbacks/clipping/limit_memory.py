@@ -1,62 +1,71 @@
-"""What the limits of rules and shadows remember: over steps, changes of an optimizer, and runs with other options."""
+"""States of all limits of one fit: over its steps, changes of an optimizer, and runs with other options."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from clip_callbacks.core.limit_state import Carried, Misfits, NamedLimitState, carry_over
+from clip_callbacks.core.limit_state import CarriedState, NamedLimitState, StateMismatch, carry_over
 from clip_callbacks.core.rules import ClipRule
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
-Key: TypeAlias = tuple[str, str]
-"""Whether it is one of "limits", those of rules, or one of "shadows"; and its name."""
-KINDS = {"limits": "the limit of ", "shadows": "shadow "}
-"""What they are called in words."""
+LimitKey: TypeAlias = tuple[str, str]
+"""A role, "limits" (of rules) or "shadows", and the name of the rule or shadow."""
+
+ROLES = {"limits": "the limit of ", "shadows": "shadow "}
+"""Roles of limits as checkpoints call them, and as messages do."""
 
 
 class LimitMemory:
-    """The states of all limits that a GradientClipping has, by the number of the optimizer.
+    """States of all limits of a GradientClipping, by the number of the optimizer.
 
     Args:
-        saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+        saved: State from a checkpoint, as :meth:`state_dict` returned it; empty at the beginning of a run.
 
     Attributes:
-        misfits: What of the checkpoint does not fit the rules and shadows of now.
+        mismatch: Differences between the checkpoint and the rules and shadows of this run.
+
+    Raises:
+        TypeError: If an entry of a saved state is not a tensor.
     """
 
     def __init__(self, saved: Mapping[str, Any]) -> None:
-        self._live: dict[int, dict[Key, NamedLimitState]] = {}
-        self._saved: dict[int, dict[Key, NamedLimitState]] = {}
-        self.misfits = Misfits()
-        for sort in KINDS:
-            for index, by_name in saved.get(sort, {}).items():
+        self._live: dict[int, dict[LimitKey, NamedLimitState]] = {}
+        self._saved: dict[int, dict[LimitKey, NamedLimitState]] = {}
+        self.mismatch = StateMismatch()
+        for role in ROLES:
+            for index, by_name in saved.get(role, {}).items():
                 known = self._saved.setdefault(int(index), {})
-                known |= {(sort, name): NamedLimitState.load(each) for name, each in by_name.items()}
+                known |= {(role, name): NamedLimitState.load(each) for name, each in by_name.items()}
 
     def attach(
         self, context: OptimizerContext, rules: Mapping[str, ClipRule], shadows: Mapping[str, ClipRule], *, renewed: bool
     ) -> list[NamedLimitState]:
-        """Have a state for each limit of an optimizer, and return them: of the rules, then of the shadows.
+        """Return a state for each limit of an optimizer: those of the rules, then those of the shadows.
+
+        States that are known, from this fit or from a checkpoint, are carried over.
 
         Args:
             context: The optimizer.
-            rules: Its rules, by name.
-            shadows: Its shadows, by name.
-            renewed: Whether it took on other parameters in the middle of a fit.
+            rules: Rules of the optimizer by name.
+            shadows: Shadows of the optimizer by name.
+            renewed: If True, the optimizer took on other parameters in the middle of a fit.
         """
         wanted = {("limits", name): rule for name, rule in rules.items()}
         wanted |= {("shadows", name): rule for name, rule in shadows.items()}
         fresh = {key: NamedLimitState.fresh(rule, context.table) for key, rule in wanted.items()}
-        carried = {key: carry_over(each, list(self._known(context.index, key))) for key, each in fresh.items()}
+        carried = {key: carry_over(each, list(self._sources(context.index, key))) for key, each in fresh.items()}
         if not renewed and context.index in self._saved:
-            left = self._take_up_others(context.index, fresh, carried)
-            self._tell(context, carried, left)
+            unused = self._carry_over_renamed(context.index, fresh, carried)
+            self._report(context, carried, unused)
         self._live[context.index] = {key: each.state for key, each in carried.items()}
         return list(self._live[context.index].values())
 
-    def _known(self, index: int, key: Key) -> Iterator[NamedLimitState]:
-        """What is known of a limit, the best first; of other optimizers, which may have held its parameters, blocks with names."""
+    def _sources(self, index: int, key: LimitKey) -> Iterator[NamedLimitState]:
+        """Yield the known states of a limit, the preferred ones first.
+
+        Last come those of other optimizers, which may have held the parameters before: only of blocks with names of their own.
+        """
         for source in (self._live, self._saved):
             if key in source.get(index, {}):
                 yield source[index][key]
@@ -64,40 +73,47 @@ class LimitMemory:
             if other != index and key in states and states[key].members is None:
                 yield states[key]
 
-    def _take_up_others(self, index: int, fresh: Mapping[Key, NamedLimitState], carried: dict[Key, Carried]) -> list[Key]:
-        """Let limits of which nothing is known by their name go on with what one like them knows of the same blocks.
+    def _carry_over_renamed(
+        self, index: int, fresh: Mapping[LimitKey, NamedLimitState], carried: dict[LimitKey, CarriedState]
+    ) -> list[LimitKey]:
+        """Give each limit without a saved state of its name one of its kind and blocks that no other limit uses.
 
-        So a shadow becomes a rule, and rules without names change places.
+        So a shadow may become a rule, and rules that are named by their place may change places, and keep their states.
+
+        Args:
+            index: Number of the optimizer.
+            fresh: States before the first step.
+            carried: States carried over by name; entries of other names are added.
 
         Returns:
-            What nobody goes on with.
+            Keys of the saved states that remain unused.
         """
         known = self._saved[index]
-        left = [key for key, each in known.items() if each.state and not (key in carried and carried[key].is_known)]
+        unused = [key for key, each in known.items() if each.state and not (key in carried and carried[key].is_carried)]
         for key, each in fresh.items():
-            if carried[key].is_known or not each.state:
+            if carried[key].is_carried or not each.state:
                 continue
-            for other in left:
+            for other in unused:
                 found = carry_over(each, [known[other]])
-                if not found.unknown:
+                if not found.missing_blocks:
                     carried[key] = found
-                    left.remove(other)
+                    unused.remove(other)
                     break
-        return left
+        return unused
 
-    def _tell(self, context: OptimizerContext, carried: Mapping[Key, Carried], left: list[Key]) -> None:
-        for (sort, name), each in carried.items():
-            each.told(f"{KINDS[sort]}{name}{context.of_which}", self.misfits)
-        for sort, name in left:
-            limit = self._saved[context.index][sort, name].kind
-            self.misfits.forgotten.append(f"what {limit} knew as {KINDS[sort]}{name}{context.of_which}")
+    def _report(self, context: OptimizerContext, carried: Mapping[LimitKey, CarriedState], unused: list[LimitKey]) -> None:
+        for (role, name), each in carried.items():
+            each.report_missing(f"{ROLES[role]}{name}{context.of_which}", self.mismatch)
+        for role, name in unused:
+            kind = self._saved[context.index][role, name].kind
+            self.mismatch.unexpected.append(f"the state of {kind}, which was {ROLES[role]}{name}{context.of_which}")
 
     def state_dict(self) -> dict[str, Any]:
-        """All states, by sort, by the number of the optimizer and by name."""
+        """Return all states by role, number of the optimizer, and name."""
         states: dict[str, Any] = {}
-        for sort in KINDS:
-            states[sort] = {
-                index: {name: each.dump() for (of, name), each in by_key.items() if of == sort}
+        for role in ROLES:
+            states[role] = {
+                index: {name: each.dump() for (of, name), each in by_key.items() if of == role}
                 for index, by_key in (self._live or self._saved).items()
             }
         return states

@@ -1,8 +1,8 @@
-"""Which gradient entries share one norm: from tensors to named blocks.
+"""Blocks of gradient entries that share one norm, and the selection of parameters by name.
 
-A :class:`TensorTable` is what one optimizer holds, each tensor once. A :class:`Partition` divides it into the blocks of
-one scope; what it divides are the parameters or, where a rule asks for them, their units. All of it is plain index arithmetic,
-worked out once and used at every step.
+A :class:`~clip_callbacks.core.tensor_table.TensorTable` lists the parameters of one optimizer. A :class:`Partition` divides them,
+or their units if some rule has the scope "unit", into the blocks of one scope: index arithmetic that is done once and used at every
+step.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ import torch
 from torch import Tensor
 
 Scope: TypeAlias = Literal["global", "group", "layer", "parameter", "unit"]
+"""Gradient entries that share one norm: all, an optimizer's parameter group, the parameters that one module owns directly, one
+tensor, or one output row of a tensor."""
+
 SCOPES: tuple[str, ...] = get_args(Scope)
+"""All scopes, the coarsest first."""
 
 OUTSIDE = -1
-"""The block index of a parameter that belongs to no block of a partition."""
+"""Block number of a parameter or unit that belongs to no block."""
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Blocks of parameters, or of units of them, that share one norm, in the order of their first part.
+    """Division of the N parameters of a table, or of their U units, into B blocks; "part" below is a parameter or a unit.
 
     Args:
-        names: What each of the B blocks is called.
-        index: For each parameter of the table, or for each unit, the number of its block, or ``OUTSIDE``.
+        names: Names of the blocks, in the order of their first parts.
+        index: Block number of each part, or ``OUTSIDE``.
     """
 
     names: Sequence[str]
@@ -39,41 +43,50 @@ class Partition:
     _meets: dict[int, tuple[Partition, Partition, Tensor]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without what has been worked out: other partitions are known by their place in memory."""
+        """Leave the cache out of pickles and copies: it knows other partitions by their ``id``, which is of this process only."""
         return {"names": self.names, "index": self.index, "_meets": {}}
 
     @cached_property
     def is_whole(self) -> bool:
-        """Whether one block holds everything: its norm is the total norm."""
+        """If True, one block holds every part: its norm is the total norm."""
         return len(self.names) == 1 and self.is_total
 
     @cached_property
     def is_finest(self) -> bool:
-        """Whether each part is a block of its own: block norms are the norms measured."""
+        """If True, each part is a block by itself: the block norms are the measured norms."""
         return self.index == array("q", range(len(self.names)))
 
     @cached_property
     def is_total(self) -> bool:
-        """Whether every part is in some block."""
+        """If True, every part is in a block."""
         return OUTSIDE not in self.index
 
     @cached_property
     def numbers(self) -> Tensor:
-        """The index as a tensor, int64, one entry for each part."""
+        """Block number of each part as a tensor, int64, shape ``(N,)`` or ``(U,)``."""
         return torch.tensor(self.index, dtype=torch.int64, device="cpu")
 
     @cached_property
     def members(self) -> Tensor:
-        """The numbers of the parts inside the partition, int64 of shape ``(M,)``."""
+        """Positions of the M parts that are in a block, int64, shape ``(M,)``."""
         return torch.tensor([i for i, block in enumerate(self.index) if block != OUTSIDE], dtype=torch.int64)
 
     @cached_property
     def member_blocks(self) -> Tensor:
-        """The block of each of those parts, int64 of shape ``(M,)``."""
+        """Block number of each of those parts, int64, shape ``(M,)``."""
         return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64)
 
     def meet(self, other: Partition) -> tuple[Partition, Tensor]:
-        """The parts that share a block of both partitions as blocks, and the other one's block for each; worked out once."""
+        """Return the coarsest partition that is finer than both; cached for each other partition.
+
+        Two parts are in one block of it if they share a block of both; a part outside either is outside.
+
+        Args:
+            other: Partition of the parts of the same table.
+
+        Returns:
+            The partition, with empty names, and for each of its blocks the number of the other partition's block, int64.
+        """
         known = self._meets.get(id(other))
         if known is None:
             both = (self.numbers != OUTSIDE) & (other.numbers != OUTSIDE)
@@ -85,14 +98,14 @@ class Partition:
         return known[1], known[2]
 
     def spread(self, per_block: Tensor, outside: float = 1.0) -> Tensor:
-        """Give each part the value of its block.
+        """Return the value of its block for each part.
 
         Args:
-            per_block: Shape ``(B,)``.
-            outside: The value of parts in no block.
+            per_block: Values of the blocks, shape ``(B,)``.
+            outside: Value of parts in no block.
 
         Returns:
-            One value for each part of the table; ``per_block`` itself if one block holds them all.
+            One value for each part; ``per_block`` itself if one block holds every part, or each part is a block.
         """
         if self.is_finest or self.is_whole:
             return per_block

@@ -1,7 +1,9 @@
-r"""From norms and limits to coefficients: the one division.
+r"""Coefficients from norms and limits, by the one division of the package.
 
 .. math::
     c_b = \min\Bigl(1, \frac{\ell_b}{n_b + 10^{-6}}\Bigr)
+
+for a fixed limit :math:`\ell`, as in torch; for limits that adapt to the norms nothing is added.
 """
 
 from __future__ import annotations
@@ -16,67 +18,82 @@ EPS = 1e-6
 """Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
 EPS_FLOAT32 = c_float(EPS).value
+"""EPS rounded to float32."""
 
-CLEARLY = 1.0 - 1e-6
-"""Below this share of the limit no rounding in float32 makes a coefficient less than 1: the division may be left out."""
+SAFE_SHARE_OF_LIMIT = 1.0 - 1e-6
+"""Share of the limit up to which a norm needs no division: no rounding in float32 makes its coefficient less than 1."""
 
-FEW = 1024
-"""Numbers that Python compares faster than a dispatched operation."""
+MAX_VALUES_FOR_PYTHON = 1024
+"""Count of values up to which Python's ``min`` and ``max`` are faster than one operation of torch."""
 
 
 def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = False) -> tuple[Tensor, bool]:
-    """The one division of the package: limits into coefficients.
+    """Divide limits by norms: the one division of the package.
 
     Args:
-        norms: Shape ``(B,)``. A block whose norm is 0 or not finite gets 1: such a norm never scales a gradient.
-        limits: Shape ``(B,)``, or one number. To the norm a number is divided by 1e-6 is added, for torch's bits; limits
-            that adapt to the norms may be as small as these are, so that nothing may be added.
-        deferred: Whether nothing is to be read on the host.
+        norms: Norms of the blocks, shape ``(B,)``. A block whose norm is 0 or not finite gets the coefficient 1: such a norm never
+            scales a gradient.
+        limits: Limits of the blocks, shape ``(B,)``, or one number for all. Under a number 1e-6 is added to the norm, for torch's
+            bits. A tensor may come from an adaptive limit, which can be as small as 1e-6 itself, so that nothing is added.
+        deferred: If True, nothing is read on the host.
 
     Returns:
-        Coefficients of shape ``(B,)``, or 0-dim if there is one; and whether any is below 1, or, of a deferred step, may be.
+        Coefficients of shape ``(B,)``, or 0-dim if one is for all; and whether any is below 1 (under ``deferred`` always True,
+        because the host does not know).
     """
     if deferred:
         return _limited(norms, _ratios(norms, limits)), True
-    smallest, largest = _ends(norms)
+    # The healthy step of most runs, one block below a fixed limit, costs one read and no operation on tensors.
+    smallest, largest = _extremes(norms)
     if isinstance(limits, float):
         if len(norms) == 1:
             coefficient = _coefficient(largest, limits, norms.dtype)
             return (norms.new_tensor(coefficient), True) if coefficient < 1.0 else (ones_like(norms), False)
-        if largest + EPS <= limits * CLEARLY:
+        if largest + EPS <= limits * SAFE_SHARE_OF_LIMIT:
             return ones_like(norms), False
     ratios = _ratios(norms, limits)
-    least = _ends(ratios)[0]
+    least = _extremes(ratios)[0]
     if least >= 1.0:
         return ones_like(norms), False
+    # NaN fails every comparison: whatever is not an ordinary number takes the careful way.
     if 0.0 < smallest <= largest < math.inf and least >= 0.0:
         return ratios.clamp(max=1.0), True
     limited = _limited(norms, ratios)
-    return limited, _ends(limited)[0] < 1.0
+    return limited, _extremes(limited)[0] < 1.0
 
 
 def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
-    """Reciprocal, then product: the two roundings of ``max_norm / (total_norm + 1e-6)`` in torch, for the same bits."""
-    return (norms + EPS).reciprocal() * limits if isinstance(limits, float) else limits / norms
+    if isinstance(limits, float):
+        # Reciprocal, then product, because torch evaluates `max_norm / (total_norm + 1e-6)` in this way: two roundings, equal bits.
+        return (norms + EPS).reciprocal() * limits
+    return limits / norms
 
 
 def _limited(norms: Tensor, ratios: Tensor) -> Tensor:
-    """1 also where a limit is NaN: that is none."""
+    """Return coefficients from ratios: 1 where the norm is 0 or not finite, or where the limit is NaN, which is no limit."""
     return torch.where((norms > 0) & (norms < math.inf) & (ratios < 1.0), ratios, 1.0)
 
 
-def _ends(numbers: Tensor) -> tuple[float, float]:
-    """The smallest and the largest, on the host; both NaN if any is."""
-    if len(numbers) > FEW:
-        numbers = torch.stack(torch.aminmax(numbers))
-    listed: list[float] = numbers.tolist()
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest value on the host; both NaN if any is NaN, and (inf, 0) if there is none."""
+    if len(values) > MAX_VALUES_FOR_PYTHON:
+        values = torch.stack(torch.aminmax(values))
+    listed: list[float] = values.tolist()
     if not listed:
         return math.inf, 0.0
-    return (min(listed), max(listed)) if sum(listed) >= 0.0 else (math.nan, math.nan)
+    if sum(listed) >= 0.0:
+        return min(listed), max(listed)
+    return math.nan, math.nan  # Python's min and max pass over a NaN, the sum of values that are 0 or more does not
 
 
 def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
-    """The same on the host, each operation rounded to the dtype as torch rounds it: most steps need no tensor at all."""
+    """Return one coefficient, computed on the host with every operation rounded to the dtype as torch rounds it.
+
+    Args:
+        norm: Norm of the block.
+        limit: Limit of the block.
+        dtype: Dtype of the norm in torch, float32 or float64.
+    """
     if not 0.0 < norm < math.inf:
         return 1.0
     if dtype is torch.float64:
@@ -86,11 +103,13 @@ def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
 
 
 _ONES: dict[tuple[int, torch.dtype], Tensor] = {}
+"""Tensors of ones on the CPU by length and dtype."""
 
 
 def ones_like(norms: Tensor) -> Tensor:
-    """Ones like norms, on a CPU made once: what most steps report costs nothing."""
-    if type(norms) is not Tensor or not norms.is_cpu:  # made while a graph is captured or a program traced, they belong to that
+    """Return ones of the shape, dtype and device of norms; on the CPU cached, because most steps report nothing else."""
+    # Not cached elsewhere: a tensor made while a CUDA graph is captured, or a program traced, belongs to that graph or program.
+    if type(norms) is not Tensor or not norms.is_cpu:
         return torch.ones_like(norms)
     key = len(norms), norms.dtype
     if key not in _ONES:

@@ -1,6 +1,7 @@
-r"""What rules decide on the norms of one step.
+r"""Decisions of the rules, the shadows and the skip threshold on the norms of one step.
 
-Rules run in order, all from one read: after coefficients :math:`c` the norms are :math:`c \cdot n`.
+Rules run in order, and the gradients are read only once: a rule with the coefficients :math:`c` leaves the norms :math:`c \cdot n`
+to the next one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from clip_callbacks.core.rules import ClipState, Stage
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one stage found and decided.
+    """Norms, limits and coefficients of one stage in one step.
 
     Args:
         partition: The B blocks.
-        norms: Of the blocks as the stage met them, shape ``(B,)``.
-        limits: For them, shape ``(B,)`` or one number.
-        coefficients: Shape ``(B,)``, or 0-dim if there is one, in [0, 1]; exactly 1 where nothing is clipped.
-        clips: Whether any coefficient is below 1; of a deferred step, whether any may be.
-        name: Of the rule.
+        norms: Norms of the blocks after the stages before this one, shape ``(B,)``.
+        limits: Limits of the blocks, shape ``(B,)``, or one number for all; inf is no limit.
+        coefficients: Coefficients of the blocks in [0, 1], shape ``(B,)``, or 0-dim if one is for all; exactly 1 where nothing is
+            clipped.
+        clips: If True, at least one coefficient is below 1; in a deferred step, one may be.
+        name: Name of the rule.
     """
 
     partition: Partition
@@ -41,34 +43,35 @@ class Outcome:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the blocks."""
+        """Names of the blocks."""
         return self.partition.names
 
     def undecided(self) -> Outcome:
-        """The same with nothing decided, as of a step that is skipped."""
+        """Return the outcome with no limits and with coefficients of 1, as a skipped step has it."""
         return replace(self, limits=math.inf, coefficients=ones_like(self.norms), clips=False)
 
 
 def decide(
     stages: Sequence[Stage], measured: Measurement, state: ClipState
 ) -> tuple[tuple[Outcome, ...], Tensor | None, ClipState]:
-    """Run the stages in order on the norms of one step.
+    """Run stages in order on the norms of one step.
 
     Args:
         stages: The stages.
-        measured: The norms.
-        state: The state of each stage.
+        measured: Norms of the step.
+        state: States of the stages before the step; not changed.
 
     Returns:
-        The outcome of each stage; the product of their coefficients for each part that was measured, shape ``(N,)`` or ``(U,)``,
-        or of one entry if it is one for all, or None if all are 1; and the state after.
+        The outcome of each stage; the product of their coefficients for each of the N parameters or U units that were measured, of
+        shape ``(N,)`` or ``(U,)``, of one entry if it is the same for all, or None if nothing is clipped; and the states after the
+        step.
     """
     outcomes: list[Outcome] = []
     after: list[LimitState] = []
     factors: Tensor | None = None
-    for stage, held in zip(stages, state, strict=True):
+    for stage, before in zip(stages, state, strict=True):
         norms = _norms_after(factors, stage.partition, measured)
-        outcome, new = apply_limit(stage, norms, measured, held)
+        outcome, new = apply_limit(stage, norms, measured, before)
         outcomes.append(outcome)
         after.append(new)
         if outcome.clips:
@@ -78,18 +81,27 @@ def decide(
 
 
 def shadow(stages: Sequence[Stage], measured: Measurement, state: ClipState) -> tuple[tuple[Outcome, ...], ClipState]:
-    """What each stage would do if it were the only one; arguments as for :func:`decide`."""
-    alone = [decide([stage], measured, (held,)) for stage, held in zip(stages, state, strict=True)]
+    """Run each stage as if it were the only one: what it would do, for the report.
+
+    Args:
+        stages: Stages of the shadows.
+        measured: Norms of the step.
+        state: States of the stages before the step; not changed.
+
+    Returns:
+        The outcome of each stage, and the states after the step.
+    """
+    alone = [decide([stage], measured, (before,)) for stage, before in zip(stages, state, strict=True)]
     return tuple(outcome for (outcome,), _, _ in alone), tuple(after for _, _, (after,) in alone)
 
 
 @dataclass(frozen=True, eq=False)
 class SkipThreshold:
-    """The norm of all gradients above which a finite step is skipped.
+    """Total norm above which a finite step is skipped.
 
     Args:
-        limit: The norm, 0-dim.
-        is_exceeded: Whether this step's norm is above it, 0-dim bool.
+        limit: The threshold in the unit of the gradients, 0-dim.
+        is_exceeded: True if the step is finite and its total norm is above the limit, 0-dim bool.
     """
 
     limit: Tensor
@@ -97,7 +109,16 @@ class SkipThreshold:
 
 
 def skip_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tuple[SkipThreshold, LimitState]:
-    """What a limit says to a step as a whole, and its state after it: a spike counts there as clipped."""
+    """Evaluate the limit ``skip_above`` on the total norm of a step.
+
+    Args:
+        stage: Stage of ``skip_above``, whose only block is the whole gradient.
+        measured: Norms of the step.
+        state: State of the limit before the step; not changed.
+
+    Returns:
+        The threshold, and the limit's state after the step, which takes in a spike as the limit would clip it.
+    """
     outcome, after = apply_limit(stage, measured.total, measured, state)
     total = measured.total.reshape(())
     limit = outcome.limits
@@ -106,13 +127,15 @@ def skip_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tu
 
 
 def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, ...]:
-    """Outcomes of a step that is skipped: the blocks' norms, nothing decided."""
+    """Return the outcomes of a skipped step: norms of the blocks, no limits, coefficients of 1."""
     unlimited = [Stage(None, stage.partition, (), stage.name) for stage in stages]
     return decide(unlimited, measured, tuple({} for _ in unlimited))[0]
 
 
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
-    """Norms of blocks after the stages before have made them smaller."""
+    """Return the norms of blocks after the stages before, whose coefficients are the factors."""
+    # The norm of the whole gradient is known already. In a deferred step the rules before have one factor for all gradients, which
+    # scales it; otherwise factors may differ between parameters, and the norm is added up from theirs.
     if partition.is_whole and (factors is None or measured.is_deferred):
         return measured.total if factors is None else measured.total * factors
     norms = measured.norms if factors is None else measured.norms * factors
@@ -120,25 +143,29 @@ def _norms_after(factors: Tensor | None, partition: Partition, measured: Measure
 
 
 def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: LimitState) -> tuple[Outcome, LimitState]:
-    """What one stage decides on its blocks' norms, and its limit's state after the step.
+    """Evaluate the limit of one stage.
 
     Args:
         stage: The stage.
-        norms: The norms of its blocks.
-        measured: The step that they are of.
-        state: The state of its limit.
+        norms: Norms of its blocks, shape ``(B,)``.
+        measured: Norms of the step.
+        state: State of the limit before the step; not changed.
+
+    Returns:
+        The outcome of the stage, and the state of its limit after the step.
     """
     limit = stage.limit
     if limit is None:
         return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
-    if type(limit) is FixedLimit:  # most steps have no other: it needs to see nothing
+    if type(limit) is FixedLimit:  # the usual limit needs neither norms nor a state: steps with it skip all of the rest
         return _outcome(stage, norms, limit.max_norm, measured), state
 
     weights = None
     if limit.uses_weights and measured.weights is not None:
         weights = block_norms(measured.weights, stage.partition, measured.norm_type)
     shown = norms
-    if measured.is_deferred or not measured.is_finite:  # a limit is shown finite norms only
+    # A limit is promised finite norms. Its state after a non-finite step is discarded (`_state_after`), so that any number does.
+    if measured.is_deferred or not measured.is_finite:
         shown = norms.nan_to_num(0.0, 0.0, 0.0)
     before = {key: value.to(norms.device) for key, value in state.items()} if state else state
     limits, after = limit.step(BlockNorms(shown, measured.norm_type, weights), before)
@@ -153,7 +180,10 @@ def _outcome(stage: Stage, norms: Tensor, limits: Tensor | float, measured: Meas
 
 
 def _state_after(measured: Measurement, before: LimitState, after: LimitState) -> LimitState:
-    """The state that a limit goes on with: a step that is not finite leaves no trace."""
+    """Return the state for the next step: the old one if the step must leave no trace.
+
+    That is a non-finite step, and in a deferred step a spike above ``skip_above`` too (:attr:`Measurement.counts`).
+    """
     if not before:
         return after
     if measured.is_deferred:

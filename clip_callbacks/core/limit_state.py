@@ -1,4 +1,4 @@
-"""States of limits between steps, runs and changes of what an optimizer holds: they go with their blocks, by name."""
+"""States of limits by the names of their blocks: so they follow the blocks into other runs, options and optimizers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from clip_callbacks.core.units import UnitNames
 
 @dataclass
 class NamedLimitState:
-    """The state of one limit, and whose it is.
+    """State of one limit, with the kind of the limit and the names of its blocks.
 
     Args:
-        kind: Of limit.
-        names: Of the blocks; none if nothing is remembered.
-        state: What the limit remembers of them.
-        members: The parameters in each block, where a block's name does not say which: "global", or a group by its number.
-        scope: Of the blocks.
+        kind: Kind of the limit, as :func:`~clip_callbacks.core.limits.kind` returns it; empty without a limit.
+        names: Names of the blocks; empty if the limit has no state.
+        state: State of the limit.
+        members: Names of the parameters in each block, where the block's name does not tell: under the scopes "global" and "group".
+        scope: Scope of the blocks; empty if the limit has no state.
     """
 
     kind: str
@@ -36,26 +36,32 @@ class NamedLimitState:
 
     @classmethod
     def fresh(cls, rule: ClipRule, table: TensorTable) -> NamedLimitState:
-        """What a rule begins with."""
+        """Return the state of a rule's limit before the first step.
+
+        Args:
+            rule: The rule.
+            table: Parameters that the optimizer holds.
+        """
         stage = Stage.of(rule, table)
         state = stage.init()
-        sort, partition = "" if stage.limit is None else kind(stage.limit), stage.partition
+        limit_kind = "" if stage.limit is None else kind(stage.limit)
         if not state:
-            return cls(sort, (), state)
-        members = _members(table, partition) if rule.scope in {"global", "group"} else None
-        return cls(sort, partition.names, state, members, rule.scope)
+            return cls(limit_kind, (), state)
+        # "global" is the name of every global block, and groups are numbered: neither says which parameters are meant.
+        members = _members(table, stage.partition) if rule.scope in {"global", "group"} else None
+        return cls(limit_kind, stage.partition.names, state, members, rule.scope)
 
     def dump(self) -> dict[str, Any]:
-        """For a checkpoint: tensors, numbers, strings, and lists and dictionaries of them."""
+        """Return the state for a checkpoint, made of tensors, numbers, strings, lists and dictionaries."""
         names = self.names.parts() if isinstance(self.names, UnitNames) else list(self.names)
         return {"kind": self.kind, "names": names, "state": self.state, "members": self.members, "scope": self.scope}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> NamedLimitState:
-        """Take back what :meth:`dump` returned.
+        """Return the state that :meth:`dump` wrote.
 
         Raises:
-            TypeError: If what should be tensors are none.
+            TypeError: If an entry of the limit's state is not a tensor.
         """
         names = saved["names"]
         names = UnitNames(*names) if isinstance(names, tuple) else names
@@ -67,85 +73,89 @@ class NamedLimitState:
 
 
 @dataclass
-class Misfits:
-    """What of a checkpoint does not fit the options of now, in words.
+class StateMismatch:
+    """Differences between a checkpoint and the options of this run, in words.
 
     Args:
-        anew: What begins anew, since nothing that fits is known of it.
-        forgotten: What is known, and nobody takes up.
+        missing: Parts of this run that begin anew, because the checkpoint has no state that fits them.
+        unexpected: States in the checkpoint that fit no part of this run, and are dropped.
     """
 
-    anew: list[str] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
-    def add(self, other: Misfits) -> None:
-        """Take in what somebody else has found."""
-        self.anew += other.anew
-        self.forgotten += other.forgotten
+    def add(self, other: StateMismatch) -> None:
+        """Append the differences that another part has found."""
+        self.missing += other.missing
+        self.unexpected += other.unexpected
 
 
-class Carried(NamedTuple):
-    """What a limit goes on with.
+class CarriedState(NamedTuple):
+    """State with which a limit goes on, and the blocks that begin anew in it.
 
     Args:
-        state: Its state.
-        unknown: The places of the blocks of which nothing was known.
+        state: State of the limit.
+        missing_blocks: Positions of the blocks that no source had a state for.
     """
 
     state: NamedLimitState
-    unknown: Sequence[int]
+    missing_blocks: Sequence[int]
 
     @property
-    def is_known(self) -> bool:
-        """Whether the limit remembers anything, and something was known of its blocks."""
-        return bool(self.state.state) and len(self.unknown) < len(self.state.names)
+    def is_carried(self) -> bool:
+        """If True, the limit has a state, and some source had one for at least one of its blocks."""
+        return bool(self.state.state) and len(self.missing_blocks) < len(self.state.names)
 
-    def told(self, whose: str, others: Misfits) -> None:
-        """Say what begins anew.
+    def report_missing(self, limit: str, mismatch: StateMismatch) -> None:
+        """Report the limit, or those of its blocks, that begin anew.
 
         Args:
-            whose: Whose limit it is.
-            others: Where to say it.
+            limit: Description of the limit for the user.
+            mismatch: Report that the sentence is added to.
         """
-        count, total = len(self.unknown), len(self.state.names)
+        count, total = len(self.missing_blocks), len(self.state.names)
         if count == total:
-            others.anew += [f"{whose} ({self.state.kind})"] * (total > 0)
+            mismatch.missing += [f"{limit} ({self.state.kind})"] * (total > 0)
         elif count:
-            first = self.state.names[self.unknown[0]]
-            others.anew.append(f"{count} of {total} blocks of {whose} ({self.state.kind}), the first of them {first}")
+            first = self.state.names[self.missing_blocks[0]]
+            mismatch.missing.append(f"{count} of {total} blocks of {limit} ({self.state.kind}), the first of them {first}")
 
 
-def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]) -> Carried:
-    """The state that a limit goes on with: each block takes what is known of it by its name, and begins anew if nothing is.
+def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]) -> CarriedState:
+    """Carry states over by the names of blocks: each block takes the state of the first source that has one for it.
+
+    Entries of shape ``(…, B)`` are carried block by block. 0-dim entries, such as a count of steps, are those of the first source
+    that has any of the blocks. Sources of another kind of limit, or with tensors of other shapes or dtypes, are ignored.
 
     Args:
-        fresh: What the limit begins with.
-        sources: What is known, the best first: of this run, of a checkpoint.
+        fresh: State before the first step, which blocks without a source keep.
+        sources: Known states, the preferred ones first: those of this run before those of a checkpoint.
     """
     if not fresh.state:
-        return Carried(fresh, ())
+        return CarriedState(fresh, ())
     state, missing, is_first = dict(fresh.state), set(range(len(fresh.names))), True
     for source in sources:
-        if source is None or not _is_alike(source, fresh):
+        if source is None or not _is_compatible(source, fresh):
             continue
+        # The usual case: a resume with equal blocks, whose state is taken as a whole.
         if is_first and list(source.names) == list(fresh.names) and source.members == fresh.members:
-            return Carried(replace(fresh, state=dict(source.state)), ())
-        pairs = [(new, old) for new, old in _same_blocks(fresh, source) if new in missing]
+            return CarriedState(replace(fresh, state=dict(source.state)), ())
+        pairs = [(new, old) for new, old in _matching_blocks(fresh, source) if new in missing]
         if not pairs:
             continue
-        new, old = (torch.tensor(places) for places in zip(*pairs, strict=True))
+        new, old = (torch.tensor(positions) for positions in zip(*pairs, strict=True))
         for key, value in source.state.items():
             if value.ndim:
                 state[key] = state[key].index_copy(-1, new, value.cpu().index_select(-1, old))
             elif is_first:
                 state[key] = value
-        missing -= {place for place, _ in pairs}
+        missing -= {position for position, _ in pairs}
         is_first = False
-    return Carried(replace(fresh, state=state), sorted(missing))
+    return CarriedState(replace(fresh, state=state), sorted(missing))
 
 
-def _is_alike(source: NamedLimitState, fresh: NamedLimitState) -> bool:
-    """Whether it is the state of such a limit, for whatever blocks: these are the last dimension of all tensors that have one."""
+def _is_compatible(source: NamedLimitState, fresh: NamedLimitState) -> bool:
+    """Return whether both are states of one kind of limit, with tensors that differ at most in the last dimension, the blocks."""
     if source.kind != fresh.kind or source.state.keys() != fresh.state.keys():
         return False
     pairs = [(source.state[key], value) for key, value in fresh.state.items()]
@@ -158,25 +168,30 @@ def _is_alike(source: NamedLimitState, fresh: NamedLimitState) -> bool:
     )
 
 
-def _same_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tuple[int, int]]:
-    """Which blocks are the same: by name, or as those with the most parameters in common; of another scope, with all of them."""
+def _matching_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tuple[int, int]]:
+    """Return pairs of positions, in ``fresh`` and in ``source``, of blocks that correspond.
+
+    Blocks with members correspond if they have the most parameters in common, or, if the scope has changed, exactly equal members:
+    the norm of a part says little about the norm of the whole. All other blocks correspond by name.
+    """
     if (fresh.members is None) != (source.members is None):
         return []
     if fresh.members is None or source.members is None:
-        places = {name: place for place, name in enumerate(source.names)}
-        return [(place, places[name]) for place, name in enumerate(fresh.names) if name in places]
+        positions = {name: position for position, name in enumerate(source.names)}
+        return [(position, positions[name]) for position, name in enumerate(fresh.names) if name in positions]
     known = [set(names) for names in source.members]
     if source.scope and source.scope != fresh.scope:
-        return [(place, known.index(set(names))) for place, names in enumerate(fresh.members) if set(names) in known]
+        return [(position, known.index(set(names))) for position, names in enumerate(fresh.members) if set(names) in known]
     pairs = []
-    for place, names in enumerate(fresh.members):
+    for position, names in enumerate(fresh.members):
         common = [len(other & set(names)) for other in known]
         if max(common, default=0):
-            pairs.append((place, common.index(max(common))))
+            pairs.append((position, common.index(max(common))))
     return pairs
 
 
 def _members(table: TensorTable, partition: Partition) -> list[list[str]]:
+    """Return the names of the parameters in each block."""
     members: list[list[str]] = [[] for _ in partition.names]
     for name, block in zip(table.names, partition.index, strict=True):
         if block != OUTSIDE:

@@ -25,12 +25,12 @@ Shape = tuple[int, ...]
 
 
 class Rows(NamedTuple):
-    """Rows of one gradient, or parts of rows.
+    """Rows of one gradient or parameter, or parts of rows, with the units that they belong to.
 
     Args:
-        entries: A view of them, row by row: shape ``(r, …)``.
-        units: Which units they are of.
-        position: Of the parameter in the table.
+        entries: View of the r rows, shape ``(r, …)``.
+        units: Numbers of their units, as a slice or as int64 of shape ``(r,)``.
+        position: Position of the parameter in the table.
     """
 
     entries: Tensor
@@ -40,59 +40,70 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The U units of a table of N parameters, one parameter after another.
+    """The U units of a table of N parameters, numbered from the first parameter to the last.
 
     Args:
-        shapes: Of the parameters, undivided.
+        shapes: Shapes of the whole parameters, also where a rank holds a shard only.
     """
 
     shapes: tuple[Shape, ...]
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many units each parameter has."""
+        """Number of units of each parameter."""
         return tuple(shape[0] if len(shape) > 1 else 1 for shape in self.shapes)
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:
-        """The number of each parameter's first unit, and U at the end."""
+        """Number of each parameter's first unit, and U at the end."""
         return (0, *accumulate(self.counts))
 
     def __len__(self) -> int:
-        """Count of the units, U."""
+        """Return the number of units, U."""
         return self.firsts[-1]
 
     @cached_property
     def owners(self) -> Tensor:
-        """The parameter that each unit is of, int64 of shape ``(U,)``."""
+        """Position of the parameter that each unit belongs to, int64, shape ``(U,)``."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device="cpu"), torch.tensor(self.counts, device="cpu"))
 
     def repeated(self, per_parameter: Sequence[int]) -> array[int]:
-        """A number for each parameter as one for each unit."""
+        """Return the number of its parameter for each unit, from N numbers U."""
         each = array("q")
         for value, count in zip(per_parameter, self.counts, strict=True):
             each.extend(array("q", [value]) * count)
         return each
 
     def selected(self, names: Sequence[str], inside: Sequence[bool]) -> tuple[UnitNames, array[int]]:
-        """Each unit of some parameters by itself: the names of the blocks, and for each unit its block, or ``OUTSIDE``."""
-        taken = [place for place, is_inside in enumerate(inside) if is_inside]
+        """Divide the units of the selected parameters into blocks of one unit each.
+
+        Args:
+            names: Names of all N parameters.
+            inside: True for each parameter that is selected.
+
+        Returns:
+            Names of the blocks, and for each unit the number of its block, or ``OUTSIDE``.
+        """
+        selected = [position for position, is_inside in enumerate(inside) if is_inside]
         index, block = array("q"), 0
         for is_inside, count in zip(inside, self.counts, strict=True):
             index.extend(range(block, block + count) if is_inside else array("q", [OUTSIDE]) * count)
             block += count if is_inside else 0
-        counts = [self.counts[place] if len(self.shapes[place]) > 1 else None for place in taken]
-        return UnitNames([names[place] for place in taken], counts), index
+        counts = [self.counts[position] if len(self.shapes[position]) > 1 else None for position in selected]
+        return UnitNames([names[position] for position in selected], counts), index
 
     def of_shard(self, position: int, shard: Tensor, first_row: int, first_entry: int | None) -> list[Rows]:
-        """The rows of one rank's part of a parameter, or of its gradient.
+        """Return the rows in one rank's shard of a parameter or its gradient.
 
         Args:
-            position: Of the parameter in the table.
-            shard: The part: a slice along any dimension, or a flat piece.
-            first_row: The first row of which it holds entries, if it is a slice.
-            first_entry: If it is a flat piece, its first entry among those of the flattened parameter; it may begin and end
-                inside a row.
+            position: Position of the parameter in the table.
+            shard: Shard of the rank: a slice along any dimension, or a flat piece.
+            first_row: First row that a slice has entries of; ignored for a flat piece.
+            first_entry: Number of a flat piece's first entry in the flattened parameter; None for a slice. A flat piece may begin
+                and end inside a row.
+
+        Returns:
+            Views of the shard: at most three for a flat piece, which are the end of a row, whole rows, and the beginning of a row.
         """
         first, shape = self.firsts[position], self.shapes[position]
         if len(shape) <= 1:
@@ -113,46 +124,46 @@ class Units:
 
 
 class UnitNames(Sequence[str]):
-    """Names of units, made when asked for: there may be millions. ``weight[3]`` is row 3 of ``weight``.
+    """Names of units, made one by one on request, because there may be millions. ``weight[3]`` is row 3 of ``weight``.
 
     Args:
-        names: Of the parameters whose units they are.
-        counts: How many units each has; None where a parameter is one unit by itself.
+        names: Names of the parameters.
+        counts: Number of units of each parameter; None for a parameter that is one unit, which has the parameter's name.
     """
 
     def __init__(self, names: Sequence[str], counts: Sequence[int | None]) -> None:
-        """Count them."""
+        """Sum up the counts."""
         self._names = names
         self._counts = counts
         self._ends = list(accumulate(1 if count is None else count for count in counts))
 
     def parts(self) -> tuple[list[str], list[int | None]]:
-        """What it is made of."""
+        """Return names and counts, from which an equal sequence can be made."""
         return list(self._names), list(self._counts)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the names are the same."""
+        """Return whether both are names of the same units."""
         return self.parts() == other.parts() if isinstance(other, UnitNames) else NotImplemented
 
     def __hash__(self) -> int:
-        """Of what it is made of."""
+        """Return the hash of names and counts."""
         return hash((tuple(self._names), tuple(self._counts)))
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of units."""
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, position: int) -> str: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, position: slice) -> Sequence[str]: ...
 
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        """One name, or a list of them."""
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+    def __getitem__(self, position: int | slice) -> str | Sequence[str]:
+        """Return one name, or a list of names for a slice."""
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        number = range(len(self))[position]
         owner = bisect_right(self._ends, number)
         if (count := self._counts[owner]) is None:
             return self._names[owner]

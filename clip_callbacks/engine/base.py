@@ -111,8 +111,8 @@ class GradientCallback(SavingCallback):
         self._left_over = ()
         if resumption:
             for part in (components.clipper, components.guard):
-                resumption.misfits.add(part.misfits())
-            warn_of(resumption.misfits)
+                resumption.mismatch.add(part.mismatch())
+            warn_of(resumption.mismatch)
 
     def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
         """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
@@ -130,7 +130,7 @@ class GradientCallback(SavingCallback):
         norm_type = next((fact.norm_type for fact in facts if fact.norm_type is not None), 2.0)
         resumption = Resumption(known, names, norm_type)
         if resumption.is_known:
-            resumption.misfits.anew += anew
+            resumption.mismatch.missing += anew
         return resumption
 
     def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from clip_callbacks.core.limit_state import Misfits
+from clip_callbacks.core.limit_state import StateMismatch
 from clip_callbacks.stats.norm_history import RunHistory
 from clip_callbacks.stats.sketch import NormSketch
 
@@ -79,12 +79,12 @@ class Resumption:
         norm_type: The order of norms now.
 
     Attributes:
-        misfits: What does not fit.
+        mismatch: What does not fit.
         is_known: Whether anything is known of optimizers: before the first fit a state holds nothing.
     """
 
     def __init__(self, states: Sequence[State], names: Mapping[int, Sequence[str]], norm_type: float) -> None:
-        self.misfits = Misfits()
+        self.mismatch = StateMismatch()
         histories = {int(index): history for state in reversed(states) for index, history in state.get("history", {}).items()}
         before = {index: histories.get(index, {}).get("parameters", ()) for index in sorted(_numbers_in(states))}
         self._numbers = _counterparts(before, names)
@@ -92,11 +92,11 @@ class Resumption:
         orders = {history.get("norm_type", norm_type) for history in histories.values()} - {norm_type}
         self._has_other_norms = bool(orders)
         if orders:
-            self.misfits.forgotten.append(f"what was learned from norms of order {orders.pop():g} instead of {norm_type:g}")
+            self.mismatch.unexpected.append(f"what was learned from norms of order {orders.pop():g} instead of {norm_type:g}")
         if self.is_known:
             gone, new = before.keys() - self._numbers.values(), names.keys() - self._numbers.keys()
-            self.misfits.forgotten += [_named(index, before[index]) for index in sorted(gone)]
-            self.misfits.anew += [_named(index, names[index]) for index in sorted(new)]
+            self.mismatch.unexpected += [_named(index, before[index]) for index in sorted(gone)]
+            self.mismatch.missing += [_named(index, names[index]) for index in sorted(new)]
 
     def fitted(self, state: State) -> dict[str, Any]:
         """A state with the numbers that the optimizers have now, without what does not fit."""
@@ -163,9 +163,9 @@ def _named(index: int, names: Sequence[str]) -> str:
     return f"optimizer {index}, of {len(names)} parameters with {names[0]}"
 
 
-def warn_of(misfits: Misfits) -> None:
+def warn_of(mismatch: StateMismatch) -> None:
     """Say in one warning what of a checkpoint does not fit the options of now."""
-    told = [("Begins anew", misfits.anew), ("Is forgotten", misfits.forgotten)]
+    told = [("Begins anew", mismatch.missing), ("Is forgotten", mismatch.unexpected)]
     parts = [f"{what}: {'; '.join(dict.fromkeys(each))}." for what, each in told if each]
     if parts:
         rank_zero_warn(

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Findings, Spike
-from clip_callbacks.core.limit_state import Misfits
+from clip_callbacks.core.limit_state import StateMismatch
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import all_finite
@@ -112,8 +112,8 @@ class Guard(Unguarded):
         return self._restorer is not None
 
     @override
-    def misfits(self) -> Misfits:
-        return self.thresholds.misfits
+    def mismatch(self) -> StateMismatch:
+        return self.thresholds.mismatch
 
     def _skipped_steps(self) -> int:
         return self.counts.skipped + self.counts.overflowed

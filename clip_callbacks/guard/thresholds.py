@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from clip_callbacks.core.limit_state import Misfits, NamedLimitState, carry_over
+from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.rules import ClipRule, ClipState
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -19,12 +19,12 @@ class SkipThresholds:
         saved: Its states in a checkpoint, by the optimizer's number.
 
     Attributes:
-        misfits: What of the checkpoint does not fit the limit of now.
+        mismatch: What of the checkpoint does not fit the limit of now.
     """
 
     def __init__(self, limit: Limit | None, saved: Mapping[int, Any]) -> None:
         self.limit = limit
-        self.misfits = Misfits()
+        self.mismatch = StateMismatch()
         self._states = {int(index): NamedLimitState.load(each) for index, each in saved.items()}
 
     def attach(self, contexts: Sequence[OptimizerContext], *, renewed: bool, resumed: Collection[int]) -> None:
@@ -43,10 +43,10 @@ class SkipThresholds:
                 carried = carry_over(NamedLimitState.fresh(ClipRule(self.limit), context.table), [known])
                 self._states[context.index] = carried.state
                 if context.index in resumed:
-                    carried.told(whose, self.misfits)
-            is_used = carried is not None and carried.state.state and not carried.unknown
+                    carried.report_missing(whose, self.mismatch)
+            is_used = carried is not None and carried.state.state and not carried.missing_blocks
             if known is not None and known.state and not is_used and not renewed:
-                self.misfits.forgotten.append(f"what {known.kind} knew as {whose}")
+                self.mismatch.unexpected.append(f"the state of {known.kind}, which was {whose}")
 
     def limit_states(self, index: int) -> ClipState:
         """The state for an optimizer, in a tuple; empty without a limit."""

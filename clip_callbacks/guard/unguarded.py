@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.limit_state import Misfits
+from clip_callbacks.core.limit_state import StateMismatch
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import MeasuredStep
@@ -74,9 +74,9 @@ class Unguarded:
             ValueError: If weights are to be written that are sharded.
         """
 
-    def misfits(self) -> Misfits:
+    def mismatch(self) -> StateMismatch:
         """What of a checkpoint did not fit, once met the optimizers."""
-        return Misfits()
+        return StateMismatch()
 
     def start_fit(self) -> None:
         """Find where bad steps are written down."""

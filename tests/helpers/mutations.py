@@ -90,7 +90,7 @@ FAULTS = [
     Fault("guard/options.py", "hold_schedulers=False,\n            deferred", "deferred", "integration"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
     # resumed, copied, launched
-    Fault("clipping/limit_memory.py", "if not found.unknown:", "if True:", "limits"),
+    Fault("clipping/limit_memory.py", "if not found.missing_blocks:", "if True:", "limits"),
     Fault("core/limit_state.py", "        and old.dtype == new.dtype\n", "", "limits"),
     Fault("trainer/last_run.py", " and self._module() is module", "", "integration"),
     Fault("engine/resume.py", "renumbered |= {-1 - key", "by_number |= {-1 - key", "integration"),

@@ -197,7 +197,7 @@ def test_parameters_added_in_mid_run_are_clipped(trainer):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
     callback = GradientClipping(rules=[ClipRule(0.5), ClipRule(1e-3, include=r"net\.0")])
-    with pytest.warns(UserWarning, match="The rule for .* holds for no parameter that an optimizer holds now"):
+    with pytest.warns(UserWarning, match="The rule with include=.* holds for no parameter that an optimizer holds now"):
         trainer(callback, Unfreeze(), max_epochs=2).fit(HeadFirst(), data())
     assert record_of(callback.last_report).parameter_norms.shape == (4,)
     assert len(record_of(callback.last_report).outcomes) == 2

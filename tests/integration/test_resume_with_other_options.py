@@ -98,40 +98,46 @@ RULE_1 = "the limit of rule_1"
 CHANGES = {
     "another number": (clipping(1.0), clipping(0.5), ""),
     "a fixed limit to one that learns": (clipping(1.0), clipping(Q), ANEW.format(f"{RULE_1} (QuantileLimit)")),
-    "and back": (clipping(Q), clipping(1.0), FORGOTTEN.format(f"what QuantileLimit knew as {RULE_1}")),
-    "and to none": (clipping(Q), clipping(None), FORGOTTEN.format(f"what QuantileLimit knew as {RULE_1}")),
+    "and back": (clipping(Q), clipping(1.0), FORGOTTEN.format(f"the state of QuantileLimit, which was {RULE_1}")),
+    "and to none": (clipping(Q), clipping(None), FORGOTTEN.format(f"the state of QuantileLimit, which was {RULE_1}")),
     "one that learns to another": (
         clipping(Z),
         clipping(TightestLimit(Q, 1.0)),
-        f"Begins anew: {RULE_1} (TightestLimit(QuantileLimit, FixedLimit)). Is forgotten: what ZScoreLimit knew as {RULE_1}.",
+        (
+            f"Begins anew: {RULE_1} (TightestLimit(QuantileLimit, FixedLimit)). "
+            f"Is forgotten: the state of ZScoreLimit, which was {RULE_1}."
+        ),
     ),
     "another scope": (
         clipping(Z, scope="layer"),
         clipping(Z, scope="group"),
-        f"{ANEW.format(f'{RULE_1} (ZScoreLimit)')} {FORGOTTEN.format(f'what ZScoreLimit knew as {RULE_1}')}",
+        f"{ANEW.format(f'{RULE_1} (ZScoreLimit)')} {FORGOTTEN.format(f'the state of ZScoreLimit, which was {RULE_1}')}",
     ),
     "a rule more": (rules(ClipRule(Z)), rules(ClipRule(1.0), ClipRule(Z)), ""),
     "a rule fewer": (
         rules(ClipRule(1.0), ClipRule(Z), ClipRule(Q)),
         rules(ClipRule(Z)),
-        FORGOTTEN.format("what QuantileLimit knew as the limit of rule_3"),
+        FORGOTTEN.format("the state of QuantileLimit, which was the limit of rule_3"),
     ),
     "a shadow for another": (
         clipping(shadow=[Z]),
         clipping(shadow=[Q]),
-        "Begins anew: shadow QuantileLimit-window_10 (QuantileLimit). Is forgotten: what ZScoreLimit knew as shadow ZScoreLimit.",
+        (
+            "Begins anew: shadow QuantileLimit-window_10 (QuantileLimit). "
+            "Is forgotten: the state of ZScoreLimit, which was shadow ZScoreLimit."
+        ),
     ),
     "the shadow in force": (clipping(shadow=[Z]), clipping(Z), ""),
     "a threshold that learns": ([NonFiniteGuard()], [NonFiniteGuard(skip_above=Z)], ANEW.format("skip_above (ZScoreLimit)")),
     "a threshold that does not": (
         [NonFiniteGuard(skip_above=RobustZScoreLimit())],
         [NonFiniteGuard(skip_above=50.0)],
-        FORGOTTEN.format("what RobustZScoreLimit knew as skip_above"),
+        FORGOTTEN.format("the state of RobustZScoreLimit, which was skip_above"),
     ),
     "no threshold": (
         [NonFiniteGuard(skip_above=RobustZScoreLimit())],
         [NonFiniteGuard()],
-        FORGOTTEN.format("what RobustZScoreLimit knew as skip_above"),
+        FORGOTTEN.format("the state of RobustZScoreLimit, which was skip_above"),
     ),
     "another norm": (
         [*clipping(Z), GradientNormMonitor()],

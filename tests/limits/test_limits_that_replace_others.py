@@ -66,15 +66,15 @@ def test_any_limit_may_replace_any_other(before):
         limit = make(1.0)
         clipper, contexts = met([ClipRule(limit, "layer")], saved=deepcopy(state))
         held, blank = kept(clipper.state_dict()), limit.init(4)
-        misfits = clipper.misfits()
+        mismatch = clipper.mismatch()
         shapes = [{key: value.shape for key, value in each.items()} for each in (old["state"], blank)]
         if kind(limit) == old["kind"] and shapes[0] == shapes[1]:
             assert same(held, old)
-            assert not misfits.anew + misfits.forgotten
+            assert not mismatch.missing + mismatch.unexpected
         else:
             assert all(torch.equal(held["state"][key], blank[key]) for key in blank)
-            assert misfits.anew == [f"the limit of rule_1 ({kind(limit)})"] * bool(blank)
-            assert misfits.forgotten == [f"what {old['kind']} knew as the limit of rule_1"] * bool(old["state"])
+            assert mismatch.missing == [f"the limit of rule_1 ({kind(limit)})"] * bool(blank)
+            assert mismatch.unexpected == [f"the state of {old['kind']}, which was the limit of rule_1"] * bool(old["state"])
         step_of(clipper, contexts, 9)
 
 
@@ -85,7 +85,7 @@ def test_any_scope_may_replace_any_other(before, after):
     rules = [[ClipRule(ZScoreLimit(), scope)] for scope in (before, after)]
     clipper, contexts = met(rules[1], saved=trained(rules[0]))
     counts = kept(clipper.state_dict())["state"]["count"].tolist()
-    anew = clipper.misfits().anew
+    anew = clipper.mismatch().missing
     if before == after:
         assert set(counts) == {4}
         assert not anew
@@ -112,7 +112,7 @@ def test_rules_without_names_may_change_places():
     after = clipper.state_dict()
     assert same(kept(after, name="rule_3"), kept(state, name="rule_1"))
     assert same(kept(after, name="rule_1"), kept(state, name="rule_3"))
-    assert not clipper.misfits().anew + clipper.misfits().forgotten
+    assert not clipper.mismatch().missing + clipper.mismatch().unexpected
 
 
 def test_a_rule_more_begins_anew_and_takes_nothing_from_another_one():
@@ -120,7 +120,7 @@ def test_a_rule_more_begins_anew_and_takes_nothing_from_another_one():
     clipper, _ = met([ClipRule(ZScoreLimit(), "layer"), ClipRule(ZScoreLimit(), "layer")], saved=state)
     counts = [set(kept(clipper.state_dict(), name=name)["state"]["count"].tolist()) for name in ("rule_1", "rule_2")]
     assert counts == [{4}, {0}]
-    assert clipper.misfits().anew == ["the limit of rule_2 (ZScoreLimit)"]
+    assert clipper.mismatch().missing == ["the limit of rule_2 (ZScoreLimit)"]
 
 
 def test_a_shadow_becomes_the_rule_and_the_rule_a_shadow():
@@ -131,15 +131,15 @@ def test_a_shadow_becomes_the_rule_and_the_rule_a_shadow():
     after = clipper.state_dict()
     assert same(kept(after), state["shadows"][0]["QuantileLimit-window_10"])
     assert same(after["shadows"][0]["ZScoreLimit-z_2"], kept(state))
-    assert not clipper.misfits().anew + clipper.misfits().forgotten
+    assert not clipper.mismatch().missing + clipper.mismatch().unexpected
 
 
 def test_shadows_come_and_go():
     state = trained([ClipRule(1.0)])
     state["shadows"] = {0: {"ZScoreLimit": kept(trained([ClipRule(ZScoreLimit())]))}}
     clipper, _ = met([ClipRule(1.0)], shadows=[QuantileLimit()], saved=state)
-    assert clipper.misfits().anew == ["shadow QuantileLimit (QuantileLimit)"]
-    assert clipper.misfits().forgotten == ["what ZScoreLimit knew as shadow ZScoreLimit"]
+    assert clipper.mismatch().missing == ["shadow QuantileLimit (QuantileLimit)"]
+    assert clipper.mismatch().unexpected == ["the state of ZScoreLimit, which was shadow ZScoreLimit"]
 
 
 def test_blocks_go_along_with_their_parameters_to_another_optimizer():

@@ -14,7 +14,7 @@ from clip_callbacks.html_report.bad_steps import offenders, spikes
 from clip_callbacks.html_report.logs_of_others import taken_after_clip, untold
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.stats.advice import FEWEST, QUARTERS
+from clip_callbacks.stats.advice import MIN_STEPS_FOR_QUARTERS, QUARTERS
 
 Severity = Literal["bad", "warn", "good", "note"]
 
@@ -71,12 +71,12 @@ def out_of_control(losses: dict[str, Series]) -> str | None:
 
     def rank(key: str) -> tuple[bool, bool, bool, int]:
         name = key.lower()
-        return "val" in name or "test" in name, len(losses[key].finite) < FEWEST, "train" not in name, len(key)
+        return "val" in name or "test" in name, len(losses[key].finite) < MIN_STEPS_FOR_QUARTERS, "train" not in name, len(key)
 
     training = sorted(losses, key=rank)
     for key in training[:1]:
         finite = losses[key].finite
-        if len(finite) < FEWEST or not bool((finite.values > 0).all()):
+        if len(finite) < MIN_STEPS_FOR_QUARTERS or not bool((finite.values > 0).all()):
             continue
         worst = max(float(np.median(part)) for part in np.array_split(finite.values, QUARTERS))
         if worst > 2 * finite.values[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clip_callbacks.html_report.runs import ROUNDING, TRANSFORMERS, Track
-from clip_callbacks.stats.advice import ADVISED, EUCLIDEAN
+from clip_callbacks.stats.advice import EUCLIDEAN, SUGGESTED_PERCENTILE
 
 FEWEST_CAPPED = 5
 """Fewer norms at the top may be there by chance."""
@@ -61,7 +61,7 @@ def taken_after_clip(track: Track) -> str | None:
         return None
     highest = float(norms.max())
     capped = int((norms * ROUNDING >= highest).sum())
-    if capped < max(FEWEST_CAPPED, (1 - ADVISED / 100) * len(norms)):
+    if capped < max(FEWEST_CAPPED, (1 - SUGGESTED_PERCENTILE / 100) * len(norms)):
         return None
     return (
         f"{capped:,} of {len(norms):,} norms are {highest:.3g}, and none is above: {track.norm.name} was taken after a clip to "

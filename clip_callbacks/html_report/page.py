@@ -137,7 +137,7 @@ def _advice(track: Track, caution: str | None) -> Advice | None:
         metric=track.norm.title,
         norm_type=track.norm.norm_type,
     )
-    if advice is None or taken_after_clip(track) or (caution and not advice.is_of_calm_part):
+    if advice is None or taken_after_clip(track) or (caution and not advice.is_from_stable_quarter):
         return None
     local = (LOCAL,) if track.is_local else ()
     return replace(advice, reasons=(*advice.reasons, *local, *provisos(track)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
-from clip_callbacks.stats.histogram import CODES, Histogram, code_counts
+from clip_callbacks.stats.histogram import CODE_COUNT, Histogram, code_counts
 from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
@@ -58,7 +58,7 @@ def block_codes(step: StepContext, blocks: Partition) -> Tensor:
     if step.loss_scale is not None:
         factor = step.scale / step.loss_scale
     device = gradients.device if len(table) else torch.device("cpu")
-    codes = torch.zeros(len(blocks.names), CODES, dtype=torch.int64, device=device)
+    codes = torch.zeros(len(blocks.names), CODE_COUNT, dtype=torch.int64, device=device)
     for position, tensor in zip(gradients.positions, gradients.tensors, strict=True):
         if (block := blocks.index[position]) != OUTSIDE:
             of_tensor = factor

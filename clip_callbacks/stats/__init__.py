@@ -1,1 +1,1 @@
-"""Arithmetic over many steps: quantiles, histograms, the noise scale, advice."""
+"""Arithmetic over many steps: quantiles, histograms, the gradient noise scale, suggestions."""

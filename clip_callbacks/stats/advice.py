@@ -1,4 +1,4 @@
-"""Which max_norm? An answer from the norms of a run, with its reasons in numbers."""
+"""A suggested max_norm from the norms of a run, with its reasons in numbers."""
 
 from __future__ import annotations
 
@@ -12,41 +12,46 @@ from torch import Tensor
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 
-ADVISED, QUANTILE = 90, 0.9
-"""The percentile that is advised: what it clips are the largest 10 % of the steps."""
+SUGGESTED_PERCENTILE = 90
+"""Percentile of the norms that is the suggested max_norm: it clips the largest 10 % of them."""
+QUANTILE = SUGGESTED_PERCENTILE / 100
+"""Quantile of the suggested adaptive limit."""
 QUARTERS = 4
-FEWEST = 40
-"""Fewer norms than these are not divided into quarters."""
-CHANGED = 3.0
-"""By this factor the medians of quarters must differ for a run to have changed: lognormal norms do not by chance."""
-STANDS_OUT = 3.0
-"""A norm stands out that is so many robust standard deviations above the median, in logarithms."""
-SAME = 0.02
-"""By so much the share of steps that a rounded threshold clips may differ."""
-LEAST_SIGMA = 0.05
-"""The floor of RobustZScoreLimit too."""
+MIN_STEPS_FOR_QUARTERS = 40
+"""Least number of norms that are divided into quarters."""
+CHANGE_FACTOR = 3.0
+"""Least ratio of two quarters' medians in a run that has changed; lognormal norms do not reach it by chance."""
+OUTLIER_SIGMAS = 3.0
+"""Distance of an outlier above the median, in robust standard deviations of the norms' logarithms."""
+ROUNDING_TOLERANCE = 0.02
+"""Largest change in the fraction of clipped steps that rounding a threshold may cause."""
+MIN_SIGMA = 0.05
+"""Least robust standard deviation of logarithms of norms; RobustZScoreLimit has the same floor."""
 EUCLIDEAN = 2.0
-HIGHEST_LOG = math.log(1.79e308)
+"""Order of the norm that GradientClipping takes by default."""
+LARGEST_LOG = math.log(1.79e308)
+"""Logarithm of about the largest float64 number."""
 MAD_TO_SIGMA = 1.4826
-"""The standard deviation of a normal distribution over its median absolute deviation."""
+"""Ratio of the standard deviation of a normal distribution to its median absolute deviation."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A max_norm worth trying, a limit that sets itself, and why.
+    """A suggested max_norm, an adaptive limit, and the reasons for both.
 
     Args:
-        steps: How many finite norms it is made from.
-        left_out: How many were not finite, or not above 0.
-        percentiles: Percentile to norm, with linear interpolation, of all steps.
+        steps: Number of norms that the suggestion is made from.
+        left_out: Number of other norms: those that are not finite, or not above 0.
+        percentiles: Norms by percentile, over all steps, with linear interpolation.
         largest: The largest norm.
-        max_norm: The suggestion, to two significant digits, or more.
-        clips: The share of the steps that it would have clipped.
-        quarters: Medians of the run's four quarters; empty in a short run.
-        outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
-        reasons: Sentences.
-        is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
-        norm_type: The order p of the norms, if it is known.
+        max_norm: The suggestion, rounded to two or more significant digits.
+        clips: Fraction of the steps that it would have clipped.
+        quarters: Medians of the run's four quarters; empty for a short run.
+        outliers: Fraction of the norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
+        reasons: Sentences that explain the suggestion.
+        is_from_stable_quarter: If True, the suggestion is made from one quarter of a run that diverged: the one with the lowest
+            median.
+        norm_type: Order p of the norms, if it is known.
     """
 
     steps: int
@@ -58,22 +63,26 @@ class Advice:
     quarters: tuple[float, ...]
     outliers: float
     reasons: tuple[str, ...]
-    is_of_calm_part: bool = False
+    is_from_stable_quarter: bool = False
     norm_type: float | None = None
 
     @property
     def adaptive_call(self) -> str:
-        """The limit that sets itself, as one writes it in Python."""
+        """Return the adaptive limit as Python code."""
         return f"TightestLimit(QuantileLimit({QUANTILE:g}), {self.max_norm:g})"
 
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
-        """What to put under LightningCLI's configuration, as nested dictionaries."""
+        """Return the configuration of the suggestion for LightningCLI, as nested dictionaries.
+
+        Args:
+            adaptive: If True, that of the adaptive limit.
+        """
         limit = self._adaptive if adaptive else self.max_norm
         return {"trainer": {"callbacks": [_named("GradientClipping", max_norm=limit, **self._order)]}}
 
     @property
     def _order(self) -> dict[str, float | str]:
-        """The argument for the order of the norm, if it is another than 2, which GradientClipping takes by itself."""
+        """Return the argument for the order of the norm, unless it is 2, the default of GradientClipping."""
         if self.norm_type is None or self.norm_type == EUCLIDEAN:
             return {}
         return {"norm_type": "inf" if math.isinf(self.norm_type) else self.norm_type}
@@ -83,7 +92,7 @@ class Advice:
         return _named("TightestLimit", limits=[_named("QuantileLimit", quantile=QUANTILE), self.max_norm])
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all fields that users may want, as values that JSON can hold."""
         return {
             "max_norm": self.max_norm,
             "clips": self.clips,
@@ -98,10 +107,10 @@ class Advice:
         } | self._order
 
     def describe(self) -> str:
-        """A few lines of text."""
+        """Return the suggestion and its reasons as text."""
         lines = [f"max_norm={self.max_norm:g} would have clipped {self.clips:.1%} of {self.steps} steps."]
         lines += [f"  - {reason}" for reason in self.reasons]
-        return "\n".join([*lines, f"Or a limit that sets itself, never above that: {self.adaptive_call}."])
+        return "\n".join([*lines, f"Or an adaptive limit that never exceeds it: {self.adaptive_call}."])
 
 
 def advise(
@@ -114,25 +123,24 @@ def advise(
 ) -> Advice | None:
     r"""Suggest a max_norm from the total norms of a run, in the order of its steps.
 
-    The suggestion is the 90th percentile of the norms, rounded to two digits, or to more where that would clip other steps: it
-    leaves the typical step alone and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
-    average norm over many updates in the same way, and found values from half to ten times that average to work.
+    The suggestion is the 90th percentile of the norms, rounded to two digits, or to more if two would change which steps are
+    clipped: typical steps stay as they are, and the largest 10 % are bounded. Pascanu, Mikolov and Bengio (ICML 2013) set the
+    threshold from the average norm over many updates in the same way, and found values from half to ten times that average to work.
 
-    The limit that sets itself is ``TightestLimit(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe,
-    and below it where norms fall, of which it goes on clipping a tenth. An adaptive limit alone follows a run that goes out of
-    control.
+    The adaptive limit is the lower one of that number and ``QuantileLimit(0.9)``: it is as safe as the number, and goes on clipping
+    10 % of the steps while norms fall. A ``QuantileLimit`` alone would grow with the norms of a run that diverges.
 
     Args:
-        norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left
-            out and counted.
-        out_of_control: Whether the run is known to have gone out of control. If its norms grew threefold from the first quarter to
-            the last, the suggestion then is the 90th percentile of the calmest quarter.
-        is_sampled: Whether the norms are those of some steps only, of which a log may hold more.
-        metric: The name of the norms.
-        norm_type: The order p of the norms, if it is known.
+        norms: Total norms before clipping, any shape, in the order of the steps. Those that are not finite, or not above 0, are
+            counted and ignored.
+        out_of_control: If True, the run is known to have diverged: if the medians of its quarters grew threefold from the first to
+            the last, the suggestion is the 90th percentile of the quarter with the lowest median.
+        is_sampled: If True, the norms are those of some steps only, and logging more often would give more of them.
+        metric: Name of the norms in the reasons.
+        norm_type: Order p of the norms, if it is known.
 
     Returns:
-        The advice; None if no norm is left.
+        The advice; None without a usable norm.
 
     Example::
 
@@ -140,25 +148,31 @@ def advise(
         0.9
     """
     values = norms.detach().double().flatten().cpu()
-    sound = values[torch.isfinite(values) & (values > 0)]
-    if not len(sound):
+    usable = values[torch.isfinite(values) & (values > 0)]
+    if not len(usable):
         return None
-    ordered, quarters = sound.sort().values, _Quarters.of(sound)
+    ordered, quarters = usable.sort().values, _Quarters.of(usable)
     percentiles = {percent: _quantile(ordered, percent / 100) for percent in PERCENTILES}
-    threshold = _threshold(ordered, STANDS_OUT)
-    from_calm = quarters.grew and out_of_control
-    max_norm = rounded(quarters.calm if from_calm else percentiles[ADVISED], ordered)
+    threshold = _threshold(ordered, OUTLIER_SIGMAS)
+    is_from_stable_quarter = quarters.grew and out_of_control
+    if is_from_stable_quarter:
+        max_norm = rounded(quarters.stable, ordered)
+        source = "It is the 90th percentile of the quarter of the run with the lowest median: later the run diverged."
+    else:
+        max_norm = rounded(percentiles[SUGGESTED_PERCENTILE], ordered)
+        source = "It is their 90th percentile: typical steps stay as they are, and the largest 10% are bounded."
     outliers, largest = _share_above(ordered, threshold), float(ordered[-1])
     p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
-    source = (
-        "It is the 90th percentile of the run's calmest quarter: the run went out of control later."
-        if from_calm
-        else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
-    )
-    left_out = len(values) - len(sound)
-    stand_out = f"{outliers:.2%} of the steps stand out: above {threshold:.3g}, three robust standard deviations from the median."
+    left_out = len(values) - len(usable)
+    reasons = [f"{metric}: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}."]
+    if left_out:
+        reasons.append(f"{left_out} of {len(values)} norms are ignored: NaN, inf or not above 0.")
+    reasons += [source, *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled)]
+    if quarters.medians and not quarters.changed:
+        above = f"above {threshold:.3g}, three robust standard deviations from the median"
+        reasons.append(f"{outliers:.2%} of the steps are outliers: {above}.")
     return Advice(
-        steps=len(sound),
+        steps=len(usable),
         left_out=left_out,
         percentiles=percentiles,
         largest=largest,
@@ -166,57 +180,56 @@ def advise(
         clips=_share_above(ordered, max_norm),
         quarters=quarters.medians,
         outliers=outliers,
-        reasons=(
-            f"{metric}: p50 {p50}, p90 {p90}, p99 {p99}, largest {largest:.3g}.",
-            *((f"{left_out} of {len(values)} norms are left out: NaN, inf or not above 0.",) if left_out else ()),
-            source,
-            *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled),
-            *(() if quarters.changed or not quarters.medians else (stand_out,)),
-        ),
-        is_of_calm_part=from_calm,
+        reasons=tuple(reasons),
+        is_from_stable_quarter=is_from_stable_quarter,
         norm_type=norm_type,
     )
 
 
 class _Quarters(NamedTuple):
-    """The four quarters of a run: their medians, and the 90th percentile of the calmest one; nothing of a short run."""
+    """The four quarters of a run; no medians for a short run.
+
+    Args:
+        medians: Median of the norms in each quarter.
+        stable: 90th percentile of the norms in the quarter with the lowest median.
+    """
 
     medians: tuple[float, ...]
-    calm: float
+    stable: float
 
     @classmethod
     def of(cls, norms: Tensor) -> _Quarters:
-        if len(norms) < FEWEST:
+        if len(norms) < MIN_STEPS_FOR_QUARTERS:
             return cls((), math.nan)
         quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTERS)]
         medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
-        return cls(medians, _quantile(quarters[medians.index(min(medians))], ADVISED / 100))
+        return cls(medians, _quantile(quarters[medians.index(min(medians))], QUANTILE))
 
     @property
     def grew(self) -> bool:
-        return bool(self.medians) and self.medians[-1] >= CHANGED * self.medians[0]
+        return bool(self.medians) and self.medians[-1] >= CHANGE_FACTOR * self.medians[0]
 
     @property
     def changed(self) -> bool:
-        return bool(self.medians) and max(self.medians) >= CHANGED * min(self.medians)
+        return bool(self.medians) and max(self.medians) >= CHANGE_FACTOR * min(self.medians)
 
     def reasons(self, *, out_of_control: bool, is_sampled: bool) -> Iterator[str]:
         if not self.medians and is_sampled:
             yield (
-                f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…), in "
-                "transformers logging_steps)."
+                f"There are fewer than {MIN_STEPS_FOR_QUARTERS} norms: ask again with those of a longer run, or log more often "
+                "(Trainer(log_every_n_steps=…), in transformers logging_steps)."
             )
         elif not self.medians:
-            yield f"Fewer than {FEWEST} steps: ask again of a longer run."
+            yield f"There are fewer than {MIN_STEPS_FOR_QUARTERS} steps: ask again with a longer run."
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "
-                "run: no number fits all of them. The limit that sets itself follows where they fall."
+                "run: no single number fits all of them. The adaptive limit follows falling norms."
             )
         if self.grew and not out_of_control:
             yield (
-                f"It grew: if the loss did too, the run went out of control, and {self.calm:.2g}, from the calmest quarter, is "
-                "better."
+                f"The norm grew. If the loss grew too, the run diverged, and {self.stable:.2g}, from the quarter with the lowest "
+                "median, is the better max_norm."
             )
 
 
@@ -225,28 +238,31 @@ def _named(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def rounded(value: float, ordered: Tensor) -> float:
-    """Round a threshold to two significant digits, or to as many more as it takes to clip about the same norms.
+    """Round a threshold to the fewest significant digits, two or more, with which it clips about as many norms.
 
     Args:
         value: The threshold, above 0.
-        ordered: The norms, ascending.
+        ordered: Norms in ascending order.
     """
     exact = _share_above(ordered, value)
     candidates = (float(f"{value:.{digits}e}") for digits in range(1, 17))
-    return next((short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= SAME), value)
+    return next(
+        (short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= ROUNDING_TOLERANCE),
+        value,
+    )
 
 
 def robust_sigma(logs: Tensor) -> float:
-    """1.4826 times the median absolute deviation of logarithms of norms, 0.05 at least: what differs less does not stand out."""
+    """Return 1.4826 times the median absolute deviation of logarithms of norms, at least 0.05."""
     median = _quantile(logs.sort().values, 0.5)
-    return max(MAD_TO_SIGMA * _quantile((logs - median).abs().sort().values, 0.5), LEAST_SIGMA)
+    return max(MAD_TO_SIGMA * _quantile((logs - median).abs().sort().values, 0.5), MIN_SIGMA)
 
 
 def _threshold(ordered: Tensor, z: float) -> float:
-    """The norm that is ``z`` robust standard deviations above the median, in logarithms."""
+    """Return the norm whose logarithm is ``z`` robust standard deviations above the median of the logarithms."""
     logs = ordered.log()
     above = _quantile(logs, 0.5) + z * robust_sigma(logs)
-    return math.exp(above) if above < HIGHEST_LOG else math.inf
+    return math.exp(above) if above < LARGEST_LOG else math.inf
 
 
 def _share_above(ordered: Tensor, threshold: float) -> float:
@@ -255,7 +271,7 @@ def _share_above(ordered: Tensor, threshold: float) -> float:
 
 
 def _quantile(ordered: Tensor, share: float) -> float:
-    """With linear interpolation, as ``torch.quantile``, which takes 16 million values at most."""
+    """Return a quantile with linear interpolation. ``torch.quantile`` does that too, but takes at most 16 million values."""
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     return float(torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below))

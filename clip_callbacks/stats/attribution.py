@@ -1,7 +1,8 @@
-r"""How much of a block's clipping is the doing of others.
+r"""Attribution of the total norm, and of clipping, to blocks.
 
-Under a global norm a block that is large by itself makes all others smaller. With the block's norm as it is after clipping,
-:math:`n'_b`, and as it would be if all other gradients were 0, :math:`\tilde n_b`,
+Under a limit on the global norm, one block with a large norm makes all others smaller. Let :math:`n_b` be the norm of a block,
+:math:`N` the total norm, :math:`n'_b` the norm of the block after clipping, and :math:`\tilde n_b` what that would be if all other
+gradients were 0. Then
 
 .. math::
     \text{contribution}_b = \frac{n_b^p}{N^p}, \qquad \text{spill\_over}_b = 1 - \frac{n'_b}{\tilde n_b} .
@@ -22,32 +23,34 @@ from clip_callbacks.core.measurement import block_norms
 
 
 def contributions(norms: Tensor, total: Tensor, norm_type: float) -> Tensor:
-    """The share of each block in the total norm: with p = 2 of the sum of squares; with p = inf 1 for the largest, 0 for others.
+    """Return the fraction of the total norm, to the power p, that belongs to each block.
+
+    For p = 2 it is a fraction of the sum of squares; for p = inf it is 1 for the blocks with the largest norm, and 0 for others.
 
     Args:
-        norms: Of the blocks, shape ``(B,)``.
-        total: Of all gradients, shape ``(1,)``.
-        norm_type: The order p.
+        norms: Norms of the blocks, shape ``(B,)``.
+        total: Total norm, shape ``(1,)``.
+        norm_type: Order p of the norms.
 
     Returns:
-        Shape ``(B,)``, between 0 and 1; 0 if all norms are.
+        Fractions between 0 and 1, float64 of shape ``(B,)``; 0 for all blocks if the total norm is 0.
     """
     shares = torch.where(total > 0, norms.double() / total.double(), 0.0)
     return (shares >= 1.0).double() if math.isinf(norm_type) else shares.pow(norm_type)
 
 
 def spill_over(outcomes: Sequence[Outcome], norms: Tensor, factors: Tensor | None, blocks: Partition, norm_type: float) -> Tensor:
-    """The share of each block's norm that it lost because of the others.
+    """Return the fraction of each block's norm that clipping removed because of other blocks.
 
     Args:
-        outcomes: What each rule decided.
-        norms: Of the parts that were measured, before clipping, shape ``(N,)`` or ``(U,)``.
-        factors: What each was multiplied by, or one entry for all; None is 1.
-        blocks: The parts in B blocks.
-        norm_type: The order p.
+        outcomes: Decisions of the rules, in the order in which they were applied.
+        norms: Norms before clipping of N tensors or U output rows, shape ``(N,)`` or ``(U,)``.
+        factors: Factors by which clipping multiplied these, or one entry for all of them; None stands for 1.
+        blocks: Partition of the tensors or rows into B blocks.
+        norm_type: Order p of the norms.
 
     Returns:
-        Shape ``(B,)``, between 0 (none) and 1.
+        Fractions between 0 and 1, float64 of shape ``(B,)``.
     """
     if factors is None:
         return torch.zeros(len(blocks.names), dtype=torch.float64)
@@ -59,7 +62,7 @@ def spill_over(outcomes: Sequence[Outcome], norms: Tensor, factors: Tensor | Non
 
 
 def _factors_alone(outcome: Outcome, norms: Tensor, blocks: Partition, norm_type: float) -> Tensor:
-    """What the rule would multiply each part by, if there were only the block that it is in."""
+    """Return the factor that a rule would have for each tensor or row if all blocks but its own were 0."""
     pairs, ruled = blocks.meet(outcome.partition)
     limits = outcome.limits
     if isinstance(limits, Tensor):

@@ -1,4 +1,4 @@
-"""What an epoch remembers of each block's norms: for percentiles and clip fractions."""
+"""Percentiles and clip fractions of each block over an epoch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.metric_names import BLOCK_CLIP_FRACTION, BLOCK_PERCENTILES
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.stats.norm_history import FLUSH
+from clip_callbacks.stats.norm_history import MAX_WAITING_STEPS
 from clip_callbacks.stats.sketch import NormSketch
 
-ROOM = 1 << 20
-"""Factors that wait at most: where millions of output rows are clipped, steps wait for fewer others."""
+MAX_WAITING_FACTORS = 1 << 20
+"""Largest number of clipping factors that wait for the flush: with millions of output rows, fewer steps wait."""
 
 
 class BlockHistory:
     """Norms of the blocks of one optimizer over the healthy steps of an epoch, and in how many of them each was clipped.
 
-    A step costs a list append; norms go into a sketch together. The room it takes does not grow with the steps.
+    A step costs one list append: the norms of many steps are added to a sketch together. The memory does not grow with the number
+    of steps.
 
     Args:
-        scope: What a block is.
-        selection: Which parameters are in blocks.
+        scope: Scope of the blocks.
+        selection: Patterns for the names of the parameters that blocks are made of.
     """
 
     def __init__(self, scope: Scope, selection: Selection) -> None:
@@ -43,7 +44,7 @@ class BlockHistory:
         self._norm_type = 2.0
 
     def attach(self, table: TensorTable) -> None:
-        """Meet the parameters, or other ones; blocks that stay, by their names, keep what was counted."""
+        """Take up the parameters of an optimizer; blocks whose names were there before keep their norms and counts."""
         self._flush()
         selection = self._selection.among(table.names)
         self._blocks = None if selection is None else table.partition(self._scope, selection)
@@ -57,25 +58,25 @@ class BlockHistory:
             self._names, self._clipped = names, torch.tensor(counts, dtype=torch.int64)
 
     def add(self, report: StepRecord, table: TensorTable) -> None:
-        """Take in a healthy step."""
+        """Record a healthy step."""
         if self._blocks is None:
             return
         if not self._parts:
-            self._meet(report, table)
+            self._form_parts(report, table)
         self._norms.append(report.parameter_norms)
         if self._is_local and report.factors is not None:
             parts = report.parameter_norms if report.unit_norms is None else report.unit_norms
             self._clips.append((report.factors, parts))
-            if len(self._clips) * len(parts) >= ROOM:
+            if len(self._clips) * len(parts) >= MAX_WAITING_FACTORS:
                 self._flush()
-        if len(self._norms) >= FLUSH:
+        if len(self._norms) >= MAX_WAITING_STEPS:
             self._flush()
 
     def metrics(self, top_k: int | None) -> dict[str, float]:
-        """Percentiles of the epoch for each block and, under local norms, the share of its steps in which it was made smaller.
+        """Return percentiles of each block's norms in the epoch and, if rules clip local norms, its clip fraction.
 
         Args:
-            top_k: Only for so many blocks, those with the largest p99.
+            top_k: Largest number of blocks, those with the largest p99; None stands for all.
         """
         self._flush()
         found = self._sketch.quantiles([percent / 100 for percent in BLOCK_PERCENTILES])
@@ -86,26 +87,26 @@ class BlockHistory:
         return {prefix + self._names[place]: float(each[place]) for prefix, each in values.items() for place in places}
 
     def end_epoch(self) -> None:
-        """Begin a new epoch."""
+        """Discard the norms and counts of the epoch."""
         self._norms.clear()
         self._clips.clear()
         self._sketch.reset()
         self._clipped.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted, and of which blocks."""
+        """Return the names of the blocks, their norms and their counts."""
         self._flush()
         return {"names": self._names, "norms": self._sketch.state(), "clipped": self._clipped.clone(), "is_local": self._is_local}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned; to be attached afterwards."""
+        """Continue from a state of :meth:`state_dict`; call :meth:`attach` afterwards."""
         self._names, self._is_local = list(state["names"]), state["is_local"]
         self._sketch = NormSketch(len(self._names))
         self._sketch.load(state["norms"])
         self._clipped = state["clipped"].cpu().clone()
 
-    def _meet(self, report: StepRecord, table: TensorTable) -> None:
-        """Learn from the first step what the norms and factors of the others will be of."""
+    def _form_parts(self, report: StepRecord, table: TensorTable) -> None:
+        """Find out from the first step whether factors are those of tensors or of output rows, and which blocks they belong to."""
         assert self._blocks is not None
         self._norm_type = report.norm_type
         self._is_local = any(not outcome.partition.is_whole for outcome in report.outcomes)
@@ -126,8 +127,9 @@ class BlockHistory:
 
 
 def _smaller(clips: list[tuple[Tensor, Tensor]], blocks: Partition) -> Tensor:
-    """In which steps which blocks had an entry made smaller, bool of shape ``(steps, B)``; a 0 stays one whatever its factor."""
+    """Return in which steps clipping made any entry of which block smaller, bool of shape ``(steps, B)``."""
     factors = torch.stack([factor.reshape(-1).expand(len(parts)) for factor, parts in clips])
+    # A norm of 0 stays 0 whatever its factor is, so that nothing was made smaller.
     smaller = (factors < 1.0) & (torch.stack([parts for _, parts in clips]) > 0)
     hits = torch.zeros(len(clips), len(blocks.names), dtype=torch.int32)
     inside = smaller if blocks.is_total else smaller[:, blocks.members]
@@ -135,11 +137,11 @@ def _smaller(clips: list[tuple[Tensor, Tensor]], blocks: Partition) -> Tensor:
 
 
 def largest(values: Tensor, count: int | None) -> list[int]:
-    """Where the largest finite values are, or all of them, in their order.
+    """Return the indices of the largest finite values, in ascending order.
 
     Args:
-        values: Shape ``(B,)``.
-        count: How many; None is all.
+        values: Values, shape ``(B,)``.
+        count: Largest number of indices; None stands for B.
     """
     if count is None or count >= len(values):
         return list(range(len(values)))

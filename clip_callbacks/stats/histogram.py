@@ -1,4 +1,4 @@
-"""Histograms of tensors whose bins end at powers of two: one read, no sorting, and what underflows can be seen."""
+"""Histograms whose bins end at powers of 2: one read of a tensor, no sorting, and entries that underflow are visible."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CODES = 512
-"""Sign and exponent of a float32 number, its nine highest bits."""
+CODE_COUNT = 512
+"""Number of codes. A code is the nine highest bits of a float32 number: its sign and its exponent."""
 
 MANTISSA_BITS = 23
-PIECE = 1 << 22
-"""Entries that are looked at together: 16 MiB of them."""
+MAX_ENTRIES_AT_ONCE = 1 << 22
+"""Largest number of entries that are converted to float32 together, in 16 MiB."""
 
 _LARGEST = torch.finfo(torch.float32).max
 _POWERS = torch.ldexp(torch.ones(255, dtype=torch.float64, device="cpu"), torch.arange(-126, 129, device="cpu"))
@@ -22,12 +22,12 @@ _NEGATIVE, _POSITIVE = torch.arange(510, 256, -1, device="cpu"), torch.arange(1,
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """How many entries lie where.
+    """Counts of entries in bins.
 
     Args:
-        counts: Of K bins, int64.
-        edges: Where they begin and end, ascending, float64 of shape ``(K + 1,)``: powers of two, negative and positive; the bin
-            around 0 ends at the smallest normal float32 numbers.
+        counts: Number of entries in each of K bins, int64 of shape ``(K,)``.
+        edges: Ends of the bins in ascending order, float64 of shape ``(K + 1,)``: negative and positive powers of 2. The bin around
+            0 ends at the smallest normal float32 numbers.
     """
 
     counts: Tensor
@@ -35,8 +35,15 @@ class Histogram:
 
     @classmethod
     def of_codes(cls, codes: Tensor) -> Histogram | None:
-        """From counts of codes, as :func:`code_counts` makes them; None without a finite entry. Empty ends are left out."""
-        counts = torch.cat([codes[_NEGATIVE], (codes[0] + codes[CODES // 2]).reshape(1), codes[_POSITIVE]])
+        """Make a histogram, without empty bins at its ends.
+
+        Args:
+            codes: Number of entries of each code, from :func:`code_counts`.
+
+        Returns:
+            The histogram; None without a finite entry.
+        """
+        counts = torch.cat([codes[_NEGATIVE], (codes[0] + codes[CODE_COUNT // 2]).reshape(1), codes[_POSITIVE]])
         filled = counts.nonzero().reshape(-1).tolist()
         if not filled:
             return None
@@ -45,27 +52,27 @@ class Histogram:
 
     @property
     def middles(self) -> Tensor:
-        """Of the bins, ``(K,)``."""
+        """Return the middle of each bin, shape ``(K,)``."""
         return (self.edges[:-1] + self.edges[1:]) / 2
 
 
 @torch.no_grad()
 def code_counts(tensor: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-    """How many entries have which sign and exponent as float32 numbers.
+    """Count the entries of a tensor by their sign and exponent as float32 numbers.
 
     Args:
-        tensor: Strided, of any floating dtype. Entries of a wider one count at the ends of float32's range.
-        factor: What they are multiplied by before, a number or a 0-dim tensor.
+        tensor: A strided tensor of any floating or complex dtype. Entries outside of float32's range count at its ends.
+        factor: Factor by which the entries are multiplied first, a number or a 0-dim tensor.
 
     Returns:
-        Shape ``(512,)``, int64, on the device of the tensor: the sign is the highest bit of the index. NaN and inf are among those
-        of the highest exponent, 255.
+        Number of entries of each code, int64 of shape ``(512,)``, on the device of the tensor. The sign is the highest bit of the
+        code. NaN and inf have the codes with the highest exponent, 255.
     """
     entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    counts = torch.zeros(CODES, dtype=torch.int64, device=tensor.device)
-    for piece in entries.detach().reshape(-1).split(PIECE):  # type: ignore[no-untyped-call]
+    counts = torch.zeros(CODE_COUNT, dtype=torch.int64, device=tensor.device)
+    for piece in entries.detach().reshape(-1).split(MAX_ENTRIES_AT_ONCE):  # type: ignore[no-untyped-call]
         bits = _as_float32(piece, factor).view(torch.int32)
-        counts += torch.bincount((bits >> MANTISSA_BITS) & (CODES - 1), minlength=CODES)
+        counts += torch.bincount((bits >> MANTISSA_BITS) & (CODE_COUNT - 1), minlength=CODE_COUNT)
     return counts
 
 

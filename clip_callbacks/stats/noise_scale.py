@@ -1,4 +1,4 @@
-"""The gradient noise scale: how many samples a batch may hold before more of them stop to pay."""
+"""The gradient noise scale: about the number of samples beyond which a larger batch hardly speeds up training."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-DECAY = 0.99
-"""Of the running means: about the last hundred windows count."""
+DECAY_PER_WINDOW = 0.99
+"""Decay of the running means: about the last hundred windows count."""
 
 
 class WindowNorms(NamedTuple):
-    """What one accumulation window tells: squared 2-norms of its micro-batches' gradients and of their mean, and b if known."""
+    """Norms of the gradients in one accumulation window.
+
+    Attributes:
+        small: Squared 2-norm of the gradient of each micro-batch.
+        big: Squared 2-norm of their mean.
+        samples: Number b of samples in each micro-batch, if it is known.
+    """
 
     small: list[float]
     big: float
@@ -31,18 +37,18 @@ class NoiseScale:
         |\mathcal G|^2 = \frac{k |\bar g|^2 - \frac1k \sum_i |g_i|^2}{k - 1}, \qquad
         \mathcal S = \frac{k b}{k - 1} \Bigl(\frac1k \sum_i |g_i|^2 - |\bar g|^2\Bigr)
 
-    are unbiased for :math:`|G|^2` and :math:`\operatorname{tr}(\Sigma)`. Both are noisy: running means are taken of each, and
-    then their ratio. A batch much smaller than the noise scale gains from being larger nearly as much as from as many more steps;
-    a much larger one wastes samples.
+    are unbiased estimates of :math:`|G|^2` and :math:`\operatorname{tr}(\Sigma)`. Both are noisy, so that the noise scale is the
+    ratio of their running means. Far below the noise scale, a batch twice as large trains about as well as twice as many steps; far
+    above it, most additional samples are wasted.
 
     Source: McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A.1, with
     :math:`B_{\text{small}} = b` and :math:`B_{\text{big}} = k b`; unlike there, all k small gradients of a window count.
 
     Attributes:
-        decay: Of the running means.
-        signal: Running mean for :math:`|G|^2`.
-        noise: Running mean for :math:`\operatorname{tr}(\Sigma)`.
-        windows: How many windows were seen.
+        decay: Decay of the running means per window.
+        signal: Running mean of the estimates of :math:`|G|^2`.
+        noise: Running mean of the estimates of :math:`\operatorname{tr}(\Sigma)`.
+        windows: Number of windows so far.
 
     Example::
 
@@ -52,18 +58,18 @@ class NoiseScale:
         32.0
     """
 
-    decay: float = DECAY
+    decay: float = DECAY_PER_WINDOW
     signal: float = 0.0
     noise: float = 0.0
     windows: int = 0
 
     def observe(self, small: Sequence[float], big: float, samples: float) -> None:
-        """Take in one window.
+        """Update the running means; a window with fewer than 2 micro-batches is ignored.
 
         Args:
-            small: Squared 2-norms of the gradients of its k micro-batches, each a mean over its samples; fewer than 2 tell nothing.
-            big: Squared 2-norm of their mean.
-            samples: b, in a micro-batch.
+            small: Squared 2-norm of the gradient of each of k micro-batches, which is a mean over its samples.
+            big: Squared 2-norm of the mean of these gradients.
+            samples: Number b of samples in each micro-batch.
         """
         count = len(small)
         if count <= 1:
@@ -75,5 +81,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """The noise scale in samples; None before there is a positive estimate. The running means' bias cancels in it."""
-        return self.noise / self.signal if self.signal > 0.0 < self.noise else None
+        """Return the noise scale in samples; None unless both running means are positive."""
+        if self.signal <= 0.0 or self.noise <= 0.0:
+            return None
+        return self.noise / self.signal  # both means began at 0, and that bias cancels

@@ -1,4 +1,4 @@
-"""What a run remembers of its norms: for percentiles and clip fractions."""
+"""Percentiles of total_norm and clip fractions over a run."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from clip_callbacks.core.metric_names import (
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.sketch import NormSketch
 
-FLUSH = 128
-"""Steps that wait before they go into the metric together: a step costs one list append."""
+MAX_WAITING_STEPS = 128
+"""Largest number of steps that wait until their norms are added to the metric together: most steps cost one list append."""
 
 
 class NormHistory:
-    """Total norms of finite steps since the last reset: 8 bytes a step, the percentiles exact."""
+    """Total norms of finite steps since the last reset: 8 bytes per step, with exact percentiles."""
 
     def __init__(self) -> None:
         self._norms = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
         self._waiting: list[Tensor] = []
 
     def add(self, total: Tensor) -> None:
-        """Take in one finite norm, shape ``(1,)``."""
+        """Add one finite norm, shape ``(1,)``."""
         self._waiting.append(total)
-        if len(self._waiting) >= FLUSH:
+        if len(self._waiting) >= MAX_WAITING_STEPS:
             self._flush()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard all norms."""
         self._norms.reset()
         self._waiting.clear()
 
     def values(self) -> Tensor:
-        """All norms, float64 of shape ``(steps,)``."""
+        """Return all norms, float64 of shape ``(steps,)``."""
         self._flush()
         return self._norms.compute().reshape(-1) if self._norms.update_count else torch.empty(0, dtype=torch.float64)
 
@@ -54,14 +54,14 @@ class NormHistory:
         return len(self.values())
 
     def percentiles(self, percents: tuple[int, ...]) -> Tensor | None:
-        """Percentiles with linear interpolation, shape ``(len(percents),)``; None without a step."""
+        """Return percentiles with linear interpolation, shape ``(len(percents),)``; None without a step."""
         values = self.values()
         if not len(values):
             return None
         return torch.quantile(values, torch.tensor(percents, dtype=values.dtype, device=values.device) / 100)
 
     def load(self, values: Tensor) -> None:
-        """Begin from norms that an earlier run saw."""
+        """Replace all norms by those of an earlier run."""
         self.reset()
         if len(values):
             self._norms.update(values)
@@ -73,28 +73,28 @@ class NormHistory:
 
 
 class StepCounts:
-    """How many steps there were, and how many of them were clipped."""
+    """Numbers of steps and of clipped steps."""
 
     def __init__(self) -> None:
         self.steps = self.clipped = 0
 
     @property
     def fraction(self) -> float:
-        """Share of steps clipped; 0 without steps."""
+        """Return the fraction of the steps that were clipped; 0 without steps."""
         return self.clipped / self.steps if self.steps else 0.0
 
     def reset(self) -> None:
-        """Begin again."""
+        """Set both counts to 0."""
         self.steps = self.clipped = 0
 
 
 class Spans:
-    """Steps and how many of them were clipped, over three spans.
+    """Numbers of steps and of clipped steps over three spans.
 
     Attributes:
-        since_logged: Since the last logged step.
-        epoch: In this epoch.
-        run: In the whole run.
+        since_logged: Counts since the last logged step.
+        epoch: Counts of this epoch.
+        run: Counts of the whole run.
     """
 
     def __init__(self) -> None:
@@ -107,26 +107,26 @@ class Spans:
             counts.clipped += clipped
 
     def state(self) -> list[int]:
-        """Everything, as numbers."""
+        """Return all counts as a list."""
         return [number for counts in (self.since_logged, self.epoch, self.run) for number in (counts.steps, counts.clipped)]
 
     def load(self, state: list[int]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Continue from the counts of :meth:`state`."""
         for counts, place in ((self.since_logged, 0), (self.epoch, 2), (self.run, 4)):
             counts.steps, counts.clipped = state[place : place + 2]
 
 
 class RunHistory:
-    """What one optimizer's run remembers for its metrics.
+    """Norms and counts of one optimizer's steps, for its metrics.
 
     Attributes:
         epoch_norms: Total norms of the epoch's healthy steps.
-        clips: How many of the healthy steps were clipped.
-        run_norms: Total norms of the run's healthy steps, but for those of the epoch.
-        rules: The same for each rule with a name.
-        shadows: For each shadow limit, how many it would have clipped.
-        steps: Optimizer steps so far, bad ones too.
-        last: What the last healthy step of this fit reported.
+        run_norms: Total norms of the run's healthy steps before this epoch.
+        clips: Counts of healthy steps and of clipped ones.
+        rules: Counts of healthy steps and of those clipped by a rule, for each rule with a name.
+        shadows: Counts of healthy steps and of those that a shadow limit would have clipped, for each shadow limit.
+        steps: Number of optimizer steps so far, including bad ones.
+        last: Report of the last healthy step of this fit.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class RunHistory:
         self.last: StepRecord | None = None
 
     def add(self, report: StepRecord) -> None:
-        """Take in a healthy step."""
+        """Record a healthy step."""
         self.last = report
         self.epoch_norms.add(report.total)
         self.clips.add(clipped=report.clipped)
@@ -149,7 +149,7 @@ class RunHistory:
                     counted.setdefault(outcome.name, Spans()).add(clipped=outcome.clips)
 
     def fractions(self) -> dict[str, float]:
-        """Clip fractions since the last logged step, if there was one: of all, of each rule with a name, and of each shadow."""
+        """Return the clip fractions since the last logged step, overall, by named rule, by shadow limit; empty without one."""
         if not self.clips.since_logged.steps:
             return {}
         rules = {RULE_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.rules.items()}
@@ -157,7 +157,11 @@ class RunHistory:
         return {CLIP_FRACTION: self.clips.since_logged.fraction} | rules | shadows
 
     def epoch_metrics(self, *, clipping: bool) -> dict[str, float]:
-        """Percentiles of total_norm and, if wanted, the clip fractions of this epoch; empty without a healthy step."""
+        """Return the percentiles of total_norm and the clip fractions of this epoch; empty without a healthy step.
+
+        Args:
+            clipping: If True, the fraction over all rules is included.
+        """
         percentiles = self.epoch_norms.percentiles(tuple(PERCENTILES))
         if percentiles is None:
             return {}
@@ -169,23 +173,28 @@ class RunHistory:
         return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
 
     def run_percentiles(self) -> list[float]:
-        """Percentiles of total_norm over the run, each within 1 %; NaN without a healthy step."""
+        """Return the percentiles of total_norm over the run, each within 1 %; NaN without a healthy step."""
         norms = self.run_norms.rows([0])
         norms.add(self.epoch_norms.values()[:, None])
         return [share.item() for share in norms.quantiles([percent / 100 for percent in PERCENTILES])]
 
     def keep_only(self, rules: Sequence[str], shadows: Sequence[str]) -> None:
-        """Forget the counts of rules and shadows that an earlier run had."""
+        """Discard the counts of rules and shadow limits that only an earlier run had.
+
+        Args:
+            rules: Names of the rules to keep.
+            shadows: Names of the shadow limits to keep.
+        """
         self.rules = {name: spans for name, spans in self.rules.items() if name in rules}
         self.shadows = {name: spans for name, spans in self.shadows.items() if name in shadows}
 
     def begin_log(self) -> None:
-        """Begin to count anew: a step was logged."""
+        """Set the counts since the last logged step to 0."""
         for spans in self._all:
             spans.since_logged.reset()
 
     def end_epoch(self) -> None:
-        """Begin a new epoch."""
+        """Add the norms of the epoch to those of the run, and set its counts to 0."""
         self.run_norms.add(self.epoch_norms.values()[:, None])
         self.epoch_norms.reset()
         for spans in self._all:
@@ -196,13 +205,13 @@ class RunHistory:
         return [self.clips, *self.rules.values(), *self.shadows.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and numbers."""
+        """Return all norms and counts, as tensors and numbers."""
         named = {kind: {name: spans.state() for name, spans in counted.items()} for kind, counted in self._named.items()}
         norms = {"norms": self.epoch_norms.values(), "run_norms": self.run_norms.state()}
         return {"steps": self.steps, "counts": self.clips.state()} | norms | named
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from a state of :meth:`state_dict`."""
         self.steps = int(state["steps"])
         self.epoch_norms.load(state["norms"])
         self.run_norms.load(state["run_norms"])

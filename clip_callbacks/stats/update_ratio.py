@@ -1,4 +1,4 @@
-r"""How far a step moves the weights.
+r"""Size of an update relative to the weights.
 
 .. math::
     \text{update\_ratio}_b = \frac{\lVert w^+_b - w_b \rVert_p}{\lVert w_b \rVert_p}
@@ -20,11 +20,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightsBefore:
-    """Copies of an optimizer's parameters before a step, of half precision in float32; frozen ones are left out.
+    """Copies of an optimizer's trainable parameters before a step, in float32 where the parameters are of half precision.
 
     Args:
         table: The parameters.
-        blocks: Those to look at.
+        blocks: Blocks whose parameters are copied.
     """
 
     @torch.no_grad()
@@ -43,15 +43,15 @@ class WeightsBefore:
 
     @torch.no_grad()
     def ratios(self, norm_type: float) -> Tensor:
-        """How far the parameters of each block have moved since, as a share of their norm; once, since the copies are used up.
+        """Return the norm of the change of each block's parameters since then, divided by their norm then; overwrites the copies.
 
-        Where ranks hold parts of them this is a collective, and the answer the same on all.
+        Where ranks hold parts of the parameters, this is a collective, and all ranks get equal ratios.
 
         Args:
-            norm_type: The order p.
+            norm_type: Order p of the norms.
 
         Returns:
-            Shape ``(B,)``, float64, on the host; NaN for a block whose weights were 0, or are all frozen.
+            Ratios, float64 of shape ``(B,)``, on the host; NaN for a block whose weights were all 0, or are all frozen.
         """
         norms = [self._norms(norm_type)]
         if self._copies:
@@ -67,7 +67,7 @@ class WeightsBefore:
         return [self._table.shards[place].detach() for place in self._places]
 
     def _norms(self, norm_type: float) -> Tensor:
-        """Of the copies, float64 of shape ``(N,)`` on the host; 0 elsewhere."""
+        """Return the norms of the copies, float64 of shape ``(N,)`` on the host; 0 for parameters without a copy."""
         norms = torch.zeros(len(self._table), dtype=torch.float64)
         if self._copies:
             found = tensor_norms(self._copies, norm_type).cpu().double()

@@ -66,7 +66,7 @@ def test_what_is_special():
 
 
 def test_more_entries_than_are_looked_at_together(monkeypatch):
-    monkeypatch.setattr("clip_callbacks.stats.histogram.PIECE", 10)
+    monkeypatch.setattr("clip_callbacks.stats.histogram.MAX_ENTRIES_AT_ONCE", 10)
     tensor = torch.randn(101)
     assert counted(tensor) == slow_count(tensor.tolist())
 

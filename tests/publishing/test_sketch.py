@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.stats.sketch import ACCURACY, BINS, HIGHEST, LOWEST, NormSketch
+from clip_callbacks.stats.sketch import BIN_COUNT, LARGEST_NORM, RELATIVE_ERROR, SMALLEST_NORM, NormSketch
 from tests.helpers.matrix import examples
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
@@ -28,10 +28,10 @@ def exact(values, share):
 def assert_within_one_percent(answers, column):
     for share, answer in zip(SHARES, answers, strict=True):
         true = exact(column, share)
-        assert abs(answer - true) <= (ACCURACY + ROUNDING) * true, (share, answer, true)
+        assert abs(answer - true) <= (RELATIVE_ERROR + ROUNDING) * true, (share, answer, true)
 
 
-norms = st.one_of(st.just(0.0), st.floats(LOWEST, HIGHEST), st.floats(0.5, 2.0))
+norms = st.one_of(st.just(0.0), st.floats(SMALLEST_NORM, LARGEST_NORM), st.floats(0.5, 2.0))
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -61,9 +61,9 @@ def test_norms_beyond_the_range_count_at_its_ends():
     sketch = NormSketch()
     sketch.add(torch.tensor([[1e-30], [1.0], [1e30], [0.0]], dtype=torch.float64))
     lowest, middle, highest = sketch.quantiles((1 / 3, 2 / 3, 1.0))[:, 0].tolist()
-    assert lowest == pytest.approx(LOWEST, rel=0.02)
+    assert lowest == pytest.approx(SMALLEST_NORM, rel=0.02)
     assert middle == pytest.approx(1.0, rel=0.01)
-    assert highest == pytest.approx(HIGHEST, rel=0.02)
+    assert highest == pytest.approx(LARGEST_NORM, rel=0.02)
     assert sketch.quantiles((0.0,)).item() == 0.0
 
 
@@ -106,7 +106,7 @@ def test_bins_mean_the_same_in_every_release():
     """Checkpoints hold them."""
     sketch = NormSketch(2)
     sketch.add(torch.tensor([[0.0, 1.0], [1e-16, 1e16]], dtype=torch.float64))
-    assert BINS == 3687
+    assert BIN_COUNT == 3687
     assert {key: value.tolist() for key, value in sketch.state().items()} == {
         "blocks": [0, 0, 1, 1],
         "bins": [0, 1, 1843, 3686],
@@ -131,7 +131,7 @@ def test_its_room_does_not_grow_with_steps():
     room = sketch._counts.numel()
     for _ in range(100):
         sketch.add(torch.rand(128, 3) * 1e6)
-    assert sketch._counts.numel() == room == 3 * BINS
+    assert sketch._counts.numel() == room == 3 * BIN_COUNT
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "layer", "parameter"])

@@ -99,29 +99,29 @@ def test_spikes_are_a_tail_that_clipping_is_for():
     norms[::50] *= 40
     advice = advise(norms)
     assert advice.outliers == pytest.approx(0.02, abs=0.004)
-    assert any(f"{advice.outliers:.2%} of the steps stand out" in reason for reason in advice.reasons)
+    assert any(f"{advice.outliers:.2%} of the steps are outliers" in reason for reason in advice.reasons)
 
 
-def test_a_run_that_went_out_of_control_is_judged_by_its_calmest_quarter():
+def test_a_run_that_went_out_of_control_is_judged_by_the_quarter_with_the_lowest_median():
     calm, wild = drawn(stats.lognorm(0.2), 1000), drawn(stats.lognorm(0.2, scale=50.0), 3000)
     advice = advise(torch.cat([calm, wild]), out_of_control=True)
     assert advice.max_norm == float(f"{np.percentile(calm, 90):.1e}")
-    assert advice.is_of_calm_part
-    assert any("calmest quarter" in reason for reason in advice.reasons)
+    assert advice.is_from_stable_quarter
+    assert any("quarter of the run with the lowest median" in reason for reason in advice.reasons)
 
 
 def test_norms_that_grow_in_a_healthy_run_are_judged_by_all_of_them():
     growing = drawn(stats.lognorm(0.1), 4000) * torch.linspace(1, 5, 4000)
     advice = advise(growing)
     assert advice.clips == pytest.approx(0.1, abs=0.021)
-    assert not advice.is_of_calm_part
-    assert any("if the loss did too" in reason for reason in advice.reasons)
+    assert not advice.is_from_stable_quarter
+    assert any("If the loss grew too" in reason for reason in advice.reasons)
 
 
 def test_a_dip_in_the_middle_is_no_growth():
     norms = torch.cat([drawn(stats.lognorm(0.05, scale=scale), 500, seed) for seed, scale in enumerate((1.0, 0.3, 1.02, 1.02))])
     advice = advise(norms, out_of_control=True)
-    assert not advice.is_of_calm_part
+    assert not advice.is_from_stable_quarter
     assert advice.clips == pytest.approx(0.1, abs=0.021)
 
 
@@ -129,14 +129,14 @@ def test_norms_that_fall_are_told_of():
     falling = drawn(stats.lognorm(0.1), 4000) * torch.logspace(1, -1, 4000)
     advice = advise(falling)
     assert advice.max_norm == float(f"{np.percentile(falling, 90):.1e}")
-    assert any("no number fits all of them" in reason for reason in advice.reasons)
+    assert any("no single number fits all of them" in reason for reason in advice.reasons)
     assert advice.quarters == pytest.approx([float(np.median(part)) for part in np.array_split(falling.numpy(), 4)])
 
 
 def test_a_short_run_is_not_divided():
-    norms = torch.logspace(0, 3, advice_module.FEWEST - 1)
+    norms = torch.logspace(0, 3, advice_module.MIN_STEPS_FOR_QUARTERS - 1)
     assert advise(norms).quarters == ()
-    assert advise(norms).reasons[-1] == "Fewer than 40 steps: ask again of a longer run."
+    assert advise(norms).reasons[-1] == "There are fewer than 40 steps: ask again with a longer run."
     assert "log more often" in advise(norms, is_sampled=True).reasons[-1]
 
 

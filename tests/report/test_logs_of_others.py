@@ -278,7 +278,7 @@ def test_norms_that_are_not_finite_are_counted_and_told(tmp_path, capsys):
     norms[[7, 8]], norms[50] = math.nan, math.inf
     path = write(tmp_path, text=text_of(log_of(norms)))
     _, out, _ = run_main(capsys, "suggest", path)
-    assert "3 of 100 norms are left out: NaN, inf or not above 0." in out
+    assert "3 of 100 norms are ignored: NaN, inf or not above 0." in out
     facts = json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]
     assert (facts["steps"], facts["left_out"]) == (97, 3)
     assert facts["percentiles"]["p50"] == pytest.approx(np.median(norms[np.isfinite(norms)]))

@@ -76,7 +76,7 @@ def test_what_is_written_by_transformers_is_read_as_well(tmp_path):
 def test_numbers_that_are_not_finite_are_counted_and_told(finished, capsys):
     code, out, _ = run_main(capsys, "suggest", finished)
     assert code == 0
-    assert "3 of 60 norms are left out: NaN, inf or not above 0." in out
+    assert "3 of 60 norms are ignored: NaN, inf or not above 0." in out
     assert "the number is one for its max_grad_norm, too" in out
     text = said(read(finished))
     assert "3 of 60 logged norms are NaN or inf, first at step 210" in text

@@ -138,7 +138,7 @@ def _factor(text: str) -> float:
 
 def _replay(options: argparse.Namespace) -> int:
     from clip_callbacks.replay.command import replay, say_frames
-    from clip_callbacks.replay.unusable import UnusableReplayError
+    from clip_callbacks.replay.errors import UnusableReplayError
 
     try:
         return replay(options)

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clip_callbacks.replay.unusable import is_users
+from clip_callbacks.replay.errors import is_users
 
 _FUNCTION = re.compile(r"Function '(\w+)' returned nan values")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.+))?')

@@ -17,15 +17,15 @@ import torch
 from clip_callbacks.bundles.bundle import Bundle
 from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.replay.bisection import bisect
-from clip_callbacks.replay.investigation import Investigation, signature
-from clip_callbacks.replay.laboratory import Laboratory
-from clip_callbacks.replay.outcome import MicroBatch, Outcome
-from clip_callbacks.replay.rebuild import named_class, rebuilt
-from clip_callbacks.replay.recorded import Recorded
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.rebuilt_module import named_class, rebuilt
+from clip_callbacks.replay.recorded_step import Recorded
+from clip_callbacks.replay.report import Investigation, signature
+from clip_callbacks.replay.result import MicroBatch, Outcome
+from clip_callbacks.replay.runner import Laboratory
 from clip_callbacks.replay.samples import batch_size, chosen
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.tree import make_tree, show
-from clip_callbacks.replay.unusable import UnusableReplayError
 from clip_callbacks.replay.verdict import Verdict
 
 NOT_REPRODUCED = 1
@@ -46,7 +46,7 @@ def replay(options: argparse.Namespace) -> int:
     """
     _check_picture(options.output)
     if options.output:
-        from clip_callbacks.replay.picture import write_picture
+        from clip_callbacks.replay.depth_plot import write_picture
     bundle = Bundle.read(options.bundle)
     recorded = Recorded.of(bundle)
     device, notes = _device(options.device, recorded)

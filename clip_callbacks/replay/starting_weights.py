@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clip_callbacks.bundles.bundle import Bundle, classes_in
 from clip_callbacks.core.tensor_table import without_wrappers
-from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.unusable import UnusableReplayError
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.recorded_step import Recorded
 
 NAMED = 3
 """How many keys an error names."""

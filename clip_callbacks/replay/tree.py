@@ -9,9 +9,9 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from clip_callbacks.bundles.terminal import escaped
-from clip_callbacks.replay.culprits import TITLES, Culprit
+from clip_callbacks.replay.module_recorder import Call
 from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.watch import Call
+from clip_callbacks.replay.suspects import TITLES, Culprit
 
 SMALL = 30
 """A tree of so many calls is shown whole."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_callbacks.replay.outcome import Outcome
-from clip_callbacks.replay.recorded import Recorded
+from clip_callbacks.replay.recorded_step import Recorded
+from clip_callbacks.replay.result import Outcome
 from clip_callbacks.replay.starting_weights import StartingWeights
 
 

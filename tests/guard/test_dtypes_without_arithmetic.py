@@ -11,7 +11,7 @@ from torch import nn
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, RatioLimit
 from clip_callbacks.core.nonfinite import has_arithmetic
-from clip_callbacks.replay.watch import _not_finite
+from clip_callbacks.replay.module_recorder import _not_finite
 from tests.helpers.exotic import frozen_tensors
 from tests.helpers.rollback import rollback
 from tests.helpers.training import Poisoned, assert_same_bits, data, weights

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from clip_callbacks import NonFiniteGuard
 from clip_callbacks.bundles.bundle import BATCHES, FACTS, WEIGHTS
 from clip_callbacks.cli import main
+from clip_callbacks.replay.errors import UnusableReplayError
 from clip_callbacks.replay.starting_weights import check_fit
-from clip_callbacks.replay.unusable import UnusableReplayError
 from tests.helpers.replaying import Item, Net, config, fitted, refused, replayed, rewrite, samples
 
 pytestmark = [

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from clip_callbacks.cli import main
-from clip_callbacks.replay.culprits import Culprit, find_culprits
+from clip_callbacks.replay.module_recorder import Call
 from clip_callbacks.replay.ranges import Range
+from clip_callbacks.replay.suspects import Culprit, find_culprits
 from clip_callbacks.replay.tree import SMALL, make_tree, plain_text, rich_tree
-from clip_callbacks.replay.watch import Call
 from tests.helpers.replaying import Net, config
 
 pytestmark = [

@@ -15,11 +15,11 @@ from matplotlib.transforms import ScaledTranslation
 
 from clip_callbacks.html_report.axes import number_plainly, short
 from clip_callbacks.html_report.pictures import FAINT, INK, PAPER, PRINTED, Look
-from clip_callbacks.replay.culprits import TITLES, Culprit, find_culprits
-from clip_callbacks.replay.investigation import Investigation
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.module_recorder import Call
 from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.unusable import UnusableReplayError
-from clip_callbacks.replay.watch import Call
+from clip_callbacks.replay.report import Investigation
+from clip_callbacks.replay.suspects import TITLES, Culprit, find_culprits
 
 ACTIVATION, GRADIENT, GUILTY = "#2f6fb3", "#c9751b", "#b3261e"
 NAMES = 36

@@ -7,8 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from clip_callbacks.replay.module_recorder import Call
 from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.watch import Call
 
 Guilt: TypeAlias = Literal["output", "gradient", "output explodes", "gradient explodes"]
 

@@ -14,15 +14,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from clip_callbacks.replay.anomaly import Anomaly
-from clip_callbacks.replay.conductor import Conductor, EnoughError
-from clip_callbacks.replay.outcome import Outcome
-from clip_callbacks.replay.rebuild import Rebuilt
-from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.silence import silenced
+from clip_callbacks.replay.callback import Conductor, EnoughError
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.rebuilt_module import Rebuilt
+from clip_callbacks.replay.recorded_step import Recorded
+from clip_callbacks.replay.result import Outcome
 from clip_callbacks.replay.snapshot import Snapshot
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.stored_batches import StoredBatches, as_precise, leave_batches_alone
-from clip_callbacks.replay.unusable import UnusableReplayError
+from clip_callbacks.replay.suppressed_output import silenced
 
 
 class Laboratory:

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from clip_callbacks.bundles.random_states import restore
 from clip_callbacks.core.tensor_table import without_wrappers
-from clip_callbacks.replay.outcome import MicroBatch, Outcome
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.module_recorder import Watch
 from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.recorded import Recorded
+from clip_callbacks.replay.recorded_step import Recorded
+from clip_callbacks.replay.result import MicroBatch, Outcome
 from clip_callbacks.replay.starting_weights import StartingWeights, check_fit
 from clip_callbacks.replay.stored_batches import set_tracker
-from clip_callbacks.replay.unusable import UnusableReplayError
-from clip_callbacks.replay.watch import Watch
 
 AGAIN = "optimizers that stepped in the window before the bad step do so again, by hand: losses need not be the run's"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from clip_callbacks.replay.anomaly import Anomaly
 from clip_callbacks.replay.bisection import Bisection
-from clip_callbacks.replay.culprits import Culprit, find_culprits
-from clip_callbacks.replay.outcome import MicroBatch, Outcome
-from clip_callbacks.replay.recorded import Recorded
+from clip_callbacks.replay.recorded_step import Recorded
+from clip_callbacks.replay.result import MicroBatch, Outcome
 from clip_callbacks.replay.starting_weights import StartingWeights
+from clip_callbacks.replay.suspects import Culprit, find_culprits
 from clip_callbacks.replay.verdict import Verdict
 
 LISTED = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from clip_callbacks.replay.module_recorder import Call
 from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.watch import Call
 
 
 @dataclass

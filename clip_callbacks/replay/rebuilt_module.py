@@ -16,8 +16,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from clip_callbacks.replay.silence import silenced
-from clip_callbacks.replay.unusable import UnusableReplayError
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.suppressed_output import silenced
 
 _KEPT = ("deterministic", "benchmark")
 _QUIET: dict[str, Any] = {

@@ -26,9 +26,9 @@ pytestmark = [
 
 
 def test_the_number_of_bundles_is_capped_over_runs(trainer, tmp_path):
-    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_bundles=2\).*training goes on") as caught:
+    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_count=2\).*training goes on") as caught:
         trainer(guard_to(tmp_path, max_bundles=2)).fit(Poisoned(dict.fromkeys((1, 3, 5, 7), NAN)), data())
-    assert sum("max_bundles" in str(warning.message) for warning in caught) == 1
+    assert sum("max_count" in str(warning.message) for warning in caught) == 1
     assert [bundle.place["step"] for bundle in bundles_in(tmp_path / "bad")] == [1, 3], (
         "the first ones: later ones follow from them"
     )
@@ -39,7 +39,7 @@ def test_the_number_of_bundles_is_capped_over_runs(trainer, tmp_path):
 
 def test_their_size_is_capped_before_anything_is_written(trainer, tmp_path):
     guard = guard_to(tmp_path, max_bundle_bytes=60_000, weights="full")
-    with pytest.warns(UserWarning, match=r"holds 0.0 MB, a further bundle takes 0.1 MB \(max_bundle_bytes=60000\)"):
+    with pytest.warns(UserWarning, match=r"holds 0.0 MB, a further bundle takes 0.1 MB \(max_bytes=60000\)"):
         trainer(guard).fit(Poisoned({1: NAN}, net=nn.Sequential(nn.Linear(4, 5000), nn.Linear(5000, 1))), data(3))
     assert list((tmp_path / "bad").iterdir()) == []
     assert guard.skipped_steps == 1

@@ -1,4 +1,4 @@
-"""The largest activation and gradient along the depth of the network, on a logarithmic axis."""
+"""A plot of the largest activation and gradient of each module along the depth of the network, with a logarithmic axis."""
 
 from __future__ import annotations
 
@@ -16,120 +16,117 @@ from matplotlib.transforms import ScaledTranslation
 from clip_callbacks.html_report.axes import number_plainly, short
 from clip_callbacks.html_report.pictures import FAINT, INK, PAPER, PRINTED, Look
 from clip_callbacks.replay.errors import UnusableReplayError
-from clip_callbacks.replay.module_recorder import Call
-from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.report import Investigation
-from clip_callbacks.replay.suspects import TITLES, Culprit, find_culprits
+from clip_callbacks.replay.module_calls import ModuleCall
+from clip_callbacks.replay.ranges import ValueRange
+from clip_callbacks.replay.report import ReplayReport
+from clip_callbacks.replay.suspects import TITLES, SuspectModule, find_suspects
 
-ACTIVATION, GRADIENT, GUILTY = "#2f6fb3", "#c9751b", "#b3261e"
-NAMES = 36
-"""So many names of modules stand at the axis."""
-SHIFT = 4.0
-"""Points to either side of a module, for crosses of activations and of gradients."""
-_BOTH = 2
+ACTIVATION_COLOR, GRADIENT_COLOR, SUSPECT_COLOR = "#2f6fb3", "#c9751b", "#b3261e"
+MAX_MODULE_NAMES = 36
+"""Number of modules that are named at the axis."""
+MAX_SLANTED_NAMES = 18
+"""Number of names up to which they are slanted; more are vertical."""
+CROSS_OFFSET = 4.0
+"""Distance of a cross from the position of its module, in points: those of activations to the left, of gradients to the right."""
+MAX_SUSPECTS = 2
+"""Number of suspects that are marked."""
 
 
-def write_picture(found: Investigation, path: Path) -> None:
-    """Draw what was found.
+def write_depth_plot(report: ReplayReport, path: Path) -> None:
+    """Draw the suspect micro-batch of a replay.
 
     Args:
-        found: The replay.
-        path: The file, whose suffix is the format.
+        report: The report of the replay.
+        path: The file to write, in the format of its suffix.
 
     Raises:
-        UnusableReplayError: If it cannot be written.
+        UnusableReplayError: If the file cannot be written.
     """
-    look = replace(Look(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
-    with mpl.rc_context(look.style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font has not
+    style = replace(Look(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER]).style
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font does not have
         figure = Figure(figsize=(9.4, 4.6), layout="constrained")
-        _draw(figure, found, look)
+        _draw(figure.subplots(), report)
         try:
-            figure.savefig(path, dpi=150, facecolor=look.paper)
+            figure.savefig(path, dpi=150, facecolor=PRINTED[PAPER])
         except OSError as error:
             raise UnusableReplayError(f"{path} cannot be written: {error}") from None
 
 
-def _draw(figure: Figure, found: Investigation, look: Look) -> None:
-    axes = figure.subplots()
-    micro = found.outcome.micro_batches[found.outcome.guilty]
-    calls = _leaves(micro.calls)
-    lines = [
-        ("max |activation|", ACTIVATION, [call.outputs for call in calls], "o"),
-        ("max |gradient| at the output", GRADIENT, [call.gradient for call in calls], "s"),
-    ]
-    known = [height for _, _, spans, _ in lines for span in spans if not math.isnan(height := _height(span))]
-    low, high = (min(known) / 3, max(known) * 3) if known else (0.1, 10.0)
+def _draw(axes: Axes, report: ReplayReport) -> None:
+    micro = report.result.micro_batches[report.result.suspect_index]
+    parents = {call.parent for call in micro.calls}
+    calls = [call for call in micro.calls if call not in parents]
+    activations, gradients = [call.outputs for call in calls], [call.grad_output for call in calls]
+    heights = [height for values in (*activations, *gradients) if not math.isnan(height := _height(values))]
+    low, high = (min(heights) / 3, max(heights) * 3) if heights else (0.1, 10.0)
     top = high * (high / low) ** 0.1
     axes.set_yscale("log")
-    for label, color, spans, marker in lines:
-        axes.plot([_height(span) for span in spans], color=color, label=label, marker=marker, markersize=3.5, gid=label)
-    for shift, (label, color, spans, _) in zip((-SHIFT, SHIFT), lines, strict=True):
-        places = [place for place, span in enumerate(spans) if span and not span.is_finite]
-        (crosses,) = axes.plot(
-            places,
-            [top] * len(places),
-            color=color,
-            gid=f"{label}: not finite",
-            marker="x",
-            markersize=6,
-            markeredgewidth=1.8,
-            linestyle="none",
-            clip_on=False,
-            transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
-        )
-        crosses.set_in_layout(False)  # where there are none, they would be at the figure's corner
-    axes.plot([], [], color=look.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
+    _draw_values(axes, "max |activation|", activations, top, color=ACTIVATION_COLOR, marker="o", offset=-CROSS_OFFSET)
+    _draw_values(axes, "max |gradient| at the output", gradients, top, color=GRADIENT_COLOR, marker="s", offset=CROSS_OFFSET)
+    axes.plot([], [], color=PRINTED[INK], label="non-finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
     axes.set_ylim(low, top)
     axes.margins(x=0.02)
     number_plainly(axes.yaxis)
-    _name_calls(axes, calls)
-    _point_out(axes, calls, find_culprits(micro.calls, found.factor), look)
-    axes.set_title(f"{found.bundle}: {found.verdict.text.partition('.')[0].partition(':')[0].lower()}", pad=28)
+    _label_modules(axes, calls)
+    _mark_suspects(axes, calls, find_suspects(micro.calls, report.explosion_factor))
+    axes.set_title(f"{report.bundle}: {'reproduced' if report.is_reproduced else 'not reproduced'}", pad=28)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, borderaxespad=0.2, handlelength=1.8)
 
 
-def _leaves(calls: Sequence[Call]) -> list[Call]:
-    """The innermost calls, in order of execution."""
-    parents = {call.parent for call in calls}
-    return [call for call in calls if call not in parents]
-
-
-def _height(span: Range | None) -> float:
-    return span.largest if span and span.largest > 0 else math.nan
-
-
-def _name_calls(axes: Axes, calls: Sequence[Call]) -> None:
-    stride = max(1, math.ceil(len(calls) / NAMES))
-    places = range(0, len(calls), stride)
-    names = [short(calls[place].name or calls[place].kind, 26) for place in places]
-    axes.set_xticks(
-        list(places), names, rotation=90 if len(names) > NAMES // 2 else 40, ha="center" if len(names) > NAMES // 2 else "right"
+def _draw_values(
+    axes: Axes, label: str, ranges: Sequence[ValueRange | None], top: float, *, color: str, marker: str, offset: float
+) -> None:
+    """Draw the largest values as a line, and a cross at the upper edge for each module with non-finite ones."""
+    axes.plot([_height(values) for values in ranges], color=color, label=label, marker=marker, markersize=3.5, gid=label)
+    positions = [position for position, values in enumerate(ranges) if values and not values.is_finite]
+    (crosses,) = axes.plot(
+        positions,
+        [top] * len(positions),
+        color=color,
+        gid=f"{label}: non-finite",
+        marker="x",
+        markersize=6,
+        markeredgewidth=1.8,
+        linestyle="none",
+        clip_on=False,
+        transform=axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans),
     )
-    if len(names) <= NAMES // 2:
-        for label in axes.get_xticklabels():
-            label.set_rotation_mode("anchor")
+    crosses.set_in_layout(False)  # without any module the crosses would stand at the figure's corner
+
+
+def _height(values: ValueRange | None) -> float:
+    return values.largest if values and values.largest > 0 else math.nan
+
+
+def _label_modules(axes: Axes, calls: Sequence[ModuleCall]) -> None:
+    positions = range(0, len(calls), max(1, math.ceil(len(calls) / MAX_MODULE_NAMES)))
+    names = [short(calls[position].name or calls[position].class_name, 26) for position in positions]
+    if len(names) > MAX_SLANTED_NAMES:
+        axes.set_xticks(list(positions), names, rotation=90, ha="center")
+    else:
+        axes.set_xticks(list(positions), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_xlabel("modules in the order of execution")
 
 
-def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], look: Look) -> None:
-    """A line where it began, with the name; of a module that others are in, where the last of these is."""
-    for number, culprit in enumerate(culprits[:_BOTH]):
-        inside = [place for place, call in enumerate(calls) if call is culprit.call or culprit.call in call.above()]
+def _mark_suspects(axes: Axes, calls: Sequence[ModuleCall], suspects: Sequence[SuspectModule]) -> None:
+    """Draw a line with a name at each suspect; at one that contains other modules, at the last of these."""
+    for number, suspect in enumerate(suspects[:MAX_SUSPECTS]):
+        inside = [position for position, call in enumerate(calls) if call is suspect.call or suspect.call in call.ancestors()]
         if not inside:
             continue
-        place = inside[-1]
-        axes.axvline(place, color=GUILTY, linewidth=1.0, linestyle=(0, (4, 2)))
-        is_right = place > len(calls) / 2
+        position = inside[-1]
+        axes.axvline(position, color=SUSPECT_COLOR, linewidth=1.0, linestyle=(0, (4, 2)))
+        is_right = position > len(calls) / 2
         note = axes.annotate(
-            f"{TITLES[culprit.guilt]}:\n{short(culprit.call.label, 44)}",
-            (place, 0.06 + 0.16 * number),
+            f"{TITLES[suspect.fault]}:\n{short(suspect.call.label, 44)}",
+            (position, 0.06 + 0.16 * number),
             xycoords=("data", "axes fraction"),
             xytext=(-6 if is_right else 6, 0),
             textcoords="offset points",
             ha="right" if is_right else "left",
-            color=GUILTY,
+            color=SUSPECT_COLOR,
             fontsize=8.5,
-            bbox={"facecolor": look.paper, "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+            bbox={"facecolor": PRINTED[PAPER], "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
         )
         note.set_in_layout(False)

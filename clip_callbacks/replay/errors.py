@@ -1,4 +1,4 @@
-"""What a replay cannot be made of."""
+"""The error of a replay that cannot be run, and the lines of the user's code that caused it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from pathlib import Path
 import lightning
 import torch
 
-LONG = 400
-"""So much of an error's message is told."""
-_OURS = Path(__file__).parents[1]
-_FOREIGN = tuple(str(Path(path).resolve()) for path in (torch.__path__[0], lightning.__path__[0], _OURS))
+MAX_MESSAGE_LENGTH = 400
+"""Number of characters after which the message of a foreign error is cut off."""
+_LIBRARIES = tuple(str(Path(path).resolve()) for path in (torch.__path__[0], lightning.__path__[0], Path(__file__).parents[1]))
 
 
 class UnusableReplayError(ValueError):
-    """A configuration, script, checkpoint or module that the bundle cannot be replayed with; the message says why, in one line.
+    """A configuration, script, checkpoint or module with which the bundle cannot be replayed.
 
     Args:
-        message: Why.
-        frames: Where in the user's code, as a traceback prints it.
+        message: The reason, in one line.
+        frames: Lines of the user's code that were running, in the form of a traceback.
     """
 
     def __init__(self, message: str, frames: str = "") -> None:
@@ -27,21 +26,21 @@ class UnusableReplayError(ValueError):
         self.frames = frames
 
     @classmethod
-    def of(cls, what: str, error: BaseException) -> UnusableReplayError:
-        """From an error that code of the user's has raised.
+    def from_user_code(cls, source: str, error: BaseException) -> UnusableReplayError:
+        """Make an error of one that the user's code raised.
 
         Args:
-            what: What raised it.
-            error: The error.
+            source: Name of the code that raised it.
+            error: The original error.
         """
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(frame.filename)]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        said = next(iter(str(error).strip().splitlines()), "no message")
-        if len(said) > LONG:
-            said = f"{said[:LONG]} …"
-        return cls(f"{what} raised {type(error).__name__}: {said}{where}", "".join(traceback.format_list(frames)))
+        reason = next(iter(str(error).strip().splitlines()), "no message")
+        if len(reason) > MAX_MESSAGE_LENGTH:
+            reason = f"{reason[:MAX_MESSAGE_LENGTH]} …"
+        return cls(f"{source} raised {type(error).__name__}: {reason}{where}", "".join(traceback.format_list(frames)))
 
 
-def is_users(file: str) -> bool:
-    """Whether a file of a traceback is the user's: of neither torch nor Lightning nor this package."""
-    return not file.startswith("<") and not str(Path(file).resolve()).startswith(_FOREIGN)
+def is_user_code(file: str) -> bool:
+    """Return whether a file of a traceback belongs to the user, and not to torch, Lightning or this package."""
+    return not file.startswith("<") and not str(Path(file).resolve()).startswith(_LIBRARIES)

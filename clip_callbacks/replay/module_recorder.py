@@ -1,12 +1,11 @@
-"""Hooks on every module: what goes in, what comes out, and the gradients that flow back, in the order in which it happens."""
+"""Hooks on every module that record its calls: ranges of inputs, outputs and gradients, in the order of execution."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,120 +13,63 @@ from torchmetrics import Metric
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 from clip_callbacks.core.tensor_table import learns, without_wrappers
-from clip_callbacks.replay.ranges import Range, floats_in
+from clip_callbacks.replay.module_calls import ModuleCall
+from clip_callbacks.replay.ranges import ValueRange, float_tensors_in
+
+MAX_OPERATIONS = 6
+"""Number of autograd operations that are named between the last modules and the loss."""
 
 
-@dataclass(eq=False)
-class Call:
-    """One call of a module.
-
-    Args:
-        name: Of the module, as ``named_modules`` has it; "" is the LightningModule itself.
-        kind: Its class.
-        number: Which of its calls this is, from 1.
-        parent: The call that it was made in.
-        inputs: What went in; None without a floating-point tensor.
-        parameters: Names of the module's own parameters and buffers that were not finite already.
-        outputs: What came out; None while it is running, or without a floating-point tensor.
-        done: Its place in the order in which calls end; None while it is running, or if it raised.
-        gradient: Of the loss, at the outputs.
-        gradient_in: Of the loss, at the inputs: what flows back into them from this call, not from their other uses.
-        first_bad: When, in the backward pass, what flows from this call to its inputs or its own parameters was first not finite.
-        absorbed: Whether what was infinite in the outputs went into other modules, and came out of all of them finite.
-    """
-
-    name: str
-    kind: str
-    number: int = 1
-    parent: Call | None = None
-    inputs: Range | None = None
-    parameters: tuple[str, ...] = ()
-    outputs: Range | None = None
-    done: int | None = None
-    gradient: Range | None = None
-    gradient_in: Range | None = None
-    first_bad: int | None = None
-    absorbed: bool = False
-
-    @property
-    def label(self) -> str:
-        """Name and class, and which call if it is not the first."""
-        number = f", call {self.number}" if self.number > 1 else ""
-        return f"{self.name} ({self.kind}{number})" if self.name else f"{self.kind}{number}"
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether nothing in it was found to be otherwise, forward or backward."""
-        spans = (self.inputs, self.outputs, self.gradient, self.gradient_in)
-        return not self.parameters and self.first_bad is None and all(span is None or span.is_finite for span in spans)
-
-    def above(self) -> Iterator[Call]:
-        """The calls that it was made in, from the inside."""
-        call = self.parent
-        while call is not None:
-            yield call
-            call = call.parent
-
-    def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        spans = {key: getattr(self, key) for key in ("inputs", "outputs", "gradient", "gradient_in")}
-        return {"name": self.name, "class": self.kind, "call": self.number} | {
-            key: span and span.facts() for key, span in spans.items()
-        }
-
-
-class Watch:
-    """Hooks on the modules, for one micro-batch's pass: :meth:`start` before, :meth:`stop` after.
+class ModuleRecorder:
+    """Records the calls of all modules in the forward and backward pass of one micro-batch.
 
     Args:
-        module: The root.
+        module: The root of the modules.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[ModuleCall] = []
         self.notes: list[str] = []
         self.is_backward = False
         self._module = module
         self._handles: list[Any] = []
-        self._running: list[tuple[Call, set[Any]] | None] = []
-        self._numbers: Counter[str] = Counter()
-        self._repeated: Counter[str] = Counter()
-        self._ended = 0
-        self._clock = 0
-        self._nodes: set[Any] = set()
-        self._infinite: list[tuple[Tensor, Call, list[Call]]] = []
+        self._running: list[tuple[ModuleCall, set[Any]] | None] = []
+        self._call_counts: Counter[str] = Counter()
+        self._recomputed_counts: Counter[str] = Counter()
+        self._ended_count = 0
+        self._backward_time = 0
+        self._output_nodes: set[Any] = set()
+        self._infinite_outputs: list[tuple[Tensor, ModuleCall, list[ModuleCall]]] = []
 
-    def start(self) -> None:
-        """Put hooks on."""
-        for name, child in _watched(self._module, self.notes):
-            blank = partial(Call, name, type(child).__name__, parameters=_not_finite(child))
-            begin, end = partial(self._begin, blank), partial(self._end, name)
+    def attach(self) -> None:
+        """Register the hooks."""
+        for name, child in _modules_to_record(self._module, self.notes):
+            make_call = partial(ModuleCall, name, type(child).__name__, nonfinite_tensors=_nonfinite_tensors(child))
             self._handles += [
-                child.register_forward_pre_hook(begin, with_kwargs=True),
-                child.register_forward_hook(end, with_kwargs=True, always_call=True),
+                child.register_forward_pre_hook(partial(self._start_call, make_call), with_kwargs=True),
+                child.register_forward_hook(partial(self._end_call, name), with_kwargs=True, always_call=True),
             ]
 
-    def stop(self) -> None:
-        """Take them off, and let go of the graph."""
+    def detach(self) -> None:
+        """Remove the hooks, and release the autograd graph."""
         for handle in self._handles:
             handle.remove()
-        for _, call, users in self._infinite:
-            call.absorbed = bool(users) and all(user.outputs is not None and user.outputs.is_finite for user in users)
+        for _, call, users in self._infinite_outputs:
+            call.is_absorbed = bool(users) and all(user.outputs is not None and user.outputs.is_finite for user in users)
         self._handles.clear()
-        self._nodes.clear()
-        self._infinite.clear()
+        self._output_nodes.clear()
+        self._infinite_outputs.clear()
 
-    def operations(self, loss: Tensor, most: int = 6) -> list[str]:
-        """Names of the autograd operations between the last modules and the loss, from the loss backwards.
+    def operations(self, loss: Tensor) -> list[str]:
+        """Return the names of the autograd operations between the last modules and the loss, from the loss backwards.
 
         Args:
-            loss: With its graph.
-            most: How many to name.
+            loss: The loss with its autograd graph.
         """
         names: list[str] = []
         nodes: list[Any] = [loss.grad_fn]
-        seen = {None, *self._nodes}
-        while nodes and len(names) < most:
+        seen = {None, *self._output_nodes}
+        while nodes and len(names) < MAX_OPERATIONS:
             node = nodes.pop(0)
             if node in seen or node.name().endswith("AccumulateGrad"):
                 continue
@@ -136,50 +78,53 @@ class Watch:
             nodes += [below for below, _ in node.next_functions]
         return names
 
-    def _begin(self, blank: Callable[..., Call], _: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.is_backward:  # activation checkpointing runs it again
+    def _start_call(self, make_call: Callable[..., ModuleCall], _: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.is_backward:  # activation checkpointing runs the forward again
             self._running.append(None)
             return
         parent = next((entry[0] for entry in reversed(self._running) if entry), None)
-        call = blank(parent=parent, inputs=Range.of((args, kwargs)))
-        self._numbers[call.name] += 1
-        call.number = self._numbers[call.name]
+        call = make_call(parent=parent, inputs=ValueRange.of((args, kwargs)))
+        self._call_counts[call.name] += 1
+        call.number = self._call_counts[call.name]
         self.calls.append(call)
-        tensors = _each_once((args, kwargs))
-        self._running.append((call, _edges_to(tensors)))  # a module that works in place changes them
-        for made, _made_by, users in self._infinite:
-            if any(tensor is made for tensor in tensors):
+        tensors = _unique_float_tensors((args, kwargs))
+        self._running.append((call, _graph_edges(tensors)))  # now, because a module that works in place changes them
+        for infinite, _maker, users in self._infinite_outputs:
+            if any(tensor is infinite for tensor in tensors):
                 users.append(call)
 
-    def _end(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end_call(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         entry = self._running.pop() if self._running else None
         if entry is None:
-            self._hook_repeated(name, module, (args, kwargs), output)
+            self._hook_recomputed(name, module, (args, kwargs), output)
             return
-        if output is None:  # it returned nothing, or raised
+        if output is None:  # the module returned nothing, or raised
             return
         call, edges = entry
-        call.outputs, call.done = Range.of(output), self._ended
-        self._ended += 1
-        tensors = _each_once(output)
+        call.outputs, call.end_order = ValueRange.of(output), self._ended_count
+        self._ended_count += 1
+        tensors = _unique_float_tensors(output)
         if call.outputs and call.outputs.inf:
-            self._infinite += [(tensor, call, []) for tensor in tensors if bool(tensor.detach().isinf().any())]
-        self._nodes |= {tensor.grad_fn for tensor in tensors}
+            self._infinite_outputs += [(tensor, call, []) for tensor in tensors if bool(tensor.detach().isinf().any())]
+        self._output_nodes |= {tensor.grad_fn for tensor in tensors}
         self._hook_gradients(module, tensors, edges, call)
 
-    def _hook_repeated(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Under reentrant checkpointing the graph is that of the second run; the last call is the first to be run again."""
-        self._repeated[name] += 1
-        calls = [call for call in self.calls if call.name == name]
-        if self._repeated[name] <= len(calls):
-            call = calls[-self._repeated[name]]
-            self._hook_gradients(module, _each_once(output), _edges_to(_each_once(inputs)), call)
+    def _hook_recomputed(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Record the gradients of a call that activation checkpointing has run again.
 
-    def _hook_gradients(self, module: nn.Module, outputs: list[Tensor], edges: set[Any], call: Call) -> None:
-        """See the gradients at the outputs, and those that go from the graph behind them to the inputs and to own parameters."""
+        Reentrant checkpointing differentiates the graph of the second run, and runs the last call of a module again first.
+        """
+        self._recomputed_counts[name] += 1
+        calls = [call for call in self.calls if call.name == name]
+        if self._recomputed_counts[name] <= len(calls):
+            call = calls[-self._recomputed_counts[name]]
+            self._hook_gradients(module, _unique_float_tensors(output), _graph_edges(_unique_float_tensors(inputs)), call)
+
+    def _hook_gradients(self, module: nn.Module, outputs: list[Tensor], edges: set[Any], call: ModuleCall) -> None:
+        """Register hooks on the gradients of the outputs, and on those that this call's graph sends to inputs and parameters."""
         for tensor in outputs:
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._see, call, "gradient"))  # type: ignore[no-untyped-call]
+                tensor.register_hook(partial(self._record_gradient, call, "grad_output"))  # type: ignore[no-untyped-call]
         own = {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
         nodes: list[Any] = [tensor.grad_fn for tensor in outputs] if edges or own else []
         seen = {None, *(node for node, _ in edges)}
@@ -189,54 +134,57 @@ class Watch:
                 continue
             seen.add(node)
             below = [child for child, _ in node.next_functions]
-            to_inputs = [place for place, edge in enumerate(node.next_functions) if edge in edges]
-            to_own = [place for place, child in enumerate(below) if id(getattr(child, "variable", None)) in own]
-            if to_inputs or to_own:
-                node.register_hook(partial(self._see_edges, call, to_inputs, to_own))
+            to_inputs = [index for index, edge in enumerate(node.next_functions) if edge in edges]
+            to_parameters = [index for index, child in enumerate(below) if id(getattr(child, "variable", None)) in own]
+            if to_inputs or to_parameters:
+                node.register_hook(partial(self._record_edges, call, to_inputs, to_parameters))
             nodes += below
 
-    def _see_edges(
-        self, call: Call, to_inputs: list[int], to_own: list[int], flowing: tuple[Tensor | None, ...], _: object
+    def _record_edges(
+        self, call: ModuleCall, to_inputs: list[int], to_parameters: list[int], gradients: tuple[Tensor | None, ...], _: object
     ) -> None:
-        for place in to_inputs:
-            if (gradient := flowing[place]) is not None:
-                self._see(call, "gradient_in", gradient)
-        spans = [Range.of(flowing[place]) for place in to_own]
-        self._clock += 1
-        if call.first_bad is None and any(span and not span.is_finite for span in spans):
-            call.first_bad = self._clock
+        for index in to_inputs:
+            if (gradient := gradients[index]) is not None:
+                self._record_gradient(call, "grad_input", gradient)
+        ranges = [ValueRange.of(gradients[index]) for index in to_parameters]
+        self._backward_time += 1
+        if call.nonfinite_since is None and any(values and not values.is_finite for values in ranges):
+            call.nonfinite_since = self._backward_time
 
-    def _see(self, call: Call, key: str, gradient: Tensor) -> None:
-        self._clock += 1
-        span, known = Range.of(gradient), getattr(call, key)
-        if span is None:
+    def _record_gradient(self, call: ModuleCall, key: Literal["grad_output", "grad_input"], gradient: Tensor) -> None:
+        self._backward_time += 1
+        values, known = ValueRange.of(gradient), getattr(call, key)
+        if values is None:
             return
-        setattr(call, key, Range.joined([known, span]) if known else span)
-        if key == "gradient_in" and not span.is_finite and call.first_bad is None:
-            call.first_bad = self._clock
+        setattr(call, key, ValueRange.joined([known, values]) if known else values)
+        if key == "grad_input" and not values.is_finite and call.nonfinite_since is None:
+            call.nonfinite_since = self._backward_time
 
 
-def _watched(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are hooked: not torchmetrics, nor what is inside of compiled modules."""
-    shut: list[str] = []
+def _modules_to_record(module: nn.Module, notes: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over the modules that get hooks: all but metrics, and modules inside compiled ones, where hooks do not run."""
+    skipped_prefixes: list[str] = []
     for name, child in module.named_modules():
         shown = without_wrappers(f"{name}.").rstrip(".")
-        if any(name.startswith(prefix) for prefix in shut):
+        if any(name.startswith(prefix) for prefix in skipped_prefixes):
             continue
         if isinstance(child, Metric):
-            shut.append(f"{name}.")
+            skipped_prefixes.append(f"{name}.")
             continue
         is_compiled = hasattr(child, "_orig_mod") or getattr(child, "_compiled_call_impl", None) is not None
         if is_compiled or isinstance(child, torch.jit.ScriptModule):
-            notes.append(f"{shown or type(child).__name__} is compiled: hooks do not fire inside, what happens there is not seen.")
-            shut.append(f"{name}." if name else "")
+            notes.append(
+                f"{shown or type(child).__name__} is compiled: hooks do not run inside it, so its modules are not shown "
+                "(TORCH_COMPILE_DISABLE=1 switches torch.compile off)"
+            )
+            skipped_prefixes.append(f"{name}." if name else "")
             if not hasattr(child, "_orig_mod"):
                 continue
         yield shown, child
 
 
-def _not_finite(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's own tensors that are not; masks of -inf are buffers, and no fault."""
+def _nonfinite_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's own non-finite parameters, and of buffers with NaN: a buffer may be a mask of -inf."""
     parameters = [
         name
         for name, tensor in module.named_parameters(recurse=False)
@@ -246,10 +194,10 @@ def _not_finite(module: nn.Module) -> tuple[str, ...]:
     return (*parameters, *(name for name, tensor in buffers if has_arithmetic(tensor) and bool(tensor.isnan().any())))
 
 
-def _edges_to(tensors: list[Tensor]) -> set[Any]:
-    """The places in the graph at which tensors stand, as edges name them."""
+def _graph_edges(tensors: list[Tensor]) -> set[Any]:
+    """Return the positions of tensors in the autograd graph, in the form of ``next_functions``."""
     return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
-def _each_once(value: Any) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in floats_in(value)}.values())
+def _unique_float_tensors(value: Any) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in float_tensors_in(value)}.values())

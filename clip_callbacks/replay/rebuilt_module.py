@@ -1,4 +1,4 @@
-"""From the user's configuration, and script, to the module as LightningCLI makes it; the script's own run does not begin."""
+"""The module that LightningCLI builds from the user's configuration and script; the script's own training does not begin."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from clip_callbacks.replay.errors import UnusableReplayError
-from clip_callbacks.replay.suppressed_output import silenced
+from clip_callbacks.replay.suppressed_output import suppress_output
 
-_KEPT = ("deterministic", "benchmark")
-_QUIET: dict[str, Any] = {
+MAX_COMPLAINT_LENGTH = 600
+"""Number of characters above which the middle of a message of jsonargparse is left out."""
+_KEPT_OPTIONS = ("deterministic", "benchmark")
+"""Options of the run's Trainer that the replay takes over, because they change numbers."""
+_INERT_OPTIONS: dict[str, Any] = {
     "logger": False,
     "callbacks": None,
     "plugins": None,
@@ -36,59 +39,64 @@ _QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "barebones": False,
 }
-"""What a Trainer is made of whose only use is that scripts may look at it: nothing that writes, waits or starts."""
+"""Options of the Trainer that LightningCLI makes. Scripts may look at it, but it shall not write files or start processes."""
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """What came of the configuration.
+class RebuiltModule:
+    """The module that LightningCLI built.
 
     Args:
-        module: With the weights that the configuration gives.
-        trainer: Of the Trainer's options those that change numbers.
-        seed: Which ``seed_everything`` was called with, if it was.
+        module: The module, with the weights that the configuration gives it.
+        trainer_options: Options of the Trainer that change numbers.
     """
 
     module: LightningModule
-    trainer: dict[str, Any] = field(default_factory=dict)
-    seed: int | bool | None = None
+    trainer_options: dict[str, Any] = field(default_factory=dict)
 
 
-class _BuiltError(BaseException):
-    """Ends a script as soon as its LightningCLI has made the module; no error, and not to be caught by scripts."""
+class _ModuleBuiltError(BaseException):
+    """Ends a script when its LightningCLI has built the module. A BaseException, so that no ``except Exception`` catches it."""
 
 
 @contextmanager
-def rebuilt(configs: Sequence[Path], script: Path | None, recorded_script: str = "") -> Iterator[Rebuilt]:
-    """Make the module; while this is entered, what a script defines is importable as from ``__main__``.
+def rebuild_module(configs: Sequence[Path], script: Path | None, recorded_script: str = "") -> Iterator[RebuiltModule]:
+    """Build the module; inside the context, the classes of the script can be imported from ``__main__``.
 
     Args:
-        configs: The files for ``--config``, in order.
-        script: Whose ``LightningCLI(...)`` takes them; None: LightningCLI's own, for configurations with a ``class_path``.
-        recorded_script: What the bundle says was run, as a hint.
+        configs: Files for ``--config``, in order.
+        script: Script that passes them to its ``LightningCLI(...)``; None: LightningCLI itself takes them, and they name the
+            module's class by ``class_path``.
+        recorded_script: Path of the script of the run, for hints in errors.
+
+    Yields:
+        The module.
 
     Raises:
-        UnusableReplayError: If no module comes of it.
+        UnusableReplayError: If no module can be built.
     """
     sections = [_section(path) for path in configs]
     if script is None and not any(_names_class(section) for section in sections):
         hint = f" (the bundle was made by {recorded_script})" if recorded_script else ""
         raise UnusableReplayError(
             f"`--config` must name the module's class (model: {{class_path: ...}}), got {', '.join(map(str, configs))}; "
-            f"or give the script whose LightningCLI knows it: --script main.py{hint}"
+            f"if the script passes the class to LightningCLI, give the script, too: --script main.py{hint}"
         )
     if script is not None and not script.is_file():
         raise UnusableReplayError(f"`--script` must be a file, got {script}.")
-    whole = [part for path, section in zip(configs, sections, strict=True) if "fit" in section for part in ("--config", str(path))]
-    parts = [
-        part for path, section in zip(configs, sections, strict=True) if "fit" not in section for part in ("--config", str(path))
-    ]
+    # a file with a section `fit` stands before the subcommand, one with the contents of that section after it
+    before = [part for path, section in zip(configs, sections, strict=True) if "fit" in section for part in _option(path)]
+    after = [part for path, section in zip(configs, sections, strict=True) if "fit" not in section for part in _option(path)]
     with _as_main(script) as main:
-        yield _build(main, script, whole, parts, recorded_script)
+        yield _build(main, script, before, after, recorded_script)
+
+
+def _option(path: Path) -> tuple[str, str]:
+    return "--config", str(path)
 
 
 def _section(path: Path) -> Mapping[str, Any]:
-    """What a file holds; if it cannot be read as YAML, LightningCLI will say so."""
+    """Return the contents of a configuration file."""
     import yaml
 
     if not path.is_file():
@@ -109,7 +117,7 @@ def _names_class(section: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _as_main(script: Path | None) -> Iterator[types.ModuleType]:
-    """Stand in as the process's main module, with the path and the arguments that it would have."""
+    """Make a script the main module of the process, with the module path and arguments that ``python script`` would give it."""
     main = types.ModuleType("__main__")
     kept = sys.modules["__main__"], sys.argv, list(sys.path)
     if script is None:
@@ -126,94 +134,98 @@ def _as_main(script: Path | None) -> Iterator[types.ModuleType]:
 
 
 def _build(
-    main: types.ModuleType, script: Path | None, whole: Sequence[str], parts: Sequence[str], recorded_script: str
-) -> Rebuilt:
+    main: types.ModuleType, script: Path | None, before: Sequence[str], after: Sequence[str], recorded_script: str
+) -> RebuiltModule:
     from lightning.pytorch.cli import _JSONARGPARSE_SIGNATURES_AVAILABLE, LightningCLI
 
-    if not _JSONARGPARSE_SIGNATURES_AVAILABLE:  # else it is missed only when the script makes its LightningCLI
-        raise ModuleNotFoundError("LightningCLI needs jsonargparse[signatures], which is missing, or too old")
-    made: list[Rebuilt] = []
+    if not _JSONARGPARSE_SIGNATURES_AVAILABLE:  # otherwise the script would run up to its LightningCLI
+        raise ModuleNotFoundError("LightningCLI needs jsonargparse[signatures], which is missing or too old")
+    made: list[RebuiltModule] = []
     complaints = io.StringIO()
-    with _intercepted(LightningCLI, whole, parts, made), silenced():
+    with _intercepted(LightningCLI, before, after, made), suppress_output():
         try:
             with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(complaints):
                 if script is None:
                     LightningCLI()
                 else:
                     exec(compile(script.read_bytes(), str(script), "exec"), main.__dict__)
-        except _BuiltError:
+        except _ModuleBuiltError:
             pass
         except SystemExit:
             if not made:
-                hint = f"; if {recorded_script} adds arguments or links, give it too: --script" if script is None else ""
-                raise UnusableReplayError(f"LightningCLI refused the configuration: {_last(complaints.getvalue())}{hint}") from None
+                hint = f"; if {recorded_script} adds arguments or links, give it, too: --script" if script is None else ""
+                complaint = _last_complaint(complaints.getvalue())
+                raise UnusableReplayError(f"LightningCLI refused the configuration: {complaint}{hint}") from None
         except Exception as error:
-            raise UnusableReplayError.of(str(script or "LightningCLI"), error) from error
+            raise UnusableReplayError.from_user_code(str(script or "LightningCLI"), error) from error
     if not made:
-        raise UnusableReplayError(f"`--script` must be one that makes a LightningCLI when it is run, got {script}.")
+        raise UnusableReplayError(f"`--script` must be a script that makes a LightningCLI when it is run, got {script}.")
     return made[0]
 
 
 @contextmanager
-def _intercepted(cli_class: Any, whole: Sequence[str], parts: Sequence[str], made: list[Rebuilt]) -> Iterator[None]:
-    """Have LightningCLI, whoever derives from it, take our arguments, and stop as soon as the module is there.
+def _intercepted(cli_class: Any, before: Sequence[str], after: Sequence[str], made: list[RebuiltModule]) -> Iterator[None]:
+    """Make LightningCLI and its subclasses take our arguments, and stop when they have built the module.
 
     Args:
-        cli_class: LightningCLI.
-        whole: Arguments that stand before the subcommand: configurations with a section for it.
-        parts: Those behind it.
-        made: Where the module goes.
+        cli_class: The class LightningCLI.
+        before: Arguments before the subcommand.
+        after: Arguments after the subcommand.
+        made: List to which the module is added.
     """
-    begin, instantiate, run = cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand
-    signature = inspect.signature(begin)
+    init, instantiate, run = cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand
+    signature = inspect.signature(init)
 
-    def begin_ours(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_with_our_arguments(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
-        arguments = [*whole, "fit", *parts] if bound.arguments.get("run", True) else [*whole, *parts]
+        subcommand = ["fit"] if bound.arguments.get("run", True) else []
+        arguments = [*before, *subcommand, *after]
         bound.arguments |= {"args": arguments, "save_config_callback": None}
-        begin(*bound.args, **bound.kwargs)
+        init(*bound.args, **bound.kwargs)
         stop(self)
 
-    def instantiate_ours(self: Any) -> None:
+    def instantiate_inert_trainer(self: Any) -> None:
         trainer = _config_of(self).get("trainer") or {}
-        self.replay_kept = {key: trainer[key] for key in _KEPT if key in trainer}
-        for key, value in _QUIET.items():
+        self.replay_trainer_options = {key: trainer[key] for key in _KEPT_OPTIONS if key in trainer}
+        for key, value in _INERT_OPTIONS.items():
             if key in trainer:
                 trainer[key] = value
-        self.trainer_defaults = {key: value for key, value in self.trainer_defaults.items() if key not in _QUIET}
+        self.trainer_defaults = {key: value for key, value in self.trainer_defaults.items() if key not in _INERT_OPTIONS}
         instantiate(self)
 
     def stop(self: Any, *_: object) -> None:
-        made.append(Rebuilt(self.model, self.replay_kept, _config_of(self).get("seed_everything")))
-        raise _BuiltError
+        made.append(RebuiltModule(self.model, self.replay_trainer_options))
+        raise _ModuleBuiltError
 
-    cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand = begin_ours, instantiate_ours, stop
+    cli_class.__init__ = init_with_our_arguments
+    cli_class.instantiate_classes = instantiate_inert_trainer
+    cli_class._run_subcommand = stop
     try:
         yield
     finally:
-        cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand = begin, instantiate, run
+        cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand = init, instantiate, run
 
 
 def _config_of(cli: Any) -> Any:
     return cli.config.get(str(cli.subcommand), cli.config)
 
 
-def _last(text: str) -> str:
-    """What jsonargparse says last, without the usage."""
+def _last_complaint(text: str) -> str:
+    """Return the last error that jsonargparse printed, without its description of the usage."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    start = next((place for place, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 2))
-    said = " ".join(lines[start:]).removeprefix("error: ")
-    return said if len(said) <= 600 else f"{said[:300]} … {said[-300:]}"  # noqa: PLR2004
+    start = next((number for number, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 2))
+    complaint, half = " ".join(lines[start:]).removeprefix("error: "), MAX_COMPLAINT_LENGTH // 2
+    return complaint if len(complaint) <= MAX_COMPLAINT_LENGTH else f"{complaint[:half]} … {complaint[-half:]}"
 
 
-def named_class(name: str) -> type:
-    """A class by its dotted name, imported.
+def import_class(name: str) -> type:
+    """Import a class.
 
     Args:
-        name: Such as "package.module.Class".
+        name: Dotted name, such as "package.module.Class".
 
     Raises:
-        UnusableReplayError: If there is none.
+        UnusableReplayError: If it cannot be imported, or is not a class.
     """
     module, _, attribute = name.rpartition(".")
     try:
@@ -221,7 +233,7 @@ def named_class(name: str) -> type:
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UnusableReplayError(f"`--trust` must be a class as package.module.Class, got {name}: {error}") from None
     except Exception as error:
-        raise UnusableReplayError.of(f"`--trust`: importing {module}", error) from error
+        raise UnusableReplayError.from_user_code(f"`--trust`: importing {module}", error) from error
     if not isinstance(found, type):
         raise UnusableReplayError(f"`--trust` must be a class, got {name}, a {type(found).__name__}.")
     return found

@@ -1,4 +1,4 @@
-"""What a bundle says of the bad step, checked: it may be a stranger's."""
+"""The bad step as its bundle describes it. A bundle may come from a stranger, so every value is checked."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ from dataclasses import dataclass
 
 from clip_callbacks.bundles.bundle import FACTS, Bundle, UnusableBundleError
 
-MOST = 2**62
-"""No count of steps is as large."""
-LONGEST = 1000
-"""No name is as long."""
+MAX_COUNT = 2**62
+"""Upper bound of the steps, epochs and other counts in a bundle."""
+MAX_TEXT_LENGTH = 1000
+"""Number of characters that a name or path in a bundle may have."""
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """How the bad step was made.
+class RecordedStep:
+    """The bad step as its bundle describes it.
 
     Args:
-        kind: "nonfinite" or "spike".
-        step: Optimizer steps before it.
-        epoch: Its epoch.
-        optimizer: Which of the optimizers.
-        precision: Of the Trainer.
-        accumulate_grad_batches: Micro-batches in a window.
-        world_size: Count of ranks.
-        device: Kind of the device.
-        max_steps: Of the Trainer.
-        max_epochs: Of the Trainer.
-        loss_scale: Of the GradScaler; None without one.
-        total_norm: Of a spike.
-        limit: Of a spike.
-        script: What was run.
-        module: Class of the module.
-        state: Of the module's ``state_dict``: dtype and shape by name.
-        place: In words.
+        step: Number of optimizer steps before the bad one.
+        epoch: Number of the epoch.
+        optimizer: Index of the optimizer.
+        precision: Precision of the Trainer.
+        accumulate_grad_batches: Number of micro-batches in a window.
+        world_size: Number of ranks.
+        device: Type of the device, such as "cuda".
+        max_steps: ``max_steps`` of the Trainer.
+        max_epochs: ``max_epochs`` of the Trainer.
+        loss_scale: Scale of the GradScaler; None without a GradScaler.
+        total_norm: Norm of all gradients of a spike; None if the step was non-finite.
+        limit: Norm above which the step was a spike; None if the step was non-finite.
+        script: Path of the script that was run.
+        module: Name of the module's class.
+        state: Dtype and shape of each tensor of the module's ``state_dict``, by name.
+        place: Step, epoch, batch and rank, in words.
     """
 
-    kind: str
     step: int
     epoch: int
     optimizer: int
@@ -54,51 +52,54 @@ class Recorded:
     state: dict[str, tuple[str, tuple[int, ...]]]
     place: str
 
+    @property
+    def kind(self) -> str:
+        """Kind of the bad step: "nonfinite" or "spike"."""
+        return "nonfinite" if self.limit is None else "spike"
+
     @classmethod
-    def of(cls, bundle: Bundle) -> Recorded:
-        """From ``bundle.json``.
+    def of(cls, bundle: Bundle) -> RecordedStep:
+        """Read the description from ``bundle.json``.
 
         Raises:
-            UnusableBundleError: If anything that is needed is missing, or of another kind.
+            UnusableBundleError: If a value is missing, or has the wrong type.
         """
         facts, report = bundle.facts, bundle.facts["report"]
+        is_spike = facts["kind"] == "spike"
         try:
             trainer, module = facts["trainer"], facts["module"]
-            if facts["kind"] not in {"nonfinite", "spike"}:
-                raise ValueError(f"of the kind {facts['kind']!r}")
-            is_spike = facts["kind"] == "spike"
             return cls(
-                kind=facts["kind"],
                 step=_count(trainer["global_step"]),
                 epoch=_count(report["epoch"]),
                 optimizer=_count(facts["optimizer"]),
-                precision=_word(trainer["precision"]),
+                precision=_text(trainer["precision"]),
                 accumulate_grad_batches=max(1, _count(trainer["accumulate_grad_batches"])),
                 world_size=_count(trainer["world_size"]),
-                device=_word(trainer["device"]).partition(":")[0],
+                device=_text(trainer["device"]).partition(":")[0],
                 max_steps=_count(trainer["max_steps"], -1),
                 max_epochs=None if trainer["max_epochs"] is None else _count(trainer["max_epochs"], -1),
                 loss_scale=None if trainer["loss_scale"] is None else float(trainer["loss_scale"]),
                 total_norm=float(report["total_norm"]) if is_spike else None,
                 limit=float(report["limit"]) if is_spike else None,
-                script=_word(module["script"]),
-                module=_word(module["class"]),
+                script=_text(module["script"]),
+                module=_text(module["class"]),
                 state={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in module["state"].items()},
-                place=", ".join(f"{what} {_word(str(where))}" for what, where in bundle.place.items()),
+                place=", ".join(f"{what} {_text(str(where))}" for what, where in bundle.place.items()),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UnusableBundleError(
-                f"{bundle.path / FACTS} must tell of the step, the Trainer and the module, got {type(error).__name__}: {error}."
+                f"{bundle.path / FACTS} must describe the step, the Trainer and the module as NonFiniteGuard writes them, got "
+                f"{type(error).__name__}: {error}."
             ) from None
 
 
-def _count(value: object, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < MOST:
-        raise ValueError(f"{value!r:.60} as a count")
+def _count(value: object, minimum: int = 0) -> int:
+    if type(value) is not int or not minimum <= value < MAX_COUNT:
+        raise ValueError(f"{value!r:.60} is not a whole number of at least {minimum}")
     return value
 
 
-def _word(value: object) -> str:
-    if not isinstance(value, str) or len(value) > LONGEST:
-        raise ValueError(f"{value!r:.60} as a name")
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_LENGTH:
+        raise ValueError(f"{value!r:.60} is not a text of at most {MAX_TEXT_LENGTH} characters")
     return value

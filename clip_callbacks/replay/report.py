@@ -1,204 +1,257 @@
-"""A bundle, replayed: what was run, what was found, told as text and as facts."""
+"""The report of a replay: what was run, whether the step failed again, and where the failure began; as text and as JSON."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from clip_callbacks.replay.anomaly import Anomaly
 from clip_callbacks.replay.bisection import Bisection
-from clip_callbacks.replay.recorded_step import Recorded
-from clip_callbacks.replay.result import MicroBatch, Outcome
-from clip_callbacks.replay.starting_weights import StartingWeights
-from clip_callbacks.replay.suspects import Culprit, find_culprits
-from clip_callbacks.replay.verdict import Verdict
+from clip_callbacks.replay.recorded_step import RecordedStep
+from clip_callbacks.replay.result import MicroBatchResult, WindowResult
+from clip_callbacks.replay.starting_weights import StartingWeights, steps_in_words
+from clip_callbacks.replay.suspects import SuspectModule, find_suspects
 
-LISTED = 4
-"""How many gradients of parameters are named."""
+MAX_PARAMETERS = 4
+"""Number of parameters that a line names."""
 
 
 @dataclass(frozen=True)
-class Investigation:
-    """What a replay has found.
+class ReplayReport:
+    """The report of a replay.
 
     Args:
-        bundle: Name of its folder.
-        recorded: What it says.
-        weights: The run began with.
-        device: It ran on.
-        precision: It ran with.
-        outcome: Of the whole window.
-        verdict: Whether the step was bad again.
-        factor: From which growth on something explodes.
-        shown: The micro-batch that is looked at: the guilty one, or what bisection left of it.
-        anomaly: What autograd itself has found, if it was asked and has.
-        was_asked: Whether it was.
-        bisection: The smallest part that fails, if it was looked for.
-        notes: What else there is to know.
+        bundle: Name of the bundle's folder.
+        recorded: The bad step as its bundle describes it.
+        weights: The weights with which the replay began.
+        device: Type of the device of the replay.
+        precision: Precision of the replay.
+        result: The result of the whole window.
+        shown: The micro-batch to describe: the suspect one, or the part of it that bisection found.
+        explosion_factor: Ratio of the values after a module to those before it, above which they explode.
+        anomaly: The backward function that autograd's anomaly detection named.
+        has_anomaly_run: If True, anomaly detection was asked for.
+        bisection: The smallest failing part of the suspect micro-batch, if it was looked for.
+        notes: Remarks on what differs from the training run.
     """
 
     bundle: str
-    recorded: Recorded
+    recorded: RecordedStep
     weights: StartingWeights
     device: str
     precision: str
-    outcome: Outcome
-    verdict: Verdict
-    factor: float
-    shown: MicroBatch
+    result: WindowResult
+    shown: MicroBatchResult
+    explosion_factor: float
     anomaly: Anomaly | None = None
-    was_asked: bool = False
+    has_anomaly_run: bool = False
     bisection: Bisection | None = None
     notes: tuple[str, ...] = ()
 
     @property
-    def culprits(self) -> list[Culprit]:
-        """The first of each kind."""
-        return find_culprits(self.shown.calls, self.factor)
+    def is_reproduced(self) -> bool:
+        """Whether the step is bad again."""
+        return self.result.fails(self.recorded.limit)
+
+    @property
+    def suspects(self) -> list[SuspectModule]:
+        """The first suspect module of each fault."""
+        return find_suspects(self.shown.calls, self.explosion_factor)
 
     @property
     def heading(self) -> list[str]:
-        """What was run."""
+        """Lines that say what was run."""
         recorded = self.recorded
+        kind = "non-finite step" if recorded.limit is None else "spike"
         lines = [
-            f"Bundle {self.bundle}: {recorded.kind} step ({recorded.place}) of {recorded.module}",
-            f"Recorded on {recorded.device} in {recorded.precision}",
-            f"Weights: {self.weights.text}",
-            f"Replayed on {self.device} in {self.precision}",
+            f"Bundle {self.bundle}: {kind} of {recorded.module} ({recorded.place})",
+            f"Recorded on {recorded.device} with precision {recorded.precision}",
+            f"Replayed on {self.device} with precision {self.precision}",
+            f"Weights: {self.weights.source}",
         ]
-        count = len(self.outcome.micro_batches)
-        for place, micro in enumerate(self.outcome.micro_batches):
-            which = f"Micro-batch {place + 1} of {count}" if count > 1 else "Batch"
-            lines.append(f"{which} (batch {micro.batch_idx}): {_told(micro)}")
+        count = len(self.result.micro_batches)
+        for number, micro in enumerate(self.result.micro_batches, 1):
+            name = f"Micro-batch {number} of {count} (batch {micro.batch_idx})" if count > 1 else f"Batch {micro.batch_idx}"
+            lines.append(f"{name}: {_describe(micro)}")
         return lines
 
     @property
     def findings(self) -> list[str]:
-        """What is said above the tree."""
-        shown = self.shown
-        lines = [str(culprit) for culprit in self.culprits]
-        if parameters := [f"{call.label}: {', '.join(call.parameters)}" for call in _first_calls(shown) if call.parameters]:
-            lines.insert(0, f"Not finite before the step already: {'; '.join(parameters[:LISTED])}")
-        if between := self._between:
-            lines.insert(0, between)
-        if bad := shown.bad_gradients:
-            named = [f"{name} ({span.faults()})" for name, span in list(bad.items())[:LISTED]]
-            more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-            lines.append(
-                f"Gradients that are not finite: {len(bad)} of {len(shown.gradients)} parameters: {', '.join(named)}{more}"
-            )
-        if self.recorded.limit is not None:
-            lines.append(
-                f"Norm of all gradients: {self.outcome.total_norm:.4g} "
-                f"(recorded {self.recorded.total_norm:.4g}, limit {self.recorded.limit:.4g})"
-            )
-            largest = sorted(shown.gradients.items(), key=lambda pair: -_or_zero(pair[1].largest))[:LISTED]
-            lines.append(f"Largest gradients: {', '.join(f'{name} |max| {span.largest:.3g}' for name, span in largest)}")
-        if self.anomaly:
-            already = "" if shown.has_finite_loss else " (the loss was not finite already)"
-            lines.append(f"Autograd's anomaly detection: {self.anomaly}{already}")
-        elif self.was_asked:
-            lines.append("Autograd's anomaly detection: no backward function returned NaN (it does not look for inf)")
-        if self.bisection:
-            lines.append(str(self.bisection))
-        return lines + [f"Note: {note}" for note in self.all_notes]
+        """Lines that say where the failure began."""
+        return [
+            *self._outside_modules(),
+            *self._nonfinite_before(),
+            *map(str, self.suspects),
+            *self._nonfinite_gradients(),
+            *self._large_gradients(),
+            *self._anomaly(),
+            *([str(self.bisection)] if self.bisection else []),
+            *(f"Note: {note}" for note in self.all_notes),
+        ]
 
     @property
     def all_notes(self) -> list[str]:
-        """What is not as it was, or not seen."""
-        return list(dict.fromkeys([*self.notes, *self.outcome.notes, *self.shown.notes]))
+        """Remarks on what differs from the training run, or could not be recorded."""
+        return list(dict.fromkeys([*self.notes, *self.result.notes, *self.shown.notes]))
 
     @property
-    def _between(self) -> str | None:
-        """What is said if no module is guilty: it is in what stands between them, or after the last."""
-        shown, guilts = self.shown, {culprit.guilt for culprit in self.culprits}
-        if not shown.is_bad or any(call.parameters for call in shown.calls):
-            return None
+    def conclusion(self) -> str:
+        """The last line: whether the step was reproduced, and if it was not, possible reasons."""
+        if self.is_reproduced:
+            return "Reproduced."
+        if self.recorded.limit is None:
+            found = "every loss and gradient is finite"
+        else:
+            found = f"the norm of all gradients is {self.result.total_norm:.4g}, not above {self.recorded.limit:.4g}"
+        reasons = self._cures() or self._possible_reasons()
+        return f"Not reproduced: {found}. {' '.join(f'{reason}.' for reason in reasons)}"
+
+    def _cures(self) -> list[str]:
+        recorded, cures = self.recorded, []
+        if self.precision != recorded.precision:
+            name = {"32-true": "float32", "64-true": "float64"}.get(self.precision, self.precision)
+            cures.append(f"With {name} the step does not fail (the run used {recorded.precision})")
+        if self.device != recorded.device:
+            cures.append(f"On {self.device} the step does not fail (the run was on {recorded.device})")
+        return cures
+
+    def _possible_reasons(self) -> list[str]:
+        weights, reasons = self.weights, []
+        if weights.module is None:
+            reasons.append("The weights are as the configuration initializes them: name a checkpoint from before the step (--ckpt)")
+        elif weights.distance:
+            side = "before" if weights.distance > 0 else "after"
+            reasons.append(
+                f"The weights are from a checkpoint {steps_in_words(weights.distance)} {side} the bad step: name a nearer one "
+                '(--ckpt), or store the weights in bundles (Bundles(..., weights="full"))'
+            )
+        elif weights.distance is None:
+            reasons.append("The checkpoint does not say how many steps before the bad one it was saved")
+        if any(micro.has_same_loss is False for micro in self.result.micro_batches):
+            reasons.append("The losses differ from those of the run: compare the configuration and the code")
+        if self.recorded.world_size > 1:
+            reasons.append(
+                f"The run had {self.recorded.world_size} ranks, and the failure may have begun on another one: replay the bundle "
+                "that rank wrote"
+            )
+        default = "A replay leaves out changes that callbacks made to gradients, and other processes on the device"
+        return reasons or [default]
+
+    def _nonfinite_before(self) -> list[str]:
+        calls = [call for call in self.shown.calls if call.number == 1 and call.nonfinite_tensors]
+        named = [f"{call.label}: {', '.join(call.nonfinite_tensors)}" for call in calls[:MAX_PARAMETERS]]
+        return [f"Parameters and buffers that were non-finite before the step: {'; '.join(named)}"] if named else []
+
+    def _nonfinite_gradients(self) -> list[str]:
+        nonfinite = self.shown.nonfinite_gradients
+        if not nonfinite:
+            return []
+        named = [f"{name} ({values.describe_nonfinite()})" for name, values in list(nonfinite.items())[:MAX_PARAMETERS]]
+        more = f" and {len(nonfinite) - MAX_PARAMETERS} more" if len(nonfinite) > MAX_PARAMETERS else ""
+        return [f"Parameters with non-finite gradients: {len(nonfinite)} of {len(self.shown.gradients)}: {', '.join(named)}{more}"]
+
+    def _large_gradients(self) -> list[str]:
+        recorded = self.recorded
+        if recorded.limit is None:
+            return []
+        sizes = {name: values.largest for name, values in self.shown.gradients.items()}
+        largest = sorted(sizes, key=lambda name: 0.0 if math.isnan(sizes[name]) else -sizes[name])[:MAX_PARAMETERS]
+        return [
+            f"Norm of all gradients: {self.result.total_norm:.4g} (recorded {recorded.total_norm:.4g}, limit {recorded.limit:.4g})",
+            f"Parameters with the largest gradients: {', '.join(f'{name} (up to {sizes[name]:.3g})' for name in largest)}",
+        ]
+
+    def _anomaly(self) -> list[str]:
+        if self.anomaly:
+            already = "" if self.shown.has_finite_loss else " (the loss was already non-finite)"
+            return [f"Autograd's anomaly detection: {self.anomaly}{already}"]
+        if self.has_anomaly_run:
+            return ["Autograd's anomaly detection: no backward function returned NaN (it does not look for infinite values)"]
+        return []
+
+    def _outside_modules(self) -> list[str]:
+        """Say where a failure began for which no module is a suspect: before, between or after the modules."""
+        shown, faults = self.shown, {suspect.fault for suspect in self.suspects}
+        if shown.is_finite or any(call.nonfinite_tensors for call in shown.calls):
+            return []
         if not shown.has_finite_loss:
-            return None if "output" in guilts else self._without_output(shown)
-        return None if "gradient" in guilts else self._without_gradient(shown)
-
-    def _without_output(self, shown: MicroBatch) -> str:
-        bad = next((call for call in shown.calls if call.inputs and not call.inputs.is_finite and not call.absorbed), None)
-        if bad:
-            return f"No module has made it: what goes into {bad.label} is not finite already: the batch, or the code before it"
-        return f"No module's output is at fault: it is the loss function or training_step, after the last module{_named(shown)}"
-
-    def _without_gradient(self, shown: MicroBatch) -> str:
-        bad = [call for call in shown.calls if call.gradient and not call.gradient.is_finite and call.done is not None]
-        if not bad:
-            where = "code between them, or that takes parameters itself, as a penalty on weights does"
-            return f"No module's gradient is at fault: it is in {where}{_named(shown)}"
-        last = max(bad, key=lambda call: call.done or 0)
-        where = f"code that takes what comes out of {last.label}: between modules, the loss function or training_step"
-        return f"No module's gradient is at fault: it is in {where}{_named(shown)}"
+            return [] if "output" in faults else [_outside_forward(shown)]
+        return [] if "gradient" in faults else [_outside_backward(shown)]
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        bundle = {"path": self.bundle, "kind": self.recorded.kind, "place": self.recorded.place, "module": self.recorded.module}
+        """Return the report for JSON."""
+        recorded = self.recorded
         return {
-            "reproduced": self.verdict.is_reproduced,
-            "verdict": self.verdict.text,
-            "bundle": bundle,
-            "weights": self.weights.text,
+            "reproduced": self.is_reproduced,
+            "verdict": self.conclusion,
+            "bundle": {"path": self.bundle, "kind": recorded.kind, "place": recorded.place, "module": recorded.module},
+            "weights": self.weights.source,
             "device": self.device,
             "precision": self.precision,
-            "total_norm": _or_none(self.outcome.total_norm),
-            "limit": self.recorded.limit,
-            "micro_batches": [_facts(micro) for micro in self.outcome.micro_batches],
-            "culprits": [culprit.facts() for culprit in self.culprits],
+            "total_norm": _finite_or_none(self.result.total_norm),
+            "limit": recorded.limit,
+            "micro_batches": [_facts(micro) for micro in self.result.micro_batches],
+            "culprits": [suspect.facts() for suspect in self.suspects],
             "findings": self.findings,
             "calls": [call.facts() for call in self.shown.calls],
-            "gradients": {name: span.facts() for name, span in self.shown.gradients.items()},
-            "anomaly": self.anomaly and self.anomaly.facts(),
+            "gradients": {name: values.facts() for name, values in self.shown.gradients.items()},
+            "anomaly": self.anomaly and asdict(self.anomaly),
             "bisection": self.bisection and self.bisection.facts(),
             "notes": self.all_notes,
         }
 
 
-def signature(micro: MicroBatch, factor: float) -> tuple[Any, ...]:
-    """What makes two failures the same: whether the loss is bad, and which modules begin it."""
-    culprits = find_culprits(micro.calls, factor)
-    return micro.has_finite_loss, *((culprit.guilt, culprit.call.name) for culprit in culprits if " " not in culprit.guilt)
+def _outside_forward(micro: MicroBatchResult) -> str:
+    bad = next((call for call in micro.calls if call.inputs and not call.inputs.is_finite and not call.is_absorbed), None)
+    if bad:
+        return (
+            f"No module made the first non-finite values: the inputs of {bad.label} are already non-finite. Look at the batch, and "
+            "at the code before this module"
+        )
+    code = "the loss function, and at training_step after the last module"
+    return f"No module made the loss non-finite: look at {code}{_operations(micro)}"
 
 
-def _named(micro: MicroBatch) -> str:
-    """The operations between the modules and the loss."""
-    return f". Operations of autograd there, from the loss backwards: {', '.join(micro.operations)}" * bool(micro.operations)
+def _outside_backward(micro: MicroBatchResult) -> str:
+    bad = [call for call in micro.calls if call.grad_output and not call.grad_output.is_finite and call.end_order is not None]
+    if bad:
+        last = max(bad, key=lambda call: call.end_order or 0)
+        code = f"code that uses the output of {last.label}, between modules, in the loss function or in training_step"
+    else:
+        code = "code between modules, and at code that uses parameters directly, such as a penalty on weights"
+    return f"No module made the gradients non-finite: look at {code}{_operations(micro)}"
 
 
-def _first_calls(micro: MicroBatch) -> list[Any]:
-    return [call for call in micro.calls if call.number == 1]
+def _operations(micro: MicroBatchResult) -> str:
+    if not micro.operations:
+        return ""
+    return f". Autograd's operations there, from the loss backwards: {', '.join(micro.operations)}"
 
 
-def _told(micro: MicroBatch) -> str:
+def _describe(micro: MicroBatchResult) -> str:
     if micro.loss is None:
         return "no backward pass"
-    same = {True: ", bit for bit the run's", None: "", False: f" (in the run {float(micro.recorded or 0):.6g})"}[
-        micro.has_same_loss
-    ]
-    bad = f", {len(micro.bad_gradients)} gradients not finite" if micro.bad_gradients else ""
-    return f"loss {float(micro.loss):.6g}{same}{bad or f', norm {micro.norm:.4g}'}"
+    text = f"loss {float(micro.loss):.6g}"
+    if micro.has_same_loss:
+        text += " (bit for bit that of the run)"
+    elif micro.recorded_loss is not None:
+        text += f" (in the run {float(micro.recorded_loss):.6g})"
+    if count := len(micro.nonfinite_gradients):
+        return f"{text}, non-finite gradients of {count} parameter{'s' * (count > 1)}"
+    return f"{text}, gradient norm {micro.norm:.4g}"
 
 
-def _facts(micro: MicroBatch) -> dict[str, Any]:
+def _facts(micro: MicroBatchResult) -> dict[str, Any]:
+    loss = None if micro.loss is None else float(micro.loss)
     return {
         "batch": micro.batch_idx,
-        "loss": None if micro.loss is None else _or_text(float(micro.loss)),
+        "loss": loss if loss is None or math.isfinite(loss) else str(loss),
         "same_loss": micro.has_same_loss,
-        "bad_gradients": list(micro.bad_gradients),
-        "norm": _or_none(micro.norm),
+        "bad_gradients": list(micro.nonfinite_gradients),
+        "norm": _finite_or_none(micro.norm),
     }
 
 
-def _or_none(number: float) -> float | None:
+def _finite_or_none(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def _or_text(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)
-
-
-def _or_zero(number: float) -> float:
-    return 0.0 if math.isnan(number) else number

@@ -1,4 +1,4 @@
-"""What a run of the window did: each micro-batch, and all together."""
+"""The result of running a window once: losses, module calls and gradients of each micro-batch, and the norm of all gradients."""
 
 from __future__ import annotations
 
@@ -8,80 +8,88 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clip_callbacks.replay.module_recorder import Call
-from clip_callbacks.replay.ranges import Range
+from clip_callbacks.replay.module_calls import ModuleCall
+from clip_callbacks.replay.ranges import ValueRange
 
 
 @dataclass
-class MicroBatch:
-    """What one micro-batch did.
+class MicroBatchResult:
+    """The result of running one micro-batch.
 
     Args:
-        batch_idx: Its number in the epoch.
-        recorded: The loss of the run, as its backward got it; None if there was none.
-        loss: The loss now.
-        calls: Of modules.
-        gradients: Of parameters, after it, by name: what the window has added up so far.
-        norm: Of what it has added.
-        operations: Of autograd, between the modules and the loss.
-        notes: What is not seen, or not as it was.
+        batch_idx: Number of the batch in its epoch.
+        recorded_loss: Loss of the training run, as its backward pass got it; None if the bundle has none.
+        loss: Loss of the replay; None if there was no backward pass.
+        calls: Calls of modules, in the order in which they began.
+        gradients: Ranges of the gradients that the window has accumulated up to this micro-batch, by parameter.
+        norm: Norm of the gradients that this micro-batch added.
+        operations: Names of the autograd operations between the last modules and the loss.
+        notes: Remarks on what could not be recorded.
     """
 
     batch_idx: int
-    recorded: Tensor | None
+    recorded_loss: Tensor | None
     loss: Tensor | None = None
-    calls: list[Call] = field(default_factory=list)
-    gradients: dict[str, Range] = field(default_factory=dict)
+    calls: list[ModuleCall] = field(default_factory=list)
+    gradients: dict[str, ValueRange] = field(default_factory=dict)
     norm: float = math.nan
     operations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def bad_gradients(self) -> dict[str, Range]:
-        """Those that are not finite."""
-        return {name: span for name, span in self.gradients.items() if not span.is_finite}
+    def nonfinite_gradients(self) -> dict[str, ValueRange]:
+        """The ranges of the non-finite gradients."""
+        return {name: values for name, values in self.gradients.items() if not values.is_finite}
 
     @property
     def has_finite_loss(self) -> bool:
-        """Whether it has; without a loss too."""
+        """Whether the loss is finite, or missing."""
         return self.loss is None or bool(self.loss.isfinite().all())
 
     @property
-    def is_bad(self) -> bool:
-        """Whether its loss, or any gradient after it, is not finite."""
-        return not self.has_finite_loss or bool(self.bad_gradients)
+    def is_finite(self) -> bool:
+        """Whether the loss, and all gradients after the micro-batch, are finite."""
+        return self.has_finite_loss and not self.nonfinite_gradients
 
     @property
     def has_same_loss(self) -> bool | None:
-        """Whether the loss is that of the run, bit for bit; None if nothing is known."""
-        if self.loss is None or self.recorded is None:
+        """Whether the loss has the same bits as in the training run; None if one of both is missing."""
+        if self.loss is None or self.recorded_loss is None:
             return None
-        left, right = self.loss.reshape(()), self.recorded.reshape(())
+        left, right = self.loss.reshape(()), self.recorded_loss.reshape(())
         return left.dtype == right.dtype and bool(torch.equal(left, right) or (left.isnan() & right.isnan()))
 
 
 @dataclass
-class Outcome:
-    """What a run of the window did.
+class WindowResult:
+    """The result of running a window.
 
     Args:
-        micro_batches: Each, in order.
-        total_norm: Of the gradients that the bad optimizer would have stepped with.
-        notes: What is not as it was.
+        micro_batches: Results of the micro-batches, in order.
+        total_norm: Norm of the gradients with which the optimizer of the bad step would have stepped.
+        notes: Remarks on what differs from the training run.
     """
 
-    micro_batches: list[MicroBatch] = field(default_factory=list)
+    micro_batches: list[MicroBatchResult] = field(default_factory=list)
     total_norm: float = math.nan
     notes: list[str] = field(default_factory=list)
 
     @property
-    def is_nonfinite(self) -> bool:
-        """Whether any loss or gradient is."""
-        return any(micro.is_bad for micro in self.micro_batches)
+    def is_finite(self) -> bool:
+        """Whether all losses and gradients are finite."""
+        return all(micro.is_finite for micro in self.micro_batches)
 
     @property
-    def guilty(self) -> int:
-        """The place of the first bad micro-batch, or, if all are finite, of the one that has added most."""
-        places = range(len(self.micro_batches))
-        bad = next((place for place in places if self.micro_batches[place].is_bad), None)
-        return bad if bad is not None else max(places, key=lambda place: self.micro_batches[place].norm)
+    def suspect_index(self) -> int:
+        """Index of the first non-finite micro-batch; if all are finite, of the one that added the largest gradients."""
+        indices = range(len(self.micro_batches))
+        nonfinite = next((index for index in indices if not self.micro_batches[index].is_finite), None)
+        return nonfinite if nonfinite is not None else max(indices, key=lambda index: self.micro_batches[index].norm)
+
+    def fails(self, limit: float | None) -> bool:
+        """Return whether the step is bad: non-finite, or a spike.
+
+        Args:
+            limit: Norm of all gradients above which a step is a spike; None if the recorded step was non-finite.
+        """
+        return not self.is_finite or (limit is not None and self.total_norm > limit)

@@ -100,29 +100,46 @@ def _parser() -> argparse.ArgumentParser:
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     replay = commands.add_parser(
         "replay",
-        help="run a bad step again and say which module began it",
-        description="Run a bad step again from its bundle. Exit code 0: it is bad again; 1: it is not; 2: unusable input.",
+        help="run a bad step again, and name the module where the failure began",
+        description="Run a bad step again from its bundle, and name the module where the failure began. Exit code 0: the step is "
+        "bad again; 1: it is not; 2: the bundle or another input cannot be used.",
     )
-    replay.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that NonFiniteGuard(bundles=...) has written")
+    replay.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that NonFiniteGuard(bundles=...) wrote of a bad step")
     replay.add_argument(
-        "--config", type=Path, action="append", required=True, help="configuration of the run, for LightningCLI; may be repeated"
-    )
-    replay.add_argument(
-        "--script", type=Path, help="the script whose LightningCLI takes it; not needed if it names the model's class"
-    )
-    replay.add_argument("--ckpt", type=Path, metavar="PATH", help="a checkpoint to take the weights from instead of the bundle's")
-    replay.add_argument("--device", help="cpu, cuda or mps (default: that of the run, if it is there)")
-    replay.add_argument("--precision", help="as the Trainer has it: 32-true, bf16-mixed, ... (default: that of the run)")
-    replay.add_argument("--detect-anomaly", action="store_true", help="also have autograd name the line of code")
-    replay.add_argument("--bisect", action="store_true", help="find the smallest subset of samples that still fails")
-    replay.add_argument(
-        "--explodes", type=_factor, default=1000.0, metavar="FACTOR", help="growth within a module to be named (default: 1000)"
+        "--config",
+        type=Path,
+        action="append",
+        required=True,
+        help="a configuration of the run, as LightningCLI takes it; may be repeated",
     )
     replay.add_argument(
-        "--trust", action="append", default=[], metavar="CLASS", help="a class that batches may hold, as package.module.Class"
+        "--script", type=Path, help="the training script with its LightningCLI; needed if no --config names the class of the model"
     )
-    replay.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="draw activations and gradients: a .png or .svg")
-    replay.add_argument("--json", action="store_true", help="print JSON")
+    replay.add_argument("--ckpt", type=Path, metavar="PATH", help="a checkpoint whose weights replace those of the bundle")
+    replay.add_argument("--device", help="cpu, cuda or mps (default: the device of the run if this machine has it, otherwise cpu)")
+    replay.add_argument("--precision", help="a precision of the Trainer, such as 32-true or bf16-mixed (default: that of the run)")
+    replay.add_argument(
+        "--detect-anomaly", action="store_true", help="find the line of code whose backward pass made NaN, by autograd's own search"
+    )
+    replay.add_argument("--bisect", action="store_true", help="find the smallest set of samples in the batch that still fails")
+    replay.add_argument(
+        "--explodes",
+        type=_factor,
+        default=1000.0,
+        metavar="FACTOR",
+        help="name modules whose output or gradient grows by more than this factor (default: 1000)",
+    )
+    replay.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="a class, as package.module.Class, whose objects may be read from the bundle; may be repeated",
+    )
+    replay.add_argument(
+        "-o", "--output", type=Path, metavar="PICTURE", help="a .png or .svg file for a plot of activations and gradients by depth"
+    )
+    replay.add_argument("--json", action="store_true", help="print the report as JSON")
     replay.set_defaults(run=_replay, extra="replay")
 
 
@@ -137,13 +154,13 @@ def _factor(text: str) -> float:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from clip_callbacks.replay.command import replay, say_frames
-    from clip_callbacks.replay.unusable import UnusableReplayError
+    from clip_callbacks.replay.command import print_frames, replay
+    from clip_callbacks.replay.errors import UnusableReplayError
 
     try:
         return replay(options)
     except UnusableReplayError as error:
-        say_frames(error)
+        print_frames(error)
         raise
 
 

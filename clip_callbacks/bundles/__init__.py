@@ -1,1 +1,1 @@
-"""A bad step on disk, in a folder that cannot run code."""
+"""Bundles: folders that hold a bad step on disk, in formats that cannot run code."""

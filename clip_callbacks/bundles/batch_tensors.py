@@ -1,4 +1,4 @@
-"""Tensors in whatever a batch, or what goes into a module, is made of."""
+"""The tensors in a nested value, such as a batch, or the inputs of a module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value: a tensor, or mappings, sequences, sets and data classes of such, in their order."""
+    """Iterate over the tensors in a tensor, or in nested mappings, sequences, sets and data classes, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,9 +1,9 @@
-"""A bad step in a folder: what is needed to run it again, in formats that cannot run code.
+"""A bundle: a folder with everything that running a bad step again needs, in formats that cannot run code.
 
-``bundle.json`` says where, when and what, with the sizes and hashes of the other files; ``batches.pt`` holds the micro-batches of
-the window with the random numbers' states before each; ``weights.pt`` and ``optimizers.pt``, if asked for, the weights and the
-optimizers' states before the step; ``config.yaml`` the configuration of the run, if it came from LightningCLI. Tensors are read by
-``torch.load(weights_only=True)``.
+``bundle.json`` describes the step, the module and the Trainer, and lists the other files with their sizes and hashes.
+``batches.pt`` holds the micro-batches of the window, and the states of the random number generators before each. ``weights.pt``
+and ``optimizers.pt``, which are optional, hold the weights and the states of the optimizers before the step. ``config.yaml`` is
+the configuration of the run, if LightningCLI made one. Files of tensors are read by ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ WEIGHTS = "weights.pt"
 OPTIMIZERS = "optimizers.pt"
 CONFIG = "config.yaml"
 
-_FACTS_BYTES = 64_000_000
-_TOLD = 6
+MAX_FACTS_BYTES = 64_000_000
+"""Size of ``bundle.json`` above which it is refused unread, in bytes."""
+MAX_KEYS = 6
+"""Number of keys of a dictionary that an error names."""
 
 
 class UnusableBundleError(ValueError):
-    """A bundle that cannot be read; the message says why, in one line."""
+    """A bundle that cannot be read; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as it lies in its folder.
+    """A bundle.
 
     Args:
         path: The folder.
-        facts: What ``bundle.json`` says.
+        facts: Contents of ``bundle.json``.
     """
 
     path: Path
@@ -51,54 +53,66 @@ class Bundle:
 
     @classmethod
     def read(cls, path: Path) -> Bundle:
-        """Read ``bundle.json``, and see that the other files are those that it tells of.
+        """Read ``bundle.json``, and check the sizes and hashes of the other files.
 
         Raises:
-            UnusableBundleError: If it is no bundle, of another format, truncated, or not as it was written.
+            UnusableBundleError: If the folder is not a bundle, has another format, or was truncated or changed.
         """
+        file = path / FACTS
         try:
-            if (path / FACTS).stat().st_size > _FACTS_BYTES or ((path / FACTS).exists() and not (path / FACTS).is_file()):
-                raise UnusableBundleError(f"{path / FACTS} must be a file of up to {_FACTS_BYTES // 10**6} MB.")
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+            if file.stat().st_size > MAX_FACTS_BYTES or not file.is_file():
+                raise UnusableBundleError(f"{file} must be a regular file of at most {MAX_FACTS_BYTES // 10**6} MB.")
+            facts = json.loads(file.read_text(encoding="utf-8"))
         except UnusableBundleError:
             raise
         except (FileNotFoundError, NotADirectoryError):
             inside = sorted(found.parent.name for found in path.glob(f"*/{FACTS}"))
-            hint = f", which holds {len(inside)} of them: name one, such as {path / inside[0]}" if inside else ""
+            hint = ""
+            if inside:
+                hint = f", which holds {len(inside)} bundle{'s' * (len(inside) > 1)}: name one, such as {path / inside[0]}"
             raise UnusableBundleError(f"`bundle` must be a folder with a {FACTS}, got {path}{hint}.") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UnusableBundleError(f"{path / FACTS} cannot be read: {error}") from None
+            raise UnusableBundleError(f"{file} cannot be read: {error}") from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             got = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
-            raise UnusableBundleError(f"{path / FACTS} must have the format {FORMAT}, got {got!r}.")
+            raise UnusableBundleError(
+                f"{file} must have the format {FORMAT}, got {got!r}; use the version of clip_callbacks that wrote the bundle."
+            )
         _check(path, facts)
         return cls(path, facts)
 
     @property
-    def notes(self) -> list[str]:
-        """What stands in the way of a replay, in words."""
-        notes = [f"its {name} could not be written: {why}" for name, why in self.facts["missing"].items()]
-        classes = classes_in(self.path / BATCHES)
-        if classes:
-            notes += [f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
+    def deviations(self) -> list[str]:
+        """Remarks on what a replay cannot repeat exactly."""
+        notes = [f"{name} could not be written: {why}" for name, why in self.facts["missing"].items()]
         if self.facts["batches"].get("changed_in_place"):
-            notes += ["the batch was changed in place after it began: it may not be what training_step got"]
+            notes.append("the step changed its batch in place: the bundle may not hold what training_step got")
         return notes
 
     @property
+    def notes(self) -> list[str]:
+        """Remarks on what a replay cannot repeat exactly, or needs."""
+        if classes := classes_in(self.path / BATCHES):
+            return [*self.deviations, f"its batches hold objects of {', '.join(classes)}: a replay needs --trust for each"]
+        return self.deviations
+
+    @property
     def place(self) -> dict[str, Any]:
-        """Step, epoch, batch and rank of the bad step; with several optimizers, which."""
+        """Step, epoch, batch and rank of the bad step, and with several optimizers the name of the optimizer."""
         keys = ("step", "epoch", "batch", "rank", "optimizer")
         return {key: self.facts["report"][key] for key in keys if key in self.facts["report"]}
 
     def micro_batches(self, trust: Sequence[type] = ()) -> list[dict[str, Any]]:
-        """The micro-batches of the window, in order: ``batch``, ``batch_idx``, ``loss`` (0-dim) and ``rng`` (states before it).
+        """Return the micro-batches of the window, in order.
 
         Args:
-            trust: Classes that may be unpickled: whoever wrote the bundle then chooses what their constructors get.
+            trust: Classes that may be unpickled; the author of the bundle then chooses the arguments of their constructors.
+
+        Returns:
+            Dictionaries with ``batch``, ``batch_idx``, ``loss`` (0-dim) and ``rng`` (states of the generators before the batch).
 
         Raises:
-            UnusableBundleError: If it holds none, or objects of classes that are not trusted.
+            UnusableBundleError: If there are none, or they hold objects of classes that are not trusted.
         """
         if BATCHES not in self.facts["files"]:
             raise UnusableBundleError(f"{self.path} holds no batches: {self.facts['missing'].get(BATCHES, 'none were kept')}.")
@@ -111,11 +125,11 @@ class Bundle:
             )
         try:
             return [row | {"batch": decoded(row["batch"]), "rng": decoded(row["rng"])} for row in rows]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of arrays that are none, or nested too deep
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # arrays of the wrong type, or values nested too deep
             raise UnusableBundleError(f"{self.path / BATCHES} cannot be read: {type(error).__name__}: {error}") from None
 
     def weights(self) -> dict[str, Any] | None:
-        """The ``state_dict`` of the module before the step, under "module"; None if it is not in the bundle."""
+        """Return a dictionary with the module's ``state_dict`` before the step as "module"; None if the bundle has no weights."""
         if WEIGHTS not in self.facts["files"]:
             return None
         weights = self._load(WEIGHTS)
@@ -126,7 +140,7 @@ class Bundle:
         return weights
 
     def optimizers(self) -> list[dict[str, Any]]:
-        """The ``state_dict`` of each optimizer before the step; none if they are not in the bundle."""
+        """Return the ``state_dict`` of each optimizer before the step; an empty list if the bundle has none."""
         states = self._load(OPTIMIZERS) if OPTIMIZERS in self.facts["files"] else []
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
             raise UnusableBundleError(f"{self.path / OPTIMIZERS} must hold a list of state_dicts, got {_shape_of(states)}.")
@@ -141,8 +155,8 @@ class Bundle:
         except Exception as error:
             if classes := classes_in(self.path / name):
                 raise UnusableBundleError(
-                    f"{self.path / name} holds objects that could run code, of {', '.join(classes)}. If you trust whoever wrote "
-                    f"the bundle, name them: {' '.join(f'--trust {name}' for name in classes)}"
+                    f"{self.path / name} holds objects that could run code, of {', '.join(classes)}. If you trust the author of "
+                    f"the bundle, allow these classes: {' '.join(f'--trust {name}' for name in classes)}"
                 ) from None
             raise UnusableBundleError(
                 f"{self.path / name} cannot be read as torch.save writes it: {type(error).__name__}: {first_line(error)}"
@@ -150,11 +164,11 @@ class Bundle:
 
 
 def _check_size(file: Path) -> None:
-    """See that reading takes about as much memory as the file takes room: torch compresses nothing, and who does may mean harm."""
+    """Reject compressed archives: ``torch.save`` never compresses, so a compressed file could be a decompression bomb."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise UnusableBundleError(f"{file} must not be compressed.")
+                raise UnusableBundleError(f"{file} must not be compressed, because torch.save never compresses.")
 
 
 def _is_micro_batch(row: Any) -> bool:
@@ -166,57 +180,61 @@ def _is_micro_batch(row: Any) -> bool:
 
 
 def _shape_of(content: Any) -> str:
-    """What it is instead, as briefly as can be."""
+    """Return a short description of contents for an error."""
     if isinstance(content, dict):
-        return f"a dict with {', '.join(map(str, list(content)[:_TOLD])) or 'nothing'}"
+        return f"a dict with {', '.join(map(str, list(content)[:MAX_KEYS])) or 'nothing'}"
     if isinstance(content, list):
         return f"a list of {', '.join(sorted({type(entry).__name__ for entry in content})) or 'nothing'}"
     return f"a {type(content).__name__}"
 
 
 def _check(path: Path, facts: dict[str, Any]) -> None:
-    """See that all files are there as they were written, and that nothing is missing that readers rely on."""
+    """Check that ``bundle.json`` has the sections that readers rely on, and that all files are as they were written."""
     for key in ("report", "versions", "module", "trainer", "weights", "batches", "files", "missing"):
         if not isinstance(facts.get(key), dict):
-            raise UnusableBundleError(f"{path / FACTS} must tell of `{key}`, got {facts.get(key)!r}.")
+            raise UnusableBundleError(f"{path / FACTS} must hold an object `{key}`, got {facts.get(key)!r}.")
     if facts.get("kind") not in KINDS:
-        raise UnusableBundleError(f"{path / FACTS} must tell of a `kind` among {', '.join(KINDS)}, got {facts.get('kind')!r}.")
+        raise UnusableBundleError(f"{path / FACTS} must hold a `kind` among {', '.join(KINDS)}, got {facts.get('kind')!r}.")
     for name, known in facts["files"].items():
         file = path / name
-        if file.parent != path or not isinstance(known, dict):  # a stranger's bundle may not point elsewhere
-            raise UnusableBundleError(f"{path / FACTS} must name files of its own folder, got {name!r}.")
+        if file.parent != path or not isinstance(known, dict):  # a stranger's bundle must not point elsewhere
+            raise UnusableBundleError(f"{path / FACTS} must name files in its own folder only, got {name!r}.")
         try:
             is_there = file.is_file() and not file.is_symlink()
-        except OSError:  # a name that is too long
+        except OSError:  # the name is too long
             is_there = False
         if not is_there:
-            raise UnusableBundleError(f"{file} is missing, or no file.")
+            raise UnusableBundleError(f"{file} must be a regular file, got a link, a folder or nothing; copy the bundle again.")
         size = file.stat().st_size
         if size != known.get("bytes"):
-            raise UnusableBundleError(f"{file} must have {known.get('bytes')} bytes, got {size}: it is truncated or changed.")
+            raise UnusableBundleError(
+                f"{file} must have {known.get('bytes')} bytes, got {size}: it is truncated or changed; copy the bundle again."
+            )
         if hash_of(file) != known.get("sha256"):
-            raise UnusableBundleError(f"{file} is not as it was written: its hash is another one.")
+            raise UnusableBundleError(
+                f"{file} must have the SHA-256 hash that {FACTS} records, got another one: it was changed; copy the bundle again."
+            )
 
 
 def classes_in(file: Path) -> list[str]:
-    """Names of the classes in a file of tensors that ``weights_only=True`` refuses.
+    """Return the names of the classes in a file that ``torch.load(weights_only=True)`` refuses to unpickle.
 
     Args:
-        file: As ``torch.save`` writes it; of any other there are none.
+        file: A file by ``torch.save``; the list is empty for any other file.
     """
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # not such a file at all
+    except Exception:  # not a file by torch.save
         return []
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def hash_of(file: Path) -> str:
-    """Of a file, by SHA-256."""
+    """Return the SHA-256 hash of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(1 << 20):

@@ -15,9 +15,10 @@ _NDARRAY = "clip_callbacks.ndarray"
 
 
 def encoded(value: Any) -> Any:
-    """A batch without graphs, devices, and the rest of storages that its tensors are views of; arrays of NumPy as tensors.
+    """Return a batch as it is written: tensors detached, on the CPU, and views without the rest of their storage.
 
-    Mappings become dictionaries, so that batches of text libraries need no class of theirs. Other objects stay as they are.
+    NumPy's arrays become tensors, and mappings dictionaries, so that reading the batches of a text library needs none of its
+    classes. Other objects stay as they are.
     """
     if type(value) is Tensor:
         return _compact(value)
@@ -34,7 +35,10 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Undo :func:`encoded`; mappings stay dictionaries. What is shared is decoded once: a small file does not grow in memory."""
+    """Undo :func:`encoded`, except that mappings stay dictionaries.
+
+    An object that occurs several times is decoded once, so that a small file of nested references cannot fill the memory.
+    """
     return _decoded(value, {})
 
 
@@ -69,7 +73,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def bytes_of(value: Any) -> int:
-    """How much the tensors in something will take on the disk."""
+    """Return the size in bytes that the tensors in a value take on disk."""
     return sum(_nbytes(tensor) for tensor in tensors_in(value))
 
 

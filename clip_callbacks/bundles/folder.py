@@ -1,4 +1,4 @@
-"""The folder that bundles go into: whole or not at all, up to a number and a size."""
+"""The folder of bundles, which limits their number and size, and holds complete bundles only."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from clip_callbacks.bundles.bundle import FACTS, FORMAT, Bundle, first_line, has
 
 _UNFINISHED = ".unfinished-"
 _STALE_S = 3600.0
+"""Age in seconds above which an unfinished bundle is left over from a process that was killed."""
 
 
 class BundleFolder:
-    """Where bundles go, written whole or not at all, up to a number and a size.
+    """A folder of bundles, with limits on their number and size.
 
     Args:
         path: The folder.
-        max_count: How many it may hold.
-        max_bytes: How much they may take together.
+        max_count: Number of bundles that the folder may hold.
+        max_bytes: Size of all bundles together, in bytes.
     """
 
     def __init__(self, path: Path, max_count: int, max_bytes: float) -> None:
-        """Touch nothing yet."""
+        """Set the limits; the folder is not touched."""
         self.path = path
         self._max_count = max_count
         self._max_bytes = max_bytes
 
     def prepare(self) -> None:
-        """Make the folder, see that it can be written to, and clear away what killed runs have left half-written.
+        """Make the folder, check that it can be written to, and delete unfinished bundles of runs that were killed.
 
         Raises:
-            OSError: If it cannot.
+            OSError: If the folder cannot be made or written to.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.path) as file:
@@ -50,17 +51,18 @@ class BundleFolder:
                     shutil.rmtree(half)
 
     def fullness(self, more: int = 0) -> str | None:
-        """What stands in the way of a further bundle, if anything does.
+        """Return the reason why the folder takes no further bundle; None if it does.
 
         Args:
-            more: How many bytes it will take.
+            more: Size of the further bundle, in bytes.
         """
-        bundles = [found.parent for found in self.path.glob(f"[!.]*/{FACTS}")]  # but unfinished ones
+        bundles = [found.parent for found in self.path.glob(f"[!.]*/{FACTS}")]  # names of unfinished ones begin with a dot
         if len(bundles) >= self._max_count:
             return f"{self.path} holds {len(bundles)} bundles (max_count={self._max_count})"
         size = sum(_size(bundle) for bundle in bundles)
         if size + more > self._max_bytes:
-            return f"{self.path} holds {_told(size)}, a further bundle takes {_told(more)} (max_bytes={self._max_bytes:g})"
+            sizes = f"{size / 1e6:.1f} MB, a further bundle takes {more / 1e6:.1f} MB"
+            return f"{self.path} holds {sizes} (max_bytes={self._max_bytes:g})"
         return None
 
     def write(
@@ -71,19 +73,22 @@ class BundleFolder:
         texts: Mapping[str, str],
         missing: Mapping[str, str] | None = None,
     ) -> Bundle:
-        """Write a bundle into a hidden folder and give that its name when it is complete.
+        """Write a bundle into a hidden folder, which gets the name of the bundle when it is complete.
 
-        A part that cannot be pickled is left out, and the bundle says why.
+        A part that cannot be pickled is left out, and ``bundle.json`` gives the reason.
 
         Args:
-            name: Of the new folder; a number is put behind it if there is one of that name.
-            facts: For ``bundle.json``.
-            parts: What goes into files of tensors, by name.
-            texts: What goes into text files, by name.
-            missing: Why files are not there, by name.
+            name: Name of the bundle's folder; if it exists, a number is appended.
+            facts: Contents of ``bundle.json``.
+            parts: Contents of the files of tensors, by name of the file.
+            texts: Contents of the text files, by name of the file.
+            missing: Reasons why files are missing, by name of the file.
+
+        Returns:
+            The bundle.
 
         Raises:
-            OSError: Whatever went wrong, as a full disk, or more bytes than are allowed; nothing of the bundle is left.
+            OSError: If the disk or the folder is full, or the files cannot be written; nothing of the bundle remains.
         """
         half = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
         try:
@@ -92,14 +97,14 @@ class BundleFolder:
             for file, text in texts.items():
                 (half / file).write_text(text, encoding="utf-8")
             files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_of(file)} for file in sorted(half.iterdir())}
-            told = {"format": FORMAT, **facts, "files": files, "missing": {**(missing or {}), **unwritten}}
-            (half / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            if obstacle := self.fullness(_size(half)):  # no more can be told of it beforehand than what its tensors take
-                raise OSError(obstacle)
-            return Bundle(self._rename(half, name), told)
+            contents = {"format": FORMAT, **facts, "files": files, "missing": {**(missing or {}), **unwritten}}
+            (half / FACTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+            if reason := self.fullness(_size(half)):  # only now its whole size is known
+                raise OSError(reason)
+            return Bundle(self._rename(half, name), contents)
         except BaseException as error:
             shutil.rmtree(half, ignore_errors=True)
-            if isinstance(error, RuntimeError):  # what torch makes of a full disk, which it mentions as the context
+            if isinstance(error, RuntimeError):  # torch raises it on a full disk, with the OSError as its context
                 context = error.__context__
                 raise OSError(str(context) if isinstance(context, OSError) else first_line(error)) from error
             raise
@@ -112,21 +117,21 @@ class BundleFolder:
                 try:
                     return half.rename(path)
                 except OSError:
-                    if not path.exists():  # or another process was faster
+                    if not path.exists():  # if it exists now, another process was faster
                         raise
             number += 1
 
 
 def _save(part: Any, file: Path) -> str | None:
-    """Write a file of tensors, or say why that cannot be."""
+    """Write a file of tensors; return the reason if the part cannot be pickled."""
     try:
-        with file.open("wb") as stream:  # so that a full disk is an OSError that says so
+        with file.open("wb") as stream:  # a full disk then raises an OSError that names it
             torch.save(part, stream)
     except OSError:
         raise
-    except Exception as error:  # whatever pickling meets
+    except Exception as error:  # objects may raise anything when they are pickled
         file.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # what torch makes of a full disk
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # the disk is full
             raise
         return first_line(error)
     return None
@@ -134,11 +139,7 @@ def _save(part: Any, file: Path) -> str | None:
 
 def _size(folder: Path) -> int:
     size = 0
-    with suppress(OSError):  # somebody is clearing it away
+    with suppress(OSError):  # another process may delete the folder
         for file in folder.iterdir():
             size += file.lstat().st_size
     return size
-
-
-def _told(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Where all random number generators of a process stand, taken at little cost and set again."""
+"""The states of all random number generators of a process, captured at little cost and restored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 
 class RandomStates:
-    """The generators that a training step may draw from: Python's, NumPy's, torch's, CUDA's, and those that modules own.
+    """The states of the generators that a training step may draw from: Python's, NumPy's, torch's, CUDA's, and the module's own.
 
     Args:
-        module: Its attributes, and those of its submodules, are searched for generators once.
+        module: Module whose attributes, and those of its submodules, are searched for generators once.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Search the module."""
+        """Search the module for generators."""
         self._own = _own_generators(module)
 
     def capture(self) -> dict[str, Any]:
-        """All states, as tensors, numbers and arrays; no device is waited for."""
+        """Return all states as tensors, numbers and arrays, without waiting for a device."""
         numpy = sys.modules.get("numpy")
         return {
             "python": random.getstate(),
@@ -34,19 +34,19 @@ class RandomStates:
 
 
 def restore(states: dict[str, Any], module: nn.Module) -> list[str]:
-    """Set all generators to where :meth:`RandomStates.capture` found them.
+    """Restore the states of all generators.
 
     Args:
-        states: What it returned.
-        module: Whose own generators are set, by their names.
+        states: States from :meth:`RandomStates.capture`.
+        module: Module whose own generators are restored, by their names.
 
     Returns:
-        What could not be set, in words.
+        Remarks on the generators that could not be restored.
     """
     notes = []
     random.setstate(states["python"])
     if states["numpy"] is not None:
-        import numpy as np  # noqa: PLC0415 (torch does without it, and so do we)
+        import numpy as np  # noqa: PLC0415 (torch does not need NumPy, and neither does this package)
 
         np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -54,13 +54,13 @@ def restore(states: dict[str, Any], module: nn.Module) -> list[str]:
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
         else:
-            notes.append("random numbers drawn on the CUDA device cannot be drawn here: dropout masks are others")
+            notes.append("random numbers of the CUDA device cannot be drawn without one: masks of dropout differ")
     own = _own_generators(module)
     for name, state in states["generators"].items():
         if name in own:
             _set_state(own[name], state)
         else:
-            notes.append(f"the module has no generator `{name}`")
+            notes.append(f"the module has no generator `{name}`, which the bundle has")
     return notes
 
 

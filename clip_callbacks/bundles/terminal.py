@@ -1,13 +1,13 @@
-"""What a terminal would obey instead of showing it, such as escape sequences in the names of a stranger's bundle."""
+"""Text that is safe to print: a terminal would execute escape sequences, which names in a stranger's bundle may contain."""
 
 from __future__ import annotations
 
 
 def escaped(line: str) -> str:
-    r"""A line as it may be printed: what is no letter, mark or blank, line breaks included, as Python writes it.
+    r"""Return a line in which Python's escape codes replace all characters that are not printable, also line breaks.
 
     Args:
-        line: Of whatever origin.
+        line: Text from any source.
 
     Example:
         >>> print(escaped("erased" + chr(27) + "[2J"))

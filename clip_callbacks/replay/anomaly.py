@@ -1,12 +1,11 @@
-"""What autograd's anomaly detection says, and the line of the user's code that it means."""
+"""The backward function that autograd's anomaly detection names, and the line of the user's code that called it."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from clip_callbacks.replay.unusable import is_users
+from clip_callbacks.replay.errors import is_user_code
 
 _FUNCTION = re.compile(r"Function '(\w+)' returned nan values")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.+))?')
@@ -14,13 +13,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.+))?')
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A backward function that has returned NaN.
+    """A backward function that returned NaN.
 
     Args:
-        function: Its name, such as "SqrtBackward0".
-        file: Where its forward was called; None if that is in nobody's code.
-        line: In that file.
-        code: The line itself.
+        function: Name of the function, such as "SqrtBackward0".
+        file: File of the user's that called its forward; None if the call is in a library.
+        line: Number of the line in the file.
+        code: Text of the line.
     """
 
     function: str
@@ -29,28 +28,25 @@ class Anomaly:
     code: str | None = None
 
     @classmethod
-    def of(cls, error: BaseException | None, said: list[str]) -> Anomaly | None:
-        """From the error that ended the backward pass; None if it is another one.
+    def of(cls, error: BaseException | None, warnings: list[str]) -> Anomaly | None:
+        """Read the anomaly from the error that ended the backward pass; None if that is another error.
 
         Args:
-            error: As raised.
-            said: The warnings of that pass: torch puts the forward's traceback there.
+            error: The error that was raised.
+            warnings: Messages of the warnings during the pass, among which torch puts the traceback of the forward call.
         """
         found = _FUNCTION.search(str(error))
         if not found:
             return None
-        traceback = next((text for text in reversed(said) if "Traceback of forward call" in text), "")
-        frames = [match.groups() for match in _FRAME.finditer(traceback) if is_users(match[1])]
+        traceback = next((text for text in reversed(warnings) if "Traceback of forward call" in text), "")
+        frames = [match.groups() for match in _FRAME.finditer(traceback) if is_user_code(match[1])]
         if not frames:
             return cls(found[1])
         file, line, _, code = frames[-1]
         return cls(found[1], file, int(line), code)
 
-    def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        """One line."""
-        where = f", from {self.file}, line {self.line}: {self.code or ''}".rstrip(": ") if self.file else ""
-        return f"{self.function} returned NaN{where}"
+        """Return one line."""
+        if not self.file:
+            return f"{self.function} returned NaN"
+        return f"{self.function} returned NaN; its forward call is in {self.file}, line {self.line}: {self.code or ''}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""The smallest subset of samples that still fails, by delta debugging (Zeller and Hildebrandt 2002, ddmin)."""
+"""Delta debugging (Zeller and Hildebrandt 2002, algorithm ddmin): the smallest subset of a batch's samples that still fails."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bisection:
-    """What came of it.
+    """The smallest subset of samples that still fails.
 
     Args:
-        samples: The subset; leave out any one of them, and it fails no more.
-        size: Samples in the batch.
-        runs: How many were made.
-        is_stable: Whether the subset failed a second time.
-        is_alone: Whether the rest of the batch does not fail without it.
+        samples: Indices of the samples; without any one of them the rest of the subset no longer fails.
+        size: Number of samples in the batch.
+        runs: Number of runs that were made.
+        is_stable: If True, the subset failed a second time, too.
+        is_alone: If True, the batch does not fail without the subset.
     """
 
     samples: tuple[int, ...]
@@ -26,7 +26,7 @@ class Bisection:
     is_alone: bool
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the subset for JSON."""
         return {
             "samples": list(self.samples),
             "size": self.size,
@@ -35,26 +35,31 @@ class Bisection:
             "alone": self.is_alone,
         }
 
+    @property
+    def names(self) -> str:
+        """The samples in words, such as "samples 5, 57"."""
+        return f"sample{'s' * (len(self.samples) > 1)} {', '.join(map(str, self.samples))}"
+
     def __str__(self) -> str:
-        """One line."""
-        which = ", ".join(map(str, self.samples))
-        text = f"Smallest part of the batch that still fails: sample{'s' * (len(self.samples) > 1)} {which}"
-        text += f" (of {self.size}, counted from 0; {self.runs} runs)"
+        """Return one line."""
+        text = f"Smallest part of the batch that still fails: {self.names} of {self.size}, counted from 0 ({self.runs} runs)"
         if not self.is_alone:
-            text += "; the rest fails without it too: it is not the only one"
-        return text if self.is_stable else f"{text}; it did not fail a second time: it hangs on more than weights and samples"
+            text += "; the other samples fail without it, too"
+        if not self.is_stable:
+            text += "; it did not fail a second time: the failure depends on more than the weights and the samples"
+        return text
 
 
 def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
-    r"""Find a subset that fails and of which no sample can be left out.
+    r"""Find a failing subset of samples from which no sample can be left out.
 
-    Halves are tried first, then quarters and what is left without each of them, and so on: for one guilty sample of :math:`n` this
-    takes at most :math:`2 \log_2 n` runs, for several that only fail together at most :math:`n^2 + 3n`; two more
-    see what is left of the batch, and the subset again.
+    Halves of the batch are tried first, then quarters and the batch without each of them, then eighths and so on. For one bad
+    sample of :math:`n` this takes at most :math:`2 \log_2 n` runs, for several samples that only fail together at most
+    :math:`n^2 + 3n`. Two more runs try the rest of the batch, and the subset a second time.
 
     Args:
-        size: Samples in the batch, which as a whole is known to fail.
-        fails: Runs some of them.
+        size: Number of samples in the batch, which fails as a whole.
+        fails: Function that runs the samples with the given indices, and returns whether they fail.
 
     Example:
         >>> found = bisect(64, lambda samples: {5, 41} <= set(samples))
@@ -75,6 +80,7 @@ def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
     samples, parts = list(range(size)), 2
     while len(samples) > 1:
         pieces = [samples[len(samples) * i // parts : len(samples) * (i + 1) // parts] for i in range(parts)]
+        # of two halves each is the other's rest
         rests = [[sample for sample in samples if sample not in set(piece)] for piece in pieces] if parts > 2 else []  # noqa: PLR2004
         piece = next((piece for piece in pieces if does_fail(piece)), None)
         rest = None if piece else next((rest for rest in rests if does_fail(rest)), None)

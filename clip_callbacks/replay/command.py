@@ -1,4 +1,4 @@
-"""The command ``clip-callbacks replay``: its options, and what it does with them."""
+"""The command ``clip-callbacks replay``."""
 
 from __future__ import annotations
 
@@ -17,170 +17,165 @@ import torch
 from clip_callbacks.bundles.bundle import Bundle
 from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.replay.bisection import bisect
-from clip_callbacks.replay.investigation import Investigation, signature
-from clip_callbacks.replay.laboratory import Laboratory
-from clip_callbacks.replay.outcome import MicroBatch, Outcome
-from clip_callbacks.replay.rebuild import named_class, rebuilt
-from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.samples import batch_size, chosen
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.rebuilt_module import import_class, rebuild_module
+from clip_callbacks.replay.recorded_step import RecordedStep
+from clip_callbacks.replay.report import ReplayReport
+from clip_callbacks.replay.result import MicroBatchResult
+from clip_callbacks.replay.runner import ReplayRunner
+from clip_callbacks.replay.samples import batch_size, select_samples
 from clip_callbacks.replay.starting_weights import StartingWeights
-from clip_callbacks.replay.tree import make_tree, show
-from clip_callbacks.replay.unusable import UnusableReplayError
-from clip_callbacks.replay.verdict import Verdict
+from clip_callbacks.replay.suspects import find_suspects
+from clip_callbacks.replay.tree import draw_tree
 
 NOT_REPRODUCED = 1
 """Exit code if the step is not bad again."""
 
 
 def replay(options: argparse.Namespace) -> int:
-    """Replay a bundle, and print what was found.
+    """Replay a bundle, and print the report.
 
     Args:
-        options: Those of the command.
+        options: Arguments of the command.
 
     Returns:
         The exit code: 0 if the step is bad again, 1 if it is not.
 
     Raises:
-        ValueError: If anything that is needed cannot be used.
+        ValueError: If the bundle, the configuration, the script or the checkpoint cannot be used.
     """
-    _check_picture(options.output)
     if options.output:
-        from clip_callbacks.replay.picture import write_picture
+        from clip_callbacks.replay.depth_plot import write_depth_plot
+
+        _check_output(options.output)
     bundle = Bundle.read(options.bundle)
-    recorded = Recorded.of(bundle)
-    device, notes = _device(options.device, recorded)
-    with rebuilt(options.config, options.script, recorded.script) as made:
-        rows = bundle.micro_batches([named_class(name) for name in options.trust])
+    recorded = RecordedStep.of(bundle)
+    device, notes = _choose_device(options.device, recorded)
+    with rebuild_module(options.config, options.script, recorded.script) as rebuilt:
+        rows = bundle.micro_batches([import_class(name) for name in options.trust])
         if not rows:
-            raise UnusableReplayError(f"{bundle.path} must hold a batch, got none.")
+            raise UnusableReplayError(f"{bundle.path} must hold at least one batch, got none.")
         weights = StartingWeights.of(bundle, recorded, options.ckpt)
-        laboratory = Laboratory(made, recorded, weights, device, options.precision or recorded.precision)
-        found = investigate(laboratory, rows, options, [*notes, *_notes(bundle)])
+        runner = ReplayRunner(rebuilt, recorded, weights, device, options.precision or recorded.precision)
+        report = investigate(runner, rows, options, [*notes, *_notes_on(bundle)])
     if options.output:
-        write_picture(found, options.output)
+        write_depth_plot(report, options.output)
     if options.json:
-        print(json.dumps(found.facts(), indent=2))
+        print(json.dumps(report.facts(), indent=2))
     else:
-        _print(found)
+        _print(report)
         if options.output:
             print(f"Picture: {options.output}")
-    return 0 if found.verdict.is_reproduced else NOT_REPRODUCED
+    return 0 if report.is_reproduced else NOT_REPRODUCED
 
 
 def investigate(
-    laboratory: Laboratory, rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: Sequence[str] = ()
-) -> Investigation:
-    """Run the window, and what was asked for beyond that.
+    runner: ReplayRunner, rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: Sequence[str] = ()
+) -> ReplayReport:
+    """Run the window, and if they are asked for, anomaly detection and bisection.
 
     Args:
-        laboratory: What runs it.
-        rows: Its micro-batches.
-        options: Those of the command.
-        notes: To be told with what is found.
+        runner: The runner of the module.
+        rows: The micro-batches of the bundle.
+        options: Arguments of the command.
+        notes: Remarks for the report.
     """
-    outcome = laboratory.run(rows)
-    recorded, weights = laboratory.recorded, laboratory.weights
-    verdict = Verdict.of(outcome, recorded, weights, laboratory.device, laboratory.precision)
-    found = Investigation(
-        options.bundle.name,
-        recorded,
-        weights,
-        laboratory.device,
-        laboratory.precision,
-        outcome,
-        verdict,
-        options.explodes,
-        outcome.micro_batches[outcome.guilty],
+    result = runner.run(rows)
+    report = ReplayReport(
+        bundle=options.bundle.name,
+        recorded=runner.recorded,
+        weights=runner.weights,
+        device=runner.device,
+        precision=runner.precision,
+        result=result,
+        shown=result.micro_batches[result.suspect_index],
+        explosion_factor=options.explodes,
         notes=tuple(notes),
     )
     if options.detect_anomaly:
-        found = replace(found, anomaly=laboratory.anomaly(rows), was_asked=True)
-    if options.bisect and verdict.is_reproduced:
-        found = _bisected(found, laboratory, rows[outcome.guilty])
-    return found
+        report = replace(report, anomaly=runner.detect_anomaly(rows), has_anomaly_run=True)
+    if options.bisect and report.is_reproduced:
+        report = _bisect(report, runner, rows[result.suspect_index])
+    return report
 
 
-def _bisected(found: Investigation, laboratory: Laboratory, row: dict[str, Any]) -> Investigation:
-    size = batch_size(row["batch"])
+def _bisect(report: ReplayReport, runner: ReplayRunner, row: dict[str, Any]) -> ReplayReport:
+    """Add the smallest failing part of a micro-batch to the report."""
+    size, limit = batch_size(row["batch"]), runner.recorded.limit
     if size is None:
-        return replace(found, notes=(*found.notes, "the batch holds no tensors that could be divided into samples"))
-    whole = laboratory.run([row])
-    failing = signature(whole.micro_batches[0], found.factor)
-    limit = found.recorded.limit
-    last: dict[tuple[int, ...], MicroBatch] = {}
+        return replace(report, notes=(*report.notes, "the batch holds no tensors that could be divided into samples"))
+    whole = runner.run([row])
+    if not whole.fails(limit):
+        note = "the micro-batch alone does not fail, only together with the rest of its window: it was not bisected"
+        return replace(report, notes=(*report.notes, note))
+    failure = _signature(whole.micro_batches[0], report.explosion_factor)
+    results: dict[tuple[int, ...], MicroBatchResult] = {}
 
     def fails(samples: Sequence[int]) -> bool:
         try:
-            outcome = laboratory.run([{**row, "batch": chosen(row["batch"], samples, size)}])
-        except UnusableReplayError:  # as batch normalization of one sample
+            part = runner.run([{**row, "batch": select_samples(row["batch"], samples, size)}])
+        except UnusableReplayError:  # the module raises, as batch normalization does on one sample
             return False
-        last[tuple(samples)] = micro = outcome.micro_batches[0]
-        if found.outcome.is_nonfinite:
-            return micro.is_bad and signature(micro, found.factor) == failing
-        return _share(outcome, len(samples), size) > (limit or 0.0)
+        results[tuple(samples)] = micro = part.micro_batches[0]
+        if not report.result.is_finite:
+            return not micro.is_finite and _signature(micro, report.explosion_factor) == failure
+        # the loss is taken as a mean: in the whole batch the samples have this share of the norm
+        return limit is not None and part.total_norm * len(samples) / size > limit
 
-    if not whole.is_nonfinite and not (limit is not None and whole.total_norm > limit):
-        return replace(
-            found, notes=(*found.notes, "the micro-batch alone does not fail: it takes the whole window, and was not bisected")
-        )
     bisection = bisect(size, fails)
-    return replace(found, bisection=bisection, shown=last.get(bisection.samples, found.shown))
+    return replace(report, bisection=bisection, shown=results.get(bisection.samples, report.shown))
 
 
-def _share(outcome: Outcome, count: int, size: int) -> float:
-    """The norm that some samples add to that of a mean over all of them."""
-    return outcome.total_norm * count / size
+def _signature(micro: MicroBatchResult, factor: float) -> tuple[Any, ...]:
+    """Return what two runs must share to count as the same failure: whether the loss is finite, and where the failure began."""
+    suspects = find_suspects(micro.calls, factor)
+    return (
+        micro.has_finite_loss,
+        *((suspect.fault, suspect.call.name) for suspect in suspects if suspect.fault in {"output", "gradient"}),
+    )
 
 
-def _device(asked: str | None, recorded: Recorded) -> tuple[str, list[str]]:
-    """The kind to run on, and what there is to say of it."""
-    kind = (asked or recorded.device).partition(":")[0]
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if available.get(kind):
-        return kind, []
-    if asked:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise UnusableReplayError(f"`--device` must be one that this machine has ({there}), got {asked}.")
-    return "cpu", [f"there is no {kind} device here: replayed on the CPU, whose arithmetic and random numbers are others"]
+def _choose_device(option: str | None, recorded: RecordedStep) -> tuple[str, list[str]]:
+    """Return the type of the device to run on, and remarks for the report."""
+    device = (option or recorded.device).partition(":")[0]
+    availability = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if availability.get(device):
+        return device, []
+    if option:
+        available = ", ".join(name for name, is_available in availability.items() if is_available)
+        raise UnusableReplayError(f"`--device` must be one that this machine has ({available}), got {option}.")
+    return "cpu", [f"there is no {device} device here: replayed on the CPU, whose arithmetic and random numbers differ"]
 
 
-def _notes(bundle: Bundle) -> list[str]:
-    notes = [f"the bundle has no {name}: {why}" for name, why in bundle.facts["missing"].items()]
-    if bundle.facts["batches"].get("changed_in_place"):
-        notes.append("the stored batch was changed in place by the step: it is not what training_step got")
-    theirs, ours = str(bundle.facts["versions"].get("torch")), str(torch.__version__)
-    if theirs != ours:
-        notes.append(f"the bundle was made with torch {theirs}, this is {ours}")
-    return notes
+def _notes_on(bundle: Bundle) -> list[str]:
+    recorded, installed = str(bundle.facts["versions"].get("torch")), str(torch.__version__)
+    if recorded == installed:
+        return bundle.deviations
+    return [*bundle.deviations, f"the run used torch {recorded}, the replay torch {installed}"]
 
 
-def _check_picture(path: Path | None) -> None:
-    """Before anything long is begun."""
-    if path is None:
-        return
+def _check_output(path: Path) -> None:
+    """Refuse a picture that cannot be written before anything long begins."""
+    folder = path.absolute().parent
     if path.suffix not in {".png", ".svg"}:
         raise UnusableReplayError(f"`--output` must be a file.png or file.svg, got {path}.")
-    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UnusableReplayError(f"`--output` must be a file in a folder that can be written to, got {path}.")
 
 
-def _print(found: Investigation) -> None:
-    print("\n".join(map(escaped, [*found.heading, "", *found.findings, ""])))
-    title = f"{found.recorded.module.rpartition('.')[2]}.training_step"
-    if found.bisection:
-        title += f" of sample{'s' * (len(found.bisection.samples) > 1)} {', '.join(map(str, found.bisection.samples))}"
-    loss = "" if found.shown.loss is None else f": loss {float(found.shown.loss):.6g}"
-    show(make_tree(f"{title}{loss}", found.shown.calls, found.culprits))
-    print(f"\n{found.verdict.text}")
+def _print(report: ReplayReport) -> None:
+    print("\n".join(map(escaped, [*report.heading, "", *report.findings, ""])))
+    root = f"{report.recorded.module.rpartition('.')[2]}.training_step"
+    if report.bisection:
+        root += f" with {report.bisection.names}"
+    if report.shown.loss is not None:
+        root += f": loss {float(report.shown.loss):.6g}"
+    tree = draw_tree(root, report.shown.calls, report.suspects, sys.stdout.encoding or "utf-8")
+    print(f"{tree}\n\n{report.conclusion}")
 
 
-def say_frames(error: UnusableReplayError) -> None:
-    """Print where in the user's code it was.
-
-    Args:
-        error: Raised by code of the user's.
-    """
+def print_frames(error: UnusableReplayError) -> None:
+    """Print to stderr the lines of the user's code that raised an error."""
     with redirect_stdout(sys.stderr):
         for line in error.frames.splitlines():
             print(escaped(line))

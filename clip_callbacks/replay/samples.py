@@ -1,4 +1,4 @@
-"""Parts of a batch: which tensors in it have a sample in each row, and the same batch with some of the samples only."""
+"""Samples of a batch: their number, and a batch with some of them only."""
 
 from __future__ import annotations
 
@@ -14,36 +14,34 @@ from clip_callbacks.bundles.batch_tensors import tensors_in
 
 
 def batch_size(batch: Any) -> int | None:
-    """The most common first dimension among the tensors of a batch, of equally common ones the first; None without tensors."""
+    """Return the most common first dimension of the tensors and arrays of a batch, on a tie the first; None if there are none."""
     sizes = Counter([tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim] + [len(array) for array in _arrays_in(batch)])
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def chosen(value: Any, samples: Sequence[int], size: int) -> Any:
-    """A batch with some samples only: of each tensor, array and list with as many rows as the batch these rows.
+def select_samples(value: Any, samples: Sequence[int], size: int) -> Any:
+    """Return a batch with some of its samples: those rows of every tensor, array and list that has one row for each sample.
 
     Args:
         value: The batch, or a part of it.
-        samples: Which.
-        size: Samples in the whole batch.
+        samples: Indices of the samples.
+        size: Number of samples in the whole batch.
     """
     if isinstance(value, Tensor) or _is_array(value):
         return value[list(samples)] if value.ndim and value.shape[0] == size else value
     if isinstance(value, Mapping):
-        return {key: chosen(entry, samples, size) for key, entry in value.items()}
+        return {key: select_samples(entry, samples, size) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == size and not any(_has_rows(entry, size) for entry in value):
-            return type(value)([value[place] for place in samples])
-        parts = [chosen(entry, samples, size) for entry in value]
+            return type(value)([value[sample] for sample in samples])
+        parts = [select_samples(entry, samples, size) for entry in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return _chosen_fields(value, samples, size) if is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _chosen_fields(value: Any, samples: Sequence[int], size: int) -> Any:
-    part = copy.copy(value)
-    for field in fields(value):
-        object.__setattr__(part, field.name, chosen(getattr(value, field.name), samples, size))
-    return part
+    if is_dataclass(value) and not isinstance(value, type):
+        part = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(part, field.name, select_samples(getattr(value, field.name), samples, size))
+        return part
+    return value
 
 
 def _has_rows(value: Any, size: int) -> bool:

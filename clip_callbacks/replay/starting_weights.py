@@ -1,4 +1,4 @@
-"""The weights that a replay begins with, from the first of the places that has them, and whether they fit the module."""
+"""The weights with which a replay begins: where they come from, and whether they fit the module."""
 
 from __future__ import annotations
 
@@ -10,145 +10,158 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_callbacks.bundles.bundle import Bundle, classes_in
+from clip_callbacks.bundles.bundle import Bundle, classes_in, first_line
 from clip_callbacks.core.tensor_table import without_wrappers
-from clip_callbacks.replay.recorded import Recorded
-from clip_callbacks.replay.unusable import UnusableReplayError
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.recorded_step import RecordedStep
 
-NAMED = 3
-"""How many keys an error names."""
+MAX_NAMES = 3
+"""Number of parameters that an error names."""
 
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """What the module, and its optimizers, are given before the step.
+    """The weights of the module, and the states of its optimizers, with which a replay begins.
 
     Args:
-        text: Where they are from.
-        module: A ``state_dict``; None: what the configuration makes is left.
-        optimizers: One for each optimizer; empty: what ``configure_optimizers`` makes is left.
-        distance: Optimizer steps from them to the bad one; None if that is not known.
+        source: Origin of the weights, in words.
+        module: A ``state_dict`` of the module; None leaves the module as the configuration builds it.
+        optimizers: A ``state_dict`` for each optimizer; if empty, they begin as ``configure_optimizers`` makes them.
+        distance: Number of optimizer steps from the weights to the bad step; negative if they are later, None if unknown.
     """
 
-    text: str
+    source: str
     module: Mapping[str, Any] | None = None
     optimizers: Sequence[Mapping[str, Any]] = ()
     distance: int | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, recorded: Recorded, checkpoint: Path | None) -> StartingWeights:
-        """From ``--ckpt``, else the bundle itself, else the checkpoint that it refers to, else the configuration.
+    def of(cls, bundle: Bundle, recorded: RecordedStep, checkpoint: Path | None) -> StartingWeights:
+        """Take the first weights that there are: of ``--ckpt``, the bundle, the checkpoint it refers to, or the configuration.
 
         Raises:
-            UnusableReplayError: If a checkpoint cannot be read, or is not there.
+            UnusableReplayError: If a checkpoint is missing or cannot be read.
         """
         if checkpoint is not None:
-            return cls._of_checkpoint(checkpoint, recorded, "")
+            return cls._of_checkpoint(checkpoint, recorded)
         if weights := bundle.weights():
-            return cls("those of the bundle, from just before the step", weights["module"], bundle.optimizers(), 0)
+            return cls("from the bundle, saved just before the step", weights["module"], bundle.optimizers(), 0)
         path = bundle.facts["weights"].get("checkpoint")
         if not path:
-            return cls("as the configuration makes them; the bundle has none")
+            return cls("as the configuration initializes them, because the bundle holds none")
         if not isinstance(path, str):
-            raise UnusableReplayError(f"{bundle.path} must tell of a checkpoint's path, got {path!r:.100}; give one by --ckpt.")
+            raise UnusableReplayError(
+                f"`checkpoint` in {bundle.path} must be a path, got {path!r:.100}; name a checkpoint: --ckpt PATH."
+            )
         if not Path(path).is_file():
-            raise UnusableReplayError(f"The bundle's weights are those of {path}, which is gone; give another one by --ckpt PATH.")
-        return cls._of_checkpoint(Path(path), recorded, ", which the bundle refers to")
+            raise UnusableReplayError(
+                f"The bundle refers to the weights in {path}, but that file is missing; name another checkpoint: --ckpt PATH."
+            )
+        return cls._of_checkpoint(Path(path), recorded, " (the checkpoint that the bundle refers to)")
 
     @classmethod
-    def _of_checkpoint(cls, path: Path, recorded: Recorded, which: str) -> StartingWeights:
+    def _of_checkpoint(cls, path: Path, recorded: RecordedStep, remark: str = "") -> StartingWeights:
         if not path.is_file():
-            raise UnusableReplayError(f"`--ckpt` must be a checkpoint of Lightning, got {path}, which is no file.")
+            raise UnusableReplayError(f"`--ckpt` must be a checkpoint of Lightning, got {path}, which is not a file.")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            classes = classes_in(path)
-            if classes:
+            if classes := classes_in(path):
                 raise UnusableReplayError(
-                    f"{path} holds objects that could run code: {', '.join(classes)}. Save it anew without them (for example "
-                    "without save_hyperparameters of such objects), or give one saved with save_weights_only=True."
+                    f"{path} holds objects that could run code: {', '.join(classes)}. Save it again without them (for example "
+                    "without save_hyperparameters of such objects), or name a checkpoint saved with save_weights_only=True."
                 ) from None
-            said = next(iter(str(error).splitlines()), "")
-            raise UnusableReplayError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {said}") from None
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UnusableReplayError(f"{path} cannot be read as a checkpoint: {reason}") from None
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
             raise UnusableReplayError(f"`--ckpt` must be a checkpoint of Lightning with a state_dict, got {path}.")
         step = content.get("global_step")
         distance = recorded.step - step if isinstance(step, int) else None
-        text = f"those of {path}{which}"
+        source = f"from {path}{remark}"
         if distance is not None:
-            text += f", of step {step}, {_in_words(distance)}"
-        return cls(text, content["state_dict"], tuple(content.get("optimizer_states") or ()), distance)
+            source += f", saved at step {step}, {_distance_in_words(distance)} the bad step"
+        return cls(source, content["state_dict"], tuple(content.get("optimizer_states") or ()), distance)
 
     def load(self, module: nn.Module) -> None:
-        """Give them to the module.
+        """Load the weights into the module.
 
         Raises:
-            UnusableReplayError: If they do not fit it.
+            UnusableReplayError: If they do not fit the module.
         """
         if self.module is None:
             return
         if not all(isinstance(name, str) for name in self.module):
-            raise UnusableReplayError(f"The weights must be a state_dict with names, got {list(self.module)[:NAMED]!r:.100}.")
+            raise UnusableReplayError(
+                f"The weights must be a state_dict with names as keys, got {list(self.module)[:MAX_NAMES]!r:.100}."
+            )
         state = self._named_as_in(module)
-        _check_kinds(state, module)
-        check_fit({name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}, module, "weights")
+        _check_dtypes(state, module)
+        check_names_and_shapes(
+            {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}, module, "weights"
+        )
         try:
             module.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise UnusableReplayError(f"The weights do not fit the module: {' '.join(str(error).split())[:400]}") from None
 
     def _named_as_in(self, module: nn.Module) -> dict[str, Any]:
-        """Under the module's own names, should wrappers have put theirs into one of them."""
+        """Return the weights under the module's names; wrappers such as torch.compile may have added theirs on either side."""
         assert self.module is not None
         own = {without_wrappers(name): name for name in module.state_dict()}
         return {own.get(without_wrappers(name), name): value for name, value in self.module.items()}
 
 
-def check_fit(shapes: Mapping[str, tuple[int, ...]], module: nn.Module, what: str) -> None:
-    """See that tensors by name are those of a module.
+def check_names_and_shapes(shapes: Mapping[str, tuple[int, ...]], module: nn.Module, what: str) -> None:
+    """Check that a module has tensors of these names and shapes.
+
+    Args:
+        shapes: Shapes by name.
+        module: The module.
+        what: Name of the tensors for the error.
 
     Raises:
-        UnusableReplayError: If they are not; names the first that differ.
+        UnusableReplayError: If any name or shape differs.
     """
     own = {without_wrappers(name): tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    theirs = {without_wrappers(name): shape for name, shape in shapes.items()}
-    missing, unexpected = [name for name in own if name not in theirs], [name for name in theirs if name not in own]
-    others = [
-        f"{name} {list(theirs[name])} instead of {list(own[name])}" for name in own if theirs.get(name, own[name]) != own[name]
-    ]
-    found = ((missing, "missing"), (unexpected, "unexpected"), (others, "of another shape"))
-    if differences := [f"{len(names)} {which} ({_listed(names)})" for names, which in found if names]:
+    given = {without_wrappers(name): shape for name, shape in shapes.items()}
+    differences = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {list(given[name])} instead of {list(own[name])}" for name in own if given.get(name, own[name]) != own[name]
+        ],
+    }
+    if found := [f"{len(names)} {kind} ({_listed(names)})" for kind, names in differences.items() if names]:
         raise UnusableReplayError(
-            f"The {what} must be those of {type(module).__name__} as the configuration makes it, got {', '.join(differences)}; "
-            "is it the configuration of that run?"
+            f"The {what} must fit {type(module).__name__} as the configuration builds it, got {', '.join(found)}; "
+            "give the configuration of the run to --config."
         )
 
 
-def _check_kinds(state: Mapping[str, Any], module: nn.Module) -> None:
-    """See that no whole numbers take the place of others, which torch would convert without a word."""
+def _check_dtypes(state: Mapping[str, Any], module: nn.Module) -> None:
+    """Check that no integers stand for floating-point numbers, or real for complex ones: torch would convert them silently."""
     own = module.state_dict()
     pairs = [(name, own[name], value) for name, value in state.items() if isinstance(value, Tensor) and name in own]
-    others = [
-        f"{name} {theirs.dtype} instead of {ours.dtype}"
-        for name, ours, theirs in pairs
-        if isinstance(ours, Tensor) and _kind(ours) != _kind(theirs)
+    differences = [
+        f"{name} {given.dtype} instead of {expected.dtype}"
+        for name, expected, given in pairs
+        if isinstance(expected, Tensor)
+        and (expected.is_floating_point(), expected.is_complex()) != (given.is_floating_point(), given.is_complex())
     ]
-    if others:
-        raise UnusableReplayError(f"The weights must be numbers of the kind that the module has, got {_listed(others)}.")
-
-
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+    if differences:
+        raise UnusableReplayError(f"The weights must be of the kinds of numbers that the module has, got {_listed(differences)}.")
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
-def _in_words(distance: int) -> str:
-    """Where a checkpoint's step lies, so many steps before the bad one."""
+def _distance_in_words(distance: int) -> str:
     if distance == 0:
-        return "that of the bad one"
-    steps = "step" if abs(distance) == 1 else "steps"
-    side = "before" if distance > 0 else "after"
-    return f"{abs(distance)} {steps} {side} the bad one"
+        return "just before"
+    return f"{steps_in_words(distance)} {'before' if distance > 0 else 'after'}"
+
+
+def steps_in_words(distance: int) -> str:
+    """Return a number of steps with its unit, without its sign."""
+    return f"{abs(distance)} step{'s' * (abs(distance) > 1)}"

@@ -1,164 +1,118 @@
-"""The calls of modules as a tree: within each other as they were made, in the order of execution."""
+"""The tree of module calls: each call below the one that made it, in the order of execution."""
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TextIO
+from typing import Literal, TypeAlias
 
 from clip_callbacks.bundles.terminal import escaped
-from clip_callbacks.replay.culprits import TITLES, Culprit
-from clip_callbacks.replay.ranges import Range
-from clip_callbacks.replay.watch import Call
+from clip_callbacks.replay.module_calls import ModuleCall
+from clip_callbacks.replay.ranges import ValueRange
+from clip_callbacks.replay.suspects import TITLES, SuspectModule
 
-SMALL = 30
-"""A tree of so many calls is shown whole."""
-RUN = 5
-"""More siblings alike than this are folded to the first, the last, and their count."""
+MAX_CALLS_IN_FULL = 30
+"""Number of calls up to which a tree is shown in full."""
+MAX_SIBLINGS_IN_FULL = 5
+"""Number of siblings of one state up to which all are shown; of more, the first, the last and the number of the others."""
+LEGEND = "Calls of modules, each with [min, max] of its inputs → of its outputs, and the largest |gradient| at its outputs:"
+_ASCII = {"├── ": "|-- ", "└── ": "`-- ", "│": "|", "→": "->", "◀": "<--", "…": "..."}
 
-
-@dataclass
-class Node:
-    """A line of the tree.
-
-    Args:
-        text: What it says.
-        style: "guilty", "bad", "healthy" or "folded".
-        children: Below it.
-    """
-
-    text: str
-    style: str
-    children: list[Node] = field(default_factory=list)
+State: TypeAlias = Literal["suspect", "non-finite", "finite"]
+STATES: tuple[State, ...] = ("suspect", "non-finite", "finite")
+"""States of a call, the worst first."""
 
 
-def make_tree(root: str, calls: Sequence[Call], culprits: Sequence[Culprit]) -> Node:
-    """From calls to lines.
+def draw_tree(root: str, calls: Sequence[ModuleCall], suspects: Sequence[SuspectModule], encoding: str = "utf-8") -> str:
+    """Draw a tree of calls as text, below a line that explains it.
 
     Args:
-        root: What stands at the top.
-        calls: In the order in which they began.
-        culprits: Those to mark.
+        root: Text of the root.
+        calls: All calls, in the order in which they began.
+        suspects: The calls to mark.
+        encoding: Encoding of the terminal; one without the letters of the drawing gets ASCII letters instead.
     """
-    below: dict[Call | None, list[Call]] = {}
+    children: dict[ModuleCall | None, list[ModuleCall]] = {}
     for call in calls:
-        below.setdefault(call.parent, []).append(call)
-    marks: dict[Call, list[str]] = {}
-    for culprit in culprits:
-        marks.setdefault(culprit.call, []).append(TITLES[culprit.guilt].lower())
-    grower = _Grower(below, marks, is_small=len(calls) <= SMALL)
-    return Node(root, "healthy", grower.grow(None))
-
-
-@dataclass
-class _Grower:
-    below: dict[Call | None, list[Call]]
-    marks: dict[Call, list[str]]
-    is_small: bool
-
-    def grow(self, parent: Call | None) -> list[Node]:
-        nodes: list[Node] = []
-        for condition, group in groupby(self.below.get(parent, []), self.condition):
-            siblings = list(group)
-            if self.is_small or condition == "guilty" or len(siblings) <= RUN:
-                nodes += [self.node(call) for call in siblings]
-                continue
-            what = "healthy" if condition == "healthy" else "not finite either"
-            folded = Node(f"… {len(siblings) - 2} more, {what}", "folded")
-            nodes += [self.node(siblings[0]), folded, self.node(siblings[-1])]
-        return nodes
-
-    def condition(self, call: Call) -> str:
-        """The worst of a call and of those in it."""
-        conditions = {self.own(call), *(self.condition(inner) for inner in self.below.get(call, []))}
-        return next(condition for condition in ("guilty", "bad", "healthy") if condition in conditions)
-
-    def own(self, call: Call) -> str:
-        if call in self.marks:
-            return "guilty"
-        return "healthy" if call.is_finite else "bad"
-
-    def node(self, call: Call) -> Node:
-        inside = self.below.get(call, [])
-        node = Node(_line(call, self.marks.get(call, [])), self.own(call))
-        if inside and not self.is_small and (condition := self.condition(call)) != "guilty":
-            count = self.count(call)
-            children = f"child{'ren' * (count > 1)}"
-            folded = f"… {count} healthy {children}" if condition == "healthy" else f"… {count} {children}, not finite either"
-            node.children = [Node(folded, "folded")]
-        else:
-            node.children = self.grow(call)
-        return node
-
-    def count(self, call: Call) -> int:
-        return sum(1 + self.count(inner) for inner in self.below.get(call, []))
-
-
-def _line(call: Call, marks: Sequence[str]) -> str:
-    span = f"{_told(call.inputs)} → {_told(call.outputs) if call.done is not None else 'raised'}"
-    gradient = f", |grad| {_magnitude(call.gradient)}" if call.gradient else ""
-    parameters = f", {', '.join(call.parameters)} not finite before" if call.parameters else ""
-    return f"{call.label}: {span}{gradient}{parameters}" + "".join(f"  ◀ {mark}" for mark in marks)
-
-
-def _told(span: Range | None) -> str:
-    return "no floats" if span is None else str(span)
-
-
-def _magnitude(span: Range) -> str:
-    largest = "" if span.low != span.low else f"{span.largest:.3g}"
-    counts = [f"{count} {kind}" for count, kind in ((span.nan, "NaN"), (span.inf, "inf")) if count]
-    return " + ".join(part for part in (largest, *counts) if part)
-
-
-def show(node: Node, stream: TextIO | None = None) -> None:
-    """Print a tree: in colors on a terminal if rich is there, else as plain text.
-
-    Args:
-        node: The root.
-        stream: Where to; None: stdout.
-    """
-    stream = stream or sys.stdout
-    if stream.isatty():
-        try:
-            from rich.console import Console
-        except ImportError:
-            pass
-        else:
-            Console(file=stream, soft_wrap=True).print(rich_tree(node))
-            return
-    print(plain_text(node, getattr(stream, "encoding", None) or "utf-8"), file=stream)
-
-
-def rich_tree(node: Node) -> Any:
-    """The same for rich."""
-    from rich.text import Text
-    from rich.tree import Tree
-
-    styles = {"guilty": "bold red", "bad": "yellow", "healthy": "", "folded": "dim"}
-    tree = Tree(Text(escaped(node.text), style=styles[node.style]))
-    for child in node.children:
-        tree.add(rich_tree(child))
-    return tree
-
-
-def plain_text(node: Node, encoding: str = "utf-8") -> str:
-    """The same as text, with letters that the encoding has."""
-    text = "\n".join(_lines(node))
+        children.setdefault(call.parent, []).append(call)
+    marks: dict[ModuleCall, list[str]] = {}
+    for suspect in suspects:
+        marks.setdefault(suspect.call, []).append(TITLES[suspect.fault].lower())
+    tree = _Tree(children, marks, is_full=len(calls) <= MAX_CALLS_IN_FULL)
+    text = "\n".join([LEGEND, escaped(root), *tree.branches(None)])
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        for letters, plain in {"├── ": "|-- ", "└── ": "`-- ", "│": "|", "→": "->", "◀": "<--", "…": "..."}.items():
-            text = text.replace(letters, plain)
+        for letters, replacement in _ASCII.items():
+            text = text.replace(letters, replacement)
     return text
 
 
-def _lines(node: Node) -> list[str]:
-    lines = [escaped(node.text)]
-    for child in node.children:
-        is_last = child is node.children[-1]
-        first, *rest = _lines(child)
+@dataclass(frozen=True)
+class _Tree:
+    children: dict[ModuleCall | None, list[ModuleCall]]
+    marks: dict[ModuleCall, list[str]]
+    is_full: bool
+
+    def branches(self, parent: ModuleCall | None) -> list[str]:
+        """Return the lines of the calls that a call made."""
+        subtrees: list[list[str]] = []
+        for state, group in groupby(self.children.get(parent, []), self.worst_state):
+            siblings = list(group)
+            if self.is_full or state == "suspect" or len(siblings) <= MAX_SIBLINGS_IN_FULL:
+                subtrees += [self.subtree(call) for call in siblings]
+            else:
+                folded = [f"… {len(siblings) - 2} more, all {state}"]
+                subtrees += [self.subtree(siblings[0]), folded, self.subtree(siblings[-1])]
+        return _joined(subtrees)
+
+    def subtree(self, call: ModuleCall) -> list[str]:
+        """Return the line of a call, and those of the calls that it made, or their number if they need no look."""
+        line = escaped(_line(call, self.marks.get(call, [])))
+        state, count = self.worst_state(call), self.count_inside(call)
+        if self.is_full or state == "suspect" or not count:
+            return [line, *self.branches(call)]
+        return [line, *_joined([[f"… {count} {state} call{'s' * (count > 1)} inside"]])]
+
+    def worst_state(self, call: ModuleCall) -> State:
+        """Return the worst state of a call and of the calls inside it."""
+        states = {self.own_state(call), *(self.worst_state(inner) for inner in self.children.get(call, []))}
+        return next(state for state in STATES if state in states)
+
+    def own_state(self, call: ModuleCall) -> State:
+        if call in self.marks:
+            return "suspect"
+        return "finite" if call.is_finite else "non-finite"
+
+    def count_inside(self, call: ModuleCall) -> int:
+        return sum(1 + self.count_inside(inner) for inner in self.children.get(call, []))
+
+
+def _joined(subtrees: list[list[str]]) -> list[str]:
+    """Return the lines of subtrees with the strokes that join them to their parent."""
+    lines: list[str] = []
+    for number, (first, *rest) in enumerate(subtrees, 1):
+        is_last = number == len(subtrees)
         lines += [("└── " if is_last else "├── ") + first, *(("    " if is_last else "│   ") + line for line in rest)]
     return lines
+
+
+def _line(call: ModuleCall, marks: Sequence[str]) -> str:
+    outputs = "raised an error" if call.end_order is None else _describe(call.outputs)
+    text = f"{call.label}: {_describe(call.inputs)} → {outputs}"
+    if call.grad_output:
+        text += f", |gradient| {_largest(call.grad_output)}"
+    if call.nonfinite_tensors:
+        text += f", non-finite before the step: {', '.join(call.nonfinite_tensors)}"
+    return text + "".join(f"  ◀ {mark}" for mark in marks)
+
+
+def _describe(values: ValueRange | None) -> str:
+    return "no floats" if values is None else str(values)
+
+
+def _largest(values: ValueRange) -> str:
+    largest = [] if math.isnan(values.largest) else [f"{values.largest:.3g}"]
+    return " + ".join([*largest, *(f"{count} {kind}" for kind, count in values.nonfinite_counts())])

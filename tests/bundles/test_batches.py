@@ -68,7 +68,7 @@ def test_batches_of_unknown_classes_are_named_and_need_trust(trainer, tmp_path):
 
 def test_a_batch_that_cannot_be_pickled_is_left_out_and_the_reason_told(trainer, tmp_path):
     batch = {"x": torch.ones(2, 4), "y": torch.full((2, 1), NAN), "lock": (i for i in range(3))}
-    with pytest.warns(RuntimeWarning, match="its batches.pt could not be written: cannot pickle 'generator'"):
+    with pytest.warns(RuntimeWarning, match="batches.pt could not be written: cannot pickle 'generator'"):
         trainer(guard_to(tmp_path)).fit(Views(), loader_of(batch))
     (bundle,) = bundles_in(tmp_path / "bad")
     with pytest.raises(UnusableBundleError, match="holds no batches: cannot pickle 'generator' object"):
@@ -81,7 +81,7 @@ def test_a_batch_changed_in_place_is_told(trainer, tmp_path):
             batch[0].mul_(2)
             return super().loss(batch, batch_idx)
 
-    with pytest.warns(RuntimeWarning, match="the batch was changed in place after it began"):
+    with pytest.warns(RuntimeWarning, match="the step changed its batch in place"):
         trainer(guard_to(tmp_path)).fit(Changes({2: NAN}), data(4))
     trainer(guard_to(tmp_path)).fit(Poisoned({3: NAN}), data(4))
     changed, untouched = bundles_in(tmp_path / "bad")

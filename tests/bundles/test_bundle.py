@@ -156,7 +156,9 @@ def test_generators_of_all_kinds_go_on_where_they_were():
     module.draw()
     assert restore(states, module) == []
     assert module.draw() == drawn
-    assert restore(states, nn.Identity()) == [f"the module has no generator `{name}`" for name in ("numpy", "python", "child.dice")]
+    assert restore(states, nn.Identity()) == [
+        f"the module has no generator `{name}`, which the bundle has" for name in ("numpy", "python", "child.dice")
+    ]
 
 
 def test_a_reference_names_the_last_checkpoint_and_its_step(trainer, tmp_path):

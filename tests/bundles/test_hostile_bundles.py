@@ -26,7 +26,7 @@ def test_a_truncated_bundle_is_refused(bundle):
     with pytest.raises(UnusableBundleError, match=r"batches.pt must have \d+ bytes, got \d+: it is truncated or changed"):
         Bundle.read(bundle.path)
     file.unlink()
-    with pytest.raises(UnusableBundleError, match=r"batches.pt is missing, or no file"):
+    with pytest.raises(UnusableBundleError, match=r"batches.pt must be a regular file, got a link, a folder or nothing"):
         Bundle.read(bundle.path)
 
 
@@ -35,7 +35,7 @@ def test_a_tampered_bundle_is_refused(bundle):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UnusableBundleError, match=r"weights.pt is not as it was written"):
+    with pytest.raises(UnusableBundleError, match=r"weights.pt must have the SHA-256 hash that bundle.json records"):
         Bundle.read(bundle.path)
 
 
@@ -45,9 +45,9 @@ def test_a_tampered_bundle_is_refused(bundle):
         (lambda text: text[:100], "bundle.json cannot be read"),
         (lambda text: text.replace('"format": 1', '"format": 7'), "must have the format 1, got 7"),
         (lambda text: "[]", "must have the format 1, got 'list'"),
-        (lambda text: text.replace('"report"', '"other"'), "must tell of `report`, got None"),
-        (lambda text: text.replace('"nonfinite"', '"unheard"', 1), "must tell of a `kind` among nonfinite, spike, got 'unheard'"),
-        (lambda text: text.replace('"batches.pt"', '"../batches.pt"'), "must name files of its own folder"),
+        (lambda text: text.replace('"report"', '"other"'), "must hold an object `report`, got None"),
+        (lambda text: text.replace('"nonfinite"', '"unheard"', 1), "must hold a `kind` among nonfinite, spike, got 'unheard'"),
+        (lambda text: text.replace('"batches.pt"', '"../batches.pt"'), "must name files in its own folder only"),
     ],
 )
 def test_a_broken_bundle_json_is_refused(bundle, change, match):
@@ -114,13 +114,13 @@ def test_links_pipes_and_long_names_are_refused(bundle):
     file = bundle.path / "weights.pt"
     file.rename(bundle.path.parent / "elsewhere")
     file.symlink_to(bundle.path.parent / "elsewhere")
-    with pytest.raises(UnusableBundleError, match=r"weights.pt is missing, or no file"):
+    with pytest.raises(UnusableBundleError, match=r"weights.pt must be a regular file, got a link, a folder or nothing"):
         Bundle.read(bundle.path)
     facts = bundle.path / "bundle.json"
     facts.write_text(facts.read_text().replace('"weights.pt": {', f'"{"w" * 300}": {{'))
-    with pytest.raises(UnusableBundleError, match="w is missing, or no file"):
+    with pytest.raises(UnusableBundleError, match="w must be a regular file, got a link, a folder or nothing"):
         Bundle.read(bundle.path)
     facts.unlink()
     os.mkfifo(facts)
-    with pytest.raises(UnusableBundleError, match="bundle.json must be a file of up to 64 MB"):
+    with pytest.raises(UnusableBundleError, match="bundle.json must be a regular file of at most 64 MB"):
         Bundle.read(bundle.path)

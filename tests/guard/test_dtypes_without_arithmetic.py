@@ -11,7 +11,7 @@ from torch import nn
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, RatioLimit
 from clip_callbacks.core.nonfinite import has_arithmetic
-from clip_callbacks.replay.watch import _not_finite
+from clip_callbacks.replay.module_recorder import _nonfinite_tensors
 from tests.helpers.exotic import frozen_tensors
 from tests.helpers.rollback import rollback
 from tests.helpers.training import Poisoned, assert_same_bits, data, weights
@@ -117,9 +117,9 @@ def test_a_replay_takes_no_frozen_weights_for_numbers(kind):
     layer = nn.Linear(4, 2)
     layer.base = nn.Parameter(frozen_tensors()[kind], requires_grad=False)
     layer.register_buffer("codes", frozen_tensors()["float8_e5m2"])
-    assert _not_finite(layer) == ()
+    assert _nonfinite_tensors(layer) == ()
     layer.bias.data.fill_(math.nan)
-    assert _not_finite(layer) == ("bias",)
+    assert _nonfinite_tensors(layer) == ("bias",)
 
 
 class TwoAdapted(Adapted):

@@ -107,7 +107,8 @@ def refused(capsys, bundle, *arguments):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def guilt(found):
+def suspects(found):
+    """The names of the suspect modules, by fault."""
     return {culprit["guilt"]: culprit["name"] for culprit in found["culprits"]}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clip_callbacks.replay.bisection import bisect
-from clip_callbacks.replay.samples import batch_size, chosen
+from clip_callbacks.replay.samples import batch_size, select_samples
 from tests.helpers.replaying import WIDTH, Gan, Item, Net, config, fitted, replayed, samples
 
 pytestmark = [
@@ -92,7 +92,9 @@ def test_optimizers_that_step_again_before_the_bad_step_are_told(trainer, tmp_pa
     bundle = fitted(trainer, tmp_path, Behind(), inputs)
     code, found = replayed(capsys, bundle, *config(tmp_path, Behind))
     assert code == 0
-    assert any("stepped in the window before the bad step do so again" in note for note in found["notes"])
+    assert any(
+        "optimizers that step earlier in the window of the bad step also step in the replay" in note for note in found["notes"]
+    )
 
 
 class Pairwise(Net):
@@ -149,7 +151,7 @@ def test_samples_are_cut_out_of_everything_that_has_as_many_rows():
     batch = {"item": Item(torch.arange(6).view(6, 1), list("abcdef"), torch.tensor(2.0)), "y": (torch.arange(6), torch.zeros(3))}
     size = batch_size(batch)
     assert size == 6
-    part = chosen(batch, [1, 4], size)
+    part = select_samples(batch, [1, 4], size)
     assert part["item"].x.tolist() == [[1], [4]]
     assert part["item"].names == ["b", "e"]
     assert part["item"].temperature == 2
@@ -157,5 +159,5 @@ def test_samples_are_cut_out_of_everything_that_has_as_many_rows():
     assert part["y"][1].shape == (3,)
     assert batch["item"].names == list("abcdef")
     pair = [torch.arange(2), torch.arange(2)]
-    assert [len(rows) for rows in chosen(pair, [0], 2)] == [1, 1], "a list of tensors is no list of samples"
+    assert [len(rows) for rows in select_samples(pair, [0], 2)] == [1, 1], "a list of tensors is no list of samples"
     assert batch_size({"text": "abc"}) is None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.replaying import WIDTH, Log, Net, config, fitted, guilt, replayed, samples
+from tests.helpers.replaying import WIDTH, Log, Net, config, fitted, replayed, samples, suspects
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
@@ -30,8 +30,8 @@ class Shared(Net):
 def test_a_module_is_not_blamed_for_what_flows_back_from_another_use_of_its_input(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Shared(), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Shared))
-    assert guilt(found) == {}
-    assert "in code that takes what comes out of relu (ReLU)" in found["findings"][0]
+    assert suspects(found) == {}
+    assert "look at code that uses the output of relu (ReLU)" in found["findings"][0]
     innocent = next(call for call in found["calls"] if call["name"] == "innocent")
     assert innocent["gradient_in"]["nan"] == innocent["gradient_in"]["inf"] == 0
 
@@ -48,8 +48,8 @@ class Twice(Net):
 def test_of_two_calls_of_a_module_the_innocent_one_is_not_blamed(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Twice("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Twice, kind="plain"))
-    assert guilt(found) == {}
-    assert "in code that takes what comes out of net.0 (Linear, call 2)" in found["findings"][0]
+    assert suspects(found) == {}
+    assert "look at code that uses the output of net.0 (Linear, call 2)" in found["findings"][0]
 
 
 class Penalized(Net):
@@ -63,8 +63,8 @@ class Penalized(Net):
 def test_a_module_is_not_blamed_for_a_penalty_on_its_parameters(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Penalized("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Penalized, kind="plain"))
-    assert guilt(found) == {}
-    assert "or that takes parameters itself, as a penalty on weights does" in found["findings"][0]
+    assert suspects(found) == {}
+    assert "and at code that uses parameters directly, such as a penalty on weights" in found["findings"][0]
     assert "SqrtBackward0" in found["findings"][0]
 
 
@@ -89,8 +89,8 @@ class OwnParameter(Net):
 def test_a_module_that_breaks_only_the_gradient_of_its_own_parameter_is_named(trainer, tmp_path, capsys, precision):
     bundle = fitted(trainer, tmp_path, OwnParameter(), samples(4), options={"precision": precision})
     _, found = replayed(capsys, bundle, *config(tmp_path, OwnParameter))
-    assert guilt(found) == {"gradient": "net.1"}
-    assert "gradients of its own parameters non-finite" in found["culprits"][0]["text"]
+    assert suspects(found) == {"gradient": "net.1"}
+    assert "the gradients of its own parameters are non-finite" in found["culprits"][0]["text"]
 
 
 class Between(Net):
@@ -103,8 +103,8 @@ class Between(Net):
 def test_infinities_that_no_module_has_made_are_said_to_be_so(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Between("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Between, kind="plain"))
-    assert guilt(found)["output"] == "net.0"
-    assert "what is infinite there is of no module: a mask, the batch, or code before it" in found["findings"][0]
+    assert suspects(found)["output"] == "net.0"
+    assert "no module made these infinities: look at the batch, masks and code before it" in found["findings"][0]
 
 
 class Checkpointed(Net):
@@ -144,7 +144,7 @@ def test_infinities_that_other_modules_take_without_harm_are_no_fault(trainer, t
     inputs[9, 3] = 0
     bundle = fitted(trainer, tmp_path, Masked(), inputs)
     _, found = replayed(capsys, bundle, *config(tmp_path, Masked))
-    assert guilt(found) == {"output": "net.0"}
+    assert suspects(found) == {"output": "net.0"}
 
 
 class Compiled(Net):
@@ -158,6 +158,6 @@ def test_what_is_compiled_is_said_to_be_unseen(trainer, tmp_path, capsys):
     inputs[9, 3] = 0
     bundle = fitted(trainer, tmp_path, Compiled(), inputs)
     _, found = replayed(capsys, bundle, *config(tmp_path, Compiled))
-    assert guilt(found) == {"output": "net.0"}
+    assert suspects(found) == {"output": "net.0"}
     assert any("net.1 is compiled" in note for note in found["notes"])
     assert "net.1" not in {call["name"] for call in found["calls"]}

@@ -14,7 +14,7 @@ from torch import nn
 
 from clip_callbacks.bundles.bundle import BATCHES, FACTS
 from clip_callbacks.cli import main
-from tests.helpers.replaying import Net, config, fitted, guilt, replayed, samples
+from tests.helpers.replaying import Net, config, fitted, replayed, samples, suspects
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
@@ -31,22 +31,22 @@ def test_the_module_that_makes_infinities_of_zeros_is_named(trainer, tmp_path, c
     bundle = fitted(trainer, tmp_path, Net("log"), inputs)
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="log"))
     assert code == 0
-    assert guilt(found) == {"output": "net.0"}
-    assert "output 1 inf of 4x8, inputs finite in [0, " in found["culprits"][0]["text"]
+    assert suspects(found) == {"output": "net.0"}
+    assert "its output has 1 inf in 4x8 values, its inputs are finite, in [0, " in found["culprits"][0]["text"]
     (micro,) = found["micro_batches"]
     assert micro["same_loss"]
     assert found["verdict"] == "Reproduced."
 
 
-def test_text_shows_the_tree_and_names_the_guilty_above_it(trainer, tmp_path, capsys):
+def test_text_shows_the_tree_and_names_the_suspect_above_it(trainer, tmp_path, capsys):
     inputs = samples()
     inputs[9, 3] = 0
     bundle = fitted(trainer, tmp_path, Net("log"), inputs)
     capsys.readouterr()
     assert main(["replay", str(bundle), *config(tmp_path, Net, kind="log")]) == 0
     text = capsys.readouterr().out
-    assert "First non-finite output: net.0 (Log): output 1 inf of 4x8" in text
-    assert "Weights: those of the bundle" in text
+    assert "First non-finite output: net.0 (Log): its output has 1 inf in 4x8 values" in text
+    assert "Weights: from the bundle" in text
     assert "    ├── net.0 (Log): [0, " in text
     assert "◀ first non-finite output" in text
     assert text.endswith("Reproduced.\n")
@@ -58,7 +58,7 @@ def test_of_modules_within_each_other_the_innermost_is_named(trainer, tmp_path, 
     torch.manual_seed(3)
     bundle = fitted(trainer, tmp_path, Net("inner"), inputs)
     _, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="inner"))
-    assert guilt(found)["output"] == "net.1.1"
+    assert suspects(found)["output"] == "net.1.1"
 
 
 def test_a_derivative_that_is_infinite_is_found_in_the_backward_pass(trainer, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_a_derivative_that_is_infinite_is_found_in_the_backward_pass(trainer, tm
     bundle = fitted(trainer, tmp_path, Net("root"), samples(4))
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="root"))
     assert code == 0
-    assert guilt(found) == {"gradient": "net.2"}
+    assert suspects(found) == {"gradient": "net.2"}
     assert math.isfinite(found["micro_batches"][0]["loss"])
 
 
@@ -89,8 +89,11 @@ def test_an_lstm_that_is_given_nan_is_not_blamed_but_its_input(trainer, tmp_path
     inputs[9, 3] = math.nan
     bundle = fitted(trainer, tmp_path, Recurrent(), inputs)
     _, found = replayed(capsys, bundle, *config(tmp_path, Recurrent))
-    assert guilt(found) == {}
-    assert "what goes into lstm (LSTM) is not finite already: the batch, or the code before it" in found["findings"][0]
+    assert suspects(found) == {}
+    assert (
+        "the inputs of lstm (LSTM) are already non-finite. Look at the batch, and at the code before this module"
+        in found["findings"][0]
+    )
 
 
 class Transformer(LightningModule):
@@ -118,10 +121,10 @@ def test_an_overflow_in_float16_is_named_under_a_mask_of_infinities_and_float32_
     options = config(tmp_path, Transformer, size=3.5e5)
     code, found = replayed(capsys, bundle, *options)
     assert code == 0
-    assert guilt(found)["output"] == "encoder.layers.1.linear2"
+    assert suspects(found)["output"] == "encoder.layers.1.linear2"
     code, found = replayed(capsys, bundle, *options, "--precision", "32-true")
     assert code == 1
-    assert "float32 cures it (it was 16-true)" in found["verdict"].lower()
+    assert "With float32 the step does not fail (the run used 16-true)" in found["verdict"]
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
@@ -153,7 +156,7 @@ def test_under_a_grad_scaler_the_loss_scale_is_that_of_the_run(trainer, tmp_path
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="plain"))
     assert code == 0
     assert found["precision"] == "16-mixed"
-    assert "gradients are shown as they flow: times the loss scale, 512" in found["notes"]
+    assert "gradients are shown as the backward pass has them: times the loss scale, 512" in found["notes"]
     assert found["micro_batches"][0]["same_loss"]
 
 
@@ -164,9 +167,9 @@ def test_a_spike_is_told_with_its_norm_and_what_explodes(trainer, tmp_path, caps
     assert code == 0
     recorded = json.loads((bundle / FACTS).read_text())["report"]["total_norm"]
     assert found["total_norm"] == pytest.approx(recorded, rel=1e-6)  # sums in another order
-    assert guilt(found) == {"output explodes": "net.1", "gradient explodes": "net.1"}
+    assert suspects(found) == {"output explodes": "net.1", "gradient explodes": "net.1"}
     assert any("limit 10)" in line for line in found["findings"])
-    assert guilt(replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"), "--explodes", "1e5")[1]) == {}
+    assert suspects(replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"), "--explodes", "1e5")[1]) == {}
 
 
 class LossAlone(Net):
@@ -175,11 +178,11 @@ class LossAlone(Net):
         return (out / (batch[0].sum() - batch[0].sum())).mean()
 
 
-def test_if_no_module_is_guilty_it_is_the_loss_and_its_operations_are_named(trainer, tmp_path, capsys):
+def test_if_no_module_is_a_suspect_it_is_the_loss_and_its_operations_are_named(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, LossAlone("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, LossAlone, kind="plain"))
-    assert guilt(found) == {}
-    assert "the loss function or training_step, after the last module" in found["findings"][0]
+    assert suspects(found) == {}
+    assert "look at the loss function, and at training_step after the last module" in found["findings"][0]
     assert "MeanBackward0, DivBackward0" in found["findings"][0]
 
 
@@ -194,7 +197,7 @@ def test_detect_anomaly_names_the_line_of_the_users_code(trainer, tmp_path, caps
     code, found = replayed(capsys, bundle, *config(tmp_path, RootLoss, kind="plain"), "--detect-anomaly")
     assert code == 0
     assert (
-        "in code that takes what comes out of net (Sequential): between modules, the loss function or training_step"
+        "look at code that uses the output of net (Sequential), between modules, in the loss function or in training_step"
         in found["findings"][0]
     )
     assert found["anomaly"]["file"] == __file__

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from clip_callbacks import Bundles, NonFiniteGuard
 from clip_callbacks.bundles.bundle import BATCHES, FACTS, WEIGHTS
 from clip_callbacks.cli import main
-from clip_callbacks.replay.starting_weights import check_fit
-from clip_callbacks.replay.unusable import UnusableReplayError
+from clip_callbacks.replay.errors import UnusableReplayError
+from clip_callbacks.replay.starting_weights import check_names_and_shapes
 from tests.helpers.replaying import Item, Net, config, fitted, refused, replayed, rewrite, samples
 
 pytestmark = [
@@ -30,22 +30,22 @@ def test_what_is_no_bundle_or_was_tampered_with_is_refused(bad, tmp_path, capsys
     (bad / BATCHES).write_bytes(whole[:-10])
     assert "it is truncated or changed" in refused(capsys, bad, *good)
     (bad / BATCHES).write_bytes(whole[:-1] + b"?")
-    assert "its hash is another one" in refused(capsys, bad, *good)
+    assert "must have the SHA-256 hash that bundle.json records, got another one: it was changed" in refused(capsys, bad, *good)
     (bad / BATCHES).write_bytes(whole)
     facts = json.loads((bad / FACTS).read_text())
     for key, value in {"optimizer": "x", "trainer": {}, "module": {"class": 3}}.items():
         (bad / FACTS).write_text(json.dumps(facts | {key: value}))
-        assert "bundle.json must tell of the step, the Trainer and the module" in refused(capsys, bad, *good)
+        assert "bundle.json must describe the step, the Trainer and the module" in refused(capsys, bad, *good)
     (bad / FACTS).write_text(json.dumps(facts | {"optimizer": 7}))
-    assert "is of optimizer 7, but the module has 1" in refused(capsys, bad, *good)
+    assert "must be the index of one of the module's 1, got 7" in refused(capsys, bad, *good)
 
 
 def test_another_module_is_refused_with_the_keys_that_differ(bad, tmp_path, capsys):
     line = refused(capsys, bad, *config(tmp_path, Net, kind="spike"))
-    assert "of Net as the configuration makes it, got 4 missing (net.0.weight, net.0.bias, net.2.weight and 1 more)" in line
+    assert "must fit Net as the configuration builds it, got 4 missing (net.0.weight, net.0.bias, net.2.weight and 1 more)" in line
     assert "4 unexpected (net.1.weight, net.1.bias, net.3.weight and 1 more)" in line
     with pytest.raises(UnusableReplayError, match=r"got 1 of another shape \(weight \[3, 3\] instead of \[3, 2\]\)"):
-        check_fit({"weight": (3, 3), "bias": (3,)}, nn.Linear(2, 3), "weights")
+        check_names_and_shapes({"weight": (3, 3), "bias": (3,)}, nn.Linear(2, 3), "weights")
 
 
 def test_configurations_that_cannot_be_used_are_refused_in_one_line(bad, tmp_path, capsys):

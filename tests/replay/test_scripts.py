@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.helpers import forked
-from tests.helpers.replaying import Net, config, guilt, refused, replayed
+from tests.helpers.replaying import Net, config, refused, replayed, suspects
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
@@ -112,8 +112,8 @@ def test_scripts_with_their_own_cli_are_run_up_to_the_module(script, capsys):
     path, before = list(sys.path), sys.modules["__main__"]
     code, found = replayed(capsys, bundle, "--script", folder / "train.py", "--config", folder / "cfg.yaml")
     assert code == 0
-    assert guilt(found) == {"output": "net.0"}
-    assert found["weights"].startswith("as the configuration makes them")
+    assert suspects(found) == {"output": "net.0"}
+    assert found["weights"].startswith("as the configuration initializes them")
     assert found["micro_batches"][0]["same_loss"], "the seed of the configuration makes the weights of the run"
     assert not (folder / "trained").exists()
     assert not (folder / "loud").exists(), "what the Trainer of the configuration has is not made"
@@ -136,13 +136,13 @@ def test_scripts_that_do_not_run_their_cli_work_too(script, capsys):
     (folder / "train.py").write_text(source.replace('"trainer_defaults": {"max_steps": 1}', '"run": False'))
     code, found = replayed(capsys, bundle, "--script", folder / "train.py", "--config", folder / "cfg.yaml")
     assert code == 0
-    assert guilt(found) == {"output": "net.0"}
+    assert suspects(found) == {"output": "net.0"}
 
 
 def test_scripts_that_make_no_cli_or_fail_are_refused(bad, tmp_path, capsys):
     good, path = config(tmp_path, Net, kind="log"), tmp_path / "main.py"
     path.write_text("print('nothing')")
-    assert "must be one that makes a LightningCLI when it is run" in refused(capsys, bad, *good, "--script", path)
+    assert "must be a script that makes a LightningCLI when it is run" in refused(capsys, bad, *good, "--script", path)
     path.write_text("\n1 / 0")
     assert f"main.py raised ZeroDivisionError: division by zero ({path}, line 2)" in refused(capsys, bad, *good, "--script", path)
 

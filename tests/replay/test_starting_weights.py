@@ -29,12 +29,12 @@ def test_weights_of_a_checkpoint_are_told_with_their_distance(trainer, tmp_path,
     bundle = fitted(trainer, tmp_path, Net("log"), inputs, weights="reference", options=options, callbacks=[saving])
     arguments = config(tmp_path, Net, kind="log")
     _, found = replayed(capsys, bundle, *arguments)
-    assert "step=4.ckpt, which the bundle refers to, of step 4, 1 step before the bad one" in found["weights"]
+    assert "step=4.ckpt (the checkpoint that the bundle refers to), saved at step 4, 1 step before the bad step" in found["weights"]
     first = tmp_path / "ckpt" / "step=2.ckpt"
     _, found = replayed(capsys, bundle, *arguments, "--ckpt", first)
-    assert "of step 2, 3 steps before the bad one" in found["weights"]
+    assert "saved at step 2, 3 steps before the bad step" in found["weights"]
     shutil.rmtree(tmp_path / "ckpt")
-    assert "step=4.ckpt, which is gone; give another one by --ckpt PATH." in refused(capsys, bundle, *arguments)
+    assert "step=4.ckpt, but that file is missing; name another checkpoint: --ckpt PATH." in refused(capsys, bundle, *arguments)
 
 
 def test_without_any_weights_those_of_the_configuration_are_taken_and_that_is_said(trainer, tmp_path, capsys):
@@ -43,7 +43,7 @@ def test_without_any_weights_those_of_the_configuration_are_taken_and_that_is_sa
     bundle = fitted(trainer, tmp_path, Net("log"), inputs, weights="none")
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="log"))
     assert code == 0
-    assert found["weights"] == "as the configuration makes them; the bundle has none"
+    assert found["weights"] == "as the configuration initializes them, because the bundle holds none"
     assert found["micro_batches"][0]["same_loss"] in {True, False}
 
 
@@ -55,8 +55,8 @@ def test_what_is_not_bad_again_says_so_and_what_to_try(trainer, tmp_path, capsys
     (bundle / FACTS).write_text(json.dumps(facts))
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="plain"), "--bisect")
     assert code == 1
-    assert found["verdict"].startswith("Not reproduced: the norm is ")
-    assert "give a checkpoint from before the step by --ckpt" in found["verdict"]
+    assert found["verdict"].startswith("Not reproduced: the norm of all gradients is ")
+    assert "name a checkpoint from before the step (--ckpt)" in found["verdict"]
     assert found["bisection"] is None
 
 
@@ -76,4 +76,4 @@ def test_names_that_wrappers_have_put_into_keys_are_looked_through(trainer, tmp_
     code, found = replayed(capsys, bundle, *config(tmp_path, Wrapped, kind="log"))
     assert code == 0
     assert found["micro_batches"][0]["same_loss"] in {True, False}
-    assert "of step 2" in found["weights"]
+    assert "saved at step 2" in found["weights"]

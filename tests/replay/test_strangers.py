@@ -87,7 +87,7 @@ def test_escape_sequences_in_errors_are_shown_not_obeyed(bundle, tmp_path, capsy
 def test_facts_of_another_kind_are_refused_in_one_short_line(bundle, tmp_path, capsys, key, value):
     patch(bundle, key, value)
     line = refused(capsys, bundle, *config(tmp_path, Net, kind="log"))
-    assert f"{FACTS} must tell of the step, the Trainer and the module" in line
+    assert f"{FACTS} must describe the step, the Trainer and the module" in line
     assert len(line) < 600
 
 
@@ -117,7 +117,7 @@ def test_batches_of_another_structure_are_refused(bundle, tmp_path, capsys):
     wrong = [{}, rng | {"torch": rng["torch"][:9]}, rng | {"python": huge}, rng | {"numpy": 3}, rng | {"generators": 3}]
     for states in wrong[:: 1 if EVERY_CELL else 2]:
         rewrite(bundle, BATCHES, [row | {"rng": states}])
-        assert "The random numbers' states cannot be set: " in refused(capsys, bundle, *good)
+        assert "`rng` in the bundle must hold the states of random number generators, got " in refused(capsys, bundle, *good)
 
 
 def test_weights_and_optimizers_of_another_structure_are_refused(bundle, tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_weights_and_optimizers_of_another_structure_are_refused(bundle, tmp_pat
         rewrite(bundle, WEIGHTS, {"module": {name: value.to(dtype) for name, value in state.items()}})
         assert f"got net.1.weight {dtype} instead of torch.float32" in refused(capsys, bundle, *good)
     rewrite(bundle, WEIGHTS, {"module": {3: torch.zeros(1)}})
-    assert "must be a state_dict with names, got [3]" in refused(capsys, bundle, *good)
+    assert "must be a state_dict with names as keys, got [3]" in refused(capsys, bundle, *good)
     rewrite(bundle, WEIGHTS, {"module": state})
     for content in (None, 3, {"a": 1}, [3])[:: 1 if EVERY_CELL else 3]:
         rewrite(bundle, OPTIMIZERS, content)
@@ -144,12 +144,12 @@ def test_a_reference_that_is_no_path_is_refused(bundle, tmp_path, capsys):
     del facts["files"][WEIGHTS]
     for path in (3, ["x"]):
         (bundle / FACTS).write_text(json.dumps(facts | {"weights": {"checkpoint": path}}))
-        assert "must tell of a checkpoint's path" in refused(capsys, bundle, *config(tmp_path, Net, kind="log"))
+        assert "must be a path, got " in refused(capsys, bundle, *config(tmp_path, Net, kind="log"))
 
 
 def test_the_folder_of_bundles_or_a_file_of_one_is_refused_with_a_hint(written, tmp_path, capsys):
     good = config(tmp_path, Net, kind="log")
-    assert f"which holds 1 of them: name one, such as {written}" in refused(capsys, written.parent, *good)
+    assert f"which holds 1 bundle: name one, such as {written}" in refused(capsys, written.parent, *good)
     assert "`bundle` must be a folder with a bundle.json, got " in refused(capsys, written / FACTS, *good)
 
 

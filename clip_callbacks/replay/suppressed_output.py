@@ -1,4 +1,4 @@
-"""What a module, a script and Lightning say while something is run that is no run of the user's."""
+"""Output that a replay keeps from the terminal: prints of the user's code, messages of Lightning, and warnings."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def silenced() -> Iterator[list[warnings.WarningMessage]]:
-    """What the module prints goes to stderr; Lightning says nothing of a run that is none; warnings are kept."""
+def suppress_output() -> Iterator[list[warnings.WarningMessage]]:
+    """Send prints to stderr, record warnings instead of showing them, and let Lightning log errors only.
+
+    Yields:
+        The warnings; a list that grows.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as said:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("always")
-            yield said
+            yield recorded
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

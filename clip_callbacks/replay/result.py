@@ -1,0 +1,95 @@
+"""The result of running a window once: losses, module calls and gradients of each micro-batch, and the norm of all gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.replay.module_calls import ModuleCall
+from clip_callbacks.replay.ranges import ValueRange
+
+
+@dataclass
+class MicroBatchResult:
+    """The result of running one micro-batch.
+
+    Args:
+        batch_idx: Number of the batch in its epoch.
+        recorded_loss: Loss of the training run, as its backward pass got it; None if the bundle has none.
+        loss: Loss of the replay; None if there was no backward pass.
+        calls: Calls of modules, in the order in which they began.
+        gradients: Ranges of the gradients that the window has accumulated up to this micro-batch, by parameter.
+        norm: Norm of the gradients that this micro-batch added.
+        operations: Names of the autograd operations between the last modules and the loss.
+        notes: Remarks on what could not be recorded.
+    """
+
+    batch_idx: int
+    recorded_loss: Tensor | None
+    loss: Tensor | None = None
+    calls: list[ModuleCall] = field(default_factory=list)
+    gradients: dict[str, ValueRange] = field(default_factory=dict)
+    norm: float = math.nan
+    operations: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nonfinite_gradients(self) -> dict[str, ValueRange]:
+        """The ranges of the non-finite gradients."""
+        return {name: values for name, values in self.gradients.items() if not values.is_finite}
+
+    @property
+    def has_finite_loss(self) -> bool:
+        """Whether the loss is finite, or missing."""
+        return self.loss is None or bool(self.loss.isfinite().all())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss, and all gradients after the micro-batch, are finite."""
+        return self.has_finite_loss and not self.nonfinite_gradients
+
+    @property
+    def has_same_loss(self) -> bool | None:
+        """Whether the loss has the same bits as in the training run; None if one of both is missing."""
+        if self.loss is None or self.recorded_loss is None:
+            return None
+        left, right = self.loss.reshape(()), self.recorded_loss.reshape(())
+        return left.dtype == right.dtype and bool(torch.equal(left, right) or (left.isnan() & right.isnan()))
+
+
+@dataclass
+class WindowResult:
+    """The result of running a window.
+
+    Args:
+        micro_batches: Results of the micro-batches, in order.
+        total_norm: Norm of the gradients with which the optimizer of the bad step would have stepped.
+        notes: Remarks on what differs from the training run.
+    """
+
+    micro_batches: list[MicroBatchResult] = field(default_factory=list)
+    total_norm: float = math.nan
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all losses and gradients are finite."""
+        return all(micro.is_finite for micro in self.micro_batches)
+
+    @property
+    def suspect_index(self) -> int:
+        """Index of the first non-finite micro-batch; if all are finite, of the one that added the largest gradients."""
+        indices = range(len(self.micro_batches))
+        nonfinite = next((index for index in indices if not self.micro_batches[index].is_finite), None)
+        return nonfinite if nonfinite is not None else max(indices, key=lambda index: self.micro_batches[index].norm)
+
+    def fails(self, limit: float | None) -> bool:
+        """Return whether the step is bad: non-finite, or a spike.
+
+        Args:
+            limit: Norm of all gradients above which a step is a spike; None if the recorded step was non-finite.
+        """
+        return not self.is_finite or (limit is not None and self.total_norm > limit)

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from clip_callbacks.html_report.pictures import Look
+from clip_callbacks.html_report.downsampling import thin
+from clip_callbacks.html_report.rendering import Look
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.html_report.thinning import thin
 
 DASHED = (0, (4, 2))
 HIGHEST = 1e300

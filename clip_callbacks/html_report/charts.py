@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from clip_callbacks.html_report.axes import DASHED, Shown, draw_line, name_lines, number_plainly, over_steps, short
+from clip_callbacks.html_report.downsampling import COLUMNS, shares, thin
 from clip_callbacks.html_report.heat_map import heat_map
-from clip_callbacks.html_report.pictures import Chart, Look
+from clip_callbacks.html_report.rendering import Chart, Look
 from clip_callbacks.html_report.series import Series, Steps
-from clip_callbacks.html_report.thinning import COLUMNS, shares, thin
 
 COLORS = ("#3a86c8", "#d97706", "#2f9e6b", "#d1495b", "#9467bd", "#a0714f", "#d670a6", "#7f8b99", "#9a9a2e", "#1b9aaa")
 """Of the runs; each can be told from white and from the dark page."""

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 
 from clip_callbacks.html_report.bad_steps import offenders, spikes
-from clip_callbacks.html_report.logs_of_others import taken_after_clip, untold
 from clip_callbacks.html_report.runs import Track
 from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.third_party_norms import taken_after_clip, untold
 from clip_callbacks.stats.advice import FEWEST, QUARTERS
 
 Severity = Literal["bad", "warn", "good", "note"]

@@ -7,9 +7,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from clip_callbacks.html_report.axes import naturally, number_plainly, over_steps, short, without_common_ends
-from clip_callbacks.html_report.pictures import Chart, Look
+from clip_callbacks.html_report.downsampling import COLUMNS, peaks
+from clip_callbacks.html_report.rendering import Chart, Look
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.html_report.thinning import COLUMNS, peaks
 
 BLOCKS = 40
 """Rows of a heat map."""

@@ -21,10 +21,10 @@ from clip_callbacks.html_report.axes import Shown
 from clip_callbacks.html_report.bad_steps import FEWEST, BadStep, bad_steps
 from clip_callbacks.html_report.charts import COLORS, MOST, make_charts
 from clip_callbacks.html_report.diagnosis import Finding, diagnose, out_of_control
-from clip_callbacks.html_report.logs_of_others import provisos, taken_after_clip
-from clip_callbacks.html_report.pictures import Chart
 from clip_callbacks.html_report.progress import progress_bar
+from clip_callbacks.html_report.rendering import Chart
 from clip_callbacks.html_report.runs import Run, Track, UnusableLogError
+from clip_callbacks.html_report.third_party_norms import provisos, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
 
 NONE = "-"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from clip_callbacks.html_report.axes import number_plainly, short
-from clip_callbacks.html_report.pictures import FAINT, INK, PAPER, PRINTED, Look
+from clip_callbacks.html_report.rendering import FAINT, INK, PAPER, PRINTED, Look
 from clip_callbacks.replay.culprits import TITLES, Culprit, find_culprits
 from clip_callbacks.replay.investigation import Investigation
 from clip_callbacks.replay.ranges import Range

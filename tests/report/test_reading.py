@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping
-from clip_callbacks.html_report import thinning
+from clip_callbacks.html_report import downsampling
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series
@@ -191,7 +191,7 @@ def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
     dice = np.random.default_rng(seed)
     steps = np.sort(dice.choice(10 * count, count, replace=False))
     series = Series.of(steps, dice.normal(size=count))
-    thinned = thinning.thin(series, columns)
+    thinned = downsampling.thin(series, columns)
     assert thinned.low.min() == series.values.min()
     assert thinned.high.max() == series.values.max()
     assert (thinned.low <= thinned.middle).all()
@@ -201,7 +201,7 @@ def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
     width = (last - first + 1) / columns
     for column in range(columns):
         inside = np.clip(((steps - first) / width).astype(int), 0, columns - 1) == column
-        peak = thinning.peaks(series, first, last, columns)[column]
+        peak = downsampling.peaks(series, first, last, columns)[column]
         if inside.any():
             assert peak == series.values[inside].max()
         else:
@@ -216,7 +216,7 @@ def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged,
     series = Series.of(steps, values)
     each = np.concatenate([np.full(gap, value) for gap, value in logged])  # of every step
     each = each[series.begin :]
-    edges, found = thinning.shares(series, columns)
+    edges, found = downsampling.shares(series, columns)
     assert edges[0] == series.begin
     assert edges[-1] == steps[-1] + 1
     summed = np.concatenate([[0], np.cumsum(each)])

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from clip_callbacks.html_report.axes import number_plainly, short
-from clip_callbacks.html_report.rendering import FAINT, INK, PAPER, PRINTED, Look
+from clip_callbacks.html_report.axes import label_log_axis, shorten
+from clip_callbacks.html_report.rendering import FAINT, INK, PAPER, PRINTED, Theme
 from clip_callbacks.replay.culprits import TITLES, Culprit, find_culprits
 from clip_callbacks.replay.investigation import Investigation
 from clip_callbacks.replay.ranges import Range
@@ -39,18 +39,18 @@ def write_picture(found: Investigation, path: Path) -> None:
     Raises:
         UnusableReplayError: If it cannot be written.
     """
-    look = replace(Look(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
-    with mpl.rc_context(look.style), warnings.catch_warnings():
+    theme = replace(Theme(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
+    with mpl.rc_context(theme.style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font has not
         figure = Figure(figsize=(9.4, 4.6), layout="constrained")
-        _draw(figure, found, look)
+        _draw(figure, found, theme)
         try:
-            figure.savefig(path, dpi=150, facecolor=look.paper)
+            figure.savefig(path, dpi=150, facecolor=theme.paper)
         except OSError as error:
             raise UnusableReplayError(f"{path} cannot be written: {error}") from None
 
 
-def _draw(figure: Figure, found: Investigation, look: Look) -> None:
+def _draw(figure: Figure, found: Investigation, theme: Theme) -> None:
     axes = figure.subplots()
     micro = found.outcome.micro_batches[found.outcome.guilty]
     calls = _leaves(micro.calls)
@@ -79,12 +79,12 @@ def _draw(figure: Figure, found: Investigation, look: Look) -> None:
             transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
         )
         crosses.set_in_layout(False)  # where there are none, they would be at the figure's corner
-    axes.plot([], [], color=look.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
+    axes.plot([], [], color=theme.ink, label="not finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
     axes.set_ylim(low, top)
     axes.margins(x=0.02)
-    number_plainly(axes.yaxis)
+    label_log_axis(axes.yaxis)
     _name_calls(axes, calls)
-    _point_out(axes, calls, find_culprits(micro.calls, found.factor), look)
+    _point_out(axes, calls, find_culprits(micro.calls, found.factor), theme)
     axes.set_title(f"{found.bundle}: {found.verdict.text.partition('.')[0].partition(':')[0].lower()}", pad=28)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, borderaxespad=0.2, handlelength=1.8)
 
@@ -102,7 +102,7 @@ def _height(span: Range | None) -> float:
 def _name_calls(axes: Axes, calls: Sequence[Call]) -> None:
     stride = max(1, math.ceil(len(calls) / NAMES))
     places = range(0, len(calls), stride)
-    names = [short(calls[place].name or calls[place].kind, 26) for place in places]
+    names = [shorten(calls[place].name or calls[place].kind, 26) for place in places]
     axes.set_xticks(
         list(places), names, rotation=90 if len(names) > NAMES // 2 else 40, ha="center" if len(names) > NAMES // 2 else "right"
     )
@@ -112,7 +112,7 @@ def _name_calls(axes: Axes, calls: Sequence[Call]) -> None:
     axes.set_xlabel("modules in the order of execution")
 
 
-def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], look: Look) -> None:
+def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], theme: Theme) -> None:
     """A line where it began, with the name; of a module that others are in, where the last of these is."""
     for number, culprit in enumerate(culprits[:_BOTH]):
         inside = [place for place, call in enumerate(calls) if call is culprit.call or culprit.call in call.above()]
@@ -122,7 +122,7 @@ def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], l
         axes.axvline(place, color=GUILTY, linewidth=1.0, linestyle=(0, (4, 2)))
         is_right = place > len(calls) / 2
         note = axes.annotate(
-            f"{TITLES[culprit.guilt]}:\n{short(culprit.call.label, 44)}",
+            f"{TITLES[culprit.guilt]}:\n{shorten(culprit.call.label, 44)}",
             (place, 0.06 + 0.16 * number),
             xycoords=("data", "axes fraction"),
             xytext=(-6 if is_right else 6, 0),
@@ -130,6 +130,6 @@ def _point_out(axes: Axes, calls: Sequence[Call], culprits: Sequence[Culprit], l
             ha="right" if is_right else "left",
             color=GUILTY,
             fontsize=8.5,
-            bbox={"facecolor": look.paper, "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+            bbox={"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
         )
         note.set_in_layout(False)

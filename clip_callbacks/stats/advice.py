@@ -14,8 +14,8 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 
 ADVISED, QUANTILE = 90, 0.9
 """The percentile that is advised: what it clips are the largest 10 % of the steps."""
-QUARTERS = 4
-FEWEST = 40
+QUARTER_COUNT = 4
+MIN_NORMS_FOR_QUARTERS = 40
 """Fewer norms than these are not divided into quarters."""
 CHANGED = 3.0
 """By this factor the medians of quarters must differ for a run to have changed: lognormal norms do not by chance."""
@@ -45,7 +45,7 @@ class Advice:
         quarters: Medians of the run's four quarters; empty in a short run.
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
         reasons: Sentences.
-        is_of_calm_part: Whether the suggestion is made from the calmest quarter of a run that went out of control.
+        is_from_stable_quarter: Whether the suggestion is made from the calmest quarter of a run that went out of control.
         norm_type: The order p of the norms, if it is known.
     """
 
@@ -58,7 +58,7 @@ class Advice:
     quarters: tuple[float, ...]
     outliers: float
     reasons: tuple[str, ...]
-    is_of_calm_part: bool = False
+    is_from_stable_quarter: bool = False
     norm_type: float | None = None
 
     @property
@@ -145,13 +145,13 @@ def advise(
     ordered, quarters = sound.sort().values, _Quarters.of(sound)
     percentiles = {percent: _quantile(ordered, percent / 100) for percent in PERCENTILES}
     threshold = _threshold(ordered, STANDS_OUT)
-    from_calm = quarters.grew and out_of_control
-    max_norm = rounded(quarters.calm if from_calm else percentiles[ADVISED], ordered)
+    from_stable_quarter = quarters.grew and out_of_control
+    max_norm = rounded(quarters.stable if from_stable_quarter else percentiles[ADVISED], ordered)
     outliers, largest = _share_above(ordered, threshold), float(ordered[-1])
     p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
     source = (
         "It is the 90th percentile of the run's calmest quarter: the run went out of control later."
-        if from_calm
+        if from_stable_quarter
         else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
     )
     left_out = len(values) - len(sound)
@@ -172,7 +172,7 @@ def advise(
             *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled),
             *(() if quarters.changed or not quarters.medians else (stand_out,)),
         ),
-        is_of_calm_part=from_calm,
+        is_from_stable_quarter=from_stable_quarter,
         norm_type=norm_type,
     )
 
@@ -181,13 +181,13 @@ class _Quarters(NamedTuple):
     """The four quarters of a run: their medians, and the 90th percentile of the calmest one; nothing of a short run."""
 
     medians: tuple[float, ...]
-    calm: float
+    stable: float
 
     @classmethod
     def of(cls, norms: Tensor) -> _Quarters:
-        if len(norms) < FEWEST:
+        if len(norms) < MIN_NORMS_FOR_QUARTERS:
             return cls((), math.nan)
-        quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTERS)]
+        quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTER_COUNT)]
         medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
         return cls(medians, _quantile(quarters[medians.index(min(medians))], ADVISED / 100))
 
@@ -202,11 +202,11 @@ class _Quarters(NamedTuple):
     def reasons(self, *, out_of_control: bool, is_sampled: bool) -> Iterator[str]:
         if not self.medians and is_sampled:
             yield (
-                f"Fewer than {FEWEST} norms: ask again of a longer run, or log more often (Trainer(log_every_n_steps=…), in "
-                "transformers logging_steps)."
+                f"Fewer than {MIN_NORMS_FOR_QUARTERS} norms were logged: repeat this with a longer run, or log more often "
+                "(Trainer(log_every_n_steps=…), in transformers logging_steps)."
             )
         elif not self.medians:
-            yield f"Fewer than {FEWEST} steps: ask again of a longer run."
+            yield f"Fewer than {MIN_NORMS_FOR_QUARTERS} steps: repeat this with a longer run."
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "
@@ -214,7 +214,7 @@ class _Quarters(NamedTuple):
             )
         if self.grew and not out_of_control:
             yield (
-                f"It grew: if the loss did too, the run went out of control, and {self.calm:.2g}, from the calmest quarter, is "
+                f"It grew: if the loss did too, the run went out of control, and {self.stable:.2g}, from the calmest quarter, is "
                 "better."
             )
 

@@ -106,7 +106,7 @@ def test_a_run_that_went_out_of_control_is_judged_by_its_calmest_quarter():
     calm, wild = drawn(stats.lognorm(0.2), 1000), drawn(stats.lognorm(0.2, scale=50.0), 3000)
     advice = advise(torch.cat([calm, wild]), out_of_control=True)
     assert advice.max_norm == float(f"{np.percentile(calm, 90):.1e}")
-    assert advice.is_of_calm_part
+    assert advice.is_from_stable_quarter
     assert any("calmest quarter" in reason for reason in advice.reasons)
 
 
@@ -114,14 +114,14 @@ def test_norms_that_grow_in_a_healthy_run_are_judged_by_all_of_them():
     growing = drawn(stats.lognorm(0.1), 4000) * torch.linspace(1, 5, 4000)
     advice = advise(growing)
     assert advice.clips == pytest.approx(0.1, abs=0.021)
-    assert not advice.is_of_calm_part
+    assert not advice.is_from_stable_quarter
     assert any("if the loss did too" in reason for reason in advice.reasons)
 
 
 def test_a_dip_in_the_middle_is_no_growth():
     norms = torch.cat([drawn(stats.lognorm(0.05, scale=scale), 500, seed) for seed, scale in enumerate((1.0, 0.3, 1.02, 1.02))])
     advice = advise(norms, out_of_control=True)
-    assert not advice.is_of_calm_part
+    assert not advice.is_from_stable_quarter
     assert advice.clips == pytest.approx(0.1, abs=0.021)
 
 
@@ -134,9 +134,9 @@ def test_norms_that_fall_are_told_of():
 
 
 def test_a_short_run_is_not_divided():
-    norms = torch.logspace(0, 3, advice_module.FEWEST - 1)
+    norms = torch.logspace(0, 3, advice_module.MIN_NORMS_FOR_QUARTERS - 1)
     assert advise(norms).quarters == ()
-    assert advise(norms).reasons[-1] == "Fewer than 40 steps: ask again of a longer run."
+    assert advise(norms).reasons[-1] == "Fewer than 40 steps: repeat this with a longer run."
     assert "log more often" in advise(norms, is_sampled=True).reasons[-1]
 
 

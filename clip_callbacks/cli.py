@@ -57,7 +57,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     runs, notes = read_runs(options.logs, options.norm)
     if options.steps:
         first, last = options.steps
-        runs = [part for run in runs if (part := run.within(first, last)).tracks]
+        runs = [part for run in runs if (part := run.between(first, last)).optimizer_logs]
         if not runs:
             raise UnusableLogError(f"nothing was logged from step {first} to step {last}.")
     return runs, notes
@@ -190,7 +190,7 @@ def _report(options: argparse.Namespace) -> int:
     sections = make_sections(runs, options.loss)
     written = write_report(sections, options.output, notes=notes, png=options.png, title=options.title)
     _say(notes, runs)
-    rows = [[section.track.name, *section.row] for section in sections]
+    rows = [[section.log.name, *section.row] for section in sections]
     print(tabulate(rows, ("run", *HEADINGS), disable_numparse=True, stralign="right"))
     print(f"Report: {written[0]}")
     if options.png:
@@ -205,7 +205,7 @@ def _suggest(options: argparse.Namespace) -> int:
     sections = make_sections(runs, options.loss)
     _say(notes, runs)
     if options.json:
-        print(json.dumps({section.track.name: _facts(section) for section in sections}, indent=2))
+        print(json.dumps({section.log.name: _facts(section) for section in sections}, indent=2))
     else:
         print("\n\n".join(_told(section) for section in sections))
     return 0
@@ -213,14 +213,14 @@ def _suggest(options: argparse.Namespace) -> int:
 
 def _facts(section: Section) -> dict[str, object]:
     advice = section.advice.facts() if section.advice else {"max_norm": None}
-    return {"metric": section.track.norm.name} | advice | {"caution": section.caution, "notes": list(section.track.run.notes)}
+    return {"metric": section.log.norm.name} | advice | {"caution": section.caution, "notes": list(section.log.run.notes)}
 
 
 def _told(section: Section) -> str:
     if section.advice is None:
-        return f"{section.track.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
+        return f"{section.log.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
     caution = f"\n  ! {section.caution}" if section.caution else ""
-    told = f"{section.track.name}: {section.advice.describe()}{caution}"
+    told = f"{section.log.name}: {section.advice.describe()}{caution}"
     return f"{told}\n\n{section.yaml()}\n# or, setting itself:\n{section.yaml(adaptive=True)}".rstrip()
 
 

@@ -12,21 +12,21 @@ import pandas as pd
 import torch
 
 from clip_callbacks.core.metric_names import OFFENDERS
-from clip_callbacks.html_report.runs import Track
+from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series, Values
 from clip_callbacks.stats.advice import robust_sigma
 
-SPIKE = 4.0
+SPIKE_SIGMAS = 4.0
 """Robust standard deviations above the median around it, in logarithms, from which a norm is a spike."""
-AROUND = 31
+SPIKE_WINDOW_NORMS = 31
 """Logged norms that a norm is compared with: itself, and as many before as after."""
-FEWEST = 20
+MIN_NORMS_FOR_SPIKES = 20
 """Fewer norms than these tell nothing of spikes."""
-LISTED = 20
+MAX_ROWS_PER_KIND = 20
 """Rows of the table for what was skipped, and for spikes."""
-NAMED = 4
+MAX_TENSORS_PER_ROW = 4
 """Offenders that a row names."""
-WHAT = {"skip": "skipped", "zero": "zeroed", "microbatch": "micro-batch dropped", "raise": "raised"}
+POLICY_OUTCOMES = {"skip": "skipped", "zero": "zeroed", "microbatch": "micro-batch dropped", "raise": "raised"}
 """What the guard's policies do."""
 
 
@@ -49,35 +49,38 @@ class BadStep:
     offenders: str
 
 
-def bad_steps(track: Track) -> tuple[list[BadStep], int]:
+def bad_steps(log: OptimizerLog) -> tuple[list[BadStep], int]:
     """Rows for the table of bad steps, in order, and how many there are.
 
     They are the journal's, else the skips that were logged; norms logged that are not finite; and the largest spikes.
     """
-    bad = [_journal_row(entry) for entry in track.bad_steps] or _logged_skips(track)
-    logged = track.logged_norm
-    bad += [BadStep(int(step), "norm not finite", math.nan, "", "") for step in logged.steps[~np.isfinite(logged.values)][:LISTED]]
-    outliers, times = spikes(track)
-    limits = track.max_norm.at(outliers.steps)
-    largest = [
-        _spike_row(track, int(outliers.steps[place]), float(outliers.values[place]), float(times[place]), float(limits[place]))
-        for place in np.argsort(-times, kind="stable")[:LISTED]
+    bad = [_journal_row(entry) for entry in log.bad_steps] or _logged_skips(log)
+    logged = log.logged_norm
+    bad += [
+        BadStep(int(step), "norm not finite", math.nan, "", "")
+        for step in logged.steps[~np.isfinite(logged.values)][:MAX_ROWS_PER_KIND]
     ]
-    return sorted([*bad[:LISTED], *largest], key=lambda row: row.step), len(bad) + len(outliers)
+    outliers, times = spikes(log)
+    limits = log.max_norm.at(outliers.steps)
+    largest = [
+        _spike_row(log, int(outliers.steps[place]), float(outliers.values[place]), float(times[place]), float(limits[place]))
+        for place in np.argsort(-times, kind="stable")[:MAX_ROWS_PER_KIND]
+    ]
+    return sorted([*bad[:MAX_ROWS_PER_KIND], *largest], key=lambda row: row.step), len(bad) + len(outliers)
 
 
-def spikes(track: Track) -> tuple[Series, Values]:
+def spikes(log: OptimizerLog) -> tuple[Series, Values]:
     """Logged norms that are four robust standard deviations (of 5 % at least) above the median around them, in logarithms.
 
     Returns:
         The norms, and how many times that median each is, shape ``(n,)``.
     """
-    norms = track.total_norm
-    if len(norms) < FEWEST:
+    norms = log.total_norm
+    if len(norms) < MIN_NORMS_FOR_SPIKES:
         return Series.empty(), np.empty(0)
     logs = np.log(norms.values)
-    above = logs - pd.Series(logs).rolling(AROUND, center=True, min_periods=1).median().to_numpy()
-    stands_out = above > SPIKE * robust_sigma(torch.from_numpy(above))
+    above = logs - pd.Series(logs).rolling(SPIKE_WINDOW_NORMS, center=True, min_periods=1).median().to_numpy()
+    stands_out = above > SPIKE_SIGMAS * robust_sigma(torch.from_numpy(above))
     return Series(norms.steps[stands_out], norms.values[stands_out]), np.exp(above[stands_out])
 
 
@@ -88,25 +91,27 @@ def offenders(entry: Mapping[str, Any]) -> list[str]:
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:
     stage, names, norm = str(entry.get("stage", "unknown")), offenders(entry), entry.get("total_norm")
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    listed = ", ".join(names[:MAX_TENSORS_PER_ROW]) + (
+        f" and {len(names) - MAX_TENSORS_PER_ROW} more" if len(names) > MAX_TENSORS_PER_ROW else ""
+    )
     place = ", ".join(f"{key} {entry[key]}" for key in ("epoch", "batch", "rank") if key in entry)
     is_spike, policy = stage == "spike", str(entry.get("policy", "bad"))
-    what = "skipped as a spike" if is_spike else WHAT.get(policy, policy)
+    what = "skipped as a spike" if is_spike else POLICY_OUTCOMES.get(policy, policy)
     known = float(norm) if isinstance(norm, (int, float)) else math.nan
     return BadStep(int(entry["step"]), what, known, place, listed if is_spike else f"{stage}: {listed}".removesuffix(": "))
 
 
-def _logged_skips(track: Track) -> list[BadStep]:
+def _logged_skips(log: OptimizerLog) -> list[BadStep]:
     return [
         BadStep(int(step), "skipped", math.nan, "", f"{count:.0f} since the last logged step; no journal beside the log")
-        for step, count in zip(*track.skips, strict=True)
+        for step, count in zip(*log.skips, strict=True)
     ]
 
 
-def _spike_row(track: Track, step: int, norm: float, times: float, limit: float) -> BadStep:
+def _spike_row(log: OptimizerLog, step: int, norm: float, times: float, limit: float) -> BadStep:
     if limit < norm:
         held = f"; clipped to {limit:.3g}"
-    elif track.norm.is_ours:
+    elif log.norm.is_ours:
         held = "; not clipped"
     else:  # it is not in the log
         held = ""

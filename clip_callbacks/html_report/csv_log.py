@@ -14,9 +14,9 @@ from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 
-STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
+STEP_COLUMNS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
 """What a column of steps is called, in letters of any size; of several the first counts."""
-ROWS = 200_000
+CHUNK_ROWS = 200_000
 """Rows that are in memory as a table at once."""
 
 Columns = dict[str, list[tuple[Steps, Values]]]
@@ -34,27 +34,27 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     """
     notes: list[str] = []
     try:
-        columns, texts = _read_fast(path)
-    except (pd.errors.ParserError, _OtherHeader):
-        columns, texts, notes = _read_by_header(path)
+        columns, non_numeric = _read_fast(path)
+    except (pd.errors.ParserError, _HeaderChanged):
+        columns, non_numeric, notes = _read_by_header(path)
     except pd.errors.EmptyDataError:
         raise UnusableLogError(f"{path} is empty: nothing was logged.") from None
     except (OSError, UnicodeError, csv.Error) as error:
         raise UnusableLogError(f"{path} cannot be read: {error}.") from None
-    if texts:
-        notes.append(f"{texts} cells of {path.name} are no numbers and count as NaN.")
+    if non_numeric:
+        notes.append(f"{non_numeric} cells of {path.name} are no numbers and count as NaN.")
     if not columns:
         raise UnusableLogError(f"{path} holds a header and no values: nothing was logged.")
-    return joined(columns), notes
+    return concatenated(columns), notes
 
 
 def step_column(columns: Iterable[object]) -> str | None:
     """The column of steps; None if there is none."""
     called = {str(column).strip().lower(): str(column) for column in columns}
-    return next((called[name] for name in STEPS if name in called), None)
+    return next((called[name] for name in STEP_COLUMNS if name in called), None)
 
 
-def joined(columns: Columns) -> dict[str, Series]:
+def concatenated(columns: Columns) -> dict[str, Series]:
     """Metrics from their chunks, which are let go of on the way."""
     metrics: dict[str, Series] = {}
     shared: dict[tuple[int, ...], Steps] = {}
@@ -69,27 +69,27 @@ def joined(columns: Columns) -> dict[str, Series]:
     return metrics
 
 
-class _OtherHeader(Exception):  # noqa: N818 (no error: a way to read)
+class _HeaderChanged(Exception):  # noqa: N818 (no error: a way to read)
     """The columns change in the middle of the file."""
 
 
 def _read_fast(path: Path) -> tuple[Columns, int]:
     columns: Columns = {}
-    texts = 0
+    non_numeric = 0
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False}
     with path.open("rb") as file, progress_bar(path.parent.name, path.stat().st_size, "B") as bar:
-        for table in pd.read_csv(file, chunksize=ROWS, encoding_errors="replace", **options):
+        for table in pd.read_csv(file, chunksize=CHUNK_ROWS, encoding_errors="replace", **options):
             step = step_column(table.columns)
             if step is None or not pd.api.types.is_numeric_dtype(table[step]):
-                raise _OtherHeader
-            texts += _take(columns, table, step, table[step])
+                raise _HeaderChanged
+            non_numeric += _append_chunk(columns, table, step, table[step])
             bar.update(file.tell() - bar.n)
-    return columns, texts
+    return columns, non_numeric
 
 
-def _take(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
+def _append_chunk(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
     """Keep what the columns of a chunk have, NaN and infinities included; how many cells hold other text."""
-    has_step, shared, texts = steps.abs() < LAST_STEP, dict[bytes, Steps](), 0
+    has_step, shared, non_numeric = steps.abs() < LAST_STEP, dict[bytes, Steps](), 0
     for key in table.columns.drop(step):
         is_logged = (table[key].notna() & has_step).to_numpy()
         if not is_logged.any():
@@ -97,29 +97,29 @@ def _take(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any
         logged = table[key][is_logged]
         if not pd.api.types.is_numeric_dtype(logged):
             words, logged = logged.astype(str).str.strip().str.lower(), pd.to_numeric(logged, errors="coerce")
-            texts += int((logged.isna() & ~words.isin(["nan", "+nan", "-nan"])).sum())
+            non_numeric += int((logged.isna() & ~words.isin(["nan", "+nan", "-nan"])).sum())
         rows = np.packbits(is_logged).tobytes()
         if rows not in shared:
             shared[rows] = steps[is_logged].to_numpy(dtype=np.int64)
         columns.setdefault(str(key), []).append((shared[rows], logged.to_numpy(dtype=np.float64, na_value=np.nan)))
-    return texts
+    return non_numeric
 
 
 def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
     columns: Columns = {}
-    headers, misfits, texts = 0, 0, 0
-    for step, header, rows, misfit in _segments(path):
-        headers, misfits = headers + 1, misfits + misfit
+    headers, bad_rows, non_numeric = 0, 0, 0
+    for step, header, rows, bad_row_count in _segments(path):
+        headers, bad_rows = headers + 1, bad_rows + bad_row_count
         table = pd.DataFrame(rows, columns=header, dtype=object).replace("", np.nan)
-        texts += _take(columns, table, step, pd.to_numeric(table[step], errors="coerce"))
+        non_numeric += _append_chunk(columns, table, step, pd.to_numeric(table[step], errors="coerce"))
     if not headers:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline().strip()[:60]
-        raise UnusableLogError(f"{path} has no column {STEPS[0]!r}, as what a CSVLogger writes: it begins with {first!r}.")
+        raise UnusableLogError(f"{path} has no column {STEP_COLUMNS[0]!r}, as what a CSVLogger writes: it begins with {first!r}.")
     notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
-    if misfits:
-        notes.append(f"{misfits} rows of {path.name} do not fit its header and are left out.")
-    return columns, texts, notes
+    if bad_rows:
+        notes.append(f"{bad_rows} rows of {path.name} do not fit its header and are left out.")
+    return columns, non_numeric, notes
 
 
 def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int]]:
@@ -127,18 +127,18 @@ def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int
     step: str | None = None
     header: list[str] = []
     rows: list[list[str]] = []
-    misfits = 0
+    bad_rows = 0
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         for row in csv.reader(line.replace("\0", "") for line in file):
             found = step_column(row) if step is None else step
             if found in row and len(set(row)) == len(row):
                 if step:
-                    yield step, header, rows, misfits
-                step, header, rows, misfits = found, row, [], 0
+                    yield step, header, rows, bad_rows
+                step, header, rows, bad_rows = found, row, [], 0
             elif step and row:
                 if len(row) == len(header):
                     rows.append(row)
                 else:
-                    misfits += 1
+                    bad_rows += 1
     if step:
-        yield step, header, rows, misfits
+        yield step, header, rows, bad_rows

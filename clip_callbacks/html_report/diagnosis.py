@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from clip_callbacks.html_report.bad_steps import offenders, spikes
-from clip_callbacks.html_report.logs_of_others import taken_after_clip, untold
-from clip_callbacks.html_report.runs import Track
+from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.stats.advice import MIN_STEPS_FOR_QUARTERS, QUARTERS
+from clip_callbacks.html_report.third_party_norms import taken_after_clip, unknowns
+from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT
 
 Severity = Literal["bad", "warn", "good", "note"]
 
@@ -45,23 +45,23 @@ class Finding:
     text: str
 
 
-def diagnose(track: Track, losses: dict[str, Series]) -> list[Finding]:
+def diagnose(log: OptimizerLog, losses: dict[str, Series]) -> list[Finding]:
     """What there is to say of one optimizer of a run, the worst first."""
     order: list[Severity] = ["bad", "warn", "good", "note"]
     found = [
         *_broken_loss(losses),
         *([Finding("bad", caution)] if (caution := out_of_control(losses)) else []),
-        *_origin(track),
-        *_not_finite(track),
-        *_clipping(track),
-        *_skips(track),
-        *_lost_metrics(track),
-        *_spikes(track),
-        *_scaler(track),
-        *_blocks(track),
-        *_updates(track),
-        *_shadows(track),
-        *_sampling(track),
+        *_origin(log),
+        *_not_finite(log),
+        *_clipping(log),
+        *_skips(log),
+        *_lost_metrics(log),
+        *_spikes(log),
+        *_scaler(log),
+        *_blocks(log),
+        *_updates(log),
+        *_shadows(log),
+        *_sampling(log),
     ]
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
@@ -71,14 +71,14 @@ def out_of_control(losses: dict[str, Series]) -> str | None:
 
     def rank(key: str) -> tuple[bool, bool, bool, int]:
         name = key.lower()
-        return "val" in name or "test" in name, len(losses[key].finite) < MIN_STEPS_FOR_QUARTERS, "train" not in name, len(key)
+        return "val" in name or "test" in name, len(losses[key].finite) < MIN_NORMS_FOR_QUARTERS, "train" not in name, len(key)
 
     training = sorted(losses, key=rank)
     for key in training[:1]:
         finite = losses[key].finite
-        if len(finite) < MIN_STEPS_FOR_QUARTERS or not bool((finite.values > 0).all()):
+        if len(finite) < MIN_NORMS_FOR_QUARTERS or not bool((finite.values > 0).all()):
             continue
-        worst = max(float(np.median(part)) for part in np.array_split(finite.values, QUARTERS))
+        worst = max(float(np.median(part)) for part in np.array_split(finite.values, QUARTER_COUNT))
         if worst > 2 * finite.values[0]:
             return (
                 f"{key} rose from {finite.values[0]:.3g} to {worst:.3g} (the median of a quarter of the run): it went "
@@ -106,16 +106,16 @@ def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
         )
 
 
-def _origin(track: Track) -> Iterator[Finding]:
-    if track.norm.is_ours:
+def _origin(log: OptimizerLog) -> Iterator[Finding]:
+    if log.norm.is_ours:
         return
-    if caution := taken_after_clip(track):
+    if caution := taken_after_clip(log):
         yield Finding("bad", caution)
-    yield Finding("note", untold(track))
+    yield Finding("note", unknowns(log))
 
 
-def _not_finite(track: Track) -> Iterator[Finding]:
-    logged, finite = track.logged_norm, track.logged_norm.finite
+def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
+    logged, finite = log.logged_norm, log.logged_norm.finite
     broken = len(logged) - len(finite)
     if not broken:
         return
@@ -131,22 +131,22 @@ def _not_finite(track: Track) -> Iterator[Finding]:
         yield Finding("warn", text)
 
 
-def _clipping(track: Track) -> Iterator[Finding]:
-    share, norms, limit = track.share_clipped, track.total_norm, track.max_norm
+def _clipping(log: OptimizerLog) -> Iterator[Finding]:
+    share, norms, limit = log.clipped_share, log.total_norm, log.max_norm
     if not norms:
         yield Finding(
             "bad", "No logged step has a finite norm above 0: there is nothing to clip. Did backward run, are weights NaN?"
         )
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
-    if math.isnan(share) and not track.norm.is_ours:
+    if math.isnan(share) and not log.norm.is_ours:
         yield Finding("note", f"p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
     if math.isnan(share) or (not limit and not share):
         yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
         return
     force = _limit_in_words(limit)
-    if track.is_local:
+    if log.has_local_norms:
         yield Finding(
             "note",
             f"clipped_norm lies above max_norm: the norms are local, and {force} held for each block by itself. Compare it with "
@@ -166,7 +166,7 @@ def _clipping(track: Track) -> Iterator[Finding]:
         yield Finding("note", f"{force} hardly ever clips ({share:.2%} of steps): an insurance. p99 of the norm is {p99:.3g}.")
     else:
         yield Finding("good", f"{share:.1%} of steps are clipped by {force}: spikes are bounded, the typical step is left alone.")
-    coefficients = track.clip_coef.values
+    coefficients = log.clip_coef.values
     hard = coefficients[coefficients < 1]
     if len(hard) and np.median(hard) < HARD:
         yield Finding(
@@ -183,12 +183,12 @@ def _limit_in_words(limit: Series) -> str:
     return f"max_norm {limit.last:.3g}" if highest <= 1.01 * lowest else f"a limit from {lowest:.3g} to {highest:.3g}"
 
 
-def _skips(track: Track) -> Iterator[Finding]:
-    skipped = int(track.skipped_steps.last) if track.skipped_steps else 0
+def _skips(log: OptimizerLog) -> Iterator[Finding]:
+    skipped = int(log.skipped_steps.last) if log.skipped_steps else 0
     if not skipped:
         return
-    share = skipped / track.steps
-    entries = track.bad_steps
+    share = skipped / log.steps
+    entries = log.bad_steps
     stages = Counter(str(entry.get("stage")) for entry in entries)
     stage = stages.most_common(1)[0][0] if stages else ""
     names = Counter(offenders(entry)[0] for entry in entries if entry.get("stage") != "loss" and offenders(entry))
@@ -199,49 +199,49 @@ def _skips(track: Track) -> Iterator[Finding]:
             where += f", the first offender {names.most_common(1)[0][0]}"
         where += "."
     were = "was" if skipped == 1 else "were"
-    yield Finding("bad" if share > MANY else "warn", f"{skipped:,} of {track.steps:,} steps {were} skipped ({share:.2%}).{where}")
+    yield Finding("bad" if share > MANY else "warn", f"{skipped:,} of {log.steps:,} steps {were} skipped ({share:.2%}).{where}")
 
 
-def _lost_metrics(track: Track) -> Iterator[Finding]:
+def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
     """What the guard has said of metrics that a bad loss has got into: of each the first time, and how often."""
-    told = [(int(entry["step"]), str(sentence)) for entry in track.bad_steps for sentence in entry.get("lost_metrics") or []]
+    told = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
     for sentence in dict.fromkeys(sentence for _, sentence in told):
         steps = [step for step, other in told if other == sentence]
         more = f" (so in {len(steps)} epochs)" if len(steps) > 1 else ""
         yield Finding("warn", f"From step {steps[0]:,} on{more}: {sentence}")
 
 
-def _spikes(track: Track) -> Iterator[Finding]:
-    found, times = spikes(track)
+def _spikes(log: OptimizerLog) -> Iterator[Finding]:
+    found, times = spikes(log)
     if found:
         worst = int(np.argmax(times))
         yield Finding(
             "note",
-            f"{len(found):,} of {len(track.total_norm):,} logged norms stand far out of those around them; most of all "
+            f"{len(found):,} of {len(log.total_norm):,} logged norms stand far out of those around them; most of all "
             f"{found.values[worst]:.3g} at step {found.steps[worst]:,}, {times[worst]:.3g} times their median.",
         )
 
 
-def _scaler(track: Track) -> Iterator[Finding]:
-    scale = track.amp_scale
+def _scaler(log: OptimizerLog) -> Iterator[Finding]:
+    scale = log.amp_scale
     if scale and scale.last < 1:
         yield Finding("bad", f"The loss scale has fallen to {scale.last:.3g}: float16 overflows again and again. Use bf16-mixed.")
 
 
-def _blocks(track: Track) -> Iterator[Finding]:
-    norms = {name: series for name, series in track.blocks().items() if series}
+def _blocks(log: OptimizerLog) -> Iterator[Finding]:
+    norms = {name: series for name, series in log.blocks().items() if series}
     if len(norms) < 2:  # noqa: PLR2004
         return
     shares = {}
     for name, series in norms.items():
-        total = track.total_norm.at(series.steps)
+        total = log.total_norm.at(series.steps)
         ratio = series.values / np.where(total > 0, total, np.nan)
         shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
     heaviest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
     if shares[heaviest] > DOMINANT:
         yield Finding(
             "note",
-            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of {track.norm.title}, in the median: a global "
+            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of {log.norm.title}, in the median: a global "
             f"norm is its norm, and "
             'clips all others because of it. scope="layer" gives each its own.',
         )
@@ -251,9 +251,9 @@ def _blocks(track: Track) -> Iterator[Finding]:
         yield Finding("warn", f"Hardly any gradient arrives at {listed}: in the median less than 1e-4 of the total norm.")
 
 
-def _updates(track: Track) -> Iterator[Finding]:
+def _updates(log: OptimizerLog) -> Iterator[Finding]:
     low, high = HEALTHY_UPDATES
-    medians = {name: float(np.median(series.values)) for name, series in track.update_ratios.items() if series}
+    medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
     for names, what in (
         ([name for name, value in medians.items() if value > high], f"above {high:g}: the learning rate is high for them"),
         ([name for name, value in medians.items() if value < low], f"below {low:g}: they hardly move"),
@@ -262,17 +262,17 @@ def _updates(track: Track) -> Iterator[Finding]:
             yield Finding("note", f"The update-to-weight ratio of {', '.join(names[:4])} is {what} (about 1e-3 is usual).")
 
 
-def _shadows(track: Track) -> Iterator[Finding]:
-    if shadows := track.shadows:
+def _shadows(log: OptimizerLog) -> Iterator[Finding]:
+    if shadows := log.shadows:
         each = ", ".join(f"{name} {share:.1%}" for name, share in shadows.items())
         yield Finding("note", f"Other limits, tried without touching gradients, would have clipped: {each}.")
 
 
-def _sampling(track: Track) -> Iterator[Finding]:
-    every = track.steps_between_norms
+def _sampling(log: OptimizerLog) -> Iterator[Finding]:
+    every = log.steps_between_norms
     if every > 1:
-        counted = "; clipped and skipped steps are counted over all steps" if track.norm.is_ours else ""
-        count = len(track.total_norm)
+        counted = "; clipped and skipped steps are counted over all steps" if log.norm.is_ours else ""
+        count = len(log.total_norm)
         yield Finding(
             "note", f"About one step in {every:.0f} was logged: percentiles and pictures are made from {count:,} norms{counted}."
         )

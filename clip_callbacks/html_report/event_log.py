@@ -15,16 +15,16 @@ from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series
 
-LENGTH = struct.Struct("<Q")
-BEFORE, AFTER = 12, 4
+RECORD_LENGTH = struct.Struct("<Q")
+HEADER_BYTES, FOOTER_BYTES = 12, 4
 """Bytes of a record before its content (its length and that one's checksum) and after it (its checksum)."""
-TIME, STEP, SIMPLE = b"\x09", b"\x10", b"\x15"
+TIME_TAG, STEP_TAG, SIMPLE_VALUE_TAG = b"\x09", b"\x10", b"\x15"
 """What stands before an event's time (8 bytes), its step (a varint) and a simple_value (a float)."""
-TIME_END, VALUE, FLOAT = 9, 4, struct.Struct("<f")
-NEGATIVE = 1 << 63
+STEP_TAG_OFFSET, VALUE_BYTES, FLOAT32 = 9, 4, struct.Struct("<f")
+FIRST_NEGATIVE_VARINT = 1 << 63
 """From here on a varint is a number below 0."""
-FOREIGN = "not one of TensorBoard's event files"
-STRIDE = 1 << 22
+NOT_AN_EVENT_FILE = "not one of TensorBoard's event files"
+PROGRESS_BYTES = 1 << 22
 """Bytes after which the progress bar is told."""
 Points = dict[str, tuple["array[int]", "array[float]"]]
 """For each tag the steps and values."""
@@ -47,7 +47,7 @@ def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
     return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
 
 
-class _Broken(Exception):  # noqa: N818 (no error: the end of what can be read)
+class _IncompleteFile(Exception):  # noqa: N818 (no error: the end of what can be read)
     """How a file ends that does not end as it should."""
 
 
@@ -60,26 +60,26 @@ def _read_file(path: Path, points: Points) -> str | None:
     first = True
     try:
         for content in _records(path):
-            step, rest = _step_of(content)
-            if (alike := known.get(content[rest:-VALUE])) is not None:
-                alike[0].append(step)
-                alike[1].append(FLOAT.unpack(content[-VALUE:])[0])
+            step, after_step = _parse_step(content)
+            if (points_of_tag := known.get(content[after_step:-VALUE_BYTES])) is not None:
+                points_of_tag[0].append(step)
+                points_of_tag[1].append(FLOAT32.unpack(content[-VALUE_BYTES:])[0])
                 continue
             event = Event.FromString(content)
-            _take(event, points)
-            if _is_plain(event, content, rest):
-                known[content[rest:-VALUE]] = points[event.summary.value[0].tag]
+            _append_scalars(event, points)
+            if _is_single_scalar(event, content, after_step):
+                known[content[after_step:-VALUE_BYTES]] = points[event.summary.value[0].tag]
             first = False
     except DecodeError:
-        return f"{path.name} is {FOREIGN if first else 'damaged: it was read up to there'}."
-    except _Broken as broken:
+        return f"{path.name} is {NOT_AN_EVENT_FILE if first else 'damaged: it was read up to there'}."
+    except _IncompleteFile as broken:
         return f"{path.name} is {broken}."
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}."
     return None
 
 
-def _take(event: Any, points: Points) -> None:
+def _append_scalars(event: Any, points: Points) -> None:
     """Keep the scalars of an event, in either of the forms in which TensorBoard's writers put them."""
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -95,40 +95,40 @@ def _take(event: Any, points: Points) -> None:
         values.append(number)
 
 
-def _step_of(content: bytes) -> tuple[int, int]:
+def _parse_step(content: bytes) -> tuple[int, int]:
     """The step of a record that has its time and its step ahead, as all writers put them, and where what follows begins.
 
     Of any other record, of step 0, which is not written, and of steps below it nothing is said: ``(0, 0)``.
     """
-    if content[:1] != TIME or content[TIME_END : TIME_END + 1] != STEP:
+    if content[:1] != TIME_TAG or content[STEP_TAG_OFFSET : STEP_TAG_OFFSET + 1] != STEP_TAG:
         return 0, 0
-    step, shift, at = 0, 0, TIME_END + 1
+    step, shift, at = 0, 0, STEP_TAG_OFFSET + 1
     while at < len(content):
         byte = content[at]
         step |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:  # noqa: PLR2004 (the last one of a varint)
-            return (step, at) if step < NEGATIVE else (0, 0)
+            return (step, at) if step < FIRST_NEGATIVE_VARINT else (0, 0)
         shift += 7
     return 0, 0
 
 
-def _is_plain(event: Any, content: bytes, rest: int) -> bool:
+def _is_single_scalar(event: Any, content: bytes, after_step: int) -> bool:
     """Whether an event is one scalar whose value is the end of its record.
 
     Then records that are the same but for time, step and value, byte by byte, are the same but for these, and need not be parsed.
     """
-    if not rest or len(event.summary.value) != 1 or content[-VALUE - 1 : -VALUE] != SIMPLE:
+    if not after_step or len(event.summary.value) != 1 or content[-VALUE_BYTES - 1 : -VALUE_BYTES] != SIMPLE_VALUE_TAG:
         return False
     (value,) = event.summary.value
-    return bool(value.HasField("simple_value")) and FLOAT.pack(value.simple_value) == content[-VALUE:]
+    return bool(value.HasField("simple_value")) and FLOAT32.pack(value.simple_value) == content[-VALUE_BYTES:]
 
 
 def _records(path: Path) -> Iterator[bytes]:
     """The contents of the records of a file, one after another.
 
     Raises:
-        _Broken: Where they end too early.
+        _IncompleteFile: Where they end too early.
     """
     size, at = path.stat().st_size, 0
     if not size:
@@ -137,11 +137,11 @@ def _records(path: Path) -> Iterator[bytes]:
         path.parent.name, size, "B"
     ) as bar:  # fmt: skip
         while at < size:
-            start = at + BEFORE
-            end = start + LENGTH.unpack_from(data, at)[0] if start <= size else size
-            if end + AFTER > size:
-                raise _Broken("cut off in its last record: it was read up to there" if at else FOREIGN)
+            start = at + HEADER_BYTES
+            end = start + RECORD_LENGTH.unpack_from(data, at)[0] if start <= size else size
+            if end + FOOTER_BYTES > size:
+                raise _IncompleteFile("cut off in its last record: it was read up to there" if at else NOT_AN_EVENT_FILE)
             yield data[start:end]
-            at = end + AFTER
-            if at - bar.n > STRIDE or at == size:
+            at = end + FOOTER_BYTES
+            if at - bar.n > PROGRESS_BYTES or at == size:
                 bar.update(at - bar.n)

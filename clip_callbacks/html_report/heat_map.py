@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from clip_callbacks.html_report.axes import naturally, number_plainly, over_steps, short, without_common_ends
-from clip_callbacks.html_report.pictures import Chart, Look
+from clip_callbacks.html_report.axes import label_log_axis, label_step_axis, natural_order, shorten, without_common_parts
+from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_maxima
+from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.html_report.thinning import COLUMNS, peaks
 
-BLOCKS = 40
+MAX_BLOCKS = 40
 """Rows of a heat map."""
 
 
@@ -23,17 +23,17 @@ def heat_map(blocks: dict[str, Series], key: str, title: str) -> Chart:
         key: Of the picture.
         title: Of the picture.
     """
-    largest = sorted(blocks, key=lambda name: -float(np.quantile(blocks[name].values, 0.99)))[:BLOCKS]
-    names = sorted(largest, key=naturally)
+    largest = sorted(blocks, key=lambda name: -float(np.quantile(blocks[name].values, 0.99)))[:MAX_BLOCKS]
+    names = sorted(largest, key=natural_order)
     first = min(int(blocks[name].steps[0]) for name in names)
     last = max(int(blocks[name].steps[-1]) for name in names)
-    columns = max(1, min(COLUMNS // 2, max(len(blocks[name]) for name in names)))
-    cells = np.array([peaks(blocks[name], first, last, columns) for name in names])
+    columns = max(1, min(MAX_COLUMNS // 2, max(len(blocks[name]) for name in names)))
+    cells = np.array([column_maxima(blocks[name], first, last, columns) for name in names])
     positive = np.isfinite(cells) & (cells > 0)
     cells[~positive] = np.nan
     bottom, top = (float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))) if positive.any() else (0.1, 1.0)
 
-    def draw(figure: Figure, look: Look) -> None:
+    def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         image = axes.imshow(
             cells,
@@ -45,14 +45,14 @@ def heat_map(blocks: dict[str, Series], key: str, title: str) -> Chart:
             gid=f"{key}-image",
         )
         axes.grid(visible=False)
-        labels = [short(name, 22 if look.narrow else 44) for name in without_common_ends(names)]
+        labels = [shorten(name, 22 if theme.narrow else 44) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
-        bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if look.narrow else "right", shrink=0.9, aspect=30)
-        number_plainly(bar.ax.xaxis if look.narrow else bar.ax.yaxis)
-        bar.outline.set_edgecolor(look.faint)
-        over_steps(axes)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if theme.narrow else "right", shrink=0.9, aspect=30)
+        label_log_axis(bar.ax.xaxis if theme.narrow else bar.ax.yaxis)
+        bar.outline.set_edgecolor(theme.faint)
+        label_step_axis(axes)
 
-    left_out = f" The {BLOCKS} largest of {len(blocks)} blocks are shown." if len(blocks) > BLOCKS else ""
+    left_out = f" The {MAX_BLOCKS} largest of {len(blocks)} blocks are shown." if len(blocks) > MAX_BLOCKS else ""
     medians = ", ".join(f"{name} {np.median(blocks[name].values):.3g}" for name in names[:8])
     height = 1.1 + 0.22 * len(names)
     return Chart(

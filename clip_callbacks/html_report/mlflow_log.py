@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from clip_callbacks.html_report.norm_metrics import find_norms, no_norm
+from clip_callbacks.html_report.norm_metrics import find_norms, missing_norm_message
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import Run, UnusableLogError
 from clip_callbacks.html_report.series import Series
@@ -46,7 +46,7 @@ def read_mlflow(uri: str, norms: Sequence[str] = ()) -> list[Run]:
         raise UnusableLogError(f"{uri} cannot be read: {str(error).splitlines()[0][:200]}") from None
     if not runs:
         source = f"{uri}{f'#{wanted}' if wanted else ''} ({len(there)} runs)"
-        raise UnusableLogError(no_norm(source, {key for run in there for key in run.data.metrics}, norms))
+        raise UnusableLogError(missing_norm_message(source, {key for run in there for key in run.data.metrics}, norms))
     return runs
 
 

@@ -9,21 +9,27 @@ from dataclasses import dataclass
 from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
 from clip_callbacks.stats.advice import EUCLIDEAN
 
-OWN = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
+OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
 """Ours, with the prefix of its logger and the suffix of its optimizer."""
-OWN_PART = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
+OWN_PARTIAL_NORM = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
 """Ours of a block or of a rule, whatever these are called."""
-LIGHTNING = re.compile(r"(?:.*[^A-Za-z0-9])?grad_(?P<order>inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)_norm_total(?:_step)?$")
+LIGHTNING_TOTAL_NORM = re.compile(
+    r"(?:.*[^A-Za-z0-9])?grad_(?P<order>inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)_norm_total(?:_step)?$"
+)
 """What Lightning's ``grad_norm(module, norm_type)`` calls the norm of all gradients."""
-GRADIENT, NORM, BOTH = {"grad", "grads", "gradient", "gradients"}, {"norm", "norms"}, {"gnorm", "gradnorm"}
-OF_ALL = {"total", "global", "overall", "l2", "train", "training", "step"}
+GRADIENT_WORDS, NORM_WORDS, GRADIENT_NORM_WORDS = (
+    {"grad", "grads", "gradient", "gradients"},
+    {"norm", "norms"},
+    {"gnorm", "gradnorm"},
+)
+TOTAL_WORDS = {"total", "global", "overall", "l2", "train", "training", "step"}
 """Words beside those for gradient and norm with which a name still tells the norm of all gradients at a step."""
-HELD_OUT = {"val", "valid", "validation", "dev", "eval", "evaluation", "test"}
+EVALUATION_WORDS = {"val", "valid", "validation", "dev", "eval", "evaluation", "test"}
 """Words for data that nothing is trained on: a norm of theirs is no norm of a step."""
-FORK, EPOCH = "_step", "_epoch"
+STEP_SUFFIX, EPOCH_SUFFIX = "_step", "_epoch"
 """What Lightning adds to a name that is logged for steps and for epochs."""
-ALL = re.compile(r"[_./-](total|global|overall)$")
-LISTED = 8
+TOTAL_ENDING = re.compile(r"[_./-](total|global|overall)$")
+MAX_LISTED_METRICS = 8
 """Metrics that a message names."""
 
 
@@ -53,10 +59,10 @@ class NormMetric:
         if self.is_ours:
             is_block = name.startswith(BLOCK_NORM) and name.endswith(self.suffix)
             return name.removeprefix(BLOCK_NORM).removesuffix(self.suffix) if is_block else None
-        fork = FORK if self.name.endswith(FORK) else ""
+        fork = STEP_SUFFIX if self.name.endswith(STEP_SUFFIX) else ""
         alone = self.name.removesuffix(fork)
-        head = ALL.sub("", alone)
-        if name in {alone, alone + FORK, alone + EPOCH} or not (name.startswith(head) and name.endswith(fork)):
+        head = TOTAL_ENDING.sub("", alone)
+        if name in {alone, alone + STEP_SUFFIX, alone + EPOCH_SUFFIX} or not (name.startswith(head) and name.endswith(fork)):
             return None
         rest = name.removeprefix(head).removesuffix(fork)
         separators = "/" if self.norm_type is None else "/._-:|"  # Lightning's utility takes any
@@ -77,28 +83,28 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[Norm
     if wanted:
         found = [name for name in dict.fromkeys(wanted) if name in names]
         return tuple(_wanted(name, alone=len(found) == 1) for name in found)
-    own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN.match(name))]
+    own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN_TOTAL_NORM.match(name))]
     return tuple(sorted(own, key=lambda norm: norm.suffix)) or tuple(norms_of_others(names)[:1])
 
 
 def norms_of_others(names: Collection[str]) -> list[NormMetric]:
     """The norms of all gradients that are not ours, in the order in which they are preferred."""
-    has_own = any(OWN.match(name) for name in names)
-    theirs = [name for name in names if not (OWN.match(name) or (has_own and OWN_PART.match(name)))]
-    found = [_of_others(name, match) for name in theirs if (match := LIGHTNING.match(name)) or _tells_all(name)]
+    has_own = any(OWN_TOTAL_NORM.match(name) for name in names)
+    theirs = [name for name in names if not (OWN_TOTAL_NORM.match(name) or (has_own and OWN_PARTIAL_NORM.match(name)))]
+    found = [_of_others(name, match) for name in theirs if (match := LIGHTNING_TOTAL_NORM.match(name)) or _tells_all(name)]
     return sorted(found, key=_preference)
 
 
 def _preference(norm: NormMetric) -> tuple[bool, bool, bool, float, int, int, str]:
     order, words = norm.norm_type, _words(norm.name)
-    others = len(words - GRADIENT - NORM - BOTH - OF_ALL)
-    return bool(words & HELD_OUT), order is None, order != EUCLIDEAN, order or 0.0, others, len(norm.name), norm.name
+    others = len(words - GRADIENT_WORDS - NORM_WORDS - GRADIENT_NORM_WORDS - TOTAL_WORDS)
+    return bool(words & EVALUATION_WORDS), order is None, order != EUCLIDEAN, order or 0.0, others, len(norm.name), norm.name
 
 
 def _wanted(name: str, *, alone: bool) -> NormMetric:
-    if match := OWN.match(name):
+    if match := OWN_TOTAL_NORM.match(name):
         return NormMetric(name, match["suffix"] or "")
-    return _of_others(name, LIGHTNING.match(name), "" if alone else f"-{name}")
+    return _of_others(name, LIGHTNING_TOTAL_NORM.match(name), "" if alone else f"-{name}")
 
 
 def _of_others(name: str, match: re.Match[str] | None, suffix: str = "") -> NormMetric:
@@ -108,7 +114,10 @@ def _of_others(name: str, match: re.Match[str] | None, suffix: str = "") -> Norm
 def _tells_all(name: str) -> bool:
     """Whether a name, or its end behind folders or a logger's prefix, is words for gradient, norm and all, and nothing else."""
     ends = [name, *(name[at.end() :] for at in re.finditer("[/-]", name))]
-    return any(_says_norm(words := _words(end)) and words <= GRADIENT | NORM | BOTH | OF_ALL for end in ends)
+    return any(
+        _says_norm(words := _words(end)) and words <= GRADIENT_WORDS | NORM_WORDS | GRADIENT_NORM_WORDS | TOTAL_WORDS
+        for end in ends
+    )
 
 
 def _words(name: str) -> set[str]:
@@ -117,23 +126,23 @@ def _words(name: str) -> set[str]:
 
 def _says_norm(words: set[str]) -> bool:
     """Whether words are those of a norm of gradients."""
-    return bool(words & BOTH or (words & GRADIENT and words & NORM))
+    return bool(words & GRADIENT_NORM_WORDS or (words & GRADIENT_WORDS and words & NORM_WORDS))
 
 
-def look_like_norms(names: Collection[str]) -> list[str]:
+def norm_candidates(names: Collection[str]) -> list[str]:
     """The metrics whose names speak of gradients or of norms: norms of all gradients first, then those that speak of both."""
     hints = {name: _words(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
-    known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN.match(name)}
+    known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN_TOTAL_NORM.match(name)}
     return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
 
 
-def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> str:
+def missing_norm_message(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> str:
     """What to say of a log without a norm of all gradients, and what to do."""
     if wanted:
         missing = f"{source} holds no metric {' or '.join(map(repr, wanted))}."
     else:
         missing = f"{source} holds no {TOTAL_NORM}, nor another metric whose name tells that it is the norm of all gradients."
-    if looks := look_like_norms(names):
+    if looks := norm_candidates(names):
         return f"{missing} These look like norms: {_listed(looks)}; --norm METRIC reads one of them."
     held = f" (it holds {_listed(sorted(names))}; --norm METRIC reads any of them)" if names else ""
     advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
@@ -141,5 +150,5 @@ def no_norm(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> 
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    more = f" and {len(names) - MAX_LISTED_METRICS} more" if len(names) > MAX_LISTED_METRICS else ""
+    return ", ".join(names[:MAX_LISTED_METRICS]) + more

@@ -17,17 +17,17 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clip_callbacks.html_report.axes import Shown
-from clip_callbacks.html_report.bad_steps import FEWEST, BadStep, bad_steps
-from clip_callbacks.html_report.charts import COLORS, MOST, make_charts
+from clip_callbacks.html_report.axes import PlottedRun
+from clip_callbacks.html_report.bad_steps import MIN_NORMS_FOR_SPIKES, BadStep, bad_steps
+from clip_callbacks.html_report.charts import MAX_PLOTTED_RUNS, RUN_COLORS, make_charts
 from clip_callbacks.html_report.diagnosis import Finding, diagnose, out_of_control
-from clip_callbacks.html_report.logs_of_others import provisos, taken_after_clip
-from clip_callbacks.html_report.pictures import Chart
 from clip_callbacks.html_report.progress import progress_bar
-from clip_callbacks.html_report.runs import Run, Track, UnusableLogError
+from clip_callbacks.html_report.rendering import Chart
+from clip_callbacks.html_report.runs import OptimizerLog, Run, UnusableLogError
+from clip_callbacks.html_report.third_party_norms import conditions, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
 
-NONE = "-"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Section:
         bad_count: How many there were.
     """
 
-    shown: Shown
+    shown: PlottedRun
     findings: list[Finding]
     caution: str | None
     advice: Advice | None
@@ -51,34 +51,34 @@ class Section:
     bad_count: int
 
     @property
-    def track(self) -> Track:
+    def log(self) -> OptimizerLog:
         """The optimizer."""
-        return self.shown.track
+        return self.shown.log
 
     @property
     def row(self) -> list[str]:
         """Its row in the table of runs."""
-        track, norms = self.track, self.track.total_norm
+        log, norms = self.log, self.log.total_norm
         percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
-        share, skipped = track.share_clipped, track.skipped_steps
+        share, skipped = log.clipped_share, log.skipped_steps
         losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.shown.losses.items())[:2]]
         return [
-            f"{track.steps:,}",
+            f"{log.steps:,}",
             *map(number, percentiles),
-            number(float(norms.values.max())) if norms else NONE,
-            number(track.max_norm.last),
-            NONE if math.isnan(share) else f"{share:.1%}",
-            f"{skipped.last:.0f}" if skipped else NONE,
-            f"{self.advice.max_norm:g}" if self.advice else NONE,
+            number(float(norms.values.max())) if norms else MISSING,
+            number(log.max_norm.last),
+            MISSING if math.isnan(share) else f"{share:.1%}",
+            f"{skipped.last:.0f}" if skipped else MISSING,
+            f"{self.advice.max_norm:g}" if self.advice else MISSING,
             f"{len(norms):,}",
-            ", ".join(losses) or NONE,
+            ", ".join(losses) or MISSING,
         ]
 
     @property
     def nothing_bad(self) -> str:
         """What to say where the table of bad steps is empty."""
-        skipped = "No step was skipped." if self.track.norm.is_ours else "Whether steps were skipped is not in the log."
-        if len(self.track.total_norm) < FEWEST:
+        skipped = "No step was skipped." if self.log.norm.is_ours else "Whether steps were skipped is not in the log."
+        if len(self.log.total_norm) < MIN_NORMS_FOR_SPIKES:
             return f"{skipped} Too few norms were logged to tell spikes."
         return f"{skipped} No norm stands far out of those around it."
 
@@ -87,7 +87,7 @@ class Section:
         return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
 
 
-LOCAL = (
+LOCAL_NORMS_CONDITION = (
     "This run was clipped by local norms, each block by itself: there max_norm is a block's limit. What is suggested is for the "
     "norm of all gradients (scope: global)."
 )
@@ -98,7 +98,7 @@ HEADINGS = ("steps", "p50", "p90", "p99", "largest", "max_norm", "clipped", "ski
 def number(value: float) -> str:
     """Three digits; a dash for NaN, a word for infinity."""
     if math.isnan(value):
-        return NONE
+        return MISSING
     return f"{value:.3g}"
 
 
@@ -117,30 +117,30 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
             others = sorted({key for run in runs for key in run.metrics if not key.startswith("grad")})
             raise UnusableLogError(f"no run has a metric {key!r}; there are {', '.join(others[:12]) or 'none but ours'}.")
     sections: list[Section] = []
-    for track in [track for run in runs for track in run.tracks]:
-        found = track.run.losses(tuple(losses))
-        rows, count = bad_steps(track)
-        hue, caution = COLORS[len(sections) % MOST], taken_after_clip(track) or out_of_control(found)
-        advice = _advice(track, caution)
-        shown = Shown(track, found, hue, advice.max_norm if advice else math.nan)
-        sections.append(Section(shown, diagnose(track, found), caution, advice, rows, count))
+    for log in [log for run in runs for log in run.optimizer_logs]:
+        found = log.run.losses(tuple(losses))
+        rows, count = bad_steps(log)
+        hue, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
+        advice = _advice(log, caution)
+        shown = PlottedRun(log, found, hue, advice.max_norm if advice else math.nan)
+        sections.append(Section(shown, diagnose(log, found), caution, advice, rows, count))
     return sections
 
 
-def _advice(track: Track, caution: str | None) -> Advice | None:
+def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
     """A max_norm; None if no norm was logged, or none is to be trusted."""
-    norms = torch.from_numpy(np.array(track.logged_norm.values))
+    norms = torch.from_numpy(np.array(log.logged_norm.values))
     advice = advise(
         norms,
         out_of_control=caution is not None,
-        is_sampled=not track.has_every_step,
-        metric=track.norm.title,
-        norm_type=track.norm.norm_type,
+        is_sampled=not log.has_every_step,
+        metric=log.norm.title,
+        norm_type=log.norm.norm_type,
     )
-    if advice is None or taken_after_clip(track) or (caution and not advice.is_from_stable_quarter):
+    if advice is None or taken_after_clip(log) or (caution and not advice.is_from_stable_quarter):
         return None
-    local = (LOCAL,) if track.is_local else ()
-    return replace(advice, reasons=(*advice.reasons, *local, *provisos(track)))
+    local = (LOCAL_NORMS_CONDITION,) if log.has_local_norms else ()
+    return replace(advice, reasons=(*advice.reasons, *local, *conditions(log)))
 
 
 def write_report(
@@ -166,11 +166,11 @@ def write_report(
     Raises:
         OSError: If it cannot be written.
     """
-    runs = list(dict.fromkeys(section.track.run for section in sections))
+    runs = list(dict.fromkeys(section.log.run for section in sections))
     notes = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
-    if len(sections) > MOST:
-        notes.append(f"{MOST} of {len(sections)} runs are shown. Name fewer to see the others.")
-    shown = list(sections[:MOST])
+    if len(sections) > MAX_PLOTTED_RUNS:
+        notes.append(f"{MAX_PLOTTED_RUNS} of {len(sections)} runs are shown. Name fewer to see the others.")
+    shown = list(sections[:MAX_PLOTTED_RUNS])
     charts = make_charts([section.shown for section in shown])
     _write(path, _render(shown, charts, notes, title))
     return [path, *(_write_pngs(charts, png) if png else ())]
@@ -196,7 +196,7 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
     return environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
-        runs=len({section.track.run.name for section in sections}),
+        runs=len({section.log.run.name for section in sections}),
         headings=HEADINGS,
         charts=drawn,
         notes=notes,

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 DELAY_S = 1.0
 """What is done sooner shows no bar."""
-EVERY_S = 0.1
+INTERVAL_S = 0.1
 """How often it is drawn anew."""
 
 
@@ -20,5 +20,5 @@ def progress_bar(what: str, total: int, unit: str) -> Any:
         total: How many units there are.
         unit: "B" for bytes, or a word.
     """
-    options = {"unit": unit, "unit_scale": unit == "B", "delay": DELAY_S, "mininterval": EVERY_S}
+    options = {"unit": unit, "unit_scale": unit == "B", "delay": DELAY_S, "mininterval": INTERVAL_S}
     return tqdm(total=total, desc=what, leave=False, disable=None, **options)

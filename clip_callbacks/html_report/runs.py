@@ -23,12 +23,12 @@ from clip_callbacks.core.metric_names import (
     TOTAL_NORM,
     UPDATE_RATIO,
 )
-from clip_callbacks.html_report.norm_metrics import LISTED, NormMetric, find_norms, norms_of_others
+from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import Series, Steps, Values
 
-ROUNDING = 1.001
+ROUNDING_TOLERANCE = 1.001
 """A clipped norm may be above its limit by so much without meaning anything."""
-OURS = ("grad/", "grad_", "update_ratio/")
+OWN_PREFIXES = ("grad/", "grad_", "update_ratio/")
 LOSS_WORDS = {
     "loss",
     "losses",
@@ -49,7 +49,7 @@ LOSS_WORDS = {
 """What metrics are called that ought to fall."""
 TRANSFORMERS = "transformers"
 """The kind of log that the Trainer of Hugging Face's transformers leaves in its checkpoints."""
-PREFIXED = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
+PREFIXED_TOTAL_NORM = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
 
 
 class UnusableLogError(ValueError):
@@ -81,61 +81,63 @@ class Run:
     @classmethod
     def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
         """A run as it was logged: without the prefix that its logger may have been given, with a note if steps went back."""
-        prefix = next((match[1] for key in metrics if (match := PREFIXED.match(key))), "")
+        prefix = next((match[1] for key in metrics if (match := PREFIXED_TOTAL_NORM.match(key))), "")
         if prefix and TOTAL_NORM not in metrics:
             metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
-        taken_back = max((series.taken_back for series in metrics.values()), default=0)
-        if taken_back:
+        superseded = max((series.superseded for series in metrics.values()), default=0)
+        if superseded:
             notes = [
                 *notes,
-                f"Steps go back: {taken_back} points that were logged before are left out, as of a part that was run again.",
+                f"Steps go back: {superseded} points that were logged before are left out, as of a part that was run again.",
             ]
         return cls(name, source, metrics, kind, notes=tuple(notes))
 
-    def within(self, first: int | None, last: int | None) -> Run:
+    def between(self, first: int | None, last: int | None) -> Run:
         """The run from one step to another."""
-        metrics = {key: part for key, series in self.metrics.items() if (part := series.within(first, last))}
+        metrics = {key: part for key, series in self.metrics.items() if (part := series.between(first, last))}
         bad_steps = tuple(
             bad for bad in self.bad_steps if (first or 0) <= int(bad.get("step", 0)) <= (float("inf") if last is None else last)
         )
         return replace(self, metrics=metrics, bad_steps=bad_steps)
 
-    def reading(self, wanted: Sequence[str] = ()) -> Run:
+    def with_norms(self, wanted: Sequence[str] = ()) -> Run:
         """The run with the norms that are read, those wanted or those that are found, and a note if others could be meant."""
         norms = find_norms(self.metrics, wanted)
         read = [norm.name for norm in norms]
         others = [norm.name for norm in norms_of_others(self.metrics) if norm.name not in read]
         if not read or not others or wanted:
             return replace(self, norms=norms)
-        note = f"Norms are read from {', '.join(read)}. --norm reads another: {', '.join(others[:LISTED])}."
+        note = f"Norms are read from {', '.join(read)}. --norm reads another: {', '.join(others[:MAX_LISTED_METRICS])}."
         return replace(self, norms=norms, notes=(*self.notes, note))
 
     @cached_property
-    def tracks(self) -> list[Track]:
+    def optimizer_logs(self) -> list[OptimizerLog]:
         """One for each optimizer, or for each norm that is read."""
         norms = find_norms(self.metrics) if self.norms is None else self.norms
-        return [Track(self, norm) for norm in norms if norm.name in self.metrics]
+        return [OptimizerLog(self, norm) for norm in norms if norm.name in self.metrics]
 
-    def is_same(self, other: Run) -> bool:
+    def is_same_run_as(self, other: Run) -> bool:
         """Whether two logs are of one run: one is the beginning of the other, in its norms and in every metric that both hold."""
-        if len(self.tracks) != len(other.tracks):
+        if len(self.optimizer_logs) != len(other.optimizer_logs):
             return False
-        norms = [(track.logged_norm, like.logged_norm) for track, like in zip(self.tracks, other.tracks, strict=True)]
+        norms = [(log.logged_norm, like.logged_norm) for log, like in zip(self.optimizer_logs, other.optimizer_logs, strict=True)]
         shared = [(series, other.metrics[key]) for key, series in self.metrics.items() if key in other.metrics]
         is_long = any(min(len(one), len(two)) > 1 for one, two in norms)
-        return is_long and all(one.begins_like(two) for one, two in norms + shared)
+        return is_long and all(one.agrees_with(two) for one, two in norms + shared)
 
     def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:
         """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if it stands alone."""
         if wanted:
             return {key: self.metrics[key] for key in wanted if key in self.metrics}
-        found = [key for key in self.metrics if not key.startswith(OURS) and LOSS_WORDS & set(re.split("[^a-z]+", key.lower()))]
+        found = [
+            key for key in self.metrics if not key.startswith(OWN_PREFIXES) and LOSS_WORDS & set(re.split("[^a-z]+", key.lower()))
+        ]
         by_step = {key.removesuffix("_step") for key in found if key.endswith("_step")}
         return {key: self.metrics[key] for key in found if key.removesuffix("_epoch") not in by_step or not key.endswith("_epoch")}
 
 
 @dataclass(frozen=True, eq=False)
-class Track:
+class OptimizerLog:
     """What was logged of one optimizer of a run.
 
     Args:
@@ -189,11 +191,11 @@ class Track:
         return self.metric(MAX_NORM).finite
 
     @property
-    def is_local(self) -> bool:
+    def has_local_norms(self) -> bool:
         """Whether the limit held for blocks by themselves: the norm of all gradients was above it after clipping."""
         clipped, limit = self.metric(CLIPPED_NORM).finite, self.max_norm
         _, first, second = np.intersect1d(clipped.steps, limit.steps, return_indices=True)
-        return bool((clipped.values[first] > ROUNDING * limit.values[second]).any())
+        return bool((clipped.values[first] > ROUNDING_TOLERANCE * limit.values[second]).any())
 
     @property
     def clip_coef(self) -> Series:
@@ -215,7 +217,7 @@ class Track:
         """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
         counts = self.metric(SKIPPED_STEPS).finite
         # the norms tell where the log begins: counts come at each epoch's end too, so that their steps keep no interval
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.metric(TOTAL_NORM).begin else counts
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.metric(TOTAL_NORM).first_step else counts
 
     @property
     def skips(self) -> tuple[Steps, Values]:
@@ -227,14 +229,14 @@ class Track:
     @property
     def steps(self) -> int:
         """How many steps the log tells of."""
-        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self._begin
+        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self._first_step
 
     @property
-    def _begin(self) -> int:
+    def _first_step(self) -> int:
         """The first step that the log tells of: 0, or 1 if others count steps that are done, as 10, 20, 30."""
-        steps, begin = self.logged_norm.steps, self.logged_norm.begin
+        steps, first_step = self.logged_norm.steps, self.logged_norm.first_step
         counts_done = not self.norm.is_ours and len(steps) > 1 and int(steps[0]) == int(np.median(np.diff(steps)))
-        return max(begin, int(counts_done))
+        return max(first_step, int(counts_done))
 
     @property
     def bad_steps(self) -> list[Mapping[str, Any]]:
@@ -242,7 +244,7 @@ class Track:
         return [bad for bad in self.run.bad_steps if bad.get("optimizer", "") == self.suffix[1:]]
 
     @property
-    def share_clipped(self) -> float:
+    def clipped_share(self) -> float:
         """Share of all steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
         return self.clip_fraction.mean
 
@@ -250,9 +252,9 @@ class Track:
         """The norms of blocks, by the blocks' names."""
         named = {key: self.norm.block(key) for key in self.run.metrics}
         blocks = {block: self.run.metrics[key].finite for key, block in named.items() if block}
-        return blocks or self.logged_of_blocks(BLOCK_NORM)
+        return blocks or self.with_prefix(BLOCK_NORM)
 
-    def logged_of_blocks(self, prefix: str) -> dict[str, Series]:
+    def with_prefix(self, prefix: str) -> dict[str, Series]:
         """What was logged of each block, or of each limit, under a prefix."""
         return {
             key.removeprefix(prefix).removesuffix(self.suffix): series.finite
@@ -263,10 +265,10 @@ class Track:
     @property
     def update_ratios(self) -> dict[str, Series]:
         """Norm of the update over the norm of the weights, for each block."""
-        return self.logged_of_blocks(UPDATE_RATIO)
+        return self.with_prefix(UPDATE_RATIO)
 
     @property
     def shadows(self) -> dict[str, float]:
         """For each shadow limit the share of steps that it would have clipped."""
-        shares = {name: series.mean for name, series in self.logged_of_blocks(SHADOW_CLIP_FRACTION.format("")).items()}
+        shares = {name: series.mean for name, series in self.with_prefix(SHADOW_CLIP_FRACTION.format("")).items()}
         return {name: share for name, share in shares.items() if not math.isnan(share)}

@@ -14,13 +14,13 @@ from clip_callbacks.core.metric_names import JOURNAL, OFFENDERS
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
-from clip_callbacks.html_report.norm_metrics import no_norm
+from clip_callbacks.html_report.norm_metrics import missing_norm_message
 from clip_callbacks.html_report.runs import Run, UnusableLogError
 from clip_callbacks.html_report.trainer_state import STATE, read_states, run_folder
 
-EVENTS = "tfevents"
-DATABASES = (".db", ".sqlite", ".sqlite3")
-JSON = ".json"
+EVENT_FILE_INFIX = "tfevents"
+DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+JSON_SUFFIX = ".json"
 
 
 def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
@@ -47,17 +47,17 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
         problems += problem
     usable, notes = [], []
     for run in runs:
-        read = run.reading(norms)
-        if read.tracks:
+        read = run.with_norms(norms)
+        if read.optimizer_logs:
             usable.append(read)
         else:
-            problems.append(no_norm(run.source, run.metrics, norms))
+            problems.append(missing_norm_message(run.source, run.metrics, norms))
     if not usable:
         more = f" (and {len(problems) - 1} more logs that cannot be used)" if len(problems) > 1 else ""
         raise UnusableLogError(f"{problems[0]}{more}")
-    kept, doubles = _without_doubles(usable)
+    kept, doubles = _without_duplicates(usable)
     notes += [f"Left out: {problem}" for problem in problems] + doubles
-    return _named(kept), notes
+    return _with_short_names(kept), notes
 
 
 def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], list[str]]:
@@ -72,7 +72,7 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
     path = Path(log)
     if not path.exists():
         raise UnusableLogError(f"{log}: no such file or folder.")
-    units = _units(path)
+    units = _log_units(path)
     if not units:
         raise UnusableLogError(
             f"{log} holds no log that can be read: no metrics.csv, no event file of TensorBoard, no database of MLflow, no {STATE}."
@@ -83,7 +83,7 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
         if str(files[0].resolve()) in seen:
             continue
         seen.update(str(file.resolve()) for file in files)
-        with collected(problems):
+        with problems_collected(problems):
             found, unusable = _read_files(files, path, norms)
             runs += found
             problems += unusable
@@ -91,7 +91,7 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
 
 
 @contextmanager
-def collected(problems: list[str]) -> Iterator[None]:
+def problems_collected(problems: list[str]) -> Iterator[None]:
     """Note that a log cannot be used, and go on."""
     try:
         yield
@@ -99,17 +99,17 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _units(path: Path) -> list[list[Path]]:
+def _log_units(path: Path) -> list[list[Path]]:
     """The files of each run: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
     files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
     together: dict[tuple[Path, str], list[Path]] = {}
     units = []
     for file in files:
-        if EVENTS in file.name:
-            together.setdefault((file.parent, EVENTS), []).append(file)
-        elif file.name == STATE or (file.suffix == JSON and file is path):
+        if EVENT_FILE_INFIX in file.name:
+            together.setdefault((file.parent, EVENT_FILE_INFIX), []).append(file)
+        elif file.name == STATE or (file.suffix == JSON_SUFFIX and file is path):
             together.setdefault((run_folder(file, path), STATE), []).append(file)
-        elif (file.suffix in DATABASES and (file is path or is_database(file))) or (
+        elif (file.suffix in DATABASE_SUFFIXES and (file is path or is_database(file))) or (
             file.suffix == ".csv" and (file is path or file.name == "metrics.csv")
         ):
             units.append([file])
@@ -130,11 +130,11 @@ def _is_experiment(file: Path) -> bool:
 def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs of one unit of files below a path that was asked for, and what of it cannot be used."""
     first = files[0]
-    if first.is_dir() or first.suffix in DATABASES:
+    if first.is_dir() or first.suffix in DATABASE_SUFFIXES:
         return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}", norms), []
-    if first.suffix == JSON:
+    if first.suffix == JSON_SUFFIX:
         return read_states(files, run_folder(first, path))
-    if EVENTS in first.name:
+    if EVENT_FILE_INFIX in first.name:
         kind, (metrics, notes) = "TensorBoard", read_events(files)
     else:
         kind, (metrics, notes) = "CSV", read_csv(first)
@@ -170,23 +170,23 @@ def _entry(line: str) -> Mapping[str, Any] | None:
     return entry if is_sound else None
 
 
-def _without_doubles(runs: list[Run]) -> tuple[list[Run], list[str]]:
+def _without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """Each run once, if several loggers wrote it: as the log that holds most of it."""
     kept: list[Run] = []
     notes = []
     for run in runs:
-        like = (place for place, other in enumerate(kept) if run.kind != other.kind and run.is_same(other))
+        like = (place for place, other in enumerate(kept) if run.kind != other.kind and run.is_same_run_as(other))
         place = next(like, None)
         if place is None:
             kept.append(run)
             continue
-        longer, other = sorted((kept[place], run), key=lambda log: -len(log.tracks[0].logged_norm))
+        longer, other = sorted((kept[place], run), key=lambda log: -len(log.optimizer_logs[0].logged_norm))
         kept[place] = replace(longer, bad_steps=longer.bad_steps or other.bad_steps)  # the journal lies beside one of them
         notes.append(f"{other.source} is the same run as {longer.source} ({longer.kind}) and is shown once.")
     return kept, notes
 
 
-def _named(runs: list[Run]) -> list[Run]:
+def _with_short_names(runs: list[Run]) -> list[Run]:
     """With the shortest ends of their paths that differ; those of one path, and MLflow's own names, get numbers if they do not."""
     parts = {run.name: Path(run.name).parts for run in runs}
     names = {name: str(Path(*part[-1:])) for name, part in parts.items()}

@@ -15,7 +15,7 @@ from clip_callbacks.html_report.series import LAST_STEP, Series
 
 STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-STEP, SUMMARY = "step", "train_runtime"
+STEP_KEY, SUMMARY_KEY = "step", "train_runtime"
 """Where an entry stands, and what only the last entry has, which sums up the training."""
 
 
@@ -72,7 +72,7 @@ def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[st
 def _is_part(metrics: dict[str, Series], whole: dict[str, Series]) -> bool:
     """Whether all that a state holds is in another, which went on from it."""
     return all(
-        key in whole and len(series) <= len(whole[key]) and series.begins_like(whole[key]) for key, series in metrics.items()
+        key in whole and len(series) <= len(whole[key]) and series.agrees_with(whole[key]) for key, series in metrics.items()
     )
 
 
@@ -95,10 +95,10 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
     points: dict[str, tuple[list[int], list[float]]] = {}
     misfits = 0
     for entry in log:
-        step = _number(entry.get(STEP)) if isinstance(entry, dict) else None
+        step = _number(entry.get(STEP_KEY)) if isinstance(entry, dict) else None
         if step is None or not abs(step) < LAST_STEP:
             misfits += 1
-        elif SUMMARY not in entry:
+        elif SUMMARY_KEY not in entry:
             _take(entry, int(step), points)
     notes = [f"{misfits} entries of {path.name} have no step and are left out."] if misfits else []
     return {key: Series.of(steps, values) for key, (steps, values) in points.items()}, notes
@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
 
 def _take(entry: dict[str, Any], step: int, points: dict[str, tuple[list[int], list[float]]]) -> None:
     for key, value in entry.items():
-        if key != STEP and (number := _number(value)) is not None:
+        if key != STEP_KEY and (number := _number(value)) is not None:
             steps, values = points.setdefault(key, ([], []))
             steps.append(step)
             values.append(number)

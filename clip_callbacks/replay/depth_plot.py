@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from clip_callbacks.html_report.axes import number_plainly, short
-from clip_callbacks.html_report.pictures import FAINT, INK, PAPER, PRINTED, Look
+from clip_callbacks.html_report.axes import label_log_axis, shorten
+from clip_callbacks.html_report.rendering import FAINT, INK, PAPER, PRINTED, Theme
 from clip_callbacks.replay.errors import UnusableReplayError
 from clip_callbacks.replay.module_calls import ModuleCall
 from clip_callbacks.replay.ranges import ValueRange
@@ -42,7 +42,7 @@ def write_depth_plot(report: ReplayReport, path: Path) -> None:
     Raises:
         UnusableReplayError: If the file cannot be written.
     """
-    style = replace(Look(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER]).style
+    style = replace(Theme(), ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER]).style
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about letters that the font does not have
         figure = Figure(figsize=(9.4, 4.6), layout="constrained")
@@ -67,7 +67,7 @@ def _draw(axes: Axes, report: ReplayReport) -> None:
     axes.plot([], [], color=PRINTED[INK], label="non-finite", marker="x", markersize=6, markeredgewidth=1.8, linestyle="none")
     axes.set_ylim(low, top)
     axes.margins(x=0.02)
-    number_plainly(axes.yaxis)
+    label_log_axis(axes.yaxis)
     _label_modules(axes, calls)
     _mark_suspects(axes, calls, find_suspects(micro.calls, report.explosion_factor))
     axes.set_title(f"{report.bundle}: {'reproduced' if report.is_reproduced else 'not reproduced'}", pad=28)
@@ -101,7 +101,7 @@ def _height(values: ValueRange | None) -> float:
 
 def _label_modules(axes: Axes, calls: Sequence[ModuleCall]) -> None:
     positions = range(0, len(calls), max(1, math.ceil(len(calls) / MAX_MODULE_NAMES)))
-    names = [short(calls[position].name or calls[position].class_name, 26) for position in positions]
+    names = [shorten(calls[position].name or calls[position].class_name, 26) for position in positions]
     if len(names) > MAX_SLANTED_NAMES:
         axes.set_xticks(list(positions), names, rotation=90, ha="center")
     else:
@@ -119,7 +119,7 @@ def _mark_suspects(axes: Axes, calls: Sequence[ModuleCall], suspects: Sequence[S
         axes.axvline(position, color=SUSPECT_COLOR, linewidth=1.0, linestyle=(0, (4, 2)))
         is_right = position > len(calls) / 2
         note = axes.annotate(
-            f"{TITLES[suspect.fault]}:\n{short(suspect.call.label, 44)}",
+            f"{TITLES[suspect.fault]}:\n{shorten(suspect.call.label, 44)}",
             (position, 0.06 + 0.16 * number),
             xycoords=("data", "axes fraction"),
             xytext=(-6 if is_right else 6, 0),

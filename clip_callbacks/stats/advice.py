@@ -16,8 +16,8 @@ SUGGESTED_PERCENTILE = 90
 """Percentile of the norms that is the suggested max_norm: it clips the largest 10 % of them."""
 QUANTILE = SUGGESTED_PERCENTILE / 100
 """Quantile of the suggested adaptive limit."""
-QUARTERS = 4
-MIN_STEPS_FOR_QUARTERS = 40
+QUARTER_COUNT = 4
+MIN_NORMS_FOR_QUARTERS = 40
 """Least number of norms that are divided into quarters."""
 CHANGE_FACTOR = 3.0
 """Least ratio of two quarters' medians in a run that has changed; lognormal norms do not reach it by chance."""
@@ -199,9 +199,9 @@ class _Quarters(NamedTuple):
 
     @classmethod
     def of(cls, norms: Tensor) -> _Quarters:
-        if len(norms) < MIN_STEPS_FOR_QUARTERS:
+        if len(norms) < MIN_NORMS_FOR_QUARTERS:
             return cls((), math.nan)
-        quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTERS)]
+        quarters = [quarter.sort().values for quarter in norms.tensor_split(QUARTER_COUNT)]
         medians = tuple(_quantile(quarter, 0.5) for quarter in quarters)
         return cls(medians, _quantile(quarters[medians.index(min(medians))], QUANTILE))
 
@@ -216,11 +216,11 @@ class _Quarters(NamedTuple):
     def reasons(self, *, out_of_control: bool, is_sampled: bool) -> Iterator[str]:
         if not self.medians and is_sampled:
             yield (
-                f"There are fewer than {MIN_STEPS_FOR_QUARTERS} norms: ask again with those of a longer run, or log more often "
+                f"There are fewer than {MIN_NORMS_FOR_QUARTERS} norms: ask again with those of a longer run, or log more often "
                 "(Trainer(log_every_n_steps=…), in transformers logging_steps)."
             )
         elif not self.medians:
-            yield f"There are fewer than {MIN_STEPS_FOR_QUARTERS} steps: ask again with a longer run."
+            yield f"There are fewer than {MIN_NORMS_FOR_QUARTERS} steps: ask again with a longer run."
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "

@@ -177,32 +177,32 @@ def fit_of(trainer, tmp_path, module, bad):
     logger = CSVLogger(tmp_path)
     with pytest.warns(RuntimeWarning, match="Non-finite gradients") as said:
         trainer(NonFiniteGuard(max_consecutive=20), logger=logger).fit(module, torch.utils.data.DataLoader(loader, batch_size=None))
-    return read(logger.log_dir).tracks[0], [str(each.message) for each in said if "Non-finite" in str(each.message)]
+    return read(logger.log_dir).optimizer_logs[0], [str(each.message) for each in said if "Non-finite" in str(each.message)]
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*log.*batch_size.*")
 def test_a_hidden_state_is_blamed_from_the_second_bad_step_on(trainer, tmp_path):
-    track, said = fit_of(trainer, tmp_path, Recurrent(), [4])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss"] + ["carried"] * 5
+    log, said = fit_of(trainer, tmp_path, Recurrent(), [4])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss"] + ["carried"] * 5
     assert "Not finite in plain attributes or frozen parameters, which a skip does not put back: state[0] [1, 4, 4]" in said[0]
     assert "so before this step already" not in said[0]
     assert "a tensor that a module carries from batch to batch was non-finite before this step; reset it" in said[1]
-    rows, _ = bad_steps(track)
+    rows, _ = bad_steps(log)
     assert rows[1].offenders.startswith("carried: state[0], state[1], net.weight_ih_l0")
-    assert any('the stage is "carried", the first offender state[0]' in finding.text for finding in diagnose(track, {}))
+    assert any('the stage is "carried", the first offender state[0]' in finding.text for finding in diagnose(log, {}))
 
 
 def test_a_module_that_resets_its_state_is_not_blamed(trainer, tmp_path):
-    track, said = fit_of(trainer, tmp_path, Recurrent(resets=True), [4, 7])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss", "loss"]
+    log, said = fit_of(trainer, tmp_path, Recurrent(resets=True), [4, 7])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss", "loss"]
     assert all("plain attributes" in each for each in said)
 
 
 def test_what_holds_nan_by_design_is_acquitted_by_a_good_step(trainer, tmp_path):
     module = Regression()
     module.bank = torch.full((3, 2), math.nan)
-    track, said = fit_of(trainer, tmp_path, module, [4, 5])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss", "loss"]
+    log, said = fit_of(trainer, tmp_path, module, [4, 5])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss", "loss"]
     assert not any("bank" in each for each in said)
 
 
@@ -224,9 +224,9 @@ class Spoilt(Regression):
 
 
 def test_a_bad_buffer_in_a_fit_is_on_the_report_page(trainer, tmp_path):
-    track, said = fit_of(trainer, tmp_path, Spoilt(), [2, 4])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss", "buffer"], "what the batch itself made of it is undone"
-    assert bad_steps(track)[0][1].offenders.startswith("buffer: centre, net.0.weight")
+    log, said = fit_of(trainer, tmp_path, Spoilt(), [2, 4])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss", "buffer"], "what the batch itself made of it is undone"
+    assert bad_steps(log)[0][1].offenders.startswith("buffer: centre, net.0.weight")
     assert not any("mask" in each for each in said)
 
 
@@ -236,8 +236,8 @@ def test_a_frozen_parameter_is_named_before_the_first_good_step(trainer, tmp_pat
     module.base = nn.Parameter(NAN.clone(), requires_grad=False)
     if not held:
         module.make_optimizer = lambda _, **options: torch.optim.SGD(module.net.parameters(), **options)
-    track, said = fit_of(trainer, tmp_path, module, [0])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss"]
+    log, said = fit_of(trainer, tmp_path, module, [0])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss"]
     assert "Frozen and not finite, as packed codes may be: base" in said[0]
 
 
@@ -257,9 +257,9 @@ class Banked(Regression):
 
 @pytest.mark.parametrize("fills", [True, False])
 def test_a_buffer_that_began_with_nan_is_blamed_only_if_no_step_was_good(trainer, tmp_path, fills):
-    track, said = fit_of(trainer, tmp_path, Banked(fills), [4])
-    assert [entry["stage"] for entry in track.bad_steps] == ["loss"]
+    log, said = fit_of(trainer, tmp_path, Banked(fills), [4])
+    assert [entry["stage"] for entry in log.bad_steps] == ["loss"]
     assert not any("bank" in each for each in said)
-    track, said = fit_of(trainer, tmp_path, Banked(fills, spoils=True), [])
-    assert {entry["stage"] for entry in track.bad_steps} == {"buffer"}
+    log, said = fit_of(trainer, tmp_path, Banked(fills, spoils=True), [])
+    assert {entry["stage"] for entry in log.bad_steps} == {"buffer"}
     assert all("bank" in each for each in said)

@@ -31,4 +31,4 @@ def fitted(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the pictures of a page blank: to draw them takes nearly all of the time of a test that looks at what else is there."""
-    monkeypatch.setattr("clip_callbacks.html_report.pictures.Chart.svg", lambda chart, *, narrow: "")
+    monkeypatch.setattr("clip_callbacks.html_report.rendering.Chart.svg", lambda chart, *, narrow: "")

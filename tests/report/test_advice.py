@@ -134,7 +134,7 @@ def test_norms_that_fall_are_told_of():
 
 
 def test_a_short_run_is_not_divided():
-    norms = torch.logspace(0, 3, advice_module.MIN_STEPS_FOR_QUARTERS - 1)
+    norms = torch.logspace(0, 3, advice_module.MIN_NORMS_FOR_QUARTERS - 1)
     assert advise(norms).quarters == ()
     assert advise(norms).reasons[-1] == "There are fewer than 40 steps: ask again with a longer run."
     assert "log more often" in advise(norms, is_sampled=True).reasons[-1]

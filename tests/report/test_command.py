@@ -75,7 +75,7 @@ def test_pictures_are_written_as_png(tmp_path, capsys):
 
 def unusable(tmp_path):
     """Input that cannot be used, with what the error must say."""
-    no_norm = table()[["step", "train_loss"]]
+    missing_norm_message = table()[["step", "train_loss"]]
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary/metrics.csv").write_bytes(bytes(range(256)) * 20)
@@ -87,7 +87,7 @@ def unusable(tmp_path):
     return {
         "nowhere": (tmp_path / "nowhere", "no such file or folder"),
         "empty folder": (tmp_path / "empty_folder", "holds no log that can be read"),
-        "no grad metrics": (write(tmp_path / "no_norm", no_norm), "holds no grad/total_norm"),
+        "no grad metrics": (write(tmp_path / "no_norm", missing_norm_message), "holds no grad/total_norm"),
         "empty file": (write(tmp_path / "nothing", text=""), "is empty: nothing was logged"),
         "header only": (write(tmp_path / "header", text="step,grad/total_norm\n"), "holds a header and no values"),
         "no step": (
@@ -166,8 +166,8 @@ def test_a_progress_bar_is_shown_to_a_terminal(fitted, tmp_path, source, monkeyp
     from clip_callbacks.html_report import csv_log, progress
 
     monkeypatch.setattr(progress, "DELAY_S", 0.0)
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    monkeypatch.setattr(csv_log, "ROWS", 5)
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(csv_log, "CHUNK_ROWS", 5)
     commands = {"suggest": ["run"]}
     if source == "csv":
         commands["report"] = ["run", "Drawing"]
@@ -268,7 +268,7 @@ def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypa
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("scope", "is_local"), [("layer", True), ("global", False)])
-def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, is_local):
+def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, has_local_norms):
     class Silent(Regression):
         def training_step(self, batch, batch_idx):
             return self.loss(batch, batch_idx)
@@ -276,6 +276,6 @@ def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_p
     logger = CSVLogger(tmp_path, name="", version="run")
     trainer(GradientClipping(0.5, scope=scope), logger=logger, max_epochs=4).fit(Silent(), data(12))
     assert main(["suggest", str(tmp_path)]) == 0
-    assert ("This run was clipped by local norms" in capsys.readouterr().out) is is_local
+    assert ("This run was clipped by local norms" in capsys.readouterr().out) is has_local_norms
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
-    assert ("clipped_norm lies above max_norm: the norms are local" in (tmp_path / "report.html").read_text()) is is_local
+    assert ("clipped_norm lies above max_norm: the norms are local" in (tmp_path / "report.html").read_text()) is has_local_norms

@@ -33,18 +33,18 @@ def test_the_share_of_clipped_steps_counts_steps_that_were_not_logged(trainer, t
 
     feed = torch.tensor([1.0, 9.0, 9.0, 2.0, 1.0, 9.0, 1.0])[:, None]
     trainer(clipping, logger=logger, log_every_n_steps=3).fit(GradientTape(feed))
-    (track,) = read(Path(logger.log_dir)).tracks
-    assert track.share_clipped == pytest.approx(3 / 6)  # the seventh step was not logged
+    (log,) = read(Path(logger.log_dir)).optimizer_logs
+    assert log.clipped_share == pytest.approx(3 / 6)  # the seventh step was not logged
 
 
 def test_several_optimizers_are_tracks_of_their_own(trainer, tmp_path):
     logger = CSVLogger(tmp_path)
     trainer(GradientClipping(1.0), GradientNormMonitor(), logger=logger).fit(TwoNetworks(), data())
     run = read(Path(logger.log_dir))
-    assert [track.suffix for track in run.tracks] == ["-SGD", "-SGD-1"]
-    assert [track.name for track in run.tracks] == [f"{run.name} · SGD", f"{run.name} · SGD-1"]
-    assert [list(track.blocks()) for track in run.tracks] == [["generator"], ["discriminator"]]
-    assert all(len(track.total_norm) == 12 for track in run.tracks)
+    assert [log.suffix for log in run.optimizer_logs] == ["-SGD", "-SGD-1"]
+    assert [log.name for log in run.optimizer_logs] == [f"{run.name} · SGD", f"{run.name} · SGD-1"]
+    assert [list(log.blocks()) for log in run.optimizer_logs] == [["generator"], ["discriminator"]]
+    assert all(len(log.total_norm) == 12 for log in run.optimizer_logs)
 
 
 def test_99_percent_clipped_is_a_learning_rate(tmp_path):
@@ -110,20 +110,20 @@ def test_the_journal_names_offenders_in_the_table_of_bad_steps(trainer, tmp_path
     logger = CSVLogger(tmp_path)
     with pytest.warns(RuntimeWarning, match="Non-finite"):
         trainer(GradientClipping(0.5), logger=logger).fit(Poisoned({2: math.nan, 5: math.inf}), data(8))
-    (track,) = read(Path(logger.log_dir)).tracks
-    rows, count = bad_steps(track)
+    (log,) = read(Path(logger.log_dir)).optimizer_logs
+    rows, count = bad_steps(log)
     assert [(row.step, row.what) for row in rows] == [(2, "skipped"), (5, "skipped")]
     assert count == 2
     assert rows[0].where == "epoch 0, batch 2, rank 0"
     assert rows[0].offenders == "loss: net.0.weight, net.0.bias, net.2.weight, net.2.bias"
-    assert '2 of 8 steps were skipped (25.00%). Most often the stage is "loss".' in texts(diagnose(track, {}))
+    assert '2 of 8 steps were skipped (25.00%). Most often the stage is "loss".' in texts(diagnose(log, {}))
 
 
 def test_spikes_skipped_by_the_guard_are_rows_with_their_norm(trainer, tmp_path):
     logger = CSVLogger(tmp_path)
     with pytest.warns(RuntimeWarning, match="Spike"):
         trainer(NonFiniteGuard(skip_above=1e3), GradientClipping(1.0), logger=logger).fit(Poisoned({3: 1e6}), data(8))
-    rows, _ = bad_steps(read(Path(logger.log_dir)).tracks[0])
+    rows, _ = bad_steps(read(Path(logger.log_dir)).optimizer_logs[0])
     (spike,) = [row for row in rows if row.what == "skipped as a spike"]
     assert spike.step == 3
     assert spike.norm > 1e3
@@ -132,7 +132,7 @@ def test_spikes_skipped_by_the_guard_are_rows_with_their_norm(trainer, tmp_path)
 
 def test_without_a_journal_skips_are_rows_too(tmp_path):
     frame = table(50, **{"grad/skipped_steps": [0.0] * 20 + [2.0] * 30})
-    rows, _ = bad_steps(read(write(tmp_path, frame)).tracks[0])
+    rows, _ = bad_steps(read(write(tmp_path, frame)).optimizer_logs[0])
     assert (20, "skipped") in [(row.step, row.what) for row in rows]
 
 
@@ -168,7 +168,7 @@ def test_spikes_are_told_by_the_norms_around_them():
     falling = np.geomspace(10, 0.1, 400) * np.random.default_rng(0).lognormal(0, 0.05, 400)
     falling[300] *= 8
     run = Run("run", "", {"grad/total_norm": Series.of(np.arange(400), falling)})
-    found, times = spikes(run.tracks[0])
+    found, times = spikes(run.optimizer_logs[0])
     assert found.steps.tolist() == [300]
     assert times[0] == pytest.approx(8, rel=0.2)
 
@@ -176,7 +176,7 @@ def test_spikes_are_told_by_the_norms_around_them():
 def test_norms_logged_as_not_finite_are_rows(tmp_path):
     frame = table(60)
     frame.loc[7, "grad/total_norm"] = math.nan
-    rows, _ = bad_steps(read(write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))).tracks[0])
+    rows, _ = bad_steps(read(write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))).optimizer_logs[0])
     assert (7, "norm not finite") in [(row.step, row.what) for row in rows]
 
 
@@ -193,13 +193,13 @@ def test_a_run_out_of_control_gets_no_number(tmp_path, capsys):
 
 
 def test_blocks_keep_what_tells_them_apart():
-    from clip_callbacks.html_report.axes import naturally, short, without_common_ends
+    from clip_callbacks.html_report.axes import natural_order, shorten, without_common_parts
 
     names = [
         f"encoder.transformer.layers.{number}.attention.{part}.projection" for number in range(12) for part in ("key", "value")
     ]
-    assert without_common_ends(names) == [f"{number}.attention.{part}" for number in range(12) for part in ("key", "value")]
-    assert without_common_ends(["a.b", "a"]) == ["b", "a"]
-    assert without_common_ends(["one.name"]) == ["one.name"]
-    assert short("abcdefghij", 7) == "abc…hij"
-    assert sorted(["l.10", "l.9", "k"], key=naturally) == ["k", "l.9", "l.10"]
+    assert without_common_parts(names) == [f"{number}.attention.{part}" for number in range(12) for part in ("key", "value")]
+    assert without_common_parts(["a.b", "a"]) == ["b", "a"]
+    assert without_common_parts(["one.name"]) == ["one.name"]
+    assert shorten("abcdefghij", 7) == "abc…hij"
+    assert sorted(["l.10", "l.9", "k"], key=natural_order) == ["k", "l.9", "l.10"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping
-from clip_callbacks.html_report import thinning
+from clip_callbacks.html_report import downsampling
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series
@@ -40,9 +40,9 @@ def test_what_a_fit_logged_is_read_from_every_logger(fitted, source):
         torch.testing.assert_close(  # event files hold float32
             torch.tensor(run.metrics[key].values, dtype=torch.float32), torch.tensor(expected[key].to_numpy(), dtype=torch.float32)
         )
-    (track,) = run.tracks
-    assert set(track.blocks()) == {"net.0", "net.2"}
-    assert track.skipped_steps.last == 2
+    (log,) = run.optimizer_logs
+    assert set(log.blocks()) == {"net.0", "net.2"}
+    assert log.skipped_steps.last == 2
     assert run.name == "run" if source != "csv" else run.name in {"run", "csv"}
 
 
@@ -70,7 +70,7 @@ def test_infinities_and_nan_are_values_and_empty_cells_are_not(tmp_path):
     assert run.metrics["grad/total_norm"].steps.tolist() == [0, 2, 3, 4]
     assert run.metrics["train_loss"].steps.tolist() == [0, 1, 3, 4]
     assert [str(value) for value in run.metrics["train_loss"].values] == ["2.0", "nan", "-inf", "inf"]
-    assert run.tracks[0].total_norm.steps.tolist() == [0, 2, 3]
+    assert run.optimizer_logs[0].total_norm.steps.tolist() == [0, 2, 3]
 
 
 def test_columns_that_change_in_mid_run(tmp_path):
@@ -167,7 +167,7 @@ def test_a_damaged_event_file_is_read_up_to_there(fitted, tmp_path):
     (tmp_path / source.name).write_bytes(content)
     run = read(tmp_path)
     assert "it was read up to there" in run.notes[0]
-    assert run.tracks
+    assert run.optimizer_logs
 
 
 @settings(deadline=None, max_examples=examples(150))
@@ -191,17 +191,17 @@ def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
     dice = np.random.default_rng(seed)
     steps = np.sort(dice.choice(10 * count, count, replace=False))
     series = Series.of(steps, dice.normal(size=count))
-    thinned = thinning.thin(series, columns)
-    assert thinned.low.min() == series.values.min()
-    assert thinned.high.max() == series.values.max()
-    assert (thinned.low <= thinned.middle).all()
-    assert (thinned.middle <= thinned.high).all()
-    assert thinned.is_whole == (count <= 2 * columns)
+    reduced = downsampling.downsample(series, columns)
+    assert reduced.low.min() == series.values.min()
+    assert reduced.high.max() == series.values.max()
+    assert (reduced.low <= reduced.middle).all()
+    assert (reduced.middle <= reduced.high).all()
+    assert reduced.has_all_points == (count <= 2 * columns)
     first, last = int(steps[0]), int(steps[-1])
     width = (last - first + 1) / columns
     for column in range(columns):
         inside = np.clip(((steps - first) / width).astype(int), 0, columns - 1) == column
-        peak = thinning.peaks(series, first, last, columns)[column]
+        peak = downsampling.column_maxima(series, first, last, columns)[column]
         if inside.any():
             assert peak == series.values[inside].max()
         else:
@@ -215,12 +215,12 @@ def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged,
     steps = np.cumsum(gaps) - 1
     series = Series.of(steps, values)
     each = np.concatenate([np.full(gap, value) for gap, value in logged])  # of every step
-    each = each[series.begin :]
-    edges, found = thinning.shares(series, columns)
-    assert edges[0] == series.begin
+    each = each[series.first_step :]
+    edges, found = downsampling.column_means(series, columns)
+    assert edges[0] == series.first_step
     assert edges[-1] == steps[-1] + 1
     summed = np.concatenate([[0], np.cumsum(each)])
-    expected = np.diff(np.interp(edges - series.begin, np.arange(len(each) + 1), summed)) / np.diff(edges)
+    expected = np.diff(np.interp(edges - series.first_step, np.arange(len(each) + 1), summed)) / np.diff(edges)
     np.testing.assert_allclose(found, expected, atol=1e-9)
     assert series.mean == pytest.approx(each.mean())
 
@@ -231,9 +231,9 @@ def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
     frame = table(1000, **{"grad/clip_fraction": clipped, "grad/skipped_steps": np.minimum(np.arange(1000) // 10, 50)})
     path = write(tmp_path, frame)
     (run,), _ = read_runs([str(path)])
-    (whole,), (part,) = run.tracks, run.within(500, 599).tracks
-    assert (whole.steps, whole.share_clipped, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
-    assert (part.steps, part.share_clipped, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
+    (whole,), (part,) = run.optimizer_logs, run.between(500, 599).optimizer_logs
+    assert (whole.steps, whole.clipped_share, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
+    assert (part.steps, part.clipped_share, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
     assert len(part.skips[0]) == 0
     assert "skipped" not in texts(diagnose(part, {}))
 
@@ -241,9 +241,9 @@ def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
 def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):
     frame = table(100, **{"grad/clip_fraction": [1.0] + [0.0] * 99, "grad/skipped_steps": 7.0})
     frame["step"] += 90_000
-    (track,) = read(write(tmp_path, frame)).tracks
-    assert (track.steps, track.share_clipped) == (100, pytest.approx(0.01))
-    assert track.skipped_steps.last == 0
+    (log,) = read(write(tmp_path, frame)).optimizer_logs
+    assert (log.steps, log.clipped_share) == (100, pytest.approx(0.01))
+    assert log.skipped_steps.last == 0
 
 
 def test_a_branch_that_was_given_up_is_left_out(tmp_path):
@@ -313,5 +313,5 @@ def test_one_file_that_cannot_be_read_does_not_take_the_others_along(fitted, tmp
     shutil.copytree(fitted / "board", tmp_path / "board")
     (tmp_path / "board/run/events.out.tfevents.9.other").write_bytes(b"no event file at all, but so it is called")
     run = read(tmp_path / "board")
-    assert run.tracks
+    assert run.optimizer_logs
     assert any("is not one of TensorBoard's event files" in note for note in run.notes)

@@ -53,11 +53,11 @@ def finished(tmp_path):
 
 def test_norms_losses_and_steps_are_read(finished):
     run = read(finished)
-    (track,) = run.tracks
+    (log,) = run.optimizer_logs
     expected = [entry["grad_norm"] for entry in history() if "grad_norm" in entry]
-    assert (run.name, track.norm.name, track.steps) == ("out", "grad_norm", 600)
-    np.testing.assert_array_equal(track.logged_norm.values, expected)
-    assert track.logged_norm.steps.tolist() == list(range(EVERY, 601, EVERY))
+    assert (run.name, log.norm.name, log.steps) == ("out", "grad_norm", 600)
+    np.testing.assert_array_equal(log.logged_norm.values, expected)
+    assert log.logged_norm.steps.tolist() == list(range(EVERY, 601, EVERY))
     assert list(run.losses()) == ["loss", "eval_loss"]
     assert "Of 4 trainer_state.json the folder's own was read: it holds what the others hold." in run.notes
 
@@ -93,22 +93,22 @@ def test_without_a_state_of_its_own_a_folder_is_read_from_the_last_checkpoint(fi
 
 def test_a_run_that_went_on_after_its_state_was_saved_is_read_to_its_end(finished):
     save(finished / "checkpoint-900", history(900))
-    assert read(finished).tracks[0].steps == 900
+    assert read(finished).optimizer_logs[0].steps == 900
 
 
 def test_a_checkpoint_that_was_left_by_another_run_is_a_run_by_itself(finished):
     save(finished / "checkpoint-800", history(800, seed=1))
     runs, _ = read_runs([str(finished)])
-    assert [run.tracks[0].steps for run in runs] == [800, 600]
+    assert [run.optimizer_logs[0].steps for run in runs] == [800, 600]
     assert len({run.name for run in runs}) == 2
 
 
 def test_checkpoints_that_are_named_are_read_themselves(finished):
     named = [finished / "checkpoint-200", finished / "checkpoint-600/trainer_state.json"]
     runs, _ = read_runs([str(path) for path in named])
-    assert [(run.name, run.tracks[0].steps) for run in runs] == [("checkpoint-200", 200), ("checkpoint-600", 600)]
+    assert [(run.name, run.optimizer_logs[0].steps) for run in runs] == [("checkpoint-200", 200), ("checkpoint-600", 600)]
     shutil.copy(named[1], finished / "copy.json")
-    assert len(read(finished / "copy.json").tracks[0].logged_norm) == 60
+    assert len(read(finished / "copy.json").optimizer_logs[0].logged_norm) == 60
     assert len(read_runs([str(finished), *map(str, named)])[0]) == 1, "named twice, read once"
 
 
@@ -122,7 +122,11 @@ def test_a_run_that_went_to_tensorboard_too_is_shown_once(finished):
                 if key != "step":
                     writer.add_scalar(name, value, entry["step"])
     (run,), notes = read_runs([str(finished)])
-    assert (run.kind, run.tracks[0].norm.name, len(run.tracks[0].logged_norm)) == ("TensorBoard", "train/grad_norm", 70)
+    assert (run.kind, run.optimizer_logs[0].norm.name, len(run.optimizer_logs[0].logged_norm)) == (
+        "TensorBoard",
+        "train/grad_norm",
+        70,
+    )
     assert any("is the same run as" in note for note in notes)
 
 
@@ -154,7 +158,7 @@ def test_steps_that_are_none_are_left_out_and_counted(tmp_path):
 def test_a_damaged_checkpoint_does_not_take_the_others_along(finished):
     (finished / "checkpoint-600/trainer_state.json").write_text('{"log_history": [')
     (run,), notes = read_runs([str(finished)])
-    assert run.tracks[0].steps == 600
+    assert run.optimizer_logs[0].steps == 600
     assert "is no JSON" in notes[0]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from clip_callbacks.html_report.series import Series, Values
 
-COLUMNS = 600
+MAX_COLUMNS = 600
 """Columns of a picture; fewer points than twice as many are drawn as they are."""
 
 
-class Thinned(NamedTuple):
+class Downsampled(NamedTuple):
     """A series in columns of equal width in steps: a line, and how far it strays.
 
     Args:
@@ -20,40 +20,40 @@ class Thinned(NamedTuple):
         middle: The median there.
         low: The smallest value there.
         high: The largest value there.
-        is_whole: Whether every point has a column of its own.
+        has_all_points: Whether every point has a column of its own.
     """
 
     steps: Values
     middle: Values
     low: Values
     high: Values
-    is_whole: bool
+    has_all_points: bool
 
 
-def thin(series: Series, columns: int = COLUMNS) -> Thinned:
+def downsample(series: Series, columns: int = MAX_COLUMNS) -> Downsampled:
     """Take a series apart into columns; nothing of its range is lost."""
     if len(series) <= 2 * columns:
         steps = series.steps.astype(np.float64)
-        return Thinned(steps, series.values, series.values, series.values, is_whole=True)
+        return Downsampled(steps, series.values, series.values, series.values, has_all_points=True)
     starts, middles = _starts(series, columns)
     middle = np.array([np.median(part) for part in np.split(series.values, starts[1:])])
     low, high = np.minimum.reduceat(series.values, starts), np.maximum.reduceat(series.values, starts)
-    return Thinned(middles, middle, low, high, is_whole=False)
+    return Downsampled(middles, middle, low, high, has_all_points=False)
 
 
-def shares(series: Series, columns: int) -> tuple[Values, Values]:
+def column_means(series: Series, columns: int) -> tuple[Values, Values]:
     """Of values that sum up all steps since the last point: the mean over the steps of each column.
 
     Returns:
         The edges of the columns, shape ``(columns + 1,)``, and the means, shape ``(columns,)``.
     """
-    ends = series.ends.astype(np.float64)
-    summed = np.concatenate([[0.0], np.cumsum(series.values * np.diff(ends))])
-    edges = np.linspace(ends[0], ends[-1], columns + 1)
-    return edges, np.diff(np.interp(edges, ends, summed)) / np.diff(edges)
+    interval_edges = series.interval_edges.astype(np.float64)
+    summed = np.concatenate([[0.0], np.cumsum(series.values * np.diff(interval_edges))])
+    edges = np.linspace(interval_edges[0], interval_edges[-1], columns + 1)
+    return edges, np.diff(np.interp(edges, interval_edges, summed)) / np.diff(edges)
 
 
-def peaks(series: Series, first: int, last: int, columns: int) -> Values:
+def column_maxima(series: Series, first: int, last: int, columns: int) -> Values:
     """The largest value in each of so many columns from one step to another, NaN where nothing was logged."""
     result = np.full(columns, -np.inf)
     np.maximum.at(result, _places(series, first, last, columns), series.values)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import grad_norm
 
 from clip_callbacks import GradientClipping
 from clip_callbacks.html_report.diagnosis import diagnose
-from clip_callbacks.html_report.norm_metrics import NormMetric, find_norms, no_norm, norms_of_others
+from clip_callbacks.html_report.norm_metrics import NormMetric, find_norms, missing_norm_message, norms_of_others
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.sources import read_runs
@@ -66,12 +66,12 @@ def lognormal(count=200, seed=0):
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_what_lightnings_utility_logged_is_read_from_every_logger(theirs, source):
-    (track,) = read(theirs / source).tracks
+    (log,) = read(theirs / source).optimizer_logs
     frame = pd.read_csv(theirs / "csv/run/metrics.csv")
-    assert track.norm == NormMetric("grad_2.0_norm_total", is_ours=False, norm_type=2.0)
-    assert track.steps == len(track.total_norm) == STEPS
-    np.testing.assert_allclose(track.total_norm.values, frame["grad_2.0_norm_total"].dropna(), rtol=1e-6)
-    blocks = track.blocks()
+    assert log.norm == NormMetric("grad_2.0_norm_total", is_ours=False, norm_type=2.0)
+    assert log.steps == len(log.total_norm) == STEPS
+    np.testing.assert_allclose(log.total_norm.values, frame["grad_2.0_norm_total"].dropna(), rtol=1e-6)
+    blocks = log.blocks()
     assert set(blocks) == PARAMETERS
     for name, series in blocks.items():
         np.testing.assert_allclose(series.values, frame[f"grad_2.0_norm/{name}"].dropna(), rtol=1e-6)
@@ -111,9 +111,9 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_look_like_norms(t
 )
 def test_norms_of_parameters_are_those_of_the_blocks(columns, blocks):
     metrics = {name: Series.of([0, 1], [place, place]) for place, name in enumerate(columns, 1)}
-    (track,) = Run("run", "", metrics).tracks
-    assert track.norm.name == columns[0]
-    found = {block: series.values[0] for block, series in track.blocks().items()}
+    (log,) = Run("run", "", metrics).optimizer_logs
+    assert log.norm.name == columns[0]
+    found = {block: series.values[0] for block, series in log.blocks().items()}
     assert found == {block: metrics[name].values[0] for block, name in blocks.items()}
 
 
@@ -182,7 +182,7 @@ def test_what_tensorboards_page_exports_needs_the_name_of_its_column(tmp_path, c
 
 def test_of_many_that_look_like_norms_the_likely_ones_are_listed():
     names = [f"grad_norm/layer.{number}" for number in range(100)] + ["weight_norm", "my_grad_norm"]
-    said = no_norm("log", names)
+    said = missing_norm_message("log", names)
     assert "look like norms: my_grad_norm, grad_norm/layer.0, " in said
     assert "and 94 more; --norm" in said
 
@@ -223,14 +223,14 @@ def test_the_metric_that_was_read_is_named_if_others_could_be_meant(tmp_path):
 def test_several_norms_that_were_asked_for_stand_side_by_side(tmp_path, capsys):
     path = write(tmp_path, table(60, norm_g=lognormal(60, 1), norm_d=lognormal(60, 2)))
     (run,), _ = read_runs([str(path)], ["norm_g", "grad/total_norm", "norm_d"])
-    assert [(track.name, track.norm.is_ours) for track in run.tracks] == [
+    assert [(log.name, log.norm.is_ours) for log in run.optimizer_logs] == [
         (f"{run.name} · norm_g", False),
         (run.name, True),
         (f"{run.name} · norm_d", False),
     ]
-    assert run.tracks[1].total_norm.values.tolist() == run.metrics["grad/total_norm"].values.tolist()
+    assert run.optimizer_logs[1].total_norm.values.tolist() == run.metrics["grad/total_norm"].values.tolist()
     (alone,), _ = read_runs([str(path)], ["norm_g"])
-    assert [track.name for track in alone.tracks] == [run.name]
+    assert [log.name for log in alone.optimizer_logs] == [run.name]
     code, out, _ = run_main(capsys, "suggest", "--json", path, "--norm", "norm_g", "--norm", "norm_d", "--steps", ":39")
     assert code == 0
     assert [facts["steps"] for facts in json.loads(out).values()] == [40, 40]
@@ -254,9 +254,9 @@ def test_a_store_of_mlflow_holds_norms_of_any_name_behind_any_prefix(tmp_path, m
         for step in range(3):
             client.log_metric(identifier, name, 1.0 + step, step=step)
     runs, _ = read_runs([str(tmp_path)])
-    assert {track.norm.name for run in runs for track in run.tracks} == {"grad/total_norm", "train/grad_norm"}
+    assert {log.norm.name for run in runs for log in run.optimizer_logs} == {"grad/total_norm", "train/grad_norm"}
     (run,), _ = read_runs([str(tmp_path)], ["mine"])
-    assert run.tracks[0].total_norm.values.tolist() == [1.0, 2.0, 3.0]
+    assert run.optimizer_logs[0].total_norm.values.tolist() == [1.0, 2.0, 3.0]
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------------------
@@ -268,9 +268,9 @@ def test_any_table_with_a_column_for_the_step_is_read(tmp_path, step):
     log_of(lognormal(30)).rename(columns={"step": step}).to_csv(path, index=False)
     run = read(path)
     assert run.metrics.keys() == {"train_loss", "grad_norm"}
-    assert run.tracks[0].total_norm.steps.tolist() == list(range(30))
+    assert run.optimizer_logs[0].total_norm.steps.tolist() == list(range(30))
     path.write_text(path.read_text() + path.read_text().splitlines()[0].lstrip("\ufeff") + ",more\n30,1.0,2.0,3.0\n")
-    assert len(read(path).tracks[0].total_norm) == 31
+    assert len(read(path).optimizer_logs[0].total_norm) == 31
 
 
 def test_norms_that_are_not_finite_are_counted_and_told(tmp_path, capsys):
@@ -290,7 +290,7 @@ def test_norms_that_stay_nan_are_the_end(broken, is_over):
     norms = lognormal(100)
     norms[list(broken)] = math.nan
     run = Run("run", "", {"grad_norm": Series.of(np.arange(100), norms)})
-    (found,) = [finding for finding in diagnose(run.tracks[0], {}) if "logged norms are NaN" in finding.text]
+    (found,) = [finding for finding in diagnose(run.optimizer_logs[0], {}) if "logged norms are NaN" in finding.text]
     assert ("None is finite after step 97" in found.text) is is_over
     assert found.severity == ("bad" if is_over else "warn")
 
@@ -308,7 +308,7 @@ def test_what_the_log_does_not_tell_is_not_claimed():
         assert unknown in text
     assert "Nothing was clipped" not in text
     assert f"p90 {np.percentile(norms, 90):.3g}" in text
-    assert run.tracks[0].steps == 400, "counted from 1"
+    assert run.optimizer_logs[0].steps == 400, "counted from 1"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -25,12 +25,12 @@ PRINTED = {INK: "#1c2430", FAINT: "#d5dae1", PAPER: "#ffffff"}
 PRINTED_DPI = 150
 SVG_DPI = FigureCanvasSVG.fixed_dpi
 """A point is a unit of an SVG."""
-CELLS_DPI = 100
+HEAT_MAP_DPI = 100
 """Of the heat maps in an SVG, which are pictures of pixels."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Theme:
     """How a picture is to look.
 
     Args:
@@ -94,38 +94,38 @@ class Chart:
     title: str
     caption: str
     summary: str
-    draw: Callable[[Figure, Look], None]
+    draw: Callable[[Figure, Theme], None]
     heights: tuple[float, float] = (3.4, 3.2)
 
     def svg(self, *, narrow: bool) -> str:
         """As an SVG element whose colors are the page's."""
-        look, buffer = Look(narrow=narrow), io.StringIO()
-        with self._laid_out(look, FigureCanvasSVG, SVG_DPI) as figure:
+        theme, buffer = Theme(narrow=narrow), io.StringIO()
+        with self._layout(theme, FigureCanvasSVG, SVG_DPI) as figure:
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-            figure.savefig(buffer, format="svg", dpi=CELLS_DPI, metadata=metadata)
+            figure.savefig(buffer, format="svg", dpi=HEAT_MAP_DPI, metadata=metadata)
         return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
 
     def write_png(self, folder: Path) -> Path:
         """Write it as a file, dark on white."""
-        look = Look(ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
+        theme = Theme(ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
         path = folder / f"{self.key}.png"
-        with self._laid_out(look, FigureCanvasAgg, PRINTED_DPI) as figure:
-            figure.savefig(path, dpi=PRINTED_DPI, facecolor=look.paper)
+        with self._layout(theme, FigureCanvasAgg, PRINTED_DPI) as figure:
+            figure.savefig(path, dpi=PRINTED_DPI, facecolor=theme.paper)
         return path
 
     @contextmanager
-    def _laid_out(self, look: Look, canvas: type[FigureCanvasBase], dpi: float) -> Iterator[Figure]:
+    def _layout(self, theme: Theme, canvas: type[FigureCanvasBase], dpi: float) -> Iterator[Figure]:
         """Draw it, to be saved, and lay it out as the canvas measures text.
 
         With a layout engine ``savefig`` would draw all of it once more, for nothing but the layout.
         """
-        size = (4.3, self.heights[1]) if look.narrow else (9.4, self.heights[0])
-        with mpl.rc_context(look.style), warnings.catch_warnings():
+        size = (4.3, self.heights[1]) if theme.narrow else (9.4, self.heights[0])
+        with mpl.rc_context(theme.style), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of letters that the font has not
             figure = Figure(figsize=size, dpi=dpi)
             canvas(figure)
             figure.set_layout_engine(layout := ConstrainedLayoutEngine())  # before: color bars are placed for it
-            self.draw(figure, look)
+            self.draw(figure, theme)
             layout.execute(figure)
             figure.set_layout_engine(None)
             yield figure

@@ -45,9 +45,6 @@ class NoRescaling:
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         """Take up optimizers that are new, or hold other parameters."""
 
-    def begin_window(self) -> None:
-        """Begin a new window: the gradients were set to zero."""
-
     def before_backward(self, loss: Tensor) -> None:
         """Count the micro-batch, and multiply its loss by its weight."""
 
@@ -145,8 +142,8 @@ class Rescaler(NoRescaling):
         if self._weights:
             self._weights.ask(batch, batch_idx)
 
-    @override
     def begin_window(self) -> None:
+        """Begin a new window: the gradients were set to zero."""
         self._window.reset()
         self._has_stepped = False
 

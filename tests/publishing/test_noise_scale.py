@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from clip_callbacks import (
     NonFiniteGuard,
 )
 from clip_callbacks.stats.noise_scale import NoiseScale
+from clip_callbacks.trainer.checks import check_noise_scale
 from tests.helpers.training import SAFELY, GradientTape, Iterating, Poisoned, Regression, data
 
 WIDTH = 20
@@ -175,6 +177,16 @@ class ManualTape(GradientTape):
 def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, message):
     with pytest.raises(ValueError, match=f"GradientNoiseScale must not be used with {message}"):
         trainer(*family, GradientNoiseScale()).fit(module, *([] if isinstance(module, GradientTape) else [data(3)]))
+
+
+def test_several_ranks_are_refused():
+    with pytest.raises(ValueError, match="GradientNoiseScale must not be used with 2 ranks"):
+        check_noise_scale(SimpleNamespace(world_size=2), Regression(), is_weighted=False)
+
+
+def test_alone_it_prints_nothing_at_the_end(trainer, said):
+    trainer(GradientNoiseScale(), accumulate_grad_batches=2).fit(Regression(), data(6))
+    assert said == []
 
 
 @pytest.mark.parametrize("other", [GradientNormMonitor(norm_type=1), GradientClipping(norm_type=1)], ids=["monitor", "clipping"])

@@ -127,7 +127,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for place in ("engine", "search"):
         monkeypatch.setattr(f"clip_callbacks.engine.{place}.is_silent", lambda _: False)
         monkeypatch.setattr(f"clip_callbacks.engine.{place}.tell", lambda _, text: lines.append(text))
-    monkeypatch.setattr("clip_callbacks.publishing.summary.LEAST_STEPS", 1)
+    monkeypatch.setattr("clip_callbacks.publishing.summary.MIN_STEPS_FOR_TABLE", 1)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The weight of a micro-batch, asked for when the batch comes, known when its backward pass begins."""
+"""The weight of a micro-batch, copied from the device while the forward pass runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from clip_callbacks.trainer.device_event import DeviceEvent
 
 
 class AsyncWeight:
-    """A weight that may be on its way from a device: the forward pass is under way before anybody waits for it.
+    """A weight whose copy from the device is waited for when it is read, after the forward pass has been launched.
 
     Args:
-        source: From the batch to its weight.
-        batch: As ``training_step`` gets it.
-        batch_idx: Its number.
+        source: Function from a batch to its weight.
+        batch: The batch that ``training_step`` gets.
+        batch_idx: Number of the batch in its epoch.
     """
 
     def __init__(self, source: Weight, batch: Any, batch_idx: int) -> None:
@@ -25,18 +25,18 @@ class AsyncWeight:
         self._error: Exception | None = None
         try:
             self._value: Any = source(batch)
-        except Exception as error:  # raised where other ranks can be told of it
+        except Exception as error:  # raised by `read`, at a point where the other ranks learn of it
             self._value, self._error = None, error
         if isinstance(self._value, Tensor) and not self._value.is_cpu:
             device, self._value = self._value.device, self._value.to("cpu", non_blocking=True)
             self._event = DeviceEvent(device)
 
     def read(self) -> float:
-        """The weight.
+        """Return the weight, after waiting for its copy.
 
         Raises:
             ValueError: If it is not a finite number of at least 0; it names the callable and the batch.
-            Exception: What the source raised.
+            Exception: If the source has raised it.
         """
         if self._error:
             raise self._error

@@ -1,4 +1,4 @@
-"""Accumulation windows of manual optimization, which only the gradients tell of."""
+"""Accumulation windows of manual optimization, detected from the gradients."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 class ManualWindow:
     """Counts the backward passes that reached one optimizer since its gradients were last set to zero.
 
-    Lightning has no hook for ``zero_grad`` in manual optimization, so the gradients themselves tell: they change in a backward pass
-    that reaches them; changed between two passes and none or all zero, they were set to zero. Where ranks hold shards they agree on
-    both, by a flag each.
+    Lightning has no hook for ``zero_grad`` in manual optimization, so that both events are detected from the gradients. A backward
+    pass has reached the optimizer if gradients changed in it. The gradients were set to zero if they changed between two backward
+    passes and are None or all zero. Where ranks hold shards, the decision is collective.
     """
 
     def __init__(self, context: OptimizerContext) -> None:
@@ -24,10 +24,10 @@ class ManualWindow:
         self._seen = fingerprints(self.context.table)
 
     def before_backward(self) -> None:
-        """See whether the gradients were set to zero since the last backward pass."""
+        """Begin a new window if the gradients were set to zero since the last backward pass."""
         present = fingerprints(self.context.table)
         is_sharded = self._reduction is not None
-        # An empty shard never changes: where ranks hold shards, only entries tell, and one collective for all of them.
+        # An empty shard never changes. Where ranks hold shards, only the entries decide, in one collective for all of them.
         has_gradients = (not is_sharded and present == self._seen) or not self._is_zero()
         if is_sharded:
             has_gradients = self._agreed(has_gradients)
@@ -36,7 +36,7 @@ class ManualWindow:
         self._seen = present
 
     def after_backward(self, weight: float) -> None:
-        """See whether the pass reached a gradient of this optimizer."""
+        """Count the backward pass if it has changed a gradient of this optimizer."""
         present = fingerprints(self.context.table)
         if self._agreed(present != self._seen):
             self.window.add(weight)
@@ -47,13 +47,13 @@ class ManualWindow:
         return self.context.table.reduction
 
     def _agreed(self, flag: bool) -> bool:
-        """Whether it holds on any rank: an empty shard tells nothing."""
+        """Return whether the flag is set on any rank; an empty shard never sets it."""
         if self._reduction:
             return on_any_rank(flag, self._reduction.counts.device)
         return flag
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's shards of the gradients that there are."""
+        """Return this rank's shards of all gradients that are not None."""
         gradients = (tensor.grad for tensor in self.context.table.tensors)
         return [shard_of(gradient) for gradient in gradients if gradient is not None]
 

@@ -1,10 +1,10 @@
-"""Looking at each micro-batch of an accumulation window, and dropping a bad one, without copying a gradient.
+"""Measurement of each micro-batch of an accumulation window, and removal of bad ones, without copying gradients.
 
-Before each backward pass the gradients so far are set aside; after it they are added to the new ones, as autograd would have done,
-or, if the new ones are bad, put back alone.
+Before each backward pass the gradients accumulated so far are set aside. After it, the new gradients are added to them, as autograd
+would have done; or, if the new gradients are bad, they are discarded.
 
-On several ranks a micro-batch is bad if any rank's part of it is, and all ranks drop it. Under DDP the gradients of all but the
-last one are this rank's own. The last backward pass averages what it adds; those set aside are averaged after it.
+On several ranks a micro-batch is bad if it is bad on any rank, and then all ranks drop it. DDP averages gradients over ranks in the
+last backward pass of a window only, and here that pass has the gradients of one micro-batch; those set aside are averaged after it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 
 
 class MicroBatches:
-    """The micro-batches of the current window, good and bad.
+    """The good and bad micro-batches of the current window.
 
     Args:
         module: The module in training.
-        drops: Whether bad ones are dropped, or all only measured.
-        parallel: What averages gradients over ranks in the last backward pass of a window, if there are others.
+        drops: If True, bad micro-batches are dropped; otherwise all are only measured.
+        parallel: The DDP wrapper of the module, on several ranks.
 
     Attributes:
-        norms: 2-norms of the window's good ones, as their gradients come.
+        norms: 2-norms of the gradients of the window's good micro-batches, with loss scale and division by N.
+        good: Number of good micro-batches.
+        dropped: Number of bad ones.
     """
 
     def __init__(
@@ -61,26 +63,26 @@ class MicroBatches:
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
 
-    def meet(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Take up what the optimizers hold now; a window under way goes on."""
+    def attach(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Take up the parameters that the optimizers hold now, in the current window too."""
         self._contexts = contexts
         self._tensors = [tensor for context in contexts for tensor in context.table.tensors]
 
     def begin_batch(self, batch: Any) -> None:
-        """Keep buffers as they are before the micro-batch, and its size."""
+        """Record the size of the micro-batch, and copy the buffers."""
         if self._written and self._buffers:
             self._written.begin_window()
             self._buffers.keep()
         self._size = count_samples(batch)
 
     def before_backward(self) -> None:
-        """Set the gradients so far aside."""
+        """Set the gradients accumulated so far aside."""
         self._averages = self._parallel is not None and self._parallel.require_backward_grad_sync
         self._aside = [(tensor, tensor.grad) for tensor in self._tensors if tensor.grad is not None]
         for tensor, _ in self._aside:
             tensor.grad = None
         if self._averages and self._parallel is not None and self._parallel.find_unused_parameters:
-            for tensor in self._tensors:  # DDP wants a gradient where any backward pass of the window has left one
+            for tensor in self._tensors:  # DDP expects gradients where any backward pass of the window has left one
                 if id(tensor) in self._used:
                     tensor.grad = torch.zeros_like(tensor)
 
@@ -89,11 +91,11 @@ class MicroBatches:
         """Add the new gradients to those set aside, or drop them.
 
         Args:
-            losses: The losses of the micro-batch, as far as they count.
-            report: Told of each optimizer with bad gradients, before they are dropped.
+            losses: Losses of the micro-batch, except those with weight 0.
+            report: Function that is called with each optimizer whose gradients are bad, before they are dropped.
 
         Returns:
-            Whether the micro-batch was dropped.
+            True if the micro-batch was dropped.
         """
         self._check_layouts()
         self._sizes.append(self._size)
@@ -104,7 +106,7 @@ class MicroBatches:
         is_bad = self._drops and (bool(bad) or not all_finite(losses))
         if self._parallel is not None:
             is_bad = on_any_rank(is_bad, self._tensors[0].device)
-        if self._averages and self.good:  # the last backward pass of the window: autograd has averaged only what it added
+        if self._averages and self.good:  # in this pass DDP has averaged the new gradients only
             self._average_those_aside()
 
         if is_bad:
@@ -124,8 +126,8 @@ class MicroBatches:
             return
         if any(tensor.grad is not None and tensor.grad.layout is not torch.strided for tensor in self._tensors):
             raise ValueError(
-                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": those set aside cannot be '
-                "averaged. Use sparse=False, or one device."
+                '`level` must be "window" with sparse gradients on several ranks, got "microbatch": the gradients of earlier '
+                "micro-batches cannot be averaged. Use sparse=False, or one device."
             )
 
     def _average_those_aside(self) -> None:
@@ -147,31 +149,31 @@ class MicroBatches:
         if dense:
             torch._foreach_add_([old for old, _ in dense], [new for _, new in dense])
         for tensor, old in self._aside:
-            # Dense gradients were summed above, in the memory of those set aside; sparse ones were left out there.
+            # Dense gradients were added above, in the memory of those set aside; sparse ones remain.
             if tensor.grad is None or old.layout is torch.strided:
                 tensor.grad = old
             else:
                 tensor.grad = old + tensor.grad
 
     def detach(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         if self._written:
             self._written.detach()
 
     def end_window(self) -> None:
-        """Begin a new window."""
+        """Discard all results of the window, which is over."""
         self.good = self.dropped = 0
         self.norms = []
         self._sizes = []
         self._used = set()
 
     def window_norms(self, total: float, *, divisor: int, loss_scale: float) -> WindowNorms | None:
-        """Norms of the window's micro-batches and of their mean; None if they are not of one size.
+        """Return the norms of the window's micro-batches and of their mean; None unless all have one size.
 
         Args:
-            total: The norm of their sum, divided by ``divisor``.
-            divisor: What each was divided by.
-            loss_scale: What each was multiplied by.
+            total: 2-norm of the window's gradients, each micro-batch divided by ``divisor``.
+            divisor: Number N that Lightning divided each loss by.
+            loss_scale: Factor that the GradScaler multiplied each loss by.
         """
         if len(set(self._sizes)) != 1:
             return None
@@ -180,12 +182,12 @@ class MicroBatches:
 
     @property
     def scale(self) -> float:
-        """What makes the mean over all micro-batches one over the good ones."""
+        """Return the factor from a mean over all micro-batches to the mean over the good ones."""
         if not self.good:
             return 1.0
         return (self.good + self.dropped) / self.good
 
     @property
     def is_lost(self) -> bool:
-        """Whether every micro-batch of the window was dropped."""
+        """Return whether every micro-batch of the window was dropped."""
         return self.dropped > 0 and self.good == 0

@@ -1,4 +1,4 @@
-"""What makes the gradient of a window the mean over the micro-batches in it: the part of AccumulationRescaling."""
+"""Rescaling of windows to the mean over their micro-batches: the part that AccumulationRescaling makes."""
 
 from __future__ import annotations
 
@@ -26,93 +26,92 @@ if TYPE_CHECKING:
 
 
 class NoRescaling:
-    """Leaves windows as Lightning divides them.
+    """Does not rescale: the stand-in for :class:`Rescaler` without AccumulationRescaling.
 
     Args:
         trainer: The Trainer.
         module: The module to train.
     """
 
-    watches_passes = False
-    """Whether it is to be told of backward passes."""
-    is_silent = False
-    """Whether the last micro-batch has weight 0, so that its loss does not count."""
+    acts_on_backward = False
+    """If True, its methods for backward passes are called."""
+    has_zero_weight = False
+    """If True, the last micro-batch has weight 0, so that its loss does not count."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._is_manual = not module.automatic_optimization
 
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Meet the optimizers, before the first step or after one of them took on other parameters."""
-
-    def begin_window(self) -> None:
-        """Begin a new window: the gradients were set to zero."""
+        """Take up optimizers that are new, or hold other parameters."""
 
     def before_backward(self, loss: Tensor) -> None:
-        """Count the micro-batch, and weight its loss."""
+        """Count the micro-batch, and multiply its loss by its weight."""
 
     def after_backward(self) -> None:
-        """Let go of what the backward pass needed."""
+        """Remove the hooks of the backward pass."""
 
     def drop_micro_batch(self) -> None:
-        """Leave the last micro-batch out: its gradient was dropped."""
+        """Subtract the last micro-batch from the window: its gradient was dropped."""
 
     @property
     def divisor(self) -> int:
-        """N, what the losses of the window were divided by."""
+        """Return the number N that Lightning divided the losses of the window by."""
         return self._trainer.accumulate_grad_batches
 
     def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
-        """What makes the gradients of an optimizer's window a mean; None if the weights of the window are all 0, on all ranks.
+        """Return the factor that makes an optimizer's gradients a mean; None if all weights of the window are 0, on all ranks.
 
         Args:
             context: The optimizer.
-            scale_of_kept: What makes the mean over all micro-batches one over those that were not dropped.
+            scale_of_kept: Factor from a mean over all micro-batches to the mean over those that were not dropped.
         """
-        return 1.0 if self._is_manual else scale_of_kept
+        if self._is_manual:
+            return 1.0
+        return scale_of_kept
 
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
-        """What a logged step tells of the window."""
+        """Return the metrics of a logging step."""
         return {}
 
     def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
-        """What is counted over the run."""
+        """Return counts over the run: none."""
         return {}
 
     def metric_names(self) -> list[str]:
-        """The metrics of a logged step."""
+        """Return the names of the metrics of a logging step."""
         return []
 
     def detach(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
 
 
 class Rescaler(NoRescaling):
-    """Rescales windows to the mean over their micro-batches, each with its weight.
+    """Rescales the gradients of windows to the weighted mean over their micro-batches.
 
     Args:
         trainer: The Trainer.
         module: The module to train.
-        weight: From a batch to its weight; None: all weigh the same.
-        divide: Whether in manual optimization the sum over a window becomes a mean.
+        weight: Function from a batch to its weight; None stands for equal weights.
+        divide: If True, the sum over a window of manual optimization is divided, too.
 
     Raises:
-        ValueError: If there are weights in manual optimization, and nothing would divide by them; or of batches that are not seen.
+        ValueError: If ``weight`` is given in manual optimization without ``divide``, or with ``training_step(dataloader_iter)``.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
         super().__init__(trainer, module)
-        self.watches_passes = True
+        self.acts_on_backward = True
         if weight and not module.automatic_optimization and not divide:
             raise ValueError(
-                f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: nothing "
-                "would be divided by the sum of the weights. Set divide=True, and do not divide your losses."
+                f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: "
+                "the gradients would not be divided by the sum of the weights. Set divide=True, and do not divide your losses."
             )
         if weight and takes_dataloader_iter(module):
             raise ValueError(
                 f"`weight` must be None beside {type(module).__name__}.training_step(dataloader_iter), got "
-                f"weight={name_of(weight)}: batches are drawn in training_step, after callbacks were asked for their weights. "
-                "Write training_step(self, batch, batch_idx); or leave `weight` out, where micro-batches are of one size."
+                f"weight={name_of(weight)}: training_step fetches batches itself, so that callbacks cannot weigh them before. "
+                "Write training_step(self, batch, batch_idx), or leave `weight` out if all micro-batches have one size."
             )
         self._module = module
         self._divides_manually = self._is_manual and divide
@@ -134,10 +133,8 @@ class Rescaler(NoRescaling):
                 window.context = context
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Ask for the weight of the batch; set gradients to zero that a step has used and Lightning will not.
-
-        Lightning does so where N divides the batch's number. Where N has changed since, that is not the batch after the step.
-        """
+        """Compute the weight of the batch; set gradients to zero after a step if Lightning will not."""
+        # Lightning does so at batches whose number is divisible by N. If N has changed, that is not the batch after the step.
         if self._has_stepped and batch_idx % self._trainer.accumulate_grad_batches:
             for context in self._contexts.values():
                 drop(context.table)
@@ -145,14 +142,14 @@ class Rescaler(NoRescaling):
         if self._weights:
             self._weights.ask(batch, batch_idx)
 
-    @override
     def begin_window(self) -> None:
+        """Begin a new window: the gradients were set to zero."""
         self._window.reset()
         self._has_stepped = False
 
     @override
     def before_backward(self, loss: Tensor) -> None:
-        self.detach()  # the backward pass before may have raised
+        self.detach()  # hooks of the last backward pass, if it has raised
         weight = 1.0
         if self._weights:
             weight = self._weights.read(self._trainer)
@@ -170,7 +167,7 @@ class Rescaler(NoRescaling):
         if self._divides_manually and not reduces_in_backward(self._module):
             raise ValueError(
                 "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False): "
-                "nothing tells of the backward passes between. Leave it at True, or divide your losses."
+                "backward passes before the last one cannot be counted. Leave the call out, or divide your losses."
             )
         for window in self._manual.values():
             window.before_backward()
@@ -184,12 +181,12 @@ class Rescaler(NoRescaling):
 
     @property
     def divisor(self) -> int:
-        """N, what the losses of the window were divided by."""
+        """Return the number N that Lightning divided the losses of the window by."""
         return self._window.divisor
 
     @property
-    def is_silent(self) -> bool:  # type: ignore[override]
-        """Whether the last micro-batch has weight 0, and its loss does not count."""
+    def has_zero_weight(self) -> bool:  # type: ignore[override]
+        """Return whether the last micro-batch has weight 0, so that its loss does not count."""
         return not self._last_weight
 
     @override

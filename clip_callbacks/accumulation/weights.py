@@ -1,4 +1,4 @@
-"""Weights of micro-batches: how much of what a loss is a mean over a micro-batch holds."""
+"""Weights of micro-batches: the number of labels or samples that a loss is a mean over."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from clip_callbacks.bundles.batch_tensors import tensors_in
 
 Weight: TypeAlias = Callable[[Any], Any]
-"""From a batch, as ``training_step`` gets it, to a number of at least 0: a Python number or a tensor of one entry."""
+"""Function from the batch that ``training_step`` gets to a weight of at least 0: a Python number, or a tensor of one entry."""
 
 
 @dataclass(frozen=True)
 class LabelTokens:
-    r"""Weighs a micro-batch by its count of labels that take part in the loss: :math:`w = \#\{j : y_j \ne \text{ignore\_index}\}`.
+    r"""Weighs a micro-batch by its number of labels that count in the loss: :math:`w = \#\{j : y_j \ne \text{ignore\_index}\}`.
 
-    For losses that are means over labels, as ``torch.nn.functional.cross_entropy`` with its default reduction.
+    For losses that are means over labels, such as ``torch.nn.functional.cross_entropy`` with its default reduction.
 
     Args:
-        key: Where in the batch the labels are: a key of a dict, an index of a tuple or list, an attribute; with dots for batches
-            within batches, as in ``"target.labels"`` or ``"1.labels"``.
-        ignore_index: The label that takes no part.
-        shifted: Whether the first label of each sequence takes no part either, since a model predicts each from those before it,
-            as causal language models of Hugging Face do when they are given labels.
+        key: Place of the labels in the batch: a key of a dict, an index of a tuple or list, or the name of an attribute; for nested
+            batches several of them, separated by dots, as in ``"target.labels"`` or ``"1.labels"``.
+        ignore_index: The label that the loss ignores.
+        shifted: If True, the first label of each sequence is not counted, because the model predicts each label from those before
+            it. Causal language models of Hugging Face do so when they compute the loss.
 
     Example::
 
@@ -42,10 +42,13 @@ class LabelTokens:
     shifted: bool = False
 
     def __call__(self, batch: Any) -> Tensor:
-        """Count the labels, where they are and unread.
+        """Count the labels, without a host sync.
+
+        Returns:
+            Number of labels, int64, 0-dim, on the device of the labels.
 
         Raises:
-            ValueError: If the batch has no labels there; it says what the batch has.
+            ValueError: If the batch has no labels at ``key``; it describes the batch.
         """
         labels = batch
         for part in str(self.key).split("."):
@@ -59,9 +62,9 @@ class LabelTokens:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Weighs a micro-batch by its count of samples: the length of its tensors along their first dimension.
+    """Weighs a micro-batch by its number of samples: the length of its tensors along their first dimension.
 
-    For losses that are means over samples, where micro-batches differ in size, as the last one of an epoch does.
+    For losses that are means over samples, if micro-batches differ in size, as the last one of an epoch often does.
 
     Example::
 
@@ -70,10 +73,10 @@ class BatchSize:
     """
 
     def __call__(self, batch: Any) -> int:
-        """Find the length.
+        """Return the length.
 
         Raises:
-            ValueError: If the batch has no tensor, or tensors of several lengths.
+            ValueError: If the batch has no tensors, or tensors of different lengths.
         """
         lengths = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
         if len(lengths) != 1:
@@ -85,7 +88,7 @@ class BatchSize:
 
 
 def count_samples(batch: Any) -> int | None:
-    """The length of a batch's tensors along their first dimension; None if they have several, or there are none."""
+    """Return the length of a batch's tensors along their first dimension; None if there are none, or their lengths differ."""
     try:
         return BatchSize()(batch)
     except ValueError:
@@ -93,7 +96,7 @@ def count_samples(batch: Any) -> int | None:
 
 
 def checked(weight: Any, source: Weight, batch_idx: int) -> float:
-    """A weight as a number.
+    """Return a weight as a number.
 
     Raises:
         ValueError: If it is not a finite number of at least 0; it names the callable and the batch.
@@ -107,7 +110,7 @@ def checked(weight: Any, source: Weight, batch_idx: int) -> float:
 
 
 def name_of(source: Weight) -> str:
-    """What a callable is called."""
+    """Return the name of a callable."""
     return str(getattr(source, "__qualname__", None) or repr(source))
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic of accumulation windows: what makes the summed gradient the mean over the micro-batches in it."""
+"""Arithmetic of accumulation windows: the factor from the accumulated gradient to the mean over its micro-batches."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 @dataclass
 class Window:
-    r"""The micro-batches between one ``zero_grad`` and the optimizer step, each with a weight :math:`w_i`.
+    r"""The micro-batches between ``zero_grad`` and the optimizer step, each with a weight :math:`w_i`.
 
-    A trainer that divides every loss by :math:`N`, with each loss multiplied by its weight, leaves :math:`\sum_i w_i g_i / N`. The
-    weighted mean :math:`\sum_i w_i g_i / \sum_i w_i` is that times :math:`N / \sum_i w_i`; with weights of 1, of k micro-batches,
-    :math:`N / k`. Where :math:`N` changes inside the window, each later loss is first multiplied by :math:`N_i / N`.
+    If the Trainer divides every loss by :math:`N`, and each loss is multiplied by its weight, the accumulated gradient is
+    :math:`\sum_i w_i g_i / N`. The factor from it to the weighted mean :math:`\sum_i w_i g_i / \sum_i w_i` is
+    :math:`N / \sum_i w_i`; for k micro-batches with weights of 1, :math:`N / k`. If :math:`N` changes to :math:`N_i` inside the
+    window, later losses are multiplied by :math:`N_i / N`.
 
     Attributes:
-        divisor: N, what the first micro-batch's loss was divided by; 0 before it.
-        count: k, the backward passes so far.
-        weight: The sum of their weights.
+        divisor: Number N that the first micro-batch's loss was divided by; 0 before it.
+        count: Number k of backward passes so far.
+        weight: Sum of their weights.
     """
 
     divisor: int = 0
@@ -30,9 +31,16 @@ class Window:
         self.weight = self._last = 0.0
 
     def loss_weight(self, divisor: int, weight: float = 1.0) -> float:
-        """What to multiply a loss by that was divided by ``divisor``, so that it counts as its weight says."""
+        """Return the factor for a loss, so that its micro-batch counts in proportion to its weight.
+
+        Args:
+            divisor: Number that this loss was divided by.
+            weight: Weight of the micro-batch.
+        """
         self.divisor = self.divisor or divisor
-        return weight if divisor == self.divisor else weight * divisor / self.divisor
+        if divisor == self.divisor:
+            return weight
+        return weight * divisor / self.divisor
 
     def add(self, weight: float = 1.0) -> None:
         """Count one backward pass."""
@@ -41,16 +49,16 @@ class Window:
         self.weight += weight
 
     def drop(self) -> None:
-        """Leave the last backward pass out."""
+        """Subtract the last backward pass."""
         self.count -= 1
         self.weight = self._last
 
     def scale(self, total: float | None = None, ranks: int = 1) -> float:
-        """What makes the accumulated gradient a weighted mean; 1 for an empty window.
+        """Return the factor from the accumulated gradient to the weighted mean; 1 for an empty window.
 
         Args:
-            total: The sum of the weights over all ranks, if they differ; None is that of this one.
-            ranks: How many ranks the gradient was averaged over.
+            total: Sum of the weights over all ranks, if weights differ between ranks; None stands for that of this rank.
+            ranks: Number of ranks that the gradient was averaged over.
         """
         if total is None:
             total, ranks = self.weight, 1

@@ -1,4 +1,4 @@
-"""Weights of micro-batches that all ranks add up."""
+"""Weights of micro-batches, summed over all ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class WindowWeights:
-    """The weights of one run, in units of its first one, rounded down to a power of two.
+    """The weights of one run, relative to the first one, rounded down to a power of 2.
 
-    Weights count tokens: multiplied by thousands, a half-precision backward pass would overflow. The unit is the same on all
-    ranks, and being a power of two it changes no bit otherwise. A weight that cannot be had on one rank is infinite until all ranks
-    learn of it.
+    Weights may count thousands of tokens, and a loss multiplied by thousands would overflow in a half-precision backward pass. The
+    unit is equal on all ranks, and because it is a power of 2, dividing by it is exact. If the weight of one rank cannot be
+    computed, it is infinite, until a collective tells the other ranks.
 
     Args:
-        source: From a batch to its weight.
+        source: Function from a batch to its weight.
     """
 
     def __init__(self, source: Weight) -> None:
@@ -32,14 +32,15 @@ class WindowWeights:
         self._error: Exception | None = None
 
     def ask(self, batch: Any, batch_idx: int) -> None:
-        """Ask for the weight of a batch."""
+        """Compute the weight of a batch, without waiting for the device."""
         self._pending = AsyncWeight(self._source, batch, batch_idx)
 
     def read(self, trainer: Trainer) -> float:
-        """The weight of the batch asked for last.
+        """Return the weight of the last batch, in units.
 
         Raises:
-            Exception: What the source raised, or that it is no number of at least 0; on several ranks later, by :meth:`total`.
+            Exception: If the source has raised it, or returned no finite number of at least 0. On several ranks, :meth:`total`
+                raises it later.
         """
         assert self._pending is not None
         weight = math.inf
@@ -49,7 +50,7 @@ class WindowWeights:
         except Exception as error:
             if trainer.world_size == 1:
                 raise
-            # Raised here, it would leave the other ranks waiting in a collective: an infinite weight tells them.
+            # Raised here, the other ranks would wait in a collective forever. The infinite weight tells them.
             self._error = error
         if not self._unit:
             largest = self._agreed(_reduced(trainer, weight, "max"))
@@ -60,24 +61,28 @@ class WindowWeights:
         return weight / self._unit
 
     def total(self, trainer: Trainer, ours: float) -> float:
-        """The sum over all ranks.
+        """Return the sum of this rank's weights and those of all others.
+
+        Args:
+            trainer: The Trainer.
+            ours: Sum of this rank's weights in the window.
 
         Raises:
-            Exception: What the source raised for one of this rank's batches.
-            RuntimeError: If that was on another rank.
+            Exception: If the source has raised it for a batch of this rank.
+            RuntimeError: If the source has raised on another rank.
         """
-        if self._error:  # the guard may have dropped the infinite weight
+        if self._error:  # the infinite weight may be gone with a dropped micro-batch
             ours = math.inf
         return self._agreed(_reduced(trainer, ours, "sum"))
 
     def _agreed(self, total: float) -> float:
         if math.isfinite(total):
             return total
-        raise self._error or RuntimeError("`weight` failed on another rank: its message says on what.")
+        raise self._error or RuntimeError("`weight` failed on another rank. The error message of that rank says why.")
 
 
 def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) -> float:
-    """A number over all ranks."""
+    """Return the sum or the maximum of a number over all ranks."""
     if trainer.world_size == 1:
         return number
     ours = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)

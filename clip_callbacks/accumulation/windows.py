@@ -1,4 +1,4 @@
-"""The accumulation windows of a fit: what is in each, and what makes it a mean."""
+"""The accumulation windows of a fit: the micro-batches in each, and the factors that make their sums means."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from clip_callbacks.trainer.strategies import data_parallel
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-REMEMBERED = 1024
-"""How many micro-batches of a window are remembered at most."""
+MAX_MICRO_BATCHES = 1024
+"""Largest number of micro-batches of a window whose losses are kept."""
 
-KEPT_IN_MANUAL = 16
-"""How many batches are kept in manual optimization, where nobody says how long a window is."""
+MAX_BATCHES_IN_MANUAL = 16
+"""Largest number of kept batches of a window in manual optimization, where the length of a window is not known."""
 
 
 ReportMicroBatch: TypeAlias = Callable[[OptimizerContext, tuple[MicroBatch, ...]], None]
-"""Told of an optimizer with bad gradients, and of the one micro-batch that they are of, unless a step came before."""
+"""Function of an optimizer with bad gradients and of their micro-batch; no micro-batch if a step was taken in between."""
 
 
 class Windows:
@@ -41,14 +41,14 @@ class Windows:
     Args:
         trainer: The Trainer.
         module: The module in training.
-        rescaler: What makes a window's sum its mean.
+        rescaler: The part that rescales windows.
 
     Attributes:
-        kept: The batch as it is kept until its step, if it may have to be run again.
-        in_window: Whether there was a backward pass since the last step of any optimizer.
-        has_backward: Whether there was one in this batch.
-        has_step: Whether a step was decided in this batch.
-        looks_at_passes: Whether each backward pass matters, so that optimizers are to be known by then.
+        kept: The current batch, if it is kept until its step because it may have to be run again.
+        in_window: True after a backward pass, until the next step of any optimizer.
+        has_backward: True after a backward pass in this batch.
+        has_step: True after a step in this batch.
+        acts_on_backward: If True, backward passes need the current parameters of all optimizers.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
@@ -61,62 +61,57 @@ class Windows:
         self._open: set[int] = set()
         self._newest: MicroBatch | None = None
         self._sharing: dict[int, list[int]] = {}
-        self._spoilt: dict[int, Discarded] = {}
+        self._discarded: dict[int, Discarded] = {}
         self._before_pass: dict[int, Fingerprints] = {}
         self._are_several = False
         self.kept: KeptBatch | None = None
-        self.looks_at_passes = rescaler.watches_passes
+        self.acts_on_backward = rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
-        """Meet the optimizers, before the first step or after some of them took on other parameters.
+        """Take up optimizers, before the first step or when some of them have changed.
 
         Args:
-            changed: Those that are new, or hold other parameters.
+            changed: Optimizers that are new, or hold other parameters.
             contexts: All optimizers.
         """
         self._contexts = contexts
         self._are_several = len(contexts) > 1
         self._sharing = _sharing(contexts) if self._are_several else {}
         self._micro_batches = {
-            context.index: self._micro_batches.get(context.index, deque(maxlen=REMEMBERED)) for context in contexts
+            context.index: self._micro_batches.get(context.index, deque(maxlen=MAX_MICRO_BATCHES)) for context in contexts
         }
         self._rescaler.attach(changed)
 
-    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
-        """Take up a batch, before its forward pass.
+    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
+        """Begin a batch, before its forward pass.
 
         Args:
             batch: The batch.
-            batch_idx: Its number.
-            kept: The batch as it is kept until its step, if it may have to be run again.
+            kept: The batch again, if it is kept until its step because it may have to be run again.
         """
         self.kept = kept
         self.has_backward = self.has_step = False
 
-    def keep_anew(self, kept: KeptBatch | None) -> None:
-        """Keep the batch anew: LBFGS's closure runs it again, with other random numbers."""
-        self.kept = kept
-
     def before_backward(self, loss: Tensor) -> None:
-        """Remember the loss until the step."""
+        """Record the loss until the step."""
         self.in_window = self.has_backward = True
         self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
-                self._look_for_zero_grad(context, window)
+                self._detect_zero_grad(context, window)
             window.append(micro_batch)
         if self._are_several:
             self._before_pass = {context.index: fingerprints(context.table) for context in self._contexts}
-        if self._rescaler.watches_passes:
+        if self._rescaler.acts_on_backward:
             self._rescaler.before_backward(loss)
 
     def end_pass(self) -> tuple[set[int], set[int]]:
-        """Find out, of several optimizers, whose gradients the backward pass has changed: the loss is theirs alone.
+        """Find out which of several optimizers have gradients that the backward pass has changed; the loss is theirs alone.
 
         Returns:
-            The numbers of these optimizers; and of those among them whose window has begun with it.
+            The numbers of these optimizers, and the numbers of those whose window has begun with this pass.
         """
         reached = {
             context.index for context in self._contexts if is_changed(context.table, self._before_pass.get(context.index, {}))
@@ -128,96 +123,103 @@ class Windows:
         self._open |= begun
         return reached, begun
 
-    def _look_for_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
-        """Begin another window where the gradients are gone: Lightning has no hook for ``zero_grad`` in manual optimization."""
+    def _detect_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
+        """Begin a new window if all gradients are None: Lightning has no hook for ``zero_grad`` in manual optimization."""
         if not context.table.has_gradients:
             window.clear()
             self._open.discard(context.index)
-            self._spoilt.pop(context.index, None)
-        if len(window) >= KEPT_IN_MANUAL:  # an optimizer that steps seldom, or never
-            window[-KEPT_IN_MANUAL] = window[-KEPT_IN_MANUAL]._replace(kept=None)
+            self._discarded.pop(context.index, None)
+        if len(window) >= MAX_BATCHES_IN_MANUAL:  # this optimizer steps seldom, or never
+            window[-MAX_BATCHES_IN_MANUAL] = window[-MAX_BATCHES_IN_MANUAL]._replace(kept=None)
 
     def after_backward(self, report: ReportMicroBatch) -> bool:
-        """Look at the micro-batch, and drop a bad one, if that is wanted.
+        """End a backward pass: measure the micro-batch and drop it if it is bad, if that was asked for.
 
         Args:
-            report: Told of each optimizer with bad gradients, before they are dropped.
+            report: Function that is called for each optimizer with bad gradients, before they are dropped.
 
         Returns:
-            Whether the micro-batch was dropped.
+            True if the micro-batch was dropped.
         """
-        if self._rescaler.watches_passes:
-            if self._rescaler.is_silent:
-                self._forget_micro_batch()  # its loss may be NaN, and does not count
+        if self._rescaler.acts_on_backward:
+            if self._rescaler.has_zero_weight:
+                self._remove_newest()  # its loss does not count, and may be NaN
             self._rescaler.after_backward()
         return False
 
-    def _forget_micro_batch(self) -> None:
+    def _remove_newest(self) -> None:
+        """Remove the last micro-batch from all windows that have it."""
         for window in self._micro_batches.values():
-            if window and window[-1] is self._newest:  # a callback before us may have stepped already, and not all are reached
+            # It is not there if a callback before us has stepped already, or if the pass did not reach the optimizer.
+            if window and window[-1] is self._newest:
                 window.pop()
 
     def scale(self, context: OptimizerContext) -> float | None:
-        """What makes an optimizer's window a mean; None if all its weights are 0. On several ranks this may be a collective."""
-        if not self._rescaler.watches_passes:
+        """Return the factor that makes an optimizer's gradients a mean; None if all weights of its window are 0.
+
+        Collective with weights on several ranks.
+        """
+        if not self._rescaler.acts_on_backward:
             return 1.0
         return self._rescaler.scale(context, 1.0)
 
     def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
-        """Why nothing of an optimizer's window is left, if nothing is.
+        """Return why the gradients of an optimizer's window must be discarded; None if they need not be.
 
         Args:
             context: The optimizer.
-            scale: What :meth:`scale` said.
+            scale: Result of :meth:`scale`.
         """
-        if context.index in self._spoilt:
-            return self._spoilt[context.index]
-        return Discarded.WEIGHTLESS if scale is None else None
+        if context.index in self._discarded:
+            return self._discarded[context.index]
+        if scale is None:
+            return Discarded.WEIGHTLESS
+        return None
 
-    def spoil_others(self, step: StepContext, outcome: StepOutcome) -> None:
-        """Discard the windows of optimizers that share parameters with one whose step is skipped, as far as they share losses.
+    def discard_others(self, step: StepContext, outcome: StepOutcome) -> None:
+        """Discard the windows of optimizers that share parameters and a micro-batch with a skipped step.
 
         Args:
-            step: The step.
-            outcome: What came of it, one of those that are skipped.
+            step: The skipped step.
+            outcome: Its outcome.
         """
         reason = Discarded.OVERFLOWED if outcome is StepOutcome.OVERFLOWED else Discarded.SHARED
         for index in self._sharing.get(step.optimizer.index, ()):
             window = self._micro_batches[index]
             if any(mine is theirs for mine in step.micro_batches for theirs in window):
-                self._spoilt[index] = reason
+                self._discarded[index] = reason
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
+        """Return why steps of an optimizer cannot be decided on the device; None if they can."""
         if self._sharing.get(context.index):
-            return "other optimizers hold some of the same parameters, and must know of a skipped step"
+            return "it shares parameters with other optimizers, whose windows a skipped step discards"
         return None
 
     def micro_batches(self, context: OptimizerContext) -> tuple[MicroBatch, ...]:
-        """The micro-batches that wait for an optimizer's step."""
+        """Return the micro-batches since an optimizer's last step."""
         return tuple(self._micro_batches[context.index])
 
     def clear(self, context: OptimizerContext) -> None:
-        """Close the window of an optimizer: its step is decided."""
+        """End the window of an optimizer: its step is decided."""
         self.in_window, self.has_step = False, True
         self._newest = None
         self._open.discard(context.index)
-        self._spoilt.pop(context.index, None)
+        self._discarded.pop(context.index, None)
         self._micro_batches[context.index].clear()
 
     @property
     def is_idle(self) -> bool:
-        """Whether this batch has no part in any step: ``training_step`` returned None, or only its forward pass is wanted.
+        """Return whether this batch contributes to no step: ``training_step`` returned None, or only ran a forward pass.
 
-        In manual optimization a step without a backward pass that Lightning has seen is one of ``loss.backward()``.
+        In manual optimization a step without a backward pass is one after ``loss.backward()``, of which Lightning does not know.
         """
         return not self.has_backward and not (self._is_manual and self.has_step)
 
     def end_epoch(self) -> list[Tensor]:
-        """End the windows that the epoch has left in the middle; in manual optimization they may go on in the next one.
+        """Discard the windows that the epoch has left without a step; in manual optimization they may continue in the next one.
 
         Returns:
-            Their losses.
+            The losses in them.
         """
         losses = [loss for window in self._micro_batches.values() for loss, _ in window]
         if not self._is_manual:
@@ -227,18 +229,18 @@ class Windows:
         return losses
 
     def end(self, report: StepRecord | None) -> WindowNorms | None:
-        """Forget what was found out about the window's micro-batches.
+        """Discard the measurements of the window's micro-batches.
 
         Args:
-            report: What came of the step; None if there was none.
+            report: Report of the step; None if there was none.
 
         Returns:
-            Norms of the micro-batches and of their mean, if they are known.
+            Norms of the micro-batches and of their mean; None if they are not known.
         """
         return None
 
     def detach(self) -> None:
-        """Let go of batches, losses and hooks."""
+        """Release batches and losses, and remove all hooks."""
         self.kept = self._newest = None
         for window in self._micro_batches.values():
             window.clear()
@@ -248,34 +250,34 @@ class Windows:
 
 
 def _sharing(contexts: Sequence[OptimizerContext]) -> dict[int, list[int]]:
-    """By the number of each optimizer, those of others that hold some of its parameters."""
+    """Return, by the number of each optimizer, the numbers of others that share parameters with it."""
     held = {context.index: set(map(id, context.table.tensors)) for context in contexts}
     return {index: [other for other in held if other != index and held[other] & held[index]] for index in held}
 
 
 class InspectedWindows(Windows):
-    """Windows whose micro-batches are looked at one by one.
+    """Windows whose micro-batches are measured one by one.
 
     Args:
         trainer: The Trainer.
         module: The module in training.
-        rescaler: What makes a window's sum its mean.
-        drops: Whether bad micro-batches are dropped, or all are only measured.
+        rescaler: The part that rescales windows.
+        drops: If True, bad micro-batches are dropped; otherwise all are only measured.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool) -> None:
         super().__init__(trainer, module, rescaler)
-        self.looks_at_passes = True
+        self.acts_on_backward = True
         self._inspected = MicroBatches(module, drops=drops, parallel=data_parallel(trainer))
 
     @override
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
         super().attach(changed, contexts)
-        self._inspected.meet(contexts)
+        self._inspected.attach(contexts)
 
     @override
-    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
-        super().begin_batch(batch, batch_idx, kept)
+    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
+        super().begin_batch(batch, kept)
         self._inspected.begin_batch(batch)
 
     @override
@@ -285,12 +287,12 @@ class InspectedWindows(Windows):
 
     @override
     def after_backward(self, report: ReportMicroBatch) -> bool:
-        is_silent = self._rescaler.is_silent
+        has_zero_weight = self._rescaler.has_zero_weight
         newest = tuple(window[-1] for window in self._micro_batches.values() if window)[:1]
-        losses = [loss for loss, _ in newest if not is_silent]
+        losses = [loss for loss, _ in newest if not has_zero_weight]
         is_dropped = self._inspected.after_backward(losses, lambda context: report(context, newest))
-        if is_dropped or is_silent:
-            self._forget_micro_batch()
+        if is_dropped or has_zero_weight:
+            self._remove_newest()
         if is_dropped:
             self._rescaler.drop_micro_batch()
         self._rescaler.after_backward()
@@ -320,7 +322,7 @@ class InspectedWindows(Windows):
         self._inspected.detach()
 
     def _norms(self, report: StepRecord) -> WindowNorms | None:
-        """Norms of the micro-batches and of their mean, without Lightning's division by N and the loss scale."""
+        """Return the norms without Lightning's division by N and without the loss scale."""
         scaler = grad_scaler(self._trainer)
         return self._inspected.window_norms(
             report.total.tolist()[0] / report.accumulation_scale,

@@ -1,4 +1,4 @@
-"""A backward pass that adds nothing, even if its loss is NaN."""
+"""A backward pass whose gradients are all 0, even if its loss is NaN."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 def zero_backward(loss: Tensor, parameters: Iterable[Tensor]) -> list[RemovableHandle]:
-    """Make every gradient of one backward pass 0, where it arises and where it arrives: 0 times a NaN would be NaN.
+    """Replace all gradients of one backward pass by zeros, at every node of the graph and at the parameters.
 
-    Parameters alone would not do: the graph of a sharded module ends in other tensors, made for this pass.
+    A loss multiplied by 0 would not do, because 0 times NaN is NaN; nor would zeros at the parameters alone, because the graph of a
+    sharded module ends in other tensors, made for this pass.
 
     Args:
-        loss: The loss, with its graph.
-        parameters: Where gradients arrive.
+        loss: The loss with its graph.
+        parameters: The parameters that may get gradients.
 
     Returns:
-        The hooks, to be taken off after the pass.
+        Hooks to be removed after the pass.
     """
     hooks: list[RemovableHandle] = [node.register_hook(_zeros) for node in _nodes(loss)]
     each = {id(tensor): tensor for tensor in parameters if tensor.requires_grad and not is_lazy(tensor)}
@@ -33,7 +34,7 @@ def _zeros(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
 
 
 def _nodes(loss: Tensor) -> list[Any]:
-    """The graph of a loss, but for where gradients are accumulated."""
+    """Return the nodes of a loss's graph, except those that accumulate gradients in leaves."""
     ahead, seen = [loss.grad_fn], set()
     nodes = []
     while ahead:

@@ -1,4 +1,4 @@
-"""AccumulationRescaling."""
+"""The callback AccumulationRescaling."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ if TYPE_CHECKING:
 
 
 class AccumulationRescaling(GradientCallback):
-    r"""Makes the gradient of every accumulation window the mean over the micro-batches that really are in it.
+    r"""Makes the gradient of every accumulation window the mean over the micro-batches that are really in it.
 
-    Lightning divides each loss by N = ``accumulate_grad_batches``, whatever the window holds; after k backward passes the
-    gradient is multiplied by
+    Lightning divides each loss by N = ``accumulate_grad_batches``, whatever the number k of micro-batches in the window. This
+    callback multiplies the accumulated gradient by
 
     .. math:: \frac{N}{k} \qquad \text{or, with weights,} \qquad \frac{N R}{\sum_{r=1}^R \sum_{i=1}^{k} w_{ri}}
 
-    before its norm is taken and clipped, so that a norm means the same in every window. A full window is not touched. Short
-    are the last window of an epoch, one with micro-batches whose ``training_step`` returned None, and the first one after a
-    resume inside a window. Where N changes inside a window, later losses are weighted so that all count the same.
+    before its norm is measured and clipped, so that norms are comparable between windows. Without weights, full windows are not
+    changed. Windows are short at the end of an epoch, if ``training_step`` returned None, and after a resume inside a window. If N
+    changes inside a window, later losses are multiplied so that all micro-batches count equally.
 
-    With a ``weight`` each loss is multiplied by the weight of its micro-batch, by a hook on it, and the window is divided by the
-    sum of all weights on all R ranks, for which one number is reduced in each window. If a loss is a mean over what the weight
-    counts, the gradient is that of the one large batch over all micro-batches and ranks. A micro-batch of weight 0 contributes
-    nothing, even if its loss is NaN, as a mean over no label is; a window whose weights are all 0 is skipped like a bad step.
+    With a ``weight`` each loss is multiplied by the weight of its micro-batch, by a hook on the loss, and the window is divided by
+    the sum of all weights on all R ranks. That takes one collective of one number for each window. If each loss is a mean over
+    what the weight counts, the gradient is that of one large batch over all micro-batches and ranks. A micro-batch of weight 0
+    contributes nothing, even if its loss is NaN, as a mean over no labels is; a window whose weights are all 0 is skipped like a
+    bad step.
 
-    In manual optimization nothing is divided by Lightning, and nothing is rescaled here unless ``divide`` is set: then the sum
-    over the k calls of ``manual_backward`` since the optimizer's last ``zero_grad`` is divided by k, or by their weights' sum.
+    In manual optimization Lightning divides no loss, and this callback rescales nothing unless ``divide`` is set: then the sum over
+    the k calls of ``manual_backward`` since the optimizer's last ``zero_grad`` is divided by k, or by the sum of their weights.
 
-    Metric: ``grad/accumulation_scale``, where a window was rescaled.
+    Metric: ``grad/accumulation_scale``, the factor, on logging steps whose window was rescaled.
 
     Args:
-        weight: From a batch, as ``training_step`` gets it, to its weight, a number of at least 0:
-            :class:`~clip_callbacks.LabelTokens`, :class:`~clip_callbacks.BatchSize`, or any function. None: all weigh the same.
-        divide: Whether in manual optimization the sum over a window becomes a mean; for users who do not divide their losses.
+        weight: Function from the batch that ``training_step`` gets to its weight, a number of at least 0:
+            :class:`~clip_callbacks.LabelTokens`, :class:`~clip_callbacks.BatchSize`, or your own. None: all weights are equal.
+        divide: If True, the sum over a window of manual optimization is divided, too; for modules that do not divide their losses.
 
     Raises:
-        TypeError: If ``weight`` cannot be called.
+        TypeError: If ``weight`` is not callable.
 
     Example::
 
@@ -66,12 +67,13 @@ class AccumulationRescaling(GradientCallback):
         return CallbackFacts(self._kind, self._stable_key, is_weighted=self.weight is not None)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        if self._engine is None:  # otherwise a state has come in the middle of a fit, where the window under way goes on
+        # If a checkpoint brings a state in the middle of a fit, the part stays, and with it the current window.
+        if self._engine is None:
             self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
 
     def _begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Ask for the weight of the batch, as callbacks before this one have left it."""
+        """Compute the weight of the batch, after callbacks before this one may have changed it."""
         super()._begin_batch(batch, batch_idx)
         if self._engine:
             self._part.begin_batch(batch, batch_idx)

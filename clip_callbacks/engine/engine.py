@@ -166,15 +166,15 @@ class StepEngine:
             self._renew()
         self._unseen_steps.begin_batch(self.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
-        self.windows.begin_batch(batch, batch_idx, kept)
+        self.windows.begin_batch(batch, kept)
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember the loss until the step."""
         self._take_in_shapes()
-        if self.windows.looks_at_passes and self._optimizers.outdated:
+        if self.windows.acts_on_backward and self._optimizers.outdated:
             self._renew()
         self.windows.before_backward(loss)
-        if self._carries_losses and not self._rescaler.is_silent:
+        if self._carries_losses and not self._rescaler.has_zero_weight:
             self._loss_carrier.begin_pass(loss, self.contexts)
 
     def after_backward(self) -> None:
@@ -223,7 +223,7 @@ class StepEngine:
         if self._scaler is not None:  # after the write, and before the scaler's own step
             self._tell_scaler(self._scaler, step, report, resolution)
         if report.outcome.is_skipped:
-            self.windows.spoil_others(step, report.outcome)
+            self.windows.discard_others(step, report.outcome)
         self.windows.clear(context)
         if step.mode is StepMode.ON_DEVICE:
             self._defer(step, report)
@@ -351,7 +351,7 @@ class StepEngine:
             self._keep(step, report, noise)
         if isinstance(context.optimizer, LBFGS) and (kept := self.windows.kept):
             # its closure runs the batch again, with other random numbers
-            self.windows.keep_anew(self._guard.keep_batch(kept.batch, kept.batch_idx))
+            self.windows.kept = self._guard.keep_batch(kept.batch, kept.batch_idx)
 
     def _keep(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
         """Have everybody learn what came of a step."""

@@ -1,1 +1,1 @@
-"""Metrics on their way to loggers, and the table at the end of a fit."""
+"""Metrics for loggers and the progress bar, and the table at the end of a fit."""

@@ -1,4 +1,4 @@
-"""Charts on loggers' own dashboards: which metrics are to be seen together, and what a table of runs says of them."""
+"""Charts on loggers' dashboards: groups of metrics for TensorBoard, and definitions of metrics for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-CATEGORY = "Gradients"
-"""What TensorBoard calls our charts; the suffix of the optimizer's metrics follows."""
+TENSORBOARD_CATEGORY = "Gradients"
+"""Name of our category of charts in TensorBoard, before the suffix of the optimizer's metrics."""
 
-SUMMARIES = {"total_norm": "max,last", "clip_coef": "min,last", "clip_fraction": "mean,last"}
-"""What W&B's table of runs says of a metric, by the last part of its name; of others the last value, which it says of any."""
+WANDB_SUMMARIES = {"total_norm": "max,last", "clip_coef": "min,last", "clip_fraction": "mean,last"}
+"""Summaries of a metric in W&B's table of runs, by the last part of its name. W&B shows the last value of all other metrics."""
 
 Charts: TypeAlias = Mapping[str, Sequence[str]]
-"""By title, the names of the metrics in one chart."""
+"""Names of the metrics in each chart, by its title."""
 
 
 def lay_out_charts(trainer: Trainer, charts: Mapping[str, Charts]) -> None:
-    """Tell the loggers whose dashboards can be arranged from here which of our metrics belong together.
+    """Describe our charts to TensorBoard and Weights & Biases.
 
-    TensorBoard gets a layout for its tab "Custom Scalars", a category for each optimizer. Of several layouts in one run it takes
-    the last: this is called before the module's ``on_fit_start``, so that one which the module writes there, or later, takes the
-    place of ours; one written before the fit gives way to it. Layouts of other runs are merged with it, category by category.
+    TensorBoard gets a layout for its tab "Custom Scalars", with one category for each optimizer. If one run has several layouts,
+    TensorBoard shows the last one. This function is called before the module's ``on_fit_start``: a layout that the module writes
+    there or later replaces ours, and ours replaces one that was written before the fit. TensorBoard merges the layouts of several
+    runs by category.
 
-    W&B gets definitions of metrics: their x-axis, which is that of Lightning's own, and what its table of runs says of them. A
-    module's own ``define_metric`` of the same metric, before or after, adds its summary to ours. A chart of several metrics is
-    part of a workspace there, which lives on the server: no run can write one.
+    W&B gets definitions of metrics: their x-axis, which is that of Lightning's own metrics, and their summaries in its table of
+    runs. If the module defines one of these metrics with ``define_metric``, before or after, W&B shows both summaries. A chart of
+    several metrics belongs to a workspace on W&B's server, which a run cannot write.
 
     Args:
         trainer: A Trainer that has made its optimizers.
-        charts: The charts of each optimizer, by its suffix.
+        charts: Charts of each optimizer, by the suffix of its metrics.
     """
     if not trainer.is_global_zero:
         return
@@ -48,19 +49,17 @@ def lay_out_charts(trainer: Trainer, charts: Mapping[str, Charts]) -> None:
 
 
 def _summary(name: str) -> str | None:
-    """What W&B's table of runs says of a metric; None: the last value.
-
-    That of a shadow limit has the limit's label behind its name.
-    """
+    """Return the summaries of a metric in W&B's table of runs; None for the last value only."""
+    # The last part of a shadow limit's metric is the label of the limit.
     if name.startswith(SHADOW_CLIP_FRACTION.format("")):
-        return SUMMARIES["clip_fraction"]
-    return SUMMARIES.get(name.rpartition("/")[2])
+        return WANDB_SUMMARIES["clip_fraction"]
+    return WANDB_SUMMARIES.get(name.rpartition("/")[2])
 
 
 def _write_layout(logger: TensorBoardLogger, charts: Mapping[str, Charts]) -> None:
-    """TensorBoard's charts are made of regular expressions, matched at the beginning of a metric's name."""
+    """Write TensorBoard's layout, in which a chart is a list of regular expressions that match the beginnings of names."""
     layout = {
-        CATEGORY + suffix: {
+        TENSORBOARD_CATEGORY + suffix: {
             title: ["Multiline", [f"^{re.escape(_full_name(logger, name + suffix))}$" for name in names]]
             for title, names in each.items()
         }
@@ -70,9 +69,9 @@ def _write_layout(logger: TensorBoardLogger, charts: Mapping[str, Charts]) -> No
 
 
 def _define_metrics(logger: WandbLogger, charts: Mapping[str, Charts]) -> None:
-    """A definition of its own takes a metric out of Lightning's for ``*``: the x-axis is to be told again."""
+    """Define the summaries of our metrics, and their x-axis again: Lightning's definition for ``*`` does not apply to them then."""
     x_axis = "trainer/global_step"
-    # Where W&B takes its metrics from TensorBoard's files, Lightning names the axis as it is called there.
+    # If W&B reads its metrics from TensorBoard's files, the x-axis has TensorBoard's name.
     if logger._wandb_init.get("sync_tensorboard"):
         x_axis = "global_step"
     summaries = {
@@ -83,12 +82,12 @@ def _define_metrics(logger: WandbLogger, charts: Mapping[str, Charts]) -> None:
     }
     for name, summary in summaries.items():
         if summary:
-            # a bare dot would lead into a dictionary
+            # W&B reads an unescaped dot as a key of a nested dictionary.
             logger.experiment.define_metric(name.replace(".", r"\."), step_metric=x_axis, step_sync=True, summary=summary)
 
 
 def _full_name(logger: TensorBoardLogger | WandbLogger, name: str) -> str:
-    """What a metric is called behind the prefix that the logger was given."""
+    """Return the name of a metric with the prefix of the logger."""
     if not logger._prefix:
         return name
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}"

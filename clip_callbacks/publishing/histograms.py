@@ -1,4 +1,4 @@
-"""Histograms of gradients: read before a step is clipped, written by the loggers that take them."""
+"""Histograms of gradients before clipping, for the loggers that take histograms."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 
 
 def check_histograms(trainer: Trainer, contexts: Sequence[OptimizerContext]) -> None:
-    """Refuse histograms that nobody would see, or that would show a part for the whole.
+    """Check that a logger takes histograms, and that each rank has whole gradients.
 
     Raises:
-        ValueError: It says why, and what to do instead.
+        ValueError: If not; it says what to do instead.
     """
     if not trainer.fast_dev_run and not any(_takes_histograms(logger) for logger in trainer.loggers):  # type: ignore[attr-defined]
         names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
         raise ValueError(
-            f"`log_histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: no other takes "
-            "histograms. Add one of them to the Trainer."
+            f"`log_histograms` must be False without a TensorBoardLogger or a WandbLogger, got True with {names}: other "
+            "loggers take no histograms. Add one of them to the Trainer."
         )
     if any(context.table.reduction for context in contexts):
         raise ValueError(
             "`log_histograms` must be False where ranks hold parts of the gradients, got True with "
-            f"{type(trainer.strategy).__name__}: each rank would show its own part as the whole. Use strategy='ddp', or look at "
-            "them in a short run on one device."
+            f"{type(trainer.strategy).__name__}: each rank would log its part as the whole. Use strategy='ddp', or log "
+            "histograms in a short run on one device."
         )
 
 
 def block_codes(step: StepContext, blocks: Partition) -> Tensor:
-    """Signs and exponents of each block's gradient as it is before clipping, after rescaling and without the loss scale.
+    """Count the signs and exponents of each block's gradient before clipping, after rescaling and without the loss scale.
 
-    Of a sparse gradient those entries count that it stores.
+    For a sparse gradient, stored entries count.
 
     Args:
-        step: The step; its gradients are not yet written.
-        blocks: The blocks of its parameters.
+        step: The step, before its gradients are written.
+        blocks: Partition of its parameters into B blocks.
 
     Returns:
-        Shape ``(B, 512)``, where the gradients are.
+        Number of entries of each code, int64 of shape ``(B, 512)``, on the device of the gradients.
     """
     table = step.optimizer.table
     gradients = table.gradients(bucketed=False)
@@ -69,7 +69,7 @@ def block_codes(step: StepContext, blocks: Partition) -> Tensor:
 
 
 def log_histograms(trainer: Trainer, histograms: Mapping[str, Histogram], step: int) -> None:
-    """Write histograms to the loggers that take them, on the axis of their other metrics."""
+    """Write histograms to the loggers that take them, on the x-axis of the other metrics."""
     if not histograms or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -85,7 +85,7 @@ def _takes_histograms(logger: Logger) -> bool:
 
 
 def _write_to_tensorboard(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:
-    """Sums are those of the bins' middles: nothing is read again for them."""
+    """Write one histogram; its sums are computed from the middles of its bins, without another read of the gradient."""
     counts, middles = histogram.counts.double(), histogram.middles
     logger.experiment.add_histogram_raw(
         tag,
@@ -104,7 +104,7 @@ def _write_to_wandb(logger: WandbLogger, histograms: Mapping[str, Histogram], st
     make = import_module("wandb").Histogram
     each = ((_prefix(logger) + tag, it.counts.tolist(), it.edges.tolist()) for tag, it in histograms.items())
     values = {tag: make(np_histogram=(counts, edges)) for tag, counts, edges in each}
-    # As in Lightning's log_metrics: an axis that comes from TensorBoard's files is not logged beside it.
+    # As in Lightning's log_metrics: with sync_tensorboard the x-axis comes from TensorBoard's files.
     if not logger._wandb_init.get("sync_tensorboard"):
         values["trainer/global_step"] = step
     logger.experiment.log(values)

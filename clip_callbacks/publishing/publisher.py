@@ -1,4 +1,4 @@
-"""Where metrics go: loggers, ``callback_metrics``, the progress bar."""
+"""Metrics for loggers, ``callback_metrics`` and the progress bar."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-SHOWN = (TOTAL_NORM, CLIP_COEF)
-"""What the progress bar shows."""
+PROGRESS_BAR_METRICS = (TOTAL_NORM, CLIP_COEF)
 
 
 class MetricSource(Protocol):
-    """Something that a logged step tells of, beside what its report has."""
+    """A part of the fit with metrics that are not on the report of a step."""
 
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> Mapping[str, Tensor | float]:
-        """The metrics of a logged step of one optimizer."""
+        """Return the metrics of a logging step of one optimizer."""
         ...
 
     def count_metrics(self, context: OptimizerContext) -> Mapping[str, float]:
-        """What it has counted of one optimizer's steps over the run so far."""
+        """Return counts of one optimizer's steps over the run so far."""
         ...
 
 
 class Publisher:
-    """Writes metrics as Lightning's own LearningRateMonitor does: straight to the loggers, on Lightning's x-axis.
+    """Writes metrics directly to the loggers, on Lightning's x-axis, as Lightning's LearningRateMonitor does.
 
-    ``LightningModule.log`` costs about 200 µs for each metric and call, and would log a stale value again where the new one is not
-    finite. Non-finite values go nowhere.
+    ``LightningModule.log`` would take about 200 µs for each metric and call, and would repeat an old value in place of a non-finite
+    one. Non-finite values are not published.
 
     Args:
         trainer: The Trainer.
-        sources: What has metrics of its own, in the order of the metrics.
-        monitors: What has metrics of blocks.
-        clips: Whether there is anything that may clip.
-        shows: Whether the progress bar shows the norm.
+        sources: Parts with metrics of their own, in the order of the metrics.
+        monitors: Parts that observe the steps.
+        clips: If True, a callback may clip gradients.
+        shows: If True, the progress bar shows total_norm and clip_coef.
     """
 
     def __init__(
@@ -65,32 +64,32 @@ class Publisher:
         self._progress_bar_metrics: dict[str, Any] = {}
 
     def start_fit(self) -> None:
-        """Take hold of the dictionaries that the Trainer keeps until the end of the fit."""
+        """Get the dictionaries of metrics, which stay the same objects until the end of the fit."""
         self._callback_metrics = self._trainer.callback_metrics
         self._progress_bar_metrics = self._trainer.progress_bar_metrics
 
     @property
     def is_logging_step(self) -> bool:
-        """Whether Lightning logs at the end of this batch."""
+        """Return whether Lightning logs at the end of this batch."""
         trainer = self._trainer
         return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
 
     def reset(self) -> None:
-        """Forget which reports are to be published: the optimizers are others."""
+        """Discard what is known of reports to publish: the optimizers have changed."""
         self._stepped.clear()
         self._unlogged.clear()
         self._logged_at.clear()
 
     def note_step(self, context: OptimizerContext) -> None:
-        """Learn that an optimizer has a new report."""
+        """Mark an optimizer as one with a new report."""
         self._stepped.add(context.index)
         self._unlogged.add(context.index)
 
     def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext], *, is_logging_step: bool) -> None:
-        """Offer a batch's reports to ModelCheckpoint and the progress bar; on logging steps, write them to the loggers."""
+        """Publish a batch's reports in ``callback_metrics`` and the progress bar and, on logging steps, to the loggers."""
         for context in contexts:
             has_stepped = context.index in self._stepped
-            # in manual optimization the step may have come in a batch before the one that logs
+            # In manual optimization the step may have been taken in an earlier batch than the one that logs.
             if is_logging_step and context.index in self._unlogged and (has_stepped or not module.automatic_optimization):
                 self._log_step(context)
             elif has_stepped:
@@ -98,7 +97,7 @@ class Publisher:
         self._stepped.clear()
 
     def end_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Publish percentiles, clip fractions and counts, at the step of Lightning's own epoch metrics."""
+        """Publish percentiles, clip fractions and counts, at the x-value of Lightning's own epoch metrics."""
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         for context in contexts:
             self._offer(context.named(self._values(context)))
@@ -108,12 +107,12 @@ class Publisher:
                 values |= monitor.end_epoch(context)
             counts = {key: count for source in self._sources for key, count in source.count_metrics(context).items()}
             self._offer(as_floats(context.named(values | counts)))
-            if self._logged_at.get(context.index) != step:  # a logger that has the counts of this step keeps no second ones
+            if self._logged_at.get(context.index) != step:  # otherwise the loggers have counts of this step already
                 values |= counts
             self._log(as_floats(context.named(values)), step)
 
     def _offer_step(self, context: OptimizerContext) -> None:
-        """Between logging steps nothing is read or reckoned: the tensors of the report are handed on."""
+        """Publish the tensors of a report in ``callback_metrics``; nothing is computed between logging steps."""
         if context.report is not None:
             metrics = context.named(context.report.metrics(clipping=self._clips))
             self._callback_metrics.update(metrics)
@@ -121,7 +120,7 @@ class Publisher:
                 self._show(context, as_floats(metrics))
 
     def _values(self, context: OptimizerContext) -> dict[str, float]:
-        """All metrics of an optimizer, the finite ones, as numbers."""
+        """Return the finite metrics of an optimizer's last step."""
         report = context.report
         if report is None:
             return {}
@@ -154,11 +153,11 @@ class Publisher:
         self._unlogged.discard(context.index)
 
     def _offer(self, values: Mapping[str, float]) -> None:
-        """Put metrics where ModelCheckpoint and EarlyStopping look."""
+        """Publish metrics in ``callback_metrics``, for ModelCheckpoint and EarlyStopping."""
         self._callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
     def _show(self, context: OptimizerContext, values: Mapping[str, float]) -> None:
-        shown = {key: f"{values.get(key, math.nan):.3g}" for key in context.named(dict.fromkeys(SHOWN))}
+        shown = {key: f"{values.get(key, math.nan):.3g}" for key in context.named(dict.fromkeys(PROGRESS_BAR_METRICS))}
         self._progress_bar_metrics.update(shown)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
@@ -169,6 +168,6 @@ class Publisher:
 
 
 def as_floats(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The finite metrics as numbers; norms are on the host already."""
+    """Return the finite metrics as numbers; all tensors among them are on the host."""
     values = {key: float(value) for key, value in metrics.items()}
     return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -1,9 +1,9 @@
-"""The table at the end of fit: what the steps were like, and what would have been clipped."""
+"""The table at the end of fit: numbers of steps, norms, and clip fractions of rules and shadow limits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -12,8 +12,9 @@ from clip_callbacks.core.metric_names import PERCENTILES
 from clip_callbacks.stats.norm_history import Spans
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
-LEAST_STEPS = 100
-"""After a fit of fewer steps there is no table: p99 would be the largest norm, and who fits hundreds of times fits briefly."""
+MIN_STEPS_FOR_TABLE = 100
+"""Least number of optimizer steps of a fit with a table: in a shorter one p99 would be the largest norm, and programs
+with hundreds of fits, which would print hundreds of tables, have short ones."""
 
 HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" for percent in list(PERCENTILES)[1:]), "max_norm")
 
@@ -21,18 +22,21 @@ HEADERS = ("", "steps", "skipped", "clipped", "total_norm p50", *(f"p{percent}" 
 def summary_table(
     contexts: Sequence[OptimizerContext], *, clips: bool, skipped_steps_of: Callable[[int], int | None]
 ) -> str | None:
-    """A row for each optimizer, and below it one for each named rule and each shadow limit; None if the fit was too short.
+    """Return a table with a row for each optimizer, followed by a row for each of its named rules and shadow limits.
 
-    Columns that nobody fills, as without a guard or a limit, are left out.
+    Columns without an entry are omitted, as that of skipped steps without a guard.
 
     Args:
         contexts: The optimizers.
-        clips: Whether there is anything that may clip.
-        skipped_steps_of: How many steps of an optimizer were skipped, by its number; None if nobody counts.
+        clips: If True, a callback may clip gradients.
+        skipped_steps_of: Function from the number of an optimizer to its number of skipped steps; None where they are not counted.
+
+    Returns:
+        The table; None if the fit was too short.
     """
-    if not any(context.steps >= LEAST_STEPS for context in contexts):
+    if not any(context.steps >= MIN_STEPS_FOR_TABLE for context in contexts):
         return None
-    from tabulate import tabulate  # a tenth of what the import of this package takes
+    from tabulate import tabulate  # here, since it is a tenth of the time that importing this package takes
 
     rows = []
     for context in contexts:
@@ -51,7 +55,7 @@ def _row(context: OptimizerContext, skipped: int | None, *, clips: bool) -> list
         name,
         str(history.steps),
         "" if skipped is None else str(skipped),
-        _share(history.clips) if clips else "",
+        _percent(history.clips) if clips else "",
         *map(_number, history.run_percentiles()),
         _number(max_norm),
     ]
@@ -63,20 +67,12 @@ def _rows_of_limits(context: OptimizerContext) -> list[list[str]]:
     shadows: Sequence[Outcome] = ()
     if last:
         rules, shadows = last.outcomes, last.shadows
-    return [
-        [f"- {what}{name}", "", "", _share(spans), *[""] * len(PERCENTILES), limits.get(name, "")]
-        for what, counted, limits in (
-            ("", history.rules, _limits(rules)),
-            ("would clip: ", history.shadows, _limits(shadows)),
-        )
-        for name, spans in counted.items()
-    ]
-
-
-def _limits(outcomes: Sequence[Outcome]) -> Mapping[str, str]:
-    """The lowest limit of each outcome with a name."""
-    named = {outcome.name: outcome.limits for outcome in outcomes if outcome.name}
-    return {name: _number(_lowest(limits)) for name, limits in named.items()}
+    rows = []
+    for prefix, counted, outcomes in (("", history.rules, rules), ("would clip: ", history.shadows, shadows)):
+        limits = {outcome.name: _number(_lowest(outcome.limits)) for outcome in outcomes if outcome.name}
+        for name, spans in counted.items():
+            rows.append([f"- {prefix}{name}", "", "", _percent(spans), *[""] * len(PERCENTILES), limits.get(name, "")])
+    return rows
 
 
 def _lowest(limits: Tensor | float) -> float:
@@ -85,7 +81,7 @@ def _lowest(limits: Tensor | float) -> float:
     return float(limits.amin())
 
 
-def _share(spans: Spans) -> str:
+def _percent(spans: Spans) -> str:
     if not spans.run.steps:
         return ""
     return f"{spans.run.fraction:.1%}"

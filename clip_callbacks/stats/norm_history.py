@@ -48,11 +48,6 @@ class NormHistory:
         self._flush()
         return self._norms.compute().reshape(-1) if self._norms.update_count else torch.empty(0, dtype=torch.float64)
 
-    @property
-    def count(self) -> int:
-        """How many norms there are."""
-        return len(self.values())
-
     def percentiles(self, percents: tuple[int, ...]) -> Tensor | None:
         """Return percentiles with linear interpolation, shape ``(len(percents),)``; None without a step."""
         values = self.values()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from clip_callbacks import (
@@ -16,6 +21,7 @@ from clip_callbacks import (
     NonFiniteGuard,
 )
 from clip_callbacks.stats.noise_scale import NoiseScale
+from clip_callbacks.trainer.checks import check_noise_scale
 from tests.helpers.training import SAFELY, GradientTape, Iterating, Poisoned, Regression, data
 
 WIDTH = 20
@@ -119,6 +125,39 @@ def test_the_estimate_goes_on_after_a_resume(trainer, tmp_path):
     assert estimate(whole) == estimate(after) != estimate(before)
 
 
+class Restore(Callback):
+    """Takes the state of a callback before one batch, and gives it back before another."""
+
+    def __init__(self, callback, saved_before, restored_before):
+        self.callback, self.saved_before, self.restored_before = callback, saved_before, restored_before
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.saved_before:
+            self.state = deepcopy(self.callback.state_dict())
+        if batch_idx == self.restored_before:
+            self.callback.load_state_dict(self.state)
+
+
+@pytest.mark.parametrize("others", [[], [GradientNormMonitor("global"), GradientNormMonitor("layer")]], ids=["alone", "others"])
+def test_a_state_restored_in_the_middle_of_a_fit_goes_on(trainer, others):
+    feed = draws(32, spread=3.0).float()
+    whole, restored = GradientNoiseScale(), GradientNoiseScale()
+    trainer(whole, accumulate_grad_batches=8).fit(GradientTape(torch.cat([feed[:8], feed[16:]])))
+    run = trainer(*others, restored, Restore(restored, 8, 16), accumulate_grad_batches=8)
+    run.fit(GradientTape(feed))
+    assert estimate(whole) == estimate(restored)
+    assert restored.skipped_steps == 0
+    assert restored.last_report is not None
+
+
+def test_a_search_for_the_learning_rate_leaves_it_alone(trainer):
+    callback = GradientNoiseScale()
+    search = {"min_lr": 1e-3, "max_lr": 10.0, "num_training": 4, "early_stop_threshold": None, "update_attr": False}
+    Tuner(trainer(callback, accumulate_grad_batches=2)).lr_find(Regression(), data(8), **search)
+    assert callback.last_report is None
+    assert callback.state_dict()["noise"] == {}
+
+
 class ManualTape(GradientTape):
     def __init__(self, feed):
         super().__init__(feed)
@@ -138,6 +177,16 @@ class ManualTape(GradientTape):
 def test_where_it_cannot_be_estimated_it_is_refused(trainer, module, family, message):
     with pytest.raises(ValueError, match=f"GradientNoiseScale must not be used with {message}"):
         trainer(*family, GradientNoiseScale()).fit(module, *([] if isinstance(module, GradientTape) else [data(3)]))
+
+
+def test_several_ranks_are_refused():
+    with pytest.raises(ValueError, match="GradientNoiseScale must not be used with 2 ranks"):
+        check_noise_scale(SimpleNamespace(world_size=2), Regression(), is_weighted=False)
+
+
+def test_alone_it_prints_nothing_at_the_end(trainer, said):
+    trainer(GradientNoiseScale(), accumulate_grad_batches=2).fit(Regression(), data(6))
+    assert said == []
 
 
 @pytest.mark.parametrize("other", [GradientNormMonitor(norm_type=1), GradientClipping(norm_type=1)], ids=["monitor", "clipping"])

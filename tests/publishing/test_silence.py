@@ -47,7 +47,7 @@ def heard(monkeypatch):
 
 @pytest.fixture
 def brief(monkeypatch):
-    monkeypatch.setattr("clip_callbacks.publishing.summary.LEAST_STEPS", 3)
+    monkeypatch.setattr("clip_callbacks.publishing.summary.MIN_STEPS_FOR_TABLE", 3)
 
 
 def fit(tmp_path, *callbacks, name="lightning", steps=3, poisoned=(), **options):

@@ -280,7 +280,7 @@ def test_sparse_gradients_of_one_dimension_are_one_unit():
 
 
 def test_names_of_rules_and_kinds_of_arguments():
-    with pytest.raises(ValueError, match="`name` must be another one for each rule, got rule_2, rule_2"):
+    with pytest.raises(ValueError, match="`name` must differ between rules, got rule_2, rule_2"):
         GradientClipping(rules=[ClipRule(name="rule_2"), ClipRule()])
     for name in ("total_norm", "..", 3, "a/b"):
         with pytest.raises(ValueError, match="`name` must consist of"):

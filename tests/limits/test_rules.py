@@ -115,7 +115,7 @@ def test_mistakes_in_rules(trainer):
         fit(ClipRule(1.0, exclude="haed"))
     with pytest.raises(ValueError, match="`exclude` must leave a parameter over, got 'weight'"):
         fit(ClipRule(1.0, include="head.weight", exclude="weight"))
-    with pytest.raises(ValueError, match="`name` must be another one for each rule, got a, a"):
+    with pytest.raises(ValueError, match="`name` must differ between rules, got a, a"):
         fit(ClipRule(1.0, name="a"), ClipRule(2.0, name="a"))
     with pytest.raises(ValueError, match="`exclude` must match the name of a parameter"):
         clip_step(with_gradients(0).named_parameters(), rules=[ClipRule(1.0, exclude="haed")])

@@ -109,6 +109,7 @@ class GradientClipping(GradientCallback):
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Clipper(self.rules, self.shadow, self.clip_value, saved)
+        # The guard that `nonfinite` stands for. The engine takes it only if no NonFiniteGuard brings one.
         self._own_guard = Guard(trainer, self._guard_options, saved.get("guard", {}))
         return Parts(
             clipper=self._part,

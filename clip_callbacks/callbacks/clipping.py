@@ -1,4 +1,4 @@
-"""GradientClipping."""
+"""The callback GradientClipping."""
 
 from __future__ import annotations
 
@@ -25,49 +25,52 @@ if TYPE_CHECKING:
 
 
 class GradientClipping(GradientCallback):
-    r"""Clips gradient norms, globally or locally, guards against NaN and Inf, and logs what it does.
+    r"""Keeps gradients from exploding: clips their norm, skips steps with NaN or Inf gradients, and logs the norms.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{n + 10^{-6}}\Bigr),
         \qquad n = \Bigl(\sum_j |g_j|^p\Bigr)^{1/p}
 
-    with one norm :math:`n` for each block of ``scope``. With a fixed ``max_norm`` and the scope "global", training in float32
-    has the same bits as under ``Trainer(gradient_clip_val=max_norm)``, as long as gradients are finite.
+    with one norm :math:`n` for each block of ``scope``. With a fixed ``max_norm`` and the scope "global", training in float32 has
+    the same bits as with ``Trainer(gradient_clip_val=max_norm)``, as long as gradients are finite.
 
-    Where all gradients get one factor and the optimizer is a fused one of ``torch.optim``, they are not multiplied here: the
-    optimizer's kernel divides them by ``optimizer.grad_scale`` on its way, which gives the same but for rounding. That is also how
-    16-mixed precision works with fused optimizers, which Lightning's own clipping refuses. Between this hook and the step such
-    gradients are not clipped yet, and under 16-mixed not unscaled.
+    If all gradients get one factor and the optimizer is a fused one of ``torch.optim``, the optimizer's kernel applies the
+    factor, by dividing the gradients by ``optimizer.grad_scale``; the result differs by rounding only. So fused optimizers can be
+    clipped under 16-mixed precision, which Lightning's own clipping refuses. Between the clipping hook and the optimizer step
+    such gradients are not clipped yet, and under 16-mixed still multiplied by the loss scale.
 
-    Metrics: ``grad/total_norm`` and ``grad/clipped_norm`` (before and after, in the unit of the gradients), ``grad/clip_coef``,
-    ``grad/max_norm``, ``grad/clip_fraction``, ``grad/skipped_steps``; at the end of an epoch ``grad/total_norm_p50``, ``_p90``,
-    ``_p99`` and ``grad/clip_fraction_epoch``.
+    Metrics: ``grad/total_norm`` and ``grad/clipped_norm`` (before and after clipping, in the unit of the gradients),
+    ``grad/clip_coef``, ``grad/max_norm``, ``grad/clip_fraction``, ``grad/skipped_steps``; at the end of an epoch
+    ``grad/total_norm_p50``, ``_p90``, ``_p99`` and ``grad/clip_fraction_epoch``.
 
-    Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013. Unlike there, the
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", ICML 2013. Unlike there, the
     threshold itself is not scaled by the dimension, and 1e-6 is added to the norm, as in torch.
 
     Args:
-        max_norm: The limit: a number above 0, a Limit, or None (or inf) to measure and change nothing.
-        scope: Which entries share one norm: "global" (all that the optimizer holds), "group" (an optimizer's parameter group),
-            "layer" (the parameters that one module owns directly), "parameter" (one tensor) or "unit" (one output row of a tensor;
-            tensors of one dimension are one unit). All but "global" are local norms.
-        norm_type: The order p of the norm, above 0; "inf" is the maximum norm.
-        rules: Several stages in order, from one read of the gradients; ``max_norm`` and ``scope`` are left at their defaults.
-            Each logs ``grad/<name>/total_norm``, ``max_norm``, ``clip_coef``, ``clip_fraction``; ``name`` may be ``rule_1``.
-        clip_value: Afterwards every entry is clamped to [-clip_value, clip_value].
-        nonfinite: What to do with a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries,
-            or "ignore" them. Short for a NonFiniteGuard of that policy, with its defaults. Where the Trainer has a NonFiniteGuard,
-            that one decides, and this argument must be left at its default.
-        prog_bar: Whether the progress bar shows total_norm and clip_coef.
-        shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
-            ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.
-        summary: False leaves out the messages that sum up the run when a fit ends, those of the other callbacks of this package
-            too. The table among them needs a fit of at least 100 optimizer steps.
+        max_norm: Limit of the norm in the unit of the gradients: a number above 0, a Limit, or None (or inf) to measure and change
+            nothing.
+        scope: Gradient entries that share one norm: "global" (all that the optimizer holds), "group" (an optimizer's parameter
+            group), "layer" (the parameters that one module owns directly), "parameter" (one tensor) or "unit" (one output row of a
+            tensor; a tensor of one dimension is one unit). All but "global" are local norms.
+        norm_type: Order p of the norm, above 0; "inf" is the maximum norm.
+        rules: Several stages of clipping in order, from one read of the gradients, in place of ``max_norm`` and ``scope``. Each
+            logs ``grad/<name>/total_norm``, ``max_norm``, ``clip_coef`` and ``clip_fraction``, with the rule's name or ``rule_1``
+            and so on.
+        clip_value: Largest absolute value of a gradient entry, above 0: entries are clamped to [-clip_value, clip_value] after norm
+            clipping. None leaves them alone.
+        nonfinite: Policy for a step whose gradients hold NaN or Inf: "skip" it, "raise" an error, "zero" those entries, or "ignore"
+            them. It stands for a NonFiniteGuard with its defaults; beside a NonFiniteGuard leave it at "skip".
+        prog_bar: If True, the progress bar shows total_norm and clip_coef.
+        shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without changing gradients:
+            ``grad/shadow_clip_fraction/<limit>`` and the table at the end of the fit tell the share of steps that each would have
+            clipped.
+        summary: If False, the messages that sum up the run at the end of a fit are left out, those of the other callbacks of this
+            package too. The table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
-        ValueError: If an argument is out of its range, or both ``rules`` and ``max_norm`` or ``scope`` are given; at fit start, if
+        ValueError: If an argument is out of its range, or ``rules`` is given beside ``max_norm`` or ``scope``; at fit start, if
             ``nonfinite`` is not the default and the Trainer has a NonFiniteGuard.
-        TypeError: If ``rules`` holds anything but rules, or ``shadow`` is no list.
+        TypeError: If ``rules`` holds anything but rules, or ``shadow`` is not a list.
 
     Example::
 
@@ -107,6 +110,7 @@ class GradientClipping(GradientCallback):
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Clipper(self.rules, self.shadow, self.clip_value, saved)
+        # The guard that `nonfinite` stands for. The engine takes it only if no NonFiniteGuard brings one.
         self._own_guard = Guard(trainer, self._guard_options, saved.get("guard", {}))
         return Parts(
             clipper=self._part,
@@ -118,7 +122,7 @@ class GradientClipping(GradientCallback):
         )
 
     def _parts_state(self) -> dict[str, Any]:
-        assert self._own_guard is not None, "made with the other part"
+        assert self._own_guard is not None, "made together with the Clipper, in _make_parts"
         guard = {}
         if self._own_guard.is_in_use:
             guard = self._own_guard.state_dict()
@@ -148,7 +152,7 @@ class GradientClipping(GradientCallback):
         self._own_guard = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without what belongs to one Trainer's fit."""
+        """Leave what belongs to one Trainer's fit out of pickles and copies."""
         return super().__getstate__() | {"_own_guard": None}
 
 
@@ -158,7 +162,7 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
     if max_norm != 1.0 or scope != "global":
         raise ValueError(
             f"`rules` must not be given beside `max_norm` or `scope`, got rules and max_norm={max_norm!r}, scope={scope!r}. "
-            "Each rule has its own max_norm and scope."
+            "Give each rule its own max_norm and scope."
         )
     if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, ClipRule) for rule in rules):
         raise TypeError(f"`rules` must be a list of ClipRule, got {rules!r}.")
@@ -171,4 +175,4 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
 def _check_names(rules: Sequence[ClipRule]) -> None:
     names = names_of(rules)
     if len(set(names)) < len(names):
-        raise ValueError(f"`name` must be another one for each rule, got {', '.join(names)}: metrics are called by it.")
+        raise ValueError(f"`name` must differ between rules, got {', '.join(names)}: metrics are called by it.")

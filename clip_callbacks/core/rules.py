@@ -48,7 +48,7 @@ class ClipRule:
             "layer" (the parameters that one module owns directly), "parameter" (one tensor) or "unit" (one output row).
         include: Regular expression; the rule holds for parameters in whose name ``re.search`` finds it. None selects all.
         exclude: Regular expression; the rule does not hold for parameters in whose name ``re.search`` finds it.
-        name: Name of the rule in metrics, ``grad/<name>/…``; None names it by its place, ``rule_1`` and so on.
+        name: Name of the rule in metrics, ``grad/<name>/…``; None names each of several rules by its place, ``rule_1`` and so on.
 
     Raises:
         ValueError: If the limit is not above 0, the scope is unknown, a pattern is not a regular expression, or the name is that of

@@ -55,7 +55,7 @@ FAULTS = [
     Fault("core/fused.py", 'if self._stage == "riding":', 'if self._stage == "never":', "core"),
     Fault("core/reduction.py", "    dist.all_reduce(together, dist.ReduceOp.MAX)\n", "", "distributed"),
     Fault("core/limits/zscore.py", "is_warm = count >= self.warmup\n", "is_warm = count > self.warmup\n", "limits"),
-    Fault("core/limits/_window.py", "place = share * last.double()", "place = share * (last + 1).double()", "limits"),
+    Fault("core/limits/_window.py", "position = share * last.double()", "position = share * (last + 1).double()", "limits"),
     Fault("accumulation/window.py", "return weight * divisor / self.divisor", "return weight", "accumulation"),
     Fault("accumulation/weights.py", "0.0 <= number < math.inf", "-1.0 <= number < math.inf", "accumulation"),
     Fault("stats/sketch.py", "torch.lerp(lower, upper, ranks.frac())", "lower", "publishing"),

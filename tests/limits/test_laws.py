@@ -1,4 +1,4 @@
-"""Laws that every limit, scope and norm type joins by itself, and the references for their arithmetic."""
+"""Laws that hold for every limit, scope and norm type, and references for their arithmetic."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_nonfinite_step_leaves_no_trace_in_the_state(make, scope, p, bad, poli
 
 @matrix(make=MAKERS, p=NORM_TYPES, rules=[1, 2])
 def test_decided_on_the_device_as_on_the_host(make, p, rules):
-    """Over a history with bad steps in it, the first one too: coefficients, gradients and states."""
+    """Equal coefficients, gradients and states over a history with bad steps, the first one among them."""
     limit, states = make(1.0), {True: None, False: None}
     for seed in range(8):
         reports, written = {}, {}

@@ -1,4 +1,4 @@
-"""What limits remember goes with their blocks: over steps that do not count, changes of an optimizer, and runs."""
+"""States of limits follow their blocks: over steps that do not count, changes of an optimizer, and resumed runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_numbers_of_a_limit_may_change(trainer, tmp_path):
 
 
 class Grouped(Regression):
-    """Two groups, by their order."""
+    """A network with one parameter group for each layer, in a given order."""
 
     def __init__(self, *order):
         super().__init__(net=nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)))
@@ -89,7 +89,7 @@ def test_rules_are_known_by_their_names_and_parameters(trainer, tmp_path):
         assert torch.equal(state_of(second, name)["state"]["mean"], state_of(first, name)["state"]["mean"])
 
 
-def test_rules_whose_names_stand_for_other_parameters_go_on_with_what_is_known_of_these(trainer, tmp_path):
+def test_rules_that_exchange_their_parameters_carry_over_the_states_of_the_parameters(trainer, tmp_path):
     def rules(low, high):
         return [ClipRule(ZScoreLimit(), include=low, name="low"), ClipRule(ZScoreLimit(), include=high, name="high")]
 
@@ -123,7 +123,7 @@ class TwoParts(Regression):
 
 
 class Swap(TwoParts):
-    """In the middle of the run the optimizer lets go of one layer and takes another."""
+    """A network whose optimizer exchanges one layer for the other in the middle of the run."""
 
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == 6:
@@ -133,7 +133,7 @@ class Swap(TwoParts):
         return torch.optim.SGD(self.net[0].parameters(), lr=0.01)
 
 
-def test_other_parameters_begin_anew_and_known_ones_go_on(trainer):
+def test_new_parameters_begin_anew_and_known_ones_keep_their_state(trainer):
     clipping = GradientClipping(ZScoreLimit(), scope="parameter")
     trainer(clipping).fit(Swap(), data(10))
     held = state_of(clipping)
@@ -142,7 +142,7 @@ def test_other_parameters_begin_anew_and_known_ones_go_on(trainer):
 
 
 class Thaw(BaseFinetuning):
-    """Begins with the second layer, takes the first one on in the second epoch."""
+    """Finetuning that begins with the second layer and adds the first one in the second epoch."""
 
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.net[0])
@@ -158,7 +158,7 @@ class Thawed(TwoParts):
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit", "layer"])
-def test_what_is_known_survives_finetuning(trainer, scope):
+def test_states_survive_finetuning(trainer, scope):
     clipping = GradientClipping(QuantileLimit(window=30), scope=scope, shadow=[ZScoreLimit()])
     trainer(Thaw(), clipping, max_epochs=3).fit(Thawed(), data(6))
     for held in (state_of(clipping), clipping.state_dict()["shadows"][0]["ZScoreLimit"]):
@@ -175,7 +175,7 @@ def names_of(held):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_a_finetuned_run_resumes(trainer, tmp_path, ours_first):
-    """BaseFinetuning restores its parameter groups when the fit starts, before us or after (and leaves the layer frozen)."""
+    """BaseFinetuning restores its parameter groups at fit start, before or after our callback; the layer stays frozen."""
 
     def family():
         clipping = GradientClipping(ZScoreLimit(warmup=3), scope="parameter")
@@ -216,7 +216,7 @@ def test_lbfgs_takes_one_step_however_often_it_asks(trainer):
     assert state_of(clipping, "rule_2")["state"]["count"].item() == 6
 
 
-def test_no_limit_yet_is_no_metric(trainer):
+def test_max_norm_is_no_metric_before_there_is_a_limit(trainer):
     fit = trainer(GradientClipping(ZScoreLimit(warmup=5)))
     fit.fit(Regression(), data(4))
     assert all(math.isfinite(value) for value in fit.callback_metrics.values())
@@ -228,7 +228,7 @@ def test_no_limit_yet_is_no_metric(trainer):
 
 
 @pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning")
-def test_a_skipped_spike_is_reported_alike_wherever_it_is_decided(trainer):
+def test_a_skipped_spike_is_reported_alike_by_host_and_device(trainer):
     reports = []
     for deferred in (True, False):
         module = Poisoned({3: 1e6}, fused=True)
@@ -280,7 +280,7 @@ def test_sparse_gradients_of_one_dimension_are_one_unit():
 
 
 def test_names_of_rules_and_kinds_of_arguments():
-    with pytest.raises(ValueError, match="`name` must be another one for each rule, got rule_2, rule_2"):
+    with pytest.raises(ValueError, match="`name` must differ between rules, got rule_2, rule_2"):
         GradientClipping(rules=[ClipRule(name="rule_2"), ClipRule()])
     for name in ("total_norm", "..", 3, "a/b"):
         with pytest.raises(ValueError, match="`name` must consist of"):

@@ -1,4 +1,4 @@
-"""Each limit against its float64 loop, and what a limit must bear."""
+"""Each limit against its float64 loop, and under spikes, jumps, bad steps and wrong arguments."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ DEFAULTS = [
 
 
 LONG_ENOUGH = 70
-"""Steps in which every limit of the laws is through with its warm-up, and every window is full."""
+"""Number of steps after which every limit of the laws has left its warm-up and filled its window."""
 
 
 def histories(steps, blocks, seed):
-    """Norms that drift, jump, spike and are 0 now and then, as a frozen or unused block's are."""
+    """Return norms that drift, jump and spike, with zeros as those of a frozen or unused block."""
     draw = random.Random(seed)
     level = [10.0 ** draw.uniform(-3, 3) for _ in range(blocks)]
     for step in range(steps):
@@ -67,7 +67,7 @@ def histories(steps, blocks, seed):
 
 
 def said(limit, history, p=2.0, weights=None):
-    """What the limit says at each step, ``(steps, blocks)``."""
+    """Return the limits of each step, shape ``(steps, blocks)``."""
     state, found = limit.init(len(history[0])), []
     for norms in history:
         sizes = None if weights is None else torch.tensor(weights, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_the_robust_limit_follows_a_lasting_jump(jump):
 
 @matrix(spread=[0.1, 2.0], window=[50, 128], z=[2.0, 2.5, 3.0])
 def test_false_alarms_of_the_robust_limit_on_lognormal_norms(spread, window, z):
-    """Right after the warm-up, and with a full window."""
+    """The share of false alarms is right after the warm-up, and with a full window."""
     nominal = NormalDist().cdf(-z)
     torch.manual_seed(0)
     blocks, steps = 1000, window + 40
@@ -198,7 +198,6 @@ def test_parameters_that_begin_at_zero_move_under_the_ratio_limit():
         assert (report.coefficients > 0).all()
         optimizer.step()
         losses.append(loss.item())
-    # where least squares ends
     solution = torch.linalg.lstsq(torch.cat([inputs, torch.ones(64, 1)], 1), targets).solution
     best = nn.functional.mse_loss(torch.cat([inputs, torch.ones(64, 1)], 1) @ solution, targets)
     assert losses[-1] < 1.05 * best.item() < losses[0] / 4
@@ -253,7 +252,7 @@ def test_limits_compare_and_hash_as_values():
     assert len({stated, made, ZScoreLimit()}) == 2
 
 
-def test_labels_are_those_that_every_logger_takes():
+def test_labels_consist_of_characters_that_every_logger_accepts():
     each = labels([*DEFAULTS, FixedLimit(1.0)])
     assert len(set(each)) == len(each)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.") for name in each)

@@ -1,4 +1,4 @@
-"""A checkpoint of one limit, and a run that goes on with another: what is known of a block stays, all else begins anew."""
+"""Resuming with another limit: blocks with a state of the same kind keep it, all others begin anew."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from tests.helpers.laws import LIMITS, MAKERS, with_gradients
 
 
-def met(rules, *optimizers, saved=None, shadows=()):
-    """What clips, once it has met optimizers of some layers of one network each."""
+def attached(rules, *optimizers, saved=None, shadows=()):
+    """Return a Clipper attached to optimizers that hold some layers of one network each."""
     module = with_gradients(0)
     clipper = Clipper(rules, shadows, None, saved or {})
     contexts = []
@@ -30,8 +30,8 @@ def met(rules, *optimizers, saved=None, shadows=()):
 
 
 def trained(rules, *optimizers, shadows=(), steps=4, **options):
-    """The state that a few steps leave."""
-    clipper, contexts = met(rules, *optimizers, shadows=shadows, **options)
+    """Return the state after a few steps."""
+    clipper, contexts = attached(rules, *optimizers, shadows=shadows, **options)
     for step in range(steps):
         step_of(clipper, contexts, step)
     return deepcopy(clipper.state_dict())
@@ -64,7 +64,7 @@ def test_any_limit_may_replace_any_other(before):
     old = kept(state)
     for make in LIMITS:
         limit = make(1.0)
-        clipper, contexts = met([ClipRule(limit, "layer")], saved=deepcopy(state))
+        clipper, contexts = attached([ClipRule(limit, "layer")], saved=deepcopy(state))
         held, blank = kept(clipper.state_dict()), limit.init(4)
         mismatch = clipper.mismatch()
         shapes = [{key: value.shape for key, value in each.items()} for each in (old["state"], blank)]
@@ -81,9 +81,9 @@ def test_any_limit_may_replace_any_other(before):
 @pytest.mark.parametrize("before", SCOPES)
 @pytest.mark.parametrize("after", SCOPES)
 def test_any_scope_may_replace_any_other(before, after):
-    """A bias is a row by itself: of rows and parameters those that are both go on."""
+    """A bias is a parameter and a unit at once: it keeps its state between these scopes."""
     rules = [[ClipRule(ZScoreLimit(), scope)] for scope in (before, after)]
-    clipper, contexts = met(rules[1], saved=trained(rules[0]))
+    clipper, contexts = attached(rules[1], saved=trained(rules[0]))
     counts = kept(clipper.state_dict())["state"]["count"].tolist()
     anew = clipper.mismatch().missing
     if before == after:
@@ -101,14 +101,14 @@ def test_any_scope_may_replace_any_other(before, after):
 
 
 def test_one_block_of_everything_goes_on_as_one_group_of_everything():
-    clipper, _ = met([ClipRule(ZScoreLimit(), "group")], [0], saved=trained([ClipRule(ZScoreLimit(), "global")], [0]))
+    clipper, _ = attached([ClipRule(ZScoreLimit(), "group")], [0], saved=trained([ClipRule(ZScoreLimit(), "global")], [0]))
     assert kept(clipper.state_dict())["state"]["count"].tolist() == [4]
 
 
 def test_rules_without_names_may_change_places():
     rules = [ClipRule(ZScoreLimit(), "layer"), ClipRule(1.0), ClipRule(QuantileLimit(window=10))]
     state = trained(rules)
-    clipper, _ = met([rules[2], ClipRule(0.5, "unit"), rules[0]], saved=state)
+    clipper, _ = attached([rules[2], ClipRule(0.5, "unit"), rules[0]], saved=state)
     after = clipper.state_dict()
     assert same(kept(after, name="rule_3"), kept(state, name="rule_1"))
     assert same(kept(after, name="rule_1"), kept(state, name="rule_3"))
@@ -117,7 +117,7 @@ def test_rules_without_names_may_change_places():
 
 def test_a_rule_more_begins_anew_and_takes_nothing_from_another_one():
     state = trained([ClipRule(ZScoreLimit(), "layer")])
-    clipper, _ = met([ClipRule(ZScoreLimit(), "layer"), ClipRule(ZScoreLimit(), "layer")], saved=state)
+    clipper, _ = attached([ClipRule(ZScoreLimit(), "layer"), ClipRule(ZScoreLimit(), "layer")], saved=state)
     counts = [set(kept(clipper.state_dict(), name=name)["state"]["count"].tolist()) for name in ("rule_1", "rule_2")]
     assert counts == [{4}, {0}]
     assert clipper.mismatch().missing == ["the limit of rule_2 (ZScoreLimit)"]
@@ -127,7 +127,7 @@ def test_a_shadow_becomes_the_rule_and_the_rule_a_shadow():
     state = trained([ClipRule(ZScoreLimit(), "layer")])
     state["shadows"] = trained([ClipRule(QuantileLimit(window=10), "layer")])["limits"]
     state["shadows"][0]["QuantileLimit-window_10"] = state["shadows"][0].pop("rule_1")
-    clipper, _ = met([ClipRule(QuantileLimit(0.5, window=10), "layer")], shadows=[ZScoreLimit(2.0)], saved=deepcopy(state))
+    clipper, _ = attached([ClipRule(QuantileLimit(0.5, window=10), "layer")], shadows=[ZScoreLimit(2.0)], saved=deepcopy(state))
     after = clipper.state_dict()
     assert same(kept(after), state["shadows"][0]["QuantileLimit-window_10"])
     assert same(after["shadows"][0]["ZScoreLimit-z_2"], kept(state))
@@ -137,14 +137,14 @@ def test_a_shadow_becomes_the_rule_and_the_rule_a_shadow():
 def test_shadows_come_and_go():
     state = trained([ClipRule(1.0)])
     state["shadows"] = {0: {"ZScoreLimit": kept(trained([ClipRule(ZScoreLimit())]))}}
-    clipper, _ = met([ClipRule(1.0)], shadows=[QuantileLimit()], saved=state)
+    clipper, _ = attached([ClipRule(1.0)], shadows=[QuantileLimit()], saved=state)
     assert clipper.mismatch().missing == ["shadow QuantileLimit (QuantileLimit)"]
     assert clipper.mismatch().unexpected == ["the state of ZScoreLimit, which was shadow ZScoreLimit"]
 
 
 def test_blocks_go_along_with_their_parameters_to_another_optimizer():
     rules = [ClipRule(ZScoreLimit(), "parameter")]
-    clipper, _ = met(rules, [0], [1, 2], saved=trained(rules))
+    clipper, _ = attached(rules, [0], [1, 2], saved=trained(rules))
     counts = [set(kept(clipper.state_dict(), index)["state"]["count"].tolist()) for index in (0, 1)]
     assert counts == [{4}, {4}]
 
@@ -154,7 +154,7 @@ def test_a_state_of_another_precision_begins_anew():
     for key, value in kept(state)["state"].items():
         if value.is_floating_point():
             kept(state)["state"][key] = value.half()
-    clipper, contexts = met([ClipRule(ZScoreLimit(), "layer")], saved=state)
+    clipper, contexts = attached([ClipRule(ZScoreLimit(), "layer")], saved=state)
     assert set(kept(clipper.state_dict())["state"]["count"].tolist()) == {0}
     step_of(clipper, contexts, 9)
 

@@ -1,4 +1,4 @@
-"""Rules for parts of a network, their metrics, shadows, and who is clipped because of whom."""
+"""Rules for parts of a network, their metrics, shadows, contributions and spill-over."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Parts(Regression):
 
 
 class Logs:
-    """A logger that remembers."""
+    """A CSV logger that can be read back."""
 
     @staticmethod
     def of(tmp_path):
@@ -85,7 +85,7 @@ def test_rules_for_parts_of_a_network_equal_clipping_each_part_by_itself(trainer
         torch.testing.assert_close(left, right)
 
 
-def test_each_rule_logs_what_it_met_and_did(trainer, tmp_path):
+def test_each_rule_logs_its_norm_limit_and_coefficient(trainer, tmp_path):
     logger = Logs.of(tmp_path)
     module = Parts()
     trainer(GradientClipping(rules=RULES), logger=logger).fit(module, data(12, size=2.0, batch_size=8))
@@ -102,6 +102,10 @@ def test_each_rule_logs_what_it_met_and_did(trainer, tmp_path):
     assert "grad/rule_2/clip_coef" not in rows[0]
 
 
+def test_a_rule_shows_its_arguments_only():
+    assert [name for name in dir(ClipRule()) if not name.startswith("_")] == ["exclude", "include", "max_norm", "name", "scope"]
+
+
 def test_one_rule_needs_no_metrics_of_its_own(trainer):
     fit = trainer(GradientClipping(1.0))
     fit.fit(Parts(), data(2))
@@ -116,7 +120,7 @@ def test_mistakes_in_rules(trainer):
         fit(ClipRule(1.0, exclude="haed"))
     with pytest.raises(ValueError, match="`exclude` must leave a parameter over, got 'weight'"):
         fit(ClipRule(1.0, include="head.weight", exclude="weight"))
-    with pytest.raises(ValueError, match="`name` must be another one for each rule, got a, a"):
+    with pytest.raises(ValueError, match="`name` must differ between rules, got a, a"):
         fit(ClipRule(1.0, name="a"), ClipRule(2.0, name="a"))
     with pytest.raises(ValueError, match="`exclude` must match the name of a parameter"):
         clip_step(with_gradients(0).named_parameters(), rules=[ClipRule(1.0, exclude="haed")])

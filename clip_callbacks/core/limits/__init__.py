@@ -1,4 +1,4 @@
-"""Limits: how large may each block's norm be now?"""
+"""Limits: the largest allowed norm of each block in a step. One file for each limit, or for a family of limits."""
 
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 from clip_callbacks.core.limits.ema import EmaLimit
@@ -6,10 +6,11 @@ from clip_callbacks.core.limits.fixed import FixedLimit, as_limit
 from clip_callbacks.core.limits.label import kind, label, labels
 from clip_callbacks.core.limits.quantile import QuantileLimit
 from clip_callbacks.core.limits.ratio import RatioLimit
+from clip_callbacks.core.limits.robust_zscore import RobustZScoreLimit
 from clip_callbacks.core.limits.schedule import CosineLimit, LinearLimit
 from clip_callbacks.core.limits.tightest import TightestLimit
 from clip_callbacks.core.limits.warmup import WarmupLimit
-from clip_callbacks.core.limits.zscore import RobustZScoreLimit, ZScoreLimit
+from clip_callbacks.core.limits.zscore import ZScoreLimit
 
 __all__ = [
     "BlockNorms",

@@ -1,4 +1,7 @@
-"""The last norms of each block, by age and by size: exact order statistics at the cost of a shift, not of a sort."""
+"""A window over the last norms of each block, kept in order of age and in order of size.
+
+So quantiles are exact, and a new norm costs one shift of the sorted column instead of a sort.
+"""
 
 from __future__ import annotations
 
@@ -12,63 +15,79 @@ from clip_callbacks.core.limits.base import LimitState
 
 
 def empty(window: int, blocks: int) -> LimitState:
-    """A window of so many values for each block, at least 2, with nothing in it: two float64 numbers each."""
-    nothing = torch.full((window, blocks), math.inf, dtype=torch.float64)
-    return {"recent": nothing, "sorted": nothing.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
+    """Return an empty window for each block.
+
+    Args:
+        window: Number of values that it can hold, at least 2; each takes two float64 numbers.
+        blocks: Number of blocks, B.
+    """
+    unused = torch.full((window, blocks), math.inf, dtype=torch.float64)
+    return {"recent": unused, "sorted": unused.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
 
 
 def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
-    """Take in a value for each block; when the window is full, the oldest one leaves it.
+    """Return the window after a new value for each block; when the window is full, the oldest value leaves it.
 
     Args:
-        values: Float64, shape ``(B,)``.
-        is_new: Which blocks have one, bool, ``(B,)``.
-        state: Of :func:`empty` or the last call; it is not changed.
+        values: New values, float64, shape ``(B,)``.
+        is_new: True for blocks that have a new value, bool, shape ``(B,)``; the others keep their window.
+        state: Window from :func:`empty` or from the last call; not changed.
     """
     window = len(state["recent"])
-    place = (state["count"] % window).unsqueeze(0)
-    oldest = state["recent"].gather(0, place)
+    position = (state["count"] % window).unsqueeze(0)
+    # A place that was never used holds inf, the last of the sorted column: it gives way just as an old value does.
+    oldest = state["recent"].gather(0, position)
     newest = torch.where(is_new, values, oldest)
     return {
-        "recent": state["recent"].scatter(0, place, newest),
+        "recent": state["recent"].scatter(0, position, newest),
         "sorted": _replaced(state["sorted"], oldest, newest),
         "count": state["count"] + is_new,
     }
 
 
 def _replaced(ordered: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Sorted columns in which one value of each gives way to another one."""
+    """Return sorted columns after one value of each was replaced: every other value stays, or moves by one place."""
     last = len(ordered) - 1
     lower, upper = ordered.narrow(0, 0, last), ordered.narrow(0, 1, last)
     without = torch.where(lower < old, lower, upper)
-    before, after = (pad(without, rows, value=end) for rows, end in (((0, 0, 1, 0), -math.inf), ((0, 0, 0, 1), math.inf)))
-    return torch.minimum(after, torch.maximum(before, new))
+    # Inserted at place i, the new value is the middle one of the values that stood at i - 1 and at i.
+    previous, following = pad(without, (0, 0, 1, 0), value=-math.inf), pad(without, (0, 0, 0, 1), value=math.inf)
+    return torch.minimum(following, torch.maximum(previous, new))
 
 
 def held(state: LimitState) -> Tensor:
-    """How many values there are for each block, int64, ``(B,)``."""
+    """Return the number of values in each block's window, int64, shape ``(B,)``."""
     return state["count"].clamp(max=len(state["recent"]))
 
 
 def quantile(state: LimitState, share: float) -> Tensor:
-    """A quantile of each block's values with linear interpolation, ``(B,)``; inf where there is none."""
+    """Return a quantile of each block's values, shape ``(B,)``; inf for a block without values.
+
+    Args:
+        state: The window.
+        share: Share of the values below the quantile, between 0 and 1; between two values it is interpolated linearly.
+    """
     last = (held(state) - 1).clamp(min=0)
-    place = share * last.double()
-    below = place.floor().long()
+    position = share * last.double()
+    below = position.floor().long()
     lower, upper = state["sorted"].gather(0, torch.stack([below, torch.minimum(below + 1, last)])).unbind()
-    return torch.where(state["count"] > 0, lower + (upper - lower).nan_to_num(0.0) * (place - below), math.inf)
+    return torch.where(state["count"] > 0, lower + (upper - lower).nan_to_num(0.0) * (position - below), math.inf)
 
 
 def largest(state: LimitState) -> Tensor:
-    """The largest value of each block, ``(B,)``; inf where there is none."""
+    """Return the largest value of each block, shape ``(B,)``; inf for a block without values."""
     return state["sorted"].gather(0, (held(state) - 1).clamp(min=0).unsqueeze(0)).squeeze(0)
 
 
 def deviation(state: LimitState, median: Tensor) -> Tensor:
-    """Median of the distances to the median, ``(B,)``; only where there are values.
+    """Return the median absolute deviation of each block's values, shape ``(B,)``; undefined for a block without values.
 
-    In sorted order those next to the median stand side by side: the h-th smallest distance is the least, over all runs of h
-    values, of the larger distance of a run's ends.
+    The h values that are nearest to the median are neighbours in sorted order. So the h-th smallest distance is the least, over all
+    runs of h neighbours, of the larger distance that an end of the run has.
+
+    Args:
+        state: The window.
+        median: Median of each block's values, shape ``(B,)``.
     """
     ordered, count = state["sorted"], held(state)
     starts = torch.arange(len(ordered), device=ordered.device).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What a limit is."""
+"""The interface of limits: norms and state of a step in, limits and new state out."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from torch import Tensor
 from clip_callbacks.core.remeasurement import sound_total
 
 LimitState: TypeAlias = dict[str, Tensor]
-"""What a limit remembers between steps: tensors under fixed keys, of fixed shapes and dtypes."""
+"""State of a limit between steps: tensors under fixed keys, of fixed shapes and dtypes."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockNorms:
-    """What a limit is shown of one step: the same on every rank, on the host or, of a deferred step, on the device and unread.
+    """Norms of one step that a limit is computed from, equal on every rank.
+
+    They are on the host or, in a deferred step, on the device, where a limit must not read them.
 
     Args:
-        norms: Of the blocks before clipping, all finite, shape ``(B,)``; 0 where there is no gradient.
-        norm_type: The order p of all norms.
-        weights: p-norms of the parameters in the blocks, ``(B,)``, on request (:attr:`Limit.uses_weights`).
+        norms: p-norms of the blocks' gradients before clipping, shape ``(B,)``, float32 or float64, all finite; 0 for a block
+            without a gradient.
+        norm_type: Order p of all norms.
+        weights: p-norms of the blocks' parameters, shape ``(B,)``; None unless the limit asks for them
+            (:attr:`Limit.uses_weights`).
+
+    Example::
+
+        >>> BlockNorms(torch.tensor([3.0, 4.0])).total
+        tensor([5.], dtype=torch.float64)
     """
 
     norms: Tensor
@@ -31,55 +40,71 @@ class BlockNorms:
 
     @property
     def total(self) -> Tensor:
-        """The p-norm of all blocks together, float64 of shape ``(1,)``."""
+        """The p-norm of all blocks together, float64, shape ``(1,)``."""
         return sound_total(self.norms, self.norm_type)
 
 
 class Limit(ABC):
-    """How large may each block's norm be now?
+    """Base class of limits, which compute the largest allowed norm of each block from the norms of this step and of past ones.
 
-    A limit is a frozen value of hyper-parameters; what it remembers is a :data:`LimitState` that the caller keeps. It sees
-    norms that are the same on every rank, and never a gradient, a parameter or a trainer.
+    A limit is a frozen set of hyper-parameters. Its state is a dictionary of tensors that the caller keeps and passes back. It is
+    given norms that are equal on every rank, and never a gradient, a parameter or a trainer.
 
-    Four habits of all limits here, and advice for yours: the state takes in a norm as the limit would clip it, so that one spike
-    cannot lift it far; a norm of 0 (a block without a gradient) leaves no trace; state tensors keep their shapes, so that a step
-    costs the same at any time; and nothing is read on the host (``float()``, ``.item()``, ``if tensor:``), since on a GPU that
-    waits for the device.
+    All limits of this package keep four rules, which are good for yours too:
+
+    - The state takes in a norm as the limit would clip it, or with another bound, so that one spike cannot lift the limit far.
+    - A norm of 0, of a block without a gradient, leaves the state of the block unchanged.
+    - State tensors keep their shapes, so that a step costs the same at any time.
+    - Nothing is read on the host (``float()``, ``.item()``, ``if tensor:``), because on a GPU that waits for the device.
+
+    Example::
+
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class ShareOfTotal(Limit):
+        ...     share: float
+        ...     def step(self, blocks, state):
+        ...         return self.share * blocks.total, state
+        >>> ShareOfTotal(0.5).step(BlockNorms(torch.tensor([3.0, 4.0])), {})
+        (tensor([2.5000], dtype=torch.float64), {})
     """
 
     @property
     def uses_weights(self) -> bool:
-        """Whether it wants to see the norms of the parameters too, a further read."""
+        """If True, ``step`` is given the norms of the parameters too, which costs one read of the parameters."""
         return False
 
     def init(self, blocks: int) -> LimitState:
-        """State before the first step, for B blocks; empty for a limit that remembers nothing.
+        """Return the state before the first step; empty for a limit without memory.
 
-        A tensor is either 0-dim or has the blocks as its last dimension: so a block keeps what is known of it when an optimizer
-        takes on other parameters.
+        A tensor is either 0-dim or has the blocks as its last dimension, so that each block keeps its part of the state when an
+        optimizer takes on other parameters.
+
+        Args:
+            blocks: Number of blocks, B.
         """
         return {}
 
     @abstractmethod
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor | float, LimitState]:
-        """Limits for this step, and the state after it.
+        """Return the limits of this step, and the state after it.
 
-        The caller asks on every step, also for shadows that clip nothing; of a step that is skipped it keeps the state before.
+        It is called once for every step, of shadows too. If the step is then skipped, the caller discards the new state.
 
         Args:
             blocks: Norms of this step.
-            state: What :meth:`init` or the last step returned; it is not changed.
+            state: State from :meth:`init` or from the last step; it must not be changed.
 
         Returns:
-            The largest allowed norm of each block, above 0, shape ``(B,)`` or one entry or number for all, inf where there is no
-            limit yet; and the state, of the same keys, shapes and dtypes.
+            The largest allowed norms, above 0, in the unit of the gradients: a tensor of shape ``(B,)``, or one entry or a number
+            for all blocks; inf where there is no limit yet. And the new state, with equal keys, shapes and dtypes.
         """
 
 
 def step_count() -> Tensor:
-    """The count of a state before the first step, int64, 0-dim."""
+    """Return a count of 0 steps for a new state, int64, 0-dim."""
     return torch.zeros((), dtype=torch.int64)
 
 
 MaxNorm: TypeAlias = float | Literal["inf"] | Limit | None
-"""How a user states a limit: a number, ``inf`` or None for no limit, or a :class:`Limit`."""
+"""Limit as a user writes it: a number, ``inf`` or None for no limit, or a :class:`Limit`."""

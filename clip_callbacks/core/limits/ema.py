@@ -1,4 +1,4 @@
-"""Limits relative to a running mean of the norms."""
+"""A limit relative to a running mean of the norms."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_
 
 @dataclass(frozen=True)
 class EmaLimit(Limit):
-    r"""AdaGC: a norm may be a little above the running mean of the block's own clipped norms.
+    r"""AdaGC: a multiple of the running mean of the block's own clipped norms.
 
     .. math::
         \ell_b = \text{factor} \cdot \gamma_b, \qquad
         \gamma_b \leftarrow \text{decay} \cdot \gamma_b + (1 - \text{decay}) \min(n_b, \ell_b)
 
-    In the first ``warmup`` steps all blocks are clipped together, by their common norm N, and :math:`\gamma_b` is the least
-    norm so far:
+    with the norm :math:`n_b` of block b before clipping, all in the unit of the gradients. In the first ``warmup`` steps all blocks
+    are clipped together by their common norm N, and :math:`\gamma_b` is the least clipped norm so far:
 
     .. math::
         \ell_b = n_b \cdot \frac{\text{max\_norm}}{N}, \qquad \gamma_b \leftarrow \min\bigl(\gamma_b, \min(n_b, \ell_b)\bigr) .
 
-    Meant for ``scope="parameter"``. A limit grows by at most (factor - 1) (1 - decay) in a step, 0.1 % with the defaults: blocks
-    whose gradients are unusually small during the warm-up, as under layers that begin at zero, stay slow for long.
+    Meant for ``scope="parameter"``. In one step a limit grows by a share of at most (factor - 1) (1 - decay), which is 0.1 % with
+    the defaults. So blocks with unusually small gradients during the warm-up, as below layers that are initialized to zero, learn
+    slowly for a long time.
 
     Source: Wang and others, "AdaGC: Improving Training Stability for Large Language Model Pretraining", arXiv 2502.11034, algorithm
-    1. Unlike there, a block's first norm above 0 begins its mean, whenever it comes.
+    1. Unlike there, a block's mean begins with its first norm above 0, whenever that comes.
 
     Args:
-        factor: How far above its mean a norm may be, above 0; they use 1.05.
-        decay: Of the mean for each step, between 0 and 1.
-        warmup: How many steps all blocks are clipped together.
-        max_norm: The limit of their common norm in these steps, above 0, or inf.
+        factor: Ratio of the limit to the mean, above 0; the paper uses 1.05.
+        decay: Share of the mean that is kept in each step, between 0 and 1.
+        warmup: Number of first steps in which all blocks are clipped together, at least 0.
+        max_norm: Limit of the common norm during the warm-up, above 0, in the unit of the gradients; inf is no limit.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -64,18 +65,18 @@ class EmaLimit(Limit):
         object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
 
     def init(self, blocks: int) -> LimitState:
-        """Nothing seen."""
+        """Return means of inf, which stand for no mean yet, and a step count of 0."""
         return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64), "steps": step_count()}
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
-        """A limit for each block."""
+        """Return the limit of each block, and the state after the step."""
         norms, mean = blocks.norms.double(), state["mean"]
-        is_there = norms > 0
+        has_gradient = norms > 0
         is_warming_up = state["steps"] < self.warmup
-        together = torch.where(is_there, norms * (float(self.max_norm) / blocks.total), math.inf)
+        together = torch.where(has_gradient, norms * (float(self.max_norm) / blocks.total), math.inf)
         limits = torch.where(is_warming_up, together, self.factor * mean)
         seen = torch.minimum(norms, limits)
         least = torch.minimum(mean, seen)
         running = torch.where(mean < math.inf, self.decay * mean + (1.0 - self.decay) * seen, seen)
-        after = torch.where(is_there, torch.where(is_warming_up, least, running), mean)
+        after = torch.where(has_gradient, torch.where(is_warming_up, least, running), mean)
         return limits, {"mean": after, "steps": state["steps"] + 1}

@@ -1,4 +1,4 @@
-"""The same limit at every step."""
+"""A limit that never changes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNo
 
 @dataclass(frozen=True)
 class FixedLimit(Limit):
-    r"""The same limit for every block at every step: :math:`\ell_b = \text{max\_norm}`.
+    r"""A fixed threshold for all blocks at every step: :math:`\ell_b = \text{max\_norm}`.
 
-    Clipping by a fixed threshold is that of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
-    networks", ICML 2013, algorithm 1.
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", ICML 2013 (arXiv 1211.5063),
+    algorithm 1. Unlike there, 1e-6 is added to the norm that the limit is divided by, as in torch.
 
     Args:
-        max_norm: The largest norm, above 0, in the unit of the gradients.
+        max_norm: Largest allowed norm, above 0, in the unit of the gradients; inf is no limit.
 
     Raises:
         ValueError: If ``max_norm`` is not above 0.
@@ -30,16 +30,20 @@ class FixedLimit(Limit):
     max_norm: float
 
     def __post_init__(self) -> None:
-        """Check the threshold."""
+        """Check the argument."""
         object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
-        """One number for all blocks."""
+        """Return the limit of all blocks as one number, and the state, which is empty."""
         return self.max_norm, state
 
 
 def as_limit(max_norm: MaxNorm, argument: str = "max_norm") -> Limit:
-    """A limit however it is stated; a number is a fixed one, None is that of inf.
+    """Return the limit that a user means: a number is a fixed limit, None is a fixed limit of inf.
+
+    Args:
+        max_norm: Limit as the user wrote it.
+        argument: Name of the argument, for the error.
 
     Raises:
         ValueError: If it is a number that is not above 0.

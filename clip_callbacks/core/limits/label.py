@@ -1,4 +1,4 @@
-"""What a limit is called on a dashboard."""
+"""Names of limits: labels on dashboards, and kinds in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from clip_callbacks.core.limits.tightest import TightestLimit
 
 
 def label(limit: Limit) -> str:
-    """The class and whatever differs from its defaults, of characters that every logger takes.
+    """Return the class of a limit and its arguments other than defaults, in characters that every logger accepts.
+
+    It is the name of a shadow in metrics, so that it may not change between versions.
 
     Example::
 
@@ -31,9 +33,9 @@ def label(limit: Limit) -> str:
 
 
 def labels(limits: Sequence[Limit]) -> list[str]:
-    """A label for each, those that would be the same told apart by their numbers."""
+    """Return a label for each limit; one that another limit has before it gets its position, from 1, at the end."""
     each = [label(limit) for limit in limits]
-    return [name if each.index(name) == place else f"{name}-{place + 1}" for place, name in enumerate(each)]
+    return [name if each.index(name) == position else f"{name}-{position + 1}" for position, name in enumerate(each)]
 
 
 def _is_set(limit: Limit, field: Field[Any]) -> bool:
@@ -51,7 +53,7 @@ def _text(value: object) -> str:
 
 
 def kind(limit: Limit) -> str:
-    """What sort of limit it is, whatever its numbers: what its state may be taken for.
+    """Return the classes of a limit and of the limits in it, without their numbers: limits of one kind can exchange states.
 
     Example::
 

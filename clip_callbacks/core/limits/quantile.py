@@ -1,4 +1,4 @@
-"""Limits that are a quantile of the norms seen."""
+"""A limit that is a quantile of the last norms."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import clip_callbacks.core.limits._window as last_norms
+import clip_callbacks.core.limits._window as norm_window
 from clip_callbacks.core.arguments import as_count, as_finite
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
-ROOM = 10.0
-"""How many times as large as the largest norm of a window the next one may be in it."""
+MAX_RATIO_TO_LARGEST = 10.0
+"""Largest ratio of a norm that enters the window to the largest one in it; a larger norm enters as that."""
 
 
 @dataclass(frozen=True)
 class QuantileLimit(Limit):
-    r"""AutoClip: a quantile of the last norms, this step's included; one setting for losses of any scale.
+    r"""AutoClip: a quantile of the block's last norms, which fits losses of any scale.
 
     .. math::
         \ell_b(t) = Q_{\text{quantile}}\bigl(n_b(t - \text{window} + 1), \dots, n_b(t)\bigr)
 
-    exact over the window, with linear interpolation. With the usual 0.1 nine steps in ten are clipped: AutoClip sets the length of
-    steps rather than cutting peaks; for the latter take 0.9 and more.
+    with the norms :math:`n_b` of block b before clipping, this step's included: the exact quantile of the window, with linear
+    interpolation. With the usual 0.1 nine steps in ten are clipped: AutoClip sets the length of the steps. To cut peaks only,
+    take 0.9 and more.
 
-    A norm enters the window as it is, since a limit that saw its own clipped norms could never rise; but at most 10 times as large
-    as the largest one there, so that at high quantiles no single spike lifts the limit far.
+    A norm enters the window unclipped, because a limit that saw its own clipped norms could never rise. But it enters as at most 10
+    times the largest norm in the window, so that at high quantiles a single spike cannot lift the limit far.
 
-    Remembers ``16 * window`` bytes for each block: 16 kB with the defaults, but 16 kB for each output row under ``scope="unit"``.
+    The state takes ``16 * window`` bytes for each block: 16 kB with the defaults, and with ``scope="unit"`` 16 kB for each output
+    row.
 
     Source: Seetharaman, Wichern, Pardo and Le Roux, "AutoClip: Adaptive gradient clipping for source separation networks", MLSP
-    2020 (arXiv 2007.14469), equation 3. Unlike there, the history is bounded, and takes in finite norms above 0 only.
+    2020 (arXiv 2007.14469), equation 3. Unlike there, the history is bounded, and holds finite norms above 0 only.
 
     Args:
-        quantile: Between 0 and 1: 0.1 is their p = 10.
-        window: How many norms of each block are remembered, at least 2.
-        warmup: How many norms a block must have shown before it has a limit.
+        quantile: Quantile of the norms, between 0 and 1; 0.1 is the paper's p = 10.
+        window: Number of norms that are kept for each block, at least 2.
+        warmup: Number of norms of a block before it has a limit, at least 0.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -62,12 +64,15 @@ class QuantileLimit(Limit):
         as_count(self.warmup, "warmup", least=0)
 
     def init(self, blocks: int) -> LimitState:
-        """An empty window."""
-        return last_norms.empty(self.window, blocks)
+        """Return an empty window for each block."""
+        return norm_window.empty(self.window, blocks)
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
-        """A limit for each block."""
+        """Return the limit of each block, and the state after the step."""
         norms = blocks.norms.double()
-        after = last_norms.add(torch.minimum(norms, ROOM * last_norms.largest(state)), norms > 0, state)
-        limits = last_norms.quantile(after, self.quantile)
-        return (torch.where(after["count"] > self.warmup, limits, torch.inf) if self.warmup else limits), after
+        entering = torch.minimum(norms, MAX_RATIO_TO_LARGEST * norm_window.largest(state))
+        after = norm_window.add(entering, norms > 0, state)
+        limits = norm_window.quantile(after, self.quantile)
+        if self.warmup:
+            limits = torch.where(after["count"] > self.warmup, limits, torch.inf)
+        return limits, after

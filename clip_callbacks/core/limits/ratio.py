@@ -1,4 +1,4 @@
-"""Limits that are a fraction of the parameters' own norms."""
+"""A limit that is a fraction of the parameters' own norms."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 @dataclass(frozen=True)
 class RatioLimit(Limit):
-    r"""Adaptive gradient clipping (AGC): a gradient's norm may be a fraction of its parameter's.
+    r"""Adaptive gradient clipping (AGC): a fraction of the norm of the block's parameters.
 
     .. math::
         \ell_b = \text{ratio} \cdot \max(\lVert w_b \rVert_p, \text{floor})
 
-    Meant for ``scope="unit"``, one norm for each output row, and for networks without normalization layers. The floor lets
-    parameters that begin at zero move: without it their limit would be 0 for ever. The paper leaves out the last linear
-    layer, which a rule does: ``ClipRule(RatioLimit(), "unit", exclude=r"^head\.")``.
+    with the parameters :math:`w_b` of block b, in their unit, and the order p of the norms. Meant for ``scope="unit"``, one norm
+    for each output row, and for networks without normalization layers. The floor lets parameters that are initialized to zero
+    move: without it their limit would stay 0. The paper does not clip the last linear layer; a rule leaves it out with
+    ``ClipRule(RatioLimit(), "unit", exclude=r"^head\.")``.
 
-    Remembers nothing. Reads the parameters, on each step, as it reads their gradients.
+    There is no state. Each step reads the parameters once more than other limits do.
 
     Source: Brock, De, Smith and Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", ICML 2021
-    (arXiv 2102.06171), equation 3. Unlike there, nothing is added to or put under the gradient's norm: a limit is never 0.
+    (arXiv 2102.06171), equation 3. Unlike there, nothing is added to the gradient's norm, and it has no lower bound: a limit is
+    never 0.
 
     Args:
         ratio: Fraction of the parameters' norm, above 0.
-        floor: The norm that parameters are taken to have at least, above 0, in the unit of the parameters.
+        floor: Least norm of the parameters that is assumed, above 0, in the unit of the parameters.
 
     Raises:
         ValueError: If an argument is not above 0.
@@ -50,10 +52,10 @@ class RatioLimit(Limit):
 
     @property
     def uses_weights(self) -> bool:
-        """It does."""
+        """Always True."""
         return True
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
-        """A limit for each block; none for one whose parameters are not finite."""
+        """Return the limit of each block, inf for a block with non-finite parameters, and the state, which is empty."""
         assert blocks.weights is not None
         return self.ratio * blocks.weights.nan_to_num(nan=float("inf"), posinf=float("inf")).clamp(min=self.floor), state

@@ -15,7 +15,7 @@ from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_
 
 @dataclass(frozen=True)
 class _Schedule(Limit):
-    """From one limit to another in so many steps."""
+    """Limit that goes from one value to another and stays there."""
 
     start: float
     end: float
@@ -28,33 +28,33 @@ class _Schedule(Limit):
         as_count(self.steps, "steps", least=1)
 
     def init(self, blocks: int) -> LimitState:
-        """No step yet."""
+        """Return a step count of 0."""
         return {"steps": step_count()}
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
-        """One limit for all blocks."""
-        done = (state["steps"].double() / self.steps).clamp(max=1.0)
-        return self.start + (self.end - self.start) * self._course(done), {"steps": state["steps"] + 1}
+        """Return the limit of all blocks, float64, 0-dim, and the state after the step."""
+        elapsed = (state["steps"].double() / self.steps).clamp(max=1.0)
+        return self.start + (self.end - self.start) * self._completed(elapsed), {"steps": state["steps"] + 1}
 
     @staticmethod
     @abstractmethod
-    def _course(done: Tensor) -> Tensor:
-        """How much of the way is gone when so much of the time is, both from 0 to 1."""
+    def _completed(elapsed: Tensor) -> Tensor:
+        """Return the fraction of the change that is completed after a fraction of the steps, both from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class LinearLimit(_Schedule):
-    r"""A straight line from one limit to another, then that: the same for every block.
+    r"""A limit that moves linearly from one value to another and then stays there, equal for all blocks.
 
     .. math::
         \ell(t) = \text{start} + (\text{end} - \text{start}) \cdot \min(1, t / \text{steps})
 
-    where t counts the optimizer steps taken before: a skipped step does not count.
+    where t is the number of optimizer steps taken before this one; skipped steps do not count.
 
     Args:
-        start: The limit of the first step, above 0, in the unit of the gradients.
-        end: The limit from step ``steps`` on, above 0.
-        steps: How many optimizer steps the way takes, at least 1.
+        start: Limit of the first step, above 0, in the unit of the gradients.
+        end: Limit after ``steps`` optimizer steps, above 0, in the unit of the gradients.
+        steps: Number of optimizer steps from ``start`` to ``end``, at least 1.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -69,23 +69,23 @@ class LinearLimit(_Schedule):
     """
 
     @staticmethod
-    def _course(done: Tensor) -> Tensor:
-        return done
+    def _completed(elapsed: Tensor) -> Tensor:
+        return elapsed
 
 
 @dataclass(frozen=True)
 class CosineLimit(_Schedule):
-    r"""Half a cosine wave from one limit to another, then that: the same for every block.
+    r"""A limit that moves along half a cosine wave from one value to another and then stays there, equal for all blocks.
 
     .. math::
         \ell(t) = \text{start} + (\text{end} - \text{start}) \cdot \tfrac12 \bigl(1 - \cos(\pi \min(1, t / \text{steps}))\bigr)
 
-    where t counts the optimizer steps taken before: a skipped step does not count.
+    where t is the number of optimizer steps taken before this one; skipped steps do not count.
 
     Args:
-        start: The limit of the first step, above 0, in the unit of the gradients.
-        end: The limit from step ``steps`` on, above 0.
-        steps: How many optimizer steps the way takes, at least 1.
+        start: Limit of the first step, above 0, in the unit of the gradients.
+        end: Limit after ``steps`` optimizer steps, above 0, in the unit of the gradients.
+        steps: Number of optimizer steps from ``start`` to ``end``, at least 1.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -97,5 +97,5 @@ class CosineLimit(_Schedule):
     """
 
     @staticmethod
-    def _course(done: Tensor) -> Tensor:
-        return 0.5 * (1.0 - torch.cos(math.pi * done))
+    def _completed(elapsed: Tensor) -> Tensor:
+        return 0.5 * (1.0 - torch.cos(math.pi * elapsed))

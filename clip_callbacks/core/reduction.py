@@ -56,7 +56,7 @@ class Reduction:
 
         Args:
             tensors: The N parameters: DTensors on any meshes, and plain tensors, of which each rank holds a copy.
-            whole_world: If True, all ranks decide, even without DTensors; else those of the largest mesh, if it contains the others.
+            whole_world: If True, all ranks decide, even without DTensors; else those of the largest mesh if it contains the others.
         """
         meshes = {tensor.device_mesh: None for tensor in tensors if isinstance(tensor, DTensor)}
         if not meshes and not (whole_world and is_distributed()):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_callbacks.accumulation.weights import count_samples
+from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
@@ -101,7 +102,7 @@ class MicroBatches:
         self._sizes.append(self._size)
         if self._parallel is not None:
             self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None}
-        measured = [measure(context.table.gradients(), 2.0) for context in self._contexts]
+        measured = [measure(gradients_of(context.table), 2.0) for context in self._contexts]
         bad = [context for context, norms in zip(self._contexts, measured, strict=True) if not norms.is_finite]
         is_bad = self._drops and (bool(bad) or not all_finite(losses))
         if self._parallel is not None:

@@ -14,7 +14,7 @@ from clip_callbacks.accumulation.weights import Weight, name_of
 from clip_callbacks.accumulation.window import Window
 from clip_callbacks.accumulation.window_weights import WindowWeights
 from clip_callbacks.accumulation.zero_backward import zero_backward
-from clip_callbacks.core.apply import drop
+from clip_callbacks.core.apply import drop_gradients
 from clip_callbacks.core.metric_names import ACCUMULATION_SCALE
 from clip_callbacks.core.reduction import reduces_in_backward
 from clip_callbacks.core.step_record import StepRecord
@@ -137,7 +137,7 @@ class Rescaler(NoRescaling):
         # Lightning does so at batches whose number is divisible by N. If N has changed, that is not the batch after the step.
         if self._has_stepped and batch_idx % self._trainer.accumulate_grad_batches:
             for context in self._contexts.values():
-                drop(context.table)
+                drop_gradients(context.table)
             self.begin_window()
         if self._weights:
             self._weights.ask(batch, batch_idx)

@@ -1,4 +1,4 @@
-"""The one write of the gradients: a multi-tensor product here and now, or a word to a fused optimizer that passes there anyway."""
+"""The one write of the gradients: a multi-tensor product, or factors for a fused optimizer, which writes them in its own pass."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.core.fused import board
-from clip_callbacks.core.tensor_table import Gradients, TensorTable
+from clip_callbacks.core.fused import set_fused_factors
+from clip_callbacks.core.gradients import Gradients
+from clip_callbacks.core.tensor_table import TensorTable
 
-LARGEST_GRAD_SCALE = torch.finfo(torch.float32).max
+MAX_GRAD_SCALE = torch.finfo(torch.float32).max
+"""Largest ``grad_scale`` that a fused optimizer takes; the smallest factor is its reciprocal."""
 
 
-def write(gradients: Gradients, factors: Tensor | None, scale: float, carrier: Optimizer | None, *, by_unit: bool = False) -> None:
+def write(gradients: Gradients, factors: Tensor | None, scale: float, fused: Optimizer | None, *, by_unit: bool = False) -> None:
     """Multiply gradients by factors that the host knows, or have a fused optimizer do it.
 
     Args:
-        gradients: Of one step.
-        factors: As for :func:`scale_`.
-        scale: A factor for all of them.
-        carrier: The fused optimizer that steps next; it carries one factor for all.
-        by_unit: As for :func:`scale_`.
+        gradients: The gradients of one step.
+        factors: The factors, as for :func:`scale_`.
+        scale: A factor for all gradients.
+        fused: The fused optimizer that steps next, which takes one factor for all; None writes here.
+        by_unit: If True, several factors are those of units.
     """
-    if carrier is not None and (factors is None or factors.numel() == 1):
+    if fused is not None and (factors is None or factors.numel() == 1):
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
-        if 1.0 / LARGEST_GRAD_SCALE <= factor <= LARGEST_GRAD_SCALE:
+        if 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
             if factor != 1.0:
-                board(carrier, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
+                set_fused_factors(fused, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
             return
     scale_(gradients, factors, scale, by_unit=by_unit)
 
 
 def write_deferred(
-    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, carrier: Optimizer | None, skipped: Tensor | None
+    gradients: Gradients, factors: Tensor | None, scale: float | Tensor, fused: Optimizer | None, skipped: Tensor | None
 ) -> None:
-    """The same with one factor for all that the host does not know.
+    """Multiply gradients by one factor for all that the host does not know, or have a fused optimizer do it.
 
     Args:
-        gradients: Of one step.
-        factors: Of one entry, where the gradients are; None is 1.
-        scale: A factor for all of them, a number or a tensor of one entry.
-        carrier: The fused optimizer that steps next, if there is one.
-        skipped: Whether the optimizer is to stand still, 0-dim bool; None: it is not.
+        gradients: The gradients of one step.
+        factors: The factor, a tensor of one entry on the device of the gradients; None is 1.
+        scale: A further factor, a number or a tensor of one entry.
+        fused: The fused optimizer that steps next; None writes here.
+        skipped: A flag to skip the step, 0-dim bool; None does not skip.
     """
     if factors is not None:
         factors = factors * scale
@@ -53,22 +55,22 @@ def write_deferred(
         factors = scale
     elif scale != 1.0:
         factors = torch.full((), scale, dtype=torch.float32, device=gradients.device)
-    if carrier is not None:
+    if fused is not None:
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
-        board(carrier, grad_scale, None if skipped is None else skipped.float())
+        set_fused_factors(fused, grad_scale, None if skipped is None else skipped.float())
     elif factors is not None and gradients.tensors:
         _multiply_(gradients, factors)
 
 
 def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, by_unit: bool = False) -> None:
-    """Multiply gradients in place; those whose factor is known to be 1 are not touched.
+    """Multiply gradients in place. Those whose factor is known to be 1 are not written.
 
     Args:
-        gradients: Of one step.
-        factors: One for each parameter of the table, CPU tensor of shape ``(N,)``, or for each unit, ``(U,)``, or one entry for
-            all; None is 1 for all.
-        scale: A factor for all of them.
-        by_unit: Whether several factors are those of units.
+        gradients: The gradients of one step.
+        factors: One factor for each parameter of the table, CPU tensor of shape ``(N,)``, or for each unit, ``(U,)``, or one entry
+            for all; None is 1 for all.
+        scale: A factor for all gradients.
+        by_unit: If True, several factors are those of units.
     """
     if not gradients.tensors:
         return
@@ -87,18 +89,24 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, 
 
 
 def _multiply_(gradients: Gradients, factor: Tensor) -> None:
-    """One product for all: for a CPU a 0-dim tensor takes a quarter of the time of a number; for a device a number is no copy."""
+    """Multiply all gradients by one factor.
+
+    On a CPU a 0-dim tensor takes a quarter of the time of a number. On another device a number needs no copy.
+    """
     is_there = not factor.is_cpu or _on_cpu(gradients)
     factor = factor.reshape(()) if factor.ndim else factor
     torch._foreach_mul_(gradients.tensors, factor if is_there else float(factor))
 
 
 def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
-    """A factor each: for a CPU 0-dim tensors take a third of the time of numbers; for a device numbers go into one kernel."""
+    """Multiply each gradient by its factor.
+
+    On a CPU 0-dim tensors take a third of the time of numbers. On another device numbers go into one kernel.
+    """
     numbers: list[float] = factors.tolist()
     each: list[Any] = numbers
     if _on_cpu(gradients):
-        buffer, each = gradients.table.slots(factors.dtype)
+        buffer, each = gradients.table.factor_buffer(factors.dtype)
         buffer.copy_(factors)
     if gradients.is_complete and 1.0 not in numbers:
         torch._foreach_mul_(gradients.tensors, each)
@@ -109,12 +117,12 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
 
 
 def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
-    """A factor for each row; tensors of which no row is to change are not touched."""
+    """Multiply each row by its factor. Tensors without a row to change are not written."""
     table = gradients.table
     clipped = torch.zeros(len(table), device="cpu").index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
-    there = factors.to(gradients.tensors[0].device)
+    factors = factors.to(gradients.tensors[0].device)
     rows = [
-        (entries, there[units if isinstance(units, slice) else units.to(there.device)].to(entries.device))
+        (entries, factors[units if isinstance(units, slice) else units.to(factors.device)].to(entries.device))
         for entries, units, position in gradients.rows
         if clipped[position]
     ]
@@ -127,7 +135,7 @@ def _on_cpu(gradients: Gradients) -> bool:
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:
-    """Clamp every entry to ``[-clip_value, clip_value]``; of a complex one, its real and imaginary parts."""
+    """Clamp every entry to ``[-clip_value, clip_value]``, and the real and imaginary parts of complex entries."""
     real = _as_real(tensors)
     if real:
         torch._foreach_clamp_min_(real, -clip_value)
@@ -135,25 +143,26 @@ def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:
 
 
 def zero_nonfinite_(gradients: Gradients, norms: Tensor) -> None:
-    """Set every NaN and every inf to 0 and leave the other entries alone.
+    """Set every NaN and every infinite entry to 0, and leave the other entries alone.
 
-    A tensor with some, of which several ranks hold copies, becomes 0 as a whole: one copy may be bad and another one not.
+    Where several ranks hold copies of a tensor, the whole tensor becomes 0: a copy may be non-finite on one rank only, and copies
+    must stay equal.
 
     Args:
-        gradients: Of one step.
-        norms: Of each parameter of the table, shape ``(N,)``.
+        gradients: The gradients of one step.
+        norms: The norm of each parameter of the table, shape ``(N,)``.
     """
     reduction = gradients.table.reduction
-    bad = [reduction is not None and not math.isfinite(norm) for norm in norms.tolist()]
+    is_nonfinite = [not math.isfinite(norm) for norm in norms.tolist()]
     for position, tensor in zip(gradients.positions, _as_real(gradients.tensors), strict=True):
-        if reduction and bad[position] and reduction.copied[position]:
+        if reduction and is_nonfinite[position] and reduction.copied[position]:
             tensor.zero_()
         else:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def drop(table: TensorTable) -> None:
-    """Take the gradients away: ``torch.optim`` optimizers leave a parameter without one alone, its state and decay too."""
+def drop_gradients(table: TensorTable) -> None:
+    """Set all gradients to None. ``torch.optim`` optimizers then leave a parameter alone: its state and weight decay too."""
     for parameter in table.tensors:
         parameter.grad = None
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: the one place that says what a number may be, and how an error tells of it."""
+"""Checks of arguments, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Choice = TypeVar("Choice", bound=str)
 
 
 def number_above_zero(number: object) -> float | None:
-    """A number, or its text as configuration files give it, as a float; None if it is not one above 0."""
+    """Convert a number, or its text in a configuration file, to a float; None if it is not a number above 0."""
     if not isinstance(number, (float, int, str, Real)) or isinstance(number, bool):
         return None
     try:
@@ -32,7 +32,7 @@ def as_norm_type(norm_type: float | Literal["inf"]) -> float:
 
 
 def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
-    """Check a threshold given as a number.
+    """Check a limit given as a number.
 
     Raises:
         ValueError: If it is not a number above 0.
@@ -51,15 +51,15 @@ def as_finite(
     """Check a number in an interval.
 
     Args:
-        number: What was given for the argument.
+        number: The value of the argument.
         argument: The name of the argument, for the error.
         low: The lower end of the interval.
         high: The upper end of the interval.
-        low_too: Whether the lower end is allowed.
-        high_too: Whether the upper end is allowed.
+        low_too: If True, the lower end is allowed.
+        high_too: If True, the upper end is allowed.
 
     Raises:
-        ValueError: If it is no number, or lies outside.
+        ValueError: If it is not a number, or lies outside.
     """
     try:
         found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
@@ -75,10 +75,10 @@ def as_finite(
 
 
 def as_count(number: object, argument: str, *, least: int) -> int:
-    """Check a number of things.
+    """Check a count.
 
     Raises:
-        ValueError: If it is not a whole number of at least ``least``; True and False are none.
+        ValueError: If it is not a whole number of at least ``least``. True and False are not numbers.
     """
     if isinstance(number, int) and not isinstance(number, bool) and number >= least:
         return number
@@ -86,13 +86,13 @@ def as_count(number: object, argument: str, *, least: int) -> int:
 
 
 def as_count_or_none(number: object, argument: str, *, least: int, none: str = "or None") -> int | None:
-    """Check a number of things that may be left open.
+    """Check a count that may be None.
 
     Args:
-        number: What was given for the argument.
+        number: The value of the argument.
         argument: The name of the argument, for the error.
-        least: The smallest number that is allowed.
-        none: What None means, for the error.
+        least: The smallest count that is allowed.
+        none: The meaning of None, for the error.
 
     Raises:
         ValueError: If it is neither None nor a whole number of at least ``least``.
@@ -106,7 +106,7 @@ def as_count_or_none(number: object, argument: str, *, least: int, none: str = "
 
 
 def as_choice(value: object, argument: str, choices: tuple[Choice, ...]) -> Choice:
-    """Check one of several words.
+    """Check a choice among several words.
 
     Raises:
         ValueError: If there is no such choice; it lists them.

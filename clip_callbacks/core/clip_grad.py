@@ -1,4 +1,4 @@
-"""The drop-in for ``torch.nn.utils.clip_grad_norm_``."""
+"""A drop-in replacement for ``torch.nn.utils.clip_grad_norm_``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.apply import scale_
 from clip_callbacks.core.coefficients import coefficients
+from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -23,30 +24,32 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    r"""Clip the gradient norm of parameters in place: ``torch.nn.utils.clip_grad_norm_`` without its traps.
+    r"""Clip the gradient norm of parameters in place; a drop-in replacement for ``torch.nn.utils.clip_grad_norm_``.
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
-    On finite float32 gradients the result has the same bits. What differs: sparse gradients work; half-precision norms
-    accumulate in float32 and come back in it; finite gradients have a finite norm even where their squares overflow or
-    underflow; empty tensors may stand beside others for every norm; a parameter given twice counts once; a coefficient of 1
-    writes nothing; a non-finite norm leaves every gradient as it is instead of spreading; a negative or NaN ``max_norm`` is an
-    error.
+    On finite float32 gradients the result has the same bits as torch's. The differences are:
+
+    - Sparse gradients work. Half-precision norms accumulate in float32, and are returned in it.
+    - Finite gradients have a finite norm, even if their squares overflow or underflow.
+    - Empty tensors may be among the parameters for every norm. A parameter that is given twice counts once.
+    - A coefficient of 1 writes nothing. A non-finite norm leaves every gradient as it is, and does not spread.
+    - A negative or NaN ``max_norm`` is an error.
 
     Args:
-        parameters: Tensors with gradients, or one; those without a gradient take no part.
+        parameters: Tensors with gradients, or one tensor. Those without a gradient are ignored.
         max_norm: The largest norm, at least 0.
-        norm_type: The order p; ``"inf"`` is the maximum norm; orders of 0 and below are those of ``torch.linalg.vector_norm``.
-        error_if_nonfinite: Whether a gradient that is not finite is an error.
-        foreach: Accepted for compatibility; the result does not depend on it.
+        norm_type: The order p. ``"inf"`` is the maximum norm; orders of 0 and below are those of ``torch.linalg.vector_norm``.
+        error_if_nonfinite: If True, a non-finite gradient raises an error.
+        foreach: Accepted for compatibility. The result does not depend on it.
 
     Returns:
-        The norm before clipping, 0-dim, on the device of the first gradient; float64 for float64 gradients, else float32. Of
-        DTensors, a plain tensor, the same on every rank.
+        The norm before clipping, 0-dim, on the device of the first gradient; float64 for float64 gradients, else float32. For
+        DTensors it is a plain tensor, equal on every rank.
 
     Raises:
-        RuntimeError: If a gradient is not finite and ``error_if_nonfinite`` is set; the gradients are as they were.
+        RuntimeError: If a gradient is not finite and ``error_if_nonfinite`` is True. The gradients are unchanged.
         ValueError: If ``max_norm`` is negative or NaN, or the order of a norm of DTensors is not above 0.
 
     Example::
@@ -62,7 +65,7 @@ def clip_grad_norm_(
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    gradients = TensorTable.nameless(tensors).gradients(bucketed=False)
+    gradients = gradients_of(TensorTable.nameless(tensors), bucketed=False)
     if gradients.table.reduction and not norm_type > 0:
         raise ValueError(f"`norm_type` must be above 0 where ranks hold parts of the parameters, got {norm_type!r}.")
     if not gradients.exist:

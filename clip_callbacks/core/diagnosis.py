@@ -1,6 +1,6 @@
-"""What a look at every gradient, parameter and loss of a bad step finds: the report that names the offenders.
+"""Diagnosis of a bad step: the tensors that are not finite, where they came from, and the text that says so.
 
-The walk over the parameters is made on bad steps only.
+The walk over all gradients and parameters is made on bad steps only.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from clip_callbacks.core.tensor_table import TensorTable, learns
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
 
-LISTED = 8
-"""How many offenders a report names."""
+MAX_LISTED = 8
+"""Largest number of gradients, or of largest norms, that a report names."""
 
 
 @dataclass(frozen=True)
-class Offender:
+class NonFiniteTensor:
     """One tensor with non-finite entries.
 
     Args:
-        name: Of the parameter, of the buffer, or of what holds the tensor.
-        shape: Of the tensor.
-        nan: Count of NaN entries; None if only the norm is known.
-        inf: Count of infinite entries; None if only the norm is known.
-        norm: The norm, "nan" or "inf", if that is all that is known.
-        ranks: Which ranks hold them, if others do not.
+        name: The name of the parameter or buffer, or the place of a tensor in a plain attribute.
+        shape: The shape of the whole tensor.
+        nan: The number of NaN entries; None if only the norm is known.
+        inf: The number of infinite entries; None if only the norm is known.
+        norm: The norm, "nan" or "inf", if only that is known.
+        ranks: The ranks with non-finite entries, if others have none.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Offender:
     ranks: tuple[int, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """What is known, for a line of JSON."""
+        """Return what is known, for a line of JSON."""
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
     def __str__(self) -> str:
-        """One line: name, shape, and counts or the norm."""
+        """Name, shape, and counts or the norm, in one line."""
         if self.norm:
             return f"{self.name} {list(self.shape)}: norm {self.norm}"
         counts = [f"{count} {kind}" for count, kind in ((self.nan, "NaN"), (self.inf, "inf")) if count]
@@ -58,27 +58,29 @@ class Offender:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What a look at every gradient and parameter found on a bad step.
+class Diagnosis:
+    """The non-finite tensors of a bad step, and where they came from.
+
+    The names of the fields are keys of the journal.
 
     Args:
         gradients: Parameters with non-finite gradients, in module order.
-        parameters: Parameters that are non-finite themselves, in module order; none that is frozen.
-        before: The nearest parameter before the first offender with a finite gradient, if any.
-        after: The nearest such parameter after it.
-        count: How many parameters have a gradient.
-        loss_is_finite: Whether every loss of the window was; None if no loss was seen.
-        after_good_step: Whether the step before was taken with finite gradients.
+        parameters: Trained parameters that are non-finite themselves, in module order.
+        before: The nearest parameter with a finite gradient before the first non-finite one, if any.
+        after: The nearest parameter with a finite gradient after it, if any.
+        count: The number of parameters with a gradient.
+        loss_is_finite: True if all losses of the window were finite; None if no loss was seen.
+        after_good_step: True if the step before was taken with finite gradients.
         traced: The first module with a non-finite output, if the batch was run again to find it.
-        loss_ranks: Of several ranks, those with a loss that is not finite.
+        loss_ranks: The ranks with a non-finite loss, if there are several ranks.
         buffers: Buffers that were non-finite before the step.
-        carried: Tensors in plain attributes of modules that are non-finite now: a skip does not put them back.
-        carried_before: Those of them that were so before the step.
-        frozen: Frozen parameters that look non-finite, if no step has been good so far: they may as well be packed codes.
+        carried: Tensors in plain attributes of modules that are non-finite now, which a skip does not restore.
+        carried_before: Those of them that were non-finite before the step.
+        frozen: Frozen parameters that look non-finite, if no step has been good so far. They may be packed codes instead.
     """
 
-    gradients: tuple[Offender, ...]
-    parameters: tuple[Offender, ...]
+    gradients: tuple[NonFiniteTensor, ...]
+    parameters: tuple[NonFiniteTensor, ...]
     before: str | None
     after: str | None
     count: int
@@ -86,19 +88,22 @@ class Findings:
     after_good_step: bool = False
     traced: str | None = None
     loss_ranks: tuple[int, ...] = ()
-    buffers: tuple[Offender, ...] = ()
-    carried: tuple[Offender, ...] = ()
-    carried_before: tuple[Offender, ...] = ()
-    frozen: tuple[Offender, ...] = ()
+    buffers: tuple[NonFiniteTensor, ...] = ()
+    carried: tuple[NonFiniteTensor, ...] = ()
+    carried_before: tuple[NonFiniteTensor, ...] = ()
+    frozen: tuple[NonFiniteTensor, ...] = ()
 
     @property
-    def guilty_ranks(self) -> tuple[int, ...]:
-        """Where it began, of several ranks, if that is known: those with a bad loss, or else the only ones with bad gradients."""
-        return self.loss_ranks or tuple(sorted({rank for offender in self.gradients for rank in offender.ranks}))
+    def source_ranks(self) -> tuple[int, ...]:
+        """The ranks where the step became bad: those with a non-finite loss, or else the only ones with non-finite gradients.
+
+        Empty if there is one rank, or if all ranks are alike.
+        """
+        return self.loss_ranks or tuple(sorted({rank for tensor in self.gradients for rank in tensor.ranks}))
 
     @property
     def stage(self) -> FaultStage:
-        """Where it began: in the step before, in what was non-finite before that, in the loss (forward), or in backward."""
+        """The stage where the step became bad: before this step, in the forward pass (the loss), or in the backward pass."""
         if self.parameters:
             return "step" if self.after_good_step else "parameter"
         if self.buffers:
@@ -110,17 +115,17 @@ class Findings:
         return "gradient" if self.loss_is_finite else "loss"
 
     def facts(self) -> dict[str, Any]:
-        """The same as :meth:`describe`, for a line of JSON."""
+        """Return the diagnosis for a line of the journal, whose keys are fixed."""
         kinds = ("gradients", "parameters", "buffers", "carried", "carried_before", "frozen")
-        offenders = {kind: [*map(Offender.facts, getattr(self, kind))] for kind in kinds}
-        facts = {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | offenders
-        return facts | {"guilty_ranks": list(self.guilty_ranks)}
+        tensors = {kind: [*map(NonFiniteTensor.facts, getattr(self, kind))] for kind in kinds}
+        facts = {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | tensors
+        return facts | {"guilty_ranks": list(self.source_ranks)}
 
     def describe(self) -> str:
-        """Text of at most nineteen lines: the stage and what to look at, the offenders, their finite neighbours."""
+        """Return the text for users, of at most nineteen lines: the stage, the non-finite tensors, and their finite neighbours."""
         lines = [f"Stage: {_STAGES[self.stage]}"]
-        if self.guilty_ranks:
-            lines += [f"Where it began: rank {_enumerated(self.guilty_ranks)}"]
+        if self.source_ranks:
+            lines += [f"Where it began: rank {_enumerated(self.source_ranks)}"]
         if self.traced:
             lines += [f"First non-finite output: {self.traced}"]
         if self.parameters:
@@ -129,16 +134,16 @@ class Findings:
             lines += [f"Non-finite buffers before this step: {_listed(self.buffers, 3)}"]
         if self.carried:
             lines += [
-                f"Not finite in plain attributes or frozen parameters, which a skip does not put back: {_listed(self.carried, 3)}"
+                f"Non-finite in plain attributes or frozen parameters, which a skip does not restore: {_listed(self.carried, 3)}"
             ]
         if self.carried_before:
-            lines += [f"  so before this step already: {_listed(self.carried_before, 3)}"]
+            lines += [f"  already non-finite before this step: {_listed(self.carried_before, 3)}"]
         if self.frozen:
-            lines += [f"Frozen and not finite, as packed codes may be: {_listed([it.name for it in self.frozen], 3)}"]
+            lines += [f"Frozen parameters that look non-finite, as packed codes may: {_listed([it.name for it in self.frozen], 3)}"]
         lines += [f"Non-finite gradients in {len(self.gradients)} of {self.count} parameters:"]
-        lines += [f"  {offender}" for offender in self.gradients[:LISTED]]
-        if len(self.gradients) > LISTED:
-            lines += [f"  and {len(self.gradients) - LISTED} more"]
+        lines += [f"  {tensor}" for tensor in self.gradients[:MAX_LISTED]]
+        if len(self.gradients) > MAX_LISTED:
+            lines += [f"  and {len(self.gradients) - MAX_LISTED} more"]
         neighbours = [f"{name} ({side})" for name, side in ((self.before, "before"), (self.after, "after")) if name]
         if neighbours:
             lines += [f"Nearest finite gradients: {', '.join(neighbours)}"]
@@ -147,12 +152,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Spike:
-    """A finite step that is skipped for its norm.
+    """A finite step that is skipped because its norm is above the skip threshold.
 
     Args:
-        total_norm: Of all gradients.
-        limit: The norm above which a step is skipped.
-        largest: The parameters with the largest norms, and these.
+        total_norm: The norm of all gradients.
+        limit: The skip threshold.
+        largest: The parameters with the largest norms, each with its norm, largest first.
     """
 
     total_norm: float
@@ -161,22 +166,29 @@ class Spike:
 
     @classmethod
     def of(cls, names: Sequence[str], norms: Tensor, total: Tensor, limit: Tensor) -> Spike:
-        """From the norms of all parameters."""
-        places = norms.topk(min(LISTED, len(norms))).indices.tolist()
+        """Select the largest norms of all parameters.
+
+        Args:
+            names: The names of the N parameters.
+            norms: The norms of their gradients, shape ``(N,)``.
+            total: The norm of all gradients.
+            limit: The skip threshold.
+        """
+        places = norms.topk(min(MAX_LISTED, len(norms))).indices.tolist()
         numbers = norms.tolist()
         return cls(float(total), float(limit), tuple((names[place], numbers[place]) for place in places))
 
     def facts(self) -> dict[str, Any]:
-        """The same as :meth:`describe`, for a line of JSON."""
+        """Return the spike for a line of the journal, whose keys are fixed."""
         largest = [{"name": name, "norm": norm} for name, norm in self.largest]
         return {"stage": "spike", "message": str(self), "total_norm": self.total_norm, "limit": self.limit, "largest": largest}
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The norm and the threshold, in one sentence."""
         return f"total_norm {self.total_norm:.4g} is above skip_above, now {self.limit:.4g}"
 
     def describe(self) -> str:
-        """The parameters with the largest norms."""
+        """Return the parameters with the largest norms, for users."""
         return "Largest gradients: " + ", ".join(f"{name} {norm:.4g}" for name, norm in self.largest[:4])
 
 
@@ -185,11 +197,11 @@ _STAGES: dict[FaultStage, str] = {
     "code that wrote to them).",
     "parameter": "parameters were non-finite before this step (the initial weights, a checkpoint, or an earlier bad step).",
     "buffer": "buffers were non-finite before this step (an earlier bad batch, a checkpoint, or code that wrote to them).",
-    "carried": "a tensor that a module carries from batch to batch was non-finite before this step; reset it where the batch was "
-    "bad, or register it as a buffer, which a skip puts back.",
+    "carried": "a tensor that a module carries from batch to batch was non-finite before this step. Reset it after a bad batch, or "
+    "register it as a buffer, which a skip restores.",
     "loss": "the loss is non-finite (forward pass: a division by zero, log of zero, overflow, or the data).",
-    "gradient": "the loss is finite, its gradients are not (backward pass: an explosion, or a derivative that is infinite).",
-    "unknown": "gradients are not finite; a loss that is not was not seen here (it may be another rank's).",
+    "gradient": "the loss is finite, its gradients are not (backward pass: exploding gradients, or an infinite derivative).",
+    "unknown": "gradients are non-finite; no non-finite loss was seen here (another rank may have had one).",
 }
 
 
@@ -202,16 +214,16 @@ def examine(
     norms: Tensor | None = None,
     buffers: Iterable[tuple[str, Tensor]] = (),
     frozen: Iterable[tuple[str, Tensor]] = (),
-) -> Findings:
-    """Look at every gradient, parameter and loss of a bad step; at parameters that are frozen only where ``frozen`` names them.
+) -> Diagnosis:
+    """Find the non-finite gradients, parameters and losses of a bad step.
 
     Args:
         table: The parameters of the optimizer about to step, with their gradients.
         losses: The losses of the window, 0-dim.
-        after_good_step: Whether the step before was taken with finite gradients.
-        norms: Of the gradients of a step that is over, shape ``(N,)`` on the host: nothing else is left of them.
-        buffers: Names and values, as they were before the step's first forward pass, of those buffers that are to be finite.
-        frozen: Names of frozen parameters and these, where no step has been good so far.
+        after_good_step: True if the step before was taken with finite gradients.
+        norms: Norms of the gradients on the host, shape ``(N,)``, for a step that is over, whose gradients are gone.
+        buffers: Names of buffers that should be finite, with their values before the step's first forward pass.
+        frozen: Names and values of frozen parameters, if no step has been good so far. Other frozen parameters are not examined.
     """
     if norms is None:
         held = [
@@ -219,12 +231,12 @@ def examine(
             for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
             if tensor.grad is not None
         ]
-        names, gradients = [name for name, _, _ in held], _offenders(held)
+        names, gradients = [name for name, _, _ in held], _nonfinite(held)
     else:
-        names, gradients = list(table.names), _offenders_by_norm(table, norms)
-    return Findings(
+        names, gradients = list(table.names), _nonfinite_by_norm(table, norms)
+    return Diagnosis(
         gradients,
-        _offenders(
+        _nonfinite(
             (name, shape, shard_of(tensor))
             for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
             if learns(tensor)
@@ -233,104 +245,104 @@ def examine(
         count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
-        buffers=offenders_among(buffers),
-        frozen=offenders_among(frozen),
+        buffers=nonfinite_among(buffers),
+        frozen=nonfinite_among(frozen),
     )
 
 
-def offenders_among(named: Iterable[tuple[str, Tensor]]) -> tuple[Offender, ...]:
-    """Those of some tensors that are not finite, this rank's shards of sharded ones; what cannot be judged is passed over."""
-    return _offenders((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
+def nonfinite_among(named: Iterable[tuple[str, Tensor]]) -> tuple[NonFiniteTensor, ...]:
+    """Return the non-finite ones of some tensors, or of this rank's shards of them. Tensors without arithmetic are left out."""
+    return _nonfinite((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
 
 
-def examine_on_all_ranks(table: TensorTable, findings: Findings) -> Findings:
-    """What all ranks have found, the same on each: a collective, for steps that are bad on all of them.
+def examine_on_all_ranks(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
+    """Merge the diagnoses of all ranks into one, equal on all. This is a collective, for steps that are bad on every rank.
 
     Args:
         table: The parameters of the optimizer about to step.
-        findings: What this rank has found.
+        diagnosis: The diagnosis of this rank.
     """
     counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
     rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
     each = gathered(
         _Share(
-            findings,
+            diagnosis,
             counted={name for name, _, _, count in rows if count},
             with_gradient={name for name, tensor, _, _ in rows if tensor.grad is not None},
             with_entries={name for name, _, shard, _ in rows if shard.numel()},
         )
     )
     is_divided = table.reduction is not None
-    gradients = _joined(each, [share.findings.gradients for share in each], table.names, is_divided=is_divided)
+    gradients = _joined(each, [share.diagnosis.gradients for share in each], table.names, is_divided=is_divided)
     names = [name for name in table.names if any(name in share.with_gradient for share in each)]
     before, after = _neighbours(names, gradients)
-    losses = [share.findings.loss_is_finite for share in each]
+    losses = [share.diagnosis.loss_is_finite for share in each]
     return replace(
-        findings,
+        diagnosis,
         gradients=gradients,
-        parameters=_joined(each, [share.findings.parameters for share in each], table.names, is_divided=is_divided),
+        parameters=_joined(each, [share.diagnosis.parameters for share in each], table.names, is_divided=is_divided),
         before=before,
         after=after,
         count=len(names),
         loss_is_finite=None if set(losses) == {None} else False not in losses,
-        traced=next((share.findings.traced for share in each if share.findings.traced), None),
+        traced=next((share.diagnosis.traced for share in each if share.diagnosis.traced), None),
         loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
-        buffers=_joined_copies([share.findings.buffers for share in each]),
-        carried=_joined_copies([share.findings.carried for share in each]),
-        carried_before=_joined_copies([share.findings.carried_before for share in each]),
-        frozen=_joined_copies([share.findings.frozen for share in each]),
+        buffers=_joined_copies([share.diagnosis.buffers for share in each]),
+        carried=_joined_copies([share.diagnosis.carried for share in each]),
+        carried_before=_joined_copies([share.diagnosis.carried_before for share in each]),
+        frozen=_joined_copies([share.diagnosis.frozen for share in each]),
     )
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank has found, and the names of the parameters whose part there counts, has a gradient, has any entry."""
+    """The diagnosis of one rank, and the names of the parameters whose part there counts, has a gradient, or has any entry."""
 
-    findings: Findings
+    diagnosis: Diagnosis
     counted: set[str]
     with_gradient: set[str]
     with_entries: set[str]
 
 
 def _joined(
-    each: Sequence[_Share], found: Sequence[Sequence[Offender]], names: Sequence[str], *, is_divided: bool
-) -> tuple[Offender, ...]:
-    """Offenders of all ranks, each once: parts of one tensor are summed up, copies are not."""
+    each: Sequence[_Share], found: Sequence[Sequence[NonFiniteTensor]], names: Sequence[str], *, is_divided: bool
+) -> tuple[NonFiniteTensor, ...]:
+    """Merge the non-finite tensors of all ranks, each once: counts of parts are added up, those of copies are not."""
     by_name, joined = _by_name(found), []
     for name in names:
-        if guilty := by_name.get(name):
-            parts = [offender for rank, offender in guilty.items() if name in each[rank].counted] if is_divided else []
-            parts = parts or [next(iter(guilty.values()))]
+        if by_rank := by_name.get(name):
+            parts = [tensor for rank, tensor in by_rank.items() if name in each[rank].counted] if is_divided else []
+            parts = parts or [next(iter(by_rank.values()))]
             others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
             nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
-            ranks = tuple(guilty) if set(others) - set(guilty) else ()
+            ranks = tuple(by_rank) if set(others) - set(by_rank) else ()
             joined.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
     return tuple(joined)
 
 
-def _joined_copies(found: Sequence[Sequence[Offender]]) -> tuple[Offender, ...]:
-    """Offenders of all ranks, each once, of tensors of which every rank has one of its own."""
+def _joined_copies(found: Sequence[Sequence[NonFiniteTensor]]) -> tuple[NonFiniteTensor, ...]:
+    """Merge non-finite tensors of which every rank has its own, each once."""
     joined = []
-    for guilty in _by_name(found).values():
-        ranks = tuple(guilty) if len(guilty) < len(found) else ()
-        joined.append(replace(next(iter(guilty.values())), ranks=ranks))
+    for by_rank in _by_name(found).values():
+        ranks = tuple(by_rank) if len(by_rank) < len(found) else ()
+        joined.append(replace(next(iter(by_rank.values())), ranks=ranks))
     return tuple(joined)
 
 
-def _by_name(found: Sequence[Sequence[Offender]]) -> dict[str, dict[int, Offender]]:
-    """What each rank has found, by names and by ranks."""
-    by_name: dict[str, dict[int, Offender]] = {}
-    for rank, offenders in enumerate(found):
-        for offender in offenders:
-            by_name.setdefault(offender.name, {})[rank] = offender
+def _by_name(found: Sequence[Sequence[NonFiniteTensor]]) -> dict[str, dict[int, NonFiniteTensor]]:
+    """Non-finite tensors by name, then by rank."""
+    by_name: dict[str, dict[int, NonFiniteTensor]] = {}
+    for rank, tensors in enumerate(found):
+        for tensor in tensors:
+            by_name.setdefault(tensor.name, {})[rank] = tensor
     return by_name
 
 
-def _neighbours(names: Sequence[str], offenders: Sequence[Offender]) -> tuple[str | None, str | None]:
-    """The nearest names before and after the first offender that are none."""
-    guilty = {offender.name for offender in offenders}
-    first = next((i for i, name in enumerate(names) if name in guilty), 0)
-    finite = [i for i, name in enumerate(names) if name not in guilty]
+def _neighbours(names: Sequence[str], tensors: Sequence[NonFiniteTensor]) -> tuple[str | None, str | None]:
+    """The nearest finite names before and after the first non-finite tensor."""
+    nonfinite = {tensor.name for tensor in tensors}
+    first = next((i for i, name in enumerate(names) if name in nonfinite), 0)
+    finite = [i for i, name in enumerate(names) if name not in nonfinite]
     return next((names[i] for i in reversed(finite) if i < first), None), next((names[i] for i in finite if i > first), None)
 
 
@@ -340,8 +352,8 @@ def _entries(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.values()
 
 
-def _offenders(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[Offender, ...]:
-    """Of names, shapes, and this rank's parts of tensors."""
+def _nonfinite(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[NonFiniteTensor, ...]:
+    """Return the non-finite ones of tensors given by name, whole shape, and this rank's part."""
     found = []
     for name, shape, part in named:
         if not has_arithmetic(part):
@@ -352,21 +364,21 @@ def _offenders(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[Of
     return tuple(found)
 
 
-def _offenders_by_norm(table: TensorTable, norms: Tensor) -> tuple[Offender, ...]:
+def _nonfinite_by_norm(table: TensorTable, norms: Tensor) -> tuple[NonFiniteTensor, ...]:
     rows = zip(table.names, table.shapes, norms.tolist(), strict=True)
-    return tuple(Offender(name, shape, None, None, str(norm)) for name, shape, norm in rows if not math.isfinite(norm))
+    return tuple(NonFiniteTensor(name, shape, None, None, str(norm)) for name, shape, norm in rows if not math.isfinite(norm))
 
 
-def count_nonfinite(tensor: Tensor, name: str = "") -> Offender:
-    """Count a tensor's NaN and infinite entries; of complex ones, the parts."""
+def count_nonfinite(tensor: Tensor, name: str = "") -> NonFiniteTensor:
+    """Count the NaN and infinite entries of a tensor, and the real and imaginary parts of complex entries."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return Offender(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum()))
+    return NonFiniteTensor(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum()))
 
 
 def _enumerated(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _listed(offenders: Sequence[Offender | str], most: int) -> str:
-    rest = f" and {len(offenders) - most} more" if len(offenders) > most else ""
-    return "; ".join(str(offender) for offender in offenders[:most]) + rest
+def _listed(tensors: Sequence[NonFiniteTensor | str], most: int) -> str:
+    rest = f" and {len(tensors) - most} more" if len(tensors) > most else ""
+    return "; ".join(map(str, tensors[:most])) + rest

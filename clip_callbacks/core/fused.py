@@ -1,8 +1,8 @@
-"""The write that rides on a fused optimizer: no pass over the gradients of its own, and no host sync.
+"""Clipping and skipping by a fused optimizer: no pass over the gradients of their own, and no host sync.
 
-The kernels of a fused ``torch.optim`` optimizer read two tensors from the optimizer object: gradients are divided by
-``grad_scale``, and written back so; where ``found_inf`` is 1 they return at once, and parameters, moments and step counters stay as
-they are. The GradScaler hands its loss scale over in the same way.
+The kernels of a fused ``torch.optim`` optimizer read two tensors from the optimizer object. Gradients are divided by
+``grad_scale`` and written back. Where ``found_inf`` is 1, the kernels return at once, and parameters, moments and step counters
+stay as they are. The GradScaler hands over its loss scale in the same way.
 """
 
 from __future__ import annotations
@@ -15,33 +15,36 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from clip_callbacks.core.tensor_table import Gradients
+from clip_callbacks.core.gradients import Gradients
 
-CARRIERS = (Adam, AdamW, SGD, Adagrad)
-"""Whose fused kernels do all of this; a subclass may have another ``step``."""
+FUSED_OPTIMIZERS = (Adam, AdamW, SGD, Adagrad)
+"""Optimizers whose fused kernels read both tensors. Subclasses are excluded: they may have another ``step``."""
 
-DEVICES = ("cpu", "cuda")
-"""Where they do: on others some releases of torch take the two tensors and ignore them (pytorch/pytorch#186360)."""
+FUSED_DEVICES = ("cpu", "cuda")
+"""Devices whose fused kernels read both tensors. On others some releases of torch ignore them (pytorch/pytorch#186360)."""
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's next step can carry a factor: of ``torch.optim``, and fused in every parameter group.
+    """Return whether an optimizer's next step can apply a factor: it is of ``torch.optim``, and fused in every parameter group.
 
-    A checkpoint of an unfused run, loaded into a fused optimizer, makes its groups unfused.
+    This is asked at every step, because a checkpoint of an unfused run, loaded into a fused optimizer, makes its groups unfused.
     """
-    return type(optimizer) in CARRIERS and all(group["fused"] for group in optimizer.param_groups)
+    return type(optimizer) in FUSED_OPTIMIZERS and all(group["fused"] for group in optimizer.param_groups)
 
 
-def can_carry(optimizer: Optimizer | None, gradients: Gradients) -> bool:
-    """Whether the next step can carry a factor for these gradients, and has no others; the kernels take it in float32."""
+def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> bool:
+    """Return whether an optimizer's next step can apply a factor to these gradients, and has no others.
+
+    Float64 gradients are excluded, because the kernels take the factor in float32.
+    """
     if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.covers(optimizer):
         return False
     some = gradients.table.shards[:1] if gradients.is_uniform else gradients.table.shards
-    return all(tensor.dtype is not torch.float64 and tensor.device.type in DEVICES for tensor in some)
+    return all(tensor.dtype is not torch.float64 and tensor.device.type in FUSED_DEVICES for tensor in some)
 
 
 def starts_momentum(optimizer: Optimizer) -> bool:
-    """Whether the next step makes momentum buffers: it leaves them uninitialized if it is skipped through ``found_inf``."""
+    """Return whether the next step allocates momentum buffers, which a skip through ``found_inf`` would leave uninitialized."""
     return isinstance(optimizer, SGD) and any(
         group["momentum"] and "momentum_buffer" not in optimizer.state.get(tensor, ())
         for group in optimizer.param_groups
@@ -50,77 +53,82 @@ def starts_momentum(optimizer: Optimizer) -> bool:
     )
 
 
-def board(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
-    """Have an optimizer's next step divide its gradients, or stand still; and no later step.
+def set_fused_factors(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
+    """Set the factors of an optimizer's next step, and of no later one.
 
-    A GradScaler that calls the step takes up ``grad_scale``, sets a ``found_inf`` of its own, and takes both back itself.
+    If a GradScaler calls the step, it takes over ``grad_scale``, sets its own ``found_inf``, and removes both.
 
     Args:
-        optimizer: A fused one.
-        grad_scale: What the gradients are divided by, 0-dim; None is 1.
-        found_inf: 1.0 to stand still, 0.0 to step, 0-dim float32; None steps.
+        optimizer: A fused optimizer.
+        grad_scale: The divisor of the gradients, 0-dim; None is 1.
+        found_inf: A flag to skip the step: 1.0 skips, 0.0 steps, 0-dim float32; None steps.
     """
-    if optimizer not in _RIDES:
-        _RIDES[optimizer] = _Ride(optimizer)
-    _RIDES[optimizer].begin(optimizer, {"grad_scale": grad_scale, "found_inf": found_inf})
+    if optimizer not in _FACTORS:
+        _FACTORS[optimizer] = FusedFactors(optimizer)
+    _FACTORS[optimizer].set(optimizer, grad_scale, found_inf)
 
 
-def clear(optimizer: Optimizer | None) -> None:
-    """Take back what has not ridden: the step for which it was set has not been taken."""
-    if optimizer is not None and optimizer in _RIDES:
-        _RIDES[optimizer].end(optimizer)
+def clear_fused_factors(optimizer: Optimizer | None) -> None:
+    """Remove factors whose step was not taken."""
+    if optimizer is not None and optimizer in _FACTORS:
+        _FACTORS[optimizer].clear(optimizer)
 
 
-def take_back(optimizer: Optimizer) -> None:
-    """Leave nothing on an optimizer of what did not ride, as after an exception."""
-    if ride := _RIDES.pop(optimizer, None):
-        ride.end(optimizer)
-        ride.close()
+def detach_fused_factors(optimizer: Optimizer) -> None:
+    """Remove factors and step hooks from an optimizer, for example after an exception."""
+    if factors := _FACTORS.pop(optimizer, None):
+        factors.clear(optimizer)
+        factors.detach()
 
 
-class _Ride:
-    """Sees to it that what was set for one step is there for no other.
+class FusedFactors:
+    """The factors on one fused optimizer, which apply to exactly one step.
 
-    A step hook before and one after stay on the optimizer. If a step raises, the one after does not run; then the next one
-    before finds out.
+    Two step hooks stay on the optimizer, one before and one after its step. If a step raises, the hook after it does not run, and
+    the hook before the next step removes what is left.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._stage: Literal["off", "boarded", "riding"] = "off"
+        """Hang the two hooks on the optimizer."""
+        self._stage: Literal["unset", "set", "in use"] = "unset"
         self._found_inf: Tensor | None = None
         self._hooks: tuple[RemovableHandle, ...] = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         )
 
-    def begin(self, optimizer: Optimizer, values: dict[str, Tensor | None]) -> None:
-        self.end(optimizer)
-        for name, value in values.items():
-            if value is not None:
-                setattr(optimizer, name, value)
-        self._stage, self._found_inf = "boarded", values["found_inf"]
+    def set(self, optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Set the factors of the next step."""
+        self.clear(optimizer)
+        if grad_scale is not None:
+            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+        if found_inf is not None:
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self._stage, self._found_inf = "set", found_inf
 
-    def end(self, optimizer: Optimizer) -> None:
-        if self._stage != "off":
-            self._stage, self._found_inf = "off", None
+    def clear(self, optimizer: Optimizer) -> None:
+        """Remove the factors, if there are any."""
+        if self._stage != "unset":
+            self._stage, self._found_inf = "unset", None
             for name in ("grad_scale", "found_inf"):
                 optimizer.__dict__.pop(name, None)
 
-    def close(self) -> None:
+    def detach(self) -> None:
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._stage == "riding":
-            self.end(optimizer)
-        elif self._stage == "boarded":
-            self._stage = "riding"
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._stage == "in use":  # the step before has raised
+            self.clear(optimizer)
+        elif self._stage == "set":
+            self._stage = "in use"
 
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if getattr(optimizer, "found_inf", None) is self._found_inf:
-            self.end(optimizer)
-        else:
-            self._stage = "off"  # a GradScaler's
+            self.clear(optimizer)
+        else:  # a GradScaler has replaced it, and removes both itself
+            self._stage = "unset"
 
 
-_RIDES: WeakKeyDictionary[Optimizer, _Ride] = WeakKeyDictionary()
+_FACTORS: WeakKeyDictionary[Optimizer, FusedFactors] = WeakKeyDictionary()

@@ -1,4 +1,7 @@
-"""Whether losses are finite. An infinite loss in float16 may be the loss scale's doing, and is left to the gradients to judge."""
+"""Checks of losses for NaN and infinity.
+
+An infinite float16 loss is taken as finite: it may be an effect of the loss scale, and the gradients will show whether it is.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from torch import Tensor
 
 
 def are_finite(losses: Sequence[Tensor]) -> bool:
-    """Whether all losses are finite; this reads them."""
+    """Return whether all losses are finite. This reads them on the host."""
     return all(_is_finite(loss) for loss in losses)
 
 
 def sum_of(losses: Sequence[Tensor]) -> Tensor:
-    """The sum of losses, shape ``(1,)``, unread: finite only if each of them is."""
+    """The sum of losses, shape ``(1,)``, which is finite only if each of them is. Nothing is read on the host."""
     first, *others = [_number(loss).reshape(1) for loss in losses]
     if not others:
         return first
@@ -24,8 +27,8 @@ def sum_of(losses: Sequence[Tensor]) -> Tensor:
 
 
 def _is_finite(loss: Tensor) -> bool:
-    number: Any = _number(loss).tolist()  # reads the memory, where item() would call an operator
-    while isinstance(number, list):  # of one entry, in any number of dimensions
+    number: Any = _number(loss).tolist()  # reads the memory, where item() would dispatch an operator
+    while isinstance(number, list):  # one entry, in any number of dimensions
         (number,) = number
     return math.isfinite(number)
 

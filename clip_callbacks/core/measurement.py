@@ -1,6 +1,6 @@
-"""The measurement of one step: norms of tensors, of blocks and of all, on the host or left where the gradients are.
+"""The measurement of one step: norms of tensors, of blocks and of all gradients, on the host or on the device of the gradients.
 
-A p-norm of p-norms is the p-norm of all entries, so that one read serves every scope.
+The p-norm of p-norms is the p-norm of all entries. One read of the gradients therefore serves every scope.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.gradients import Gradients
 from clip_callbacks.core.losses import are_finite, sum_of
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
-from clip_callbacks.core.tensor_table import Gradients, TensorTable, count_entries, learns
+from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
 
-SAFE_IN_DOUBLE = 4.0
-"""The order up to which powers of float32 numbers, and sums of them, stay in the range of float64."""
+MAX_UNSCALED_ORDER = 4.0
+"""Largest order p for which p-th powers of float32 numbers, and sums of them, stay in the range of float64."""
 
 TRUE, FALSE = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
-"""The two 0-dim flags of steps that were decided on the host: made once."""
+"""The two 0-dim flags of steps that are decided on the host, made once."""
 
 
 def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor:
     """Norms of blocks from the norms of the parameters in them.
 
     Args:
-        norms: Shape ``(N,)``, one for each parameter of the table, 0 where there is no gradient; or ``(steps, N)``.
-        partition: N parameters in B blocks.
+        norms: Norms of the N parameters of a table, 0 where there is no gradient, shape ``(N,)``; or of several steps,
+            ``(steps, N)``.
+        partition: The partition of N parameters into B blocks.
         norm_type: The order p.
 
     Returns:
-        Shape ``(B,)``, or ``(steps, B)``; dtype and device of ``norms``.
+        Norms of shape ``(B,)`` or ``(steps, B)``, with the dtype and device of ``norms``.
     """
     if partition.is_finest:
         return norms
@@ -45,7 +47,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if not partition.is_total:
         parts = parts[..., partition.members.to(norms.device)]
     shape = *norms.shape[:-1], len(partition.names)
-    if norms.dtype is torch.float32 and norm_type <= SAFE_IN_DOUBLE:
+    if norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER:
         sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
     peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
@@ -57,7 +59,10 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
 
 
 def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
-    """Add parts up by blocks; of several steps by scattering, since index_add_ would take a call for each part."""
+    """Add up parts by block.
+
+    Parts of several steps are scattered, since ``index_add_`` would take a call for each part.
+    """
     if parts.ndim == 1:
         return sums.index_add_(0, blocks, parts)
     return sums.scatter_add_(-1, blocks.expand(parts.shape), parts)
@@ -65,12 +70,12 @@ def _sums(parts: Tensor, blocks: Tensor, sums: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MeasurementSpec:
-    """What a step needs to know of its gradients beside the total norm.
+    """The norms that a step needs beside the total norm.
 
     Args:
-        local: Whether the norms of single parameters matter too.
-        by_unit: Whether the norms of their units do.
-        weights: The positions of the parameters whose own norms are needed too.
+        local: If True, norms of single parameters are needed.
+        by_unit: If True, norms of units are needed.
+        weights: The positions of the parameters whose own norms, those of the weights, are needed.
     """
 
     local: bool = False
@@ -80,20 +85,20 @@ class MeasurementSpec:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Norms of one step's gradients: on the host, or, of a deferred step, where the gradients are and unread.
+    """Norms of one step's gradients: on the host, or, for a deferred step, on the device of the gradients and unread.
 
     Args:
         norms: Norm of each parameter of the table, shape ``(N,)``, or of each unit, ``(U,)``; 0 where there is no gradient.
-        total: Norm of all of them together, shape ``(1,)``.
-        parameter_norms: Norm of each parameter, shape ``(N,)``.
+        total: Norm of all gradients, shape ``(1,)``.
+        parameter_norms: Norm of each parameter's gradient, shape ``(N,)``.
         norm_type: The order p of all norms.
-        weights: Norms of the parameters themselves, or of their units, like ``norms``; 0 where they are not needed; None where
-            none is.
-        scale: What the gradients are to be multiplied by before all else; the norms are of the scaled gradients.
-        is_deferred: Whether the host is not to read them now.
-        counts: Whether limits take the step into their states, 0-dim bool, where a deferred step has another reason against it
-            than gradients that are not finite; None: if all gradients are finite.
-        loss_is_finite: Whether the losses are that the gradients are of, as far as they are known; of a deferred step 0-dim bool.
+        weights: Norms of the parameters themselves, or of their units, shaped as ``norms``; 0 where they are not needed. None if
+            no limit needs any.
+        scale: The factor by which the gradients are still to be multiplied. The norms are those of the scaled gradients.
+        is_deferred: If True, the host must not read the norms now.
+        counts: A flag, 0-dim bool, if limits may take a deferred step into their states; None if that depends on finite gradients
+            alone.
+        loss_is_finite: True if all known losses of the step are finite; a 0-dim bool tensor if the step is deferred.
     """
 
     norms: Tensor
@@ -108,12 +113,15 @@ class Measurement:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether every entry of every gradient is, and every loss; this reads the total norm."""
+        """Whether every entry of every gradient is finite, and every loss. This reads the total norm."""
         return bool(self.loss_is_finite) and math.isfinite(self.total.tolist()[0])
 
     @cached_property
     def finite(self) -> Tensor:
-        """Whether all of it is finite, 0-dim bool; of a deferred step unread, and a norm that overflows is not finite."""
+        """Whether all gradients and losses are finite, 0-dim bool tensor.
+
+        For a deferred step it is not read, and a norm that overflows its dtype counts as not finite.
+        """
         if self.is_deferred:
             finite = self.total.reshape(()) < math.inf
             if isinstance(self.loss_is_finite, Tensor):
@@ -132,25 +140,25 @@ def measure(
     deferred: bool = False,
     losses: Sequence[Tensor] | None = None,
 ) -> Measurement:
-    """Read the gradients once, and those a second time whose norm is not reliable.
+    """Measure the norms of gradients by one read, and those that are not reliable by a second one.
 
     Args:
         gradients: The gradients of one step.
         norm_type: The order p.
-        scale: What the gradients will be multiplied by before all else; the norms are of the scaled gradients.
-        loss_scale: What they will be divided by, a tensor of one entry; None is 1.
-        spec: What is needed beside the total norm.
-        deferred: Whether nothing is to be read on the host; then nothing is read a second time either.
-        losses: What the gradients are of; one that is not finite makes the step bad, whatever its gradients are. They are read
-            with the norms. None, on all ranks alike: they have no say.
+        scale: The factor by which the gradients will be multiplied. The norms are those of the scaled gradients.
+        loss_scale: The divisor of the gradients, a tensor of one entry; None is 1.
+        spec: The norms that are needed beside the total norm.
+        deferred: If True, nothing is read on the host, and no gradient is read a second time.
+        losses: The losses of the step, read together with the norms. A non-finite one makes the step bad, whatever its gradients
+            are. None, on all ranks alike, if losses are not checked.
     """
     table, reduction = gradients.table, gradients.table.reduction
     if not gradients.tensors and not reduction:
         return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses or ()))
-    norms = ours = _norms_here(gradients, norm_type, spec)
-    weights = _weight_norms_here(table, norm_type, spec)
+    norms = shard_norms = _shard_norms(gradients, norm_type, spec)
+    weights = _shard_weight_norms(table, norm_type, spec)
     if reduction:
-        norms, weights, losses = _over_all_ranks(table, ours, weights, losses, norm_type, spec)
+        norms, weights, losses = _over_all_ranks(table, shard_norms, weights, losses, norm_type, spec)
     total = _total(norms, norm_type, spec)
     if deferred:
         measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
@@ -159,7 +167,7 @@ def measure(
         return measured
 
     norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
-    norms, total = remeasure(gradients, ours, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
+    norms, total = remeasure(gradients, shard_norms, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
     scale = scale / divisor
     if scale != 1.0:
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
@@ -180,7 +188,7 @@ def _deferred(
     scale: float,
     loss_scale: Tensor | None,
 ) -> Measurement:
-    """The measurement of a step that is decided where the gradients are: nothing is read."""
+    """The measurement of a step that the device decides about. Nothing is read."""
     factor: float | Tensor = scale
     if loss_scale is not None:
         factor = scale / loss_scale
@@ -202,43 +210,46 @@ def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scal
 
 def _over_all_ranks(
     table: TensorTable,
-    ours: Tensor,
+    shard_norms: Tensor,
     weights: Tensor | None,
     losses: Sequence[Tensor] | None,
     norm_type: float,
     spec: MeasurementSpec,
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
-    """From this rank's norms to those of whole tensors, of gradients and of weights, by one collective.
+    """Reduce norms of this rank's shards to those of whole tensors, for gradients and weights, by one collective.
 
-    It also tells all ranks of a loss that is not finite on one of them: in a further set of numbers, which are 0 otherwise.
+    The same collective tells all ranks of a non-finite loss: it carries a further set of numbers, which are 0 otherwise.
 
     Returns:
-        Norms of gradients; those of weights; in place of this rank's losses a number that is not finite if any rank's is not.
+        Norms of gradients; norms of weights; and, in place of this rank's losses, a number that is non-finite if a loss of any rank
+        is.
     """
     reduction = table.unit_reduction if spec.by_unit else table.reduction
     assert reduction is not None
-    sets = {"norms": ours}
+    sets = {"norms": shard_norms}
     if weights is not None:
-        sets["weights"] = weights.to(ours)
-    if losses is not None:  # also where this rank has none: all are to send as much
-        sets["losses"] = torch.zeros_like(ours)
+        sets["weights"] = weights.to(shard_norms)
+    if losses is not None:  # even if this rank has none: all ranks must send equally many numbers
+        sets["losses"] = torch.zeros_like(shard_norms)
         if losses:
-            sets["losses"] += (sum_of(losses) * 0.0).to(ours)
-    together = ours if len(sets) == 1 else torch.cat(list(sets.values()))
-    each = reduction.norms(together, norm_type).split(len(ours))  # type: ignore[no-untyped-call]
+            sets["losses"] += (sum_of(losses) * 0.0).to(shard_norms)  # 0, or NaN of a non-finite loss
+    together = shard_norms if len(sets) == 1 else torch.cat(list(sets.values()))
+    each = reduction.norms(together, norm_type).split(len(shard_norms))  # type: ignore[no-untyped-call]
     reduced = dict(zip(sets, each, strict=True))
     if losses is not None:
         losses = (reduced["losses"].amax(),)
     return reduced["norms"], reduced.get("weights"), losses
 
 
-def _norms_here(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -> Tensor:
-    """Norms of the gradients that are there, ``(n,)``; where ranks hold parts, of this rank's, ``(N,)``, 0 where it has none.
+def _shard_norms(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -> Tensor:
+    """Norms of this rank's shards of the gradients.
 
-    By unit: of all units, ``(U,)``.
+    Returns:
+        By unit, norms of all units, ``(U,)``. Where ranks hold parts, norms for all parameters, ``(N,)``, with 0 where this rank
+        has no gradient. Else norms of the gradients that are there, ``(n,)``.
     """
     if spec.by_unit:
-        return _unit_norms_here(gradients, norm_type)
+        return _shard_unit_norms(gradients, norm_type)
     table = gradients.table
     if gradients.tensors:
         norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
@@ -250,7 +261,7 @@ def _norms_here(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -
 
 
 def _dtype(table: TensorTable) -> torch.dtype:
-    """The dtype of norms that are laid out for all parameters."""
+    """The dtype of norms that are laid out for all parameters or units."""
     return torch.float64 if table.is_wide else torch.float32
 
 
@@ -258,8 +269,8 @@ def _device(table: TensorTable) -> torch.device:
     return table.shards[0].device if table.shards else torch.device("cpu")
 
 
-def _unit_norms_here(gradients: Gradients, norm_type: float) -> Tensor:
-    """Norms of the units, where ranks hold parts of those of this rank's parts, ``(U,)``; 0 where there is no gradient."""
+def _shard_unit_norms(gradients: Gradients, norm_type: float) -> Tensor:
+    """Norms of this rank's parts of all units, ``(U,)``; 0 where there is no gradient."""
     table, rows = gradients.table, gradients.rows
     dtype, device = _dtype(table), _device(table)
     found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
@@ -267,16 +278,16 @@ def _unit_norms_here(gradients: Gradients, norm_type: float) -> Tensor:
 
 
 def _total(norms: Tensor, norm_type: float, spec: MeasurementSpec) -> Tensor:
-    """The norm of all; of units there may be so many that a sum of float32 numbers would lose digits."""
-    if spec.by_unit:
+    """The norm of all gradients."""
+    if spec.by_unit:  # there may be so many units that a float32 sum would lose digits
         return total_norm(norms.double(), norm_type).to(norms.dtype)
     return total_norm(norms, norm_type)
 
 
-def _weight_norms_here(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
-    """Norms of parameters, or of their units, where ranks hold parts of those of this rank's parts; None if nobody asks for any.
+def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
+    """Norms of this rank's shards of the parameters, ``(N,)``, or of their units, ``(U,)``; None if no limit needs any.
 
-    They are 0 where nobody asks for them, and of frozen parameters: these are to change nothing, held by the optimizer or not.
+    They are 0 where no limit needs them, and for frozen parameters, which must change nothing even if the optimizer holds them.
     """
     if not spec.weights:
         return None
@@ -299,7 +310,15 @@ def _weight_norms_here(table: TensorTable, norm_type: float, spec: MeasurementSp
 def _laid_out(
     count: int, units: Sequence[slice | Tensor], found: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Norms of some units in their places among all; 0 elsewhere."""
+    """Lay out norms of some units in their places among all, with 0 elsewhere.
+
+    Args:
+        count: The number of all units, U.
+        units: The places of each tensor's units.
+        found: The norms of each tensor's units.
+        dtype: The dtype of the result.
+        device: The device of the result.
+    """
     ends = [each.stop if isinstance(each, slice) else None for each in units]
     starts = [each.start if isinstance(each, slice) else None for each in units]
     if found and starts == [0, *ends[:-1]] and ends[-1] == count:
@@ -313,14 +332,15 @@ def _laid_out(
 def on_host(
     norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None, losses: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, float, bool]:
-    """Bring what the rest of the step is decided from to the host: the one host sync; none on a CPU.
+    """Copy to the host all that the rest of the step is decided from, by the one host sync of a step; none on a CPU.
 
     Returns:
-        Norms, total and weights; the loss scale as a number; whether the losses are finite.
+        Norms, total norm and weight norms; the loss scale as a number; and whether the losses are finite.
     """
     if norms.is_cpu:
         divisor = 1.0 if loss_scale is None else float(loss_scale)
         return norms, total, weights, divisor, are_finite(losses or ())
+    # one tensor, since each copy would wait for the device
     parts = {"norms": norms, "total": total}
     if weights is not None:
         parts["weights"] = weights

@@ -1,4 +1,4 @@
-"""The names of the metrics, as a dashboard shows them; the suffix of the optimizer may follow."""
+"""Names of metrics on a dashboard, which the suffix of the optimizer may follow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AMP_SCALE = "grad/amp_scale"
 ACCUMULATION_SCALE = "grad/accumulation_scale"
 NOISE_SCALE = "grad/noise_scale"
 BLOCK_NORM = "grad_norm/"
-"""Prefix of a monitor's metrics; the name of the block follows."""
+"""Prefix of a monitor's metrics, which the name of the block follows."""
 CONTRIBUTION = "grad_contribution/"
 SPILL_OVER = "grad_spill_over/"
 BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
@@ -33,8 +33,8 @@ UPDATE_RATIO = "update_ratio/"
 HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"
-"""In the log directory: a line of JSON for each bad step."""
-OFFENDERS = ("parameters", "buffers", "carried_before", "gradients", "largest")
-"""Under which keys a line of it lists what was bad, that which began it first."""
+"""File in the log directory with one line of JSON for each bad step, the journal."""
+BAD_TENSOR_KEYS = ("parameters", "buffers", "carried_before", "gradients", "largest")
+"""Keys of a line of the journal that list bad tensors, likely causes first."""
 
 PERCENTILES = {50: "grad/total_norm_p50", 90: "grad/total_norm_p90", 99: "grad/total_norm_p99"}

@@ -1,4 +1,4 @@
-"""What if a gradient is not finite: the policies."""
+"""Policies for non-finite gradients, and the tensors that can be checked for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class NonFiniteGradientError(ArithmeticError):
-    """Gradients are NaN or infinite, and the policy or a limit on bad steps in a row says to stop."""
+    """Raised when gradients are NaN or infinite, if the policy is "raise" or too many bad steps came in a row."""
 
 
 def as_policy(policy: object, argument: str) -> Policy:
@@ -29,44 +29,44 @@ def as_policy(policy: object, argument: str) -> Policy:
     return as_choice(policy, argument, POLICIES)
 
 
-NUMBERS = frozenset(
+ARITHMETIC_DTYPES = frozenset(
     [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128]
 )
-"""Dtypes with arithmetic. The 8-bit floats are stored and converted only: some of torch's functions raise on them."""
+"""Dtypes with arithmetic. The 8-bit floats can only be stored and converted: some functions of torch raise on them."""
 
-_COMPUTES: WeakKeyDictionary[type[Tensor], bool] = WeakKeyDictionary()
-"""Of subclasses of tensors, whether torch's functions know what to do with them: tried once for each."""
+_HAS_ARITHMETIC: WeakKeyDictionary[type[Tensor], bool] = WeakKeyDictionary()
+"""Results of one trial for each subclass of Tensor: True if functions of torch accept it."""
 
 
 def has_arithmetic(tensor: Tensor) -> bool:
-    """Whether entries can be judged as numbers: whether torch has norms of them, and tells which are finite.
+    """Return whether torch can compute norms of a tensor and tell which entries are finite.
 
-    It has none of integers, bools, quantized and 8-bit floating numbers, nor of tensors without values or laid out for one library
-    only; and subclasses of tensors may leave functions out.
+    It cannot for integers, bools, quantized and 8-bit floating-point numbers, nor for tensors without values or in the layout of
+    one library; and subclasses of Tensor may leave out functions.
 
     Args:
-        tensor: Any; of a sharded one, this rank's shard.
+        tensor: Any tensor; for a sharded one, this rank's shard.
     """
-    if is_lazy(tensor) or tensor.dtype not in NUMBERS or tensor.is_meta or tensor.is_mkldnn or tensor.is_nested:
+    if is_lazy(tensor) or tensor.dtype not in ARITHMETIC_DTYPES or tensor.is_meta or tensor.is_mkldnn or tensor.is_nested:
         return False
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
         return True
-    if kind not in _COMPUTES:
-        _COMPUTES[kind] = _computes(tensor)
-    return _COMPUTES[kind]
+    if kind not in _HAS_ARITHMETIC:
+        _HAS_ARITHMETIC[kind] = _try_arithmetic(tensor)
+    return _HAS_ARITHMETIC[kind]
 
 
 @torch.no_grad()
-def _computes(tensor: Tensor) -> bool:
+def _try_arithmetic(tensor: Tensor) -> bool:
     try:
         torch.isfinite(tensor.detach()).all()
         torch._foreach_norm([tensor.detach()])
-    except Exception:  # of somebody else's class: whatever it is
+    except Exception:  # a class of another package may raise anything
         return False
     return True
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every entry of every tensor is finite."""
+    """Return whether every entry of every tensor is finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -1,10 +1,10 @@
-r"""From the norms of this rank's shards to the norms of whole tensors, the same on every rank: all that talks to other ranks.
+r"""Reduction of norms over ranks that hold shards, and all other communication between ranks.
 
 .. math::
     \lVert g \rVert_p = \Bigl(\sum_r m_r \lVert g^{(r)} \rVert_p^p\Bigr)^{1/p}, \qquad
     \lVert g \rVert_\infty = \max_r \lVert g^{(r)} \rVert_\infty
 
-where :math:`g^{(r)}` is the shard on rank r, and :math:`m_r` is 1 on one of the ranks that hold the same shard and 0 on the others.
+where :math:`g^{(r)}` is the shard on rank r, and :math:`m_r` is 1 on one of the ranks that hold copies of a shard, 0 on the others.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """The ranks that decide together, and whose part of each tensor counts.
+    """The ranks that decide together about N parameters, and the shards that count.
 
     Args:
-        groups: Process groups to reduce over, one after another; None is that of all ranks. One, but for a mesh of several
-            dimensions that does not span all ranks.
-        counts: For each of the N parameters, 1 if this rank's shard counts, 0 if another rank holds the same; float64, ``(N,)``, on
-            the device that the groups communicate from.
-        copied: For each, whether several ranks hold the same.
-        shapes: Their shapes, undivided.
-        first_rows: Of this rank's parts, the first row of which each holds entries.
-        first_entries: Where a part is a flat piece, its first entry among those of the flattened parameter; else None.
+        groups: Process groups to reduce over, one after another; None is the group of all ranks. There is one group, except for a
+            mesh of several dimensions that does not span all ranks.
+        counts: Weights of this rank's shards: 1 if a shard counts, 0 if another rank's copy does; float64 of shape ``(N,)``, on the
+            device from which the groups communicate.
+        copied: Flags, True if several ranks hold copies of a parameter's shard.
+        shapes: The shapes of the whole parameters.
+        first_rows: The first row of each parameter in which this rank's shard has entries.
+        first_entries: The position of a flat shard's first entry in the flattened parameter; None for shards that are not flat.
     """
 
     groups: tuple[dist.ProcessGroup | None, ...]
@@ -52,11 +52,11 @@ class Reduction:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], *, whole_world: bool = False) -> Reduction | None:
-        """The reduction for parameters, on every rank of their meshes alike; None where there is nothing to reduce.
+        """Make the reduction for parameters; None if there is nothing to reduce. Call it on every rank of their meshes.
 
         Args:
             tensors: The N parameters: DTensors on any meshes, and plain tensors, of which each rank holds a copy.
-            whole_world: Whether all ranks decide together, DTensors or not; else those of the largest mesh, if it holds the others.
+            whole_world: If True, all ranks decide, even without DTensors; else those of the largest mesh if it contains the others.
         """
         meshes = {tensor.device_mesh: None for tensor in tensors if isinstance(tensor, DTensor)}
         if not meshes and not (whole_world and is_distributed()):
@@ -72,11 +72,11 @@ class Reduction:
 
     @classmethod
     def of_flat(cls, tensors: Sequence[Tensor], model: nn.Module) -> Reduction:
-        """The reduction for parameters that FullyShardedDataParallel, the first, keeps as plain shards of flat ones.
+        """Make the reduction for parameters that FullyShardedDataParallel (FSDP1) keeps as plain shards of flat parameters.
 
         Args:
             tensors: The N parameters.
-            model: What is wrapped, or holds what is.
+            model: The wrapped module, or one that holds wrapped modules.
         """
         first_copies: dict[int, bool] = {}
         hybrid: set[int] = set()
@@ -102,25 +102,27 @@ class Reduction:
         )
 
     def of_units(self, owners: Tensor) -> Reduction:
-        """The same for units of the parameters.
+        """Return the reduction for the units of the parameters.
 
         Args:
-            owners: The parameter that each unit is of, int64 of shape ``(U,)``.
+            owners: The position of each unit's parameter, int64 of shape ``(U,)``.
         """
         return replace(self, counts=self.counts[owners.to(self.counts.device)])
 
     def norms(self, local: Tensor, norm_type: float) -> Tensor:
-        """Norms of whole tensors, by one collective.
+        """Reduce norms of shards to norms of whole tensors, by one collective.
 
-        A part that does not count is let through where it is not finite: a copy gone bad on one rank is bad on all.
+        A non-finite norm of a shard that does not count still reaches the result, since 0 * inf and 0 * NaN are NaN: a copy that is
+        bad on one rank is bad on all.
 
         Args:
-            local: Norms of this rank's shards, 0 where it has none, shape ``(N,)``, or of several tensors for each, one set after
-                another: ``(k * N,)``.
+            local: Norms of this rank's shards, 0 where it has none, shape ``(N,)``; or k sets of them, one after another,
+                ``(k * N,)``.
             norm_type: The order p.
 
         Returns:
-            The same on every rank, dtype and device of ``local``; inf or 0 where p-th powers leave the range of float64.
+            Norms that are equal on every rank, with the dtype and device of ``local``; inf or 0 where p-th powers leave the range
+            of float64.
         """
         parts = local.to(self.counts.device, torch.float64)
         if math.isinf(norm_type):
@@ -129,8 +131,8 @@ class Reduction:
         counts = self.counts if sets <= 1 else self.counts.repeat(sets)
         return self._summed(parts.pow(norm_type) * counts).pow(1.0 / norm_type).to(local)
 
-    def true_norms(self, local: Tensor, norm_type: float) -> Tensor:
-        """The same in float64, by two collectives, whatever the range; non-finite only where a shard is."""
+    def norms_in_float64(self, local: Tensor, norm_type: float) -> Tensor:
+        """Reduce norms in float64, scaled by the largest, by two collectives; non-finite only where a shard is."""
         parts = local.to(self.counts.device, torch.float64)
         peaks = self._largest(parts)
         if math.isinf(norm_type):
@@ -152,25 +154,25 @@ class Reduction:
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks."""
+    """Return whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def gathered(ours: T) -> list[T]:
-    """What each rank says, in the order of ranks; a collective of all of them, for bad steps only."""
+def gathered(mine: T) -> list[T]:
+    """Gather one picklable object from each rank, in the order of ranks. This is a collective, for bad steps only."""
     if not is_distributed():
-        return [ours]
-    everybody: list[T] = [ours] * dist.get_world_size()
-    dist.all_gather_object(everybody, ours)
+        return [mine]
+    everybody: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
     return everybody
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on any rank; one collective.
+    """Return whether a flag is set on any rank, by one collective.
 
     Args:
-        flag: Of this rank.
-        device: Where ranks communicate from.
+        flag: The flag of this rank.
+        device: The device from which ranks communicate.
     """
     together = torch.tensor(float(flag), device=device)
     dist.all_reduce(together, dist.ReduceOp.MAX)
@@ -178,11 +180,13 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-    """Means over all ranks, where one that has no tensor counts as 0; None where no rank has one. One collective for each dtype.
+    """Average tensors over all ranks, by one collective for each dtype.
+
+    A missing tensor counts as 0. The result is None where no rank has one.
 
     Args:
-        tensors: Of this rank.
-        like: Tensors of the same shapes, dtypes and devices, of which there is none that is not there.
+        tensors: The tensors of this rank; None where it has none.
+        like: Tensors of the same shapes, dtypes and devices, none of them missing.
     """
     means: list[Tensor | None] = [None] * len(like)
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -192,33 +196,33 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
         parts = [tensors[place] for place in places]
         sizes = [like[place].numel() for place in places]
         flat = torch.zeros(sum(sizes) + len(places), dtype=dtype, device=device)
-        *rooms, there = flat.split([*sizes, len(places)])  # type: ignore[no-untyped-call]
-        for room, part in zip(rooms, parts, strict=True):
+        *slices, is_present = flat.split([*sizes, len(places)])  # type: ignore[no-untyped-call]
+        for each, part in zip(slices, parts, strict=True):
             if part is not None:
-                room.copy_(part.reshape(-1))
-        there.copy_(torch.tensor([part is not None for part in parts]))
-        flat /= dist.get_world_size()  # before they are summed, so that half precision does not overflow
+                each.copy_(part.reshape(-1))
+        is_present.copy_(torch.tensor([part is not None for part in parts]))
+        flat /= dist.get_world_size()  # divided before the sum, so that half precision does not overflow
         dist.all_reduce(flat)
-        for place, room, count in zip(places, rooms, there.tolist(), strict=True):
-            if count:  # laid out in memory as its parameter is: fused kernels go by that
-                mean = room.view(like[place].shape)
+        for place, each, count in zip(places, slices, is_present.tolist(), strict=True):
+            if count:  # laid out in memory as its parameter, on which fused kernels rely
+                mean = each.view(like[place].shape)
                 means[place] = mean if like[place].is_contiguous() else torch.empty_like(like[place]).copy_(mean)
     return means
 
 
 def reduces_in_backward(model: nn.Module) -> bool:
-    """Whether each backward pass brings sharded gradients up to date, and none keeps them back for a later one."""
+    """Return whether every backward pass reduces sharded gradients over ranks, and none leaves that to a later one."""
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
     return all(group.reduce_grads for group in groups if group is not None)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which a rank holds a shard."""
+    """Return whether a tensor is a DTensor, of which each rank holds a shard."""
     return isinstance(tensor, DTensor)
 
 
 def shard_of(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, a view; a plain tensor is its own."""
+    """Return this rank's shard of a tensor, a view. A plain tensor is its own shard."""
     if not isinstance(tensor, DTensor):
         return tensor
     shard = tensor._local_tensor  # what to_local() returns, at a tenth of its cost
@@ -228,9 +232,10 @@ def shard_of(tensor: Tensor) -> Tensor:
 
 
 def shard_of_gradient(parameter: Tensor) -> Tensor | None:
-    """This rank's shard of a parameter's gradient, a view; a gradient laid out otherwise than its parameter is laid out anew.
+    """Return this rank's shard of a parameter's gradient, a view.
 
-    What is pending on it, a sum over the ranks of a tensor parallel layer, is done so.
+    A gradient that is placed otherwise than its parameter is redistributed first. This also carries out a pending sum over the
+    ranks of a tensor-parallel layer.
     """
     gradient = parameter.grad
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
@@ -239,27 +244,27 @@ def shard_of_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def _cover(meshes: Sequence[DeviceMesh]) -> tuple[tuple[dist.ProcessGroup | None, ...], int]:
-    """The groups of the largest mesh, if it holds the others, and its first rank; else that of all ranks."""
+    """The groups and the first rank of the largest mesh, if it holds the others; else those of all ranks."""
     ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
     largest, mesh = max(zip(ranks, meshes, strict=True), key=lambda pair: len(pair[0]))
     if len(largest) == dist.get_world_size() or not all(some <= largest for some in ranks):
         return (None,), 0
     if mesh.get_coordinate() is None:
-        return (), min(largest)  # nothing of it is on this rank, which is asked nothing
+        return (), min(largest)  # this rank holds nothing of it, and takes no part
     return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim)), min(largest)
 
 
 def _holders(meshes: Sequence[DeviceMesh]) -> dict[DeviceMesh, int]:
-    """For each mesh, the first rank that has one in its place: an exchange, when a table is made.
+    """For each mesh, the first rank that has a mesh at its position. This is a collective, when a table is made.
 
-    On other ranks another mesh may stand in the same place: of other ranks, with copies of the same shards.
+    On other ranks another mesh may stand at the same position: one of other ranks, with copies of the same shards.
     """
     everybody = gathered([mesh.get_coordinate() is not None for mesh in meshes])
     return {mesh: next((rank for rank, held in enumerate(everybody) if held[place]), 0) for place, mesh in enumerate(meshes)}
 
 
 def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh, int]) -> bool:
-    """Whether this rank is the first of those that hold the same shard."""
+    """Return whether this rank is the first of those that hold copies of the same shard."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == first
     mesh = tensor.device_mesh
@@ -270,14 +275,14 @@ def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh,
 
 
 def _first_row(tensor: Tensor) -> int:
-    """The first row of which this rank's shard holds entries; 0 where it holds none."""
+    """The first row in which this rank's shard has entries; 0 if it has none."""
     if not isinstance(tensor, DTensor) or not tensor.ndim or tensor.device_mesh.get_coordinate() is None:
         return 0
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
 
 
 def _parts(tensor: Tensor) -> int:
-    """How many ranks hold different parts of it."""
+    """The number of ranks that hold different parts of a tensor."""
     if not isinstance(tensor, DTensor):
         return 1
     mesh = tensor.device_mesh
@@ -289,7 +294,7 @@ def _is_hybrid(module: FullyShardedDataParallel) -> bool:
 
 
 def _device(meshes: Sequence[DeviceMesh], tensors: Sequence[Tensor]) -> torch.device:
-    """Where the groups communicate from; parameters may be offloaded to the CPU."""
+    """The device from which the groups communicate, which may be another than that of parameters offloaded to the CPU."""
     kinds = [mesh.device_type for mesh in meshes] or [tensor.device.type for tensor in tensors] or ["cpu"]
     kind = "cuda" if kinds[0] == "cpu" and dist.get_backend() == dist.Backend.NCCL else kinds[0]
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

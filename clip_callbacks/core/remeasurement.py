@@ -1,7 +1,7 @@
-"""A second, slow read of gradients whose norm is not reliable in the dtype that it was accumulated in.
+"""A second, slow read of the gradients whose norm is not reliable in the dtype in which it was accumulated.
 
-Squares of finite entries may overflow, and those of small ones lose digits to underflow. Norms next to these ends are measured
-again in float64, of entries that are scaled by the largest of them.
+Squares of finite entries may overflow, and those of small entries lose digits to underflow. Norms near either end of the range are
+measured again in float64, of entries scaled by the largest of them.
 """
 
 from __future__ import annotations
@@ -13,76 +13,78 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.tensor_norms import smallest_sound_norm, total_norm, true_norms, true_row_norms
-from clip_callbacks.core.tensor_table import Gradients
+from clip_callbacks.core.gradients import Gradients
+from clip_callbacks.core.tensor_norms import norms_in_float64, row_norms_in_float64, smallest_reliable_norm, total_norm
 
-Suspects: TypeAlias = list[int] | Tensor
-"""Which norms are not reliable: places among the gradients that are there, or, of units, a bool for each."""
+Unreliable: TypeAlias = list[int] | Tensor
+"""Unreliable norms: places among the gradients that are there, or, for units, a bool for each."""
 
 
 def remeasure(
-    gradients: Gradients, ours: Tensor, norms: Tensor, total: Tensor, norm_type: float, *, local: bool, by_unit: bool
+    gradients: Gradients, shard_norms: Tensor, norms: Tensor, total: Tensor, norm_type: float, *, local: bool, by_unit: bool
 ) -> tuple[Tensor, Tensor]:
-    """Norms and total norm, those that are not reliable measured again.
+    """Measure unreliable norms again, and return all norms and the total norm.
 
     Where ranks hold parts of the tensors, the decision uses globally reduced values only, so that all ranks take part in the same
     collectives.
 
     Args:
         gradients: The gradients of one step.
-        ours: Norms of this rank's parts, wherever they are.
+        shard_norms: Norms of this rank's parts, on the device of the gradients.
         norms: Norms over all ranks, on the host.
-        total: Norm of all together, on the host, shape ``(1,)``.
+        total: Norm of all gradients, on the host, shape ``(1,)``.
         norm_type: The order p.
-        local: Whether the norms of single parameters matter too.
-        by_unit: Whether the norms are those of units.
+        local: If True, the norms of single parameters must be reliable too, not only the total norm.
+        by_unit: If True, the norms are those of units.
     """
     table = gradients.table
     reduction = table.reduction
     if by_unit:
         reduction = table.unit_reduction
-        suspects = _suspect_units(norms, total, norm_type)
+        unreliable = _unreliable_units(norms, total, norm_type)
     elif reduction:
-        suspects = _suspects_over_all_ranks(gradients, norms, total, norm_type, local=local)
+        unreliable = _unreliable_over_all_ranks(gradients, norms, total, norm_type, local=local)
     else:
-        suspects = _suspects(gradients, norms, total, norm_type, local=local)
-    if suspects is None:
+        unreliable = _unreliable(gradients, norms, total, norm_type, local=local)
+    if unreliable is None:
         return norms, total
 
-    wide = ours.double().cpu()
-    for places, values in _measured_again(gradients, suspects, norm_type, are_positions=reduction is not None):
+    wide = shard_norms.double().cpu()
+    for places, values in _remeasured(gradients, unreliable, norm_type, are_positions=reduction is not None):
         wide[places] = values
     if reduction:
-        wide = reduction.true_norms(wide, norm_type)
-    return cast_if_representable(wide, sound_total(wide, norm_type), norms.dtype)
+        wide = reduction.norms_in_float64(wide, norm_type)
+    return cast_if_representable(wide, total_norm_in_float64(wide, norm_type), norms.dtype)
 
 
-def _suspects(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool) -> Suspects | None:
+def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool) -> Unreliable | None:
     """Places of unreliable norms; None if nothing is to be measured again."""
-    bound = smallest_sound_norm(norm_type, norms.dtype)
+    bound = smallest_reliable_norm(norm_type, norms.dtype)
+    # most steps end here, before anything is looked up for single gradients
     if gradients.is_uniform and _are_reliable(total, bound) and (not local or _are_reliable(norms, bound)):
         return None
-    bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
+    bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
     each = zip(bounds, norms.tolist(), strict=True)
-    suspects = [place for place, (least, norm) in enumerate(each) if not least <= norm < math.inf]
-    if not suspects and _are_reliable(total, max(bounds)):
+    unreliable = [place for place, (least, norm) in enumerate(each) if not least <= norm < math.inf]
+    if not unreliable and _are_reliable(total, max(bounds)):
         return None
-    return suspects
+    return unreliable
 
 
-def _suspects_over_all_ranks(
+def _unreliable_over_all_ranks(
     gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool
-) -> Suspects | None:
-    """Places of unreliable norms where ranks hold parts; None if nothing is to be measured again.
+) -> Unreliable | None:
+    """Places of this rank's unreliable norms where ranks hold parts; None if no rank is to measure again.
 
-    A norm of 0 beside others is taken for one: it is that of an unused parameter, and seldom an underflow.
+    A norm of 0 beside other norms is taken as true: it is that of an unused parameter, and seldom an underflow.
     """
-    highest = smallest_sound_norm(norm_type, torch.float32)
+    # the bound of float32, the highest of all dtypes: most steps need no other
+    highest = smallest_reliable_norm(norm_type, torch.float32)
     if _are_reliable(total, highest) and not (
         local and any(norm != 0 and not highest <= norm < math.inf for norm in norms.tolist())
     ):
         return None
-    bounds = [smallest_sound_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.table.tensors]
+    bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.table.tensors]
     zero = 0.0 if total.tolist()[0] > 0 else math.nan
     is_reliable = [norm == zero or least <= norm < math.inf for least, norm in zip(bounds, norms.tolist(), strict=True)]
     if (all(is_reliable) or not local) and _are_reliable(total, max(bounds, default=0.0)):
@@ -90,12 +92,12 @@ def _suspects_over_all_ranks(
     return [place for place, position in enumerate(gradients.positions) if not is_reliable[position]]
 
 
-def _suspect_units(norms: Tensor, total: Tensor, norm_type: float) -> Suspects | None:
-    """Which units have an unreliable norm, a bool for each; None if nothing is to be measured again.
+def _unreliable_units(norms: Tensor, total: Tensor, norm_type: float) -> Unreliable | None:
+    """A bool for each unit, True if its norm is unreliable; None if nothing is to be measured again.
 
-    Norms of 0 beside others are taken for it: they are those of rows that a batch had no use for.
+    Norms of 0 beside other norms are taken as true: they are those of rows that a batch did not use.
     """
-    bound = smallest_sound_norm(norm_type, torch.float32)
+    bound = smallest_reliable_norm(norm_type, torch.float32)
     is_reliable = (norms >= bound) & (norms < math.inf)
     if _are_reliable(total, bound):
         is_reliable |= norms == 0
@@ -104,28 +106,36 @@ def _suspect_units(norms: Tensor, total: Tensor, norm_type: float) -> Suspects |
     return ~is_reliable
 
 
-def _measured_again(
-    gradients: Gradients, suspects: Suspects, norm_type: float, *, are_positions: bool
+def _remeasured(
+    gradients: Gradients, unreliable: Unreliable, norm_type: float, *, are_positions: bool
 ) -> Iterator[tuple[Tensor | list[int], Tensor]]:
-    """Places among this rank's norms, and the norms there in float64."""
-    if isinstance(suspects, Tensor):
+    """Yield places among this rank's norms, and the norms there in float64.
+
+    Args:
+        gradients: The gradients of one step.
+        unreliable: The norms to measure again.
+        norm_type: The order p.
+        are_positions: If True, norms are laid out for all parameters of the table, else for the gradients that are there.
+    """
+    if isinstance(unreliable, Tensor):
         for entries, units, _ in gradients.rows:
             here = torch.arange(units.start, units.stop) if isinstance(units, slice) else units.cpu()
-            rows = suspects[here].nonzero()[:, 0]
+            rows = unreliable[here].nonzero()[:, 0]
             if len(rows):
-                yield here[rows], true_row_norms(entries.index_select(0, rows.to(entries.device)), norm_type).cpu()
-    elif suspects:
-        places = [gradients.positions[place] for place in suspects] if are_positions else suspects
-        yield places, true_norms([gradients.tensors[place] for place in suspects], norm_type).cpu()
+                yield here[rows], row_norms_in_float64(entries.index_select(0, rows.to(entries.device)), norm_type).cpu()
+    elif unreliable:
+        places = [gradients.positions[place] for place in unreliable] if are_positions else unreliable
+        yield places, norms_in_float64([gradients.tensors[place] for place in unreliable], norm_type).cpu()
 
 
 def _are_reliable(norms: Tensor, bound: float) -> bool:
+    """Return whether all norms are finite and at least as large as a bound."""
     numbers = norms.tolist()
     return math.isfinite(sum(numbers)) and min(numbers) >= bound
 
 
-def sound_total(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of norms in float64, scaled by the largest: neither overflows nor underflows; shape ``(1,)``."""
+def total_norm_in_float64(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of norms in float64, scaled by the largest, which neither overflows nor underflows; shape ``(1,)``."""
     wide = norms.double()
     peak = wide.amax()
     scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
@@ -137,7 +147,7 @@ def _accumulated_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_if_representable(norms: Tensor, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Float64 norms in a narrower dtype if all of them are in its range, else as they are."""
+    """Cast float64 norms to a narrower dtype if all of them are in its range; else return them as they are."""
     info = torch.finfo(dtype)
     both = torch.cat([norms, total])
     fits = (both == 0) | ~torch.isfinite(both) | ((both >= info.tiny) & (both <= info.max))

@@ -1,4 +1,4 @@
-"""One step's clipping: measure, decide what is to be done, apply."""
+"""The clipping of one optimizer step: measure, choose an action, apply it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.apply import clamp_, drop, write, write_deferred, zero_nonfinite_
+from clip_callbacks.core.apply import clamp_, drop_gradients, write, write_deferred, zero_nonfinite_
 from clip_callbacks.core.arguments import as_norm_type
 from clip_callbacks.core.decisions import Outcome, SkipThreshold, decide, describe, shadow, skip_threshold
 from clip_callbacks.core.diagnosis import examine
-from clip_callbacks.core.fused import can_carry, clear
+from clip_callbacks.core.fused import accepts_factors, clear_fused_factors
+from clip_callbacks.core.gradients import Gradients, gradients_of
 from clip_callbacks.core.limits import LimitState, MaxNorm
 from clip_callbacks.core.measurement import FALSE, TRUE, Measurement, measure
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
@@ -23,7 +24,7 @@ from clip_callbacks.core.parameter_table import Parameters, ParameterTable, tabl
 from clip_callbacks.core.rules import ClipRule, ClipState, Plan
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.step_report import StepReport
-from clip_callbacks.core.tensor_table import Gradients, TensorTable
+from clip_callbacks.core.tensor_table import TensorTable
 
 
 def clip_step(
@@ -121,11 +122,11 @@ def _rule_for_all(max_norm: MaxNorm) -> tuple[ClipRule]:
 
 
 def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
-    """What is to be done about a step under a policy.
+    """Choose the action on a measured step under a policy.
 
     Raises:
-        NonFiniteGradientError: If its gradients are not finite and the policy says to raise.
-        ValueError: If there is no such policy, or it needs the host to know of a deferred step.
+        NonFiniteGradientError: If gradients are not finite and the policy is "raise".
+        ValueError: If there is no such policy, or it needs the host to read a deferred step.
     """
     if step.norms.is_deferred:
         if nonfinite == "ignore":
@@ -142,21 +143,21 @@ def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
 
 
 ACTIONS: dict[Policy, Action] = {"skip": Action.SKIP, "zero": Action.ZERO, "ignore": Action.CLIP}
-"""What each policy does about gradients that are not finite; "raise" does nothing more."""
+"""The action of each policy on gradients that are not finite. "raise" has none."""
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredStep:
-    """One step's norms, and whatever :func:`apply_step` needs to act on them.
+    """The norms of one step, and all that :func:`apply_step` needs to act on them.
 
     Args:
         plan: The stages of clipping.
         gradients: The gradients, not changed yet.
-        norms: What was measured.
-        scale: The factor for all gradients that makes a window's sum its mean.
-        loss_scale: What the loss was multiplied by; None is 1.
-        threshold: The norm above which the step is skipped, if there is such a limit.
-        threshold_state: The state of that limit after the step, in a tuple; empty without one.
+        norms: The measured norms.
+        scale: The factor for all gradients that turns a window's sum into its mean.
+        loss_scale: The factor that the loss was multiplied by; None is 1.
+        threshold: The skip threshold, if there is one.
+        threshold_state: The state of the skip threshold's limit after the step, in a tuple; empty without one.
     """
 
     plan: Plan
@@ -174,7 +175,7 @@ class MeasuredStep:
 
     @property
     def is_spike(self) -> bool:
-        """Whether a finite step's norm is above the threshold; not to be asked of a deferred step."""
+        """Whether the norm of a finite step is above the skip threshold. This must not be read of a deferred step."""
         return self.threshold is not None and bool(self.threshold.is_exceeded)
 
 
@@ -189,29 +190,29 @@ def measure_step(
     deferred: bool = False,
     losses: Sequence[Tensor] | None = None,
 ) -> MeasuredStep:
-    """Read the gradients of one step, and change nothing: the first half of :func:`clip_step`.
+    """Measure the gradients of one step, and change nothing: the first half of :func:`clip_step`.
 
-    To be called under ``torch.no_grad()``, as :func:`apply_step` is.
+    Call it under ``torch.no_grad()``, as :func:`apply_step`.
 
     Args:
         table: The parameters.
         plan: The stages of clipping.
-        state: What :func:`apply_step` returned for the step before; ``plan.init()`` before the first.
+        state: The state that :func:`apply_step` returned for the step before; ``plan.init()`` before the first.
         norm_type: The order p of all norms.
-        scale: A factor for all gradients before all else.
-        loss_scale: What the loss was multiplied by, a tensor of one entry; None is 1.
-        deferred: Whether nothing is to be read on the host.
-        losses: What the gradients are of: one that is not finite makes the step bad, whatever its gradients are; None, on all
-            ranks alike, if they have no say.
+        scale: A factor for all gradients, applied before all else.
+        loss_scale: The factor that the loss was multiplied by, a tensor of one entry; None is 1.
+        deferred: If True, nothing is read on the host.
+        losses: The losses of the step. A non-finite one makes the step bad, whatever its gradients are. None, on all ranks alike,
+            if losses are not checked.
     """
-    gradients = table.gradients()
+    gradients = gradients_of(table)
     deferred = deferred and gradients.exist
     norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses)
     if plan.skip_above is None:
         return MeasuredStep(plan, gradients, norms, scale, loss_scale, None, ())
     *_, held = plan.parts(state)
     threshold, after = skip_threshold(plan.skip_above, norms, held[0])
-    if deferred:  # a spike leaves no trace in the limits that clip
+    if deferred:  # the limits that clip must not learn from a spike, which only the device can tell
         norms = replace(norms, counts=norms.finite.logical_and(threshold.is_exceeded.logical_not()))
     return MeasuredStep(plan, gradients, norms, scale, loss_scale, threshold, (after,))
 
@@ -219,24 +220,24 @@ def measure_step(
 def apply_step(
     step: MeasuredStep, state: ClipState, action: Action, *, clip_value: float | None = None, fused: Optimizer | None = None
 ) -> tuple[StepRecord, ClipState]:
-    """Do to the gradients of a measured step what was decided: the second half of :func:`clip_step`.
+    """Carry out an action on the gradients of a measured step: the second half of :func:`clip_step`.
 
-    A finite step whose norm is above the plan's threshold is skipped, whatever the action says.
+    A finite step whose norm is above the skip threshold is skipped, whatever the action is.
 
     Args:
-        step: The step.
+        step: The measured step.
         state: The state that it was measured with.
-        action: What is to be done.
-        clip_value: Afterwards every entry is clamped to ``[-clip_value, clip_value]``.
+        action: The action.
+        clip_value: Bound for every entry, applied after norm clipping.
         fused: The optimizer that steps next, as for :func:`clip_step`.
 
     Returns:
-        The report, and the state for the next step.
+        The record, and the state for the next step.
 
     Raises:
-        ValueError: If a deferred step cannot be decided on the device.
+        ValueError: If the device cannot decide about a deferred step.
     """
-    clear(fused)  # what an earlier step has left there that was not taken
+    clear_fused_factors(fused)  # an earlier step may have set some and never been taken
     if step.norms.is_deferred:
         return _apply_on_device(step, state, action, clip_value, fused)
     finite, outcome = step.norms.finite, StepOutcome.TAKEN
@@ -246,29 +247,30 @@ def apply_step(
         outcome = StepOutcome.IGNORED
     if action is Action.ZERO:
         step, outcome = _without_nonfinite(step, state), StepOutcome.ZEROED
-    ours, shaded, _ = step.plan.parts(state)
+    rule_state, shadow_state, _ = step.plan.parts(state)
     if action is Action.SKIP or step.is_spike:
-        return replace(_skip(step), finite=finite), (*ours, *shaded, *step.threshold_state)
+        # only the skip threshold learns from a spike: else a lasting higher level of the norm would be skipped forever
+        return replace(_skip(step), finite=finite), (*rule_state, *shadow_state, *step.threshold_state)
 
     gradients, norms = step.gradients, step.norms
     shadows: tuple[Outcome, ...] = ()
-    if shaded:
-        shadows, shaded = shadow(step.plan.shadows, norms, shaded)
-    outcomes, factors, ours = decide(step.plan.rules, norms, ours)
-    write(gradients, factors, float(norms.scale), _carrier(fused, gradients, clip_value), by_unit=step.plan.by_unit)
+    if shadow_state:
+        shadows, shadow_state = shadow(step.plan.shadows, norms, shadow_state)
+    outcomes, factors, rule_state = decide(step.plan.rules, norms, rule_state)
+    write(gradients, factors, float(norms.scale), _usable(fused, gradients, clip_value), by_unit=step.plan.by_unit)
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
-    if outcome is StepOutcome.TAKEN:
-        state = (*ours, *shaded, *step.threshold_state)
-    return _report(step, outcomes, factors, finite, FALSE, shadows, outcome), state
+    if outcome is StepOutcome.TAKEN:  # limits never learn from a bad step, not even from one whose bad entries were zeroed
+        state = (*rule_state, *shadow_state, *step.threshold_state)
+    return _record(step, outcomes, factors, finite, FALSE, shadows, outcome), state
 
 
 def _apply_on_device(
     step: MeasuredStep, state: ClipState, action: Action, clip_value: float | None, fused: Optimizer | None
 ) -> tuple[StepRecord, ClipState]:
-    """Have the device decide: a fused optimizer carries the factor, and whether it is to stand still."""
+    """Leave the decision to the device: a fused optimizer applies the factor, and skips the step if it is told to."""
     gradients, norms = step.gradients, step.norms
-    carrier = _carrier(fused, gradients, clip_value)
+    usable = _usable(fused, gradients, clip_value)
     if step.plan.spec.local or clip_value is not None:
         raise ValueError(
             '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
@@ -277,40 +279,40 @@ def _apply_on_device(
     skipped = step.threshold.is_exceeded if step.threshold else None
     if action is Action.ON_DEVICE:
         skipped = (norms.finite if norms.counts is None else norms.counts).logical_not()
-    if skipped is not None and carrier is None:
+    if skipped is not None and usable is None:
         raise ValueError(_NOT_DEFERRABLE.format("got another one, or none"))
 
-    ours, shaded, _ = step.plan.parts(state)
-    shadows, shaded = shadow(step.plan.shadows, norms, shaded)
-    outcomes, factors, ours = decide(step.plan.rules, norms, ours)
-    write_deferred(gradients, factors, norms.scale, carrier, skipped)
-    report = _report(step, outcomes, factors, norms.finite, FALSE if skipped is None else skipped, shadows, StepOutcome.PENDING)
-    return report, (*ours, *shaded, *step.threshold_state)
+    rule_state, shadow_state, _ = step.plan.parts(state)
+    shadows, shadow_state = shadow(step.plan.shadows, norms, shadow_state)
+    outcomes, factors, rule_state = decide(step.plan.rules, norms, rule_state)
+    write_deferred(gradients, factors, norms.scale, usable, skipped)
+    record = _record(step, outcomes, factors, norms.finite, FALSE if skipped is None else skipped, shadows, StepOutcome.PENDING)
+    return record, (*rule_state, *shadow_state, *step.threshold_state)
 
 
 _NOT_DEFERRABLE = (
     '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, {}: '
-    "without the host only a fused optimizer can stand still. Set deferred=False: one host sync."
+    "without the host only a fused optimizer can skip a step. Set deferred=False, which costs one host sync."
 )
 
 
-def _carrier(fused: Optimizer | None, gradients: Gradients, clip_value: float | None) -> Optimizer | None:
-    """The fused optimizer, if it can multiply the gradients on its way."""
-    if clip_value is not None or not can_carry(fused, gradients):
+def _usable(fused: Optimizer | None, gradients: Gradients, clip_value: float | None) -> Optimizer | None:
+    """Return the fused optimizer if its kernel can multiply these gradients, else None."""
+    if clip_value is not None or not accepts_factors(fused, gradients):  # entries are clamped after the product
         return None
     return fused
 
 
 def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
-    """Set non-finite entries to 0, and measure a second time."""
+    """Set non-finite entries to 0, and measure again."""
     norms = step.norms
     zero_nonfinite_(step.gradients, norms.parameter_norms)
     return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
 
 
 def _skip(step: MeasuredStep) -> StepRecord:
-    """Take the gradients away; say what was measured, with nothing decided."""
-    drop(step.table)
+    """Set all gradients to None. The record has the measured norms, and no decision."""
+    drop_gradients(step.table)
     norms = step.norms
     limit = step.threshold.limit if step.threshold and norms.is_finite else None
     return StepRecord(
@@ -327,7 +329,7 @@ def _skip(step: MeasuredStep) -> StepRecord:
     )
 
 
-def _report(
+def _record(
     step: MeasuredStep,
     outcomes: tuple[Outcome, ...],
     factors: Tensor | None,

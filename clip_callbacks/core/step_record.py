@@ -1,4 +1,4 @@
-"""What one step reports."""
+"""The engine's record of one optimizer step."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from clip_callbacks.core.metric_names import (
     RULE_TOTAL_NORM,
     TOTAL_NORM,
 )
-from clip_callbacks.core.remeasurement import sound_total
+from clip_callbacks.core.remeasurement import total_norm_in_float64
 
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """What one optimizer step's pass found and did. Tensors stay tensors: reading them is the caller's decision.
+    """The norms of one optimizer step, and the decisions about it; :class:`~clip_callbacks.StepReport` shows it to users.
 
-    Norms are of the true gradient: after accumulation rescaling, without the loss scale.
+    Norms are those of the true gradient: after accumulation rescaling, without the loss scale. All values stay tensors, so that
+    the caller decides when to read them.
 
     Args:
-        total: Norm of all gradients before clipping, shape ``(1,)``; :attr:`total_norm` is the same, 0-dim.
-        parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``, 0 where there is none.
-        outcomes: What each rule found and decided, in order.
-        factors: What each parameter's gradient was multiplied by in clipping, shape ``(N,)``, or each unit's, ``(U,)``, if
-            ``unit_norms`` is there, or one entry for all; None is 1.
+        total: Norm of all gradients before clipping, shape ``(1,)``.
+        parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``; 0 where there is none.
+        outcomes: The decisions of the rules, in order.
+        factors: The factor of each parameter's gradient in clipping, shape ``(N,)``; or of each unit's, ``(U,)``, if
+            ``unit_norms`` is not None; or one entry for all. None is 1.
         norm_type: The order p of all norms.
-        finite: Whether every gradient was finite when it came, and every loss that is known, 0-dim bool.
-        skipped: Whether the step is skipped, 0-dim bool.
-        accumulation_scale: What all gradients were multiplied by before all else, to make a window's sum its mean.
+        finite: True if every gradient was finite before the step, and every known loss, 0-dim bool.
+        skipped: True if the step is skipped, 0-dim bool.
+        accumulation_scale: The factor of all gradients that turned a window's sum into its mean.
         unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".
-        shadows: What each shadow limit would have decided by itself.
-        skip_limit: The norm above which the step is skipped, 0-dim, if there is such a limit.
-        outcome: What came of the step.
+        shadows: The decisions that the shadow rules would have made, each alone.
+        skip_limit: The norm above which the step is skipped, 0-dim; None without such a limit.
+        outcome: The outcome of the step.
     """
 
     total: Tensor
@@ -66,17 +67,17 @@ class StepRecord:
 
     @cached_property
     def clipped_norm(self) -> Tensor:
-        """Norm of all gradients after norm clipping (and before ``clip_value`` clamps entries), 0-dim."""
+        """Norm of all gradients after norm clipping, before ``clip_value`` clamps entries, 0-dim."""
         if self.factors is None:
             return self.total_norm
         if self._is_global:
             return self.total_norm * self.clip_coef
         norms = self.parameter_norms if self.unit_norms is None or self.factors.numel() == 1 else self.unit_norms
-        return sound_total(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
+        return total_norm_in_float64(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
 
     @cached_property
     def clip_coef(self) -> Tensor:
-        """clipped_norm / total_norm, 0-dim; under one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
+        """Ratio clipped_norm / total_norm, 0-dim; for one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
         if self.factors is None:
             return _constant(1.0, self.total.dtype)
         if self._is_global:
@@ -85,7 +86,7 @@ class StepRecord:
 
     @cached_property
     def max_norm(self) -> Tensor:
-        """The limit in force, 0-dim: of the first rule, for the block with the lowest one; inf without a limit."""
+        """Limit of the first rule, 0-dim; the lowest one if its blocks have several, inf without a limit."""
         if not self.outcomes:
             return _constant(math.inf, self.total.dtype)
         limits = self.outcomes[0].limits
@@ -98,7 +99,7 @@ class StepRecord:
 
     @cached_property
     def norms(self) -> Tensor:
-        """Norms of the blocks as their rule met them, shape ``(B,)``."""
+        """Norms of the blocks before their rule and after the rules before it, shape ``(B,)``."""
         return torch.cat([outcome.norms for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
 
     @cached_property
@@ -118,11 +119,14 @@ class StepRecord:
 
     @property
     def clipped(self) -> bool:
-        """Whether any gradient was made smaller; of a deferred step, whether any may have been."""
+        """Whether any gradient was made smaller. For a deferred step, whether any may have been."""
         return self.factors is not None
 
     def to_host(self) -> StepRecord:
-        """The report of a deferred step on its way to the host, which does not wait: good when the device has got this far."""
+        """Copy the record of a deferred step to the host without waiting.
+
+        The values are valid once the device has reached this point.
+        """
         copies: dict[int, Tensor] = {}
 
         def copy(tensor: Tensor) -> Tensor:
@@ -154,47 +158,52 @@ class StepRecord:
         )
 
     def decided_on_host(self) -> StepRecord:
-        """The report of a deferred step that has come to the host, as if it had been decided there."""
+        """Return the record of a deferred step, once it is on the host, as if the host had decided about the step."""
         is_finite = bool(self.finite)
         finite = TRUE if is_finite else FALSE
         if bool(self.skipped):
-            outcomes = tuple(outcome.undecided() for outcome in self.outcomes)
-            done = StepOutcome.SKIPPED
-            return replace(self, outcomes=outcomes, factors=None, finite=finite, skipped=TRUE, shadows=(), outcome=done)
+            return replace(
+                self,
+                outcomes=tuple(outcome.undecided() for outcome in self.outcomes),
+                factors=None,
+                finite=finite,
+                skipped=TRUE,
+                shadows=(),
+                outcome=StepOutcome.SKIPPED,
+            )
         is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
         return replace(
             self,
-            outcomes=_settled(self.outcomes),
+            outcomes=_with_clips(self.outcomes),
             factors=self.factors if is_clipped else None,
             finite=finite,
             skipped=FALSE,
-            shadows=_settled(self.shadows),
+            shadows=_with_clips(self.shadows),
             outcome=StepOutcome.TAKEN if is_finite else StepOutcome.IGNORED,
         )
 
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:
-        """The values of this step, on the host, under their names on a dashboard; only finite ones.
+        """Return the values of this step under the names of metrics. Empty if the total norm is not finite.
 
         Args:
-            clipping: Whether those that tell of clipping are wanted.
+            clipping: If False, only the total norm is returned.
         """
         if not math.isfinite(self.total.tolist()[0]):
             return {}
         if not clipping:
             return {TOTAL_NORM: self.total_norm}
         metrics = {TOTAL_NORM: self.total_norm, CLIPPED_NORM: self.clipped_norm, CLIP_COEF: self.clip_coef}
-        if math.isfinite(float(self.max_norm)):  # not so without a limit, or in its warm-up
+        if math.isfinite(float(self.max_norm)):  # it is inf without a limit, or in the warm-up of one
             metrics[MAX_NORM] = self.max_norm
         return metrics
 
     def rule_metrics(self) -> dict[str, Tensor]:
-        """For each rule with a name: the norm of its blocks together as it met them, its limit, and its part in the clipping."""
+        """For each rule with a name: the norm of its blocks together before it, its limit, and its coefficient."""
         metrics = {}
         for outcome in self.outcomes:
             if outcome.name:
-                before, after = (
-                    sound_total(norms.double(), self.norm_type) for norms in (outcome.norms, outcome.norms * outcome.coefficients)
-                )
+                before = total_norm_in_float64(outcome.norms, self.norm_type)
+                after = total_norm_in_float64(outcome.norms * outcome.coefficients, self.norm_type)
                 limits = outcome.limits
                 metrics[RULE_TOTAL_NORM.format(outcome.name)] = before
                 metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
@@ -203,21 +212,22 @@ class StepRecord:
 
     @property
     def _is_global(self) -> bool:
-        """Whether one coefficient for everything is all there was to decide."""
+        """Whether there was one rule, with one coefficient for all gradients."""
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
 
 
 def as_undone(report: StepRecord, outcome: StepOutcome) -> StepRecord:
-    """The report of a step that turned out not to be taken.
+    """Return the record of a step that was not taken after all.
 
     Args:
-        report: The report.
-        outcome: What came of it: skipped, or overflowed.
+        report: The record.
+        outcome: The outcome of the step: skipped, or overflowed.
     """
     return replace(report, skipped=TRUE, outcome=outcome)
 
 
-def _settled(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+def _with_clips(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+    """Find out on the host which decisions clipped."""
     return tuple(
         replace(outcome, clips=any(coefficient < 1.0 for coefficient in outcome.coefficients.reshape(-1).tolist()))
         for outcome in outcomes
@@ -226,5 +236,5 @@ def _settled(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
 
 @lru_cache(maxsize=64)
 def _constant(number: float, dtype: torch.dtype) -> Tensor:
-    """A 0-dim tensor, made once: what most steps report costs nothing."""
+    """A 0-dim tensor, made once, since most steps report the same few constants."""
     return torch.tensor(number, dtype=dtype, device="cpu")

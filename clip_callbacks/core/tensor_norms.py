@@ -1,10 +1,10 @@
-r"""Norm of each tensor, by one read of all.
+r"""Norm of each tensor, by one read of all tensors.
 
 .. math::
     \lVert g \rVert_p = \Bigl(\sum_j |g_j|^p\Bigr)^{1/p}, \qquad \lVert g \rVert_\infty = \max_j |g_j|
 
-Half-precision tensors accumulate in float32, others in their own precision, with the same kernels in the same order as
-``torch.nn.utils.clip_grad_norm_``: in float32 the norms have the same bits.
+Half-precision tensors accumulate in float32, others in their own precision, with the kernels of
+``torch.nn.utils.clip_grad_norm_`` in the same order, so that float32 norms have the same bits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clip_callbacks.core.buckets import Buckets
 
-CHUNK = 1 << 18
-"""Entries that are held in a wider dtype at a time: 1 MiB in float32, which stays in a cache."""
+CHUNK_ENTRIES = 1 << 18
+"""Number of entries that are converted to a wider dtype at a time: 1 MiB in float32, which stays in a cache."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,56 +28,63 @@ def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = 
     Args:
         tensors: At least one strided tensor, none of them empty; dtypes and devices may differ.
         norm_type: The order p.
-        is_uniform: Whether it is known that all are of one dtype on one device.
-        buckets: How to read small ones together.
+        is_uniform: If True, all tensors are known to have one dtype on one device.
+        buckets: The plan to read small tensors together; None reads each by itself.
 
     Returns:
-        Shape ``(n,)``, on the device of the first tensor; float64 if any tensor is, else float32.
+        Norms of shape ``(n,)`` on the device of the first tensor; float64 if any tensor is, else float32.
     """
     if buckets:
         try:
-            return buckets.norms(tensors, norm_type, _dtype_to_accumulate(tensors[0]))
+            return buckets.norms(tensors, norm_type, _accumulation_dtype(tensors[0]))
         except RuntimeError:  # parameters were given other shapes or dtypes since the buckets were planned
             is_uniform = False
     if is_uniform:
-        return torch.stack(_norms_of_a_kind(tensors, norm_type))
-    return _norms_of_kinds(tensors, norm_type)
+        return torch.stack(_uniform_norms(tensors, norm_type))
+    return _mixed_norms(tensors, norm_type)
 
 
-def _norms_of_a_kind(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    dtype = _dtype_to_accumulate(tensors[0])
-    if dtype and tensors[0].is_cpu and any(tensor.numel() > CHUNK for tensor in tensors):
-        return _norms_by_pieces(tensors, norm_type, dtype)
+def _uniform_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    """Norms of tensors of one dtype on one device."""
+    dtype = _accumulation_dtype(tensors[0])
+    if dtype and tensors[0].is_cpu and any(tensor.numel() > CHUNK_ENTRIES for tensor in tensors):
+        return _norms_in_chunks(tensors, norm_type, dtype)
     return list(torch._foreach_norm(tensors, norm_type, dtype=dtype))
 
 
-def _norms_by_pieces(tensors: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[Tensor]:
-    """On a CPU a half-precision tensor is converted as a whole, into new memory: piece by piece it takes an eighth of the time."""
-    pieces = [_pieces(tensor) for tensor in tensors]
-    norms = iter(torch._foreach_norm([piece for some in pieces for piece in some], norm_type, dtype=dtype))
-    found = [[next(norms) for _ in some] for some in pieces]
-    return [some[0] if len(some) == 1 else total_norm(torch.stack(some), norm_type).reshape(()) for some in found]
+def _norms_in_chunks(tensors: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[Tensor]:
+    """Norms of half-precision CPU tensors, of which torch would convert each as a whole into new memory.
+
+    Converting chunk by chunk takes an eighth of the time.
+    """
+    chunks = [_chunks(tensor) for tensor in tensors]
+    norms = iter(torch._foreach_norm([chunk for each in chunks for chunk in each], norm_type, dtype=dtype))
+    parts = [[next(norms) for _ in each] for each in chunks]
+    return [each[0] if len(each) == 1 else total_norm(torch.stack(each), norm_type).reshape(()) for each in parts]
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Slices along the first dimension, which are views whatever the strides."""
-    if tensor.numel() <= CHUNK:
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Slices of a tensor along its first dimension, which are views whatever its strides."""
+    if tensor.numel() <= CHUNK_ENTRIES:
         return (tensor,)
-    pieces: tuple[Tensor, ...] = tensor.split(max(1, CHUNK * len(tensor) // tensor.numel()))  # type: ignore[no-untyped-call]
-    return pieces
+    rows = max(1, CHUNK_ENTRIES * len(tensor) // tensor.numel())
+    chunks: tuple[Tensor, ...] = tensor.split(rows)  # type: ignore[no-untyped-call]
+    return chunks
 
 
-def _dtype_to_accumulate(tensor: Tensor) -> torch.dtype | None:
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype to accumulate in; None for the tensor's own."""
     return torch.float32 if tensor.dtype in _HALF else None
 
 
-def _norms_of_kinds(tensors: list[Tensor], norm_type: float) -> Tensor:
+def _mixed_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norms of tensors of several dtypes or devices, each kind by one multi-tensor read."""
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
     norms: list[Tensor] = [tensors[0]] * len(tensors)
     for places in kinds.values():
-        for place, norm in zip(places, _norms_of_a_kind([tensors[i] for i in places], norm_type), strict=True):
+        for place, norm in zip(places, _uniform_norms([tensors[i] for i in places], norm_type), strict=True):
             norms[place] = norm
     dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
     return torch.stack([norm.to(tensors[0].device, dtype) for norm in norms])
@@ -87,30 +94,30 @@ def row_norms(rows: Tensor, norm_type: float) -> Tensor:
     """Norm of each row, by one read.
 
     Args:
-        rows: Shape ``(r, …)`` with at least one entry.
+        rows: A tensor of shape ``(r, …)`` with at least one entry.
         norm_type: The order p.
 
     Returns:
-        Shape ``(r,)``, on the device of the tensor; float64 if it is of double precision, else float32.
+        Norms of shape ``(r,)`` on the device of the tensor; float64 if it is of double precision, else float32.
     """
-    dtype = _dtype_to_accumulate(rows)
+    dtype = _accumulation_dtype(rows)
     if len(rows) == 1:
         norm: Tensor = torch.linalg.vector_norm(rows, norm_type, dtype=dtype)
         return norm.reshape(1)
-    each = tuple(range(1, rows.ndim))
-    if dtype is None or not rows.is_cpu or rows.numel() <= CHUNK:
-        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=each, dtype=dtype)
+    dimensions = tuple(range(1, rows.ndim))
+    if dtype is None or not rows.is_cpu or rows.numel() <= CHUNK_ENTRIES:
+        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=dimensions, dtype=dtype)
         return norms
-    return torch.cat([torch.linalg.vector_norm(piece, norm_type, dim=each, dtype=dtype) for piece in _pieces(rows)])
+    return torch.cat([torch.linalg.vector_norm(chunk, norm_type, dim=dimensions, dtype=dtype) for chunk in _chunks(rows)])
 
 
-def true_row_norms(rows: Tensor, norm_type: float) -> Tensor:
-    """The same in float64, of rows scaled by their largest entry, as :func:`true_norms`; a second, slow read."""
+def row_norms_in_float64(rows: Tensor, norm_type: float) -> Tensor:
+    """Norm of each row in float64, each scaled by its largest entry, as in :func:`norms_in_float64`; a second, slow read."""
     wide = torch.complex128 if rows.is_complex() else torch.float64
-    return torch.cat([_true_row_norms(piece.detach().flatten(1).to(wide), norm_type) for piece in _pieces(rows)])
+    return torch.cat([_scaled_row_norms(chunk.detach().flatten(1).to(wide), norm_type) for chunk in _chunks(rows)])
 
 
-def _true_row_norms(rows: Tensor, norm_type: float) -> Tensor:
+def _scaled_row_norms(rows: Tensor, norm_type: float) -> Tensor:
     peaks = rows.abs().amax(1)
     if math.isinf(norm_type):
         return peaks
@@ -119,38 +126,46 @@ def _true_row_norms(rows: Tensor, norm_type: float) -> Tensor:
     return norms * scales
 
 
-def true_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
-    """Norms in float64 of tensors scaled by their largest entry: right where powers overflow or underflow the other way.
+def norms_in_float64(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norm of each tensor in float64, scaled by its largest entry, so that p-th powers neither overflow nor underflow.
 
-    A second, slow read, made only when the first came out non-finite or next to zero.
+    This is a second, slow read, made only where the first came out non-finite or too small to be reliable.
 
     Returns:
-        Shape ``(n,)``, float64; non-finite only where a tensor holds a non-finite entry.
+        Norms of shape ``(n,)``, float64; non-finite only where a tensor holds a non-finite entry.
     """
-    return torch.stack([_true_norm(tensor, norm_type).to(tensors[0].device) for tensor in tensors])
+    return torch.stack([_norm_in_float64(tensor, norm_type).to(tensors[0].device) for tensor in tensors])
 
 
-def _true_norm(tensor: Tensor, norm_type: float) -> Tensor:
+def _norm_in_float64(tensor: Tensor, norm_type: float) -> Tensor:
     peak = largest_entry(tensor).double()
     if not bool(peak > 0) or math.isinf(norm_type):  # 0, or NaN
         return peak
     scale = torch.where(torch.isfinite(peak), peak, 1.0)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
-    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK)  # type: ignore[no-untyped-call]
+    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK_ENTRIES)  # type: ignore[no-untyped-call]
     parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
     return total_norm(parts, norm_type)[0] * scale
 
 
 def largest_entry(tensor: Tensor) -> Tensor:
-    """Max |x|, 0-dim; NaN if there is one. On a CPU this takes a tenth of the time of ``vector_norm(x, inf)``."""
+    """Largest absolute value of the entries, 0-dim; NaN if an entry is NaN.
+
+    On a CPU ``aminmax`` takes a tenth of the time of ``vector_norm(x, inf)``.
+    """
     if tensor.is_complex():
         return tensor.abs().amax()
     smallest, largest = torch.aminmax(tensor)
     return torch.maximum(-smallest, largest)
 
 
-def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
-    """The norm under which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p)."""
+def smallest_reliable_norm(norm_type: float, dtype: torch.dtype) -> float:
+    """The norm below which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p).
+
+    Args:
+        norm_type: The order p.
+        dtype: The dtype in which the powers were accumulated.
+    """
     if norm_type <= 0 or math.isinf(norm_type):
         return 0.0
     info = torch.finfo(dtype)
@@ -158,6 +173,6 @@ def smallest_sound_norm(norm_type: float, dtype: torch.dtype) -> float:
 
 
 def total_norm(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of all entries from the norms of the tensors, shape ``(1,)``."""
+    """The p-norm of all entries from the p-norms of the tensors, shape ``(1,)``."""
     total: Tensor = torch.linalg.vector_norm(norms, norm_type, dim=0, keepdim=True)
     return total

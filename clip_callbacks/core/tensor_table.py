@@ -1,4 +1,4 @@
-"""What one optimizer step is about: parameters by name, and the gradients that are there now."""
+"""The engine's table of parameters: names, optimizer groups, and the blocks that they form."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.blocks import EVERYTHING, OUTSIDE, SCOPES, Partition, Scope, Selection, unknown_scope
 from clip_callbacks.core.buckets import Buckets
-from clip_callbacks.core.reduction import Reduction, is_sharded, shard_of, shard_of_gradient
+from clip_callbacks.core.reduction import Reduction, is_sharded, shard_of
 from clip_callbacks.core.units import Rows, Units
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What wrappers of torch put into the names of parameters: left out, so that names and patterns hold with and without them."""
+"""Parts of names that wrappers of torch insert. They are removed, so that names and patterns are the same with and without them."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorTable:
-    """The parameters that take part in one optimizer step, each once, and what blocks they can form.
+    """The parameters of one optimizer step, each once, and the blocks that they can form.
 
-    A parameter of a lazy module has no shape before its first forward pass: until then it counts as empty, and a table that is to
-    know its shape is made after that.
-
-    Build it once (:meth:`of_optimizer`, :meth:`of_named`) and pass it to :func:`~clip_callbacks.clip_step` at every step. A
-    parameter that stands in it twice, as tied weights do, is counted once, under its first name.
+    It is made once and used at every step, since partitions, indices and buffers are cached on it. A parameter that occurs twice,
+    as tied weights do, counts once, under its first name. A parameter of a lazy module counts as empty until its first forward
+    pass: a table that must know its shape is made after that.
 
     Args:
         tensors: The N parameters.
-        names: Their N names, as ``module.named_parameters()`` gives them.
-        groups: The N names of their optimizer parameter groups.
-        reduction: Where ranks hold parts of them, what makes norms of these parts norms of the whole.
+        names: The N names, as ``module.named_parameters()`` gives them.
+        groups: The N names of the optimizer's parameter groups.
+        reduction: The reduction of norms over ranks that hold parts of the parameters; None if this rank holds them whole.
     """
 
     tensors: tuple[Tensor, ...]
@@ -47,21 +45,21 @@ class TensorTable:
     _positions: dict[Selection, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _covered: WeakKeyDictionary[Optimizer, tuple[int, bool]] = field(default_factory=WeakKeyDictionary, repr=False)
     _indices: dict[str, tuple[list[int], torch.device, Tensor]] = field(default_factory=dict, repr=False)
-    _slots: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
+    _factor_buffers: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_named(cls, named: Iterable[tuple[str, Tensor]]) -> TensorTable:
-        """Table of ``model.named_parameters()``: one parameter group holds them all."""
+        """Make a table of ``model.named_parameters()``, all in one group."""
         return cls._of_rows((name, tensor, "pg1") for name, tensor in named)
 
     @classmethod
     def of_tensors(cls, tensors: Iterable[Tensor]) -> TensorTable:
-        """Table of ``model.parameters()``: the names are their positions."""
+        """Make a table of ``model.parameters()``, whose names are their positions."""
         return cls.of_named((str(position), tensor) for position, tensor in enumerate(tensors))
 
     @classmethod
     def nameless(cls, tensors: Iterable[Tensor]) -> TensorTable:
-        """Table for one use, where nobody asks for names: blocks other than "global" are not to be had."""
+        """Make a table without names, for one use: it has no blocks other than "global"."""
         each = tuple({id(tensor): tensor for tensor in tensors}.values())
         return cls(each, (), (), Reduction.of(each))
 
@@ -73,12 +71,12 @@ class TensorTable:
         *,
         reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
     ) -> TensorTable:
-        """Table of what an optimizer holds, in its own order.
+        """Make a table of an optimizer's parameters, in its order.
 
         Args:
             optimizer: Any ``torch.optim.Optimizer``.
-            named: ``model.named_parameters()``; a parameter not among them is called ``pg1.0``: its group and its place there.
-            reduce: From the parameters to what makes norms of this rank's parts norms of the whole; the default knows DTensors.
+            named: ``model.named_parameters()``. Other parameters are called by group and position, such as ``pg1.0``.
+            reduce: A function from the parameters to their reduction over ranks. The default recognizes DTensors.
         """
         names = {id(tensor): name for name, tensor in named}
         groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
@@ -93,7 +91,11 @@ class TensorTable:
     def of(
         cls, parameters: TensorTable | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
     ) -> TensorTable:
-        """Table of whatever holds parameters: a table, an optimizer, named or bare tensors."""
+        """Return a table unchanged, or make one of an optimizer, of named or of bare tensors.
+
+        Raises:
+            TypeError: If ``parameters`` holds anything but tensors or pairs of a name and a tensor.
+        """
         if isinstance(parameters, TensorTable):
             return parameters
         if isinstance(parameters, Optimizer):
@@ -125,22 +127,22 @@ class TensorTable:
         return cls(tensors, tuple(map(without_wrappers, names)), groups, reduce(tensors))
 
     def __len__(self) -> int:
-        """Count of the parameters, N."""
+        """The number of parameters, N."""
         return len(self.tensors)
 
     @property
     def has_gradients(self) -> bool:
-        """Whether any parameter has one; where ranks hold parts of them, whether any may have one."""
+        """Whether any parameter has a gradient; always true where ranks hold parts, since all must take part in collectives."""
         return self.reduction is not None or any(tensor.grad is not None for tensor in self.tensors)
 
     def partition(self, scope: Scope, selection: Selection = EVERYTHING, *, by_unit: bool = False) -> Partition:
-        r"""Blocks of one scope.
+        r"""Divide the parameters, or their output rows, into the blocks of one scope.
 
         Args:
             scope: ``"global"`` one block; ``"group"`` one for each optimizer parameter group; ``"layer"`` one for the
                 parameters that one module owns directly; ``"parameter"`` one for each tensor; ``"unit"`` one for each output row.
-            selection: Which parameters are in blocks; others are left out.
-            by_unit: Whether units are divided into blocks instead of parameters; for the scope "unit" they always are.
+            selection: The parameters to divide; others are in no block.
+            by_unit: If True, output rows are divided instead of parameters. The scope "unit" always divides output rows.
 
         Raises:
             ValueError: If the scope is unknown or a pattern matches no name; it lists the choices or near names.
@@ -163,7 +165,7 @@ class TensorTable:
         return self._partitions[key]
 
     def positions(self, selection: Selection) -> tuple[int, ...]:
-        """Where in the table the selected parameters are."""
+        """Positions in the table of the selected parameters."""
         if selection not in self._positions:
             self._positions[selection] = tuple(position for position, name in enumerate(self.names) if name in selection)
         return self._positions[selection]
@@ -187,14 +189,10 @@ class TensorTable:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether all parameters, and so their gradients, are of one dtype on one device."""
+        """Whether all parameters, and so their gradients, have one dtype on one device."""
         pairs = zip(self.tensors, self.shards, strict=True)
         kinds = {(getattr(tensor, "grad_dtype", tensor.dtype), shard.device) for tensor, shard in pairs}
         return len(kinds) <= 1 and all(dtype is not None for dtype, _ in kinds)  # None: gradients of any dtype
-
-    @cached_property
-    def _buckets(self) -> Buckets | None:
-        return Buckets.of([self.shards[position] for position in self._filled[0]]) if self.is_uniform else None
 
     @cached_property
     def is_sharded(self) -> bool:
@@ -208,7 +206,7 @@ class TensorTable:
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameters, undivided."""
+        """Shapes of the whole parameters, not of this rank's parts."""
         return self.reduction.shapes if self.reduction else tuple(map(_shape_of, self.tensors))
 
     @cached_property
@@ -218,56 +216,41 @@ class TensorTable:
 
     @cached_property
     def unit_reduction(self) -> Reduction | None:
-        """Where ranks hold parts of units, what makes norms of these parts norms of the whole."""
+        """The reduction of norms of units over ranks that hold parts of them; None if this rank holds them whole."""
         return self.reduction.of_units(self.units.owners) if self.reduction else None
 
     def rows(self, position: int, part: Tensor) -> list[Rows]:
-        """The rows of this rank's part of a parameter or of its gradient, which is not sparse."""
+        """Divide this rank's part of a parameter, or of its gradient, into output rows.
+
+        Args:
+            position: The position of the parameter in the table.
+            part: The part, which is not sparse.
+        """
         ranks = self.reduction
         first_row, first_entry = (ranks.first_rows[position], ranks.first_entries[position]) if ranks else (0, None)
         return self.units.of_shard(position, part, first_row, first_entry)
 
     @cached_property
     def shards(self) -> tuple[Tensor, ...]:
-        """This rank's part of each parameter; of a plain one, itself."""
+        """This rank's part of each parameter; a plain tensor is its own part."""
         return tuple(map(shard_of, self.tensors)) if self.is_sharded else self.tensors
 
     @cached_property
-    def _filled(self) -> tuple[list[int], list[Tensor]]:
+    def nonempty(self) -> tuple[list[int], list[Tensor]]:
+        """The positions of the parameters of which this rank holds entries, and these parameters."""
         places = [position for position, shard in enumerate(self.shards) if count_entries(shard)]
         return places, [self.tensors[position] for position in places]
 
-    def gradients(self, *, bucketed: bool = True) -> Gradients:
-        """The gradients that are there now. A sparse one is coalesced in place, so that equal indices count as one entry.
-
-        Args:
-            bucketed: Whether to plan how to read small ones together, which pays if the table is used more than once.
-        """
-        positions, parameters = self._filled
-        if self.is_sharded:
-            every = [shard_of_gradient(tensor) for tensor in self.tensors]  # of empty shards too: it may take all ranks
-            found = [every[position] for position in positions]
-        else:
-            found = [parameter.grad for parameter in parameters]
-        tensors = [gradient for gradient in found if gradient is not None]
-        if {gradient.layout for gradient in tensors} - {torch.strided}:
-            return self._sparse_gradients(positions, found)
-        if len(tensors) == len(found):
-            return Gradients(self, positions, tensors, self._buckets if bucketed else None)
-        there = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
-        return Gradients(self, there, tensors, None)
-
-    def _sparse_gradients(self, positions: list[int], found: list[Tensor | None]) -> Gradients:
-        entries = [
-            (position, gradient if gradient.layout is torch.strided else coalesced_values(self.tensors[position]))
-            for position, gradient in zip(positions, found, strict=True)
-            if gradient is not None
-        ]
-        entries = [(position, values) for position, values in entries if values.numel()]
-        return Gradients(self, [position for position, _ in entries], [values for _, values in entries], None)
+    @cached_property
+    def buckets(self) -> Buckets | None:
+        """The plan to read small gradients together, if every parameter has a gradient and buckets pay."""
+        return Buckets.of([self.shards[position] for position in self.nonempty[0]]) if self.is_uniform else None
 
     def covers(self, optimizer: Optimizer) -> bool:
-        """Whether all parameters of an optimizer are in the table; looked up again if it holds more or fewer than it did."""
+        """Return whether all parameters of an optimizer are in the table.
+
+        The answer is cached until the optimizer holds more or fewer parameters, since fused optimizers are asked at every step.
+        """
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._covered.get(optimizer)
         if known is None or known[0] != count:
@@ -277,85 +260,34 @@ class TensorTable:
         return known[1]
 
     def index(self, positions: list[int], device: torch.device, purpose: str = "gradients") -> Tensor:
-        """Positions as a tensor, int64, kept for each purpose until they change: making one on a GPU is a host sync."""
+        """Return positions as an int64 tensor on a device.
+
+        The tensor is cached for each purpose until the positions change, since making one on a GPU is a host sync.
+        """
         known = self._indices.get(purpose)
         if known is None or known[:2] != (positions, device):
             known = self._indices[purpose] = positions, device, torch.tensor(positions, dtype=torch.int64, device=device)
         return known[2]
 
-    def slots(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A place for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views: made once."""
-        if dtype not in self._slots:
+    def factor_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A buffer for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views; made once."""
+        if dtype not in self._factor_buffers:
             buffer = torch.empty(len(self), dtype=dtype, device="cpu")
-            self._slots[dtype] = buffer, list(buffer.unbind())
-        return self._slots[dtype]
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """Gradients of one step: strided tensors with at least one entry; of a sparse gradient, its coalesced values.
-
-    Args:
-        table: The N parameters.
-        positions: Which of them have one.
-        tensors: Views of those gradients: what is written here is written there.
-        buckets: How to read the small ones together, if that is worth it.
-    """
-
-    table: TensorTable
-    positions: list[int]
-    tensors: list[Tensor]
-    buckets: Buckets | None
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all are of one dtype on one device."""
-        return self.table.is_uniform
-
-    @property
-    def exist(self) -> bool:
-        """Whether there are any; where ranks hold parts of them, here or elsewhere."""
-        return self.table.reduction is not None or bool(self.tensors)
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are, if they are in one place."""
-        return self.table.shards[0].device
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every parameter has one."""
-        return len(self.positions) == len(self.table)
-
-    @cached_property
-    def rows(self) -> list[Rows]:
-        """All of them row by row."""
-        rows: list[Rows] = []
-        for position, tensor in zip(self.positions, self.tensors, strict=True):
-            gradient = self.table.tensors[position].grad
-            if gradient is None or gradient.layout is torch.strided:
-                rows += self.table.rows(position, tensor)
-            else:
-                rows.append(_rows_of_sparse(self.table, position, gradient, tensor))
-        return rows
-
-    def fill(self, values: Tensor) -> Tensor:
-        """Values of the gradients that are there, shape ``(len(positions),)``, as ``(N,)`` with 0 where there is none."""
-        if self.is_complete:
-            return values
-        return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
+            self._factor_buffers[dtype] = buffer, list(buffer.unbind())
+        return self._factor_buffers[dtype]
 
 
 def learns(parameter: Tensor) -> bool:
-    """Whether a step may change a parameter: whether it requires a gradient, or was given one.
+    """Return whether a step may change a parameter: it requires a gradient, or was given one.
 
-    What is frozen is not judged as numbers: there may be codes in it, packed into any dtype, which look like NaN in some.
+    Entries of a frozen parameter are not taken for numbers: they may be quantized codes, packed into any dtype, some of which look
+    like NaN.
     """
     return parameter.requires_grad or parameter.grad is not None
 
 
 def renormalized_weights(module: nn.Module) -> Iterator[Tensor]:
-    """The weights that an embedding renormalizes in its forward pass."""
+    """Yield the weights of embeddings with a ``max_norm``, which their forward pass renormalizes in place."""
     for each in module.modules():
         weight = each._parameters.get("weight")
         if weight is not None and getattr(each, "max_norm", None) is not None:
@@ -363,7 +295,7 @@ def renormalized_weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def count_entries(tensor: Tensor) -> int:
-    """How many entries a tensor has; none if it is of a lazy module that has not run yet."""
+    """The number of entries of a tensor; 0 for a parameter of a lazy module that has not run yet."""
     return 0 if is_lazy(tensor) else tensor.numel()
 
 
@@ -372,31 +304,11 @@ def _shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def without_wrappers(name: str) -> str:
-    """A name as it is without wrappers of torch.
+    """Return a name without the parts that wrappers of torch insert.
 
     Args:
-        name: Of a parameter, buffer or module; of a module with a dot at its end.
+        name: The name of a parameter, buffer or module; that of a module ends with a dot.
     """
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def _rows_of_sparse(table: TensorTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
-    """The rows that a coalesced gradient has entries in."""
-    if gradient.ndim <= 1:
-        return table.rows(position, values)[0]
-    if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
-        raise ValueError(
-            '`scope` must not be "unit" beside sparse gradients other than those of embeddings (COO, one sparse dimension), '
-            f'got {gradient.layout} for {table.names[position]}. Choose the scope "parameter" for all rules.'
-        )
-    return Rows(values, gradient.indices()[0] + table.units.firsts[position], position)
-
-
-def coalesced_values(parameter: Tensor) -> Tensor:
-    """Entries of a sparse gradient, which is coalesced if it was not: no index stands in it twice."""
-    assert parameter.grad is not None
-    if parameter.grad.layout is torch.sparse_coo:
-        parameter.grad = parameter.grad.coalesce()
-    return parameter.grad.values()

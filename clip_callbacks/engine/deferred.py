@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from clip_callbacks.core.fused import DEVICES, is_fused, starts_momentum
+from clip_callbacks.core.fused import FUSED_DEVICES, is_fused, starts_momentum
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.device_event import DeviceEvent
@@ -141,4 +141,4 @@ def _is_narrow(context: OptimizerContext) -> bool:
     if not table.tensors or not table.is_uniform:
         return False
     first = table.tensors[0]
-    return first.dtype is not torch.float64 and first.device.type in DEVICES
+    return first.dtype is not torch.float64 and first.device.type in FUSED_DEVICES

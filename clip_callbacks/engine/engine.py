@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.accumulation.windows import InspectedWindows, Windows
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.apply import drop
+from clip_callbacks.core.apply import drop_gradients
 from clip_callbacks.core.measurement import FALSE
 from clip_callbacks.core.metric_names import AMP_SCALE
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
@@ -282,7 +282,7 @@ class StepEngine:
     def _discard(self, step: StepContext) -> StepRecord:
         """Skip a window without usable gradients: all micro-batches dropped, all weights 0, or the weights they belong to gone."""
         table = step.optimizer.table
-        drop(table)
+        drop_gradients(table)
         self._guard.discard(step)
         measured = measure_step(table, NOTHING, (), self._norm_type)
         report, _ = apply_step(measured, (), Action.SKIP)

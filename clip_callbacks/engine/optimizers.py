@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from clip_callbacks.accumulation.windows import Windows
-from clip_callbacks.core.fused import take_back
+from clip_callbacks.core.fused import detach_fused_factors
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.trainer.checks import CallbackFacts, check_optimizers
@@ -106,7 +106,7 @@ class Optimizers:
         """
         check_optimizers([optimizer], grad_scaler(self._trainer), self._facts)
         for context in self.contexts:
-            take_back(context.optimizer)
+            detach_fused_factors(context.optimizer)
         if not any(known is optimizer for known in self._trainer.optimizers):
             raise RuntimeError(
                 f"`optimizer` must be one of trainer.optimizers, got a {type(optimizer).__name__} that is not. Return every "
@@ -147,4 +147,4 @@ class Optimizers:
     def detach(self) -> None:
         """Leave nothing on the optimizers of what did not ride with their steps."""
         for context in self.contexts:
-            take_back(context.optimizer)
+            detach_fused_factors(context.optimizer)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from clip_callbacks.core.diagnosis import LISTED, Findings, Spike
+from clip_callbacks.core.diagnosis import MAX_LISTED, Diagnosis, Spike
 from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.examination import is_guilty
@@ -177,10 +177,10 @@ class BadStepLog:
         self._counts = counts
         self._journal = journal
         self._rollback = rollback
-        self._last_findings: Findings | None = None
+        self._last_findings: Diagnosis | None = None
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
-    def nonfinite(self, step: StepContext, findings: Findings, counters: Counters, before: Mapping[int, Tensor]) -> None:
+    def nonfinite(self, step: StepContext, findings: Diagnosis, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Tell of gradients that are not finite.
 
         Args:
@@ -242,7 +242,7 @@ class BadStepLog:
             what = f"Non-finite gradients in every micro-batch at {step}"
             self._tell(step, _Message(what, self._last_findings.describe(), advice=_ADVICE), counters)
 
-    def dropped_micro_batch(self, step: StepContext, findings: Findings, before: Mapping[int, Tensor]) -> None:
+    def dropped_micro_batch(self, step: StepContext, findings: Diagnosis, before: Mapping[int, Tensor]) -> None:
         """Tell of a micro-batch about to be dropped; arguments as for :meth:`nonfinite`."""
         self._last_findings = findings
         lost = self._lost_metrics(step, findings)
@@ -251,7 +251,7 @@ class BadStepLog:
         message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
 
-    def _lost_metrics(self, step: StepContext, findings: Findings) -> list[str]:
+    def _lost_metrics(self, step: StepContext, findings: Diagnosis) -> list[str]:
         """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
         found = step.trainer.current_epoch, lost_metrics(step.trainer)
         if found == self._last_lost:
@@ -273,7 +273,7 @@ class BadStepLog:
         """
         if names:
             place = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, rank {trainer.global_rank}"
-            listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
             self._warn(
                 f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed}. "
                 f"They are put back to what they were before {since}."

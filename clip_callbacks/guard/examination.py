@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from clip_callbacks.core.diagnosis import Findings, Offender, examine, examine_on_all_ranks, offenders_among
+from clip_callbacks.core.diagnosis import Diagnosis, NonFiniteTensor, examine, examine_on_all_ranks, nonfinite_among
 from clip_callbacks.core.losses import are_finite
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
@@ -83,18 +83,18 @@ class CarriedTensors:
         self._frozen = {id(tensor): tensor._version for tensor in module.parameters() if not tensor.requires_grad}
         self._suspects = self._found()
 
-    def _found(self) -> tuple[Offender, ...]:
+    def _found(self) -> tuple[NonFiniteTensor, ...]:
         """Those that hold NaN now: frozen parameters too that were written to, or put there, since the fit began."""
         named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
         written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
-        return (*carried_tensors(self._module), *offenders_among(written))
+        return (*carried_tensors(self._module), *nonfinite_among(written))
 
     def begin_batch(self) -> None:
         """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""
         if self._suspects:
             self._suspects = self._among(self._suspects)
 
-    def look(self) -> tuple[tuple[Offender, ...], tuple[Offender, ...]]:
+    def look(self) -> tuple[tuple[NonFiniteTensor, ...], tuple[NonFiniteTensor, ...]]:
         """At a bad step, after its forward passes: what holds NaN now, and what held some before them."""
         before = self._suspects
         self._suspects = tuple(each for each in self._found() if each.name not in self._acquitted)
@@ -106,7 +106,7 @@ class CarriedTensors:
             self._acquitted |= {each.name for each in self._among(self._suspects)}
             self._suspects = ()
 
-    def _among(self, suspects: tuple[Offender, ...]) -> tuple[Offender, ...]:
+    def _among(self, suspects: tuple[NonFiniteTensor, ...]) -> tuple[NonFiniteTensor, ...]:
         """Those that hold NaN."""
         names = {each.name for each in suspects}
         return tuple(each for each in self._found() if each.name in names)
@@ -121,7 +121,7 @@ def look_at(
     buffers: Iterable[tuple[str, Tensor]] = (),
     carried: CarriedTensors | None = None,
     none_was_good: bool = False,
-) -> Findings:
+) -> Diagnosis:
     """Walk over the parameters of a bad step; on several ranks a collective, unless the step is over.
 
     Args:
@@ -150,9 +150,9 @@ def look_at(
     return findings
 
 
-def is_guilty(step: StepContext, findings: Findings) -> bool:
+def is_guilty(step: StepContext, findings: Diagnosis) -> bool:
     """Whether a step may be this rank's fault: it is one of those where it began, or nobody knows where."""
-    return not findings.guilty_ranks or step.trainer.global_rank in findings.guilty_ranks
+    return not findings.source_ranks or step.trainer.global_rank in findings.source_ranks
 
 
 def _frozen(step: StepContext) -> list[tuple[str, Tensor]]:

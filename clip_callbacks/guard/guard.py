@@ -10,7 +10,7 @@ from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.diagnosis import Findings, Spike
+from clip_callbacks.core.diagnosis import Diagnosis, Spike
 from clip_callbacks.core.limit_state import StateMismatch
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
@@ -240,7 +240,7 @@ class Guard(Unguarded):
 
     def _look_at(
         self, step: StepContext, *, after_good_step: bool = False, none_was_good: bool = False, norms: Tensor | None = None
-    ) -> Findings:
+    ) -> Diagnosis:
         """Look at all that a bad step may come from: arguments as for :func:`look_at`."""
         return look_at(
             step,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clip_callbacks.core.metric_names import OFFENDERS
+from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series, Values
 from clip_callbacks.stats.advice import robust_sigma
@@ -86,7 +86,7 @@ def spikes(log: OptimizerLog) -> tuple[Series, Values]:
 
 def offenders(entry: Mapping[str, Any]) -> list[str]:
     """What an entry of the journal names, the first offender first: what was bad before the step, then parameters by gradients."""
-    return list(dict.fromkeys(str(each.get("name", "?")) for kind in OFFENDERS for each in entry.get(kind) or []))
+    return list(dict.fromkeys(str(each.get("name", "?")) for kind in BAD_TENSOR_KEYS for each in entry.get(kind) or []))
 
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_callbacks.core.metric_names import JOURNAL, OFFENDERS
+from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS, JOURNAL
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
@@ -165,7 +165,7 @@ def _entry(line: str) -> Mapping[str, Any] | None:
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
-    named = [entry.get(key) or [] for key in OFFENDERS]
+    named = [entry.get(key) or [] for key in BAD_TENSOR_KEYS]
     is_sound = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
     return entry if is_sound else None
 

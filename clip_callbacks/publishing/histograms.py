@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
+from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.stats.histogram import CODE_COUNT, Histogram, code_counts
 from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -53,7 +54,7 @@ def block_codes(step: StepContext, blocks: Partition) -> Tensor:
         Number of entries of each code, int64 of shape ``(B, 512)``, on the device of the gradients.
     """
     table = step.optimizer.table
-    gradients = table.gradients(bucketed=False)
+    gradients = gradients_of(table, bucketed=False)
     factor: float | Tensor = step.scale
     if step.loss_scale is not None:
         factor = step.scale / step.loss_scale

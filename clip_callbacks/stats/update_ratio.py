@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.tensor_norms import smallest_sound_norm, tensor_norms, true_norms
+from clip_callbacks.core.tensor_norms import norms_in_float64, smallest_reliable_norm, tensor_norms
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -71,9 +71,9 @@ class WeightsBefore:
         norms = torch.zeros(len(self._table), dtype=torch.float64)
         if self._copies:
             found = tensor_norms(self._copies, norm_type).cpu().double()
-            sound = smallest_sound_norm(norm_type, torch.float32)
-            suspects = [place for place, norm in enumerate(found.tolist()) if norm != 0 and not sound <= norm < math.inf]
+            smallest = smallest_reliable_norm(norm_type, torch.float32)
+            suspects = [place for place, norm in enumerate(found.tolist()) if norm != 0 and not smallest <= norm < math.inf]
             if suspects:
-                found[suspects] = true_norms([self._copies[place] for place in suspects], norm_type).cpu()
+                found[suspects] = norms_in_float64([self._copies[place] for place in suspects], norm_type).cpu()
             norms[self._places] = found
         return norms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from clip_callbacks.core.diagnosis import Offender, offenders_among
+from clip_callbacks.core.diagnosis import NonFiniteTensor, nonfinite_among
 from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import without_wrappers
@@ -25,7 +25,7 @@ _RECOMPUTED = ("_orig", "_g")
 ``nn.utils.spectral_norm``, ``weight_norm`` and ``prune``."""
 
 
-def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
+def carried_tensors(module: nn.Module) -> tuple[NonFiniteTensor, ...]:
     """The tensors in plain attributes of a module, and of those inside, that hold NaN: by name, as ``encoder.hidden[1]``.
 
     They are in an attribute itself or in tuples, lists and dictionaries there, and have at least one dimension. Infinite entries
@@ -47,7 +47,7 @@ def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
             for name, tensor in held:
                 found.setdefault(id(tensor), (without_wrappers(name), tensor))
     named = [(name, tensor) for key, (name, tensor) in found.items() if key not in known and _may_be_read(shard_of(tensor))]
-    return tuple(offender for offender in offenders_among(named) if offender.nan)
+    return tuple(tensor for tensor in nonfinite_among(named) if tensor.nan)
 
 
 def _tensors(value: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clip_callbacks.core.nonfinite import NUMBERS, has_arithmetic
+from clip_callbacks.core.nonfinite import ARITHMETIC_DTYPES, has_arithmetic
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.trainer.snapshot import overlaps
 
@@ -33,7 +33,7 @@ def fits_among_others(tensor: Tensor | None) -> TypeGuard[Tensor]:
     if shard.layout is not torch.strided or shard.is_inference() or overlaps(shard):
         return False
     if type(shard) in _PLAIN:
-        return not shard.is_meta and (shard.dtype in _WHOLE or shard.dtype in NUMBERS)
+        return not shard.is_meta and (shard.dtype in _WHOLE or shard.dtype in ARITHMETIC_DTYPES)
     return has_arithmetic(shard)
 
 

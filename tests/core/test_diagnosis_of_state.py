@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from clip_callbacks import NonFiniteGuard
 from clip_callbacks.core import diagnosis
-from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, offenders_among
+from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, nonfinite_among
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
@@ -42,7 +42,7 @@ def test_a_buffer_that_was_bad_before_is_never_blamed_on_the_data(loss):
             table, losses, after_good_step=True, buffers=[("mean", torch.tensor([0.0, value])), ("other", torch.ones(2))]
         )
         assert found.stage == "buffer"
-        assert [offender.name for offender in found.buffers] == ["mean"]
+        assert [tensor.name for tensor in found.buffers] == ["mean"]
         assert "buffers were non-finite before this step" in found.describe()
         assert "Non-finite buffers before this step: mean [2]: 1" in found.describe()
         assert json.loads(json.dumps(found.facts()))["buffers"][0]["name"] == "mean"
@@ -65,9 +65,9 @@ def test_buffers_of_every_kind_are_passed_over_or_judged():
     quantized = torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8)
     others = [torch.arange(3), torch.ones(3).bool(), torch.zeros(3).to(torch.float8_e5m2), quantized, torch.empty(3, device="meta")]
     others += [nn.UninitializedBuffer(), torch.zeros(0), torch.tensor(1.0)]
-    assert offenders_among((str(place), tensor) for place, tensor in enumerate(others)) == ()
+    assert nonfinite_among((str(place), tensor) for place, tensor in enumerate(others)) == ()
     bad = [torch.tensor(math.nan), NAN.bfloat16(), NAN.to(torch.complex64), torch.tensor([0.0, math.nan]).to_sparse()]
-    assert [offender.name for offender in offenders_among((str(place), it) for place, it in enumerate(bad))] == ["0", "1", "2", "3"]
+    assert [tensor.name for tensor in nonfinite_among((str(place), it) for place, it in enumerate(bad))] == ["0", "1", "2", "3"]
 
 
 def test_ranks_join_what_they_found_in_state(monkeypatch):
@@ -96,7 +96,7 @@ def test_a_report_with_everything_in_it_is_short():
     found = diagnosis.replace(found, traced="a module", carried=found.buffers, carried_before=found.buffers, loss_ranks=(1,))
     lines = found.describe().splitlines()
     assert len(lines) <= 19, "with the line above it, twenty"
-    assert "Frozen and not finite, as packed codes may be: name0; name1; name2 and 6 more" in lines
+    assert "Frozen parameters that look non-finite, as packed codes may: name0; name1; name2 and 6 more" in lines
 
 
 # ---- frozen parameters ---------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_frozen_parameters_decide_no_stage():
     assert (found.stage, found.parameters, found.frozen) == ("loss", (), ())
     found = examine(table, [torch.tensor(math.nan)], frozen=[("bias", net.bias)])
     assert found.stage == "loss"
-    assert "Frozen and not finite, as packed codes may be: bias" in found.describe()
+    assert "Frozen parameters that look non-finite, as packed codes may: bias" in found.describe()
 
 
 # ---- tensors in plain attributes -----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Carrying(nn.Module):
 
 def test_what_modules_carry_is_found_by_name():
     found = carried_tensors(Carrying())
-    assert [str(offender) for offender in found] == [
+    assert [str(tensor) for tensor in found] == [
         "cache['keys'][0] [2, 3]: 6 NaN",
         "inner.hidden[0] [2, 3]: 6 NaN",
         "inner.hidden[1] [2, 3]: 6 NaN",
@@ -184,9 +184,9 @@ def fit_of(trainer, tmp_path, module, bad):
 def test_a_hidden_state_is_blamed_from_the_second_bad_step_on(trainer, tmp_path):
     log, said = fit_of(trainer, tmp_path, Recurrent(), [4])
     assert [entry["stage"] for entry in log.bad_steps] == ["loss"] + ["carried"] * 5
-    assert "Not finite in plain attributes or frozen parameters, which a skip does not put back: state[0] [1, 4, 4]" in said[0]
-    assert "so before this step already" not in said[0]
-    assert "a tensor that a module carries from batch to batch was non-finite before this step; reset it" in said[1]
+    assert "Non-finite in plain attributes or frozen parameters, which a skip does not restore: state[0] [1, 4, 4]" in said[0]
+    assert "already non-finite before this step" not in said[0]
+    assert "a tensor that a module carries from batch to batch was non-finite before this step. Reset it" in said[1]
     rows, _ = bad_steps(log)
     assert rows[1].offenders.startswith("carried: state[0], state[1], net.weight_ih_l0")
     assert any('the stage is "carried", the first offender state[0]' in finding.text for finding in diagnose(log, {}))
@@ -238,7 +238,7 @@ def test_a_frozen_parameter_is_named_before_the_first_good_step(trainer, tmp_pat
         module.make_optimizer = lambda _, **options: torch.optim.SGD(module.net.parameters(), **options)
     log, said = fit_of(trainer, tmp_path, module, [0])
     assert [entry["stage"] for entry in log.bad_steps] == ["loss"]
-    assert "Frozen and not finite, as packed codes may be: base" in said[0]
+    assert "Frozen parameters that look non-finite, as packed codes may: base" in said[0]
 
 
 class Banked(Regression):

@@ -15,7 +15,7 @@ from clip_callbacks import (
     ParameterTable,
     clip_step,
 )
-from clip_callbacks.core.fused import take_back
+from clip_callbacks.core.fused import detach_fused_factors
 from tests.helpers.fused import ALL, FUSED, two_parameters
 from tests.helpers.operations import WRITES, Operations
 from tests.helpers.training import weights
@@ -62,7 +62,7 @@ def test_attributes_are_taken_back_on_request():
     _, optimizer = two_parameters()
     hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer)
-    take_back(optimizer)
+    detach_fused_factors(optimizer)
     assert not hasattr(optimizer, "grad_scale")
     assert (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)) == hooks
 

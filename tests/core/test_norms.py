@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, clip_step
-from clip_callbacks.core.buckets import CAPACITY, SMALL, Buckets
+from clip_callbacks.core.buckets import MAX_BUCKET_ENTRIES, MAX_SMALL_ENTRIES, Buckets
 from clip_callbacks.core.coefficients import EPS, coefficients
+from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.measurement import MeasurementSpec, measure
-from clip_callbacks.core.tensor_norms import CHUNK, tensor_norms, true_norms
+from clip_callbacks.core.tensor_norms import CHUNK_ENTRIES, norms_in_float64, tensor_norms
 from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers import reference
 from tests.helpers.matrix import examples
@@ -29,7 +30,7 @@ def holder(gradient: torch.Tensor) -> nn.Parameter:
 
 def total(*gradients: torch.Tensor, p: float = 2.0, local: bool = False) -> torch.Tensor:
     table = TensorTable.of_tensors(holder(gradient) for gradient in gradients)
-    return measure(table.gradients(), p, spec=MeasurementSpec(local=local)).total[0]
+    return measure(gradients_of(table), p, spec=MeasurementSpec(local=local)).total[0]
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -40,7 +41,7 @@ def test_tensor_norms_equal_a_float64_loop(p, dtype):
     norms = tensor_norms(tensors, p)
     assert norms.dtype is (torch.float64 if dtype in {torch.float64, torch.complex128} else torch.float32)
     torch.testing.assert_close(norms, torch.tensor(expected, dtype=norms.dtype))
-    torch.testing.assert_close(true_norms(tensors, p), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(norms_in_float64(tensors, p), torch.tensor(expected, dtype=torch.float64))
 
 
 @given(
@@ -90,13 +91,13 @@ def test_finite_gradients_have_a_finite_true_norm(gradient, expected):
     assert total(gradient).item() == pytest.approx(expected, rel=1e-4 if len(gradient) > 1000 else 1e-6)
 
 
-def test_sum_of_sound_norms_may_overflow_too():
+def test_sum_of_reliable_norms_may_overflow_too():
     assert total(*[torch.full((1,), 1.5e19) for _ in range(4)]).item() == pytest.approx(3e19)
 
 
 def test_a_tiny_parameter_beside_a_large_one_keeps_its_norm():
     table = TensorTable.of_tensors([holder(torch.full((4,), 1e-25)), holder(torch.ones(4)), holder(torch.zeros(4))])
-    measured = measure(table.gradients(), 2.0, spec=MeasurementSpec(local=True))
+    measured = measure(gradients_of(table), 2.0, spec=MeasurementSpec(local=True))
     torch.testing.assert_close(measured.norms, torch.tensor([2e-25, 2.0, 0.0]), rtol=1.3e-6, atol=0.0)
     assert measured.norms.dtype is torch.float32
 
@@ -191,7 +192,7 @@ def test_numpy_numbers_are_numbers(number):
     assert ClipRule(number).max_norm == number
 
 
-SHAPES = [(1,), (7,), (64,), (3, 5), (8, 3, 3, 3), (SMALL,), (SMALL + 1,), (50, 100), ()]
+SHAPES = [(1,), (7,), (64,), (3, 5), (8, 3, 3, 3), (MAX_SMALL_ENTRIES,), (MAX_SMALL_ENTRIES + 1,), (50, 100), ()]
 
 
 @given(
@@ -208,16 +209,16 @@ def test_buckets_have_the_bits_of_one_kernel_for_each_tensor(shapes, dtype, p):
     assert torch.equal(alone, together)
     assert together.dtype is alone.dtype
     if buckets is None:
-        assert all(shapes.count(shape) < 8 for shape in shapes if shape and math.prod(shape) <= SMALL)
+        assert all(shapes.count(shape) < 8 for shape in shapes if shape and math.prod(shape) <= MAX_SMALL_ENTRIES)
 
 
 def test_a_bucket_is_read_in_pieces_of_bounded_size():
-    tensors = [torch.randn(SMALL) for _ in range(3 * CAPACITY // SMALL + 1)]
+    tensors = [torch.randn(MAX_SMALL_ENTRIES) for _ in range(3 * MAX_BUCKET_ENTRIES // MAX_SMALL_ENTRIES + 1)]
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         together = tensor_norms(tensors, 2.0, is_uniform=True, buckets=Buckets.of(tensors))
     assert torch.equal(together, tensor_norms(tensors, 2.0, is_uniform=True))
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::stack")
-    assert largest <= 4 * CAPACITY
+    assert largest <= 4 * MAX_BUCKET_ENTRIES
 
 
 def test_gradients_of_another_dtype_than_their_parameters():
@@ -226,7 +227,7 @@ def test_gradients_of_another_dtype_than_their_parameters():
         if i % 2:
             parameter.grad_dtype = torch.float32
         parameter.grad = torch.ones(5, dtype=torch.float32 if i % 2 else torch.bfloat16)
-    torch.testing.assert_close(measure(TensorTable.of_tensors(parameters).gradients(), 2.0).total, torch.tensor([10.0]))
+    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor([10.0]))
 
 
 def test_sparse_gradients_beside_a_bucket():
@@ -235,7 +236,7 @@ def test_sparse_gradients_beside_a_bucket():
         parameter.grad = torch.ones(10, 2)
     parameters[3].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (10, 2), check_invariants=True)
     expected = math.sqrt(11 * 20 + 2 * 2.0**2)
-    torch.testing.assert_close(measure(TensorTable.of_tensors(parameters).gradients(), 2.0).total, torch.tensor([expected]))
+    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor([expected]))
 
 
 @given(
@@ -256,16 +257,16 @@ def test_the_hosts_coefficient_has_the_bits_of_torchs(norm, limit, dtype):
 @pytest.mark.parametrize("p", NORM_TYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_large_half_precision_tensors_are_read_piece_by_piece(dtype, p, transposed):
-    large = torch.rand(3, CHUNK // 2 + 7).to(dtype)
+    large = torch.rand(3, CHUNK_ENTRIES // 2 + 7).to(dtype)
     tensors = [large.T if transposed else large, torch.rand(5).to(dtype)]
-    exact = true_norms(tensors, p).float()
+    exact = norms_in_float64(tensors, p).float()
     # torch's kernels add up to 10^5 terms one by one in float32
     torch.testing.assert_close(tensor_norms(tensors, p), exact, rtol=5e-4 if p < 1 else 5e-5, atol=0.0)
     assert torch.equal(tensor_norms(tensors, p), tensor_norms(tensors, p, is_uniform=True))
 
 
 def test_large_half_precision_tensors_are_not_converted_as_a_whole():
-    tensor = torch.rand(64, CHUNK // 8).bfloat16()
+    tensor = torch.rand(64, CHUNK_ENTRIES // 8).bfloat16()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         tensor_norms([tensor], 2.0)
-    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * CHUNK + 4096
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * CHUNK_ENTRIES + 4096

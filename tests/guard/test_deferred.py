@@ -157,9 +157,9 @@ def test_clip_step_refuses_what_it_cannot_defer():
     _, optimizer = two_parameters()
     with pytest.raises(ValueError, match="one factor for all gradients"):
         clip_step(optimizer, rules=[ClipRule(1.0, "parameter")], fused=optimizer, deferred=True)
-    with pytest.raises(ValueError, match="only a fused optimizer can stand still"):
+    with pytest.raises(ValueError, match="only a fused optimizer can skip a step"):
         clip_step(optimizer, deferred=True)
-    with pytest.raises(ValueError, match="only a fused optimizer can stand still"):
+    with pytest.raises(ValueError, match="only a fused optimizer can skip a step"):
         clip_step(optimizer, fused=optimizer, nonfinite="zero", deferred=True)
 
 

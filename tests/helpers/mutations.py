@@ -52,7 +52,7 @@ FAULTS = [
     Fault("core/apply.py", "(factors != 1.0).float()", "(factors > 1.0).float()", "core"),
     Fault("core/apply.py", "if gradients.is_complete and 1.0 not in numbers:", "if 1.0 not in numbers:", "distributed"),
     Fault("core/fused.py", "isinstance(optimizer, SGD) and any(", "isinstance(optimizer, Adam) and any(", "guard"),
-    Fault("core/fused.py", 'if self._stage == "riding":', 'if self._stage == "never":', "core"),
+    Fault("core/fused.py", 'if self._stage == "in use":', 'if self._stage == "never":', "core"),
     Fault("core/reduction.py", "    dist.all_reduce(together, dist.ReduceOp.MAX)\n", "", "distributed"),
     Fault("core/limits/zscore.py", "is_warm = count >= self.warmup\n", "is_warm = count > self.warmup\n", "limits"),
     Fault("core/limits/_window.py", "position = share * last.double()", "position = share * (last + 1).double()", "limits"),

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.remeasurement import sound_total
+from clip_callbacks.core.remeasurement import total_norm_in_float64
 
 LimitState: TypeAlias = dict[str, Tensor]
 """State of a limit between steps: tensors under fixed keys, of fixed shapes and dtypes."""
@@ -40,8 +40,8 @@ class BlockNorms:
 
     @property
     def total(self) -> Tensor:
-        """The p-norm of all blocks together, float64, shape ``(1,)``."""
-        return sound_total(self.norms, self.norm_type)
+        """The p-norm of all blocks together, float64 of shape ``(1,)``."""
+        return total_norm_in_float64(self.norms, self.norm_type)
 
 
 class Limit(ABC):

@@ -1,0 +1,122 @@
+"""Gradients of one optimizer step that are there now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from clip_callbacks.core.buckets import Buckets
+from clip_callbacks.core.reduction import shard_of_gradient
+from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.core.units import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of one step: strided tensors with at least one entry. A sparse gradient is represented by its coalesced values.
+
+    Args:
+        table: The table of the N parameters.
+        positions: Positions in the table of the parameters that have a gradient.
+        tensors: Views of those gradients; writing to them writes to the gradients.
+        buckets: The plan to read the small ones together; None reads each by itself.
+    """
+
+    table: TensorTable
+    positions: list[int]
+    tensors: list[Tensor]
+    buckets: Buckets | None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all have one dtype on one device."""
+        return self.table.is_uniform
+
+    @property
+    def exist(self) -> bool:
+        """Whether there are any; where ranks hold parts of them, here or on another rank."""
+        return self.table.reduction is not None or bool(self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first one."""
+        return self.table.shards[0].device
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter has one."""
+        return len(self.positions) == len(self.table)
+
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """All gradients by output rows."""
+        rows: list[Rows] = []
+        for position, tensor in zip(self.positions, self.tensors, strict=True):
+            gradient = self.table.tensors[position].grad
+            if gradient is None or gradient.layout is torch.strided:
+                rows += self.table.rows(position, tensor)
+            else:
+                rows.append(_rows_of_sparse(self.table, position, gradient, tensor))
+        return rows
+
+    def fill(self, values: Tensor) -> Tensor:
+        """Extend values of the gradients that are there, shape ``(len(positions),)``, to shape ``(N,)``, with 0 elsewhere."""
+        if self.is_complete:
+            return values
+        return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
+
+
+def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
+    """Return the gradients that are there now. Sparse ones are coalesced in place, so that equal indices count as one entry.
+
+    Args:
+        table: The parameters.
+        bucketed: If True, plan how to read small gradients together, which pays if the table is used more than once.
+    """
+    positions, parameters = table.nonempty
+    if table.is_sharded:
+        # Of parameters whose shard here is empty too: to lay a gradient out anew may need all ranks.
+        every = [shard_of_gradient(tensor) for tensor in table.tensors]
+        found = [every[position] for position in positions]
+    else:
+        found = [parameter.grad for parameter in parameters]
+    tensors = [gradient for gradient in found if gradient is not None]
+    if {gradient.layout for gradient in tensors} - {torch.strided}:
+        return _with_sparse(table, positions, found)
+    if len(tensors) == len(found):
+        return Gradients(table, positions, tensors, table.buckets if bucketed else None)
+    present = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
+    return Gradients(table, present, tensors, None)  # buckets are planned for all of them
+
+
+def _with_sparse(table: TensorTable, positions: list[int], found: list[Tensor | None]) -> Gradients:
+    entries = [
+        (position, gradient if gradient.layout is torch.strided else coalesced_values(table.tensors[position]))
+        for position, gradient in zip(positions, found, strict=True)
+        if gradient is not None
+    ]
+    entries = [(position, values) for position, values in entries if values.numel()]
+    return Gradients(table, [position for position, _ in entries], [values for _, values in entries], None)
+
+
+def _rows_of_sparse(table: TensorTable, position: int, gradient: Tensor, values: Tensor) -> Rows:
+    """Rows in which a coalesced gradient has entries."""
+    if gradient.ndim <= 1:
+        return table.rows(position, values)[0]
+    if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
+        raise ValueError(
+            '`scope` must not be "unit" beside sparse gradients other than those of embeddings (COO, one sparse dimension), '
+            f'got {gradient.layout} for {table.names[position]}. Choose the scope "parameter" for all rules.'
+        )
+    return Rows(values, gradient.indices()[0] + table.units.firsts[position], position)
+
+
+def coalesced_values(parameter: Tensor) -> Tensor:
+    """Return the entries of a sparse gradient, which is coalesced in place, so that no index occurs twice."""
+    assert parameter.grad is not None
+    if parameter.grad.layout is torch.sparse_coo:
+        parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()

@@ -55,9 +55,9 @@ class GradientClipping(GradientCallback):
         rules: Several stages in order, from one read of the gradients; ``max_norm`` and ``scope`` are left at their defaults.
             Each logs ``grad/<name>/total_norm``, ``max_norm``, ``clip_coef``, ``clip_fraction``; ``name`` may be ``rule_1``.
         clip_value: Afterwards every entry is clamped to [-clip_value, clip_value].
-        nonfinite: What to do with a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries,
-            or "ignore" them. Short for a NonFiniteGuard of that policy, with its defaults. Where the Trainer has a NonFiniteGuard,
-            that one decides, and this argument must be left at its default.
+        nonfinite: Policy for a step whose gradients hold NaN or inf: "skip" it, "raise" an error, "zero" those entries, or
+            "ignore" them. Short for a NonFiniteGuard of that policy, with its defaults. If the Trainer has a NonFiniteGuard, that
+            one decides, and this argument must be left at its default.
         prog_bar: Whether the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without touching gradients:
             ``grad/shadow_clip_fraction/<limit>`` and the table at the end of fit tell how many steps each would have clipped.

@@ -12,7 +12,7 @@ from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State, bad_step_counts
-from clip_callbacks.guard.bad_steps import BadStepCounts
+from clip_callbacks.guard.counts import BadStepCounts
 from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import Bundles, GuardOptions, Level, Rollback

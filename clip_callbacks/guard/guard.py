@@ -18,7 +18,8 @@ from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_record import StepRecord
-from clip_callbacks.guard.bad_steps import BadStepCounts, BadStepLog, Counters
+from clip_callbacks.guard.bad_steps import BadStepLog
+from clip_callbacks.guard.counts import BadStepCounts, Counters
 from clip_callbacks.guard.examination import CarriedTensors, ask_scaler, examine_step
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions

@@ -120,7 +120,7 @@ class Switch(Callback):
         part = self.guard._part
         if not self.kinds:
             (self.context,) = self.guard._engine.contexts
-            scope = ResourceScope(trainer, pl_module, [self.context], True, part.schedules, lambda: 0)
+            scope = ResourceScope(trainer, pl_module, [self.context], part.schedules, lambda: 0)
             fewer = (statistics_only, line_searches, optimizer_bookkeeping, held_schedules)
             self.kinds = {True: part._restorer, False: SkippedStepRestorer(scope, fewer)}
         if batch_idx % BLOCK == 0:

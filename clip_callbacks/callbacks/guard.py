@@ -12,7 +12,7 @@ from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State, bad_step_counts
-from clip_callbacks.guard.bad_steps import BadStepCounts
+from clip_callbacks.guard.counts import BadStepCounts
 from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import Bundles, GuardOptions, Level, Rollback
@@ -36,7 +36,7 @@ class NonFiniteGuard(GradientCallback):
     Some things a skip does not undo. ``global_step`` and the batch counter advance, because Lightning owns them, and random numbers
     that the batch has drawn stay drawn. A ReduceLROnPlateau is left to Lightning. In manual optimization you step the schedules:
     look at ``last_report.skipped``. Attributes of an optimizer's own and averages that other code keeps cannot be restored; a
-    warning names them at the first skip. An optimizer that moves parameters without a gradient raises an error there.
+    warning names them at the first skip. An optimizer that moves parameters without a gradient leads to an error there.
 
     A forward pass that leads to no step, for example because ``training_step`` returned None, leaves no NaN in a buffer either. A
     batch without a step counts in no metric and no streak.
@@ -53,8 +53,8 @@ class NonFiniteGuard(GradientCallback):
 
     Args:
         policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step.
-        max_consecutive: Number of bad batches in a row after which an error is raised on all ranks, or ``rollback`` begins; at
-            least 1. Many bad steps in one batch, as with truncated backpropagation, are one bad batch.
+        max_consecutive: Number of bad batches in a row at which an error is raised on all ranks, or a rollback begins; at least
+            1. Many bad steps in one batch, as with truncated backpropagation, are one bad batch.
         level: Unit that is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", so
             that the step is taken with the mean of the others. The latter reads the gradients after each backward pass and needs
             memory for the gradients of one micro-batch. On several ranks it works with plain DDP only, drops on all ranks what is
@@ -180,7 +180,7 @@ class NonFiniteGuard(GradientCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_folder(self._options)
+            check_folder(self._options.bundles)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Guard(trainer, self._options, saved)

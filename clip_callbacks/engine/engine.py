@@ -96,13 +96,13 @@ class StepEngine:
             clips=self._clipper.clips,
             shows=components.shows,
         )
-        self._judges_losses = self._guard.judges_losses
+        self._checks_losses = self._guard.checks_losses
         self._last_hook: LastHook | None = None
         self._second_clip: SecondClip | None = None
         self._unseen_steps = UnseenSteps(module)
         # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
         # one makes a gradient NaN there, before gradients are averaged.
-        self._carries_losses = trainer.world_size > 1 and self._judges_losses
+        self._carries_losses = trainer.world_size > 1 and self._checks_losses
         self._loss_carrier = LossCarrier()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
@@ -297,7 +297,7 @@ class StepEngine:
         if self._readers and step.is_new and self._publisher.is_logging_step:
             for monitor in self._readers:
                 monitor.before_write(step)
-        ceiling = self._guard.ceiling(step)
+        ceiling = self._guard.skip_limit(step)
         plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), ceiling)
         states = self._clipper.limit_states(index)
         if ceiling is not None:
@@ -310,7 +310,7 @@ class StepEngine:
             scale=step.scale,
             loss_scale=step.loss_scale,
             deferred=step.mode is StepMode.ON_DEVICE,
-            losses=step.losses if self._judges_losses and (not self._carries_losses or context.table.reduction) else None,
+            losses=step.losses if self._checks_losses and (not self._carries_losses or context.table.reduction) else None,
         )
         return measured, states
 
@@ -367,7 +367,7 @@ class StepEngine:
         self._unseen_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
-            self._guard.undo_pass(is_bad=is_bad)
+            self._guard.restore_pass(is_bad=is_bad)
         self._guard.end_batch()
         is_logging_step = self._publisher.is_logging_step
         if is_logging_step:

@@ -1,4 +1,4 @@
-"""Averages of the weights, which do not count a skipped step; those that somebody else keeps are watched, and named if they do."""
+"""Averages of the weights, which do not count a skipped step. A warning names averages of other code that count it anyway."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from clip_callbacks.trainer.fingerprints import sum_of_bits
 from clip_callbacks.trainer.step_context import StepContext
 
 Fingerprints: TypeAlias = dict[str, list[int]]
-"""By the name of what is watched, a number for each of its tensors."""
+"""Fingerprint of each tensor, by the name of the average that holds it."""
 
 
 def averages(scope: ResourceScope) -> dict[int, Resource]:
-    """Make one resource for all optimizers: an average is of the whole module."""
+    """Make one resource for all optimizers, because an average covers the whole module."""
     resource = _Averages(scope) if scope.module.automatic_optimization else _AveragesInManual(scope)
     return {context.index: resource for context in scope.contexts}
 
 
 class _Averages(Resource):
-    """Has Lightning's averages leave a skipped step out, and watches others from there to the next step, in which nothing is due.
+    """Makes Lightning's averages leave out a skipped step, and watches all others from there to the next step.
 
-    What moves in a forward pass is seen in the pass after the skipped step: it has moved twice then between two steps. Nothing is
-    read before the first skip.
+    Between these two steps no average has a reason to move. One that moves in forward passes is found in the pass after the skipped
+    step, because it moves twice between two steps then. Nothing is read before the first skip.
 
     Args:
-        scope: The Trainer, the module, and how many steps were skipped.
+        scope: The Trainer, the module, and the number of skipped steps.
     """
 
     def __init__(self, scope: ResourceScope) -> None:
         self._trainer, self._module = scope.trainer, scope.module
         self._hold = AveragingHold(scope.trainer, scope.skipped_steps)
-        self._put_back = scope.put_back
+        self._rewritten = scope.rewritten
         self._watched: Fingerprints = {}
         self._named: set[str] = set()
         self._time = (0, 0)
@@ -50,14 +50,14 @@ class _Averages(Resource):
     @override
     def begin_step(self, step: StepContext) -> None:
         if self._watched:
-            self._name_what_has_moved()
+            self._name_moved_ones()
             self._watched = {}
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._hold.renumber()
         self._hold.hold()
-        if not isinstance(step.optimizer.optimizer, LBFGS):  # its step goes on, and is undone in the end
+        if not isinstance(step.optimizer.optimizer, LBFGS):  # its step goes on, and is restored when it ends
             self._watch()
 
     @override
@@ -67,7 +67,7 @@ class _Averages(Resource):
     @override
     def end_batch(self) -> None:
         if self._watched:
-            self._name_what_has_moved()
+            self._name_moved_ones()
 
     @override
     def reset(self) -> None:
@@ -87,16 +87,16 @@ class _Averages(Resource):
 
     def _fingerprints(self) -> Fingerprints:
         apart = {
-            name: [tensor for tensor in tensors if id(tensor) not in self._put_back]
+            name: [tensor for tensor in tensors if id(tensor) not in self._rewritten]
             for name, tensors in weights_apart(self._trainer, self._module).items()
         }
-        return {name: list(map(_number, tensors)) for name, tensors in apart.items() if name not in self._named}
+        return {name: list(map(_fingerprint, tensors)) for name, tensors in apart.items() if name not in self._named}
 
     def _now(self) -> tuple[int, int]:
-        """Epochs, and batches of validation."""
+        """Return the number of epochs, and of batches of validation."""
         return self._trainer.current_epoch, self._trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.ready
 
-    def _name_what_has_moved(self) -> None:
+    def _name_moved_ones(self) -> None:
         now = self._fingerprints()
         moved = [name for name, before in self._watched.items() if _has_moved(before, now.get(name, []))]
         if not moved:
@@ -104,17 +104,17 @@ class _Averages(Resource):
         self._named.update(moved)
         names = ", ".join(f"`{name}`" for name in moved)
         rank_zero_warn(
-            f"{names} moved after a skipped step and before the next one: weights that no optimizer of the Trainer trains, as an "
-            "average of the others is, count the skipped step, and are not put back. Move them after steps that were taken, in "
-            "on_train_batch_end: `if not callback.last_report.outcome.is_skipped: ...`, the callback being this NonFiniteGuard or "
-            "GradientClipping. Or leave averages to Lightning's WeightAveraging: there skipped steps do not count.",
+            f"{names} moved after a skipped step and before the next one: weights that no optimizer of the Trainer trains, such as "
+            "an average of the others, count the skipped step, and are not restored. Move them after steps that were taken, in "
+            "on_train_batch_end: `if not callback.last_report.outcome.is_skipped: ...`, where callback is this NonFiniteGuard or "
+            "GradientClipping. Or leave averages to Lightning's WeightAveraging, which does not count skipped steps.",
             category=RuntimeWarning,
             stacklevel=2,
         )
 
 
 class _AveragesInManual(_Averages):
-    """The same where a batch may hold several steps: one that is taken is enough for averages to be due after it."""
+    """Averages in manual optimization, where a batch may hold several steps: they are due if one of these was taken."""
 
     def __init__(self, scope: ResourceScope) -> None:
         super().__init__(scope)
@@ -135,7 +135,7 @@ class _AveragesInManual(_Averages):
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        self._taken.discard(_key(step))  # LBFGS's, until its search came by a bad point
+        self._taken.discard(_key(step))  # LBFGS commits a step before its line search meets a bad point
         if self._taken:
             self._hold.renumber()
         else:
@@ -143,12 +143,12 @@ class _AveragesInManual(_Averages):
 
 
 def _has_moved(before: list[int], now: list[int]) -> bool:
-    """Whether it has; what consists of other tensors than before was made in between, or is gone."""
+    """Return whether an average has moved; one with another number of tensors was made anew in between, or is gone."""
     return len(before) == len(now) and before != now
 
 
-def _number(tensor: Tensor) -> int:
-    """What tells whether a tensor has moved: its bits, or its version where they cannot be read; for bad steps only."""
+def _fingerprint(tensor: Tensor) -> int:
+    """Return a number that changes when a tensor moves: a sum of its bits, or its version if these cannot be read."""
     bits = sum_of_bits(tensor)
     return tensor._version if bits is None else bits
 

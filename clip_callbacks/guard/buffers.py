@@ -1,4 +1,4 @@
-"""Buffers of one optimizer's window, put back for a skipped step, and for a bad forward pass without a step."""
+"""Buffers of one optimizer's window, restored after a skipped step and after a bad forward pass without a step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 class Buffers(Resource):
-    """What the resources of buffers have in common, in automatic and in manual optimization.
+    """Common base of the resources of buffers, in automatic and in manual optimization.
 
     Args:
-        written: Which buffers change.
-        window: The buffers as they were when the window began.
-        batch: The buffers as they were when the batch began.
+        written: Record of the buffers that forward passes change.
+        window: Copies of the buffers from the beginning of the window.
+        batch: Copies of the buffers from the beginning of the batch.
     """
 
     def __init__(self, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
@@ -28,58 +28,58 @@ class Buffers(Resource):
         self._batch = batch
 
     def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
-        """Whether it serves the same optimizers with other parameters as well, so that a window under way keeps its copies."""
+        """Return whether this resource serves the optimizers with other parameters too, so that an open window keeps its copies."""
         return True
 
-    def look_unless_old(self) -> None:
-        """Find what has changed in a window that may be skipped: contents are read in the first windows only."""
+    def find_changes(self) -> None:
+        """Find the buffers that a window, which may be skipped, has changed. Contents are compared in the first windows only."""
         if self._written.is_young:
             self._written.look_closely()
         else:
             self._written.look()
 
-    def put_back(self, *copies: BufferCopies) -> None:
-        """Put buffers back, and say of which that cannot be done right."""
+    def restore(self, *copies: BufferCopies) -> None:
+        """Restore buffers, and warn of those that cannot be restored exactly."""
         at_first = self._written.look_closely()
         lost = [name for each in copies for name in each.restore()]
         if at_first:
             rank_zero_warn(
                 f"The buffers {', '.join(at_first)} are not finite and were written through `.data`, which no version counter "
-                "shows: they are put back to what they were when the fit began. From now on they are put back as all others.",
+                "shows: they are restored to their values from the start of the fit. From now on they are restored as all others.",
                 category=RuntimeWarning,
             )
         if made := self._written.begin_anew():
             rank_zero_warn(
                 f"The buffers {', '.join(made)} are not finite and were made in a batch that is skipped, after it had begun: "
-                "nobody knows what they were. Batch statistics begin anew, others stay. Make modules before a batch, as in "
+                "there are no earlier values. Batch statistics are reset, others stay. Make modules before a batch, for example in "
                 "on_train_epoch_start.",
                 category=RuntimeWarning,
             )
         if lost:
             rank_zero_warn(
-                f"The buffers {', '.join(lost)} have changed for the first time, in a step that is skipped, and cannot be put "
-                "back: no copy was kept of what they were. From now on they are put back as all others.",
+                f"The buffers {', '.join(lost)} have changed for the first time, in a step that is skipped, and cannot be "
+                "restored: no copy of their earlier values was kept. From now on they are restored as all others.",
                 category=RuntimeWarning,
             )
 
     @override
-    def undo_pass(self, *, is_bad: bool) -> list[str]:
-        return self._undo(self._batch, is_bad=is_bad)
+    def restore_pass(self, *, is_bad: bool) -> list[str]:
+        return self._restore_if_bad(self._batch, is_bad=is_bad)
 
     @override
-    def undo_window(self, *, is_bad: bool) -> list[str]:
-        return self._undo(self._window, is_bad=is_bad)
+    def restore_window(self, *, is_bad: bool) -> list[str]:
+        return self._restore_if_bad(self._window, is_bad=is_bad)
 
-    def _undo(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
+    def _restore_if_bad(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
         self._written.look()
         bad = copies.gone_bad()
         if bad or is_bad:
-            self.put_back(copies)
+            self.restore(copies)
         return bad
 
     @override
     def hand_over(self) -> None:
-        """Leave the hooks where they are: buffers are the module's and not the optimizers', and :meth:`goes_on` tells the rest."""
+        """Keep the hooks: buffers belong to the module and not to optimizers, and :meth:`goes_on` decides what follows."""
 
     @override
     def detach(self) -> None:
@@ -90,5 +90,5 @@ class Buffers(Resource):
         return self._window.copies()
 
     @override
-    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        return self._window.suspects(odd_ones_too=none_was_good)
+    def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
+        return self._window.suspects(odd_ones_too=no_good_step)

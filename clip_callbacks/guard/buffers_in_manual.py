@@ -1,8 +1,9 @@
 """Buffers in manual optimization, where several optimizers may have windows of their own.
 
-The buffers of modules that an optimizer holds parameters of, and of those that nobody holds, go back to where its window began,
-however often others have stepped since. A module that only others hold may have been part of a bad forward pass too, as a
-discriminator is of the generator's: it goes back to where it was after the last backward pass of the others.
+A skipped step of an optimizer restores two groups of buffers. Buffers of modules of which it holds parameters, and of modules
+without any optimizer, get their values from the beginning of its window, however often other optimizers have stepped since. A
+module that only other optimizers hold may have been part of the bad forward pass too, as a discriminator is of the generator's: its
+buffers get their values from after the last backward pass of the others.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ def buffers_in_manual_optimization(scope: ResourceScope, written: WrittenBuffers
 
     Args:
         scope: The Trainer, the module and its optimizers.
-        written: Which buffers change.
+        written: Record of the buffers that forward passes change.
     """
     first, *others = scope.contexts
     if not others:
         return {first.index: _WholeModuleInManual(first, written)}
-    common, holders = _Common(written), _holders(scope.module, scope.contexts)
+    common, holders = _SharedCopies(written), _holders(scope.module, scope.contexts)
     return {context.index: _OneOfSeveral(context, holders, common) for context in scope.contexts}
 
 
-class _InManual(Buffers, ABC):
-    """Common to the resources of manual optimization, where forward passes may follow a step within one batch.
+class _BuffersInManual(Buffers, ABC):
+    """Common base in manual optimization, where forward passes may follow a step within one batch.
 
     Args:
         context: The optimizer.
-        written: Which buffers change.
-        window: The buffers as they were when the window began.
-        batch: The buffers as they were when the batch began.
+        written: Record of the buffers that forward passes change.
+        window: Copies of the buffers from the beginning of the window.
+        batch: Copies of the buffers from the beginning of the batch.
     """
 
     def __init__(self, context: OptimizerContext, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
@@ -52,8 +53,8 @@ class _InManual(Buffers, ABC):
         self._context = context
         self._hooks: list[RemovableHandle] = []
         self._is_bad = False
-        self._searches = isinstance(context.optimizer, LBFGS)
-        if self._searches:  # its closures go on after the point at which its step is judged
+        self._has_line_search = isinstance(context.optimizer, LBFGS)
+        if self._has_line_search:  # its closures go on after the point at which the guard decides on its step
             self._hooks.append(context.optimizer.register_step_post_hook(self._after_search))
 
     @override
@@ -63,8 +64,8 @@ class _InManual(Buffers, ABC):
     @override
     def commit(self, step: StepContext) -> None:
         self._is_bad = False
-        if not self._searches:
-            self._settle()
+        if not self._has_line_search:
+            self._accept()
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
@@ -73,9 +74,9 @@ class _InManual(Buffers, ABC):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        self.look_unless_old()
+        self.find_changes()
         self._window.restore_where(skipped)
-        self._settle()
+        self._accept()
 
     @property
     @override
@@ -90,15 +91,15 @@ class _InManual(Buffers, ABC):
 
     def _after_search(self, *_: Any) -> None:
         if not self._is_bad:
-            self._settle()
+            self._accept()
 
     @abstractmethod
-    def _settle(self) -> None:
-        """Take the buffers as they are now: a step is taken."""
+    def _accept(self) -> None:
+        """Take the present buffers for those of the next window's beginning, because a step is taken."""
 
     @abstractmethod
     def _restore(self) -> None:
-        """Put the buffers back."""
+        """Restore the buffers, because a step is skipped."""
 
     @override
     def detach(self) -> None:
@@ -107,12 +108,12 @@ class _InManual(Buffers, ABC):
             self._hooks.pop().remove()
 
 
-class _WholeModuleInManual(_InManual):
-    """All buffers, for an optimizer that is alone in manual optimization.
+class _WholeModuleInManual(_BuffersInManual):
+    """All buffers, for the only optimizer in manual optimization.
 
     Args:
         context: The optimizer.
-        written: Which ones change.
+        written: Record of the buffers that forward passes change.
     """
 
     def __init__(self, context: OptimizerContext, written: WrittenBuffers) -> None:
@@ -125,16 +126,16 @@ class _WholeModuleInManual(_InManual):
         if not in_window:
             self._window.keep()
 
-    def _settle(self) -> None:
+    def _accept(self) -> None:
         self._written.look()
         self._window.keep()
 
     def _restore(self) -> None:
-        self._fetch()
-        self.put_back(self._window)
+        self._complete_copies()
+        self.restore(self._window)
 
-    def _fetch(self) -> None:
-        self._window.keep_bad_from(self._batch)  # the forward pass of a second step may have come before the first step
+    def _complete_copies(self) -> None:
+        self._window.keep_bad_from(self._batch)  # the forward passes of two steps may both come before the first step
 
     @override
     def reset(self) -> None:
@@ -143,21 +144,21 @@ class _WholeModuleInManual(_InManual):
 
     @override
     def before(self) -> dict[int, Tensor]:
-        self._fetch()
+        self._complete_copies()
         return super().before()
 
 
-class _Common:
-    """All buffers, as they were for all of several optimizers.
+class _SharedCopies:
+    """Copies of all buffers that several optimizers share.
 
     Args:
-        written: Which ones change.
+        written: Record of the buffers that forward passes change.
 
     Attributes:
-        at_batch: The buffers when the batch began.
-        at_step: The buffers at the last step of any optimizer, or when the batch began.
-        last: The buffers at the end of the last backward pass, at the last step, or when the batch began.
-        members: What each optimizer makes of it.
+        at_batch: Copies from the beginning of the batch.
+        at_step: Copies from the last step of any optimizer, or from the beginning of the batch if that is later.
+        last: Copies from the end of the last backward pass, the last step, or the beginning of the batch, whichever is latest.
+        members: Resource of each optimizer.
     """
 
     def __init__(self, written: WrittenBuffers) -> None:
@@ -166,35 +167,35 @@ class _Common:
         self.members: list[_OneOfSeveral] = []
 
     def begin_batch(self) -> None:
-        """A batch begins."""
+        """Take the copies of a batch's beginning."""
         self.written.begin_window()
         self.at_batch.keep()
-        self.settle()
+        self.accept()
 
-    def settle(self) -> None:
-        """Nothing is pending now that is not pending for good: a step was decided, or a batch begins."""
+    def accept(self) -> None:
+        """Take the present buffers for accepted ones, because a step was decided or a batch begins."""
         self.written.look()
         self.at_step.keep()
         self.last.keep()
 
     def end_pass(self, reached: Collection[int]) -> None:
-        """A backward pass is over."""
+        """Note the end of a backward pass, and tell each optimizer whose pass it was."""
         self.written.look()
         for member in self.members:
             member.note_whose_pass(reached)
         self.last.keep()
 
 
-class _OneOfSeveral(_InManual):
-    """The buffers, from the point of view of one of several optimizers.
+class _OneOfSeveral(_BuffersInManual):
+    """Buffers that a skipped step of one of several optimizers restores: those of its own modules and those of others.
 
     Args:
         context: The optimizer.
-        holders: Which optimizers hold parameters of each module.
-        common: What all optimizers share.
+        holders: Indices of the optimizers that hold parameters of each module.
+        common: Copies that all optimizers share.
     """
 
-    def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _Common) -> None:
+    def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _SharedCopies) -> None:
         index = context.index
 
         def is_own(slot: Slot) -> bool:
@@ -212,7 +213,7 @@ class _OneOfSeveral(_InManual):
 
     @override
     def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
-        """Where no layer has gone from one optimizer to another; those that are new are met."""
+        """Return True unless a layer has gone from one optimizer to another; new layers are taken up."""
         now = _holders(self._common.written.module, contexts)
         if not super().goes_on(contexts) or any(now.get(layer, held) != held for layer, held in self._holders.items()):
             return False
@@ -221,7 +222,7 @@ class _OneOfSeveral(_InManual):
 
     @property
     def _is_first(self) -> bool:
-        """Whether it is the one that tells what is common of batches and passes."""
+        """Whether this is the one resource that updates the shared copies."""
         return self._common.members[0] is self
 
     @override
@@ -240,43 +241,43 @@ class _OneOfSeveral(_InManual):
             self._common.end_pass(reached)
 
     def note_whose_pass(self, reached: Collection[int]) -> None:
-        """Remember the modules of others as they were before this optimizer's pass, or as they are after another one's."""
+        """Copy the buffers of others' modules from before this optimizer's pass, or note that another one's pass came last."""
         is_ours = self._index in reached
         if is_ours and self._foreign_is_last:
             self._foreign.keep_from(self._common.last)
         self._foreign_is_last = not is_ours
 
-    def _settle(self) -> None:
-        self._common.settle()
+    def _accept(self) -> None:
+        self._common.accept()
         self._has_begun, self._foreign_is_last = False, True
 
     def _restore(self) -> None:
-        self._fetch()
-        self.put_back(self._foreign, self._window)
+        self._complete_copies()
+        self.restore(self._foreign, self._window)
         for member in self._common.members:
-            member.forget_others()
-        self._settle()
+            member.accept_foreign()
+        self._accept()
 
-    def forget_others(self) -> None:
-        """Take the modules that others hold as they are now: what was seen of them may have been bad."""
+    def accept_foreign(self) -> None:
+        """Take the present buffers of others' modules, because the copies may come from the bad pass that was just restored."""
         self._foreign_is_last = True
 
-    def _fetch(self) -> None:
-        """Take from what is common whatever this window has no good copy of."""
+    def _complete_copies(self) -> None:
+        """Take from the shared copies those buffers of which this window has no good copy."""
         common = self._common
-        if not self._has_begun:  # its backward passes were not seen: loss.backward() instead of manual_backward
+        if not self._has_begun:  # hooks see no pass of loss.backward(), only of manual_backward
             self._window.keep_from(common.at_step)
         if self._foreign_is_last:
             self._foreign.keep_from(common.last)
-        for copies in (self._window, self._foreign):  # bad forward passes came before other optimizers' steps
+        for copies in (self._window, self._foreign):  # a bad forward pass may have come before the steps of others
             copies.keep_bad_from(common.at_batch)
 
     @override
-    def undo_pass(self, *, is_bad: bool) -> list[str]:
+    def restore_pass(self, *, is_bad: bool) -> list[str]:
         if not self._is_first:
             return []
-        bad = super().undo_pass(is_bad=is_bad)
-        self._common.settle()
+        bad = super().restore_pass(is_bad=is_bad)
+        self._common.accept()
         return bad
 
     @override
@@ -287,12 +288,12 @@ class _OneOfSeveral(_InManual):
 
     @override
     def before(self) -> dict[int, Tensor]:
-        self._fetch()
+        self._complete_copies()
         return self._foreign.copies() | super().before()
 
     @override
-    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        return self._foreign.suspects(odd_ones_too=False) + super().suspects(none_was_good=none_was_good)
+    def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
+        return self._foreign.suspects(odd_ones_too=False) + super().suspects(no_good_step=no_good_step)
 
     @override
     def detach(self) -> None:
@@ -301,7 +302,10 @@ class _OneOfSeveral(_InManual):
 
 
 def _holders(module: nn.Module, contexts: Sequence[OptimizerContext]) -> dict[nn.Module, set[int]]:
-    """Which optimizers hold parameters of each layer; of a layer without any, of the smallest module around it that has some."""
+    """Return the indices of the optimizers that hold parameters of each layer with buffers.
+
+    A layer without parameters counts as a part of the smallest module around it that has some.
+    """
     shared: dict[Tensor, set[int]] = {}
     for context in contexts:
         for tensor in context.table.tensors:

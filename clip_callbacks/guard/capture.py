@@ -1,4 +1,4 @@
-"""What of a bad step goes into its bundle, and that nothing of it disturbs the training."""
+"""Capture of a bad step: what its bundle holds, taken without any effect on the training."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 NOT_SEEN = "training_step takes the dataloader's iterator, or calls loss.backward() and not self.manual_backward(loss)"
-"""Why hooks have not seen what a bad step was made of."""
+"""Reason why hooks have not seen the batches of a bad step."""
 
 
 class BundleWriter:
-    """Writes bundles of one rank's bad steps.
+    """Writes the bundles of one rank's bad steps.
 
     Args:
-        folder: Where they go.
-        weights: What of the weights and the optimizers' states goes along.
+        folder: Folder for the bundles.
+        weights: Content of a bundle: all weights and optimizer states, a reference to a checkpoint, or none.
         module: The module in training.
     """
 
@@ -46,7 +46,7 @@ class BundleWriter:
         self._states = RandomStates(module)
 
     def keep(self, batch: Any, batch_idx: int) -> KeptBatch:
-        """Keep a batch by reference, and where the random numbers stand."""
+        """Keep a reference to a batch, with the states of the random number generators before it."""
         return KeptBatch(batch, batch_idx, self._states.capture(), _versions(batch))
 
     def write(self, step: StepContext, report: Mapping[str, Any], before: Mapping[int, Tensor], *, is_window: bool) -> Bundle:
@@ -54,15 +54,15 @@ class BundleWriter:
 
         Args:
             step: The step, with its micro-batches.
-            report: What is known of it, for JSON.
-            before: Tensors as they were before it, by the ``id`` of the live ones.
-            is_window: Whether it is about a whole window, or one micro-batch of it.
+            report: Facts about the step, for JSON.
+            before: Tensors as they were before the step, by the ``id`` of the live ones.
+            is_window: If False, the bundle is about one micro-batch and not about a whole window.
 
         Returns:
             The bundle.
 
         Raises:
-            OSError: If the folder is full, or the disk; nothing of the bundle is left.
+            OSError: If the folder or the disk is full; no part of the bundle is left then.
         """
         parts, batches = self._batches(step)
         texts, missing = _config(step.trainer)
@@ -87,12 +87,12 @@ class BundleWriter:
 
     @staticmethod
     def _batches(step: StepContext) -> tuple[dict[str, Any], dict[str, Any]]:
-        kept = [(loss, kept) for loss, kept in step.micro_batches if kept]
+        kept = [(loss, batch) for loss, batch in step.micro_batches if batch]
         rows = [
-            {"batch": encoded(it.batch), "batch_idx": it.batch_idx, "loss": loss.detach().cpu(), "rng": encoded(it.rng)}
-            for loss, it in kept
+            {"batch": encoded(one.batch), "batch_idx": one.batch_idx, "loss": loss.detach().cpu(), "rng": encoded(one.rng)}
+            for loss, one in kept
         ]
-        changed = any(_versions(it.batch) != it.versions for _, it in kept)
+        changed = any(_versions(one.batch) != one.versions for _, one in kept)
         facts = {"count": len(rows), "changed_in_place": changed}
         if not rows:
             return {}, facts
@@ -148,7 +148,7 @@ def _weights_facts(trainer: Trainer, weights: Weights) -> dict[str, Any]:
 
 
 def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
-    """The newest checkpoint that this run has saved, or begun with, and its step as far as that is known."""
+    """Return the newest checkpoint that this run has saved, or was started from, and its step if that is known."""
     saved = [
         (getattr(callback, "_last_global_step_saved", 0), path)
         for callback in trainer.checkpoint_callbacks
@@ -163,19 +163,19 @@ def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
 
 
 def _config(trainer: Trainer) -> tuple[dict[str, str], dict[str, str]]:
-    """The configuration, if LightningCLI is there to tell it; or why it cannot be told."""
+    """Return the configuration of LightningCLI as a text file, or the reason why there is none."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
         if parser is not None and config is not None:
             try:
                 return {CONFIG: parser.dump(config, skip_none=False)}, {}
-            except Exception as error:  # of somebody's own types
+            except Exception as error:  # of any kind: users' types have serializers of their own
                 return {}, {CONFIG: f"{type(error).__name__}: {error}"}
     return {}, {}
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON can say of it; the rest as text."""
+    """Convert a value to types of JSON; objects of other types become their text."""
     if isinstance(value, Mapping):
         return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -206,7 +206,7 @@ def _name(place: Mapping[str, int | str]) -> str:
 
 
 def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
-    """Which things a batch consists of, and how often its tensors were changed in place."""
+    """Return the identity of each leaf of a batch, and how often it was changed in place."""
     versions = []
     for leaf in tree_leaves(batch):
         version = 0

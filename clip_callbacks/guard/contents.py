@@ -1,4 +1,4 @@
-"""What tensors and containers hold at one moment: to be put back in place, or only to be compared."""
+"""Contents of tensors and containers at one moment, to be restored in place or compared later."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.trainer.fingerprints import fingerprint
 from clip_callbacks.trainer.snapshot import overlaps
 
-MAX_ENTRIES = 1 << 14
-"""Entries of a tensor that is copied: 64 KiB in float32. A larger one is only looked at, before and after."""
+MAX_COPIED_ENTRIES = 1 << 14
+"""Largest tensor that is copied, in entries: 64 KiB in float32. Of a larger one only a fingerprint is kept."""
 
 MAX_DEPTH = 3
-"""How far containers within containers are looked at for a picture."""
+"""Levels of nested containers that :func:`comparable` descends."""
 
 
 class Contents:
-    """Containers and tensors as they are when they are added, each once, wherever else they stand.
+    """Contents of containers and tensors at the moment when they are added, each only once.
 
-    Containers keep what they hold, and small tensors get copies. Of large tensors, and of those that not everybody can copy, a
-    fingerprint says later whether they have changed.
+    Of a container its items are kept, of a small tensor a copy. Of a large tensor, and of one that cannot be copied plainly, a
+    fingerprint is kept, which shows later whether it has changed.
 
     Args:
         without: Containers to leave out.
@@ -38,11 +38,11 @@ class Contents:
         self._fingerprints: list[tuple[str, Tensor, tuple[int | None, int | None]]] = []
 
     def add(self, name: str, value: Any) -> None:
-        """Take a value as it is now, and all in it.
+        """Add the present content of a value, and of everything in it.
 
         Args:
-            name: What to call it; what stands in dictionaries is called by its key, if that is a string.
-            value: A container, a tensor, or anything else, which needs no copy.
+            name: Name for :meth:`restore`; items of dictionaries are named by their keys, if these are strings.
+            value: Container, tensor, or any other object, of which nothing is kept.
         """
         if id(value) in self._seen:
             return
@@ -64,16 +64,16 @@ class Contents:
     def _add_tensor(self, name: str, tensor: Tensor) -> None:
         shard = shard_of(tensor).detach()
         is_plain = type(shard) is Tensor and shard.layout is torch.strided and not overlaps(shard)
-        if is_plain and shard.numel() <= MAX_ENTRIES:
+        if is_plain and shard.numel() <= MAX_COPIED_ENTRIES:
             self._copies.append((tensor, shard.clone()))
         else:
             self._fingerprints.append((name, tensor, fingerprint(tensor)))
 
     @torch.no_grad()
-    def put_back(self) -> list[str]:
-        """Have the same containers hold the same objects again, and small tensors the same entries.
+    def restore(self) -> list[str]:
+        """Restore the items of all containers and the entries of small tensors.
 
-        It goes around the tensors' version counters, as a rollback does.
+        This bypasses the tensors' version counters, as a rollback does, so that autograd sees no change.
 
         Returns:
             The names of tensors that have changed and stay as they are.
@@ -87,20 +87,20 @@ class Contents:
         return sorted({name for name, tensor, before in self._fingerprints if fingerprint(tensor) != before})
 
 
-def picture(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """What equals the picture of another value if that holds the same, as far as can be seen.
+def comparable(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """Return an object that equals that of another value if both have the same content, as far as this can be seen.
 
-    Tensors, plain values and containers are looked into; of functions nothing is seen, of other objects only which they are.
+    Tensors, plain values and containers are compared by content, functions by their type only, and other objects by identity.
     """
     if isinstance(value, Tensor):
         version, bits = fingerprint(value)
         return value.shape, value.dtype, version if bits is None else bits
     if isinstance(value, (Number, str, bytes, type(None))):
-        return type(value), repr(value)  # in which a NaN equals a NaN
+        return type(value), repr(value)  # as text, because a NaN does not equal itself
     if depth and isinstance(value, Mapping):
-        return [(key if isinstance(key, str) else id(key), picture(item, depth - 1)) for key, item in value.items()]
+        return [(key if isinstance(key, str) else id(key), comparable(item, depth - 1)) for key, item in value.items()]
     if depth and isinstance(value, (list, tuple, deque)):
-        return [picture(item, depth - 1) for item in value]
+        return [comparable(item, depth - 1) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(hash, value))
     return type(value) if callable(value) else id(value)

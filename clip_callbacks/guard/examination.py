@@ -1,4 +1,4 @@
-"""A look at a bad step: what is not finite, since when, and whether the GradScaler sees to it."""
+"""Examination of a bad step: what is non-finite, since when, and whether it is a GradScaler's overflow."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from clip_callbacks.trainer.trace_forward import trace_forward
 
 
 @dataclass(frozen=True)
-class ScalerVerdict:
-    """What the GradScaler makes of a bad step.
+class ScalerDecision:
+    """Decision of the GradScaler on a bad step.
 
     Args:
-        skips: Whether it takes no step by itself.
-        cures: Whether a lower loss scale may cure the step: it is an overflow.
+        skips: If True, the scaler skips the step by itself.
+        cures: If True, the step is an overflow: a lower loss scale may make its gradients finite.
     """
 
     skips: bool
     cures: bool
 
 
-def ask_scaler(step: StepContext, *, is_over: bool) -> ScalerVerdict:
+def ask_scaler(step: StepContext, *, is_over: bool) -> ScalerDecision:
     """Ask the GradScaler about a bad step.
 
-    This is a collective, unless the step is over: call it on every rank. If any rank saw an overflow, all ranks mark it, since not
-    every rank may hold what is not finite.
+    This is a collective, unless the step is over: call it on every rank. If any rank saw an overflow, all ranks mark it, because
+    not every rank may hold the non-finite gradients.
 
     Args:
         step: The step.
-        is_over: Whether the device has decided it, so that ranks learn of it at different times.
+        is_over: If True, the device has decided on the step, and ranks learn of it at different times: there is no collective.
     """
     scaler = grad_scaler(step.trainer)
     if scaler is None:
-        return ScalerVerdict(skips=False, cures=False)
+        return ScalerDecision(skips=False, cures=False)
     if step.loss_scale is None:
         skips = _on_any_rank(step, has_overflowed(scaler, step.optimizer.optimizer), is_over=is_over)
         scale = scaler.get_scale()
         if not skips:
-            return ScalerVerdict(skips=False, cures=False)
+            return ScalerDecision(skips=False, cures=False)
         mark_overflow(scaler, step.optimizer.optimizer)
     else:
         scale = float(step.loss_scale)
-    return ScalerVerdict(skips=True, cures=scale > 1.0 and not _has_bad_loss(step, is_over=is_over))
+    return ScalerDecision(skips=True, cures=scale > 1.0 and not _has_bad_loss(step, is_over=is_over))
 
 
 def _has_bad_loss(step: StepContext, *, is_over: bool) -> bool:
-    """Whether a loss is bad by itself, on any rank: no loss scale would cure that."""
+    """Return whether a loss is non-finite by itself on any rank: no loss scale would change that."""
     return _on_any_rank(step, not are_finite(step.losses), is_over=is_over)
 
 
@@ -68,10 +68,11 @@ def _on_any_rank(step: StepContext, flag: bool, *, is_over: bool) -> bool:
 
 
 class CarriedTensors:
-    """The tensors in a module's plain attributes that hold NaN, as one optimizer's steps meet them.
+    """Tensors outside the gradients that hold NaN and carry it from one step of an optimizer into the next.
 
-    What holds some when the fit begins, or was left so by a bad batch, is suspected of spoiling the next step. A good step in spite
-    of it acquits it: a memory bank may be NaN wherever nothing was stored yet.
+    They are tensors in plain attributes of modules, and frozen parameters that were written to. Those that hold NaN at the start of
+    the fit, or after a bad batch, are suspected of making the next step bad. A good step acquits them: a memory bank, for example,
+    may be NaN wherever nothing has been stored yet.
 
     Args:
         module: The module in training.
@@ -84,35 +85,35 @@ class CarriedTensors:
         self._suspects = self._found()
 
     def _found(self) -> tuple[NonFiniteTensor, ...]:
-        """Those that hold NaN now: frozen parameters too that were written to, or put there, since the fit began."""
+        """Return those that hold NaN now; frozen parameters only if they were written to or replaced since the fit began."""
         named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
         written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
         return (*carried_tensors(self._module), *nonfinite_among(written))
 
     def begin_batch(self) -> None:
-        """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""
+        """Drop suspects that hold NaN no longer, before the forward pass of a batch."""
         if self._suspects:
             self._suspects = self._among(self._suspects)
 
-    def look(self) -> tuple[tuple[NonFiniteTensor, ...], tuple[NonFiniteTensor, ...]]:
-        """At a bad step, after its forward passes: what holds NaN now, and what held some before them."""
+    def examine(self) -> tuple[tuple[NonFiniteTensor, ...], tuple[NonFiniteTensor, ...]]:
+        """Return what holds NaN now, after the forward passes of a bad step, and what held NaN before them."""
         before = self._suspects
         self._suspects = tuple(each for each in self._found() if each.name not in self._acquitted)
         return self._suspects, before
 
     def end_good_step(self) -> None:
-        """A step was good, whatever its forward passes have met."""
+        """Acquit the suspects: the step was good although its forward passes may have read them."""
         if self._suspects:
             self._acquitted |= {each.name for each in self._among(self._suspects)}
             self._suspects = ()
 
     def _among(self, suspects: tuple[NonFiniteTensor, ...]) -> tuple[NonFiniteTensor, ...]:
-        """Those that hold NaN."""
+        """Return the suspects that hold NaN now."""
         names = {each.name for each in suspects}
         return tuple(each for each in self._found() if each.name in names)
 
 
-def look_at(
+def examine_step(
     step: StepContext,
     *,
     after_good_step: bool,
@@ -120,24 +121,25 @@ def look_at(
     norms: Tensor | None = None,
     buffers: Iterable[tuple[str, Tensor]] = (),
     carried: CarriedTensors | None = None,
-    none_was_good: bool = False,
+    no_good_step: bool = False,
 ) -> Diagnosis:
-    """Walk over the parameters of a bad step; on several ranks a collective, unless the step is over.
+    """Examine all parameters of a bad step. On several ranks this is a collective, unless the step is over.
 
     Args:
         step: The step.
-        after_good_step: Whether the step before was taken with finite gradients.
-        traces: Whether a batch with a bad loss is run again to find the module.
-        norms: Of a step that is over, the norms of its gradients, on the host: nothing else is left of them.
-        buffers: Names and values, as they were before the step's first forward pass, of those buffers that are to be finite.
-        carried: What watches tensors in plain attributes.
-        none_was_good: Whether all steps of the optimizer so far were bad: then frozen parameters are looked at too.
+        after_good_step: If True, the step before was taken with finite gradients.
+        traces: If True, a batch with a non-finite loss is run again to find the module.
+        norms: Norms of the parameters' gradients on the host, if the device has decided on the step already and nothing else is
+            left of the gradients.
+        buffers: Buffers that should be finite: their names, and their values from before the step's first forward pass.
+        carried: Watch over tensors that carry NaN from one step into the next.
+        no_good_step: If True, all steps of the optimizer so far were bad, and frozen parameters are examined too.
     """
     table = step.optimizer.table
-    frozen = _frozen(step) if none_was_good else ()
+    frozen = _frozen(step) if no_good_step else ()
     findings = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
     if carried:
-        now, before = carried.look()
+        now, before = carried.examine()
         findings = replace(findings, carried=now, carried_before=before)
     if traces:
         findings = replace(findings, traced=_trace(step))
@@ -145,27 +147,28 @@ def look_at(
         return findings
     if norms is None:
         return examine_on_all_ranks(table, findings)
-    if findings.loss_is_finite:  # another rank's may not be
+    if findings.loss_is_finite:  # only this rank's is known to be
         return replace(findings, loss_is_finite=None)
     return findings
 
 
-def is_guilty(step: StepContext, findings: Diagnosis) -> bool:
-    """Whether a step may be this rank's fault: it is one of those where it began, or nobody knows where."""
+def may_be_source(step: StepContext, findings: Diagnosis) -> bool:
+    """Return whether a step may have become bad on this rank: it is one of the source ranks, or these are unknown."""
     return not findings.source_ranks or step.trainer.global_rank in findings.source_ranks
 
 
 def _frozen(step: StepContext) -> list[tuple[str, Tensor]]:
-    """The frozen parameters of an optimizer, and those of the module that no optimizer holds."""
+    """Return the frozen parameters of an optimizer, and those of the module that no optimizer holds."""
     table = step.optimizer.table
     held = {id(tensor) for each in step.trainer.optimizers for group in each.param_groups for tensor in group["params"]}
-    others = [(without_wrappers(name), it) for name, it in step.trainer.lightning_module.named_parameters() if id(it) not in held]
+    named = step.trainer.lightning_module.named_parameters()
+    others = [(without_wrappers(name), tensor) for name, tensor in named if id(tensor) not in held]
     own = zip(table.names, table.tensors, strict=True)
     return [(name, tensor) for name, tensor in (*own, *others) if not learns(tensor)]
 
 
 def _trace(step: StepContext) -> str | None:
-    """Run the first batch with a non-finite loss again; in manual optimization that would step the optimizers."""
+    """Run the first batch with a non-finite loss again; not in manual optimization, where that would step the optimizers."""
     module = step.trainer.lightning_module
     if not module.automatic_optimization:
         return None
@@ -175,5 +178,5 @@ def _trace(step: StepContext) -> str | None:
         if kept:
             return trace_forward(step.trainer, module, kept.batch, kept.batch_idx)
         if takes_dataloader_iter(module):
-            return "not traced with training_step(dataloader_iter), which draws batches that nobody else sees"
+            return "not traced with training_step(dataloader_iter), which draws batches that callbacks do not see"
     return None

@@ -1,4 +1,4 @@
-"""The guard of one fit: the part that NonFiniteGuard, or a GradientClipping by itself, makes."""
+"""The guard of one fit, which a NonFiniteGuard makes, or a GradientClipping in a Trainer without one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_record import StepRecord
-from clip_callbacks.guard.bad_steps import BadStepCounts, BadStepLog, Counters
-from clip_callbacks.guard.examination import CarriedTensors, ask_scaler, look_at
+from clip_callbacks.guard.bad_steps import BadStepLog
+from clip_callbacks.guard.counts import BadStepCounts, Counters
+from clip_callbacks.guard.examination import CarriedTensors, ask_scaler, examine_step
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.resource import ResourceScope
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def check_saved(saved: Mapping[str, Any]) -> None:
-    """Read for trial what :meth:`Guard.state_dict` returned.
+    """Check that a saved state of a guard can be loaded.
 
     Raises:
         LookupError, TypeError, ValueError: If it is damaged.
@@ -51,16 +52,16 @@ def check_saved(saved: Mapping[str, Any]) -> None:
 
 
 class Guard(Unguarded):
-    """Decides on bad steps of one fit, counts them and tells of them, and has skipped ones leave no trace.
+    """Decides on the bad steps of one fit, counts and reports them, and restores what skipped ones have changed.
 
     Args:
         trainer: The Trainer.
-        options: What the guard was told.
-        saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+        options: The callback's options.
+        saved: Return value of :meth:`state_dict` from a checkpoint; empty at the beginning of a run.
 
     Attributes:
-        counts: What is counted.
-        rollback: What goes back to earlier weights.
+        counts: Counts of the run.
+        rollback: Restorer of earlier weights.
     """
 
     def __init__(self, trainer: Trainer, options: GuardOptions, saved: Mapping[str, Any]) -> None:
@@ -73,7 +74,7 @@ class Guard(Unguarded):
         self.schedules = SchedulerHold(options.hold_schedulers)
         if "skipped_batches" in saved:
             self.schedules.load_state(saved["skipped_batches"])
-        self.journal = Journal(options)
+        self.journal = Journal(options.bundles)
         self.rollback = NoRestorer()
         self._restorer: SkippedStepRestorer | None = None
         self._carried: dict[int, CarriedTensors] = {}
@@ -108,7 +109,7 @@ class Guard(Unguarded):
 
     @property
     def is_in_use(self) -> bool:
-        """Whether it decides in this fit, and no other guard does."""
+        """Whether this guard decides in the fit; the one of a GradientClipping does not where there is a NonFiniteGuard."""
         return self._restorer is not None
 
     @override
@@ -120,18 +121,18 @@ class Guard(Unguarded):
 
     @property
     def restorer(self) -> SkippedStepRestorer:
-        """What puts skipped steps back."""
+        """The restorer of skipped steps."""
         assert self._restorer is not None, "attached before the first batch"
         return self._restorer
 
     @property
-    def judges_losses(self) -> bool:  # type: ignore[override]
+    def checks_losses(self) -> bool:  # type: ignore[override]
         """Whether a loss that is not finite makes a step bad, whatever its gradients are."""
         return self._options.policy != "ignore"
 
     @property
     def is_stale(self) -> bool:  # type: ignore[override]
-        """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
+        """Whether there was a rollback in this batch, so that gradients of the batch belong to other weights."""
         return self.rollback.is_fresh
 
     @override
@@ -140,9 +141,9 @@ class Guard(Unguarded):
 
     @override
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """What is kept of a batch until its step.
+        """Return a reference to a batch, to be kept until its step, if a bundle or a trace may need it.
 
-        Nothing of a ``training_step`` that takes the iterator: what hooks are given then is the batch before.
+        With a ``training_step`` that takes the iterator nothing is kept, because hooks are given the batch before.
         """
         kept = self.journal.keep(batch, batch_idx)
         if kept is None and self._options.trace_forward:
@@ -170,10 +171,10 @@ class Guard(Unguarded):
             self.rollback.begin_step()
 
     @override
-    def ceiling(self, step: StepContext) -> Limit | None:
-        """The norm above which a finite step is skipped, as a limit.
+    def skip_limit(self, step: StepContext) -> Limit | None:
+        """Return the limit for the total norm above which a finite step is skipped.
 
-        A line search may come by any point: LBFGS's step is judged by where it begins.
+        A line search may try points of any norm, so that a step of LBFGS is decided at the point where it begins.
         """
         return self.thresholds.limit if step.is_new else None
 
@@ -193,7 +194,7 @@ class Guard(Unguarded):
             return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
         if not measured.norms.is_finite:
             return self._resolve_nonfinite(step)
-        if _is_undone(step):
+        if _is_skipped_already(step):
             return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
         if measured.is_spike:
             assert measured.threshold is not None
@@ -208,7 +209,7 @@ class Guard(Unguarded):
 
         Args:
             step: The step.
-            norms: Of a step that is over, the norms of its gradients, on the host.
+            norms: Norms of the parameters' gradients on the host, if the device has decided on the step already.
         """
         counters = self.counts.of[step.optimizer.index]
         scaler = ask_scaler(step, is_over=norms is not None)
@@ -217,7 +218,7 @@ class Guard(Unguarded):
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
         if policy == "ignore":
-            # where unscaling is left to us the scaler takes no bad step
+            # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
             action = Action.CLIP if step.loss_scale is None else Action.SKIP
             return Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
 
@@ -227,29 +228,40 @@ class Guard(Unguarded):
         number = step.number
         after_good_step = 0 < number != counters.last_bad + 1
         if counters.add(number, step.batch):
-            if self._log.can_go_back(counters.streak):
+            if self._log.can_roll_back(counters.streak):
                 action = Action.SKIP
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
-            findings = self._look_at(step, after_good_step=after_good_step, none_was_good=counters.streak > number, norms=norms)
+            no_good_step = counters.streak > number
+            findings = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
             self._log.nonfinite(step, findings, counters, self.restorer.before(step.optimizer))
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
-        # in the middle of LBFGS's search a step is undone in the end; until then torch's code gets the numbers it would get
-        return Resolution(Action.CLIP if _searches(step) else action, StepOutcome.SKIPPED, holds_scale=True)
+        if _is_in_line_search(step):
+            # LBFGS is in the middle of its closure calls: its own code gets the gradients it would get, and the whole step is
+            # restored when it returns.
+            action = Action.CLIP
+        return Resolution(action, StepOutcome.SKIPPED, holds_scale=True)
 
-    def _look_at(
-        self, step: StepContext, *, after_good_step: bool = False, none_was_good: bool = False, norms: Tensor | None = None
+    def _examine(
+        self, step: StepContext, *, after_good_step: bool = False, no_good_step: bool = False, norms: Tensor | None = None
     ) -> Diagnosis:
-        """Look at all that a bad step may come from: arguments as for :func:`look_at`."""
-        return look_at(
+        """Examine everything that a bad step may come from.
+
+        Args:
+            step: The step.
+            after_good_step: If True, the step before was taken with finite gradients.
+            no_good_step: If True, all steps of the optimizer so far were bad.
+            norms: Norms of the parameters' gradients on the host, if the device has decided on the step already.
+        """
+        return examine_step(
             step,
             after_good_step=after_good_step,
             traces=self._options.trace_forward,
             norms=norms,
-            buffers=self.restorer.suspects(step.optimizer, none_was_good=none_was_good),
+            buffers=self.restorer.suspects(step.optimizer, no_good_step=no_good_step),
             carried=self._carried[step.optimizer.index],
-            none_was_good=none_was_good,
+            no_good_step=no_good_step,
         )
 
     def _count_spike(self, step: StepContext, spike: Spike) -> None:
@@ -259,7 +271,7 @@ class Guard(Unguarded):
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
-        findings = self._look_at(step)
+        findings = self._examine(step)
         self._log.dropped_micro_batch(step, findings, self.restorer.before(step.optimizer))
 
     @override
@@ -284,7 +296,7 @@ class Guard(Unguarded):
     @override
     def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         if self._options.rollback is not None:
-            self.rollback.go_back(step)
+            self.rollback.restore(step)
         if report.outcome.is_skipped:
             self.restorer.abort(step, is_called=is_called)
         else:
@@ -314,14 +326,14 @@ class Guard(Unguarded):
             self._count_spike(step, Spike.of(names, report.parameter_norms, report.total_norm, report.skip_limit))
 
     @override
-    def undo_pass(self, *, is_bad: bool) -> None:
-        self._log.undone(self._trainer, self.restorer.undo_pass(is_bad=is_bad), "the batch")
+    def restore_pass(self, *, is_bad: bool) -> None:
+        self._log.restored_buffers(self._trainer, self.restorer.restore_pass(is_bad=is_bad), "the batch")
 
     @override
     def end_epoch(self, losses: Sequence[Tensor]) -> None:
         if losses:
-            undone = self.restorer.undo_window(is_bad=not all_finite(losses))
-            self._log.undone(self._trainer, undone, "the window that the epoch has left")
+            restored = self.restorer.restore_window(is_bad=not all_finite(losses))
+            self._log.restored_buffers(self._trainer, restored, "the window that the epoch left unfinished")
 
     @override
     def end_batch(self) -> None:
@@ -336,15 +348,15 @@ class Guard(Unguarded):
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         options = self._options
         if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
-            return "the guard looks at bad gradients before the step is taken (its policy, or its level)"
+            return "the guard must know of bad gradients before the step is taken (its policy or its level)"
         if options.rollback is not None:
             return "rollback=Rollback(...), which must know of a good step before it is taken"
         if options.writes_all_weights and len(self._trainer.optimizers) > 1:
             return 'bundles of the weights (Bundles(weights="full")) are written before other optimizers step'
         if options.skip_above is not None and grad_scaler(self._trainer) is not None:
-            return "a GradScaler, which takes the place of what skip_above tells the optimizer"
+            return "a GradScaler, which sets the same attributes of the optimizer that skip_above needs"
         if self._trainer.world_size > 1 and grad_scaler(self._trainer) is not None:
-            return "a GradScaler on several ranks, which must all know whether it was the loss or the loss scale"
+            return "a GradScaler on several ranks, which must all learn whether the loss or the loss scale was the cause"
         return self.restorer.reason_against_deferral(context)
 
     @override
@@ -375,7 +387,7 @@ class Guard(Unguarded):
         steps = sum(context.history.steps for context in contexts)
         counted = (
             (self.counts.zeroed, "taken with non-finite entries set to 0"),
-            (self.counts.overflowed, "left out by the GradScaler"),
+            (self.counts.overflowed, "skipped by the GradScaler"),
             (self.counts.dropped_micro_batches, "micro-batches dropped"),
             (self.counts.rollbacks, "ended in a return to earlier weights"),
         )
@@ -383,7 +395,7 @@ class Guard(Unguarded):
         return [f"NonFiniteGuard: of {steps} optimizer steps, {', '.join(parts)}."] if parts else []
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the limit's states, and where held schedules stand in the epoch."""
+        """Return the counts, the states of ``skip_above``, and the position of held schedules in the epoch."""
         limits = {"skip_above": self.thresholds.state_dict()}
         return self.counts.state_dict() | limits | {"skipped_batches": self.schedules.state()}
 
@@ -393,17 +405,17 @@ class Guard(Unguarded):
             self._restorer.detach()
         self._restorer = None
         self.rollback.detach()
-        self.rollback = NoRestorer()  # its memory
+        self.rollback = NoRestorer()  # frees the copy of the weights
         self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.journal.detach()
 
 
-def _searches(step: StepContext) -> bool:
-    """Whether this is a further point of a line search, which goes back in the end if any point was bad."""
+def _is_in_line_search(step: StepContext) -> bool:
+    """Return whether this is a further point of a line search, which is restored as a whole if any point was bad."""
     return not step.is_new and isinstance(step.optimizer.optimizer, LBFGS)
 
 
-def _is_undone(step: StepContext) -> bool:
-    """Whether an earlier pass of the same step was bad, as of SAM, which needs two: a good one after it has no use."""
+def _is_skipped_already(step: StepContext) -> bool:
+    """Return whether an earlier pass of this step was bad: SAM needs two, and a good second one is of no use then."""
     report = step.optimizer.report
-    return not step.is_new and not _searches(step) and report is not None and report.outcome.is_skipped
+    return not step.is_new and not _is_in_line_search(step) and report is not None and report.outcome.is_skipped

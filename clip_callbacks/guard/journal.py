@@ -1,4 +1,4 @@
-"""What is left of bad steps when the run is over: a line of the journal for each, and a bundle, if that is wanted."""
+"""The journal of bad steps: a line of JSON for each, and a bundle if the options ask for it."""
 
 from __future__ import annotations
 
@@ -15,64 +15,58 @@ from torch import Tensor
 from clip_callbacks.bundles.folder import BundleFolder
 from clip_callbacks.core.metric_names import JOURNAL
 from clip_callbacks.guard.capture import BundleWriter
-from clip_callbacks.guard.options import GuardOptions
+from clip_callbacks.guard.options import Bundles
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def folder_of(options: GuardOptions) -> BundleFolder | None:
-    """The folder that bundles go to, if they are wanted."""
-    if options.bundles is None:
-        return None
-    return BundleFolder(Path(options.bundles.folder), options.bundles.max_count, options.bundles.max_bytes)
-
-
-def check_folder(options: GuardOptions) -> None:
-    """See before anything is trained that bundles can be written.
+def check_folder(bundles: Bundles | None) -> None:
+    """Check before the training that bundles can be written, if there are to be any.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If the folder cannot be written to.
     """
-    if folder := folder_of(options):
-        try:
-            folder.prepare()
-        except OSError as error:
-            raise ValueError(f"`bundles` must be a folder that can be written to, got {folder.path}: {error}") from error
+    if bundles is None:
+        return
+    try:
+        _folder_of(bundles).prepare()
+    except OSError as error:
+        raise ValueError(f"`bundles` must be a folder that can be written to, got {bundles.folder}: {error}") from error
 
 
 class Journal:
-    """Writes down the bad steps of a fit; what cannot be written costs one warning, and training goes on.
+    """Writes the bad steps of a fit to disk. If that fails, there is one warning, and training goes on.
 
     Args:
-        options: What the guard was told.
+        bundles: Options of bundles; None writes the journal only.
     """
 
-    def __init__(self, options: GuardOptions) -> None:
-        self._options = options
+    def __init__(self, bundles: Bundles | None) -> None:
+        self._options = bundles
         self._bundles: BundleWriter | None = None
         self._path: Path | None = None
 
     def start_fit(self, trainer: Trainer) -> None:
-        """Find the log directory, for the first bad step; be ready for bundles, unless their folder is full."""
-        logs = trainer.log_dir if trainer.loggers else None  # a broadcast: all ranks ask
+        """Find the log directory, and prepare for bundles unless their folder is full."""
+        logs = trainer.log_dir if trainer.loggers else None  # log_dir is a broadcast, so that every rank must read it
         if logs and trainer.is_global_zero:
             self._path = Path(logs) / JOURNAL
-        folder, bundles = folder_of(self._options), self._options.bundles
-        if folder is None or bundles is None:
+        if self._options is None:
             return
+        folder = _folder_of(self._options)
         if full := folder.fullness():
-            rank_zero_warn(f"{full}: no more will be written. Clear the folder, or name another.", stacklevel=2)
+            rank_zero_warn(f"{full}: no more will be written. Clear the folder, or choose another one.", stacklevel=2)
         else:
-            self._bundles = BundleWriter(folder, bundles.weights, trainer.lightning_module)
+            self._bundles = BundleWriter(folder, self._options.weights, trainer.lightning_module)
 
     def detach(self) -> None:
-        """Let go of the module and its batches."""
+        """Hold the module and its batches no longer."""
         self._bundles = None
 
     def keep(self, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """What a bundle will need of a batch, by reference."""
+        """Return a reference to a batch for a bundle; None if no bundles are written."""
         if self._bundles:
             return self._bundles.keep(batch, batch_idx)
         return None
@@ -84,28 +78,28 @@ class Journal:
         before: Mapping[int, Tensor],
         *,
         is_window: bool = True,
-        is_guilty: bool = True,
+        may_be_source: bool = True,
     ) -> str:
-        """Write a line of the journal, and a bundle, if that is wanted.
+        """Write a line of the journal, and a bundle if the options ask for it.
 
         Args:
             step: The step.
-            facts: What is known of it.
-            before: Tensors as they were before it, by the ``id`` of the live ones.
-            is_window: Whether it is about a whole window, or one micro-batch of it.
-            is_guilty: Whether it may be this rank's fault.
+            facts: Facts about the step, for JSON.
+            before: Tensors as they were before the step, by the ``id`` of the live ones.
+            is_window: If False, the facts are about one micro-batch and not about a whole window.
+            may_be_source: If False, the step did not become bad on this rank, and no bundle is written here.
 
         Returns:
-            Lines for a message that tell of the bundle, each behind a line break; none if there is no bundle.
+            Lines about the bundle for a message, each after a line break; empty without a bundle.
         """
         lines = ""
-        if self._bundles and is_guilty:
+        if self._bundles and may_be_source:
             try:
                 bundle = self._bundles.write(step, facts, before, is_window=is_window)
-            except Exception as error:  # whatever it was: the training must not end for it
+            except Exception as error:  # of any kind: a failing bundle must not end the training
                 self._bundles = None
-                message = f"The bundle of {step} cannot be written ({error}): training goes on, and no more bundles will be."
-                warnings.warn(message, stacklevel=2)  # by the rank it happens to
+                message = f"The bundle of {step} cannot be written ({error}): training goes on, without further bundles."
+                warnings.warn(message, stacklevel=2)  # from any rank: only one may fail
             else:
                 facts["bundle"] = str(bundle.path)
                 lines = _lines_about(bundle.path, bundle.notes)
@@ -113,20 +107,24 @@ class Journal:
         return lines
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Write a line of the journal, on the first rank."""
+        """Write a line of the journal; only the first rank does."""
         if not self._path:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
-        except OSError as error:  # one rank writes: if it stopped, the others would wait for it
+        except OSError as error:  # only one rank writes: an error there would leave the others waiting
             rank_zero_warn(f"{self._path} cannot be written ({error}): bad steps are reported as warnings only.", stacklevel=2)
             self._path = None
 
 
+def _folder_of(bundles: Bundles) -> BundleFolder:
+    return BundleFolder(Path(bundles.folder), bundles.max_count, bundles.max_bytes)
+
+
 def _lines_about(bundle: Path, notes: list[str]) -> str:
-    again = f"clip-callbacks replay {bundle} --config YOURS.yaml"
+    command = f"clip-callbacks replay {bundle} --config YOURS.yaml"
     if sys.argv[0].endswith(".py"):
-        again += f" --script {sys.argv[0]}"
-    return "\n".join([f"\nBundle: {bundle}", f"  Run it again: {again}", *(f"  {note}" for note in notes)])
+        command += f" --script {sys.argv[0]}"
+    return "\n".join([f"\nBundle: {bundle}", f"  Run it again: {command}", *(f"  {note}" for note in notes)])

@@ -1,4 +1,4 @@
-"""Parameters and state of LBFGS, put back for a skipped step: its line search moves them before a bad point is seen."""
+"""Parameters and state of LBFGS, restored after a skipped step: its line search moves them before it meets a bad point."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def line_searches(scope: ResourceScope) -> dict[int, Resource]:
 
 
 class LineSearch(Resource):
-    """Where LBFGS stood before a step: about as much memory as LBFGS itself holds for two steps.
+    """Copy of an LBFGS from before a step. It takes about as much memory as LBFGS itself holds for two steps.
 
     Args:
         context: The optimizer, an LBFGS.

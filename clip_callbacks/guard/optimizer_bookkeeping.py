@@ -1,9 +1,9 @@
-"""What an optimizer's own code changes in a skipped step, in which it is called without gradients.
+"""Bookkeeping that an optimizer's own code changes in a skipped step, in which it is called without gradients.
 
-Optimizers of ``torch.optim`` change nothing then; those of other packages may count steps, in their groups, in their state, or
-on themselves. Groups and state are put back. What cannot be put back is told of at the first skip: by an error if it is a
-parameter, for then a bad step has moved the model; by a warning if it is a large tensor of the state, or an attribute, for then
-the model is as it was, and a run need not end at its first bad batch because later steps differ a little.
+Optimizers of ``torch.optim`` change nothing then. Those of other packages may count steps in their groups, in their state, or in
+attributes. Groups and state are restored. At the first skip, what cannot be restored leads to an error or a warning. A parameter is
+an error, because a bad step has moved the model. A large tensor of the state or an attribute is a warning: the model is as it was,
+and a run need not end at its first bad batch because later steps differ a little.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from clip_callbacks.guard.contents import Contents, picture
+from clip_callbacks.guard.contents import Contents, comparable
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.compat import OPTIMIZABLE, is_of
 from clip_callbacks.trainer.end_of_step import at_end_of_step
@@ -28,15 +28,15 @@ from clip_callbacks.trainer.step_context import StepContext
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-ELSEWHERE = frozenset(
+FOREIGN_ATTRIBUTES = frozenset(
     {"state", "param_groups", "defaults", "step", "grad_scale", "found_inf", "_step_count", "_opt_called"}
     | {"_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused"}
 )
-"""Attributes that are looked at elsewhere, or are not an optimizer's own: torch, its schedules and a GradScaler set them."""
+"""Attributes that are compared separately, or that torch, its schedules and a GradScaler set on every optimizer."""
 
 
 def optimizer_bookkeeping(scope: ResourceScope) -> dict[int, Resource]:
-    """Make the resource of each optimizer but LBFGS, which goes back to where its search began."""
+    """Make the resource of each optimizer except LBFGS, which is restored as a whole."""
     return {
         context.index: OptimizerBookkeeping(scope.trainer, context)
         for context in scope.contexts
@@ -45,7 +45,7 @@ def optimizer_bookkeeping(scope: ResourceScope) -> dict[int, Resource]:
 
 
 class OptimizerBookkeeping(Resource):
-    """Undoes what an optimizer changes between the verdict on a step, which is within it, and its end.
+    """Restores what an optimizer changes between the decision on a step, which falls within it, and its end.
 
     Args:
         trainer: The Trainer.
@@ -55,12 +55,12 @@ class OptimizerBookkeeping(Resource):
     def __init__(self, trainer: Trainer, context: OptimizerContext) -> None:
         self._trainer = trainer
         self._context = context
-        self._take_back: Callable[[], None] | None = None
+        self._detach_hook: Callable[[], None] | None = None
         self._has_warned = False
 
     @override
     def commit(self, step: StepContext) -> None:
-        if self._take_back:  # the skipped step before has raised
+        if self._detach_hook:  # left over from a skipped step that has raised
             self.detach()
 
     @override
@@ -69,47 +69,47 @@ class OptimizerBookkeeping(Resource):
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        if self._take_back and not step.is_new:  # a closure that is called again in the same step
+        if self._detach_hook and not step.is_new:  # the closure is called again within the same step
             return
         self.detach()
         if is_called:
-            before = _Before(self._context)
+            before = _OptimizerBefore(self._context)
             end = partial(self._end_step, before, has_moved=not step.is_new)
-            self._take_back = at_end_of_step(self._trainer, self._context.optimizer, end)
+            self._detach_hook = at_end_of_step(self._trainer, self._context.optimizer, end)
 
     @override
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
         self.abort(step, is_called=is_called)
 
-    def _end_step(self, before: _Before, *, has_moved: bool) -> None:
-        """See what the optimizer has changed.
+    def _end_step(self, before: _OptimizerBefore, *, has_moved: bool) -> None:
+        """Restore what the optimizer has changed, and report what cannot be restored.
 
         Args:
-            before: The optimizer at the verdict.
-            has_moved: Whether it had called its closure before, as SAM does, and may have left the parameters somewhere else.
+            before: Copy of the optimizer from the decision on the step.
+            has_moved: If True, the optimizer had called its closure before, as SAM does, and may have moved the parameters itself.
         """
-        self._take_back = None
+        self._detach_hook = None
         if not has_moved:
             before.check_parameters()
-        changed = before.put_back()
+        changed = before.restore()
         if changed and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
                 f"{type(self._context.optimizer).__name__} keeps something of its own that a skipped step has changed and that "
-                f"cannot be put back: {', '.join(changed)}. Later steps may differ from those of a run without the bad batch. "
+                f"cannot be restored: {', '.join(changed)}. Later steps may differ from those of a run without the bad batch. "
                 "Use an optimizer that keeps such things in its param_groups or, in small tensors, in its state.",
                 category=RuntimeWarning,
             )
 
     @override
     def detach(self) -> None:
-        if self._take_back:
-            self._take_back()
-            self._take_back = None
+        if self._detach_hook:
+            self._detach_hook()
+            self._detach_hook = None
 
 
-class _Before:
-    """An optimizer, and those that it wraps, when a step of it was found to be bad.
+class _OptimizerBefore:
+    """Copy of an optimizer, and of those that it wraps, from the moment when a step was found to be bad.
 
     Args:
         context: The optimizer.
@@ -123,35 +123,35 @@ class _Before:
         for part in self._each.values():
             self._contents.add("param_groups", part.param_groups)
             self._contents.add("state", part.state)
-        self._pictures = _pictures(self._each)
+        self._attributes = _attributes(self._each)
 
     def check_parameters(self) -> None:
-        """See that an optimizer without gradients has moved nothing.
+        """Check that the optimizer has moved no parameter without gradients.
 
         Raises:
-            RuntimeError: If it has; it names the optimizer.
+            RuntimeError: If it has.
         """
         if [fingerprint(tensor) for tensor in self._context.table.tensors] != self._fingerprints:
             raise RuntimeError(
                 "`optimizer` must leave parameters without a gradient alone, got "
-                f"{type(self._context.optimizer).__name__}, which moved them in a skipped step: a bad step cannot be undone "
+                f"{type(self._context.optimizer).__name__}, which moved them in a skipped step: a bad step cannot be skipped "
                 "with it. Use an optimizer of torch.optim, or NonFiniteGuard('raise')."
             )
 
-    def put_back(self) -> list[str]:
-        """Put groups and state back.
+    def restore(self) -> list[str]:
+        """Restore groups and state.
 
         Returns:
-            The names of what has changed and cannot be put back.
+            The names of what has changed and cannot be restored.
         """
-        moved = [f"{name!r} in its state" for name in self._contents.put_back()]
-        now = _pictures(self._each)
-        names = sorted(self._pictures.keys() | now.keys())
-        return moved + [name for name in names if self._pictures.get(name) != now.get(name)]
+        moved = [f"{name!r} in its state" for name in self._contents.restore()]
+        now = _attributes(self._each)
+        names = sorted(self._attributes.keys() | now.keys())
+        return moved + [name for name in names if self._attributes.get(name) != now.get(name)]
 
 
 def _with_wrapped(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """An optimizer and those that its attributes hold, theirs too, by what stands before the names of their attributes."""
+    """Return an optimizer and those that its attributes hold, recursively, by the prefix of the names of their attributes."""
     found, known = {"": optimizer}, {id(optimizer)}
     waiting = [("", optimizer)]
     while waiting:
@@ -174,11 +174,11 @@ def _optimizers_in(attribute: Any) -> Iterable[Any]:
     return [value for value in attribute if is_of(value, OPTIMIZABLE)]
 
 
-def _pictures(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
-    """Of all attributes of optimizers that are their own, by name."""
+def _attributes(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
+    """Return the optimizers' own attributes by name, in a form that can be compared later."""
     return {
-        f"{prefix}{name}": picture(value)
+        f"{prefix}{name}": comparable(value)
         for prefix, optimizer in optimizers.items()
         for name, value in vars(optimizer).items()
-        if name not in ELSEWHERE and not name.startswith("_optimizer_") and not is_of(value, OPTIMIZABLE)
+        if name not in FOREIGN_ATTRIBUTES and not name.startswith("_optimizer_") and not is_of(value, OPTIMIZABLE)
     }

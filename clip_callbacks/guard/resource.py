@@ -1,4 +1,4 @@
-"""What a batch changes beside the gradients, and a skipped step must put back: one protocol for all of it."""
+"""State that a window changes besides the gradients and that a skipped step restores: one protocol for all kinds of it."""
 
 from __future__ import annotations
 
@@ -19,116 +19,134 @@ Kind = TypeVar("Kind", bound="Resource")
 
 
 class Resource:
-    """A kind of state, as far as one optimizer's window may change it. What a kind has no use for, it leaves out.
+    """One kind of state, as far as the window of one optimizer may change it. A subclass overrides the methods that it needs.
 
-    The calls in order: ``begin_batch`` for each batch; with several optimizers ``begin_window`` after the first backward pass of a
-    window, and ``end_pass`` after each; then ``begin_step``, then either ``commit`` or ``abort``; or, where the host does not know
-    which, ``abort_on_device``; then ``end_batch``. ``undo_pass`` and ``undo_window`` come where there was no step.
+    The methods are called in this order: ``begin_batch`` before each batch; with several optimizers ``begin_window`` after the
+    first backward pass of a window, and ``end_pass`` after each; then ``begin_step``; then either ``commit`` or ``abort``, or
+    ``abort_on_device`` if the host does not know which; then ``end_batch``. ``restore_pass`` and ``restore_window`` are called
+    after forward passes that led to no step.
     """
 
     def begin_batch(self, *, in_window: bool) -> None:
-        """A batch comes; its forward pass has not begun.
+        """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: Whether there was a backward pass since the last step of any optimizer, so that a window goes on.
+            in_window: If True, a window goes on: there was a backward pass since the last step of any optimizer.
         """
 
     def begin_window(self) -> None:
-        """A window of this optimizer has begun, as one of several: its first backward pass is over."""
+        """Note that a window of this optimizer, one of several, has begun: its first backward pass is over."""
 
     def end_pass(self, reached: Collection[int]) -> None:
-        """A backward pass is over, whosever it was.
+        """Note the end of a backward pass, of whichever optimizer.
 
         Args:
-            reached: The numbers of the optimizers whose gradients it has changed.
+            reached: Indices of the optimizers whose gradients the pass has changed.
         """
 
     def begin_step(self, step: StepContext) -> None:
-        """A step comes; nothing of it has had an effect."""
+        """Prepare for a step, before it has any effect."""
 
     def commit(self, step: StepContext) -> None:
-        """The step is about to be taken: the state stays as it is."""
+        """Accept the state as it is, because the step is about to be taken."""
 
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        """The step is skipped: put the state back to where the window began.
+        """Restore the state of the window's beginning, because the step is skipped.
 
         Args:
             step: The step.
-            is_called: Whether the optimizer is called all the same; a GradScaler that found an overflow does not call it.
+            is_called: If True, the optimizer is called nevertheless, without gradients. A GradScaler that found an overflow does
+                not call it.
         """
 
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
-        """There is no step: every ``training_step`` of its window returned None. Arguments as for :meth:`abort`.
+        """End a window without a step, because every ``training_step`` in it returned None.
 
-        What forward passes have written stays, unless it is bad (:meth:`undo_pass`), and schedules advance as Lightning has them.
+        Writes of the forward passes stay, unless they are non-finite (:meth:`restore_pass`), and schedules advance as Lightning has
+        them.
+
+        Args:
+            step: The step that is not taken.
+            is_called: If True, the optimizer is called nevertheless, without gradients.
         """
         self.commit(step)
 
     def abort_on_device(self, skipped: Tensor) -> None:
-        """Put the state back if a flag is set, 0-dim bool, without reading it."""
-
-    def end_batch(self) -> None:
-        """The batch is over, but for Lightning's schedules."""
-
-    def undo_pass(self, *, is_bad: bool) -> list[str]:
-        """A batch is over in which nothing led to a step: put back what its forward pass has made bad.
+        """Restore the state if a flag is set, without reading the flag.
 
         Args:
-            is_bad: Whether its loss is not finite, so that all it has changed is to be put back.
+            skipped: 0-dim bool on the device.
+        """
+
+    def end_batch(self) -> None:
+        """Finish a batch; only Lightning's schedules come after it."""
+
+    def restore_pass(self, *, is_bad: bool) -> list[str]:
+        """Restore what the forward pass of a batch without a step has made non-finite.
+
+        Args:
+            is_bad: If True, the loss is not finite either, and everything that the pass has changed is restored.
 
         Returns:
-            The names of tensors that it has made bad.
+            The names of tensors that the pass has made non-finite.
         """
         return []
 
-    def undo_window(self, *, is_bad: bool) -> list[str]:
-        """An epoch is over in mid-window, and nobody will step: arguments as for :meth:`undo_pass`."""
+    def restore_window(self, *, is_bad: bool) -> list[str]:
+        """Restore what an unfinished window has made non-finite, at the end of an epoch: no step will follow.
+
+        Args:
+            is_bad: If True, a loss of the window is not finite either, and everything that it has changed is restored.
+
+        Returns:
+            The names of tensors that the window has made non-finite.
+        """
         return []
 
     def reset(self) -> None:
-        """Take the state as it is now for that of the window's beginning: a rollback has put it there."""
+        """Take the present state for that of the window's beginning, after a rollback has restored it."""
 
     def hand_over(self) -> None:
-        """Make way for the resources of optimizers that hold other parameters now: as for :meth:`detach`, unless this may go on."""
+        """Make way for the resources of optimizers that hold other parameters now. A resource that they may go on with stays."""
         self.detach()
 
     def detach(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
 
     def before(self) -> dict[int, Tensor]:
-        """Tensors as a skip would put them back, by the ``id`` of the live ones."""
+        """Return tensors as a skip would restore them, by the ``id`` of the live ones."""
         return {}
 
-    def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        """Tensors as they were before the window, by name, that are to be finite: the report names those that are not.
+    def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
+        """Return tensors that should be finite, by name, as they were before the window; the report names those that are not.
 
         Args:
-            none_was_good: Whether every step of the optimizer so far was bad.
+            no_good_step: If True, every step of the optimizer so far was bad.
         """
         return []
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host must decide on the next step, for a reason that has come up in the fit."""
+        """Whether the host must decide on the next step, for a reason that has come up during the fit."""
         return False
 
     def reason_against_deferral(self) -> str | None:
-        """Why the host must know at once whether a step is skipped, if it must."""
+        """Return why the host must know at once whether a step is skipped; None if it need not."""
         return None
 
 
 @dataclass(frozen=True)
 class ResourceScope:
-    """What resources are made of.
+    """Everything that resources are made from.
 
     Args:
         trainer: The Trainer.
         module: The module in training.
-        contexts: Its optimizers.
-        schedules: What holds schedules.
-        skipped_steps: How many optimizer steps of the run were skipped so far, by the GradScaler too.
-        before: The resources of each optimizer until now, by its number, where it has taken up other parameters in mid-fit.
-        put_back: The ``id`` of each parameter that a forward pass rewrites, and a skip puts back; grows as they are found.
+        contexts: One context for each optimizer.
+        schedules: Hold on the learning-rate schedules.
+        skipped_steps: Function that returns the number of steps that were skipped in the run, by a GradScaler too.
+        before: Previous resources of each optimizer, by its index, if it has taken up other parameters during the fit.
+        rewritten: Set with the ``id`` of each parameter that a forward pass rewrites and a skip restores; grows as they are found.
     """
 
     trainer: Trainer
@@ -137,12 +155,12 @@ class ResourceScope:
     schedules: SchedulerHold
     skipped_steps: Callable[[], int]
     before: Mapping[int, Sequence[Resource]] = field(default_factory=dict)
-    put_back: set[int] = field(default_factory=set)
+    rewritten: set[int] = field(default_factory=set)
 
     def resource_before(self, index: int, kind: type[Kind]) -> Kind | None:
-        """The resource of a kind that an optimizer had until now, if it had one."""
+        """Return the previous resource of a kind of one optimizer, if it had one."""
         return next((resource for resource in self.before.get(index, ()) if isinstance(resource, kind)), None)
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]
-"""Makes the resources of one kind, by the number of the optimizer; none where the kind has nothing to put back."""
+"""Makes the resources of one kind, by the index of the optimizer; none where that kind has nothing to restore."""

@@ -1,4 +1,4 @@
-"""A skipped step never happened: what it has changed beside the gradients is put back."""
+"""Restoring after a skipped step: whatever its window has changed besides the gradients."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ RESOURCES: tuple[MakeResources, ...] = (
     held_schedules,
     averages,
 )
-"""Every kind of state that a skipped step puts back, in the order in which it is put back. A new one is a file, and a name here."""
+"""Every kind of state that a skipped step restores, in the order of restoring. A new kind is a file and a name here."""
 
 
 class SkippedStepRestorer:
-    """The transactions of all optimizers: each step is either taken, or leaves no trace.
+    """Transactions of all optimizers: each step is either taken, or leaves no trace.
 
     Args:
-        scope: What the resources are made of.
-        makers: The kinds of state; None is all of them.
+        scope: The Trainer, the module and the optimizers to make resources for.
+        makers: Makers of the kinds of state; None takes all.
     """
 
     def __init__(self, scope: ResourceScope, makers: Sequence[MakeResources] | None = None) -> None:
@@ -41,7 +41,7 @@ class SkippedStepRestorer:
             context.index: [kind[context.index] for kind in kinds if context.index in kind] for context in scope.contexts
         }
         self._each = [resource for resources in self._resources.values() for resource in resources]
-        # on a healthy step only those are called that have something to do
+        # A healthy step calls only the resources that have something to do, since most override few of the methods.
         self._at_batch = _overriding(self._each, "begin_batch")
         self._after_pass = _overriding(self._each, "end_pass")
         self._after_batch = _overriding(self._each, "end_batch")
@@ -51,20 +51,20 @@ class SkippedStepRestorer:
         )
 
     def begin_batch(self, *, in_window: bool) -> None:
-        """A batch comes; its forward pass has not begun.
+        """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: Whether there was a backward pass since the last step.
+            in_window: If True, a window goes on: there was a backward pass since the last step.
         """
         for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)
 
     def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
-        """A backward pass is over; with several optimizers only.
+        """Note the end of a backward pass; called with several optimizers only.
 
         Args:
-            reached: The numbers of the optimizers whose gradients it has changed.
-            begun: Those of them whose window it has begun.
+            reached: Indices of the optimizers whose gradients the pass has changed.
+            begun: Indices of those among them whose window the pass has begun.
         """
         for index in begun:
             for resource in self._at_window[index]:
@@ -73,79 +73,96 @@ class SkippedStepRestorer:
             resource.end_pass(reached)
 
     def begin_step(self, step: StepContext) -> None:
-        """A step comes; nothing of it has had an effect."""
+        """Prepare for a step, before it has any effect."""
         for resource in self._at_step[step.optimizer.index]:
             resource.begin_step(step)
 
     def commit(self, step: StepContext) -> None:
-        """The step is about to be taken."""
+        """Accept what the window has changed, because the step is about to be taken."""
         for resource in self._at_commit[step.optimizer.index]:
             resource.commit(step)
 
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        """The step is skipped: put back what its window has changed.
+        """Restore what the window has changed, because the step is skipped.
 
         Args:
             step: The step.
-            is_called: Whether the optimizer is called all the same.
+            is_called: If True, the optimizer is called nevertheless, without gradients.
         """
         for resource in self._resources[step.optimizer.index]:
             resource.abort(step, is_called=is_called)
 
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
-        """There is no step, though Lightning counts one: arguments as for :meth:`abort`."""
+        """End a window without a step, though Lightning counts one.
+
+        Args:
+            step: The step that is not taken.
+            is_called: If True, the optimizer is called nevertheless, without gradients.
+        """
         for resource in self._resources[step.optimizer.index]:
             resource.abandon(step, is_called=is_called)
 
     def abort_on_device(self, step: StepContext, skipped: Tensor) -> None:
-        """Put back what the window of a step has changed if a flag is set, 0-dim bool, which stays unread."""
+        """Restore what the window of a step has changed if a flag is set, without reading the flag.
+
+        Args:
+            step: The step.
+            skipped: 0-dim bool on the device.
+        """
         for resource in self._resources[step.optimizer.index]:
             resource.abort_on_device(skipped)
 
     def end_batch(self) -> None:
-        """The batch is over."""
+        """Finish a batch."""
         for resource in self._after_batch:
             resource.end_batch()
 
-    def undo_pass(self, *, is_bad: bool) -> list[str]:
-        """A batch is over in which nothing led to a step: put back what its forward pass has made bad.
+    def restore_pass(self, *, is_bad: bool) -> list[str]:
+        """Restore what the forward pass of a batch without a step has made non-finite.
 
         Args:
-            is_bad: Whether its loss is not finite.
+            is_bad: If True, the loss is not finite either, and everything that the pass has changed is restored.
 
         Returns:
-            The names of tensors that it has made bad.
+            The names of tensors that the pass has made non-finite.
         """
-        return [name for resource in self._each for name in resource.undo_pass(is_bad=is_bad)]
+        return [name for resource in self._each for name in resource.restore_pass(is_bad=is_bad)]
 
-    def undo_window(self, *, is_bad: bool) -> list[str]:
-        """An epoch is over in mid-window, and nobody will step: arguments as for :meth:`undo_pass`."""
-        return [name for resource in self._each for name in resource.undo_window(is_bad=is_bad)]
+    def restore_window(self, *, is_bad: bool) -> list[str]:
+        """Restore what an unfinished window has made non-finite, at the end of an epoch.
+
+        Args:
+            is_bad: If True, a loss of the window is not finite either, and everything that it has changed is restored.
+
+        Returns:
+            The names of tensors that the window has made non-finite.
+        """
+        return [name for resource in self._each for name in resource.restore_window(is_bad=is_bad)]
 
     def reset(self) -> None:
-        """Take everything as it is now for what a skip goes back to: a rollback has put it there."""
+        """Take the present state for the one that a skip restores, after a rollback."""
         for resource in self._each:
             resource.reset()
 
     def before(self, context: OptimizerContext) -> dict[int, Tensor]:
-        """Tensors as a skip of an optimizer's step would put them back, by the ``id`` of the live ones."""
+        """Return tensors as a skip of an optimizer's step would restore them, by the ``id`` of the live ones."""
         return {key: copy for resource in self._resources[context.index] for key, copy in resource.before().items()}
 
-    def suspects(self, context: OptimizerContext, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        """Tensors as they were before the window of an optimizer, by name, that are to be finite.
+    def suspects(self, context: OptimizerContext, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
+        """Return tensors that should be finite, by name, as they were before the window of an optimizer.
 
         Args:
             context: The optimizer.
-            none_was_good: Whether every step of it so far was bad.
+            no_good_step: If True, every step of it so far was bad.
         """
-        return [pair for resource in self._resources[context.index] for pair in resource.suspects(none_was_good=none_was_good)]
+        return [pair for resource in self._resources[context.index] for pair in resource.suspects(no_good_step=no_good_step)]
 
     def needs_host(self, context: OptimizerContext) -> bool:
-        """Whether the host must decide on the next step of an optimizer, for a reason that has come up in the fit."""
+        """Return whether the host must decide on the optimizer's next step, for a reason that has come up during the fit."""
         return any(resource.needs_host for resource in self._resources[context.index])
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must know at once whether a step is skipped, if it must."""
+        """Return why the host must know at once whether a step is skipped; None if it need not."""
         reasons = (resource.reason_against_deferral() for resource in self._resources[context.index])
         return next((reason for reason in reasons if reason), None)
 
@@ -153,18 +170,18 @@ class SkippedStepRestorer:
         """Make way for the resources of the same optimizers, which hold other parameters now.
 
         Returns:
-            The resources of each optimizer, by its number, for those that follow them.
+            The resources of each optimizer, by its index, for those that follow them.
         """
         for resource in self._each:
             resource.hand_over()
         return self._resources
 
     def detach(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         for resource in self._each:
             resource.detach()
 
 
 def _overriding(resources: Sequence[Resource], method: str) -> list[Resource]:
-    """The resources whose class has a method of its own."""
+    """Return the resources whose class overrides a method."""
     return [resource for resource in resources if getattr(type(resource), method) is not getattr(Resource, method)]

@@ -1,8 +1,8 @@
-"""Parameters that forward passes rewrite, as ``Embedding(max_norm=...)`` does, put back for a skipped step.
+"""Parameters that forward passes rewrite, as ``Embedding(max_norm=...)`` does, restored after a skipped step.
 
-Those are copied that are known to be rewritten: where a module has a ``max_norm``, or where a version counter has risen between the
-beginning of a batch and its first step. In the first window all small ones are copied, so that the first rewriting ever can be
-undone too. In passes without a step nothing is put back: such a rewriting does not depend on the values of a batch.
+Copies are made of parameters that are known to be rewritten: a module has a ``max_norm``, or a version counter has risen between
+the beginning of a batch and its first step. In the first window all small parameters are copied, so that the very first rewriting
+can be restored too. After passes without a step nothing is restored: such a rewriting does not depend on the values of a batch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others
 from clip_callbacks.trainer.written_buffers import FIRST_COPIES
 
 WATCHED_WINDOWS = 3
-"""How many of the first windows are watched."""
+"""Number of windows at the start of a fit that are all watched."""
 
 WATCHED_EVERY = 64
-"""One of so many later windows is watched: two looks at the version counters of all parameters."""
+"""Windows from one watched window to the next one later on. To watch one is to read all version counters twice."""
 
 
 def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
@@ -39,37 +39,37 @@ def rewritten_parameters(scope: ResourceScope) -> dict[int, Resource]:
 
 
 class RewrittenParameters(Resource):
-    """Those of one optimizer's parameters that forward passes rewrite.
+    """Parameters of one optimizer that forward passes rewrite.
 
     Args:
         scope: The Trainer and the module.
         context: The optimizer.
-        known: Parameters that are known to be rewritten, whosever they are.
+        known: Parameters of the whole module that are known to be rewritten.
     """
 
     def __init__(self, scope: ResourceScope, context: OptimizerContext, known: Collection[Tensor]) -> None:
         self._trainer = scope.trainer
         self._context = context
         self._is_manual = not scope.module.automatic_optimization
-        self._put_back = scope.put_back
+        self._all_rewritten = scope.rewritten
         self._tensors = dict(zip(context.table.names, context.table.tensors, strict=True))
         self._copies, self._suspects = TensorCopies(), TensorCopies()
         self._rewritten: set[str] = set()
         self._lost: list[str] = []
         self._windows = 0
-        self._has_pass = self._is_told = self._is_watching = False
+        self._has_pass = self._sees_passes = self._is_watching = False
         self._versions: list[int | None] = []
         before = scope.resource_before(context.index, RewrittenParameters)
         kept = before._copies.copies() if before else {}
         for name, tensor in self._tensors.items():
             if (tensor in known or id(tensor) in kept) and fits_among_others(tensor):
                 self._rewritten.add(name)
-                self._put_back.add(id(tensor))
+                self._all_rewritten.add(id(tensor))
                 self._copies.add(name, tensor, kept.get(id(tensor)))
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
-        if self._has_pass or (in_window and not self._is_told):
+        if self._has_pass or (in_window and not self._sees_passes):
             return  # the window goes on
         self._windows += 1
         if self._rewritten:
@@ -77,44 +77,44 @@ class RewrittenParameters(Resource):
         self._is_watching = self._windows <= WATCHED_WINDOWS or self._windows % WATCHED_EVERY == 0
         if self._is_watching:
             if self._windows == 1:
-                self._suspect()
+                self._copy_small_ones()
             self._versions = [None if is_lazy(tensor) else tensor._version for tensor in self._tensors.values()]
 
-    def _suspect(self) -> None:
-        """Copy parameters for the first window, small ones first."""
-        room = FIRST_COPIES
+    def _copy_small_ones(self) -> None:
+        """Copy parameters for the first window, the smallest first, until the copies are large enough."""
+        free_bytes = FIRST_COPIES
         there = [(name, tensor) for name, tensor in self._tensors.items() if not is_lazy(tensor)]
         for name, tensor in sorted(there, key=lambda item: item[1].numel()):
-            room -= tensor.numel() * tensor.element_size()
-            if room >= 0 and name not in self._rewritten and has_arithmetic(shard_of(tensor)) and fits_among_others(tensor):
+            free_bytes -= tensor.numel() * tensor.element_size()
+            if free_bytes >= 0 and name not in self._rewritten and has_arithmetic(shard_of(tensor)) and fits_among_others(tensor):
                 self._suspects.add(name, tensor, None)
         self._suspects.keep()
 
     @override
     def end_pass(self, reached: Collection[int]) -> None:
-        self._is_told = True
+        self._sees_passes = True
         self._has_pass = self._has_pass or self._context.index in reached
 
     @override
     def begin_step(self, step: StepContext) -> None:
         if self._is_watching and step.is_new:
             self._is_watching = False
-            self._look()
+            self._find_rewritten()
             if self._windows == 1:
                 self._suspects = TensorCopies()
 
-    def _look(self) -> None:
-        """Find parameters that were rewritten for the first time, before any optimizer could have done it."""
+    def _find_rewritten(self) -> None:
+        """Find parameters that were rewritten for the first time, before the step, so that no optimizer can have done it."""
         suspects = dict(self._suspects.named())
         for (name, tensor), version in zip(self._tensors.items(), self._versions, strict=True):
             if name in self._rewritten or not fits_among_others(tensor):
                 continue
-            if version is None:  # of a lazy module, whose first forward pass has made it
+            if version is None:  # a lazy module has made it in its first forward pass
                 continue
             before = suspects.get(name)
             if tensor._version != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):
                 self._rewritten.add(name)
-                self._put_back.add(id(tensor))
+                self._all_rewritten.add(id(tensor))
                 self._copies.add(name, tensor, before)
                 if before is None:
                     self._lost.append(name)
@@ -130,15 +130,15 @@ class RewrittenParameters(Resource):
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._has_pass = False
         self._copies.restore()
-        if isinstance(self._context.optimizer, LBFGS):  # its search goes on, and ends where its step began
+        if isinstance(self._context.optimizer, LBFGS):  # its line search goes on, and is restored when it ends
             at_end_of_step(self._trainer, self._context.optimizer, self._copies.restore)
         if self._lost:
-            self._tell_of_lost()
+            self._warn_of_lost()
 
-    def _tell_of_lost(self) -> None:
+    def _warn_of_lost(self) -> None:
         rank_zero_warn(
             f"The parameters {', '.join(self._lost)} were rewritten by a forward pass for the first time, in a step that is "
-            "skipped, and cannot be put back: no copy was kept of what they were. From now on they are put back.",
+            "skipped, and cannot be restored: no copy of their earlier values was kept. From now on they are restored.",
             category=RuntimeWarning,
         )
         self._lost.clear()
@@ -148,7 +148,7 @@ class RewrittenParameters(Resource):
         self._has_pass = False
         self._copies.restore_where(skipped)
         if self._lost and bool(skipped):
-            self._tell_of_lost()
+            self._warn_of_lost()
         self._lost.clear()
 
     @override

@@ -1,4 +1,4 @@
-"""Going back to the last good weights when bad steps do not end: when a copy is made, and when it is put back."""
+"""Rollback to the last good weights when bad steps do not end: when a copy is made, and when it is restored."""
 
 from __future__ import annotations
 
@@ -28,55 +28,55 @@ if TYPE_CHECKING:
 
 
 class NoRestorer:
-    """Never goes back."""
+    """Restores nothing: the stand-in for a RunRestorer in a run without rollbacks."""
 
     step: int | None = None
     """The optimizer step before which the copy was made; None if there is none."""
     factor = 1.0
-    """What the next return multiplies the copy's learning rates by."""
+    """Factor for the copy's learning rates at the next rollback."""
     since = ""
-    """For the message that there is no copy: since when."""
+    """Event since which there is no copy, for the error message."""
     is_fresh = False
-    """Whether the run has gone back in this batch: what else comes of the batch does not count."""
+    """Whether there was a rollback in this batch, so that the rest of the batch does not count."""
 
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
-        """Meet the optimizers, before the first step or after they have taken up or given up parameters."""
+        """Attach to the optimizers, before the first step or after they have taken up or given up parameters."""
 
-    def ask(self) -> None:
-        """Go back at the end of this optimizer step."""
+    def request(self) -> None:
+        """Request a rollback at the end of this optimizer step."""
 
     def begin_batch(self, *, in_window: bool) -> None:
-        """A batch comes.
+        """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: Whether there was a backward pass since the last step.
+            in_window: If True, a window goes on: there was a backward pass since the last step.
         """
 
     def begin_step(self) -> None:
-        """A step comes; nothing of it has had an effect."""
+        """Prepare for a step, before it has any effect."""
 
-    def go_back(self, step: StepContext) -> None:
-        """Put everything back, if it was asked for."""
+    def restore(self, step: StepContext) -> None:
+        """Restore the copy, if a rollback was requested."""
 
     def end_step(self, step: StepContext, report: StepRecord) -> None:
-        """Copy what led to a good step, which is about to be taken, if it is time to."""
+        """Copy the run before a good step is taken, if a new copy is due."""
 
     def end_batch(self) -> None:
-        """Undo what the rest of a batch did to what was put back."""
+        """Restore what the rest of a batch has changed after a rollback."""
 
     def detach(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
 
 
 class RunRestorer(NoRestorer):
-    """Keeps one copy of the weights and all that goes with them, and puts it back.
+    """Keeps one copy of the weights and everything that belongs to them, and restores it.
 
     Args:
         trainer: The Trainer.
         module: The module in training.
-        limits: Whatever has limits: their states go back too.
-        schedules: What holds schedules.
-        options: How often a copy is made, and the factor for learning rates.
+        limits: Owners of limits, whose states are restored too.
+        schedules: Hold on the learning-rate schedules.
+        options: Number of steps between copies, and factor for learning rates.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class RunRestorer(NoRestorer):
         self._contexts: Sequence[OptimizerContext] = ()
         self.run = RunState(trainer, module, (), limits, schedules)
         self._copy: RunCopy | None = None
-        self._good_steps = self._returns = 0
-        self._is_candidate = self._is_asked = self._is_lost = self._has_checked_states = False
+        self._good_steps = self._restored_times = 0
+        self._is_candidate = self._is_requested = self._is_lost = self._has_checked_states = False
         self._packed: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self.is_fresh = False
@@ -104,16 +104,16 @@ class RunRestorer(NoRestorer):
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
         self._contexts, self._restorer = contexts, restorer
         if len(contexts) > 1:
-            self._packed = {id(tensor) for context in contexts for tensor in context.table.tensors if _looks_packed(tensor)}
+            self._packed = {id(tensor) for context in contexts for tensor in context.table.tensors if _may_be_packed(tensor)}
         copy, self._copy = self._copy, None
         if copy is None:
-            self.run.meet(contexts)
+            self.run.attach(contexts)
             self.run.check()
             return
         self._copy = self.run.carry_over(copy, contexts)
         self._is_lost = self._copy is None
         if self._copy is not None:
-            self._returns = 0
+            self._restored_times = 0
 
     @property
     def step(self) -> int | None:  # type: ignore[override]
@@ -122,12 +122,12 @@ class RunRestorer(NoRestorer):
 
     @property
     def factor(self) -> float:  # type: ignore[override]
-        """What the next return multiplies the copy's learning rates by: it may be one of several to the same copy."""
-        return self._options.lr_factor ** (self._returns + 1)
+        """Factor for the copy's learning rates at the next rollback, which may be one of several to the same copy."""
+        return self._options.lr_factor ** (self._restored_times + 1)
 
     @property
     def since(self) -> str:  # type: ignore[override]
-        """For the message that there is no copy: since when."""
+        """Event since which there is no copy, for the error message."""
         if self._is_lost:
             return " since the optimizers took up other parameters"
         if self._trainer.ckpt_path:
@@ -135,16 +135,16 @@ class RunRestorer(NoRestorer):
         return ""
 
     @override
-    def ask(self) -> None:
-        self._is_asked = True
+    def request(self) -> None:
+        self._is_requested = True
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
         self.is_fresh = False
-        if self._good_steps and not self._has_checked_states:  # after the first step, not in the middle of the run
+        if self._good_steps and not self._has_checked_states:  # states exist after the first step; an error is best raised then
             self._has_checked_states = True
             self.run.check()
-        self._take_up_other_schedules()
+        self._take_up_schedules()
         if in_window:
             return
         self._is_candidate = self._copy is None or self._good_steps >= self._options.every_n_steps
@@ -157,16 +157,16 @@ class RunRestorer(NoRestorer):
             self.run.keep_limits()
 
     @override
-    def go_back(self, step: StepContext) -> None:
-        """Put everything back if it was asked for, and once more after the step, which is taken all the same.
+    def restore(self, step: StepContext) -> None:
+        """Restore the copy if a rollback was requested, and once more after the step, because the optimizer is called nevertheless.
 
-        LBFGS moves on in it, and others count their steps in their groups.
+        LBFGS moves the parameters in that call, and other optimizers count their steps in their groups.
         """
-        if not self._is_asked:
+        if not self._is_requested:
             return
-        self._take_up_other_schedules()
-        self._is_asked, self.is_fresh = False, True
-        self._returns += 1
+        self._take_up_schedules()
+        self._is_requested, self.is_fresh = False, True
+        self._restored_times += 1
         self._good_steps = 0
         optimizer = step.optimizer.optimizer
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
@@ -186,10 +186,10 @@ class RunRestorer(NoRestorer):
         is_first, self._is_candidate = self._is_candidate, False
         if report.outcome is not StepOutcome.TAKEN or not step.optimizer.table.has_gradients:
             return
-        if is_first and not self.run.has_grown and self._others_are_good(step.optimizer):
-            self._copy = None  # what is in memory is no longer that of the old one
+        if is_first and not self.run.has_new_tensors and self._others_are_good(step.optimizer):
+            self._copy = None  # if the copy fails, the memory holds parts of both
             self._copy = self.run.copy()
-            self._good_steps = self._returns = 0
+            self._good_steps = self._restored_times = 0
         self._good_steps += 1
 
     @override
@@ -208,7 +208,7 @@ class RunRestorer(NoRestorer):
             self._handles.pop().remove()
 
     def _others_are_good(self, context: OptimizerContext) -> bool:
-        """Whether what other optimizers hold may be copied with this one's weights: it has no part in these gradients."""
+        """Return whether the other optimizers' parameters may be copied: the gradients of this step say nothing about them."""
         others = [other for other in self._contexts if other is not context]
         if not others:
             return True
@@ -216,24 +216,24 @@ class RunRestorer(NoRestorer):
             return False
         rows = [row for other in others for row in zip(other.table.tensors, other.table.shards, strict=True)]
         shards = [shard.detach() for tensor, shard in rows if id(tensor) not in self._packed and has_arithmetic(shard)]
-        are_finite = not shards or all_finite(torch._foreach_norm(shards))  # of norms: a weight of 1e30 is as lost as a NaN
+        are_finite = not shards or all_finite(torch._foreach_norm(shards))  # norms, because those of a weight of 1e30 overflow
         if self._trainer.world_size == 1:
             return are_finite
         return not on_any_rank(not are_finite, context.table.shards[0].device)
 
-    def _take_up_other_schedules(self) -> None:
-        """Take up schedules that came in the place of others: what those were before is of no use to them."""
+    def _take_up_schedules(self) -> None:
+        """Copy the present schedules if they have replaced others: the states of those would not fit."""
         if self._copy is not None and self.run.has_other_schedules(self._copy):
-            self._returns = 0
+            self._restored_times = 0
             self._copy = self.run.with_present_schedules(self._copy)
 
     def _restore(self) -> None:
         assert self._copy is not None
-        self.run.restore(self._copy, self._options.lr_factor**self._returns)
+        self.run.restore(self._copy, self._options.lr_factor**self._restored_times)
 
 
 @torch.no_grad()
-def _looks_packed(parameter: Tensor) -> bool:
-    """Whether a frozen parameter was no good as a number from the beginning: there may be codes in it."""
+def _may_be_packed(parameter: Tensor) -> bool:
+    """Return whether a frozen parameter is non-finite from the beginning: it may hold packed codes instead of numbers."""
     shard = shard_of(parameter)
     return not learns(parameter) and has_arithmetic(shard) and not all_finite(torch._foreach_norm([shard]))

@@ -1,4 +1,4 @@
-"""What a run consists of, as a checkpoint would have it: copied in memory, and put back in place."""
+"""State of a run, as a checkpoint would have it: copied in memory, and restored in place."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
 
 
 class HasLimitStates(Protocol):
-    """Something whose limits remember norms: they go back with the run. The states are values that no step changes."""
+    """Owner of limits whose states a rollback restores. States are values: no step changes them in place."""
 
     def limit_states(self, index: int) -> ClipState:
-        """The states for an optimizer."""
+        """Return the states for an optimizer."""
         ...
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep states for the next step."""
+        """Store states for the next step."""
         ...
 
 
 LimitStates = list[dict[int, ClipState]]
-"""For each that has limits, their states by the number of the optimizer."""
+"""States of each owner of limits, by the index of the optimizer."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunCopy:
-    """The run before a good step, as a checkpoint then would have it.
+    """Copy of the run before a good step, as a checkpoint at that moment would have it.
 
     Args:
-        step: ``global_step``.
-        trees: Parameters, optimizers' states, the scaler's tensors, averages in other callbacks, with copies in place of tensors.
-        groups: The optimizers' groups in the same way.
-        buffers: The module's buffers when the step's window began.
+        step: ``global_step`` before the step.
+        trees: Parameters, optimizers' states, the scaler's tensors and averages of other callbacks; tensors are replaced by copies.
+        groups: The optimizers' parameter groups; tensors are replaced by copies.
+        buffers: The module's buffers at the beginning of the step's window.
         schedules: Learning-rate schedules, each with its state.
-        mark: How far the epoch's step-interval schedules had counted.
+        mark: Position of the step-interval schedules in the epoch.
         limits: States of limits.
     """
 
@@ -72,9 +72,9 @@ class RunState:
     Args:
         trainer: The Trainer.
         module: The module in training.
-        contexts: Its optimizers, as far as they are known.
-        limits: Whatever has limits.
-        schedules: What holds schedules.
+        contexts: One context for each optimizer that is known yet.
+        limits: Owners of limits.
+        schedules: Hold on the learning-rate schedules.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class RunState:
         self._lazy: list[Tensor] = []
         self._kept_limits: LimitStates = []
 
-    def meet(self, contexts: Sequence[OptimizerContext]) -> None:
-        """Take up the optimizers, of which there is no copy yet."""
+    def attach(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Attach to the optimizers while there is no copy yet."""
         self._contexts = contexts
 
     def check(self) -> None:
-        """See that a copy can be made of all that there is now; optimizers make their states in the first step.
+        """Check that everything there is now can be copied; optimizers make their states in the first step.
 
         Raises:
-            ValueError: If it cannot. It names who holds what, and says what to do.
+            ValueError: If something cannot be copied; the message names it and says what to do.
         """
         for context in self._contexts:
             who = type(context.optimizer).__name__
@@ -121,21 +121,21 @@ class RunState:
                 raise ValueError(_no_copy(buffer, f"the buffer {name}"))
 
     def keep_buffers(self) -> None:
-        """Copy the buffers before a window's first forward pass, which will change them."""
+        """Copy the buffers before the first forward pass of a window, which will change them."""
         self._kept_buffers = self._next_buffers.keep(live_buffers(self._module))
         self._lazy = [tensor for tensor in (*self._module.parameters(), *self._module.buffers()) if is_lazy(tensor)]
 
     @property
-    def has_grown(self) -> bool:
-        """Whether lazy modules have made parameters or buffers since, which were nothing that could be gone back to."""
+    def has_new_tensors(self) -> bool:
+        """Whether lazy modules have made parameters or buffers since the buffers were copied, so that the copy lacks them."""
         return not all(map(is_lazy, self._lazy))
 
     def keep_limits(self) -> None:
-        """Hold the limits' states as they are before a step."""
+        """Keep the limits' states from before a step."""
         self._kept_limits = self.limit_states()
 
     def copy(self) -> RunCopy:
-        """Copy the run as it is before the step that comes, over the copy before: that one is of no use any more.
+        """Copy the run before the coming step, into the memory of the previous copy, which is lost.
 
         Raises:
             ValueError: If something cannot be copied.
@@ -154,11 +154,11 @@ class RunState:
         )
 
     def restore(self, copy: RunCopy, factor: float) -> None:
-        """Put a copy back, and take all gradients away.
+        """Restore a copy in place, and drop all gradients.
 
         Args:
             copy: The copy.
-            factor: What its learning rates are multiplied by.
+            factor: Factor for its learning rates.
         """
         live = self._live_trees()
         begun = live["averages"].keys() - copy.trees["averages"].keys()
@@ -190,17 +190,20 @@ class RunState:
                 group.update({"params": parameters} | values)
 
     def restore_scaler(self, copy: RunCopy) -> None:
-        """Put the GradScaler's scale back: it has seen a step that did not happen."""
+        """Restore the GradScaler's scale once more, which its update has changed for a step that was not taken."""
         self.memory.put_back(copy.trees["scaler"], self._scaler_tensors())
 
     def carry_over(self, copy: RunCopy, contexts: Sequence[OptimizerContext]) -> RunCopy | None:
-        """Adapt a copy after optimizers have taken up or given up parameters; None if it does not hold all of them.
+        """Adapt a copy after optimizers have taken up or given up parameters.
 
-        What the optimizers, schedules and limits were told since stays.
+        Present parameter groups, schedules and states of limits take the place of those in the copy.
 
         Args:
             copy: The copy.
-            contexts: The optimizers.
+            contexts: One context for each optimizer.
+
+        Returns:
+            The adapted copy; None if there are parameters that the copy does not hold.
         """
         is_same = [context.optimizer for context in contexts] == [context.optimizer for context in self._contexts]
         self._contexts = contexts
@@ -214,17 +217,17 @@ class RunState:
         return replace(self.with_present_schedules(copy), trees=copy.trees | {"states": states}, limits=self.limit_states())
 
     def has_other_schedules(self, copy: RunCopy) -> bool:
-        """Whether schedules came in the place of those of a copy, as with SWA."""
+        """Return whether the schedules of a copy have been replaced, as StochasticWeightAveraging does."""
         now = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         return now != [scheduler for scheduler, _ in copy.schedules]
 
     def with_present_schedules(self, copy: RunCopy) -> RunCopy:
-        """A copy with groups and schedules as they are now, learning rates lowered at earlier returns among them."""
+        """Return a copy with the present groups and schedules, whose learning rates earlier rollbacks may have lowered."""
         mark = self._schedules.mark_in(self._trainer.current_epoch)
         return replace(copy, groups=self._groups.keep(self._live_groups()), schedules=self._live_schedules(), mark=mark)
 
     def limit_states(self) -> LimitStates:
-        """The states of all limits as they are now."""
+        """Return the present states of all limits."""
         return [{context.index: owner.limit_states(context.index) for context in self._contexts} for owner in self._limits]
 
     def _live_trees(self) -> dict[str, Any]:
@@ -236,9 +239,10 @@ class RunState:
         }
 
     def _live_parameters(self) -> dict[Tensor, Tensor]:
-        """By themselves, without those that cannot be trained: lazy ones before their first pass, sparse and expanded ones.
+        """Return the parameters that a copy holds, each as its own key.
 
-        Frozen ones of kinds that cannot be copied are left out too.
+        Left out are parameters that cannot be trained (lazy ones before their first pass, sparse and expanded ones), and frozen
+        ones that cannot be copied.
         """
         each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
         each |= {id(tensor): tensor for context in self._contexts for tensor in context.table.tensors}
@@ -267,7 +271,7 @@ class RunState:
 
 
 def _is_restorable(parameter: Tensor) -> bool:
-    """Whether a parameter can be copied and written to in place: nothing else can take the place of one."""
+    """Return whether a parameter can be copied, and written to in place: an optimizer must keep holding the same object."""
     return can_be_copied(parameter) and not is_opaque(shard_of(parameter))
 
 

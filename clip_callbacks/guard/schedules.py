@@ -23,11 +23,11 @@ def held_schedules(scope: ResourceScope) -> dict[int, Resource]:
 
 
 class _HeldSchedules(Resource):
-    """Has Lightning's schedules advance as if skipped batches had not been drawn.
+    """Makes Lightning's schedules advance as if skipped batches had not been drawn.
 
     Args:
         trainer: The Trainer.
-        hold: What holds schedules.
+        hold: Hold on the learning-rate schedules.
     """
 
     def __init__(self, trainer: Trainer, hold: SchedulerHold) -> None:
@@ -62,5 +62,5 @@ class _HeldSchedules(Resource):
     @override
     def reason_against_deferral(self) -> str | None:
         if self._hold.holds(self._trainer):
-            return "step-interval learning-rate schedules are to stand still for a skipped step (hold_schedulers)"
+            return "step-interval learning-rate schedules must not advance at a skipped step (hold_schedulers)"
         return None

@@ -1,4 +1,4 @@
-"""The norm above which a finite step is a spike, and what its limit remembers."""
+"""Thresholds above which the norm of a finite step makes it a spike, and the states of their limits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class SkipThresholds:
 
     Args:
         limit: The limit; None if there is none.
-        saved: Its states in a checkpoint, by the optimizer's number.
+        saved: States from a checkpoint, by the optimizer's index.
 
     Attributes:
-        mismatch: What of the checkpoint does not fit the limit of now.
+        mismatch: Parts of the checkpoint that do not fit the present limit.
     """
 
     def __init__(self, limit: Limit | None, saved: Mapping[int, Any]) -> None:
@@ -28,12 +28,12 @@ class SkipThresholds:
         self._states = {int(index): NamedLimitState.load(each) for index, each in saved.items()}
 
     def attach(self, contexts: Sequence[OptimizerContext], *, renewed: bool, resumed: Collection[int]) -> None:
-        """Have a state for each optimizer.
+        """Prepare a state for each optimizer.
 
         Args:
-            contexts: The optimizers.
-            renewed: Whether they took on other parameters in the middle of a fit.
-            resumed: The numbers of the optimizers of whose steps a checkpoint knows.
+            contexts: One context for each optimizer.
+            renewed: If True, optimizers took up other parameters in the middle of a fit.
+            resumed: Indices of the optimizers that a checkpoint has counts of.
         """
         before, self._states = self._states, {}
         for context in contexts:
@@ -49,16 +49,16 @@ class SkipThresholds:
                 self.mismatch.unexpected.append(f"the state of {known.kind}, which was {whose}")
 
     def limit_states(self, index: int) -> ClipState:
-        """The state for an optimizer, in a tuple; empty without a limit."""
+        """Return the state of an optimizer, in a tuple; empty without a limit."""
         if self.limit is None:
             return ()
         return (self._states[index].state,)
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep the state for the next step."""
+        """Store the state for the next step."""
         for state in states:
             self._states[index].state = state
 
     def state_dict(self) -> dict[int, Any]:
-        """All states, for a checkpoint."""
+        """Return all states, for a checkpoint."""
         return {index: state.dump() for index, state in self._states.items()}

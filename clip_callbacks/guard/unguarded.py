@@ -1,4 +1,4 @@
-"""A fit without a guard; and what a guard is asked, and answers."""
+"""A fit without a guard, and the interface of guards."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What is done about a measured step.
+    """Decision on a measured step.
 
     Args:
-        action: What is done to its gradients.
-        outcome: What comes of the step, where that is more than the action says.
-        is_called: Whether the optimizer is called; a GradScaler that found an overflow does not call it.
-        holds_scale: Whether the GradScaler is to learn nothing of the step: no loss scale would cure it. Of a deferred step: if
-            that turns out so.
+        action: Change that is made to the gradients.
+        outcome: Outcome of the step, if the action alone does not say it.
+        is_called: If False, the optimizer is not called: a GradScaler found an overflow.
+        holds_scale: If True, the GradScaler's scale and growth counter stay as they are, because no lower scale would make the step
+            finite. A deferred step applies this only if it turns out to be bad.
     """
 
     action: Action
@@ -42,20 +42,20 @@ class Resolution:
 
 
 CLIP = Resolution(Action.CLIP)
-"""A healthy step."""
+"""The decision on a healthy step."""
 
 
 class Unguarded:
-    """Takes every step, whatever its gradients are; but a GradScaler that has left unscaling to us takes no bad one."""
+    """Takes every step, whatever its gradients are, except a bad one under a GradScaler that leaves unscaling to us."""
 
     drops_micro_batches = False
     """Whether bad micro-batches are dropped from their window."""
     deferral: bool | None = None
-    """Whether steps are to be decided on the device; None: where it pays."""
-    judges_losses = False
-    """Whether a loss that is not finite makes a step bad, whatever its gradients are."""
+    """Whether steps must be decided on the device; None decides there wherever it saves a host sync."""
+    checks_losses = False
+    """Whether a non-finite loss makes a step bad, whatever its gradients are."""
     is_stale = False
-    """Whether the run has gone back in this batch, so that gradients of the batch mean nothing."""
+    """Whether there was a rollback in this batch, so that gradients of the batch belong to other weights."""
 
     def attach(
         self,
@@ -63,62 +63,62 @@ class Unguarded:
         contexts: Sequence[OptimizerContext],
         limits: Sequence[HasLimitStates],
     ) -> None:
-        """Meet the optimizers, before the first step or after one of them took on other parameters.
+        """Attach to the optimizers, before the first step or after one of them took up other parameters.
 
         Args:
             module: The module in training.
-            contexts: Its optimizers.
-            limits: Whatever else has limits, whose states go back in a rollback.
+            contexts: One context for each optimizer.
+            limits: Owners of other limits, whose states a rollback restores.
 
         Raises:
-            ValueError: If weights are to be written that are sharded.
+            ValueError: If sharded weights would have to be written into bundles.
         """
 
     def mismatch(self) -> StateMismatch:
-        """What of a checkpoint did not fit, once met the optimizers."""
+        """Return the parts of a checkpoint that did not fit the optimizers."""
         return StateMismatch()
 
     def start_fit(self) -> None:
-        """Find where bad steps are written down."""
+        """Find the files that bad steps are written to."""
 
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """What is kept of a batch until its step: a reference, if it may have to be run again."""
+        """Return a reference to a batch, to be kept until its step, if it may have to be run again."""
         return None
 
     def begin_batch(self, *, in_window: bool) -> None:
-        """A batch comes; its forward pass has not begun.
+        """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: Whether there was a backward pass since the last step of any optimizer.
+            in_window: If True, a window goes on: there was a backward pass since the last step of any optimizer.
         """
 
     def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
-        """A backward pass is over; with several optimizers only.
+        """Note the end of a backward pass; called with several optimizers only.
 
         Args:
-            reached: The numbers of the optimizers whose gradients it has changed.
-            begun: Those of them whose window it has begun.
+            reached: Indices of the optimizers whose gradients the pass has changed.
+            begun: Indices of those among them whose window the pass has begun.
         """
 
     def begin_step(self, step: StepContext) -> None:
-        """A step comes; nothing of it has had an effect."""
+        """Prepare for a step, before it has any effect."""
 
-    def ceiling(self, step: StepContext) -> Limit | None:
-        """The norm above which a finite step is skipped, as a limit."""
+    def skip_limit(self, step: StepContext) -> Limit | None:
+        """Return the limit for the total norm above which a finite step is skipped."""
         return None
 
     def limit_states(self, index: int) -> ClipState:
-        """The state of that limit for an optimizer."""
+        """Return the state of that limit for an optimizer."""
         return ()
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Keep it for the next step."""
+        """Store that state for the next step."""
 
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
-        """Decide on a measured step, before anything is touched.
+        """Decide on a measured step, before gradients or weights are changed.
 
         Raises:
-            NonFiniteGradientError: If the policy says so, or this is one bad step too many in a row.
+            NonFiniteGradientError: Under the policy "raise", or at the last of ``max_consecutive`` bad batches in a row.
         """
         if step.loss_scale is None:
             return CLIP
@@ -127,90 +127,90 @@ class Unguarded:
         return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
 
     def discard(self, step: StepContext) -> None:
-        """Count a window of which nothing is left.
+        """Count an accumulation window without usable gradients.
 
         Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
+            NonFiniteGradientError: At the last of ``max_consecutive`` bad batches in a row.
         """
         rank_zero_warn(f"{step.why_discarded} at {step}: the step is skipped.", stacklevel=2)
 
     def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
-        """Undo a skipped step, and more if bad ones do not end.
+        """Restore what the window of a skipped step has changed, or the whole run if a rollback was requested.
 
         Args:
             step: The step.
-            report: What came of it.
-            is_called: Whether the optimizer is called.
+            report: Report of the step.
+            is_called: If False, the optimizer is not called: a GradScaler found an overflow.
         """
 
     def end_deferred_step(self, step: StepContext, report: StepRecord) -> None:
-        """Undo a step if it is skipped, which the host does not know."""
+        """Restore what the window of a deferred step has changed if the device skips it, without waiting for the device."""
 
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
-        """Undo a step that is none, since every ``training_step`` of its window returned None.
+        """End a window without a step, because every ``training_step`` in it returned None.
 
         Args:
-            step: The step.
-            is_called: Whether the optimizer is called all the same.
+            step: The step that is not taken.
+            is_called: If True, the optimizer is called nevertheless, without gradients.
         """
 
     def collect(self, step: StepContext, report: StepRecord) -> None:
-        """Learn what came of a deferred step.
+        """Count a deferred step whose report has reached the host.
 
         Raises:
-            NonFiniteGradientError: If this is one bad step too many in a row.
+            NonFiniteGradientError: At the last of ``max_consecutive`` bad batches in a row.
         """
 
     def drop_micro_batch(self, step: StepContext) -> None:
-        """Tell of a micro-batch about to be dropped: that of the step's window."""
+        """Report a bad micro-batch before it is dropped; it is the only one in the step's window."""
 
     def count_dropped_micro_batch(self) -> None:
         """Count a micro-batch that was dropped."""
 
-    def undo_pass(self, *, is_bad: bool) -> None:
-        """A batch is over in which nothing led to a step: undo what its forward pass has made bad.
+    def restore_pass(self, *, is_bad: bool) -> None:
+        """Restore what the forward pass of a batch without a step has made non-finite.
 
         Args:
-            is_bad: Whether its loss is not finite.
+            is_bad: If True, the loss is not finite either, and everything that the pass has changed is restored.
         """
 
     def end_batch(self) -> None:
-        """The batch is over."""
+        """Finish a batch."""
 
     def end_epoch(self, losses: Sequence[Tensor]) -> None:
-        """The epoch is over.
+        """Finish an epoch.
 
         Args:
-            losses: Those of a window that nobody will step for, if the epoch was left in the middle of one.
+            losses: Losses of an unfinished window, for which no step will follow; empty if there is none.
         """
 
     def needs_host(self, context: OptimizerContext) -> bool:
-        """Whether the host must decide on the next step of an optimizer, for a reason that has come up in the fit."""
+        """Return whether the host must decide on the optimizer's next step, for a reason that has come up during the fit."""
         return False
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
+        """Return why the host must decide on steps of an optimizer; None if it need not."""
         return None
 
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
-        """What a logged step tells of the guard."""
+        """Return the guard's metrics of a logged step."""
         return {}
 
     def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
-        """What is counted over the run, by the names of metrics."""
+        """Return the counts of the run, by the names of metrics."""
         return {}
 
     def metric_names(self) -> list[str]:
-        """The metrics of a logged step."""
+        """Return the names of the guard's metrics of a logged step."""
         return []
 
     def skipped_steps_of(self, index: int) -> int | None:
-        """How many steps of an optimizer were skipped so far; None if nobody counts."""
+        """Return the number of steps of an optimizer that were skipped so far; None without a guard."""
         return None
 
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
-        """Lines for the end of a fit."""
+        """Return lines that sum up the fit at its end."""
         return []
 
     def detach(self) -> None:
-        """Let go of the module and its optimizers."""
+        """Hold the module and its optimizers no longer."""

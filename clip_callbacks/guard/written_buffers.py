@@ -1,4 +1,4 @@
-"""Buffers that forward passes write to. In automatic optimization all go back to where the one optimizer's window began."""
+"""Buffers that forward passes write to. In automatic optimization a skipped step restores all of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _WholeModule(Buffers):
     """All buffers, for the one optimizer of automatic optimization.
 
     Args:
-        written: Which ones change.
+        written: Record of the buffers that forward passes change.
     """
 
     def __init__(self, written: WrittenBuffers) -> None:
@@ -53,11 +53,11 @@ class _WholeModule(Buffers):
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        self.put_back(self._window)
+        self.restore(self._window)
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        self.look_unless_old()
+        self.find_changes()
         self._window.restore_where(skipped)
 
     @override

@@ -1,4 +1,4 @@
-"""FaultInjection: what a run does when gradients go bad, rehearsed."""
+"""FaultInjection: rehearsals of a run's reaction to bad gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _allowed(monkeypatch):
 
 
 class Gradients(Callback):
-    """What there is at each step, before the guard if it stands first."""
+    """The gradients at each step, before the guard changes them if this callback comes first."""
 
     def __init__(self):
         self.at = []
@@ -56,10 +56,10 @@ def test_a_spike_multiplies(trainer):
         seen = Gradients()
         trainer(seen, *callbacks).fit(Regression(lr=0.0), data(6))
         runs.append(seen.at)
-    for step, (plain, struck) in enumerate(zip(*runs, strict=True)):
+    for step, (plain, poisoned) in enumerate(zip(*runs, strict=True)):
         for name in plain:
             factor = 1e4 if step in {1, 4} and name == "net.0.bias" else 1.0
-            assert torch.equal(struck[name], factor * plain[name])
+            assert torch.equal(poisoned[name], factor * plain[name])
 
 
 def test_a_bad_loss_is_bad_in_value_and_gradient_and_is_told_as_one(trainer):
@@ -90,12 +90,12 @@ def test_the_guard_names_the_parameter(trainer):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", ["nan", "loss"])
-def test_the_first_micro_batch_of_a_window_is_struck(trainer, kind, first):
+def test_the_first_micro_batch_of_a_window_is_poisoned(trainer, kind, first):
     faults, guard = FaultInjection(kind, step=1), NonFiniteGuard(level="microbatch")
     family = [faults, guard] if first else [guard, faults]
     trainer(*family, AccumulationRescaling(), accumulate_grad_batches=3).fit(Regression(), data(9))
     assert (guard.dropped_micro_batches, guard.skipped_steps) == (1, 0)
-    assert [strike["batch"] for strike in faults.injected] == [3]
+    assert [injection["batch"] for injection in faults.injected] == [3]
 
 
 def test_under_a_grad_scaler(trainer):
@@ -111,7 +111,7 @@ def test_in_manual_optimization_steps_are_those_of_each_optimizer(trainer):
     fit = trainer(faults, guard, GradientNormMonitor())
     fit.fit(TwoNetworks(), data(6))
     assert (guard.skipped_steps_of(0), guard.skipped_steps_of(1)) == (0, 1)
-    assert [(strike["step"], strike["batch"]) for strike in faults.injected] == [(5, 2)]
+    assert [(injection["step"], injection["batch"]) for injection in faults.injected] == [(5, 2)]
 
 
 def test_sparse_gradients(trainer):

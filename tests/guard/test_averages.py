@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
-from clip_callbacks.guard.averages import _number
+from clip_callbacks.guard.averages import _fingerprint
 from clip_callbacks.trainer.averages import weights_apart
 from tests.helpers.exact_skip import PLACES, differences
 from tests.helpers.matrix import matrix
@@ -360,7 +360,7 @@ class Codebook(Subject):
 
 
 class Following(Callback):
-    """A stranger's moving average."""
+    """A moving average that another package might keep."""
 
     def __init__(self, kind="model"):
         self.kind = kind
@@ -414,7 +414,7 @@ STRANGERS = {
 
 
 def moved(trainer, module, callbacks, batches, **options):
-    """What was said of averages."""
+    """The warnings about averages."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(*callbacks, **options).fit(module, batches, data(2))
@@ -445,7 +445,7 @@ def test_nothing_is_read_or_said_in_a_healthy_run(trainer, name, monkeypatch):
 
 
 def taken(module):
-    """What the warning says to write."""
+    """The code that the warning recommends."""
     return not module.trainer.callbacks[0].last_report.outcome.is_skipped
 
 
@@ -507,17 +507,17 @@ def test_an_average_that_follows_a_taken_step_of_the_batch_is_left_alone(trainer
 )
 def test_moves_are_seen_in_the_bits(dtype):
     tensor = nn.Parameter(torch.ones(3, 2).to(dtype).t(), requires_grad=False)
-    before = _number(tensor)
-    assert _number(tensor) == before
+    before = _fingerprint(tensor)
+    assert _fingerprint(tensor) == before
     tensor.data[1, 1] = 0
-    assert _number(tensor) != before
+    assert _fingerprint(tensor) != before
 
 
 def test_what_cannot_be_read_is_known_by_its_version():
     tensor = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
-    before = _number(tensor)
+    before = _fingerprint(tensor)
     tensor.mul_(2)
-    assert _number(tensor) != before
+    assert _fingerprint(tensor) != before
 
 
 def test_weights_apart_are_named_by_the_largest_module(trainer):

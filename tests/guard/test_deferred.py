@@ -149,7 +149,9 @@ def test_what_cannot_be_deferred_is_refused_if_asked_for_and_decided_at_once_if_
 
 @pytest.mark.parametrize("policy", ["raise", "zero"])
 def test_policies_that_look_first_are_not_deferred(trainer, policy):
-    with pytest.raises(ValueError, match="`deferred` cannot be True here: the guard looks at bad gradients"):
+    with pytest.raises(
+        ValueError, match="`deferred` cannot be True here: the guard must know of bad gradients before the step is taken"
+    ):
         trainer(on_device(policy)).fit(network("AdamW"), data(3))
 
 

@@ -25,7 +25,7 @@ def test_a_skipped_step_never_happened(tmp_path, optimizer, implementation, kind
 
 
 class ZeroingGuard(Callback):
-    """What people write: zero the gradients of a bad step."""
+    """The common cure by hand: zero the gradients of a bad step."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not all(torch.isfinite(p.grad).all() for p in pl_module.parameters() if p.grad is not None):
@@ -33,7 +33,7 @@ class ZeroingGuard(Callback):
 
 
 class NoneGuard(Callback):
-    """What more careful people write."""
+    """A more careful cure by hand."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not all(torch.isfinite(p.grad).all() for p in pl_module.parameters() if p.grad is not None):

@@ -1,4 +1,4 @@
-"""A skipped step never happened, in programs with more state than one optimizer: what else a batch can change, bit for bit.
+"""A skipped step never happened, in programs with more state than one optimizer: everything a batch can change, bit for bit.
 
 Kinds of state x one optimizer or two at different rates x loops x places; guards that people write by hand fail it.
 """
@@ -100,7 +100,7 @@ class Program(LightningModule):
 
 
 class Average(Callback):
-    """What a WeightAveraging callback keeps, as it is in the end."""
+    """The final average that a WeightAveraging callback keeps."""
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
@@ -168,7 +168,7 @@ def test_a_skipped_step_never_happened_in_a_program(tmp_path, state, rates, loop
 
 
 class NoneGuard(Callback):
-    """What careful people write."""
+    """A careful cure by hand."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""The loss of a window decides with its gradients; and a loss that no loss scale cures leaves the GradScaler as it was."""
+"""A non-finite loss makes a step bad as gradients do; one that no loss scale would change leaves the GradScaler as it was."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_the_next_pass_of_a_spoilt_window_is_a_good_one(trainer):
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_none_is_no_step(trainer, accumulate):
-    """It counts in no metric, percentile or streak: the metrics are those of the run that never drew these batches."""
+    """A batch without a step counts in no metric or streak: the metrics are those of a run that never drew these batches."""
     batches, metrics = list(data(12)), []
     for none in (True, False):
         torch.manual_seed(0)

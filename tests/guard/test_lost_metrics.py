@@ -1,4 +1,4 @@
-"""A metric that the module logs of a bad loss is lost for the epoch: who acts upon it is told of with the bad step."""
+"""A metric of a bad loss is lost for the epoch: the warning about the bad step names the callbacks that act upon it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Logging(Poisoned):
 
 
 def reports(fit, module):
-    """What is told of bad steps, a first line each."""
+    """The first line of each warning about a bad step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit.fit(module, data(4))

@@ -1,4 +1,4 @@
-"""Optimizers that keep books of their own: a skipped step leaves no trace in them, or is told of."""
+"""Optimizers with bookkeeping of their own: a skipped step leaves no trace in it, or a warning names the trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
-from clip_callbacks.guard.contents import MAX_ENTRIES, Contents, picture
+from clip_callbacks.guard.contents import MAX_COPIED_ENTRIES, Contents, comparable
 from clip_callbacks.trainer.fingerprints import PIECE, sum_of_bits
 from tests.helpers.exact_skip import differences
 from tests.helpers.members import OPTIMIZERS
@@ -329,7 +329,7 @@ class LargeState(Counting):
     """Decays a large tensor without looking at gradients."""
 
     def begin(self):
-        self.state["all"] = {"large": torch.ones(MAX_ENTRIES + 1), "small": torch.ones(MAX_ENTRIES)}
+        self.state["all"] = {"large": torch.ones(MAX_COPIED_ENTRIES + 1), "small": torch.ones(MAX_COPIED_ENTRIES)}
 
     def count(self):
         self.state["all"]["large"].data.mul_(0.5)
@@ -338,10 +338,10 @@ class LargeState(Counting):
 
 
 class Replaces(Counting):
-    """Puts a large tensor in the place of another: the other one can be put back."""
+    """Replaces a large tensor by another one: the old one can be restored."""
 
     def begin(self):
-        self.state["all"] = {"large": torch.ones(MAX_ENTRIES + 1)}
+        self.state["all"] = {"large": torch.ones(MAX_COPIED_ENTRIES + 1)}
 
     def count(self):
         self.state["all"]["large"] = self.state["all"]["large"] * 0.5
@@ -361,24 +361,24 @@ def told(tmp_path, optimizer, bad, **options):
 @pytest.mark.parametrize(
     ("optimizer", "named"),
     [
-        (OnItself, "OnItself keeps .* put back: function, sizes, taken. "),
-        (WrapsOneThatCounts, "WrapsOneThatCounts keeps .* put back: base.function, base.sizes, base.taken. "),
-        (LargeState, "LargeState keeps .* put back: 'large' in its state. "),
+        (OnItself, "OnItself keeps .* restored: function, sizes, taken. "),
+        (WrapsOneThatCounts, "WrapsOneThatCounts keeps .* restored: base.function, base.sizes, base.taken. "),
+        (LargeState, "LargeState keeps .* restored: 'large' in its state. "),
     ],
 )
-def test_what_cannot_be_put_back_is_told_of_once(tmp_path, optimizer, named, automatic):
+def test_a_warning_names_once_what_cannot_be_restored(tmp_path, optimizer, named, automatic):
     assert told(tmp_path, optimizer, set(), automatic=automatic) == []
     (message,) = told(tmp_path, optimizer, {0, 3, 4}, automatic=automatic)
     assert re.match(named, message)
 
 
-def test_a_large_tensor_that_is_replaced_is_put_back(tmp_path):
+def test_a_large_tensor_that_is_replaced_is_restored(tmp_path):
     guarded = train(tmp_path, Replaces, {0, 4, 5})
     assert differences(guarded, train(tmp_path, Replaces, (), without={0, 4, 5})) == []
 
 
 @pytest.mark.parametrize("keeper", [keeper for keeper in KEEPERS if keeper is not InGroupReplacedTensor])
-def test_nothing_is_told_of_what_is_put_back(tmp_path, keeper):
+def test_there_is_no_warning_of_what_is_restored(tmp_path, keeper):
     assert told(tmp_path, keeper, {0, 4}) == []
 
 
@@ -414,7 +414,7 @@ def test_a_healthy_step_records_nothing(tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("clip_callbacks.guard.optimizer_bookkeeping._Before", refuse)
+    monkeypatch.setattr("clip_callbacks.guard.optimizer_bookkeeping._OptimizerBefore", refuse)
     train(tmp_path, InGroup, ())
 
 
@@ -481,7 +481,7 @@ def test_bits_of_tensors_that_do_not_show_them():
     assert sum_of_bits(quantized) == 30
     with torch.inference_mode():
         made = torch.ones(3)
-    assert picture(made) == picture(torch.ones(3))
+    assert comparable(made) == comparable(torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool], ids=str)
@@ -524,20 +524,20 @@ def spoil(value, fresh):
 
 
 @given(st.dictionaries(st.text(max_size=2), tree, max_size=4), leaf)
-def test_whatever_was_changed_is_put_back(state, fresh):
-    before, contents = picture(state, depth=20), Contents()
+def test_every_change_is_restored(state, fresh):
+    before, contents = comparable(state, depth=20), Contents()
     contents.add("state", state)
     spoil(state, fresh)
-    assert contents.put_back() == []
-    assert picture(state, depth=20) == before
+    assert contents.restore() == []
+    assert comparable(state, depth=20) == before
 
 
-def test_what_stands_within_itself_is_put_back():
+def test_a_container_that_holds_itself_is_restored():
     state: dict[str, Any] = {"step": 1}
     state["self"] = state
     contents = Contents()
     contents.add("state", state)
     state |= {"step": 2, "self": None}
-    contents.put_back()
+    contents.restore()
     assert state["step"] == 1
     assert state["self"] is state

@@ -1,4 +1,4 @@
-"""What a skipped step puts back, and optimizers that move without gradients."""
+"""State that a skipped step restores, and optimizers that move without gradients."""
 
 from __future__ import annotations
 

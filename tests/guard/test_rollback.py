@@ -72,7 +72,7 @@ def test_the_run_is_one_that_the_batches_since_the_copy_were_never_part_of(train
 
 
 class Transplant(Callback):
-    """Takes down all there is before one batch, or begins with what another one took down."""
+    """Saves the whole run before one batch, or starts from what another instance saved."""
 
     def __init__(self, at=None, start=None):
         self.at, self.start = at, start
@@ -149,7 +149,7 @@ def test_windows_whose_micro_batches_all_weigh_nothing_count(trainer):
     guard = rollback(max_consecutive=2)
     weighed = AccumulationRescaling(weight=lambda batch: float(batch[2]))
     batches = [(*batch, float(number not in {5, 6})) for number, batch in enumerate(data(BATCHES, batch_size=6))]
-    with pytest.warns(RuntimeWarning, match=r"weight 0 at step 6.*: bad step 2 in a row. The run goes back .* before step 3"):
+    with pytest.warns(RuntimeWarning, match=r"weight 0 at step 6.*: bad step 2 in a row. The run returns .* before step 3"):
         ours = fitted(trainer(guard, weighed), Subject({}), DataLoader(batches, batch_size=None))
     clean = fitted(trainer(weighed), Subject({}), without(batches, {3, 4, 5, 6}))
     assert differences(ours, clean) == []
@@ -158,7 +158,7 @@ def test_windows_whose_micro_batches_all_weigh_nothing_count(trainer):
 def test_spikes_count(trainer):
     loader = data(BATCHES, batch_size=6, size=1.0)
     guard = rollback(skip_above=RobustZScoreLimit(5.0, window=20, warmup=2))
-    with pytest.warns(RuntimeWarning, match=r"Spike at step 7(.|\n)*goes back to where it was before step 3"):
+    with pytest.warns(RuntimeWarning, match=r"Spike at step 7(.|\n)*returns to its state before step 3"):
         ours = fitted(trainer(guard), Subject(dict.fromkeys(BAD, 1e6)), loader)
     twin = NonFiniteGuard(skip_above=RobustZScoreLimit(5.0, window=20, warmup=2))
     clean = fitted(trainer(twin), Subject({}), without(loader, LOST))
@@ -335,7 +335,7 @@ def test_after_so_many_rollbacks_the_error_comes(trainer):
 
 
 def test_without_a_good_step_there_is_nothing_to_go_back_to(trainer):
-    with pytest.raises(NonFiniteGradientError, match=r"bad step 3 in a row \(max_consecutive=3, and no good step to go back to\)"):
+    with pytest.raises(NonFiniteGradientError, match=r"bad step 3 in a row \(max_consecutive=3, and no good step to return to\)"):
         trainer(rollback()).fit(Subject(dict.fromkeys(range(20), math.nan)), data(8))
 
 
@@ -345,11 +345,8 @@ def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, s
         trainer(rollback(lr_factor=0.5), logger=csv).fit(Subject(), data(BATCHES, batch_size=6))
     messages = [str(warning.message) for warning in caught if "Non-finite" in str(warning.message)]
     assert len(messages) == 3
-    assert (
-        "at step 7, epoch 0, batch 7, rank 0: bad step 3 in a row. The run goes back to where it was before step 3, "
-        in messages[-1]
-    )
-    assert "with 0.5 times the learning rates of then (rollback 1 of 3).\n" in messages[-1]
+    assert "at step 7, epoch 0, batch 7, rank 0: bad step 3 in a row. The run returns to its state before step 3, " in messages[-1]
+    assert "with 0.5 times the learning rates of that time (rollback 1 of 3).\n" in messages[-1]
     assert "net.0.weight" in messages[-1]
     lines = [json.loads(line) for line in (Path(csv.log_dir) / "nonfinite_steps.jsonl").read_text().splitlines()]
     assert [line["policy"] for line in lines] == ["skip", "skip", "skip", "rollback"]

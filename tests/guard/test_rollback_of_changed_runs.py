@@ -61,7 +61,7 @@ def test_the_copy_is_lost_when_an_optimizer_takes_up_what_is_new_to_the_module(t
     copies = Copies(guard)
     trainer(guard, copies).fit(Unfreezes((), at=3, is_new=True), data(6))
     assert copies.steps == [0, 0, 0, None, 4, 4]
-    with pytest.raises(NonFiniteGradientError, match=r"no good step to go back to since the optimizers took up other parameters\)"):
+    with pytest.raises(NonFiniteGradientError, match=r"no good step to return to since the optimizers took up other parameters\)"):
         trainer(rollback(max_consecutive=2)).fit(Unfreezes((4, 5), at=4, is_new=True), data(6))
 
 
@@ -88,7 +88,7 @@ def test_after_a_resume_the_message_says_that_there_is_no_copy_yet(trainer, tmp_
     before = trainer(rollback())
     before.fit(Subject({}), data(4))
     before.save_checkpoint(tmp_path / "start.ckpt")
-    with pytest.raises(NonFiniteGradientError, match=r"no good step to go back to since the resume\)"):
+    with pytest.raises(NonFiniteGradientError, match=r"no good step to return to since the resume\)"):
         trainer(rollback(), max_epochs=2).fit(
             Subject(dict.fromkeys((4, 5, 6), math.nan)), data(4), ckpt_path=tmp_path / "start.ckpt", **SAFELY
         )
@@ -116,7 +116,7 @@ def test_a_rollback_crosses_the_start_of_stochastic_weight_averaging(trainer, sc
 
 @pytest.mark.parametrize(("batch", "steps"), [(4, 1), (7, 0)], ids=["before the bad batches", "in the last of them"])
 def test_a_schedule_that_was_swapped_stays_and_goes_back_to_where_it_was_found(trainer, batch, steps):
-    """It is found when the next batch begins, or where the run goes back; here it is not held in between."""
+    """A change is found when the next batch begins, or at the rollback; here nothing holds the schedule in between."""
     swap_at = batch
 
     class Swaps(Subject):

@@ -1,4 +1,4 @@
-"""Schedules stand still for a skipped step."""
+"""Learning-rate schedules do not advance at a skipped step."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Odd(Poisoned):
-    """With tensors of all kinds that nothing can simply be written to."""
+    """A module with all kinds of tensors that cannot simply be written to."""
 
     def __init__(self, kind):
         super().__init__({4: math.nan, 5: math.nan})

@@ -1,4 +1,4 @@
-"""Whatever a forward pass writes to is put back for a skipped step: buffers and parameters of every kind, from the first on."""
+"""A skipped step restores whatever a forward pass has written to: buffers and parameters of every kind, from the first on."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_parameters_that_forward_rewrites(tmp_path, way, bad, loop):
     assert_no_trace(tmp_path, REWRITTEN[way], PLACES[bad], is_manual=loop == "manual")
 
 
-def test_a_late_rewriting_is_put_back_from_the_next_watched_window_on(tmp_path, monkeypatch):
+def test_a_late_rewriting_is_restored_from_the_next_watched_window_on(tmp_path, monkeypatch):
     passes = []
 
     def late(weight: torch.Tensor, mean: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Guards that write bundles, and what they wrote."""
+"""Guards that write bundles, and the bundles that they wrote."""
 
 from __future__ import annotations
 

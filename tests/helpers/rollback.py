@@ -1,4 +1,4 @@
-"""Runs that go back to their last good weights."""
+"""Runs that return to their last good weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Subject(Poisoned):
 
 
 def everything(fit):
-    """All that a run consists of, flat."""
+    """The whole state of a run, as a flat dictionary."""
     parts = {"module": fit.lightning_module.state_dict()}
     for number, optimizer in enumerate(fit.optimizers):
         parts |= {f"state.{number}.{place}": state for place, state in enumerate(optimizer.state.values())}
@@ -90,7 +90,7 @@ def fitted(fit, module, loader):
 
 
 class Copies(Callback):
-    """After each batch: before which step the copy was made."""
+    """Records after each batch the step before which the copy was made."""
 
     def __init__(self, guard):
         self.guard, self.steps = guard, []
@@ -100,7 +100,7 @@ class Copies(Callback):
 
 
 class Weights(Callback):
-    """The weights before each batch."""
+    """Records the weights before each batch."""
 
     def __init__(self, part=None):
         self.weights, self.part = [], part

@@ -165,7 +165,7 @@ def test_no_copy_to_go_back_to_is_made_of_what_lazy_modules_have_just_become(tra
         seen.append([tensor.clone() for tensor in module.buffers() if not is_lazy(tensor)])
 
     module.on_train_batch_start = note
-    with pytest.warns(RuntimeWarning, match="goes back to where it was before step 1"):
+    with pytest.warns(RuntimeWarning, match="returns to its state before step 1"):
         trainer(guard, GradientClipping(0.1)).fit(module, data(4))
     assert_same_bits(list(module.buffers()), seen[1])
 

@@ -1,0 +1,122 @@
+"""Counts of bad steps, which checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
+
+NO_STEP = -2
+"""Step number before the first bad step: neither the number of a step nor the one before it."""
+
+
+@dataclass
+class Counters:
+    """Counts of one optimizer.
+
+    Attributes:
+        skipped: Number of skipped steps.
+        zeroed: Number of steps taken after non-finite entries were set to 0.
+        overflowed: Number of steps that a GradScaler skipped.
+        streak: Number of bad batches in a row, up to ``last_bad``.
+        steps_in_streak: Number of bad steps in these batches; a batch has many with truncated backpropagation.
+        last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NO_STEP`` before the first.
+        last_batch: Epoch and number of the batch of that step.
+    """
+
+    skipped: int = 0
+    zeroed: int = 0
+    overflowed: int = 0
+    streak: int = 0
+    steps_in_streak: int = 0
+    last_bad: int = NO_STEP
+    last_batch: tuple[int, int] = (0, 0)
+
+    def add(self, number: int, batch: tuple[int, int]) -> bool:
+        """Count a bad step, but only once if its closure runs several times.
+
+        Args:
+            number: Number of the step.
+            batch: Epoch and number of the batch.
+
+        Returns:
+            True if the step was counted now, False if it had been counted before.
+        """
+        if number == self.last_bad:
+            return False
+        if self.last_bad != number - 1 or not self.streak:
+            self.streak = self.steps_in_streak = 0
+        self.streak += not self.streak or batch != tuple(self.last_batch)
+        self.steps_in_streak += 1
+        self.last_bad, self.last_batch = number, batch
+        return True
+
+    @property
+    def in_a_row(self) -> str:
+        """The streak, for messages."""
+        if self.steps_in_streak == self.streak:
+            return f"bad step {self.streak} in a row"
+        return f"bad step {self.steps_in_streak} in a row, in bad batch {self.streak} in a row"
+
+
+class BadStepCounts:
+    """Counts of a run, which checkpoints hold.
+
+    Args:
+        saved: Return value of :meth:`state_dict`; empty at the beginning of a run.
+
+    Attributes:
+        of: Counters of each optimizer, by its index.
+        rollbacks: Number of rollbacks to earlier weights.
+        dropped_micro_batches: Number of micro-batches dropped from their window.
+    """
+
+    def __init__(self, saved: Mapping[str, Any]) -> None:
+        self.of = {int(index): Counters(**counters) for index, counters in saved.get("counters", {}).items()}
+        self.rollbacks = int(saved.get("rollbacks", 0))
+        self.dropped_micro_batches = int(saved.get("dropped_micro_batches", 0))
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps skipped, over all optimizers."""
+        return sum(counters.skipped for counters in self.of.values())
+
+    @property
+    def zeroed(self) -> int:
+        """Number of steps taken after non-finite entries were set to 0, over all optimizers."""
+        return sum(counters.zeroed for counters in self.of.values())
+
+    @property
+    def overflowed(self) -> int:
+        """Number of steps that a GradScaler skipped, over all optimizers."""
+        return sum(counters.overflowed for counters in self.of.values())
+
+    def metrics(self, index: int) -> dict[str, float]:
+        """Return the counts by the names of metrics: steps of one optimizer, and the rest for all optimizers together.
+
+        Args:
+            index: Index of the optimizer.
+        """
+        counters = self.of[index]
+        return {
+            SKIPPED_STEPS: float(counters.skipped),
+            OVERFLOWED_STEPS: float(counters.overflowed),
+            ZEROED_STEPS: float(counters.zeroed),
+            DROPPED_MICRO_BATCHES: float(self.dropped_micro_batches),
+            ROLLBACKS: float(self.rollbacks),
+        }
+
+    def end_streaks(self) -> None:
+        """Reset the streak of every optimizer."""
+        for counters in self.of.values():
+            counters.streak = counters.steps_in_streak = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all counts as plain numbers."""
+        return {
+            "counters": {index: asdict(counters) for index, counters in self.of.items()},
+            "rollbacks": self.rollbacks,
+            "dropped_micro_batches": self.dropped_micro_batches,
+        }

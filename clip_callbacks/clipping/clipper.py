@@ -185,7 +185,7 @@ class Clipper(Unclipped):
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         table = context.table
-        # A fused optimizer's kernel multiplies all gradients by one factor (`grad_scale`): it can carry out no other clipping.
+        # On the device a fused optimizer's kernel clips, and it applies one factor (`grad_scale`) to all gradients.
         if self.clip_value is None and all(Stage.of(rule, table).partition.is_whole for rule in self.rules_of(context.index)):
             return None
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"

@@ -35,7 +35,7 @@ class Partition:
 
     Args:
         names: Names of the blocks, in the order of their first parts.
-        index: Block number of each part, or ``OUTSIDE``.
+        index: Block number of each part, or ``OUTSIDE``; an array of 8 bytes a part, because there may be millions of units.
     """
 
     names: Sequence[str]
@@ -94,6 +94,7 @@ class Partition:
             index = torch.full_like(self.numbers, OUTSIDE)
             index[both] = numbers
             meet = Partition(("",) * len(pairs), array("q", index.tolist()))
+            # The other partition is cached too, so that it lives as long as its `id` is a key here.
             known = self._meets[id(other)] = other, meet, pairs % len(other.names)
         return known[1], known[2]
 

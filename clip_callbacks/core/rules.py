@@ -118,6 +118,7 @@ class Stage:
             ValueError: If a pattern of the rule matches no parameter.
         """
         stated, selection = as_limit(rule.max_norm), selection_of(rule)
+        # A limit of inf is left out, so that a rule that only measures computes no coefficients.
         limit = None if stated == FixedLimit(math.inf) else stated
         positions = table.positions(selection) if limit is not None and limit.uses_weights else ()
         return cls(limit, table.partition(rule.scope, selection, by_unit=by_unit), positions, rule.name)
@@ -158,6 +159,8 @@ class Plan:
         cached = _LAST_PLANS.get(table)
         if cached is not None and len(cached[0]) == len(key) and all(map(is_, cached[0], key)):
             return cached[1]
+        # One rule of scope "unit" is enough to measure units for all: norms of larger blocks follow from theirs, so that gradients
+        # are still read once.
         by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))
 
         def bind(rule: ClipRule) -> Stage:

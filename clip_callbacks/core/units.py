@@ -111,6 +111,7 @@ class Units:
         if first_entry is None:
             start = first + first_row
             return [Rows(shard, slice(start, start + len(shard)), position)]
+        # Cut at the ends of rows: the rest of a row that begins on another rank, whole rows, and the beginning of a last one.
         width = math.prod(shape[1:])
         head = min(-first_entry % width, shard.numel())
         body = (shard.numel() - head) // width * width

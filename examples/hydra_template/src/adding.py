@@ -16,7 +16,7 @@ class AddingData(LightningDataModule):
         self.length, self.batch_size, self.train_batches = length, batch_size, train_batches
 
     def loader(self, batches: int, seed: int) -> DataLoader:
-        """Sequences of (number, mark), and the sums of the marked numbers."""
+        """Return sequences of (number, mark), and the sums of the marked numbers."""
         generator, shape = torch.Generator().manual_seed(seed), (batches * self.batch_size, self.length)
         numbers = torch.rand(shape, generator=generator)
         marks = torch.zeros(shape).scatter_(1, torch.rand(shape, generator=generator).topk(2).indices, 1.0)

@@ -4,6 +4,7 @@ from clip_callbacks._version import __version__ as __version__
 from clip_callbacks.accumulation.weights import BatchSize, LabelTokens
 from clip_callbacks.callbacks import AccumulationRescaling, FaultInjection, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from clip_callbacks.core.clip_grad import clip_grad_norm_
+from clip_callbacks.core.clip_step import clip_step
 from clip_callbacks.core.limits import (
     BlockNorms,
     CosineLimit,
@@ -21,7 +22,6 @@ from clip_callbacks.core.limits import (
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.core.parameter_table import ParameterTable
 from clip_callbacks.core.rules import ClipRule
-from clip_callbacks.core.step import clip_step
 from clip_callbacks.core.step_report import StepReport
 
 __all__ = [

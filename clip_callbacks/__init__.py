@@ -11,6 +11,7 @@ from clip_callbacks.callbacks import (
     NonFiniteGuard,
 )
 from clip_callbacks.core.clip_grad import clip_grad_norm_
+from clip_callbacks.core.clip_step import clip_step
 from clip_callbacks.core.limits import (
     BlockNorms,
     CosineLimit,
@@ -28,7 +29,6 @@ from clip_callbacks.core.limits import (
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.core.parameter_table import ParameterTable
 from clip_callbacks.core.rules import ClipRule
-from clip_callbacks.core.step import clip_step
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.guard.options import Bundles, Rollback
 

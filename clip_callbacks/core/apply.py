@@ -30,6 +30,7 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, fused: Opt
     """
     if fused is not None and (factors is None or factors.numel() == 1):
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
+        # otherwise a number or its reciprocal is beyond float32, which the kernels compute in
         if 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
             if factor != 1.0:
                 set_fused_factors(fused, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
@@ -77,6 +78,7 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, 
     if factors is None:
         if scale == 1.0:
             return
+        # in float64, so that float64 gradients are scaled exactly; on the CPU, whatever the default device is
         factors = torch.tensor(scale, dtype=torch.float64, device="cpu")
     elif scale != 1.0:
         factors = factors * scale
@@ -111,6 +113,7 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
     if gradients.is_complete and 1.0 not in numbers:
         torch._foreach_mul_(gradients.tensors, each)
         return
+    # a product with 1 would keep the bits, but read and write the gradient
     places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0]
     if places:
         torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])

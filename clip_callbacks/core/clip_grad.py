@@ -65,6 +65,7 @@ def clip_grad_norm_(
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    # the table is used once: planning buckets would cost more than it saves
     gradients = gradients_of(TensorTable.nameless(tensors), bucketed=False)
     if gradients.table.reduction and not norm_type > 0:
         raise ValueError(f"`norm_type` must be above 0 where ranks hold parts of the parameters, got {norm_type!r}.")

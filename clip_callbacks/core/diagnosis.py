@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
-from clip_callbacks.core.reduction import gathered, shard_of
+from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import TensorTable, learns
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
@@ -104,6 +104,7 @@ class Diagnosis:
     @property
     def stage(self) -> FaultStage:
         """The stage where the step became bad: before this step, in the forward pass (the loss), or in the backward pass."""
+        # in the order of time: what was bad before the forward pass explains a bad loss, and that explains bad gradients
         if self.parameters:
             return "step" if self.after_good_step else "parameter"
         if self.buffers:
@@ -241,7 +242,7 @@ def examine(
             for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
             if learns(tensor)
         ),
-        *_neighbours(names, gradients),
+        *finite_neighbours(names, gradients),
         count=len(names),
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
@@ -255,90 +256,7 @@ def nonfinite_among(named: Iterable[tuple[str, Tensor]]) -> tuple[NonFiniteTenso
     return _nonfinite((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
 
 
-def examine_on_all_ranks(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
-    """Merge the diagnoses of all ranks into one, equal on all. This is a collective, for steps that are bad on every rank.
-
-    Args:
-        table: The parameters of the optimizer about to step.
-        diagnosis: The diagnosis of this rank.
-    """
-    counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
-    rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
-    each = gathered(
-        _Share(
-            diagnosis,
-            counted={name for name, _, _, count in rows if count},
-            with_gradient={name for name, tensor, _, _ in rows if tensor.grad is not None},
-            with_entries={name for name, _, shard, _ in rows if shard.numel()},
-        )
-    )
-    is_divided = table.reduction is not None
-    gradients = _joined(each, [share.diagnosis.gradients for share in each], table.names, is_divided=is_divided)
-    names = [name for name in table.names if any(name in share.with_gradient for share in each)]
-    before, after = _neighbours(names, gradients)
-    losses = [share.diagnosis.loss_is_finite for share in each]
-    return replace(
-        diagnosis,
-        gradients=gradients,
-        parameters=_joined(each, [share.diagnosis.parameters for share in each], table.names, is_divided=is_divided),
-        before=before,
-        after=after,
-        count=len(names),
-        loss_is_finite=None if set(losses) == {None} else False not in losses,
-        traced=next((share.diagnosis.traced for share in each if share.diagnosis.traced), None),
-        loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
-        buffers=_joined_copies([share.diagnosis.buffers for share in each]),
-        carried=_joined_copies([share.diagnosis.carried for share in each]),
-        carried_before=_joined_copies([share.diagnosis.carried_before for share in each]),
-        frozen=_joined_copies([share.diagnosis.frozen for share in each]),
-    )
-
-
-@dataclass(frozen=True)
-class _Share:
-    """The diagnosis of one rank, and the names of the parameters whose part there counts, has a gradient, or has any entry."""
-
-    diagnosis: Diagnosis
-    counted: set[str]
-    with_gradient: set[str]
-    with_entries: set[str]
-
-
-def _joined(
-    each: Sequence[_Share], found: Sequence[Sequence[NonFiniteTensor]], names: Sequence[str], *, is_divided: bool
-) -> tuple[NonFiniteTensor, ...]:
-    """Merge the non-finite tensors of all ranks, each once: counts of parts are added up, those of copies are not."""
-    by_name, joined = _by_name(found), []
-    for name in names:
-        if by_rank := by_name.get(name):
-            parts = [tensor for rank, tensor in by_rank.items() if name in each[rank].counted] if is_divided else []
-            parts = parts or [next(iter(by_rank.values()))]
-            others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
-            nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
-            ranks = tuple(by_rank) if set(others) - set(by_rank) else ()
-            joined.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
-    return tuple(joined)
-
-
-def _joined_copies(found: Sequence[Sequence[NonFiniteTensor]]) -> tuple[NonFiniteTensor, ...]:
-    """Merge non-finite tensors of which every rank has its own, each once."""
-    joined = []
-    for by_rank in _by_name(found).values():
-        ranks = tuple(by_rank) if len(by_rank) < len(found) else ()
-        joined.append(replace(next(iter(by_rank.values())), ranks=ranks))
-    return tuple(joined)
-
-
-def _by_name(found: Sequence[Sequence[NonFiniteTensor]]) -> dict[str, dict[int, NonFiniteTensor]]:
-    """Non-finite tensors by name, then by rank."""
-    by_name: dict[str, dict[int, NonFiniteTensor]] = {}
-    for rank, tensors in enumerate(found):
-        for tensor in tensors:
-            by_name.setdefault(tensor.name, {})[rank] = tensor
-    return by_name
-
-
-def _neighbours(names: Sequence[str], tensors: Sequence[NonFiniteTensor]) -> tuple[str | None, str | None]:
+def finite_neighbours(names: Sequence[str], tensors: Sequence[NonFiniteTensor]) -> tuple[str | None, str | None]:
     """The nearest finite names before and after the first non-finite tensor."""
     nonfinite = {tensor.name for tensor in tensors}
     first = next((i for i, name in enumerate(names) if name in nonfinite), 0)

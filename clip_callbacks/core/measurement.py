@@ -41,7 +41,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     """
     if partition.is_finest:
         return norms
-    if partition.is_whole and norms.ndim == 1:
+    if partition.is_whole and norms.ndim == 1:  # the same operation as torch's own clip, for the same bits
         return total_norm(norms, norm_type)
     blocks, parts = partition.member_blocks.to(norms.device), norms.double()
     if not partition.is_total:
@@ -50,6 +50,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER:
         sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
+    # scaled by the largest norm of each block, so that p-th powers stay in range
     peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
     if math.isinf(norm_type):
         return peaks.to(norms.dtype)
@@ -169,12 +170,12 @@ def measure(
     norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
     norms, total = remeasure(gradients, shard_norms, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
     scale = scale / divisor
-    if scale != 1.0:
+    if scale != 1.0:  # scaled in float64: a scaled norm may leave the range of float32, although no entry does
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
     if spec.by_unit:
         parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
         return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
-    if not reduction:
+    if not reduction:  # with one they are laid out for all parameters already
         norms = gradients.fill(norms)
     return Measurement(norms, total, norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
 

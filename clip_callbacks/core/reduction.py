@@ -92,6 +92,7 @@ class Reduction:
                 is_first = not _is_hybrid(module) or dist.get_rank(module._inter_node_pg) == 0
                 first_copies |= dict.fromkeys(shards, is_first)
                 hybrid |= set(shards if _is_hybrid(module) else ())
+        # parameters that are in no flat one are whole on every rank: the copy on rank 0 counts
         counts = [first_copies.get(id(tensor), dist.get_rank() == 0) for tensor in tensors]
         copied = tuple(id(tensor) not in first_copies or id(tensor) in hybrid for tensor in tensors)
         undivided = tuple(shapes.get(id(tensor), tuple(tensor.shape)) for tensor in tensors)

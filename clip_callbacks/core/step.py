@@ -1,146 +1,24 @@
-"""The clipping of one optimizer step: measure, choose an action, apply it."""
+"""The two halves of an optimizer step's clipping: measure, and apply an action. Between them somebody chooses the action."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import clamp_, drop_gradients, write, write_deferred, zero_nonfinite_
-from clip_callbacks.core.arguments import as_norm_type
 from clip_callbacks.core.decisions import Outcome, SkipThreshold, decide, describe, shadow, skip_threshold
-from clip_callbacks.core.diagnosis import examine
 from clip_callbacks.core.fused import accepts_factors, clear_fused_factors
 from clip_callbacks.core.gradients import Gradients, gradients_of
-from clip_callbacks.core.limits import LimitState, MaxNorm
+from clip_callbacks.core.limits import LimitState
 from clip_callbacks.core.measurement import FALSE, TRUE, Measurement, measure
-from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
-from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
-from clip_callbacks.core.rules import ClipRule, ClipState, Plan
+from clip_callbacks.core.nonfinite import Policy
+from clip_callbacks.core.rules import ClipState, Plan
 from clip_callbacks.core.step_record import StepRecord
-from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.core.tensor_table import TensorTable
-
-
-def clip_step(
-    parameters: ParameterTable | Parameters,
-    state: ClipState | None = None,
-    *,
-    max_norm: MaxNorm = 1.0,
-    rules: Sequence[ClipRule] | None = None,
-    norm_type: float = 2.0,
-    clip_value: float | None = None,
-    nonfinite: Policy = "skip",
-    skip_above: MaxNorm = None,
-    shadow: Sequence[ClipRule] = (),
-    scale: float = 1.0,
-    fused: Optimizer | None = None,
-    deferred: bool = False,
-) -> tuple[StepReport, ClipState]:
-    r"""Clip the gradients of one optimizer step in a plain loop or in Fabric.
-
-    Call it between ``backward()`` and ``optimizer.step()``. It does what the callbacks do in a Trainer: it measures the gradients
-    by one read, skips a step whose gradients are not finite, and clips by at most one write:
-
-    .. math::
-        g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\Bigr)
-
-    Args:
-        parameters: A :class:`ParameterTable`, which saves time if it is made once; or whatever one can be made of: an optimizer,
-            ``model.named_parameters()``, a mapping, tensors. Norms are added up in this order, which may change the last bit of
-            the total norm.
-        state: The state that the last call returned; None before the first.
-        max_norm: The limit for the norm of all gradients: a number above 0, a :class:`Limit`, or None to measure without clipping.
-        rules: Stages of clipping in order, in place of ``max_norm``, for other scopes or for several limits.
-        norm_type: The order p of all norms, above 0; inf is the maximum norm.
-        clip_value: Bound for every entry, applied after norm clipping: entries are clamped to ``[-clip_value, clip_value]``. This
-            takes a second write.
-        nonfinite: The policy for gradients that are not finite. "skip": set all gradients to None, so that ``optimizer.step()``
-            changes nothing; "raise": raise an error; "zero": set non-finite entries to 0 (where ranks hold copies of a tensor, the
-            whole tensor), then clip; "ignore": leave them, and clip nothing by a non-finite norm.
-        skip_above: A number or :class:`Limit`. A finite step whose total norm before clipping is above it is skipped too.
-        shadow: Rules to try on the same norms without touching gradients. The report says what each would have done alone.
-        scale: A factor for all gradients, applied before all else: 1 / micro-batches turns a sum of gradients into their mean.
-            Norms are those of the scaled gradients.
-        fused: The optimizer that steps next, if it is a fused one of ``torch.optim``. Its kernel then applies the coefficient
-            through ``optimizer.grad_scale``, without a write of its own, where one coefficient for all gradients is enough and the
-            optimizer holds no other parameters. Results are equal but for rounding.
-        deferred: If True, the host reads nothing, and the device decides about the step: there is no host sync. Needs one
-            coefficient for all gradients (rules of scope "global" for all parameters, no ``clip_value``), and either "skip" with a
-            ``fused`` optimizer, whose kernel then skips the step, or "ignore". The outcome is "pending". A finite gradient whose
-            norm overflows its dtype counts as not finite.
-
-    Returns:
-        The report, and the state to pass to the next call and to save with a checkpoint. It is a tuple of dictionaries of tensors:
-        one for each rule, then for each shadow rule, then for ``skip_above`` if given. The state passed in is not changed.
-
-    Raises:
-        NonFiniteGradientError: If a gradient is not finite and the policy is "raise"; it names the parameters.
-        TypeError: If ``state`` is not a state, or ``parameters`` holds anything but tensors.
-        ValueError: If an argument is out of its range, both ``max_norm`` and ``rules`` are given, the state is that of other
-            rules, or the step cannot be deferred.
-
-    Example::
-
-        >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> report, state = clip_step([weight], max_norm=1.0)
-        >>> report.total_norm, weight.grad
-        (tensor(5.), tensor([0.6000, 0.8000]))
-    """
-    with torch.no_grad():  # a decorator costs three more calls
-        table = table_of(parameters)
-        plan = Plan.of(table, _rules(max_norm, rules), shadow, skip_above)
-        state = plan.init() if state is None else state
-        measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
-        record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
-    return StepReport(record), state
-
-
-def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[ClipRule]:
-    if rules is None:
-        try:
-            return _rule_for_all(max_norm)
-        except TypeError:  # a user's limit without a hash
-            return (ClipRule(max_norm),)
-    if max_norm != 1.0:
-        raise ValueError(
-            f"`rules` must not be given beside `max_norm`, got rules and max_norm={max_norm!r}. Each rule has its own max_norm."
-        )
-    return rules
-
-
-@lru_cache(maxsize=64, typed=True)  # True is equal to 1.0, and no limit
-def _rule_for_all(max_norm: MaxNorm) -> tuple[ClipRule]:
-    """The rule of a plain ``max_norm``: the same object at every step, by which a table finds the plan that it made before."""
-    return (ClipRule(max_norm),)
-
-
-def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
-    """Choose the action on a measured step under a policy.
-
-    Raises:
-        NonFiniteGradientError: If gradients are not finite and the policy is "raise".
-        ValueError: If there is no such policy, or it needs the host to read a deferred step.
-    """
-    if step.norms.is_deferred:
-        if nonfinite == "ignore":
-            return Action.CLIP
-        if nonfinite != "skip":
-            raise ValueError(_NOT_DEFERRABLE.format(f"got {nonfinite!r}"))
-        return Action.ON_DEVICE
-    if step.norms.is_finite:
-        return Action.CLIP
-    policy = as_policy(nonfinite, "nonfinite")
-    if policy == "raise":
-        raise NonFiniteGradientError(examine(step.table).describe())
-    return ACTIONS[policy]
-
 
 ACTIONS: dict[Policy, Action] = {"skip": Action.SKIP, "zero": Action.ZERO, "ignore": Action.CLIP}
 """The action of each policy on gradients that are not finite. "raise" has none."""
@@ -280,7 +158,7 @@ def _apply_on_device(
     if action is Action.ON_DEVICE:
         skipped = (norms.finite if norms.counts is None else norms.counts).logical_not()
     if skipped is not None and usable is None:
-        raise ValueError(_NOT_DEFERRABLE.format("got another one, or none"))
+        raise ValueError(NOT_DEFERRABLE.format("got another one, or none"))
 
     rule_state, shadow_state, _ = step.plan.parts(state)
     shadows, shadow_state = shadow(step.plan.shadows, norms, shadow_state)
@@ -290,7 +168,7 @@ def _apply_on_device(
     return record, (*rule_state, *shadow_state, *step.threshold_state)
 
 
-_NOT_DEFERRABLE = (
+NOT_DEFERRABLE = (
     '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, {}: '
     "without the host only a fused optimizer can skip a step. Set deferred=False, which costs one host sync."
 )
@@ -318,12 +196,12 @@ def _skip(step: MeasuredStep) -> StepRecord:
     return StepRecord(
         norms.total,
         norms.parameter_norms,
-        describe(step.plan.rules, norms),
-        None,
-        norms.norm_type,
-        norms.finite,
-        TRUE,
-        step.scale,
+        outcomes=describe(step.plan.rules, norms),
+        factors=None,
+        norm_type=norms.norm_type,
+        finite=norms.finite,
+        skipped=TRUE,
+        accumulation_scale=step.scale,
         skip_limit=limit,
         outcome=StepOutcome.SKIPPED,
     )
@@ -344,12 +222,12 @@ def _record(
         norms.parameter_norms,
         outcomes,
         factors,
-        norms.norm_type,
-        finite,
-        skipped,
-        step.scale,
-        norms.norms if step.plan.by_unit else None,
-        shadows,
-        threshold.limit if threshold else None,
-        outcome,
+        norm_type=norms.norm_type,
+        finite=finite,
+        skipped=skipped,
+        accumulation_scale=step.scale,
+        unit_norms=norms.norms if step.plan.by_unit else None,
+        shadows=shadows,
+        skip_limit=threshold.limit if threshold else None,
+        outcome=outcome,
     )

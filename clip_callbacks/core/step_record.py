@@ -127,7 +127,7 @@ class StepRecord:
 
         The values are valid once the device has reached this point.
         """
-        copies: dict[int, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # several fields share tensors, which are copied once
 
         def copy(tensor: Tensor) -> Tensor:
             if id(tensor) not in copies:
@@ -171,6 +171,7 @@ class StepRecord:
                 shadows=(),
                 outcome=StepOutcome.SKIPPED,
             )
+        # the device multiplied by the factor without asking whether it was 1
         is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
         return replace(
             self,

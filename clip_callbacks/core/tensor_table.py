@@ -120,7 +120,7 @@ class TensorTable:
         rows: Iterable[tuple[str, Tensor, str]],
         reduce: Callable[[Sequence[Tensor]], Reduction | None] = Reduction.of,
     ) -> TensorTable:
-        first: dict[int, tuple[str, Tensor, str]] = {}
+        first: dict[int, tuple[str, Tensor, str]] = {}  # tied weights occur twice, and their gradient must count once
         for row in rows:
             first.setdefault(id(row[1]), row)
         names, tensors, groups = zip(*first.values(), strict=True) if first else ((), (), ())

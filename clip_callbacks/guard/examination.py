@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from clip_callbacks.core.diagnosis import Diagnosis, NonFiniteTensor, examine, examine_on_all_ranks, nonfinite_among
+from clip_callbacks.core.diagnosis import Diagnosis, NonFiniteTensor, examine, nonfinite_among
 from clip_callbacks.core.losses import are_finite
+from clip_callbacks.core.merged_diagnosis import merge_diagnoses
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.core.tensor_table import learns, without_wrappers
@@ -146,8 +147,8 @@ def examine_step(
     if step.trainer.world_size == 1:
         return findings
     if norms is None:
-        return examine_on_all_ranks(table, findings)
-    if findings.loss_is_finite:  # only this rank's is known to be
+        return merge_diagnoses(table, findings)
+    if findings.loss_is_finite:  # another rank's may not be
         return replace(findings, loss_is_finite=None)
     return findings
 

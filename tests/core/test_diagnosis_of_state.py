@@ -12,8 +12,9 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from clip_callbacks import NonFiniteGuard
-from clip_callbacks.core import diagnosis
-from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, nonfinite_among
+from clip_callbacks.core import diagnosis, merged_diagnosis
+from clip_callbacks.core.diagnosis import examine, nonfinite_among
+from clip_callbacks.core.merged_diagnosis import merge_diagnoses
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
@@ -70,16 +71,16 @@ def test_buffers_of_every_kind_are_passed_over_or_judged():
     assert [tensor.name for tensor in nonfinite_among((str(place), it) for place, it in enumerate(bad))] == ["0", "1", "2", "3"]
 
 
-def test_ranks_join_what_they_found_in_state(monkeypatch):
+def test_ranks_merge_their_diagnoses_of_state(monkeypatch):
     table = table_of(nn.Linear(4, 2))
     ours = examine(table, buffers=[("mean", NAN), ("count", NAN)], frozen=[("base", NAN)])
     theirs = examine(table, buffers=[("mean", NAN[:1])])
 
     def of_two(share):
-        return [share, diagnosis._Share(theirs, share.counted, share.with_gradient, share.with_entries)]
+        return [share, merged_diagnosis._RankDiagnosis(theirs, share.counted, share.with_gradient, share.with_entries)]
 
-    monkeypatch.setattr(diagnosis, "gathered", of_two)
-    found = examine_on_all_ranks(table, ours)
+    monkeypatch.setattr(merged_diagnosis, "gathered", of_two)
+    found = merge_diagnoses(table, ours)
     assert [(it.name, it.nan, it.ranks) for it in found.buffers] == [("mean", 6, ()), ("count", 6, (0,))]
     assert [(it.name, it.ranks) for it in found.frozen] == [("base", (0,))]
 

@@ -1,0 +1,95 @@
+"""One diagnosis of a bad step from those of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from clip_callbacks.core.diagnosis import Diagnosis, NonFiniteTensor, finite_neighbours
+from clip_callbacks.core.reduction import gathered
+from clip_callbacks.core.tensor_table import TensorTable
+
+
+def merge_diagnoses(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
+    """Merge the diagnoses of all ranks into one, equal on all. This is a collective, for steps that are bad on every rank.
+
+    Args:
+        table: The parameters of the optimizer about to step.
+        diagnosis: The diagnosis of this rank.
+    """
+    counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
+    rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
+    each = gathered(
+        _RankDiagnosis(
+            diagnosis,
+            counted={name for name, _, _, count in rows if count},
+            with_gradient={name for name, tensor, _, _ in rows if tensor.grad is not None},
+            with_entries={name for name, _, shard, _ in rows if shard.numel()},
+        )
+    )
+    is_divided = table.reduction is not None
+    gradients = _merged(each, [share.diagnosis.gradients for share in each], table.names, is_divided=is_divided)
+    names = [name for name in table.names if any(name in share.with_gradient for share in each)]
+    before, after = finite_neighbours(names, gradients)
+    losses = [share.diagnosis.loss_is_finite for share in each]
+    return replace(
+        diagnosis,
+        gradients=gradients,
+        parameters=_merged(each, [share.diagnosis.parameters for share in each], table.names, is_divided=is_divided),
+        before=before,
+        after=after,
+        count=len(names),
+        loss_is_finite=None if set(losses) == {None} else False not in losses,
+        traced=next((share.diagnosis.traced for share in each if share.diagnosis.traced), None),
+        loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
+        buffers=_merged_copies([share.diagnosis.buffers for share in each]),
+        carried=_merged_copies([share.diagnosis.carried for share in each]),
+        carried_before=_merged_copies([share.diagnosis.carried_before for share in each]),
+        frozen=_merged_copies([share.diagnosis.frozen for share in each]),
+    )
+
+
+@dataclass(frozen=True)
+class _RankDiagnosis:
+    """The diagnosis of one rank, and the names of the parameters whose part there counts, has a gradient, or has any entry."""
+
+    diagnosis: Diagnosis
+    counted: set[str]
+    with_gradient: set[str]
+    with_entries: set[str]
+
+
+def _merged(
+    each: Sequence[_RankDiagnosis], found: Sequence[Sequence[NonFiniteTensor]], names: Sequence[str], *, is_divided: bool
+) -> tuple[NonFiniteTensor, ...]:
+    """Merge the non-finite tensors of all ranks, each once: counts of parts are added up, those of copies are not."""
+    by_name, merged = _by_name(found), []
+    for name in names:
+        if by_rank := by_name.get(name):
+            # where ranks hold parts, several may hold copies of one: entries of a copy must not be counted twice
+            parts = [tensor for rank, tensor in by_rank.items() if name in each[rank].counted] if is_divided else []
+            parts = parts or [next(iter(by_rank.values()))]
+            others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
+            nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
+            # ranks are named only if they differ: if all are bad, none of them is the source
+            ranks = tuple(by_rank) if set(others) - set(by_rank) else ()
+            merged.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
+    return tuple(merged)
+
+
+def _merged_copies(found: Sequence[Sequence[NonFiniteTensor]]) -> tuple[NonFiniteTensor, ...]:
+    """Merge non-finite tensors of which every rank has its own, each once."""
+    merged = []
+    for by_rank in _by_name(found).values():
+        ranks = tuple(by_rank) if len(by_rank) < len(found) else ()
+        merged.append(replace(next(iter(by_rank.values())), ranks=ranks))
+    return tuple(merged)
+
+
+def _by_name(found: Sequence[Sequence[NonFiniteTensor]]) -> dict[str, dict[int, NonFiniteTensor]]:
+    """Non-finite tensors by name, then by rank."""
+    by_name: dict[str, dict[int, NonFiniteTensor]] = {}
+    for rank, tensors in enumerate(found):
+        for tensor in tensors:
+            by_name.setdefault(tensor.name, {})[rank] = tensor
+    return by_name

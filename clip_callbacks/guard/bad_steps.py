@@ -72,15 +72,15 @@ class BadStepLog:
         self._counts = counts
         self._journal = journal
         self._rollback = rollback
-        self._last_findings: Diagnosis | None = None
+        self._last_diagnosis: Diagnosis | None = None
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
-    def nonfinite(self, step: StepContext, findings: Diagnosis, counters: Counters, before: Mapping[int, Tensor]) -> None:
+    def nonfinite(self, step: StepContext, diagnosis: Diagnosis, counters: Counters, before: Mapping[int, Tensor]) -> None:
         """Report non-finite gradients.
 
         Args:
             step: The step.
-            findings: Results of its examination.
+            diagnosis: Results of its examination.
             counters: Counters of the optimizer, which have counted the step.
             before: Tensors as a skip restores them, by the ``id`` of the live ones.
 
@@ -88,13 +88,13 @@ class BadStepLog:
             NonFiniteGradientError: Under the policy "raise", or at the end of a streak without a rollback.
         """
         policy = self._options.policy
-        lost = self._lost_metrics(step, findings)
-        facts = {**step.place, "policy": policy, "streak": counters.streak, **findings.facts(), "lost_metrics": lost}
-        bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, findings))
+        lost = self._lost_metrics(step, diagnosis)
+        facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
+        bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
         done = "the step is skipped"
         if policy == "zero":
             done = "non-finite entries become 0"
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), done, _ADVICE, bundle, lost)
+        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), done, _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._warn_or_end(step, message, counters)
@@ -139,33 +139,33 @@ class BadStepLog:
         Raises:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
-        if self._ends_streak(counters.streak) and self._last_findings:
+        if self._ends_streak(counters.streak) and self._last_diagnosis:
             what = f"Non-finite gradients in every micro-batch at {step}"
-            self._warn_or_end(step, _Message(what, self._last_findings.describe(), advice=_ADVICE), counters)
+            self._warn_or_end(step, _Message(what, self._last_diagnosis.describe(), advice=_ADVICE), counters)
 
-    def dropped_micro_batch(self, step: StepContext, findings: Diagnosis, before: Mapping[int, Tensor]) -> None:
+    def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis, before: Mapping[int, Tensor]) -> None:
         """Report a micro-batch before it is dropped.
 
         Args:
             step: The step, with only this micro-batch in its window.
-            findings: Results of its examination.
+            diagnosis: Results of its examination.
             before: Tensors as a skip restores them, by the ``id`` of the live ones.
         """
-        self._last_findings = findings
-        lost = self._lost_metrics(step, findings)
-        facts = {**step.place, "policy": "microbatch", **findings.facts(), "lost_metrics": lost}
-        bundle = self._journal.record(step, facts, before, is_window=False, may_be_source=may_be_source(step, findings))
-        message = _Message(f"Non-finite gradients at {step}", findings.describe(), bundle=bundle, lost=lost)
+        self._last_diagnosis = diagnosis
+        lost = self._lost_metrics(step, diagnosis)
+        facts = {**step.place, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
+        bundle = self._journal.record(step, facts, before, is_window=False, may_be_source=may_be_source(step, diagnosis))
+        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
 
-    def _lost_metrics(self, step: StepContext, findings: Diagnosis) -> list[str]:
+    def _lost_metrics(self, step: StepContext, diagnosis: Diagnosis) -> list[str]:
         """Return sentences about metrics that the loss has got into; each set of them is reported once in an epoch."""
         found = step.trainer.current_epoch, lost_metrics(step.trainer)
         if found == self._last_lost:
             return []
         self._last_lost = found
         rank, sentences = step.trainer.global_rank, found[1]
-        if rank and sentences and rank == min(findings.loss_ranks, default=0):
+        if rank and sentences and rank == min(diagnosis.loss_ranks, default=0):
             # The warning about the step comes from the first rank, whose own part of the metric is finite.
             warnings.warn(f"On rank {rank}: {' '.join(sentences)}", RuntimeWarning, stacklevel=2)
         return sentences

@@ -138,24 +138,24 @@ def examine_step(
     """
     table = step.optimizer.table
     frozen = _frozen(step) if no_good_step else ()
-    findings = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
+    diagnosis = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
     if carried:
         now, before = carried.examine()
-        findings = replace(findings, carried=now, carried_before=before)
+        diagnosis = replace(diagnosis, carried=now, carried_before=before)
     if traces:
-        findings = replace(findings, traced=_trace(step))
+        diagnosis = replace(diagnosis, traced=_trace(step))
     if step.trainer.world_size == 1:
-        return findings
+        return diagnosis
     if norms is None:
-        return merge_diagnoses(table, findings)
-    if findings.loss_is_finite:  # another rank's may not be
-        return replace(findings, loss_is_finite=None)
-    return findings
+        return merge_diagnoses(table, diagnosis)
+    if diagnosis.loss_is_finite:  # another rank's may not be
+        return replace(diagnosis, loss_is_finite=None)
+    return diagnosis
 
 
-def may_be_source(step: StepContext, findings: Diagnosis) -> bool:
+def may_be_source(step: StepContext, diagnosis: Diagnosis) -> bool:
     """Return whether a step may have become bad on this rank: it is one of the source ranks, or these are unknown."""
-    return not findings.source_ranks or step.trainer.global_rank in findings.source_ranks
+    return not diagnosis.source_ranks or step.trainer.global_rank in diagnosis.source_ranks
 
 
 def _frozen(step: StepContext) -> list[tuple[str, Tensor]]:

@@ -233,8 +233,8 @@ class Guard(Unguarded):
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
             no_good_step = counters.streak > number
-            findings = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
-            self._log.nonfinite(step, findings, counters, self.restorer.before(step.optimizer))
+            diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
+            self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer))
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
         if _is_in_line_search(step):
@@ -271,8 +271,8 @@ class Guard(Unguarded):
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
-        findings = self._examine(step)
-        self._log.dropped_micro_batch(step, findings, self.restorer.before(step.optimizer))
+        diagnosis = self._examine(step)
+        self._log.dropped_micro_batch(step, diagnosis, self.restorer.before(step.optimizer))
 
     @override
     def count_dropped_micro_batch(self) -> None:

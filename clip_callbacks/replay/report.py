@@ -234,7 +234,7 @@ def _describe(micro: MicroBatchResult) -> str:
         return "no backward pass"
     text = f"loss {float(micro.loss):.6g}"
     if micro.has_same_loss:
-        text += " (bit for bit that of the run)"
+        text += " (bit for bit as in the run)"
     elif micro.recorded_loss is not None:
         text += f" (in the run {float(micro.recorded_loss):.6g})"
     if count := len(micro.nonfinite_gradients):

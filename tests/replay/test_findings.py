@@ -84,7 +84,7 @@ class Recurrent(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def test_an_lstm_that_is_given_nan_is_not_blamed_but_its_input(trainer, tmp_path, capsys):
+def test_an_lstm_that_is_given_nan_is_no_suspect_but_its_input_is_named(trainer, tmp_path, capsys):
     inputs = samples()
     inputs[9, 3] = math.nan
     bundle = fitted(trainer, tmp_path, Recurrent(), inputs)

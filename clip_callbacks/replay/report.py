@@ -99,7 +99,10 @@ class ReplayReport:
     def conclusion(self) -> str:
         """The last line: whether the step was reproduced, and if it was not, possible reasons."""
         if self.is_reproduced:
-            return "Reproduced."
+            failure = (
+                "the norm of all gradients is above the limit" if self.result.is_finite else "a loss or gradient is non-finite"
+            )
+            return f"Reproduced: {failure} again."
         if self.recorded.limit is None:
             found = "every loss and gradient is finite"
         else:

@@ -154,14 +154,9 @@ def _factor(text: str) -> float:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from clip_callbacks.replay.command import print_frames, replay
-    from clip_callbacks.replay.errors import UnusableReplayError
+    from clip_callbacks.replay.command import replay
 
-    try:
-        return replay(options)
-    except UnusableReplayError as error:
-        print_frames(error)
-        raise
+    return replay(options)
 
 
 def _steps(text: str) -> tuple[int | None, int | None]:

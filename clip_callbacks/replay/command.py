@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ NOT_REPRODUCED = 1
 
 
 def replay(options: argparse.Namespace) -> int:
-    """Replay a bundle, and print the report.
+    """Replay a bundle, and print the report; of an error of the user's code, print the lines that raised it to stderr.
 
     Args:
         options: Arguments of the command.
@@ -44,6 +43,15 @@ def replay(options: argparse.Namespace) -> int:
     Raises:
         ValueError: If the bundle, the configuration, the script or the checkpoint cannot be used.
     """
+    try:
+        return _replay(options)
+    except UnusableReplayError as error:
+        for line in error.frames.splitlines():
+            print(escaped(line), file=sys.stderr)
+        raise
+
+
+def _replay(options: argparse.Namespace) -> int:
     if options.output:
         from clip_callbacks.replay.depth_plot import write_depth_plot
 
@@ -57,7 +65,7 @@ def replay(options: argparse.Namespace) -> int:
             raise UnusableReplayError(f"{bundle.path} must hold at least one batch, got none.")
         weights = StartingWeights.of(bundle, recorded, options.ckpt)
         runner = ReplayRunner(rebuilt, recorded, weights, device, options.precision or recorded.precision)
-        report = investigate(runner, rows, options, [*notes, *_notes_on(bundle)])
+        report = _investigate(runner, rows, options, [*notes, *_notes_on(bundle)])
     if options.output:
         write_depth_plot(report, options.output)
     if options.json:
@@ -69,17 +77,10 @@ def replay(options: argparse.Namespace) -> int:
     return 0 if report.is_reproduced else NOT_REPRODUCED
 
 
-def investigate(
-    runner: ReplayRunner, rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: Sequence[str] = ()
+def _investigate(
+    runner: ReplayRunner, rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: Sequence[str]
 ) -> ReplayReport:
-    """Run the window, and if they are asked for, anomaly detection and bisection.
-
-    Args:
-        runner: The runner of the module.
-        rows: The micro-batches of the bundle.
-        options: Arguments of the command.
-        notes: Remarks for the report.
-    """
+    """Run the window, then anomaly detection and bisection if they are asked for."""
     result = runner.run(rows)
     report = ReplayReport(
         bundle=options.bundle.name,
@@ -167,15 +168,8 @@ def _print(report: ReplayReport) -> None:
     print("\n".join(map(escaped, [*report.heading, "", *report.findings, ""])))
     root = f"{report.recorded.module.rpartition('.')[2]}.training_step"
     if report.bisection:
-        root += f" with {report.bisection.names}"
+        root += f" with {report.bisection.names} only"
     if report.shown.loss is not None:
         root += f": loss {float(report.shown.loss):.6g}"
     tree = draw_tree(root, report.shown.calls, report.suspects, sys.stdout.encoding or "utf-8")
     print(f"{tree}\n\n{report.conclusion}")
-
-
-def print_frames(error: UnusableReplayError) -> None:
-    """Print to stderr the lines of the user's code that raised an error."""
-    with redirect_stdout(sys.stderr):
-        for line in error.frames.splitlines():
-            print(escaped(line))

@@ -26,7 +26,7 @@ class ModuleCall:
         grad_input: Range of the part of the inputs' gradient that flows back through this call, without other uses of the inputs.
         nonfinite_since: Time in the backward pass, in recorded gradients, at which the gradient of the call's inputs or own
             parameters was non-finite for the first time; None if it never was.
-        is_absorbed: Whether all modules that took the infinite outputs of this call returned finite outputs.
+        is_absorbed: If True, the outputs were infinite, but all modules that took them returned finite outputs.
     """
 
     name: str

@@ -99,7 +99,10 @@ class ReplayReport:
     def conclusion(self) -> str:
         """The last line: whether the step was reproduced, and if it was not, possible reasons."""
         if self.is_reproduced:
-            return "Reproduced."
+            failure = (
+                "the norm of all gradients is above the limit" if self.result.is_finite else "a loss or gradient is non-finite"
+            )
+            return f"Reproduced: {failure} again."
         if self.recorded.limit is None:
             found = "every loss and gradient is finite"
         else:
@@ -234,7 +237,7 @@ def _describe(micro: MicroBatchResult) -> str:
         return "no backward pass"
     text = f"loss {float(micro.loss):.6g}"
     if micro.has_same_loss:
-        text += " (bit for bit that of the run)"
+        text += " (bit for bit as in the run)"
     elif micro.recorded_loss is not None:
         text += f" (in the run {float(micro.recorded_loss):.6g})"
     if count := len(micro.nonfinite_gradients):

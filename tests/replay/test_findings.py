@@ -35,7 +35,7 @@ def test_the_module_that_makes_infinities_of_zeros_is_named(trainer, tmp_path, c
     assert "its output has 1 inf in 4x8 values, its inputs are finite, in [0, " in found["culprits"][0]["text"]
     (micro,) = found["micro_batches"]
     assert micro["same_loss"]
-    assert found["verdict"] == "Reproduced."
+    assert found["verdict"] == "Reproduced: a loss or gradient is non-finite again."
 
 
 def test_text_shows_the_tree_and_names_the_suspect_above_it(trainer, tmp_path, capsys):
@@ -49,7 +49,7 @@ def test_text_shows_the_tree_and_names_the_suspect_above_it(trainer, tmp_path, c
     assert "Weights: from the bundle" in text
     assert "    ├── net.0 (Log): [0, " in text
     assert "◀ first non-finite output" in text
-    assert text.endswith("Reproduced.\n")
+    assert text.endswith("\nReproduced: a loss or gradient is non-finite again.\n")
 
 
 def test_of_modules_within_each_other_the_innermost_is_named(trainer, tmp_path, capsys):
@@ -84,7 +84,7 @@ class Recurrent(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def test_an_lstm_that_is_given_nan_is_not_blamed_but_its_input(trainer, tmp_path, capsys):
+def test_an_lstm_that_is_given_nan_is_no_suspect_but_its_input_is_named(trainer, tmp_path, capsys):
     inputs = samples()
     inputs[9, 3] = math.nan
     bundle = fitted(trainer, tmp_path, Recurrent(), inputs)
@@ -169,6 +169,7 @@ def test_a_spike_is_told_with_its_norm_and_what_explodes(trainer, tmp_path, caps
     assert found["total_norm"] == pytest.approx(recorded, rel=1e-6)  # sums in another order
     assert suspects(found) == {"output explodes": "net.1", "gradient explodes": "net.1"}
     assert any("limit 10)" in line for line in found["findings"])
+    assert found["verdict"] == "Reproduced: the norm of all gradients is above the limit again."
     assert suspects(replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"), "--explodes", "1e5")[1]) == {}
 
 

@@ -57,8 +57,8 @@ def test_the_bundle_of_the_poisoned_demo_names_the_module_and_the_sample(tmp_pat
     done = forked.run(*replay, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "First non-finite output: padding (PaddingScale)" in done.stdout
-    assert "bit for bit that of the run" in done.stdout
-    assert "Reproduced." in done.stdout
+    assert "bit for bit as in the run" in done.stdout
+    assert "Reproduced: a loss or gradient is non-finite again." in done.stdout
     found = next(line for line in done.stdout.splitlines() if "sample" in line.lower())
     assert int(next(word for word in re.findall(r"\d+", found))) in blank, done.stdout
     assert (tmp_path / "depth.png").stat().st_size > 10_000

@@ -42,13 +42,13 @@ def span(value):
     return ValueRange.of(torch.tensor([value]))
 
 
-def test_of_calls_within_each_other_that_break_a_gradient_the_innermost_is_blamed():
+def test_of_calls_within_each_other_that_break_a_gradient_the_innermost_is_the_suspect():
     outer = ModuleCall("net", "Sequential", grad_output=span(1.0), nonfinite_since=3, end_order=1)
     inner = ModuleCall("net.0", "Root", parent=outer, grad_output=span(1.0), nonfinite_since=3, end_order=0)
     assert [suspect.call for suspect in find_suspects([outer, inner], 1e3)] == [inner]
 
 
-def test_nobody_is_blamed_for_parameters_that_were_not_finite_before():
+def test_no_module_is_a_suspect_for_parameters_that_were_non_finite_before():
     outer = ModuleCall("net", "Sequential", inputs=span(1.0), outputs=span(math.nan), end_order=1)
     inner = ModuleCall("net.0", "Linear", 1, outer, span(1.0), ("weight",), span(math.nan), end_order=0)
     assert find_suspects([outer, inner], 1e3) == []
@@ -56,7 +56,7 @@ def test_nobody_is_blamed_for_parameters_that_were_not_finite_before():
     assert [suspect.call for suspect in find_suspects([outer, inner], 1e3)] == [inner]
 
 
-def test_trees_fold_what_is_healthy_and_what_is_infected():
+def test_trees_fold_calls_that_are_finite_and_calls_behind_a_suspect():
     calls = [ModuleCall("net", "Sequential", inputs=span(1.0), outputs=span(math.nan), end_order=1)]
     for number in range(40):
         healthy = number < 20

@@ -19,7 +19,8 @@ from tests.helpers.replaying import Net, config, refused, rewrite, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
 
-EVIL = "\x1b[2J\x07x\nReproduced.\ud800\u202e"
+REPRODUCED = "Reproduced: a loss or gradient is non-finite again."
+EVIL = f"\x1b[2J\x07x\n{REPRODUCED}\ud800\u202e"
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,12 @@ def test_escape_sequences_of_a_bundle_are_shown_not_obeyed(bundle, tmp_path, cap
     said = capsys.readouterr()
     text = said.out + said.err
     assert not set(text) & set("\x1b\x07\u202e\ud800")
-    assert text.splitlines().count("Reproduced.") == 1, "no line of the bundle's own"
+    assert text.splitlines().count(REPRODUCED) == 1, "no line of the bundle's own"
 
 
 def test_escape_sequences_in_errors_are_shown_not_obeyed(bundle, tmp_path, capsys):
     patch(bundle, "module.state", {EVIL: ["float32", [1]]})
-    assert "(\\x1b[2J\\x07x Reproduced.\\ud800\\u202e)" in refused(capsys, bundle, *config(tmp_path, Net, kind="log"))
+    assert f"(\\x1b[2J\\x07x {REPRODUCED}\\ud800\\u202e)" in refused(capsys, bundle, *config(tmp_path, Net, kind="log"))
     assert escaped("größer → 3") == "größer → 3"
 
 

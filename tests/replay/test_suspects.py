@@ -1,4 +1,4 @@
-"""Who is blamed, and who is not."""
+"""Modules that are suspects, and modules that are not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shared(Net):
         return self.innocent(hidden).mean() + (hidden - hidden.detach()).sqrt().sum()
 
 
-def test_a_module_is_not_blamed_for_what_flows_back_from_another_use_of_its_input(trainer, tmp_path, capsys):
+def test_a_module_is_no_suspect_for_what_flows_back_from_another_use_of_its_input(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Shared(), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Shared))
     assert suspects(found) == {}
@@ -45,7 +45,7 @@ class Twice(Net):
         return first.square().mean() + (second - second.detach()).sqrt().sum()
 
 
-def test_of_two_calls_of_a_module_the_innocent_one_is_not_blamed(trainer, tmp_path, capsys):
+def test_of_two_calls_of_a_module_the_innocent_one_is_no_suspect(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Twice("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Twice, kind="plain"))
     assert suspects(found) == {}
@@ -60,7 +60,7 @@ class Penalized(Net):
         return self.net(batch[0]).square().mean() + self.net[0].bias.square().sum().sqrt()
 
 
-def test_a_module_is_not_blamed_for_a_penalty_on_its_parameters(trainer, tmp_path, capsys):
+def test_a_module_is_no_suspect_for_a_penalty_on_its_parameters(trainer, tmp_path, capsys):
     bundle = fitted(trainer, tmp_path, Penalized("plain"), samples(4))
     _, found = replayed(capsys, bundle, *config(tmp_path, Penalized, kind="plain"))
     assert suspects(found) == {}

@@ -1,4 +1,4 @@
-"""Which max_norm? An answer from the norms of a run, with its reasons in numbers."""
+"""Suggest a max_norm from the norms of a run, with reasons in numbers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 
 ADVISED, QUANTILE = 90, 0.9
-"""The percentile that is advised: what it clips are the largest 10 % of the steps."""
+"""The suggested percentile, which clips the largest tenth of the steps."""
 QUARTER_COUNT = 4
 MIN_NORMS_FOR_QUARTERS = 40
-"""Fewer norms than these are not divided into quarters."""
+"""A run with fewer norms is not divided into quarters."""
 CHANGED = 3.0
-"""By this factor the medians of quarters must differ for a run to have changed: lognormal norms do not by chance."""
-STANDS_OUT = 3.0
-"""A norm stands out that is so many robust standard deviations above the median, in logarithms."""
-SAME = 0.02
-"""By so much the share of steps that a rounded threshold clips may differ."""
+"""Norms changed during the run if the medians of its quarters differ by this factor; lognormal norms do not by chance."""
+OUTLIER_SIGMAS = 3.0
+"""A norm is an outlier if it is this many robust standard deviations above the median, in logarithms."""
+ROUNDING_SHARE_TOLERANCE = 0.02
+"""Rounding may change the share of clipped steps by this much at most."""
 LEAST_SIGMA = 0.05
-"""The floor of RobustZScoreLimit too."""
+"""The smallest robust standard deviation of logarithms, as in RobustZScoreLimit: smaller differences are no outliers."""
 EUCLIDEAN = 2.0
 HIGHEST_LOG = math.log(1.79e308)
 MAD_TO_SIGMA = 1.4826
@@ -33,20 +33,20 @@ MAD_TO_SIGMA = 1.4826
 
 @dataclass(frozen=True)
 class Advice:
-    """A max_norm worth trying, a limit that sets itself, and why.
+    """A suggested max_norm, an adaptive limit beside it, and the reasons.
 
     Args:
-        steps: How many finite norms it is made from.
-        left_out: How many were not finite, or not above 0.
-        percentiles: Percentile to norm, with linear interpolation, of all steps.
+        steps: Number of finite norms above 0.
+        left_out: Number of norms that are not finite or not above 0.
+        percentiles: Norm at each percentile, with linear interpolation.
         largest: The largest norm.
-        max_norm: The suggestion, to two significant digits, or more.
-        clips: The share of the steps that it would have clipped.
-        quarters: Medians of the run's four quarters; empty in a short run.
+        max_norm: Suggested max_norm, rounded to two significant digits, or to more if needed.
+        clips: Share of the steps that it would have clipped.
+        quarters: Medians of the four quarters of the run; empty in a short run.
         outliers: Share of norms above median · exp(3 sigma), with sigma = 1.4826 MAD of their logarithms.
-        reasons: Sentences.
-        is_from_stable_quarter: Whether the suggestion is made from the calmest quarter of a run that went out of control.
-        norm_type: The order p of the norms, if it is known.
+        reasons: Reasons for the suggestion, in sentences.
+        is_from_stable_quarter: If True, the suggestion is made from the most stable quarter of a run that went out of control.
+        norm_type: Order p of the norms; None if it is unknown.
     """
 
     steps: int
@@ -63,17 +63,17 @@ class Advice:
 
     @property
     def adaptive_call(self) -> str:
-        """The limit that sets itself, as one writes it in Python."""
+        """The adaptive limit, as Python code."""
         return f"Tightest(QuantileLimit({QUANTILE:g}), {self.max_norm:g})"
 
     def configuration(self, *, adaptive: bool = False) -> dict[str, Any]:
-        """What to put under LightningCLI's configuration, as nested dictionaries."""
+        """Return the suggestion as a configuration for LightningCLI, in nested dictionaries."""
         limit = self._adaptive if adaptive else self.max_norm
         return {"trainer": {"callbacks": [_named("GradientClipping", max_norm=limit, **self._order)]}}
 
     @property
     def _order(self) -> dict[str, float | str]:
-        """The argument for the order of the norm, if it is another than 2, which GradientClipping takes by itself."""
+        """The argument norm_type of GradientClipping; none for 2, the default."""
         if self.norm_type is None or self.norm_type == EUCLIDEAN:
             return {}
         return {"norm_type": "inf" if math.isinf(self.norm_type) else self.norm_type}
@@ -83,7 +83,7 @@ class Advice:
         return _named("Tightest", limits=[_named("QuantileLimit", quantile=QUANTILE), self.max_norm])
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all fields for JSON."""
         return {
             "max_norm": self.max_norm,
             "clips": self.clips,
@@ -98,10 +98,10 @@ class Advice:
         } | self._order
 
     def describe(self) -> str:
-        """A few lines of text."""
+        """Return the suggestion and its reasons as lines of text."""
         lines = [f"max_norm={self.max_norm:g} would have clipped {self.clips:.1%} of {self.steps} steps."]
         lines += [f"  - {reason}" for reason in self.reasons]
-        return "\n".join([*lines, f"Or a limit that sets itself, never above that: {self.adaptive_call}."])
+        return "\n".join([*lines, f"Or use an adaptive limit, which is never above that: {self.adaptive_call}."])
 
 
 def advise(
@@ -114,24 +114,25 @@ def advise(
 ) -> Advice | None:
     r"""Suggest a max_norm from the total norms of a run, in the order of its steps.
 
-    The suggestion is the 90th percentile of the norms, rounded to two digits, or to more where that would clip other steps: it
-    leaves the typical step alone and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
+    The suggestion is the 90th percentile of the norms, rounded to two digits, or to more if rounding would clip other steps: it
+    leaves typical steps unchanged and bounds the largest tenth. Pascanu, Mikolov and Bengio (ICML 2013) set the threshold from the
     average norm over many updates in the same way, and found values from half to ten times that average to work.
 
-    The limit that sets itself is ``Tightest(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe, and
-    below it where norms fall, of which it goes on clipping a tenth. An adaptive limit alone follows a run that goes out of control.
+    The adaptive limit is ``Tightest(QuantileLimit(0.9), max_norm)``: never above the number, so that it is as safe, and
+    below it where norms fall, so that it continues to clip a tenth of the steps. An adaptive limit
+    alone follows a run that goes out of control.
 
     Args:
         norms: Total norms before clipping, any shape, in the order of the steps; those that are not finite or not above 0 are left
             out and counted.
-        out_of_control: Whether the run is known to have gone out of control. If its norms grew threefold from the first quarter to
-            the last, the suggestion then is the 90th percentile of the calmest quarter.
-        is_sampled: Whether the norms are those of some steps only, of which a log may hold more.
-        metric: The name of the norms.
-        norm_type: The order p of the norms, if it is known.
+        out_of_control: If True, the training is known to have gone out of control. If its norms also grew threefold from the first
+            quarter to the last, the suggestion is the 90th percentile of the most stable quarter, that of the smallest median.
+        is_sampled: If True, only some steps were logged, so that logging more often gives more norms.
+        metric: Name of the norms, for the reasons.
+        norm_type: Order p of the norms; None if it is unknown.
 
     Returns:
-        The advice; None if no norm is left.
+        The suggestion; None if no norm is finite and above 0.
 
     Example::
 
@@ -139,25 +140,27 @@ def advise(
         0.9
     """
     values = norms.detach().double().flatten().cpu()
-    sound = values[torch.isfinite(values) & (values > 0)]
-    if not len(sound):
+    usable = values[torch.isfinite(values) & (values > 0)]
+    if not len(usable):
         return None
-    ordered, quarters = sound.sort().values, _Quarters.of(sound)
+    ordered, quarters = usable.sort().values, _Quarters.of(usable)
     percentiles = {percent: _quantile(ordered, percent / 100) for percent in PERCENTILES}
-    threshold = _threshold(ordered, STANDS_OUT)
+    threshold = _threshold(ordered, OUTLIER_SIGMAS)
     from_stable_quarter = quarters.grew and out_of_control
     max_norm = rounded(quarters.stable if from_stable_quarter else percentiles[ADVISED], ordered)
     outliers, largest = _share_above(ordered, threshold), float(ordered[-1])
     p50, p90, p99 = (f"{percentiles[percent]:.3g}" for percent in (50, 90, 99))
     source = (
-        "It is the 90th percentile of the run's calmest quarter: the run went out of control later."
+        "The suggestion is the 90th percentile of the most stable quarter of the run, which went out of control later."
         if from_stable_quarter
-        else "It is their 90th percentile: the typical step is left alone, the largest tenth is bounded."
+        else "The suggestion is the 90th percentile: typical steps are left unchanged, the largest tenth is bounded."
     )
-    left_out = len(values) - len(sound)
-    stand_out = f"{outliers:.2%} of the steps stand out: above {threshold:.3g}, three robust standard deviations from the median."
+    left_out = len(values) - len(usable)
+    outlier_text = (
+        f"{outliers:.2%} of the norms are outliers: above {threshold:.3g}, three robust standard deviations over the median."
+    )
     return Advice(
-        steps=len(sound),
+        steps=len(usable),
         left_out=left_out,
         percentiles=percentiles,
         largest=largest,
@@ -170,7 +173,7 @@ def advise(
             *((f"{left_out} of {len(values)} norms are left out: NaN, inf or not above 0.",) if left_out else ()),
             source,
             *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled),
-            *(() if quarters.changed or not quarters.medians else (stand_out,)),
+            *(() if quarters.changed or not quarters.medians else (outlier_text,)),
         ),
         is_from_stable_quarter=from_stable_quarter,
         norm_type=norm_type,
@@ -178,7 +181,7 @@ def advise(
 
 
 class _Quarters(NamedTuple):
-    """The four quarters of a run: their medians, and the 90th percentile of the calmest one; nothing of a short run."""
+    """The medians of the four quarters of a run, and the 90th percentile of the most stable one; empty for a short run."""
 
     medians: tuple[float, ...]
     stable: float
@@ -210,12 +213,12 @@ class _Quarters(NamedTuple):
         if self.changed:
             yield (
                 f"The median of the norm was {', '.join(f'{median:.3g}' for median in self.medians)} in the four quarters of the "
-                "run: no number fits all of them. The limit that sets itself follows where they fall."
+                "run: no constant fits all of them. The adaptive limit follows norms that fall."
             )
         if self.grew and not out_of_control:
             yield (
-                f"It grew: if the loss did too, the run went out of control, and {self.stable:.2g}, from the calmest quarter, is "
-                "better."
+                f"The norm grew: if the loss grew too, the training went out of control, and {self.stable:.2g}, from the most "
+                "stable quarter, is better."
             )
 
 
@@ -224,25 +227,32 @@ def _named(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def rounded(value: float, ordered: Tensor) -> float:
-    """Round a threshold to two significant digits, or to as many more as it takes to clip about the same norms.
+    """Round a threshold to two significant digits, or to more if that is needed to clip about the same norms.
 
     Args:
-        value: The threshold, above 0.
-        ordered: The norms, ascending.
+        value: Threshold above 0.
+        ordered: Norms in ascending order.
     """
     exact = _share_above(ordered, value)
     candidates = (float(f"{value:.{digits}e}") for digits in range(1, 17))
-    return next((short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= SAME), value)
+    return next(
+        (
+            short
+            for short in candidates
+            if short < math.inf and abs(_share_above(ordered, short) - exact) <= ROUNDING_SHARE_TOLERANCE
+        ),
+        value,
+    )
 
 
 def robust_sigma(logs: Tensor) -> float:
-    """1.4826 times the median absolute deviation of logarithms of norms, 0.05 at least: what differs less does not stand out."""
+    """Return 1.4826 times the median absolute deviation of logarithms of norms, but at least 0.05."""
     median = _quantile(logs.sort().values, 0.5)
     return max(MAD_TO_SIGMA * _quantile((logs - median).abs().sort().values, 0.5), LEAST_SIGMA)
 
 
 def _threshold(ordered: Tensor, z: float) -> float:
-    """The norm that is ``z`` robust standard deviations above the median, in logarithms."""
+    """Return the norm that is ``z`` robust standard deviations above the median, in logarithms."""
     logs = ordered.log()
     above = _quantile(logs, 0.5) + z * robust_sigma(logs)
     return math.exp(above) if above < HIGHEST_LOG else math.inf
@@ -254,7 +264,7 @@ def _share_above(ordered: Tensor, threshold: float) -> float:
 
 
 def _quantile(ordered: Tensor, share: float) -> float:
-    """With linear interpolation, as ``torch.quantile``, which takes 16 million values at most."""
+    """Return a quantile with linear interpolation, as ``torch.quantile``, which takes at most 16 million values."""
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     return float(torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below))

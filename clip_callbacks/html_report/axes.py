@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ SHORT_LOG_AXIS_RATIO = 300
 """A logarithmic axis whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
 NO_LEGEND = "_nolegend_"
 """The label of a line that the legend leaves out."""
+LEGEND_ROW_INCHES = 0.18
+"""Height of one row of a legend."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,19 @@ def add_legend(axes: Axes, theme: Theme) -> None:
     handles = [handle for handle in axes.get_lines() if not str(handle.get_label()).startswith(("_child", NO_LEGEND))]
     names = [f"\u200a{label}" if (label := str(handle.get_label())).startswith("_") else label for handle in handles]
     if names:
-        columns = (46 if theme.narrow else 120) // (max(map(len, names)) + 8)
-        axes.legend(
-            handles, names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, columns), borderaxespad=0.2, handlelength=1.8
-        )
+        columns = _legend_columns(names, narrow=theme.narrow)
+        axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.8)
+
+
+def heights_with_legend(wide: float, narrow: float, names: Sequence[str]) -> tuple[float, float]:
+    """Return the heights of a plot in inches, enlarged for the rows of its legend beyond the first."""
+    rows = [math.ceil(len(names) / _legend_columns(names, narrow=is_narrow)) for is_narrow in (False, True)]
+    return wide + LEGEND_ROW_INCHES * (rows[0] - 1), narrow + LEGEND_ROW_INCHES * (rows[1] - 1)
+
+
+def _legend_columns(names: Sequence[str], *, narrow: bool) -> int:
+    characters = 46 if narrow else 120
+    return max(1, characters // (max(map(len, names)) + 8))
 
 
 def label_log_axis(axis: Axis) -> None:

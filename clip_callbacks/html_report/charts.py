@@ -17,6 +17,7 @@ from clip_callbacks.html_report.axes import (
     PlottedRun,
     add_legend,
     draw_line,
+    heights_with_legend,
     label_log_axis,
     label_step_axis,
     shorten,
@@ -37,6 +38,8 @@ LOG_AXIS_RATIO = 10.0
 """An axis whose largest value is more than this many times its smallest is logarithmic."""
 LOSS_LINE_STYLES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 """Line styles that distinguish the losses of a run."""
+NAN_LABEL = "first NaN or inf of {}"
+"""Legend entry of the line at the first step at which a loss was not finite."""
 
 
 def make_charts(plotted: Sequence[PlottedRun]) -> list[Chart]:
@@ -109,7 +112,7 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
         caption,
         f"{_norm_label(plotted)} over optimizer steps. {spans}.",
         draw,
-        (4.4, 4.4),
+        heights_with_legend(4.2, 4.0, [*(each.label for each in plotted), "max_norm", "clipped step", "skipped step"]),
     )
 
 
@@ -172,7 +175,7 @@ def _loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
                 draw_line(axes, finite, each.color, label, f"loss-{label}", linestyle=style, marker=marker, markersize=3)
             broken = series.steps[~np.isfinite(series.values)]
             if len(broken):
-                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=f"first NaN or inf of {label}")
+                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=NAN_LABEL.format(label))
         values = np.concatenate([series.finite.values for _, _, series, _ in lines])
         axes.set_ylabel("loss")
         if len(values) and values.min() > 0 and values.max() > LOG_AXIS_RATIO * values.min():
@@ -183,9 +186,12 @@ def _loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
 
     final_values = "; ".join(f"{label} {_or_none(series.last)} at the end" for _, label, series, _ in lines)
     caption = "Losses as the module logged them."
-    if any(not np.isfinite(series.values).all() for _, _, series, _ in lines):
+    if any(len(series.finite) < len(series) for _, _, series, _ in lines):
         caption += " A vertical dotted line marks the first optimizer step at which a loss was NaN or inf."
-    return Chart("loss", "Loss", caption, f"Loss over optimizer steps. {final_values}.", draw)
+    names = [label for _, label, _, _ in lines]
+    names += [NAN_LABEL.format(label) for _, label, series, _ in lines if len(series.finite) < len(series)]
+    heights = heights_with_legend(3.4, 3.2, names)
+    return Chart("loss", "Loss", caption, f"Loss over optimizer steps. {final_values}.", draw, heights)
 
 
 def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
@@ -208,7 +214,8 @@ def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
         for each in plotted
     )
     caption = "clip_coef is clipped_norm / total_norm: 1 means that the gradient was not changed, 0.1 that a tenth of it was left."
-    return Chart("coefficient", "Clipping coefficient", caption, f"clip_coef over optimizer steps. {means}.", draw, (2.6, 2.6))
+    heights = heights_with_legend(2.6, 2.6, [each.label for each in plotted])
+    return Chart("coefficient", "Clipping coefficient", caption, f"clip_coef over optimizer steps. {means}.", draw, heights)
 
 
 def _histogram_chart(plotted: list[PlottedRun]) -> Chart:
@@ -228,7 +235,14 @@ def _histogram_chart(plotted: list[PlottedRun]) -> Chart:
                 value = float(np.percentile(norms, percent))
                 axes.plot([value, value], [0, top * height], color=theme.ink, linestyle=":", linewidth=1)
                 text = f"p{percent} {value:.3g}"
-                axes.annotate(text, (value, top * height), xytext=(3, -8), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    text,
+                    (value, top * height),
+                    xytext=(3, -8),
+                    textcoords="offset points",
+                    fontsize=8,
+                    bbox={"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                )
             if low < limit < high:
                 axes.axvline(limit, color=theme.ink, linestyle=DASHED, linewidth=1.4)
             axes.set(xscale="log", ylim=(0, top), ylabel="logged steps\nper bin", title=each.label)
@@ -288,9 +302,9 @@ def _what_if_chart(plotted: list[PlottedRun]) -> Chart:
         "The share of the logged steps that a constant max_norm for the norm of all gradients would have clipped. This is a guide "
         "only: with another max_norm the training would have taken other steps."
     )
-    return Chart(
-        "what_if", "Steps that another max_norm would clip", caption, f"Share of clipped steps over max_norm. {clipped}.", draw
-    )
+    summary = f"Share of clipped steps over max_norm. {clipped}."
+    heights = heights_with_legend(3.4, 3.2, [*(each.label for each in plotted), "last max_norm", "suggested max_norm"])
+    return Chart("what_if", "Steps that another max_norm would clip", caption, summary, draw, heights)
 
 
 def _global_limit(each: PlottedRun) -> float:

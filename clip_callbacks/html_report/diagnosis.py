@@ -307,9 +307,7 @@ def _updates(log: OptimizerLog) -> Iterator[Finding]:
 def _shadows(log: OptimizerLog) -> Iterator[Finding]:
     if shadows := log.shadows:
         each = ", ".join(f"{name} {share:.1%}" for name, share in shadows.items())
-        yield Finding(
-            "note", f"Share of steps that the shadow limits, which are computed but not applied, would have clipped: {each}."
-        )
+        yield Finding("note", f"Shadow limits are computed but not applied. Share of steps that they would have clipped: {each}.")
 
 
 def _sampling(log: OptimizerLog) -> Iterator[Finding]:

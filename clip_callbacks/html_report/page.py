@@ -94,7 +94,7 @@ LOCAL_NORMS_CONDITION = (
 )
 
 HEADINGS = (
-    "optimizer\nsteps",
+    "steps",
     "norm\np50",
     "norm\np90",
     "norm\np99",

@@ -96,7 +96,7 @@ class Chart:
     caption: str
     summary: str
     draw: Callable[[Figure, Theme], None]
-    heights: tuple[float, float] = (3.4, 3.2)
+    heights: tuple[float, float]
 
     def svg(self, *, narrow: bool) -> str:
         """Draw the plot as an SVG element in the colors of the page."""

@@ -126,9 +126,10 @@ def test_the_journal_names_tensors_in_the_table_of_bad_steps(trainer, tmp_path):
 def test_spikes_skipped_by_the_guard_are_rows_with_their_norm(trainer, tmp_path):
     logger = CSVLogger(tmp_path)
     with pytest.warns(RuntimeWarning, match="Spike"):
-        trainer(NonFiniteGuard(skip_above=1e3), GradientClipping(1.0), logger=logger).fit(Poisoned({3: 1e6}), data(8))
+        trainer(NonFiniteGuard(skip_above=1e3), GradientClipping(1.0), logger=logger).fit(Poisoned({3: 1e6}), data(30))
     rows, _ = bad_steps(read(Path(logger.log_dir)).optimizer_logs[0])
     (spike,) = [row for row in rows if row.outcome == "skipped as a spike"]
+    assert [row.step for row in rows].count(3) == 1
     assert spike.step == 3
     assert spike.norm > 1e3
     assert "net.0.weight" in spike.details

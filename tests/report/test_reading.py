@@ -246,6 +246,15 @@ def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):
     assert log.skipped_steps.last == 0
 
 
+def test_first_steps_without_a_norm_count(tmp_path):
+    skipped = np.minimum(np.arange(100), 2.0) + 1
+    frame = table(100, **{"grad/skipped_steps": skipped, "grad/overflowed_steps": skipped})
+    frame.loc[:2, "grad/total_norm"] = math.nan  # an empty cell: the norm of the first three steps was not logged
+    (log,) = read(write(tmp_path, frame)).optimizer_logs
+    assert (log.step_count, log.skipped_steps.last) == (100, 3)
+    assert "3 of 100 optimizer steps overflowed in float16: GradScaler skipped them" in texts(diagnose(log, {}))
+
+
 def test_a_branch_that_was_given_up_is_left_out(tmp_path):
     first, again = table(100), table(150, seed=1).iloc[45::7]
     run = read(write(tmp_path, pd.concat([first, again])))

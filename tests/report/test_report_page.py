@@ -99,7 +99,7 @@ def test_the_figures_in_the_table_are_those_of_the_log(wide, logs):
         frame = pd.read_csv(logs / row[0] / "metrics.csv")
         shown = dict(zip((" ".join(heading.split()) for heading in headings), row, strict=True))
         norms = frame["grad/total_norm"].dropna()
-        assert shown["optimizer steps"] == "80"
+        assert shown["steps"] == "80"
         assert shown["logged norms"] == str(len(norms))
         for percent in (50, 90, 99):
             assert shown[f"norm p{percent}"] == f"{np.percentile(norms, percent):.3g}"

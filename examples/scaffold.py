@@ -1,6 +1,6 @@
-"""What the worked examples share: a command line, a Trainer that keeps quiet, a sheet to draw on.
+"""Parts that the worked examples share: a command line, a quiet Trainer, a figure to plot in.
 
-Not an example itself: imported by those that stand beside it.
+This file is not an example itself; the examples beside it import it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ RED, BLUE, GREEN, ORANGE, GREY = "#d1495b", "#00798c", "#66a182", "#edae49", "#5
 
 
 def command_line(docstring: str, name: str) -> argparse.ArgumentParser:
-    """A parser with ``--quick`` and ``--output``, the folder for pictures and logs."""
+    """Make a parser with ``--quick`` and ``--output``, the folder for plots and logs."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="as short as it can be: a few seconds")
-    parser.add_argument("--output", type=Path, default=Path("logs", name), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="run for a few seconds only")
+    parser.add_argument(
+        "--output", type=Path, default=Path("logs", name), metavar="FOLDER", help="folder for plots and logs (default: %(default)s)"
+    )
     return parser
 
 
 def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, make the output folder, silence what Lightning says of any small run."""
+    """Parse the command line, make the output folder, and silence Lightning's warnings about small runs."""
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for message in (".*does not have many workers.*", ".*is smaller than the logging interval.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
-    torch.set_num_threads(1)  # tensors are small: more threads would wait for each other
+    torch.set_num_threads(1)  # the tensors are small: more threads would only wait for each other
     return arguments
 
 
 def quiet_trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    """On the CPU, with nothing on the screen and, unless a logger is given, nothing on the disk."""
+    """Make a Trainer on the CPU that prints nothing and, unless a logger is given, writes nothing."""
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **(silent | options))
 
 
 def sheet(*, columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.5, 3.8)) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, from left to right and down, each of a ``size`` in inches."""
+    """Make a figure and its axes, row by row, each of a ``size`` in inches."""
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -55,6 +57,6 @@ def sheet(*, columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.5, 
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a picture and say where it is."""
+    """Write a figure to a file and print its path."""
     figure.savefig(file, dpi=110)
-    print(f"Picture: {file}")
+    print(f"Plot: {file}")

@@ -42,7 +42,7 @@ class BadStep:
 
     Args:
         step: The optimizer step, counted from 0.
-        outcome: What happened to the step: "skipped", "spike" and so on.
+        outcome: Outcome of the step: "skipped", "spike" and so on.
         norm: The total_norm; NaN if it was not finite or is not known.
         where: Epoch, batch and rank, if they are known.
         details: Stage and names of non-finite tensors, or what else is known.

@@ -22,7 +22,7 @@ from clip_callbacks.html_report.axes import (
     label_step_axis,
     shorten,
 )
-from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_means, downsample
+from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_means, downsample, fits
 from clip_callbacks.html_report.heat_map import heat_map
 from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.series import Series, Steps
@@ -101,7 +101,7 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
         )
     if any(each.log.has_local_norms for each in plotted):
         caption += " In a run with local norms max_norm is the limit of one block, not of the norm of all gradients."
-    if any(not downsample(each.log.total_norm).has_all_points for each in plotted):
+    if not all(fits(each.log.total_norm) for each in plotted):
         caption += (
             " Long runs are downsampled: the line is the median of each column of the plot, the band spans its smallest to its "
             "largest value, and clipped steps are not marked."
@@ -145,7 +145,7 @@ def _mark_steps(axes: Axes, each: PlottedRun, limit_color: str, theme: Theme) ->
 def _clipped(each: PlottedRun) -> Series:
     """Return the norms logged at clipped steps; none of a run that is too long to draw each of them."""
     norms = each.log.total_norm
-    if not downsample(norms).has_all_points or not each.log.clip_coef:
+    if not fits(norms) or not each.log.clip_coef:
         return Series.empty()
     is_clipped = np.isin(norms.steps, each.log.clip_coef.steps[each.log.clip_coef.values < 1])
     return Series(norms.steps[is_clipped], norms.values[is_clipped])

@@ -32,9 +32,14 @@ class Downsampled(NamedTuple):
     has_all_points: bool
 
 
+def fits(series: Series, columns: int = MAX_COLUMNS) -> bool:
+    """Return whether a plot of so many columns shows a series point by point."""
+    return len(series) <= 2 * columns
+
+
 def downsample(series: Series, columns: int = MAX_COLUMNS) -> Downsampled:
     """Reduce a series of finite values to columns; its smallest and largest values are kept."""
-    if len(series) <= 2 * columns:
+    if fits(series, columns):
         steps = series.steps.astype(np.float64)
         return Downsampled(steps, series.values, series.values, series.values, has_all_points=True)
     first, last = int(series.steps[0]), int(series.steps[-1])

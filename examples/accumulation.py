@@ -26,7 +26,7 @@ MICRO_BATCHES, WINDOW = 10, 4
 
 
 def problem() -> tuple[nn.Parameter, nn.Parameter, Callable[[], Tensor]]:
-    """Weights, biases, and the function from nothing to the logits."""
+    """Return weights, biases, and a function without arguments that computes the logits."""
     w, b = nn.Parameter(torch.tensor([[1.0, 2.0, 3.0]]).repeat(5, 1)), nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
     return w, b, lambda: torch.ones(5) @ w + b
 
@@ -36,7 +36,7 @@ def loss(logits: Tensor) -> Tensor:
 
 
 def added_gradients(backwards: int) -> tuple[list[list[float]], list[float]]:
-    """Rows of w.grad, and b.grad, after so many backward passes."""
+    """Return the rows of w.grad, and b.grad, after a number of backward passes."""
     w, b, logits = problem()
     for _ in range(backwards):
         loss(logits()).backward()
@@ -44,7 +44,7 @@ def added_gradients(backwards: int) -> tuple[list[list[float]], list[float]]:
 
 
 def drift(steps: int, max_norm: float | None) -> Tensor:
-    """The three logits before each step and after the last one, shape ``(steps + 1, 3)``."""
+    """Return the three logits before each step and after the last one, shape ``(steps + 1, 3)``."""
     w, b, logits = problem()
     optimizer = torch.optim.SGD([w, b], lr=0.0009)
     table, state, seen = ParameterTable.of([w, b]), None, []
@@ -59,7 +59,7 @@ def drift(steps: int, max_norm: float | None) -> Tensor:
 
 
 class Line(LightningModule):
-    """Keeps the gradient with which each step is taken; it does not move, so that steps can be compared."""
+    """A model that records the gradient of each step; its weights do not change, so that steps can be compared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def samples() -> TensorDataset:
 
 
 def window_gradients(*callbacks: AccumulationRescaling) -> list[Tensor]:
-    """The gradient of each window of an epoch in Lightning."""
+    """Return the gradient of each window of an epoch in Lightning."""
     module = Line()
     trainer = quiet_trainer(*callbacks, GradientClipping(None), max_epochs=1, accumulate_grad_batches=WINDOW)
     trainer.fit(module, DataLoader(samples(), batch_size=8))
@@ -93,7 +93,7 @@ def window_gradients(*callbacks: AccumulationRescaling) -> list[Tensor]:
 
 
 def large_batch_gradients() -> list[Tensor]:
-    """The gradient of each window as one batch."""
+    """Return the gradient of each window as one batch."""
     gradients = []
     for batch in DataLoader(samples(), batch_size=8 * WINDOW):
         module = Line()

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 import clip_callbacks  # noqa: F401  (so that the CLI knows its callbacks by their short names)
 
 SYMBOLS = 128
-"""ASCII; every other character becomes a question mark."""
+"""Number of characters, those of ASCII; every other one becomes a question mark."""
 PADDING = 0
-"""A character that no source text holds."""
+"""A character that no source text contains."""
 
 
 def read_stdlib(megabytes: float) -> tuple[bytes, bytes]:
@@ -44,7 +44,7 @@ def digest(path: Path) -> int:
 
 
 class Chunks(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of a text, each with the same piece one character later; some of them blank, if that is wanted."""
+    """Pieces of a text, each with the piece that begins one character later as its target; ``blank`` of them are all padding."""
 
     def __init__(self, text: bytes, length: int, blank: int = 0) -> None:
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
@@ -67,11 +67,11 @@ class StdlibText(LightningDataModule):
     """The standard library's source text in pieces.
 
     Args:
-        megabytes: How much text to read.
-        length: Characters in a piece.
-        batch_size: Pieces in a batch.
-        validation_batches: How many batches to validate on.
-        poison: Share of training batches that hold a piece of nothing but padding, which the model divides by zero over.
+        megabytes: Amount of text to read.
+        length: Number of characters in a piece.
+        batch_size: Number of pieces in a batch.
+        validation_batches: Number of batches for validation.
+        poison: Share of training batches with a piece that is all padding, for which the model divides by zero.
     """
 
     def __init__(
@@ -101,20 +101,20 @@ class StdlibText(LightningDataModule):
 
 
 class PaddingScale(nn.Module):
-    """Makes up for padding: divides each piece by the share of its characters that are none. Nobody thought of a blank one."""
+    """Divide each piece by its share of characters. The fault is on purpose: a piece that is all padding is divided by 0."""
 
     def forward(self, embedded: Tensor, characters: Tensor) -> Tensor:
         return embedded / (characters != PADDING).float().mean(dim=1)[:, None, None]
 
 
 class CharRNN(LightningModule):
-    """Predicts the next character; the loss is in bits per character.
+    """A network that predicts the next character; its loss is in bits per character.
 
     Args:
         cell: Kind of recurrent network: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM".
         hidden: Width of the hidden state.
-        layers: Depth.
-        learning_rate: Of SGD with momentum 0.9, falling to a fifth along a cosine, step by step.
+        layers: Number of recurrent layers.
+        learning_rate: Learning rate of SGD with momentum 0.9; it falls to a fifth along a cosine, step by step.
     """
 
     def __init__(self, cell: str = "RNN_TANH", hidden: int = 256, layers: int = 1, learning_rate: float = 0.5) -> None:
@@ -148,7 +148,7 @@ class CharRNN(LightningModule):
 
 
 class CLI(LightningCLI):
-    """LightningCLI with ``--poison`` for short."""
+    """LightningCLI with ``--poison`` as a short option."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

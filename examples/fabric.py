@@ -24,7 +24,7 @@ MICRO_BATCHES = 2
 
 
 def spirals(points=2048):
-    """Points on two spirals, and on which one each lies."""
+    """Make points on two spirals, with the number of the spiral as label."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(points) % 2
     angle = 1 + 9 * torch.rand(points, generator=generator)

@@ -30,7 +30,7 @@ Norms = dict[str, float]
 
 
 class DigitReader(LightningModule):
-    """An encoder over pixels; its optimizer holds all parameters, or only those that are not frozen."""
+    """An encoder over pixels, whose optimizer holds all parameters or only those that are not frozen."""
 
     def __init__(self, *, holds_frozen: bool = True) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DigitReader(LightningModule):
 
 
 class Unfreezing(BaseFinetuning):
-    """Lightning's own way: freeze at first, let the frozen parts join at an epoch, at a tenth of the learning rate."""
+    """Lightning's BaseFinetuning: freeze parts at first and unfreeze them at an epoch, at a tenth of the learning rate."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Unfreezing(BaseFinetuning):
 
 
 class Steps(Callback):
-    """Keeps the norms of every step, of each parameter and of all."""
+    """A callback that records at every step the norm of each parameter's gradient and of all gradients."""
 
     def __init__(self, clipping: GradientClipping) -> None:
         self.clipping, self.norms, self.totals = clipping, [], []
@@ -94,7 +94,7 @@ def digits(batches: int) -> tuple[DataLoader[list[Tensor]], DataLoader[list[Tens
 
 
 def train(*callbacks: Callback, holds_frozen: bool = True, batches: int = 4, epochs: int = 2) -> tuple[Steps, Trainer, DigitReader]:
-    """Train, with parts frozen by a callback or else by requires_grad_."""
+    """Train with parts frozen by a callback, or without one by requires_grad_."""
     seed_everything(0, verbose=False)
     module, clipping = DigitReader(holds_frozen=holds_frozen), GradientClipping(rules=[ClipRule(None, "parameter"), ClipRule(0.5)])
     if not callbacks:  # BaseFinetuning freezes for itself
@@ -106,7 +106,7 @@ def train(*callbacks: Callback, holds_frozen: bool = True, batches: int = 4, epo
 
 
 def in_the_norm(norms: Norms) -> dict[str, str]:
-    """For each part of the network, how many of its parameters have a share in the norm."""
+    """Return for each part of the network the number of its parameters that have a share in the norm."""
     counts = {part: len(list(DigitReader().get_submodule(part).parameters())) for part in PARTS}
     found = {part: sum(name.startswith(f"{part}.") and norm > 0 for name, norm in norms.items()) for part in PARTS}
     return {part: f"{found[part]} of {counts[part]}" for part in PARTS}

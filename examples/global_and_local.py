@@ -34,7 +34,7 @@ from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, clip
 
 THRESHOLD, OUTLIER, TIMES = 0.5, "rnn.weight_hh_l0", 1000.0
 SPOILT = 50.0
-"""Errors of spoilt batches are above it, those of others below."""
+"""Errors of spoilt batches are above this, those of other batches below."""
 WAYS: dict[str, dict[str, Any]] = {
     "none": {"max_norm": None, "shadow": [0.5, 1.0, 2.0, 5.0, 10.0, 100.0]},
     "global": {"max_norm": THRESHOLD},
@@ -46,7 +46,7 @@ COLORS = dict(zip(WAYS, (GREY, RED, BLUE, GREEN, ORANGE), strict=True))
 
 
 class SimpleRNN(LightningModule):
-    """Reads a sequence, answers with five numbers."""
+    """A network that reads a sequence and answers with five numbers."""
 
     def __init__(self, dropout: float = 0.0, l1: float = 0.0, l2: float = 0.0) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def sequences(batches: int) -> TensorDataset:
 
 
 def train(way: str, steps: int, folder: Path, **regularization: float) -> dict[str, float]:
-    """Train one way, with the norms in TensorBoard; the metrics at the end."""
+    """Train with one kind of clipping, log the norms to TensorBoard, and return the metrics at the end."""
     seed_everything(0, verbose=False)
     for file in folder.glob("events.*"):  # of an earlier run
         file.unlink()
@@ -92,13 +92,13 @@ def train(way: str, steps: int, folder: Path, **regularization: float) -> dict[s
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """A metric over steps, read back from TensorBoard's files."""
+    """Read a metric over steps from TensorBoard's files."""
     events = EventAccumulator(str(folder)).Reload()
     return [(event.step, event.value) for event in events.Scalars(metric)]
 
 
 def shrinking(way: str) -> tuple[dict[str, float], float]:
-    """With one exploding gradient: of each parameter, norm after clipping / norm before; and the cosine between both gradients."""
+    """Clip with one exploding gradient; return norm after / before clipping of each parameter, and the cosine between both."""
     torch.manual_seed(0)
     module = SimpleRNN()
     inputs, targets = sequences(1).tensors

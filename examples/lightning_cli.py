@@ -17,10 +17,10 @@ import clip_callbacks  # noqa: F401  (so that the CLI knows its callbacks by the
 
 
 class Digits(LightningDataModule):
-    """Pictures of 8 x 8 pixels that come with scikit-learn.
+    """Images of digits, 8 x 8 pixels, that come with scikit-learn.
 
     Args:
-        batch_size: Pictures in a batch.
+        batch_size: Number of images in a batch.
     """
 
     def __init__(self, batch_size: int = 32) -> None:
@@ -43,8 +43,8 @@ class Classifier(LightningModule):
     """A network with one hidden layer.
 
     Args:
-        hidden: Its width.
-        learning_rate: Of AdamW.
+        hidden: Width of the hidden layer.
+        learning_rate: Learning rate of AdamW.
     """
 
     def __init__(self, hidden: int = 64, learning_rate: float = 1e-2) -> None:

@@ -31,21 +31,21 @@ BATCHES, FAULTY = 8, 3
 
 
 class Entropy(nn.Module):
-    """p log p of something that may be 0: 0 times log 0 is NaN."""
+    """Compute p log p, which is NaN where p is 0: 0 times log 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs() * x.abs().log()
 
 
 class Root(nn.Module):
-    """The root of 0 is 0, its derivative there infinite."""
+    """Compute a square root, whose derivative at 0 is infinite."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs().sqrt()
 
 
 class Network(LightningModule):
-    """Two linear layers with something between."""
+    """Two linear layers with a module between them."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Network(LightningModule):
 
 
 class SpoiltWeight(Network):
-    """Comes with a NaN in a weight, as from a checkpoint."""
+    """A network with a NaN in a weight, as from a broken checkpoint."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__(between)
@@ -74,7 +74,7 @@ class SpoiltWeight(Network):
 
 
 class HugeStep(Network):
-    """The step of batch 2 has an absurd learning rate: parameters overflow, and batch 3 meets them."""
+    """A network whose learning rate is far too large at batch 2: its parameters overflow, and batch 3 fails."""
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.optimizers().param_groups[0]["lr"] = 3e38 if batch_idx == FAULTY - 1 else 0.001
@@ -89,7 +89,7 @@ FAULTS = {
 
 
 class Answer(NamedTuple):
-    """What a run said of its fault: the warning or error as text, the journal's lines, and whether the run came to its end."""
+    """Outcome of a run with a fault: text of the warning or error, lines of the journal, and whether the run came to its end."""
 
     text: str
     journal: list[dict[str, Any]]

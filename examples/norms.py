@@ -33,12 +33,12 @@ def weight_with(gradient: Sequence[float] | Tensor) -> nn.Parameter:
 
 
 def clip(gradient: Sequence[float] | Tensor, max_norm: float | None = 1.0, norm_type: float = 2.0) -> StepReport:
-    """What a step with this gradient reports."""
+    """Return the report of a step with this gradient."""
     return clip_step([weight_with(gradient)], rules=[ClipRule(max_norm)], norm_type=norm_type)[0]
 
 
 def row(label: float, gradient: Sequence[float], max_norm: float = 1.0, norm_type: float = 2.0) -> Row:
-    """Of one gradient: a label, total_norm, clip_coef, and clip_coef once more, from the printed norm in double precision."""
+    """Return a row of a table: label, total_norm, clip_coef, and clip_coef computed from the norm in double precision."""
     report, weight = clip(gradient, max_norm, norm_type), weight_with(gradient)
     assert clip_grad_norm_(weight, max_norm, norm_type) == report.total_norm  # the drop-in says the same
     total_norm = report.total_norm.item()
@@ -58,7 +58,7 @@ def by_threshold() -> list[Row]:
 
 
 def random_gradients(draws: int) -> list[Tensor]:
-    """Of 1 to 50 entries, of sizes from 1e-4 to 1e4."""
+    """Draw gradients of 1 to 50 entries, of sizes from 1e-4 to 1e4."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 51, (draws,), generator=generator).tolist()
     sizes = (10 ** (8 * torch.rand(draws, generator=generator) - 4)).tolist()
@@ -66,13 +66,13 @@ def random_gradients(draws: int) -> list[Tensor]:
 
 
 def rising_norms(gradients: list[Tensor]) -> int:
-    """For how many gradients a larger norm type gives a larger norm (beyond the rounding of float32)."""
+    """Count the gradients to which a larger norm type gives a larger norm (beyond the rounding of float32)."""
     norms = torch.tensor([[clip(gradient, None, p).total_norm.item() for p in NORM_TYPES] for gradient in gradients])
     return int((norms[:, 1:] > norms[:, :-1] * (1 + 1e-6)).any(dim=1).sum())
 
 
 def before_and_after(gradients: list[Tensor], max_norm: float) -> list[tuple[float, float]]:
-    """total_norm and clipped_norm of each gradient."""
+    """Return total_norm and clipped_norm of each gradient."""
     reports = [clip(gradient, max_norm) for gradient in gradients]
     return [(report.total_norm.item(), report.clipped_norm.item()) for report in reports]
 

@@ -29,11 +29,11 @@ from clip_callbacks import GradientClipping, NonFiniteGuard
 
 Batch = tuple[Tensor, Tensor]
 ALWAYS = 1e-3
-"""A max_norm below every norm here, whatever the scale."""
+"""A max_norm below every norm in this example, whatever the scale."""
 
 
 class Way(NamedTuple):
-    """An optimizer, and what a batch is."""
+    """An optimizer and its batches."""
 
     make: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any]
@@ -51,7 +51,7 @@ WAYS = {
 
 
 class Classifier(LightningModule):
-    """Its loss is multiplied by ``scale``, and is NaN for the batch of number ``poisoned``."""
+    """A classifier whose loss is multiplied by ``scale``, and is NaN for the batch of number ``poisoned``."""
 
     def __init__(self, way: Way, scale: float = 1.0, poisoned: int | None = None) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ def train(way: Way, data: list[Batch], *, max_norm: float | None = None, scale: 
 
 
 def path_ratio(run: Run, reference: Run) -> float:
-    """How far the weights went, as a multiple of how far they went in the reference."""
+    """Return the distance from start to end of the weights, as a multiple of that in the reference."""
     return float((run.end - run.start).norm() / (reference.end - reference.start).norm())
 
 
 def compare(way: Way, steps: int) -> tuple[dict[str, Any], dict[float, Run]]:
-    """Of one optimizer: its row of the table, and its runs by scale."""
+    """Train with one optimizer; return its row of the table, and its runs by scale."""
     data = batches(way, steps)
     runs = {scale: train(way, data, scale=scale) for scale in (0.1, 1.0, 10.0)}
     clipped = {scale: train(way, data, max_norm=ALWAYS, scale=scale) for scale in (1.0, 10.0)}
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = start(command_line(__doc__, "optimizers"), argv)
     warnings.filterwarnings("ignore", "Non-finite gradients")  # they are meant
     found = {name: compare(way, 20 if arguments.quick else 200) for name, way in WAYS.items()}
-    print("How far the weights go from their start, with a scaled gradient or clipped, as a multiple of how far without")
+    print("Distance of the weights from their start, with a scaled or clipped gradient, as a multiple of that without")
     print(tabulate([{"optimizer": name, **row} for name, (row, _) in found.items()], headers="keys", floatfmt=".3f"))
     save(picture({name: runs for name, (_, runs) in found.items()}), arguments.output / "scales.png")
 

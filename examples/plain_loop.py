@@ -31,7 +31,7 @@ class Adder(nn.Module):
 
 
 def draw():
-    """Sequences of (number, mark), and the sums of the marked numbers."""
+    """Make sequences of (number, mark), and the sums of the marked numbers."""
     numbers, marks = torch.rand(BATCH, LENGTH), torch.zeros(BATCH, LENGTH)
     marks.scatter_(1, torch.rand(BATCH, LENGTH).topk(2).indices, 1.0)
     return torch.stack([numbers, marks], -1), (numbers * marks).sum(1)

@@ -43,7 +43,7 @@ def noise(samples: int, length: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
-    """The same recurrent weights' gradient, in double precision, in four ways."""
+    """Compute the gradient of the recurrent weights, in double precision, in four ways."""
     sequence = noise(4, length, torch.float64)
     rnn = network("RNN", torch.float64)
     gradients = {}
@@ -59,7 +59,7 @@ def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
         rnn.zero_grad()
 
     def calls(copies: Sequence[Tensor]) -> list[Tensor]:
-        """States of a cell called once for each time step, each time with its own copy of the recurrent weights."""
+        """Return the states of a cell that is called once per time step, each time with its own copy of the weights."""
         states = [sequence.new_zeros(4, STATES)]
         for step, copy in enumerate(copies):
             inputs = sequence[:, step] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0
@@ -76,7 +76,7 @@ def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
 
 
 def norms(kind: str, length: int) -> dict[str, float]:
-    """Of the gradient at the start of training, for a loss on the last state."""
+    """Return norms of the gradient at the start of training, for a loss on the last state."""
     rnn, sequence = network(kind), noise(32, length).requires_grad_()
     rnn(sequence)[0][:, -1].square().sum(1).mean().backward()
     report, _ = clip_step(rnn.named_parameters(), rules=[ClipRule(MAX_NORM)])
@@ -88,7 +88,7 @@ def norms(kind: str, length: int) -> dict[str, float]:
 
 
 class SumOfFirst(LightningModule):
-    """Says at the end of a sequence whether its first numbers have a positive sum."""
+    """A network that predicts at the end of a sequence whether its first numbers have a positive sum."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SumOfFirst(LightningModule):
 
 
 def train(kind: str, max_norm: float | None, steps: int, length: int = 30) -> list[float]:
-    """The losses."""
+    """Train a network and return its losses."""
     seed_everything(0, verbose=False)
     module = SumOfFirst(kind)
     data = DataLoader(TensorDataset(noise(32 * steps, length)), batch_size=32)

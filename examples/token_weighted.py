@@ -30,13 +30,13 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 IGNORED, LINES, WINDOW, END = -100, 32, 8, 10
-"""Label of padding; lines in a micro-batch; micro-batches in a window; the character that ends a line."""
+"""Label of padding, lines in a micro-batch, micro-batches in a window, and the character that ends a line."""
 
 Batch = dict[str, Tensor]
 
 
 def micro_batches(text: bytes, most: int, seed: int) -> list[Batch]:
-    """Lines of similar length together, the micro-batches in random order."""
+    """Make micro-batches of lines of similar length, in random order."""
     lines = sorted((line.strip()[:240] for line in text.splitlines() if len(line.strip()) > 1), key=len)
     groups = [lines[start : start + LINES] for start in range(0, len(lines) - LINES + 1, LINES)]
     random.Random(seed).shuffle(groups)
@@ -44,7 +44,7 @@ def micro_batches(text: bytes, most: int, seed: int) -> list[Batch]:
 
 
 def padded(lines: list[bytes]) -> Batch:
-    """Inputs and the labels one character later; padding is ignored."""
+    """Make inputs and their labels, which are one character later; padding is ignored."""
     rows = [torch.tensor([END, *line, END]) for line in lines]
     inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
     labels = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED)
@@ -52,7 +52,7 @@ def padded(lines: list[bytes]) -> Batch:
 
 
 class LineModel(LightningModule):
-    """A GRU that predicts the next character. Nothing in it knows of weights."""
+    """A GRU that predicts the next character. It contains no code for the weights of micro-batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LineModel(LightningModule):
         self.validated: list[tuple[int, float]] = []
 
     def bits(self, batch: Batch) -> Tensor:
-        """Mean over the characters that are not padding."""
+        """Return the mean loss over the characters that are not padding."""
         logits = self.head(self.rnn(self.embedding(batch["inputs"]))[0])
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED) / math.log(2)
 
@@ -78,7 +78,7 @@ class LineModel(LightningModule):
 
 
 def run(rescaling: Callback, train: list[Batch], validation: list[Batch], steps: int) -> list[tuple[int, float]]:
-    """Validation loss over optimizer steps."""
+    """Train, and return the validation loss over optimizer steps."""
     seed_everything(0, verbose=False)
     module = LineModel()
     trainer = Trainer(

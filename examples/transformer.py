@@ -25,7 +25,7 @@ WINDOW, LINES, LENGTH, PADDING = 4, 16, 96, -100
 
 
 def collate(lines):
-    """Lines as bytes; padding takes no part in the loss."""
+    """Encode lines as bytes; padding has no part in the loss."""
     rows = [torch.tensor(list(line)) for line in lines]
     labels = pad_sequence(rows, batch_first=True, padding_value=PADDING)
     return BatchEncoding({"input_ids": labels.clamp(min=0), "attention_mask": (labels != PADDING).long(), "labels": labels})

@@ -28,7 +28,7 @@ PLACES: tuple[Place, ...] = ("nowhere", "before backward", "between backward and
 
 
 class FourLayers(LightningModule):
-    """Keeps the gradients of its step at three moments."""
+    """A network that records the gradients of its step at three moments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class FourLayers(LightningModule):
 
 
 def one_step() -> tuple[dict[str, list[float]], float]:
-    """What the four layers saw, and total_norm."""
+    """Return the gradients that the four layers recorded, and total_norm."""
     module, clipping = FourLayers(), GradientClipping(MAX_NORM)
     quiet_trainer(clipping, max_steps=1).fit(module, DataLoader([0]))
     assert clipping.last_report
@@ -79,7 +79,7 @@ def one_step() -> tuple[dict[str, list[float]], float]:
 
 
 def weights_with_clip_at(place: Place) -> list[float]:
-    """The weights after a step of a plain loop."""
+    """Return the weights after a step of a plain loop."""
     module = FourLayers()
     optimizer = module.configure_optimizers()
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The command ``clip-callbacks``: what the logs of runs tell, and what a bad step was."""
+"""The command ``clip-callbacks``: report on the logs of runs, suggest a max_norm, replay a bad step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from clip_callbacks.html_report.runs import Run
 
 UNUSABLE = 2
-"""Exit code if the input cannot be used, as argparse has it for wrong arguments."""
+"""Exit code if the input cannot be used, the same as that of argparse for wrong arguments."""
 
 LOGS = (
-    "a metrics.csv or another CSV file with a column for the step, one of TensorBoard's event files, a database of MLflow "
-    "(mlflow.db), the trainer_state.json of a Trainer of transformers, a folder with such anywhere below it, or the address of an "
-    "MLflow store (sqlite:///mlflow.db, http://localhost:5000; behind # an experiment's name or a run's id)"
+    "a metrics.csv or another CSV file with a column for the step, an event file of TensorBoard, a database of MLflow "
+    "(mlflow.db), the trainer_state.json of a Trainer of transformers, a folder that holds such files at any depth, or the address "
+    "of an MLflow store (sqlite:///mlflow.db, http://localhost:5000, optionally followed by # and the name of an experiment or the "
+    "id of a run)"
 )
 
 
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Those of the command line; None: the process's own.
+        arguments: Command line without the name of the command; None takes that of the process.
 
     Returns:
-        The exit code: 0, or 2 if the input cannot be used, with one line on stderr that says why; of ``replay`` 1 if the step is
+        The exit code: 0 for success; 2 if the input cannot be used, with one line on stderr that says why; 1 if a replayed step is
         not bad again.
     """
     options = _parser().parse_args(arguments)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
-    """The runs that were asked for, and notes."""
+    """Read the runs that the user named; return them with notes on what was left out."""
     from clip_callbacks.html_report.runs import UnusableLogError
     from clip_callbacks.html_report.sources import read_runs
 
@@ -63,34 +64,48 @@ def _runs(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     return runs, notes
 
 
-def _say(notes: Sequence[str], runs: Sequence[Run]) -> None:
+def _print_notes(notes: Sequence[str], runs: Sequence[Run]) -> None:
     for note in [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]:
         print(f"clip-callbacks: {escaped(note)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="clip-callbacks", description="What the logs and the bad steps of runs tell.")
+    parser = argparse.ArgumentParser(
+        prog="clip-callbacks", description="Report on gradient norms, clipping and bad steps of training runs."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    report = commands.add_parser("report", help="write a page that shows runs side by side", description="Write a report page.")
-    suggest = commands.add_parser("suggest", help="say which max_norm the norms suggest", description="Suggest a max_norm.")
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page that compares runs",
+        description="Write an HTML page that compares the gradients of runs.",
+    )
+    suggest = commands.add_parser(
+        "suggest", help="suggest a max_norm from the norms of a run", description="Suggest a max_norm from the norms of each run."
+    )
     for command in (report, suggest):
         command.add_argument("logs", nargs="+", metavar="LOGS", help=LOGS)
         command.add_argument(
-            "--loss", action="append", default=[], metavar="METRIC", help="a metric that is a loss; may be repeated"
+            "--loss",
+            action="append",
+            default=[],
+            metavar="METRIC",
+            help="metric that is a loss; may be repeated (default: metrics whose names hold words such as loss or nll)",
         )
         command.add_argument(
             "--norm",
             action="append",
             default=[],
             metavar="METRIC",
-            help=f"the metric that is the norm of all gradients; may be repeated (default: {TOTAL_NORM}, which clip_callbacks "
-            "logs, else one that is known by its name, such as grad_norm or grad_2.0_norm_total)",
+            help=f"metric that is the norm of all gradients; may be repeated (default: {TOTAL_NORM}, which clip_callbacks logs, or "
+            "else a metric that is known by its name, such as grad_norm or grad_2.0_norm_total)",
         )
-        command.add_argument("--steps", type=_steps, metavar="A:B", help="only steps from A to B; either may be left out")
-    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write (default: %(default)s)")
-    report.add_argument("--png", type=Path, metavar="DIR", help="also write the pictures as PNG files into this folder")
-    report.add_argument("--title", default="Gradient report", help="heading of the page")
-    suggest.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument(
+            "--steps", type=_steps, metavar="A:B", help="use only steps from A to B, both included; either may be left out"
+        )
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file of the page (default: %(default)s)")
+    report.add_argument("--png", type=Path, metavar="DIR", help="also write the plots as PNG files into this folder")
+    report.add_argument("--title", default="Gradient report", help="heading of the page (default: %(default)s)")
+    suggest.add_argument("--json", action="store_true", help="print JSON instead of text")
     report.set_defaults(run=_report, extra="report")
     suggest.set_defaults(run=_suggest, extra="report")
     _add_replay(commands)
@@ -168,7 +183,7 @@ def _steps(text: str) -> tuple[int | None, int | None]:
         if None not in span and span[0] > span[1]:  # type: ignore[operator]
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, A up to B, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, A not above B, got {text!r}") from None
     return span
 
 
@@ -184,12 +199,12 @@ def _report(options: argparse.Namespace) -> int:
     runs, notes = _runs(options)
     sections = make_sections(runs, options.loss)
     written = write_report(sections, options.output, notes=notes, png=options.png, title=options.title)
-    _say(notes, runs)
+    _print_notes(notes, runs)
     rows = [[section.log.name, *section.row] for section in sections]
     print(tabulate(rows, ("run", *HEADINGS), disable_numparse=True, stralign="right"))
     print(f"Report: {written[0]}")
     if options.png:
-        print(f"Pictures: {', '.join(path.name for path in written[1:])} in {options.png}")
+        print(f"Plots: {', '.join(path.name for path in written[1:])} in {options.png}")
     return 0
 
 
@@ -198,11 +213,11 @@ def _suggest(options: argparse.Namespace) -> int:
 
     runs, notes = _runs(options)
     sections = make_sections(runs, options.loss)
-    _say(notes, runs)
+    _print_notes(notes, runs)
     if options.json:
         print(json.dumps({section.log.name: _facts(section) for section in sections}, indent=2))
     else:
-        print("\n\n".join(_told(section) for section in sections))
+        print("\n\n".join(_suggestion_text(section) for section in sections))
     return 0
 
 
@@ -211,12 +226,12 @@ def _facts(section: Section) -> dict[str, object]:
     return {"metric": section.log.norm.name} | advice | {"caution": section.caution, "notes": list(section.log.run.notes)}
 
 
-def _told(section: Section) -> str:
+def _suggestion_text(section: Section) -> str:
     if section.advice is None:
         return f"{section.log.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
-    caution = f"\n  ! {section.caution}" if section.caution else ""
-    told = f"{section.log.name}: {section.advice.describe()}{caution}"
-    return f"{told}\n\n{section.yaml()}\n# or, setting itself:\n{section.yaml(adaptive=True)}".rstrip()
+    caution = f"\n  Caution: {section.caution}" if section.caution else ""
+    text = f"{section.log.name}: {section.advice.describe()}{caution}"
+    return f"{text}\n\n{section.yaml()}\n# or the adaptive limit:\n{section.yaml(adaptive=True)}".rstrip()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class PaddingScale(nn.Module):
 
 
 class CharRNN(LightningModule):
-    """Predicts the next character; the loss is in bits per character.
+    """A network that predicts the next character; its loss is in bits per character.
 
     Args:
         cell: Kind of recurrent network: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM".

@@ -30,7 +30,7 @@ Norms = dict[str, float]
 
 
 class DigitReader(LightningModule):
-    """An encoder over pixels; its optimizer holds all parameters, or only those that are not frozen."""
+    """An encoder over pixels, whose optimizer holds all parameters or only those that are not frozen."""
 
     def __init__(self, *, holds_frozen: bool = True) -> None:
         super().__init__()
@@ -122,9 +122,10 @@ def picture(steps: Steps, unfrozen_at: int):
     for (name, parts), color in zip(groups.items(), (RED, ORANGE, BLUE, GREEN), strict=True):
         norms = [sum(part_norm(each, part) ** 2 for part in parts) ** 0.5 for each in steps.norms]
         axis.plot([norm or float("nan") for norm in norms], color=color, label=name)
-    axis.plot(steps.totals, color="black", linewidth=0.8, label="all: total_norm")
-    axis.axvline(unfrozen_at - 0.5, color=GREY, linestyle="--", linewidth=0.8, label="unfreezing")
-    axis.set(xlabel="optimizer step", ylabel="gradient norm before clipping", yscale="log", title="Frozen parts have no norm")
+    axis.plot(steps.totals, color="black", linewidth=0.8, label="all parameters: total_norm")
+    axis.axvline(unfrozen_at - 0.5, color=GREY, linestyle="--", linewidth=0.8, label="unfreezing of embeddings, layers 0 and 1")
+    axis.set(xlabel="optimizer step", ylabel="gradient norm before clipping (log scale)", yscale="log")
+    axis.set_title("Frozen parts have no gradient norm")
     axis.legend(fontsize=8, ncols=2)
     return figure
 

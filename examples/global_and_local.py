@@ -118,26 +118,26 @@ def shrinking_picture(factors: dict[str, dict[str, float]]):
     figure, (axis,) = sheet(size=(10.5, 4.2))
     for place, (way, each) in enumerate(factors.items()):
         axis.bar([x + 0.2 * (place - 1.5) for x in range(len(each))], each.values(), 0.2, color=COLORS[way], label=way)
-    names = [f"{name}\nx {TIMES:g}" if name == OUTLIER else name for name in each]
+    names = [f"{name}\ntimes {TIMES:g}" if name == OUTLIER else name for name in each]
     axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set(yscale="log", xlabel="parameter", ylabel="norm after clipping / norm before")
-    axis.set_title("One exploding parameter, and what is left of the others")
-    figure.legend(title="clipping", loc="outside right upper")
+    axis.set(yscale="log", xlabel="parameter", ylabel="norm after / before clipping (log scale)")
+    axis.set_title("Remaining share of each gradient when that of one parameter explodes")
+    figure.legend(title="kind of clipping", loc="outside right upper")
     return figure
 
 
 def training_picture(folders: dict[str, Path]):
     figure, axes = sheet(columns=3, size=(4.4, 3.8))
     metrics = ("train_error", "grad/total_norm", "grad/clipped_norm")
-    labels = ("mean squared error of a batch", "total_norm before clipping", "norm after max_norm, before clip_value")
+    labels = ("mean squared error", "total_norm before clipping", "norm after max_norm, before clip_value")
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
         for way, folder in folders.items():
             steps, values = zip(*curve(folder, metric), strict=True)
             shown = [value if metric != "train_error" or value < SPOILT else math.nan for value in values]
             axis.plot(steps, shown, color=COLORS[way], linewidth=1, label=way)
-        axis.set(xlabel="optimizer step", ylabel=label, yscale="log")
-    axes[0].set_title("Good batches only")
-    figure.legend(*axes[0].get_legend_handles_labels(), title="clipping", loc="outside right upper")
+        axis.set(xlabel="optimizer step", ylabel=f"{label}\n(log scale)", yscale="log")
+    axes[0].set_title("Error without the spoilt batches")
+    figure.legend(*axes[0].get_legend_handles_labels(), title="kind of clipping", loc="outside right upper")
     return figure
 
 

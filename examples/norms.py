@@ -82,13 +82,14 @@ def picture(gradients: list[Tensor]):
     for norm_type, color in ((1.0, RED), (2.0, BLUE), (math.inf, GREY)):
         norms = [clip((entry, *GRADIENT[1:]), None, norm_type).total_norm.item() for entry in range(0, 501, 5)]
         left.plot(range(0, 501, 5), norms, color=color, label=f"norm_type = {norm_type:g}")
-    left.set(xlabel="first entry of the gradient", ylabel="total_norm", title="(a, 75, 45, 15, 5) under norm types")
+    left.set(xlabel="first entry a of the gradient", ylabel="total_norm", title="Norm of the gradient (a, 75, 45, 15, 5)")
     for max_norm, color in ((1.0, RED), (100.0, ORANGE)):
         pairs = before_and_after(gradients, max_norm)
         right.loglog(*zip(*pairs, strict=True), ".", markersize=4, color=color, alpha=0.6, label=f"max_norm = {max_norm:g}")
     ends = [min(before for before, _ in pairs), max(before for before, _ in pairs)]
-    right.loglog(ends, ends, color=GREY, linewidth=0.8, linestyle="--", label="unclipped")
-    right.set(xlabel="total_norm before clipping", ylabel="norm after clipping", title="Random gradients: never enlarged")
+    right.loglog(ends, ends, color=GREY, linewidth=0.8, linestyle="--", label="no clipping")
+    right.set(xlabel="total_norm before clipping (log scale)", ylabel="norm after clipping (log scale)")
+    right.set_title("Clipping never enlarges a gradient")
     for axis in (left, right):
         axis.legend()
     return figure

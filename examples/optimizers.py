@@ -121,9 +121,9 @@ def picture(found: dict[str, dict[float, Run]]):
     figure, axes = sheet(columns=3, rows=2, size=(4.0, 3.0))
     for axis, (name, runs) in zip(axes, found.items(), strict=True):
         for (scale, run), color, style in zip(runs.items(), (ORANGE, BLUE, RED), ("-", "-", "--"), strict=True):
-            axis.semilogy(run.losses, style, color=color, linewidth=1.2, label=f"x {scale:g}")
-        axis.set(title=name, xlabel="optimizer step", ylabel="cross-entropy (nats)", ylim=(1e-2, 5))
-        axis.legend(title="gradient", fontsize=8, title_fontsize=8)
+            axis.semilogy(run.losses, style, color=color, linewidth=1.2, label=f"gradient times {scale:g}")
+        axis.set(title=name, xlabel="optimizer step", ylabel="loss (nats, log scale)", ylim=(1e-2, 5))
+        axis.legend(fontsize=8)
     return figure
 
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = start(command_line(__doc__, "optimizers"), argv)
     warnings.filterwarnings("ignore", "Non-finite gradients")  # they are injected on purpose
     found = {name: compare(way, 20 if arguments.quick else 200) for name, way in WAYS.items()}
-    print("How far the weights go from their start, with a scaled gradient or clipped, as a multiple of how far without")
+    print("Distance of the weights from their start, with a scaled or clipped gradient, as a multiple of that without")
     print(tabulate([{"optimizer": name, **row} for name, (row, _) in found.items()], headers="keys", floatfmt=".3f"))
     save(picture({name: runs for name, (_, runs) in found.items()}), arguments.output / "scales.png")
 

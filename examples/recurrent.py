@@ -76,7 +76,7 @@ def summed_and_stepwise(length: int = 12) -> dict[str, Tensor]:
 
 
 def norms(kind: str, length: int) -> dict[str, float]:
-    """Of the gradient at the start of training, for a loss on the last state."""
+    """Return norms of the gradient at the start of training, for a loss on the last state."""
     rnn, sequence = network(kind), noise(32, length).requires_grad_()
     rnn(sequence)[0][:, -1].square().sum(1).mean().backward()
     report, _ = clip_step(rnn.named_parameters(), max_norm=MAX_NORM)
@@ -119,11 +119,11 @@ def norm_picture(lengths: list[int], found: dict[str, list[dict[str, float]]]):
         axes[0].loglog(lengths, [norm["total_norm"] for norm in each], color=COLORS[kind], label=kind)
         axes[0].loglog(lengths, [norm["clipped_norm"] for norm in each], ":", color=COLORS[kind])
         axes[1].loglog(lengths, [norm["first input"] or float("nan") for norm in each], color=COLORS[kind], label=kind)
-    axes[0].plot([], [], ":", color=GREY, label=f"clipped to {MAX_NORM:g}")
-    axes[0].set(ylabel="norm of the weights' gradient", title="Clipping reduces exploding gradients")
-    axes[1].set(ylabel="norm of the gradient at the first input", title="Influence of the first input on the last state")
+    axes[0].plot([], [], ":", color=GREY, label=f"after clipping, max_norm {MAX_NORM:g}")
+    axes[0].set(ylabel="norm of all gradients (log scale)", title="Clipping bounds exploding gradients")
+    axes[1].set(ylabel="gradient norm at the first input (log scale)", title="Gradients at the first input explode or vanish")
     for axis in axes:
-        axis.set_xlabel("length of the sequence (time steps)")
+        axis.set_xlabel("sequence length (time steps, log scale)")
         axis.legend(fontsize=8)
     return figure
 
@@ -133,9 +133,9 @@ def training_picture(losses: dict[tuple[str, float | None], list[float]]):
     for (kind, max_norm), each in losses.items():
         smooth = torch.tensor(each).unfold(0, 20, 1).mean(1)
         axes[max_norm is not None].semilogy(range(20, len(each) + 1), smooth, color=COLORS[kind], label=kind)
-    for axis, title in zip(axes, ("Without clipping", f"max_norm {MAX_NORM:g}"), strict=True):
-        axis.set(xlabel="optimizer step", ylabel="cross-entropy (nats), mean of 20 steps", title=title, ylim=(0.05, 5))
-        axis.axhline(0.693, color=GREY, linestyle="--", linewidth=0.8, label="guessing")
+    for axis, title in zip(axes, ("Without clipping", f"With max_norm {MAX_NORM:g}"), strict=True):
+        axis.set(xlabel="optimizer step", ylabel="loss (nats, mean of 20 steps, log scale)", title=title, ylim=(0.05, 5))
+        axis.axhline(0.693, color=GREY, linestyle="--", linewidth=0.8, label="loss of guessing")
         axis.legend(fontsize=8)
     return figure
 

@@ -57,4 +57,4 @@ def sheet(*, columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.5, 
 def save(figure: Figure, file: Path) -> None:
     """Write a picture and print its path."""
     figure.savefig(file, dpi=110)
-    print(f"Picture: {file}")
+    print(f"Plot: {file}")

@@ -101,11 +101,11 @@ def draw(curves: dict[str, list[tuple[int, float]]], tokens: list[int], file: Pa
     for (name, curve), color in zip(curves.items(), ("#d1495b", "#00798c"), strict=True):
         left.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=color, label=f"{name}: ends at {curve[-1][1]:.3f}")
     left.set(
-        xlabel="optimizer step", ylabel="validation loss (bits per character)", title="The same run, plain and weighted by tokens"
+        xlabel="optimizer step", ylabel="validation loss (bits per character)", title="Micro-batches weighted equally or by tokens"
     )
     left.legend()
     right.hist(tokens, bins=40, color="#66a182")
-    right.set(xlabel="characters in a micro-batch", ylabel="micro-batches", title="Characters in the micro-batches")
+    right.set(xlabel="characters in a micro-batch", ylabel="number of micro-batches", title="Sizes of the micro-batches")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

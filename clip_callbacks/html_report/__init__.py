@@ -1,1 +1,1 @@
-"""What a run's log tells: reading logs, the report page, threshold advice."""
+"""Read the logs of runs, write the HTML report, and suggest a max_norm."""

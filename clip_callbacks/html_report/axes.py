@@ -1,7 +1,8 @@
-"""What the pictures have in common: lines of any length, axes over steps, plain numbers on logarithmic axes, short names."""
+"""Parts that all plots share: lines over steps, axis labels, legends, shortened names."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +18,24 @@ from clip_callbacks.html_report.series import Series
 
 DASHED = (0, (4, 2))
 LOG_AXIS_MAX = 1e300
-"""Where a logarithmic axis ends at the latest."""
+"""The largest value on a logarithmic axis: matplotlib cannot divide one that ends next to the largest float64."""
 SHORT_LOG_AXIS_RATIO = 300
-"""A logarithmic axis that spans less has 2 and 5 on it too."""
+"""A logarithmic axis whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
+NO_LEGEND = "_nolegend_"
+"""The label of a line that the legend leaves out."""
+LEGEND_ROW_INCHES = 0.18
+"""Height of one row of a legend."""
 
 
 @dataclass(frozen=True)
 class PlottedRun:
-    """One optimizer of a run, as every picture shows it.
+    """The log of one optimizer of a run, as all plots show it.
 
     Args:
-        log: The optimizer.
-        losses: The run's losses.
-        color: Of its lines.
-        suggested: The max_norm that is suggested for it; NaN without one.
+        log: The log of the optimizer.
+        losses: The losses of the run, by the names of their metrics.
+        color: The color of its lines.
+        suggested: The suggested max_norm; NaN if there is none.
     """
 
     log: OptimizerLog
@@ -40,41 +45,50 @@ class PlottedRun:
 
     @property
     def label(self) -> str:
-        """Its name for legends and titles."""
+        """The name for legends and titles, of at most 28 characters."""
         return shorten(self.log.name, 28)
 
 
 def draw_line(axes: Axes, series: Series, color: str, label: str, gid: str, **options: object) -> None:
-    """A line over steps; of many points their median in each column of the picture, in a shade from the smallest to the largest."""
+    """Draw a line over steps; long series as the median of each column of the plot, with a band from smallest to largest value."""
     reduced = downsample(series)
-    axes.plot(reduced.steps, reduced.middle, color=color, label=label, gid=gid, **options)  # type: ignore[arg-type]
+    axes.plot(reduced.steps, reduced.median, color=color, label=label, gid=gid, **options)  # type: ignore[arg-type]
     if not reduced.has_all_points:
-        axes.fill_between(reduced.steps, reduced.low, reduced.high, color=color, alpha=0.25, linewidth=0)
+        axes.fill_between(reduced.steps, reduced.lowest, reduced.highest, color=color, alpha=0.25, linewidth=0)
 
 
 def label_step_axis(axes: Axes) -> None:
-    """Make the horizontal axis one of optimizer steps."""
+    """Label the horizontal axis as one of optimizer steps."""
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=6)
     axes.margins(x=0.01)
 
 
 def add_legend(axes: Axes, theme: Theme) -> None:
-    """A legend above the axes; matplotlib would leave out names that begin with an underscore."""
-    handles = [handle for handle in axes.get_lines() if not str(handle.get_label()).startswith(("_child", "_nolegend"))]
+    """Add a legend above the axes; a thin space keeps labels with a leading underscore, which matplotlib would leave out."""
+    handles = [handle for handle in axes.get_lines() if not str(handle.get_label()).startswith(("_child", NO_LEGEND))]
     names = [f"\u200a{label}" if (label := str(handle.get_label())).startswith("_") else label for handle in handles]
     if names:
-        columns = (46 if theme.narrow else 120) // (max(map(len, names)) + 8)
-        axes.legend(
-            handles, names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, columns), borderaxespad=0.2, handlelength=1.8
-        )
+        columns = _legend_columns(names, narrow=theme.narrow)
+        axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.8)
+
+
+def heights_with_legend(wide: float, narrow: float, names: Sequence[str]) -> tuple[float, float]:
+    """Return the heights of a plot in inches, enlarged for the rows of its legend beyond the first."""
+    rows = [math.ceil(len(names) / _legend_columns(names, narrow=is_narrow)) for is_narrow in (False, True)]
+    return wide + LEGEND_ROW_INCHES * (rows[0] - 1), narrow + LEGEND_ROW_INCHES * (rows[1] - 1)
+
+
+def _legend_columns(names: Sequence[str], *, narrow: bool) -> int:
+    characters = 46 if narrow else 120
+    return max(1, characters // (max(map(len, names)) + 8))
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Labels such as 0.01 and 30 on a logarithmic axis instead of powers of ten."""
+    """Label a logarithmic axis with plain numbers such as 0.01 and 30 instead of powers of ten."""
     low, high = axis.get_view_interval()
-    if high > LOG_AXIS_MAX:  # matplotlib cannot divide an axis that ends next to the largest number
+    if high > LOG_AXIS_MAX:
         high = LOG_AXIS_MAX
         axis.set_view_interval(low, high, ignore=True)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 0 < high < SHORT_LOG_AXIS_RATIO * low else (1.0,), numticks=8))
@@ -83,7 +97,7 @@ def label_log_axis(axis: Axis) -> None:
 
 
 def shorten(name: str, length: int) -> str:
-    """A name of at most so many characters: its beginning and its end."""
+    """Shorten a name to a number of characters by leaving out its middle."""
     if len(name) <= length:
         return name
     head = (length - 1) // 2
@@ -91,20 +105,20 @@ def shorten(name: str, length: int) -> str:
 
 
 def without_common_parts(names: Sequence[str]) -> list[str]:
-    """Dotted names without the parts that all of them begin and end with."""
+    """Remove from dotted names the parts that all of them begin or end with."""
     parts = [name.split(".") for name in names]
     if len(parts) < 2:  # noqa: PLR2004
         return list(names)
-    ahead = _shared(parts)
-    behind = _shared([part[:ahead:-1] for part in parts])
+    ahead = _common_length(parts)
+    behind = _common_length([part[:ahead:-1] for part in parts])
     return [".".join(part[min(ahead, len(part) - 1) : max(len(part) - behind, ahead + 1)]) for part in parts]
 
 
-def _shared(lists: Sequence[Sequence[str]]) -> int:
-    """How many items all lists begin with alike."""
+def _common_length(lists: Sequence[Sequence[str]]) -> int:
+    """Count the leading items that all lists have in common."""
     return next((place for place, items in enumerate(zip(*lists, strict=False)) if len(set(items)) > 1), min(map(len, lists)))
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts "layers.2" before "layers.10"."""
+    """Return a sort key that puts "layers.2" before "layers.10"."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Which pictures a report has, and what is drawn in each."""
+"""The plots of a report."""
 
 from __future__ import annotations
 
@@ -11,26 +11,39 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from clip_callbacks.html_report.axes import DASHED, PlottedRun, add_legend, draw_line, label_log_axis, label_step_axis, shorten
-from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_means, downsample
+from clip_callbacks.html_report.axes import (
+    DASHED,
+    NO_LEGEND,
+    PlottedRun,
+    add_legend,
+    draw_line,
+    heights_with_legend,
+    label_log_axis,
+    label_step_axis,
+    shorten,
+)
+from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_means, downsample, fits
 from clip_callbacks.html_report.heat_map import heat_map
 from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.series import Series, Steps
 
 RUN_COLORS = ("#3a86c8", "#d97706", "#2f9e6b", "#d1495b", "#9467bd", "#a0714f", "#d670a6", "#7f8b99", "#9a9a2e", "#1b9aaa")
-"""Of the runs; each can be told from white and from the dark page."""
+"""Colors of the runs, each legible on the light and on the dark page."""
 MAX_PLOTTED_RUNS = len(RUN_COLORS)
+"""The number of runs on a page."""
 HISTOGRAM_BINS = 60
 MAX_MARKED_POINTS = 30
-"""Points that are marked, not only joined by a line."""
+"""A loss with fewer points gets a marker at each of them."""
 LOG_AXIS_RATIO = 10.0
-"""From this ratio on an axis is logarithmic."""
+"""An axis whose largest value is more than this many times its smallest is logarithmic."""
 LOSS_LINE_STYLES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
-"""Of several losses of a run."""
+"""Line styles that distinguish the losses of a run."""
+NAN_LABEL = "first NaN or inf of {}"
+"""Legend entry of the line at the first step at which a loss was not finite."""
 
 
 def make_charts(plotted: Sequence[PlottedRun]) -> list[Chart]:
-    """All pictures for which something was logged."""
+    """Make all plots for which something was logged."""
     measured = [each for each in plotted if each.log.total_norm]
     charts = [_norm_chart(measured)] if measured else []
     charts += [_loss_chart(plotted)] if any(each.losses for each in plotted) else []
@@ -38,12 +51,12 @@ def make_charts(plotted: Sequence[PlottedRun]) -> list[Chart]:
     charts += [_coefficient_chart(clipping)] if clipping else []
     charts += [_histogram_chart(measured), _what_if_chart(measured)] if measured else []
     for number, each in enumerate(plotted, 1):
-        for key, what, blocks in (
-            ("blocks", "Norm of each block's gradient", each.log.blocks()),
-            ("updates", "Update-to-weight ratio of each block", each.log.update_ratios),
+        for key, metric, blocks in (
+            ("blocks", "gradient norm", each.log.blocks()),
+            ("updates", "update-to-weight ratio", each.log.update_ratios),
         ):
             if logged := {name: series for name, series in blocks.items() if series}:
-                charts.append(heat_map(logged, f"{key}-{number}", f"{what}: {each.log.name}"))
+                charts.append(heat_map(logged, f"{key}-{number}", metric, each.log.name))
     return charts
 
 
@@ -62,15 +75,15 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
                 strip.stairs(values, edges, color=each.color, fill=len(plotted) == 1, gid=f"clip_fraction-{each.log.name}")
         for style, marker, label, is_there in (
             (DASHED, "", "max_norm", any(each.log.max_norm for each in plotted)),
-            ("", ".", "clipped", any(len(_clipped(each).steps) for each in plotted)),
-            ("", "x", "skipped", any(len(each.log.skips[0]) for each in plotted)),
+            ("", ".", "clipped step", any(len(_clipped(each).steps) for each in plotted)),
+            ("", "x", "skipped step", any(len(each.log.skips[0]) for each in plotted)),
         ):
             if is_there:
                 norms.plot([], [], color=theme.ink, linestyle=style, marker=marker, label=label)
-        norms.set(yscale="log", ylabel=_axis(plotted))
+        norms.set(yscale="log", ylabel=f"{_norm_label(plotted)}\n(log scale)")
         label_log_axis(norms.yaxis)
         for strip in strips:
-            strip.set(ylabel="clipped", ylim=(0, 1.02))
+            strip.set(ylabel="clipped\nsteps", ylim=(0, 1.02))
             strip.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         label_step_axis((strips or [norms])[-1])
         add_legend(norms, theme)
@@ -80,60 +93,66 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
         f"median {np.median(each.log.total_norm.values):.3g}, last max_norm {_or_none(each.log.max_norm.last)}"
         for each in plotted
     )
-    long = "the median of each column of the picture, the shade reaches from its smallest to its largest value"
-    ours = (
-        "total_norm before clipping, on a logarithmic axis; what lies above the dashed limit is clipped down to it: the dots. A "
-        "cross at the top is a skipped step. Below, the share of all steps that were clipped. "
-        f"Of long runs the line is {long}, and there are no dots."
-    )
-    theirs = f"The norm as it was logged, on a logarithmic axis. Of long runs the line is {long}."
+    caption = "The norm of all gradients as it was logged."
+    if any(each.log.norm.is_ours for each in plotted):
+        caption = (
+            "The norm of all gradients before clipping. A dot marks a clipped optimizer step, a cross at the top a skipped one. "
+            "The lower plot shows the share of all optimizer steps that were clipped."
+        )
+    if any(each.log.has_local_norms for each in plotted):
+        caption += " In a run with local norms max_norm is the limit of one block, not of the norm of all gradients."
+    if not all(fits(each.log.total_norm) for each in plotted):
+        caption += (
+            " Long runs are downsampled: the line is the median of each column of the plot, the band spans its smallest to its "
+            "largest value, and clipped steps are not marked."
+        )
     return Chart(
         "norm",
-        "Norm of the gradient",
-        ours if any(each.log.norm.is_ours for each in plotted) else theirs,
-        f"{_axis(plotted)} over steps. {spans}.",
+        "Norm of all gradients",
+        caption,
+        f"{_norm_label(plotted)} over optimizer steps. {spans}.",
         draw,
-        (4.4, 4.4),
+        heights_with_legend(4.2, 4.0, [*(each.label for each in plotted), "max_norm", "clipped step", "skipped step"]),
     )
 
 
 def _mark_steps(axes: Axes, each: PlottedRun, limit_color: str, theme: Theme) -> None:
-    """The limit, dots on steps that were clipped, crosses above those that were skipped."""
+    """Draw the limit, a dot on each clipped step and a cross above each skipped step."""
     name = each.log.name
     if each.log.max_norm:
         limit = downsample(each.log.max_norm)
         axes.plot(
             limit.steps,
-            limit.middle,
+            limit.median,
             color=limit_color,
             linestyle=DASHED,
             linewidth=1.4,
             zorder=3,
             gid=f"max_norm-{name}",
-            label="_child",
+            label=NO_LEGEND,
         )
     clipped = _clipped(each)
     if clipped:
         axes.plot(
-            clipped.steps, clipped.values, ".", color=theme.ink, markersize=3, zorder=4, gid=f"clipped-{name}", label="_child"
+            clipped.steps, clipped.values, ".", color=theme.ink, markersize=3, zorder=4, gid=f"clipped-{name}", label=NO_LEGEND
         )
-    skips = _spread(each.log.skips[0])
+    skips = _at_most_half_the_columns(each.log.skips[0])
     if len(skips):
         options: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.6, "transform": axes.get_xaxis_transform(), "zorder": 4}
-        axes.plot(skips, np.full(len(skips), 0.97), "x", color=each.color, gid=f"skips-{name}", label="_child", **options)
+        axes.plot(skips, np.full(len(skips), 0.97), "x", color=each.color, gid=f"skips-{name}", label=NO_LEGEND, **options)
 
 
 def _clipped(each: PlottedRun) -> Series:
-    """The norms logged at steps that were clipped; none of a run too long to draw each of them."""
+    """Return the norms logged at clipped steps; none of a run that is too long to draw each of them."""
     norms = each.log.total_norm
-    if not downsample(norms).has_all_points or not each.log.clip_coef:
+    if not fits(norms) or not each.log.clip_coef:
         return Series.empty()
     is_clipped = np.isin(norms.steps, each.log.clip_coef.steps[each.log.clip_coef.values < 1])
     return Series(norms.steps[is_clipped], norms.values[is_clipped])
 
 
-def _spread(steps: Steps) -> Steps:
-    """Some of the steps, if there are too many to be drawn."""
+def _at_most_half_the_columns(steps: Steps) -> Steps:
+    """Return evenly spread steps if there are too many to be drawn."""
     if len(steps) <= MAX_COLUMNS // 2:
         return steps
     places = np.linspace(0, len(steps) - 1, MAX_COLUMNS // 2).astype(int)
@@ -156,18 +175,23 @@ def _loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
                 draw_line(axes, finite, each.color, label, f"loss-{label}", linestyle=style, marker=marker, markersize=3)
             broken = series.steps[~np.isfinite(series.values)]
             if len(broken):
-                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=f"{label} NaN or inf")
+                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=NAN_LABEL.format(label))
         values = np.concatenate([series.finite.values for _, _, series, _ in lines])
-        if len(values) and values.min() > 0 and values.max() > LOG_AXIS_RATIO * values.min():
-            axes.set_yscale("log")
-            label_log_axis(axes.yaxis)
         axes.set_ylabel("loss")
+        if len(values) and values.min() > 0 and values.max() > LOG_AXIS_RATIO * values.min():
+            axes.set(yscale="log", ylabel="loss (log scale)")
+            label_log_axis(axes.yaxis)
         label_step_axis(axes)
         add_legend(axes, theme)
 
     final_values = "; ".join(f"{label} {_or_none(series.last)} at the end" for _, label, series, _ in lines)
-    caption = "As the module logged it. A dotted line is where it was NaN or inf first."
-    return Chart("loss", "Loss", caption, f"Loss over steps. {final_values}.", draw)
+    caption = "Losses as the module logged them."
+    if any(len(series.finite) < len(series) for _, _, series, _ in lines):
+        caption += " A vertical dotted line marks the first optimizer step at which a loss was NaN or inf."
+    names = [label for _, label, _, _ in lines]
+    names += [NAN_LABEL.format(label) for _, label, series, _ in lines if len(series.finite) < len(series)]
+    heights = heights_with_legend(3.4, 3.2, names)
+    return Chart("loss", "Loss", caption, f"Loss over optimizer steps. {final_values}.", draw, heights)
 
 
 def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
@@ -178,11 +202,10 @@ def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
         for each in plotted:
             draw_line(axes, each.log.clip_coef, each.color, each.label, f"clip_coef-{each.log.name}")
         if 0 < smallest < 1 / LOG_AXIS_RATIO:
-            axes.set_yscale("log")
+            axes.set(yscale="log", ylabel="clip_coef (log scale)")
             label_log_axis(axes.yaxis)
         else:
-            axes.set_ylim(0, 1.05)
-        axes.set_ylabel("clip_coef")
+            axes.set(ylim=(0, 1.05), ylabel="clip_coef")
         label_step_axis(axes)
         add_legend(axes, theme)
 
@@ -190,20 +213,21 @@ def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
         f"{each.log.name}: smallest {each.log.clip_coef.values.min():.3g}, mean {each.log.clip_coef.values.mean():.3g}"
         for each in plotted
     )
-    caption = "What the gradient was multiplied by: clipped_norm / total_norm. 1: left alone. 0.1: a tenth of its length was kept."
-    return Chart("coefficient", "Clipping coefficient", caption, f"clip_coef over steps. {means}.", draw, (2.6, 2.6))
+    caption = "clip_coef is clipped_norm / total_norm: 1 means that the gradient was not changed, 0.1 that a tenth of it was left."
+    heights = heights_with_legend(2.6, 2.6, [each.label for each in plotted])
+    return Chart("coefficient", "Clipping coefficient", caption, f"clip_coef over optimizer steps. {means}.", draw, heights)
 
 
 def _histogram_chart(plotted: list[PlottedRun]) -> Chart:
     low = min(float(each.log.total_norm.values.min()) for each in plotted)
     high = max(float(each.log.total_norm.values.max()) for each in plotted)
-    has_limit = any(each.log.max_norm for each in plotted)
+    has_limit = any(math.isfinite(_global_limit(each)) for each in plotted)
 
     def draw(figure: Figure, theme: Theme) -> None:
         edges = np.geomspace(low * 0.98, high * 1.02, HISTOGRAM_BINS + 1)
         rows = figure.subplots(len(plotted), sharex=True, squeeze=False)[:, 0]
         for axes, each in zip(rows, plotted, strict=True):
-            norms, limit = each.log.total_norm.values, each.log.max_norm.last
+            norms, limit = each.log.total_norm.values, _global_limit(each)
             counts, _ = np.histogram(norms, edges)
             axes.stairs(counts, edges, fill=True, color=each.color, alpha=0.75, gid=f"histogram-{each.log.name}")
             top = counts.max() * 1.3
@@ -211,27 +235,42 @@ def _histogram_chart(plotted: list[PlottedRun]) -> Chart:
                 value = float(np.percentile(norms, percent))
                 axes.plot([value, value], [0, top * height], color=theme.ink, linestyle=":", linewidth=1)
                 text = f"p{percent} {value:.3g}"
-                axes.annotate(text, (value, top * height), xytext=(3, -8), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    text,
+                    (value, top * height),
+                    xytext=(3, -8),
+                    textcoords="offset points",
+                    fontsize=8,
+                    bbox={"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                )
             if low < limit < high:
                 axes.axvline(limit, color=theme.ink, linestyle=DASHED, linewidth=1.4)
-            axes.set(xscale="log", ylim=(0, top), ylabel="logged steps", title=each.label)
+            axes.set(xscale="log", ylim=(0, top), ylabel="logged steps\nper bin", title=each.label)
             label_log_axis(axes.xaxis)
-        rows[-1].set_xlabel(f"{_axis(plotted)} (dashed: max_norm)" if has_limit else _axis(plotted))
+        rows[-1].set_xlabel(f"{_norm_label(plotted)} (log scale)")
 
     percentiles = "; ".join(
         f"{each.log.name}: "
         + ", ".join(f"p{percent} {np.percentile(each.log.total_norm.values, percent):.3g}" for percent in (50, 90, 99))
         for each in plotted
     )
-    caption = "How often each norm occurred, on a logarithmic axis, with percentiles."
+    caption = "Histogram of the logged norms. Dotted lines are percentiles: half of the norms are below p50, nine tenths below p90."
+    if has_limit:
+        caption += " The dashed line is the last max_norm."
     height = 1.0 + 1.5 * len(plotted)
     return Chart(
-        "histogram", "Distribution of norms", caption, f"Histogram of {_axis(plotted)}. {percentiles}.", draw, (height, height)
+        "histogram",
+        "Distribution of norms",
+        caption,
+        f"Histogram of {_norm_label(plotted)}. {percentiles}.",
+        draw,
+        (height, height),
     )
 
 
 def _what_if_chart(plotted: list[PlottedRun]) -> Chart:
-    has_limit, has_advice = any(each.log.max_norm for each in plotted), any(math.isfinite(each.suggested) for each in plotted)
+    has_limit = any(math.isfinite(_global_limit(each)) for each in plotted)
+    has_advice = any(math.isfinite(each.suggested) for each in plotted)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -242,14 +281,14 @@ def _what_if_chart(plotted: list[PlottedRun]) -> Chart:
             axes.plot(
                 norms[place], above, color=each.color, label=each.label, drawstyle="steps-post", gid=f"what_if-{each.log.name}"
             )
-            for value, marker in ((each.log.max_norm.last, "o"), (each.suggested, "D")):
+            for value, marker in ((_global_limit(each), "o"), (each.suggested, "D")):
                 if math.isfinite(value):
                     share = float((norms > value).mean())
-                    axes.plot([value], [share], marker, color=each.color, markersize=6, markeredgecolor=theme.ink, label="_child")
-        for marker, label, is_there in (("o", "max_norm now", has_limit), ("D", "suggested", has_advice)):
+                    axes.plot([value], [share], marker, color=each.color, markersize=6, markeredgecolor=theme.ink, label=NO_LEGEND)
+        for marker, label, is_there in (("o", "last max_norm", has_limit), ("D", "suggested max_norm", has_advice)):
             if is_there:
                 axes.plot([], [], marker, color=theme.faint, markeredgecolor=theme.ink, label=label)
-        axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="max_norm", ylabel="steps clipped")
+        axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="constant max_norm (log scale)", ylabel="clipped share of logged steps")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         label_log_axis(axes.xaxis)
         add_legend(axes, theme)
@@ -260,16 +299,25 @@ def _what_if_chart(plotted: list[PlottedRun]) -> Chart:
         for each in plotted
     )
     caption = (
-        "The share of the logged steps that a fixed global max_norm would clip. A circle is the limit at the end of the run, a "
-        "diamond the suggestion. Other clipping would have made other steps: read it as a guide."
+        "The share of the logged steps that a constant max_norm for the norm of all gradients would have clipped. This is a guide "
+        "only: with another max_norm the training would have taken other steps."
     )
-    return Chart("what_if", "What if max_norm were another?", caption, f"Share of steps clipped over max_norm. {clipped}.", draw)
+    summary = f"Share of clipped steps over max_norm. {clipped}."
+    heights = heights_with_legend(3.4, 3.2, [*(each.label for each in plotted), "last max_norm", "suggested max_norm"])
+    return Chart("what_if", "Steps that another max_norm would clip", caption, summary, draw, heights)
 
 
-def _axis(plotted: Sequence[PlottedRun]) -> str:
-    """What an axis of norms is called: as they were logged, if all were logged under one name."""
+def _global_limit(each: PlottedRun) -> float:
+    """Return the last limit of the norm of all gradients; NaN without one, as with local norms, whose limit is that of a block."""
+    return math.nan if each.log.has_local_norms else each.log.max_norm.last
+
+
+def _norm_label(plotted: Sequence[PlottedRun]) -> str:
+    """Return the label of an axis of norms: the name under which they were logged, if it is the same in all runs."""
     names = {shorten(each.log.norm.title, 40) for each in plotted}
-    return names.pop() if len(names) == 1 else "norm"
+    if all(each.log.norm.is_ours for each in plotted):
+        return "total_norm before clipping"
+    return names.pop() if len(names) == 1 else "norm of all gradients"
 
 
 def _or_none(value: float) -> str:

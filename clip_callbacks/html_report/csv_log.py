@@ -1,4 +1,4 @@
-"""Reads what Lightning's CSVLogger wrote, and any other table of metrics with a column for the step."""
+"""Read the ``metrics.csv`` of Lightning's CSVLogger, and other CSV files with a column for the step."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 
 STEP_COLUMNS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
-"""What a column of steps is called, in letters of any size; of several the first counts."""
+"""Names of the column of steps, upper or lower case; the first that is found counts."""
 CHUNK_ROWS = 200_000
-"""Rows that are in memory as a table at once."""
+"""The number of rows that are parsed at once, which bounds memory."""
 
 Columns = dict[str, list[tuple[Steps, Values]]]
-"""For each metric the steps and values of one chunk after another; metrics that were logged together share their steps."""
+"""Chunks of steps and values of each metric; metrics that were logged together share the arrays of their steps."""
 
 
 def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
-    """Metrics and notes of a ``metrics.csv``, or of another table with a column for the step.
+    """Read the metrics of a CSV file with a column for the step, and return them with notes.
 
-    An empty cell is a metric that was not logged; "nan" and "inf" are values. A file whose columns changed in mid-run, by rows of
-    another length or by another header, is read header by header; rows that fit none are left out and counted.
+    An empty cell is a metric that was not logged; "nan" and "inf" are values. A file whose columns change in mid-run, by rows of
+    another length or by another header, is read header by header; rows that fit no header are left out and counted.
 
     Raises:
-        UnusableLogError: If it is no such file, or an empty one.
+        UnusableLogError: If the file is empty, cannot be read, or has no column for the step.
     """
     notes: list[str] = []
     try:
@@ -42,23 +42,23 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     except (OSError, UnicodeError, csv.Error) as error:
         raise UnusableLogError(f"{path} cannot be read: {error}.") from None
     if non_numeric:
-        notes.append(f"{non_numeric} cells of {path.name} are no numbers and count as NaN.")
+        notes.append(f"{non_numeric} cells of {path.name} are not numbers and are read as NaN.")
     if not columns:
-        raise UnusableLogError(f"{path} holds a header and no values: nothing was logged.")
+        raise UnusableLogError(f"{path} holds a header but no values: nothing was logged.")
     return concatenated(columns), notes
 
 
 def step_column(columns: Iterable[object]) -> str | None:
-    """The column of steps; None if there is none."""
+    """Return the name of the column of steps; None if there is none."""
     called = {str(column).strip().lower(): str(column) for column in columns}
     return next((called[name] for name in STEP_COLUMNS if name in called), None)
 
 
 def concatenated(columns: Columns) -> dict[str, Series]:
-    """Metrics from their chunks, which are let go of on the way."""
+    """Join the chunks of each metric, removing them from ``columns`` on the way to save memory."""
     metrics: dict[str, Series] = {}
     shared: dict[tuple[int, ...], Steps] = {}
-    kept = [part for chunks in columns.values() for part, _ in chunks]  # so that no two of them have had the same id
+    kept = [part for chunks in columns.values() for part, _ in chunks]  # keeps all arrays alive, so that their ids stay unique
     for key in list(columns):
         chunks = columns.pop(key)
         parts = tuple(id(part) for part, _ in chunks)
@@ -69,11 +69,12 @@ def concatenated(columns: Columns) -> dict[str, Series]:
     return metrics
 
 
-class _HeaderChanged(Exception):  # noqa: N818 (no error: a way to read)
-    """The columns change in the middle of the file."""
+class _HeaderChanged(Exception):  # noqa: N818 (not an error: the file is then read another way)
+    """The columns of the file change in mid-run, or it has no numeric column of steps."""
 
 
 def _read_fast(path: Path) -> tuple[Columns, int]:
+    """Read a file with one header; return its columns and the number of cells that are not numbers."""
     columns: Columns = {}
     non_numeric = 0
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False}
@@ -88,7 +89,7 @@ def _read_fast(path: Path) -> tuple[Columns, int]:
 
 
 def _append_chunk(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
-    """Keep what the columns of a chunk have, NaN and infinities included; how many cells hold other text."""
+    """Append the logged cells of a chunk, NaN and inf included; return the number of cells that are not numbers."""
     has_step, shared, non_numeric = steps.abs() < LAST_STEP, dict[bytes, Steps](), 0
     for key in table.columns.drop(step):
         is_logged = (table[key].notna() & has_step).to_numpy()
@@ -106,6 +107,7 @@ def _append_chunk(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Se
 
 
 def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
+    """Read a file whose columns change; return its columns, the number of cells that are not numbers, and notes."""
     columns: Columns = {}
     headers, bad_rows, non_numeric = 0, 0, 0
     for step, header, rows, bad_row_count in _segments(path):
@@ -115,7 +117,9 @@ def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
     if not headers:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline().strip()[:60]
-        raise UnusableLogError(f"{path} has no column {STEP_COLUMNS[0]!r}, as what a CSVLogger writes: it begins with {first!r}.")
+        raise UnusableLogError(
+            f"{path} must have a column {STEP_COLUMNS[0]!r}, as a CSVLogger writes it; it begins with {first!r}."
+        )
     notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
     if bad_rows:
         notes.append(f"{bad_rows} rows of {path.name} do not fit its header and are left out.")
@@ -123,7 +127,7 @@ def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
 
 
 def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int]]:
-    """Each header, its column of steps first, with the rows under it that fit it, and how many do not."""
+    """Yield for each header: its column of steps, the header, the rows that fit it, and the number of rows so far that fit none."""
     step: str | None = None
     header: list[str] = []
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""What is wrong with a run's gradients, in plain words and with its numbers."""
+"""Findings on the gradients of a run, in plain sentences with their numbers."""
 
 from __future__ import annotations
 
@@ -10,35 +10,47 @@ from typing import Literal
 
 import numpy as np
 
-from clip_callbacks.html_report.bad_steps import offenders, spikes
+from clip_callbacks.html_report.bad_steps import named_tensors, spikes
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.html_report.third_party_norms import taken_after_clip, unknowns
+from clip_callbacks.html_report.third_party_norms import describe_unknowns, taken_after_clip
 from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT
 
 Severity = Literal["bad", "warn", "good", "note"]
 
-ALWAYS, OFTEN, MUCH, SELDOM = 0.95, 0.5, 0.25, 0.001
-"""Shares of clipped steps."""
-HARD = 0.1
-"""A clip_coef below which clipping is hard."""
-MANY = 0.01
-"""A share of skipped steps that is bad."""
-DOMINANT = 0.9
-"""Share of the total norm with which one block is all of it."""
-FADING = 1e-4
-"""Share of the total norm below which a block hardly learns."""
-HEALTHY_UPDATES = (1e-5, 1e-2)
-"""Norms of updates over those of the weights that give no cause for concern; about 1e-3 is usual."""
+NEARLY_ALL_CLIPPED, HALF_CLIPPED, MANY_CLIPPED, HARDLY_ANY_CLIPPED = 0.95, 0.5, 0.25, 0.001
+"""Shares of clipped optimizer steps that divide the findings on clipping."""
+HARD_CLIP_COEF = 0.1
+"""A median clip_coef of clipped steps below this is reported as hard clipping."""
+ALARMING_SKIPPED_SHARE = 0.01
+"""A larger share of skipped optimizer steps is a problem rather than a warning."""
+DOMINANT_SHARE = 0.9
+"""A block whose norm is a larger share of the total norm decides alone how all blocks are clipped."""
+VANISHING_SHARE = 1e-4
+"""A block whose norm is a smaller share of the total norm hardly learns."""
+USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
+"""Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
+MAX_NAMED_BLOCKS = 4
+"""The number of blocks that a finding names."""
+STAGE_MEANINGS = {
+    "step": "the previous optimizer step had made parameters non-finite",
+    "parameter": "parameters were non-finite before the step",
+    "buffer": "buffers were non-finite before the step",
+    "carried": "a tensor that a module keeps from batch to batch was non-finite before the step",
+    "loss": "the loss was not finite",
+    "gradient": "the loss was finite, but its gradients were not",
+    "spike": "the step was a finite spike, larger than the guard allows",
+}
+"""Meaning of the stages in the guard's journal."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two on a run.
+    """One or two sentences on a run.
 
     Args:
-        severity: How much it matters.
-        text: What was found, with numbers, and what to do.
+        severity: "bad" for a problem, "warn" for a warning, "good" or "note".
+        text: The sentences, with numbers and advice.
     """
 
     severity: Severity
@@ -46,7 +58,7 @@ class Finding:
 
 
 def diagnose(log: OptimizerLog, losses: dict[str, Series]) -> list[Finding]:
-    """What there is to say of one optimizer of a run, the worst first."""
+    """List the findings on one optimizer of a run, the most severe first."""
     order: list[Severity] = ["bad", "warn", "good", "note"]
     found = [
         *_broken_loss(losses),
@@ -67,27 +79,26 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series]) -> list[Finding]:
 
 
 def out_of_control(losses: dict[str, Series]) -> str | None:
-    """What to say if the training loss doubled: if in some quarter of the run its median was twice the first value logged."""
+    """Say that the training loss doubled, if in some quarter of the run its median was twice the first value; None otherwise."""
 
     def rank(key: str) -> tuple[bool, bool, bool, int]:
         name = key.lower()
         return "val" in name or "test" in name, len(losses[key].finite) < MIN_NORMS_FOR_QUARTERS, "train" not in name, len(key)
 
-    training = sorted(losses, key=rank)
-    for key in training[:1]:
-        finite = losses[key].finite
-        if len(finite) < MIN_NORMS_FOR_QUARTERS or not bool((finite.values > 0).all()):
-            continue
-        worst = max(float(np.median(part)) for part in np.array_split(finite.values, QUARTER_COUNT))
-        if worst > 2 * finite.values[0]:
-            return (
-                f"{key} rose from {finite.values[0]:.3g} to {worst:.3g} (the median of a quarter of the run): it went "
-                f"out of control, and "
-                "its norms say little of a healthy run. Lower the learning rate, or begin with QuantileLimit(0.1), "
-                "which needs no "
-                "number, and ask again of that run."
-            )
-    return None
+    if not losses:
+        return None
+    key = min(losses, key=rank)
+    values = losses[key].finite.values
+    if len(values) < MIN_NORMS_FOR_QUARTERS or not bool((values > 0).all()):
+        return None
+    worst = max(float(np.median(part)) for part in np.array_split(values, QUARTER_COUNT))
+    if worst <= 2 * values[0]:
+        return None
+    return (
+        f"{key} rose from {values[0]:.3g} to {worst:.3g} (the median of a quarter of the run): the training went out of control, "
+        "and its norms tell little about a healthy run. Lower the learning rate, or start with QuantileLimit(0.1), which needs no "
+        "number, and take the suggestion from the log of that run."
+    )
 
 
 def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
@@ -95,15 +106,17 @@ def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
         broken = series.steps[~np.isfinite(series.values)]
         if not len(broken):
             continue
-        ended = not math.isfinite(series.values[-1])
-        stays = "and stays so: from there on nothing was learned" if ended else f"at {len(broken)} of {len(series)} logged steps"
-        yield Finding(
-            "bad" if ended else "warn",
-            f"{key} is NaN or inf from step {broken[0]:,} {stays}. GradientClipping skips such steps (NonFiniteGuard "
-            f"names who did it)."
-            if ended
-            else f"{key} is NaN or inf {stays}, first at step {broken[0]:,}.",
-        )
+        if math.isfinite(series.values[-1]):
+            yield Finding(
+                "warn",
+                f"{key} is NaN or inf at {len(broken)} of {len(series)} logged steps, first at optimizer step {broken[0]:,}.",
+            )
+        else:
+            yield Finding(
+                "bad",
+                f"{key} is NaN or inf from optimizer step {broken[0]:,} to the end: nothing was learned from there on. "
+                "GradientClipping skips such steps, and NonFiniteGuard names the tensors that caused them.",
+            )
 
 
 def _origin(log: OptimizerLog) -> Iterator[Finding]:
@@ -111,7 +124,7 @@ def _origin(log: OptimizerLog) -> Iterator[Finding]:
         return
     if caution := taken_after_clip(log):
         yield Finding("bad", caution)
-    yield Finding("note", unknowns(log))
+    yield Finding("note", describe_unknowns(log))
 
 
 def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
@@ -121,12 +134,12 @@ def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
         return
     first = int(logged.steps[~np.isfinite(logged.values)][0])
     text = (
-        f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at step {first:,}: they are in no percentile and no "
-        "picture."
+        f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at optimizer step {first:,}. Percentiles and plots "
+        "leave them out."
     )
     at_end = int((logged.steps > finite.steps[-1]).sum()) if finite else 0
     if at_end > 1:
-        yield Finding("bad", f"{text} None is finite after step {finite.steps[-1]:,}: since then the weights may be NaN.")
+        yield Finding("bad", f"{text} None is finite after optimizer step {finite.steps[-1]:,}: the weights may be NaN since then.")
     else:
         yield Finding("warn", text)
 
@@ -135,97 +148,125 @@ def _clipping(log: OptimizerLog) -> Iterator[Finding]:
     share, norms, limit = log.clipped_share, log.total_norm, log.max_norm
     if not norms:
         yield Finding(
-            "bad", "No logged step has a finite norm above 0: there is nothing to clip. Did backward run, are weights NaN?"
+            "bad",
+            "No logged step has a finite norm above 0, so there is nothing to clip. Check that backward ran and that no weight is "
+            "NaN.",
         )
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
+    percentiles = f"The norm has p50 {p50:.3g}, p90 {p90:.3g} and p99 {p99:.3g}."
     if math.isnan(share) and not log.norm.is_ours:
-        yield Finding("note", f"p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
+        yield Finding("note", percentiles)
         return
     if math.isnan(share) or (not limit and not share):
-        yield Finding("note", f"Nothing was clipped: no limit was set. p50 of the norm is {p50:.3g}, p90 {p90:.3g}, p99 {p99:.3g}.")
+        yield Finding("note", f"No step was clipped, because no max_norm was set. {percentiles}")
         return
-    force = _limit_in_words(limit)
+    limit_text = _limit_in_words(limit)
     if log.has_local_norms:
         yield Finding(
             "note",
-            f"clipped_norm lies above max_norm: the norms are local, and {force} held for each block by itself. Compare it with "
-            "the norms of blocks (GradientNormMonitor), not with total_norm.",
+            f"The norms are local: {limit_text} held for the norm of each block, which is why clipped_norm is above max_norm. "
+            "Compare it with the norms of blocks (GradientNormMonitor), not with total_norm.",
         )
-    if share >= ALWAYS:
-        yield Finding(
-            "warn",
-            f"{share:.0%} of steps are clipped by {force}: max_norm acts as a learning rate, the size of a gradient no longer "
-            f"counts. p50 of the norm is {p50:.3g}, p90 is {p90:.3g}.",
-        )
-    elif share >= OFTEN:
-        yield Finding("warn", f"{share:.0%} of steps are clipped by {force}, more than half. p90 of the norm is {p90:.3g}.")
-    elif share >= MUCH:
-        yield Finding("note", f"{share:.0%} of steps are clipped by {force}: ordinary ones too. p90 of the norm is {p90:.3g}.")
-    elif share < SELDOM:
-        yield Finding("note", f"{force} hardly ever clips ({share:.2%} of steps): an insurance. p99 of the norm is {p99:.3g}.")
-    else:
-        yield Finding("good", f"{share:.1%} of steps are clipped by {force}: spikes are bounded, the typical step is left alone.")
+    yield _clipped_share(share, limit_text, p90, p99)
     coefficients = log.clip_coef.values
-    hard = coefficients[coefficients < 1]
-    if len(hard) and np.median(hard) < HARD:
+    below_one = coefficients[coefficients < 1]
+    if len(below_one) and np.median(below_one) < HARD_CLIP_COEF:
         yield Finding(
             "note",
-            f"Where it clips it clips hard: the median clip_coef of clipped steps is {np.median(hard):.2g} "
-            f"(smallest {hard.min():.2g}).",
+            f"Clipped steps are clipped hard: their median clip_coef is {np.median(below_one):.2g}, the smallest is "
+            f"{below_one.min():.2g}.",
         )
+
+
+def _clipped_share(share: float, limit_text: str, p90: float, p99: float) -> Finding:
+    if share >= NEARLY_ALL_CLIPPED:
+        return Finding(
+            "warn",
+            f"{share:.0%} of steps are clipped by {limit_text}. max_norm acts as a learning rate: the size of a gradient no longer "
+            f"matters. The p90 of the norm is {p90:.3g}.",
+        )
+    if share >= HALF_CLIPPED:
+        return Finding(
+            "warn",
+            f"{share:.0%} of steps are clipped by {limit_text}: more than half, so typical steps are shrunk too. The p90 of the "
+            f"norm is {p90:.3g}.",
+        )
+    if share >= MANY_CLIPPED:
+        return Finding(
+            "note", f"{share:.0%} of steps are clipped by {limit_text}, ordinary ones among them. The p90 of the norm is {p90:.3g}."
+        )
+    if share < HARDLY_ANY_CLIPPED:
+        return Finding(
+            "note",
+            f"Only {share:.2%} of steps are clipped by {limit_text}, which guards against rare spikes. The p99 of the norm is "
+            f"{p99:.3g}.",
+        )
+    return Finding(
+        "good", f"{share:.1%} of steps are clipped by {limit_text}: spikes are bounded, typical steps are left unchanged."
+    )
 
 
 def _limit_in_words(limit: Series) -> str:
     if not limit:
-        return "a limit that was not logged"
+        return "a max_norm that was not logged"
     lowest, highest = limit.values.min(), limit.values.max()
-    return f"max_norm {limit.last:.3g}" if highest <= 1.01 * lowest else f"a limit from {lowest:.3g} to {highest:.3g}"
+    return f"max_norm {limit.last:.3g}" if highest <= 1.01 * lowest else f"a max_norm from {lowest:.3g} to {highest:.3g}"
 
 
 def _skips(log: OptimizerLog) -> Iterator[Finding]:
     skipped = int(log.skipped_steps.last) if log.skipped_steps else 0
     if not skipped:
         return
-    share = skipped / log.steps
+    share = skipped / log.step_count
     entries = log.bad_steps
     stages = Counter(str(entry.get("stage")) for entry in entries)
-    stage = stages.most_common(1)[0][0] if stages else ""
-    names = Counter(offenders(entry)[0] for entry in entries if entry.get("stage") != "loss" and offenders(entry))
-    where = ""
-    if stage:
-        where = f' Most often the stage is "{stage}"'
-        if names and stage != "loss":
-            where += f", the first offender {names.most_common(1)[0][0]}"
-        where += "."
-    were = "was" if skipped == 1 else "were"
-    yield Finding("bad" if share > MANY else "warn", f"{skipped:,} of {log.steps:,} steps {were} skipped ({share:.2%}).{where}")
+    text = f"{skipped:,} of {log.step_count:,} steps {'was' if skipped == 1 else 'were'} skipped ({share:.2%})."
+    if stages:
+        stage = stages.most_common(1)[0][0]
+        meaning = STAGE_MEANINGS.get(stage)
+        text += f' The most frequent stage is "{stage}"' + (f": {meaning}." if meaning else ".")
+        named = [entry for entry in entries if entry.get("stage") != "loss" and named_tensors(entry)]
+        if named and stage != "loss":
+            names = Counter(named_tensors(entry)[0] for entry in named)
+            text += f" The tensor named first most often is {names.most_common(1)[0][0]}."
+    yield Finding("bad" if share > ALARMING_SKIPPED_SHARE else "warn", text)
 
 
 def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
-    """What the guard has said of metrics that a bad loss has got into: of each the first time, and how often."""
-    told = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
-    for sentence in dict.fromkeys(sentence for _, sentence in told):
-        steps = [step for step, other in told if other == sentence]
-        more = f" (so in {len(steps)} epochs)" if len(steps) > 1 else ""
-        yield Finding("warn", f"From step {steps[0]:,} on{more}: {sentence}")
+    """Repeat the guard's warnings about metrics that a bad loss has reached: each sentence once, with the number of epochs."""
+    warned = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
+    for sentence in dict.fromkeys(sentence for _, sentence in warned):
+        steps = [step for step, other in warned if other == sentence]
+        more = f" (in {len(steps)} epochs)" if len(steps) > 1 else ""
+        yield Finding("warn", f"From optimizer step {steps[0]:,} on{more}: {sentence}")
 
 
 def _spikes(log: OptimizerLog) -> Iterator[Finding]:
     found, times = spikes(log)
     if found:
         worst = int(np.argmax(times))
+        are = "is a spike" if len(found) == 1 else "are spikes"
         yield Finding(
             "note",
-            f"{len(found):,} of {len(log.total_norm):,} logged norms stand far out of those around them; most of all "
-            f"{found.values[worst]:.3g} at step {found.steps[worst]:,}, {times[worst]:.3g} times their median.",
+            f"{len(found):,} of {len(log.total_norm):,} logged norms {are}, far above the norms of neighbouring steps. The most "
+            f"extreme is {found.values[worst]:.3g} at optimizer step {found.steps[worst]:,}, {times[worst]:.3g} times the "
+            "median of its neighbours.",
         )
 
 
 def _scaler(log: OptimizerLog) -> Iterator[Finding]:
-    scale = log.amp_scale
+    overflowed, scale = log.overflowed_steps, log.amp_scale
+    if overflowed and overflowed.last:
+        yield Finding(
+            "note",
+            f"{overflowed.last:,.0f} of {log.step_count:,} optimizer steps overflowed in float16: GradScaler skipped them and "
+            "lowered the loss scale. This is normal while it searches for the scale.",
+        )
     if scale and scale.last < 1:
-        yield Finding("bad", f"The loss scale has fallen to {scale.last:.3g}: float16 overflows again and again. Use bf16-mixed.")
+        yield Finding(
+            "bad", f"The loss scale has fallen to {scale.last:.3g}: float16 overflows again and again. Use precision bf16-mixed."
+        )
 
 
 def _blocks(log: OptimizerLog) -> Iterator[Finding]:
@@ -237,42 +278,47 @@ def _blocks(log: OptimizerLog) -> Iterator[Finding]:
         total = log.total_norm.at(series.steps)
         ratio = series.values / np.where(total > 0, total, np.nan)
         shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
-    heaviest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
-    if shares[heaviest] > DOMINANT:
+    largest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
+    if shares[largest] > DOMINANT_SHARE:
         yield Finding(
             "note",
-            f"The norm of {heaviest} alone is {min(shares[heaviest], 1.0):.0%} of {log.norm.title}, in the median: a global "
-            f"norm is its norm, and "
-            'clips all others because of it. scope="layer" gives each its own.',
+            f"The norm of {largest} alone is {min(shares[largest], 1.0):.0%} of {log.norm.title} in the median step: a global "
+            'max_norm clips all other blocks because of it. scope="layer" clips each block by its own norm.',
         )
-    fading = [name for name, share in shares.items() if share < FADING]
-    if fading:
-        listed = ", ".join(fading[:4]) + (f" and {len(fading) - 4} more" if len(fading) > 4 else "")  # noqa: PLR2004
-        yield Finding("warn", f"Hardly any gradient arrives at {listed}: in the median less than 1e-4 of the total norm.")
+    if vanishing := [name for name, share in shares.items() if share < VANISHING_SHARE]:
+        yield Finding(
+            "warn",
+            f"Hardly any gradient reaches {_listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total "
+            "norm.",
+        )
 
 
 def _updates(log: OptimizerLog) -> Iterator[Finding]:
-    low, high = HEALTHY_UPDATES
+    low, high = USUAL_UPDATE_RATIOS
     medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
-    for names, what in (
+    for names, verdict in (
         ([name for name, value in medians.items() if value > high], f"above {high:g}: the learning rate is high for them"),
-        ([name for name, value in medians.items() if value < low], f"below {low:g}: they hardly move"),
+        ([name for name, value in medians.items() if value < low], f"below {low:g}: they hardly change"),
     ):
         if names:
-            yield Finding("note", f"The update-to-weight ratio of {', '.join(names[:4])} is {what} (about 1e-3 is usual).")
+            yield Finding("note", f"The update-to-weight ratio of {_listed(names)} is {verdict}. About 1e-3 is typical.")
 
 
 def _shadows(log: OptimizerLog) -> Iterator[Finding]:
     if shadows := log.shadows:
         each = ", ".join(f"{name} {share:.1%}" for name, share in shadows.items())
-        yield Finding("note", f"Other limits, tried without touching gradients, would have clipped: {each}.")
+        yield Finding("note", f"Shadow limits are computed but not applied. Share of steps that they would have clipped: {each}.")
 
 
 def _sampling(log: OptimizerLog) -> Iterator[Finding]:
-    every = log.steps_between_norms
-    if every > 1:
-        counted = "; clipped and skipped steps are counted over all steps" if log.norm.is_ours else ""
-        count = len(log.total_norm)
-        yield Finding(
-            "note", f"About one step in {every:.0f} was logged: percentiles and pictures are made from {count:,} norms{counted}."
-        )
+    interval = log.steps_between_norms
+    if interval > 1:
+        text = f"About one step in {interval:.0f} was logged: percentiles and plots are made from {len(log.total_norm):,} norms."
+        if log.norm.is_ours:
+            text += " The shares of clipped and skipped steps are of all steps."
+        yield Finding("note", text)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED_BLOCKS} more" if len(names) > MAX_NAMED_BLOCKS else ""
+    return ", ".join(names[:MAX_NAMED_BLOCKS]) + more

@@ -1,48 +1,56 @@
-"""A million points for a picture a thousand pixels wide: what lies in each column of it."""
+"""Downsampling: reduce series of up to millions of points to the columns of a plot."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
 from clip_callbacks.html_report.series import Series, Values
 
 MAX_COLUMNS = 600
-"""Columns of a picture; fewer points than twice as many are drawn as they are."""
+"""The number of columns of a plot. Series of at most twice as many points are drawn point by point."""
 
 
 class Downsampled(NamedTuple):
-    """A series in columns of equal width in steps: a line, and how far it strays.
+    """A series in columns of equal width in steps; columns without a point are left out.
 
     Args:
-        steps: The middle of each column that holds a point; or of each point.
-        middle: The median there.
-        low: The smallest value there.
-        high: The largest value there.
-        has_all_points: Whether every point has a column of its own.
+        steps: Center of each column, shape ``(n,)``; if nothing was reduced, the step of each point.
+        median: Median of the points in each column.
+        lowest: Smallest value in each column.
+        highest: Largest value in each column.
+        has_all_points: True if nothing was reduced.
     """
 
     steps: Values
-    middle: Values
-    low: Values
-    high: Values
+    median: Values
+    lowest: Values
+    highest: Values
     has_all_points: bool
 
 
+def fits(series: Series, columns: int = MAX_COLUMNS) -> bool:
+    """Return whether a plot of so many columns shows a series point by point."""
+    return len(series) <= 2 * columns
+
+
 def downsample(series: Series, columns: int = MAX_COLUMNS) -> Downsampled:
-    """Take a series apart into columns; nothing of its range is lost."""
-    if len(series) <= 2 * columns:
+    """Reduce a series of finite values to columns; its smallest and largest values are kept."""
+    if fits(series, columns):
         steps = series.steps.astype(np.float64)
         return Downsampled(steps, series.values, series.values, series.values, has_all_points=True)
-    starts, middles = _starts(series, columns)
-    middle = np.array([np.median(part) for part in np.split(series.values, starts[1:])])
-    low, high = np.minimum.reduceat(series.values, starts), np.maximum.reduceat(series.values, starts)
-    return Downsampled(middles, middle, low, high, has_all_points=False)
+    first, last = int(series.steps[0]), int(series.steps[-1])
+    points = pd.Series(series.values).groupby(_column_numbers(series, first, last, columns))
+    medians = points.median()
+    centers = first + (medians.index.to_numpy() + 0.5) * (last - first + 1) / columns - 0.5
+    return Downsampled(centers, medians.to_numpy(), points.min().to_numpy(), points.max().to_numpy(), has_all_points=False)
 
 
 def column_means(series: Series, columns: int) -> tuple[Values, Values]:
-    """Of values that sum up all steps since the last point: the mean over the steps of each column.
+    """Average over the steps of each column a metric whose points each sum up all steps since the point before.
 
     Returns:
         The edges of the columns, shape ``(columns + 1,)``, and the means, shape ``(columns,)``.
@@ -54,20 +62,12 @@ def column_means(series: Series, columns: int) -> tuple[Values, Values]:
 
 
 def column_maxima(series: Series, first: int, last: int, columns: int) -> Values:
-    """The largest value in each of so many columns from one step to another, NaN where nothing was logged."""
-    result = np.full(columns, -np.inf)
-    np.maximum.at(result, _places(series, first, last, columns), series.values)
-    result[np.isneginf(result)] = np.nan
-    return result
+    """Find the largest finite value in each of so many columns between two steps; NaN where nothing was logged."""
+    points = pd.Series(series.values).groupby(_column_numbers(series, first, last, columns))
+    maxima: Values = points.max().reindex(range(columns)).to_numpy()
+    return maxima
 
 
-def _places(series: Series, first: int, last: int, columns: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _column_numbers(series: Series, first: int, last: int, columns: int) -> npt.NDArray[np.int64]:
     width = max((last - first + 1) / columns, 1e-9)
     return np.clip(((series.steps - first) / width).astype(np.int64), 0, columns - 1)
-
-
-def _starts(series: Series, columns: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.intp]], Values]:
-    first, last = int(series.steps[0]), int(series.steps[-1])
-    place = _places(series, first, last, columns)
-    filled, starts = np.unique(place, return_index=True)
-    return starts, first + (filled + 0.5) * (last - first + 1) / columns - 0.5

@@ -1,4 +1,4 @@
-"""Reads TensorBoard's event files."""
+"""Read the event files of TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from clip_callbacks.html_report.series import Series
 
 RECORD_LENGTH = struct.Struct("<Q")
 HEADER_BYTES, FOOTER_BYTES = 12, 4
-"""Bytes of a record before its content (its length and that one's checksum) and after it (its checksum)."""
+"""Bytes of a record before its content (length and checksum of the length) and after it (checksum of the content)."""
 TIME_TAG, STEP_TAG, SIMPLE_VALUE_TAG = b"\x09", b"\x10", b"\x15"
-"""What stands before an event's time (8 bytes), its step (a varint) and a simple_value (a float)."""
+"""Protobuf tags before the time (8 bytes), the step (a varint) and the simple_value (a float32) of an event."""
 STEP_TAG_OFFSET, VALUE_BYTES, FLOAT32 = 9, 4, struct.Struct("<f")
 FIRST_NEGATIVE_VARINT = 1 << 63
-"""From here on a varint is a number below 0."""
-NOT_AN_EVENT_FILE = "not one of TensorBoard's event files"
+"""Varints from here on are negative numbers."""
+NOT_AN_EVENT_FILE = "not an event file of TensorBoard"
 PROGRESS_BYTES = 1 << 22
-"""Bytes after which the progress bar is told."""
+"""Bytes between two updates of the progress bar."""
 Points = dict[str, tuple["array[int]", "array[float]"]]
-"""For each tag the steps and values."""
+"""Steps and values of each tag."""
 
 
 def read_events(paths: Sequence[Path]) -> tuple[dict[str, Series], list[str]]:
-    """Scalars and notes of one run's event files, all points of them.
+    """Read all scalars of the event files of one run, and return them with notes.
 
-    The records are taken apart here and their contents by TensorBoard's own message classes, but for those that differ from one it
-    has parsed in time, step and value alone. TensorBoard's Python reader takes five times as long, since it reckons a checksum
-    in Python for every value; its fast one drops a broken end without a word.
+    Records are separated here, and their contents are parsed by TensorBoard's message classes; a record that differs from a parsed
+    one only in time, step and value is read without parsing. TensorBoard's own Python reader takes five times as long, because it
+    computes a checksum in Python for every value, and its fast reader drops an incomplete end silently.
 
     Raises:
-        UnusableLogError: If they are no event files, or empty.
+        UnusableLogError: If the files hold no scalars.
     """
     points: Points = {}
-    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # by their names, which begin with the time
+    notes = [note for path in sorted(paths) if (note := _read_file(path, points))]  # file names begin with the time of writing
     if not points:
         raise UnusableLogError(f"{paths[0].parent} holds no scalars: {' '.join(notes) or 'nothing was logged.'}")
     return {tag: Series.of(np.frombuffer(steps, np.int64), np.frombuffer(values)) for tag, (steps, values) in points.items()}, notes
 
 
-class _IncompleteFile(Exception):  # noqa: N818 (no error: the end of what can be read)
-    """How a file ends that does not end as it should."""
+class _IncompleteFile(Exception):  # noqa: N818 (not an error: the readable part ends here)
+    """The file ends within a record; the message completes the sentence "FILE is"."""
 
 
 def _read_file(path: Path, points: Points) -> str | None:
-    """Take in the scalars of a file; a note if its end is broken, as after a crash, or while the run goes on."""
+    """Append the scalars of a file; return a note if it ends within a record, as after a crash or while the run goes on."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -80,7 +80,7 @@ def _read_file(path: Path, points: Points) -> str | None:
 
 
 def _append_scalars(event: Any, points: Points) -> None:
-    """Keep the scalars of an event, in either of the forms in which TensorBoard's writers put them."""
+    """Append the scalars of an event, in either of the two forms that TensorBoard's writers use."""
     from tensorboard.util.tensor_util import make_ndarray
 
     for value in event.summary.value:
@@ -96,9 +96,9 @@ def _append_scalars(event: Any, points: Points) -> None:
 
 
 def _parse_step(content: bytes) -> tuple[int, int]:
-    """The step of a record that has its time and its step ahead, as all writers put them, and where what follows begins.
+    """Return the step of a record that begins with its time and step, as all writers put them, and the offset after the step.
 
-    Of any other record, of step 0, which is not written, and of steps below it nothing is said: ``(0, 0)``.
+    Returns ``(0, 0)`` for other records, for step 0, which is not written, and for negative steps.
     """
     if content[:1] != TIME_TAG or content[STEP_TAG_OFFSET : STEP_TAG_OFFSET + 1] != STEP_TAG:
         return 0, 0
@@ -107,16 +107,16 @@ def _parse_step(content: bytes) -> tuple[int, int]:
         byte = content[at]
         step |= (byte & 0x7F) << shift
         at += 1
-        if byte < 0x80:  # noqa: PLR2004 (the last one of a varint)
+        if byte < 0x80:  # noqa: PLR2004 (the last byte of a varint)
             return (step, at) if step < FIRST_NEGATIVE_VARINT else (0, 0)
         shift += 7
     return 0, 0
 
 
 def _is_single_scalar(event: Any, content: bytes, after_step: int) -> bool:
-    """Whether an event is one scalar whose value is the end of its record.
+    """Return whether an event is a single scalar whose value is at the end of its record.
 
-    Then records that are the same but for time, step and value, byte by byte, are the same but for these, and need not be parsed.
+    Another record with the same bytes between step and value then has the same tag, and need not be parsed.
     """
     if not after_step or len(event.summary.value) != 1 or content[-VALUE_BYTES - 1 : -VALUE_BYTES] != SIMPLE_VALUE_TAG:
         return False
@@ -125,10 +125,10 @@ def _is_single_scalar(event: Any, content: bytes, after_step: int) -> bool:
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    """The contents of the records of a file, one after another.
+    """Yield the contents of the records of a file.
 
     Raises:
-        _IncompleteFile: Where they end too early.
+        _IncompleteFile: If the file ends within a record.
     """
     size, at = path.stat().st_size, 0
     if not size:
@@ -140,7 +140,7 @@ def _records(path: Path) -> Iterator[bytes]:
             start = at + HEADER_BYTES
             end = start + RECORD_LENGTH.unpack_from(data, at)[0] if start <= size else size
             if end + FOOTER_BYTES > size:
-                raise _IncompleteFile("cut off in its last record: it was read up to there" if at else NOT_AN_EVENT_FILE)
+                raise _IncompleteFile("incomplete: it ends within a record and was read up to there" if at else NOT_AN_EVENT_FILE)
             yield data[start:end]
             at = end + FOOTER_BYTES
             if at - bar.n > PROGRESS_BYTES or at == size:

@@ -1,4 +1,4 @@
-"""A heat map of blocks over steps."""
+"""Heat maps of a metric of each block over optimizer steps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.series import Series
 
 MAX_BLOCKS = 40
-"""Rows of a heat map."""
+"""The number of rows of a heat map."""
 
 
-def heat_map(blocks: dict[str, Series], key: str, title: str) -> Chart:
-    """A row for each block, of the forty largest if there are more.
+def heat_map(blocks: dict[str, Series], key: str, metric: str, run: str) -> Chart:
+    """Make a plot with one row per block; of more than forty blocks those with the largest values are shown.
 
     Args:
-        blocks: What was logged of each, with at least one point.
-        key: Of the picture.
-        title: Of the picture.
+        blocks: The metric of each block, with at least one point.
+        key: Identifier of the plot.
+        metric: Name of the metric, for the title and the color bar.
+        run: Name of the run, for the title.
     """
     largest = sorted(blocks, key=lambda name: -float(np.quantile(blocks[name].values, 0.99)))[:MAX_BLOCKS]
     names = sorted(largest, key=natural_order)
@@ -48,20 +49,25 @@ def heat_map(blocks: dict[str, Series], key: str, title: str) -> Chart:
         labels = [shorten(name, 22 if theme.narrow else 44) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
         bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if theme.narrow else "right", shrink=0.9, aspect=30)
+        bar.set_label(f"{metric}{' ' if theme.narrow else chr(10)}(log scale)", fontsize=8)
         label_log_axis(bar.ax.xaxis if theme.narrow else bar.ax.yaxis)
         bar.outline.set_edgecolor(theme.faint)
         label_step_axis(axes)
 
-    left_out = f" The {MAX_BLOCKS} largest of {len(blocks)} blocks are shown." if len(blocks) > MAX_BLOCKS else ""
+    caption = (
+        "One row per block. The color is the largest value in each column of the plot; a gap means that nothing or 0 was logged."
+    )
+    if without_common_parts(names) != names:
+        caption += " Parts that all block names begin or end with are left out."
+    if len(blocks) > MAX_BLOCKS:
+        caption += f" The {MAX_BLOCKS} of {len(blocks)} blocks with the largest values are shown."
     medians = ", ".join(f"{name} {np.median(blocks[name].values):.3g}" for name in names[:8])
     height = 1.1 + 0.22 * len(names)
     return Chart(
         key,
-        title,
-        "One row a block, in color the largest value in each column of the picture. Gaps: nothing was logged, or it "
-        "was 0. What the names "
-        f"of all blocks begin and end with is left out.{left_out}",
-        f"Heat map over steps. Medians: {medians}.",
+        f"{metric[0].upper()}{metric[1:]} of each block: {run}",
+        caption,
+        f"Heat map of the {metric} of each block over optimizer steps. Medians: {medians}.",
         draw,
         (max(height, 1.8), max(height + 0.5, 2.2)),
     )

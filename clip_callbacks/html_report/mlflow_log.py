@@ -1,4 +1,4 @@
-"""Reads runs from MLflow: a tracking server, a database, or a folder of files."""
+"""Read runs from MLflow: from a tracking server, a database, or a folder of files."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ SQLITE = "sqlite:///"
 
 
 def read_mlflow(uri: str, norms: Sequence[str] = ()) -> list[Run]:
-    """All active runs that logged a norm of all gradients, of all experiments, the oldest first.
+    """Read all active runs that logged a norm of all gradients, the oldest first.
 
     Args:
-        uri: Of the tracking store, such as ``sqlite:///mlflow.db`` or ``http://localhost:5000``; behind a ``#`` the name of an
-            experiment, or the id of a run, if not all are wanted.
-        norms: Metrics that are such norms; none: those that are known by their names.
+        uri: Address of the tracking store, such as ``sqlite:///mlflow.db`` or ``http://localhost:5000``; optionally followed by
+            ``#`` and the name of one experiment or the id of one run.
+        norms: Metrics that are norms of all gradients; if empty, they are found by their names.
 
     Raises:
-        UnusableLogError: If it cannot be reached, or holds no such run.
+        UnusableLogError: If the store cannot be reached, or holds no such run.
     """
     try:
         from mlflow.tracking import MlflowClient
     except ImportError:
-        raise UnusableLogError(f"{uri} needs MLflow to be read: pip install mlflow.") from None
+        raise UnusableLogError(f"MLflow must be installed to read {uri}: pip install mlflow.") from None
     uri, _, wanted = uri.partition("#")
     if uri.startswith(SQLITE) and not is_database(Path(uri.removeprefix(SQLITE))):
-        raise UnusableLogError(f"{uri}: no such file, or no database of MLflow.")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its default is minutes of silence
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which it has put in maintenance, and reads all the same
+        raise UnusableLogError(f"{uri}: no such file, or not a database of MLflow.")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # by default it retries silently for minutes
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow no longer develops its store of files, but still reads it
     try:
         client = MlflowClient(tracking_uri=uri)
-        there = _all_runs(client, wanted)
-        found = [run for run in there if find_norms(run.data.metrics, norms)]
+        active = _active_runs(client, wanted)
+        found = [run for run in active if find_norms(run.data.metrics, norms)]
         runs = [_read(client, uri, run) for run in sorted(found, key=lambda run: run.info.start_time)]
-    except Exception as error:  # whatever its stores raise: sockets, databases, versions
+    except Exception as error:  # the stores raise errors of sockets, databases and versions
         raise UnusableLogError(f"{uri} cannot be read: {str(error).splitlines()[0][:200]}") from None
     if not runs:
-        source = f"{uri}{f'#{wanted}' if wanted else ''} ({len(there)} runs)"
-        raise UnusableLogError(missing_norm_message(source, {key for run in there for key in run.data.metrics}, norms))
+        source = f"{uri}{f'#{wanted}' if wanted else ''} ({len(active)} runs)"
+        raise UnusableLogError(missing_norm_message(source, {key for run in active for key in run.data.metrics}, norms))
     return runs
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is a database that MLflow has made: it would write its tables into any other."""
+    """Return whether a file is a database of MLflow, which would create its tables in any other database."""
     if not path.is_file():
         return False
     try:
@@ -62,7 +62,7 @@ def is_database(path: Path) -> bool:
     return {"experiments", "runs", "metrics"} <= names
 
 
-def _all_runs(client: Any, wanted: str) -> list[Any]:
+def _active_runs(client: Any, wanted: str) -> list[Any]:
     experiments = client.search_experiments()
     named = [experiment for experiment in experiments if not wanted or experiment.name == wanted]
     if not named:

@@ -1,4 +1,4 @@
-"""Which metric of a log is the norm of all gradients: ours, else one that others log and that its name tells."""
+"""Find the metric that is the norm of all gradients: ours, or else a metric of other code that is known by its name."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_
 from clip_callbacks.stats.advice import EUCLIDEAN
 
 OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
-"""Ours, with the prefix of its logger and the suffix of its optimizer."""
+"""Our norm of all gradients, with the prefix of its logger and the suffix of its optimizer."""
 OWN_PARTIAL_NORM = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
-"""Ours of a block or of a rule, whatever these are called."""
+"""Our norms of blocks and rules, whose names the user may have chosen."""
 LIGHTNING_TOTAL_NORM = re.compile(
     r"(?:.*[^A-Za-z0-9])?grad_(?P<order>inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)_norm_total(?:_step)?$"
 )
-"""What Lightning's ``grad_norm(module, norm_type)`` calls the norm of all gradients."""
+"""The name that Lightning's ``grad_norm(module, norm_type)`` gives to the norm of all gradients."""
 GRADIENT_WORDS, NORM_WORDS, GRADIENT_NORM_WORDS = (
     {"grad", "grads", "gradient", "gradients"},
     {"norm", "norms"},
     {"gnorm", "gradnorm"},
 )
 TOTAL_WORDS = {"total", "global", "overall", "l2", "train", "training", "step"}
-"""Words beside those for gradient and norm with which a name still tells the norm of all gradients at a step."""
+"""Further words that the name of a norm of all gradients may have beside those for gradient and norm."""
 EVALUATION_WORDS = {"val", "valid", "validation", "dev", "eval", "evaluation", "test"}
-"""Words for data that nothing is trained on: a norm of theirs is no norm of a step."""
+"""Words for held-out data; a norm with one of them is used only if there is no other."""
 STEP_SUFFIX, EPOCH_SUFFIX = "_step", "_epoch"
-"""What Lightning adds to a name that is logged for steps and for epochs."""
+"""Suffixes that Lightning adds to the name of a metric logged for steps and for epochs."""
 TOTAL_ENDING = re.compile(r"[_./-](total|global|overall)$")
+"""Ending of a norm of all gradients that the norms of its blocks do not have."""
 MAX_LISTED_METRICS = 8
-"""Metrics that a message names."""
+"""The number of metrics that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class NormMetric:
     """A metric that is the norm of all gradients of one optimizer.
 
     Args:
-        name: As it is in the log.
-        suffix: What the names of other metrics of that optimizer end with; empty if there is one optimizer.
-        is_ours: Whether a callback of clip_callbacks logged it.
-        norm_type: The order p, as far as the name tells it.
+        name: Name of the metric in the log.
+        suffix: Suffix of the other metrics of that optimizer; empty if there is one optimizer.
+        is_ours: If True, a callback of clip_callbacks logged it.
+        norm_type: Order p of the norm; None if the name does not tell it.
     """
 
     name: str
@@ -51,11 +52,11 @@ class NormMetric:
 
     @property
     def title(self) -> str:
-        """What it is called in texts and pictures."""
+        """Name for texts and plots."""
         return "total_norm" if self.is_ours else self.name
 
     def block(self, name: str) -> str | None:
-        """The block whose norm another metric is; None if it is something else."""
+        """Return the block whose norm another metric is; None if that metric is something else."""
         if self.is_ours:
             is_block = name.startswith(BLOCK_NORM) and name.endswith(self.suffix)
             return name.removeprefix(BLOCK_NORM).removesuffix(self.suffix) if is_block else None
@@ -65,20 +66,20 @@ class NormMetric:
         if name in {alone, alone + STEP_SUFFIX, alone + EPOCH_SUFFIX} or not (name.startswith(head) and name.endswith(fork)):
             return None
         rest = name.removeprefix(head).removesuffix(fork)
-        separators = "/" if self.norm_type is None else "/._-:|"  # Lightning's utility takes any
+        separators = "/" if self.norm_type is None else "/._-:|"  # Lightning's grad_norm lets the user choose the separator
         return rest[1:] if rest[1:] and rest[0] in separators else None
 
 
 def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[NormMetric, ...]:
-    """The norms of all gradients that a log holds, one for each optimizer.
+    """Find the norms of all gradients in a log, one for each optimizer.
 
-    Those wanted, if any are. Else ours; else the first of the others by their names, since they may be the same norm: Lightning's
-    ``grad_2.0_norm_total``, then those of other orders, then names of the fewest words beside those for gradient, norm and all, the
+    Our norms take precedence over those of other code. Of the latter only the first is taken, since several may be the same norm:
+    Lightning's ``grad_2.0_norm_total``, then its norms of other orders, then the name with the fewest further words, then the
     shortest. Norms of a validation or a test come last.
 
     Args:
-        names: The metrics of the log.
-        wanted: Those that are to be read, whatever their names.
+        names: Names of all metrics in the log.
+        wanted: Names of the metrics to use instead, if any.
     """
     if wanted:
         found = [name for name in dict.fromkeys(wanted) if name in names]
@@ -88,7 +89,7 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[Norm
 
 
 def norms_of_others(names: Collection[str]) -> list[NormMetric]:
-    """The norms of all gradients that are not ours, in the order in which they are preferred."""
+    """List the norms of all gradients that other code logged, in the order of preference."""
     has_own = any(OWN_TOTAL_NORM.match(name) for name in names)
     theirs = [name for name in names if not (OWN_TOTAL_NORM.match(name) or (has_own and OWN_PARTIAL_NORM.match(name)))]
     found = [_of_others(name, match) for name in theirs if (match := LIGHTNING_TOTAL_NORM.match(name)) or _tells_all(name)]
@@ -112,7 +113,7 @@ def _of_others(name: str, match: re.Match[str] | None, suffix: str = "") -> Norm
 
 
 def _tells_all(name: str) -> bool:
-    """Whether a name, or its end behind folders or a logger's prefix, is words for gradient, norm and all, and nothing else."""
+    """Return whether a name, or its end behind folders or a prefix, has only words for gradient, norm and total."""
     ends = [name, *(name[at.end() :] for at in re.finditer("[/-]", name))]
     return any(
         _says_norm(words := _words(end)) and words <= GRADIENT_WORDS | NORM_WORDS | GRADIENT_NORM_WORDS | TOTAL_WORDS
@@ -125,28 +126,29 @@ def _words(name: str) -> set[str]:
 
 
 def _says_norm(words: set[str]) -> bool:
-    """Whether words are those of a norm of gradients."""
+    """Return whether words name a norm of gradients."""
     return bool(words & GRADIENT_NORM_WORDS or (words & GRADIENT_WORDS and words & NORM_WORDS))
 
 
 def norm_candidates(names: Collection[str]) -> list[str]:
-    """The metrics whose names speak of gradients or of norms: norms of all gradients first, then those that speak of both."""
+    """List the metrics whose names mention gradients or norms; norms of all gradients first, then names that mention both."""
     hints = {name: _words(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
     known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN_TOTAL_NORM.match(name)}
     return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
 
 
 def missing_norm_message(source: str, names: Collection[str], wanted: Sequence[str] = ()) -> str:
-    """What to say of a log without a norm of all gradients, and what to do."""
+    """Say that a log has no norm of all gradients, and what the user can do."""
     if wanted:
         missing = f"{source} holds no metric {' or '.join(map(repr, wanted))}."
     else:
-        missing = f"{source} holds no {TOTAL_NORM}, nor another metric whose name tells that it is the norm of all gradients."
-    if looks := norm_candidates(names):
-        return f"{missing} These look like norms: {_listed(looks)}; --norm METRIC reads one of them."
-    held = f" (it holds {_listed(sorted(names))}; --norm METRIC reads any of them)" if names else ""
-    advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and changes nothing."
-    return f"{missing} No metric of it looks like one{held}: {advice}"
+        missing = f"{source} holds neither {TOTAL_NORM} nor another metric that is known by its name as the norm of all gradients."
+    if candidates := norm_candidates(names):
+        return f"{missing} These metrics look like norms: {_listed(candidates)}. Choose one with --norm METRIC."
+    advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and does not clip."
+    if not names:
+        return f"{missing} {advice}"
+    return f"{missing} It holds {_listed(sorted(names))}: choose one with --norm METRIC. {advice}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,15 +1,14 @@
-"""The report: one page that needs nothing but itself."""
+"""The report: one HTML page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,29 +20,31 @@ from clip_callbacks.html_report.axes import PlottedRun
 from clip_callbacks.html_report.bad_steps import MIN_NORMS_FOR_SPIKES, BadStep, bad_steps
 from clip_callbacks.html_report.charts import MAX_PLOTTED_RUNS, RUN_COLORS, make_charts
 from clip_callbacks.html_report.diagnosis import Finding, diagnose, out_of_control
+from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.rendering import Chart
 from clip_callbacks.html_report.runs import OptimizerLog, Run, UnusableLogError
-from clip_callbacks.html_report.third_party_norms import conditions, taken_after_clip
+from clip_callbacks.html_report.third_party_norms import suggestion_conditions, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
 
 MISSING = "-"
+"""Text of a table cell without a value."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one optimizer of a run.
+    """The content of the page for one optimizer of a run.
 
     Args:
-        shown: The optimizer, as in the pictures.
-        findings: Sentences on it.
-        caution: Why its norms are not to be trusted, if so.
-        advice: A max_norm for it; None where no norm was logged, or none is to be trusted.
-        bad_steps: The worst steps, in order.
-        bad_count: How many there were.
+        plotted: The optimizer as the plots show it.
+        findings: Findings on the optimizer.
+        caution: Reason why the norms are no basis for a suggestion; None if there is none.
+        advice: Suggested max_norm; None if no norm was logged, or the norms are no basis for one.
+        bad_steps: Rows of the table of bad steps, in the order of the steps.
+        bad_count: Number of all bad steps.
     """
 
-    shown: PlottedRun
+    plotted: PlottedRun
     findings: list[Finding]
     caution: str | None
     advice: Advice | None
@@ -52,18 +53,18 @@ class Section:
 
     @property
     def log(self) -> OptimizerLog:
-        """The optimizer."""
-        return self.shown.log
+        """The log of the optimizer."""
+        return self.plotted.log
 
     @property
     def row(self) -> list[str]:
-        """Its row in the table of runs."""
+        """The row in the table of runs, one cell for each of ``HEADINGS``."""
         log, norms = self.log, self.log.total_norm
         percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
         share, skipped = log.clipped_share, log.skipped_steps
-        losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.shown.losses.items())[:2]]
+        losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.plotted.losses.items())[:2]]
         return [
-            f"{log.steps:,}",
+            f"{log.step_count:,}",
             *map(number, percentiles),
             number(float(norms.values.max())) if norms else MISSING,
             number(log.max_norm.last),
@@ -75,60 +76,72 @@ class Section:
         ]
 
     @property
-    def nothing_bad(self) -> str:
-        """What to say where the table of bad steps is empty."""
-        skipped = "No step was skipped." if self.log.norm.is_ours else "Whether steps were skipped is not in the log."
+    def no_bad_steps(self) -> str:
+        """Sentences that stand in place of an empty table of bad steps."""
+        skipped = "No step was skipped." if self.log.norm.is_ours else "The log does not tell whether steps were skipped."
         if len(self.log.total_norm) < MIN_NORMS_FOR_SPIKES:
-            return f"{skipped} Too few norms were logged to tell spikes."
-        return f"{skipped} No norm stands far out of those around it."
+            return f"{skipped} Too few norms were logged to find spikes."
+        return f"{skipped} No logged norm is a spike."
 
     def yaml(self, *, adaptive: bool = False) -> str:
-        """The suggestion for a configuration file."""
+        """Return the suggestion as YAML for LightningCLI."""
         return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
 
 
 LOCAL_NORMS_CONDITION = (
-    "This run was clipped by local norms, each block by itself: there max_norm is a block's limit. What is suggested is for the "
+    "This run was clipped by local norms: its max_norm is the limit for the norm of one block. The suggestion is a limit for the "
     "norm of all gradients (scope: global)."
 )
 
-HEADINGS = ("steps", "p50", "p90", "p99", "largest", "max_norm", "clipped", "skipped", "suggested", "norms logged", "last loss")
+HEADINGS = (
+    "steps",
+    "norm\np50",
+    "norm\np90",
+    "norm\np99",
+    "largest\nnorm",
+    "last\nmax_norm",
+    "clipped\nsteps",
+    "skipped\nsteps",
+    "suggested\nmax_norm",
+    "logged\nnorms",
+    "last loss",
+)
+"""Headings of the table of runs, in two lines to keep the columns narrow."""
 
 
 def number(value: float) -> str:
-    """Three digits; a dash for NaN, a word for infinity."""
-    if math.isnan(value):
-        return MISSING
-    return f"{value:.3g}"
+    """Format a number with three digits; NaN as a dash."""
+    return MISSING if math.isnan(value) else f"{value:.3g}"
 
 
 def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
-    """What there is to say of each optimizer of each run.
+    """Make the content of the page for each optimizer of each run.
 
     Args:
-        runs: The runs.
-        losses: Names of metrics that are losses; none: those whose names say so.
+        runs: Runs with at least one norm of all gradients.
+        losses: Names of the metrics that are losses; if empty, losses are found by their names.
 
     Raises:
-        UnusableLogError: If no run has a loss that was asked for.
+        UnusableLogError: If no run has one of the ``losses``.
     """
     for key in losses:
         if not any(key in run.metrics for run in runs):
             others = sorted({key for run in runs for key in run.metrics if not key.startswith("grad")})
-            raise UnusableLogError(f"no run has a metric {key!r}; there are {', '.join(others[:12]) or 'none but ours'}.")
+            listed = ", ".join(others[:MAX_LISTED_METRICS]) or "only metrics of clip_callbacks"
+            raise UnusableLogError(f"--loss must be a metric of a run, got {key!r}. There are {listed}.")
     sections: list[Section] = []
     for log in [log for run in runs for log in run.optimizer_logs]:
         found = log.run.losses(tuple(losses))
         rows, count = bad_steps(log)
-        hue, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
+        color, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
         advice = _advice(log, caution)
-        shown = PlottedRun(log, found, hue, advice.max_norm if advice else math.nan)
-        sections.append(Section(shown, diagnose(log, found), caution, advice, rows, count))
+        plotted = PlottedRun(log, found, color, advice.max_norm if advice else math.nan)
+        sections.append(Section(plotted, diagnose(log, found), caution, advice, rows, count))
     return sections
 
 
 def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
-    """A max_norm; None if no norm was logged, or none is to be trusted."""
+    """Suggest a max_norm; None if no norm was logged, or the norms are no basis for one."""
     norms = torch.from_numpy(np.array(log.logged_norm.values))
     advice = advise(
         norms,
@@ -140,7 +153,7 @@ def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
     if advice is None or taken_after_clip(log) or (caution and not advice.is_from_stable_quarter):
         return None
     local = (LOCAL_NORMS_CONDITION,) if log.has_local_norms else ()
-    return replace(advice, reasons=(*advice.reasons, *local, *conditions(log)))
+    return replace(advice, reasons=(*advice.reasons, *local, *suggestion_conditions(log)))
 
 
 def write_report(
@@ -151,28 +164,28 @@ def write_report(
     png: Path | None = None,
     title: str = "Gradient report",
 ) -> list[Path]:
-    """Write the page, whole or not at all.
+    """Write the page in one piece: if writing fails, an earlier page stays as it is.
 
     Args:
-        sections: What is to be shown; the first ten are.
-        path: Of the page.
-        notes: What else is to be said at its end, beside the readers' notes.
-        png: A folder for the pictures as PNG files, if they are wanted.
-        title: The page's heading.
+        sections: Content of the page; the first ten are shown.
+        path: File to write.
+        notes: Notes for the end of the page, beside those of the runs.
+        png: Folder for the plots as PNG files; None writes none.
+        title: Heading of the page.
 
     Returns:
-        The files written.
+        The files written, the page first.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If a file cannot be written.
     """
     runs = list(dict.fromkeys(section.log.run for section in sections))
     notes = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     if len(sections) > MAX_PLOTTED_RUNS:
-        notes.append(f"{MAX_PLOTTED_RUNS} of {len(sections)} runs are shown. Name fewer to see the others.")
-    shown = list(sections[:MAX_PLOTTED_RUNS])
-    charts = make_charts([section.shown for section in shown])
-    _write(path, _render(shown, charts, notes, title))
+        notes.append(f"The first {MAX_PLOTTED_RUNS} of {len(sections)} runs are shown. Name fewer logs to see the others.")
+    visible = list(sections[:MAX_PLOTTED_RUNS])
+    charts = make_charts([section.plotted for section in visible])
+    _write(path, _render(visible, charts, notes, title))
     return [path, *(_write_pngs(charts, png) if png else ())]
 
 
@@ -188,7 +201,7 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
     )
     environment.filters["number"] = number
     drawn = []
-    with progress_bar("Drawing", len(charts), "picture") as bar:
+    with progress_bar("Drawing", len(charts), "plot") as bar:
         for chart in charts:
             drawn.append((chart, Markup(chart.svg(narrow=False)), Markup(chart.svg(narrow=True))))
             bar.update()
@@ -213,18 +226,10 @@ def _write_pngs(charts: list[Chart], folder: Path) -> list[Path]:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""A picture of the report: drawn by matplotlib once for each use, with the colors of the page or on white."""
+"""Rendering of the plots with matplotlib: as SVG in the colors of the page, or as PNG on white."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, FAINT, PAPER = "#010102", "#010203", "#010304"
-"""Stand for the page's own colors, light or dark, in the SVG."""
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+"""Placeholders in the SVG for the colors of the page, which depend on light or dark mode."""
+CSS_VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 PRINTED = {INK: "#1c2430", FAINT: "#d5dae1", PAPER: "#ffffff"}
+"""The colors of a PNG file."""
 PRINTED_DPI = 150
 SVG_DPI = FigureCanvasSVG.fixed_dpi
-"""A point is a unit of an SVG."""
+"""The resolution at which one point is one unit of the SVG."""
 HEAT_MAP_DPI = 100
-"""Of the heat maps in an SVG, which are pictures of pixels."""
+"""The resolution of the heat maps, which an SVG holds as images of pixels."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """How a picture is to look.
+    """Size and colors of a plot.
 
     Args:
-        narrow: Whether it is for a phone.
-        ink: Color of text.
-        faint: Color of grids.
+        narrow: If True, the plot is for the screen of a phone.
+        ink: Color of the text.
+        faint: Color of the grid.
         paper: Color of the background.
     """
 
@@ -47,7 +48,7 @@ class Theme:
 
     @property
     def style(self) -> dict[Any, Any]:
-        """For matplotlib."""
+        """Settings for matplotlib."""
         return {
             "svg.fonttype": "none",
             "text.parse_math": False,
@@ -79,15 +80,15 @@ class Theme:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture.
+    """One plot of the report.
 
     Args:
-        key: Its name, also that of its file.
-        title: What it shows.
-        caption: How to read it.
-        summary: The same in words and numbers, for those who do not see it.
-        draw: Draws it.
-        heights: In inches, wide and narrow.
+        key: Identifier on the page, and name of the PNG file without its suffix.
+        title: Heading above the plot.
+        caption: Sentences below the plot that explain how to read it.
+        summary: Description of the plot in words and numbers, for readers who cannot see it.
+        draw: Function that draws the plot into a figure.
+        heights: Height in inches on a wide and on a narrow screen.
     """
 
     key: str
@@ -95,10 +96,10 @@ class Chart:
     caption: str
     summary: str
     draw: Callable[[Figure, Theme], None]
-    heights: tuple[float, float] = (3.4, 3.2)
+    heights: tuple[float, float]
 
     def svg(self, *, narrow: bool) -> str:
-        """As an SVG element whose colors are the page's."""
+        """Draw the plot as an SVG element in the colors of the page."""
         theme, buffer = Theme(narrow=narrow), io.StringIO()
         with self._layout(theme, FigureCanvasSVG, SVG_DPI) as figure:
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -106,7 +107,7 @@ class Chart:
         return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
 
     def write_png(self, folder: Path) -> Path:
-        """Write it as a file, dark on white."""
+        """Write the plot into a folder as a PNG file, dark on white."""
         theme = Theme(ink=PRINTED[INK], faint=PRINTED[FAINT], paper=PRINTED[PAPER])
         path = folder / f"{self.key}.png"
         with self._layout(theme, FigureCanvasAgg, PRINTED_DPI) as figure:
@@ -115,16 +116,16 @@ class Chart:
 
     @contextmanager
     def _layout(self, theme: Theme, canvas: type[FigureCanvasBase], dpi: float) -> Iterator[Figure]:
-        """Draw it, to be saved, and lay it out as the canvas measures text.
+        """Draw the plot, and lay it out with the text sizes of the canvas that will save it.
 
-        With a layout engine ``savefig`` would draw all of it once more, for nothing but the layout.
+        The layout is computed here once, because ``savefig`` with a layout engine would draw everything a second time for it.
         """
         size = (4.3, self.heights[1]) if theme.narrow else (9.4, self.heights[0])
         with mpl.rc_context(theme.style), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font has not
+            warnings.simplefilter("ignore")  # names may have letters that the font lacks
             figure = Figure(figsize=size, dpi=dpi)
             canvas(figure)
-            figure.set_layout_engine(layout := ConstrainedLayoutEngine())  # before: color bars are placed for it
+            figure.set_layout_engine(layout := ConstrainedLayoutEngine())  # before drawing: it decides how color bars are placed
             self.draw(figure, theme)
             layout.execute(figure)
             figure.set_layout_engine(None)
@@ -132,7 +133,7 @@ class Chart:
 
 
 def _inline(text: str, prefix: str) -> str:
-    """The SVG element of a file, its names made the page's only ones, its colors the page's."""
+    """Turn an SVG file into an element of the page: with identifiers that are unique there, in the colors of the page."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -140,6 +141,6 @@ def _inline(text: str, prefix: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    for stand_in, variable in VARIABLES.items():
+    for stand_in, variable in CSS_VARIABLES.items():
         svg = svg.replace(stand_in, variable)
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -1,4 +1,4 @@
-"""What was logged in a run, whoever logged it: metrics over steps, the guard's journal, notes of the reader."""
+"""The log of a run in one form, whichever logger wrote it: metrics over steps, the guard's journal, notes of the reader."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from clip_callbacks.core.metric_names import (
     CLIP_FRACTION,
     CLIPPED_NORM,
     MAX_NORM,
+    OVERFLOWED_STEPS,
     SHADOW_CLIP_FRACTION,
     SKIPPED_STEPS,
     TOTAL_NORM,
@@ -27,8 +28,9 @@ from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetr
 from clip_callbacks.html_report.series import Series, Steps, Values
 
 ROUNDING_TOLERANCE = 1.001
-"""A clipped norm may be above its limit by so much without meaning anything."""
+"""A clipped norm may exceed its limit by this factor through rounding alone."""
 OWN_PREFIXES = ("grad/", "grad_", "update_ratio/")
+"""Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
 LOSS_WORDS = {
     "loss",
     "losses",
@@ -46,28 +48,29 @@ LOSS_WORDS = {
     "rmse",
     "error",
 }
-"""What metrics are called that ought to fall."""
+"""Words in the names of metrics that are losses."""
 TRANSFORMERS = "transformers"
-"""The kind of log that the Trainer of Hugging Face's transformers leaves in its checkpoints."""
+"""The kind of log that the Trainer of Hugging Face transformers leaves in its checkpoints."""
 PREFIXED_TOTAL_NORM = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
+"""The name of our norm behind the prefix that a logger was given."""
 
 
 class UnusableLogError(ValueError):
-    """Nothing can be read from a log; one line says what and why."""
+    """A log cannot be used; the message is one line that says which log and why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run's log.
+    """The log of one run.
 
     Args:
-        name: What tells it from the others.
-        source: Where it was read.
-        metrics: By name.
-        kind: Of log: "CSV", "TensorBoard", "MLflow" or "transformers".
-        bad_steps: The guard's journal: a dictionary for each bad step.
-        notes: What the reader has to say, in sentences.
-        norms: The metrics that are norms of all gradients; None: those that are found by their names.
+        name: Name of the run, which differs from those of the other runs on the page.
+        source: File, folder or address that the log was read from.
+        metrics: The logged metrics by their names.
+        kind: Kind of log: "CSV", "TensorBoard", "MLflow" or "transformers".
+        bad_steps: The guard's journal, one dictionary per bad step.
+        notes: Remarks of the reader, in sentences.
+        norms: The metrics that are norms of all gradients; None finds them by their names.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Run:
 
     @classmethod
     def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
-        """A run as it was logged: without the prefix that its logger may have been given, with a note if steps went back."""
+        """Make a run from its metrics: remove the prefix that its logger may have been given, and add a note if steps go back."""
         prefix = next((match[1] for key in metrics if (match := PREFIXED_TOTAL_NORM.match(key))), "")
         if prefix and TOTAL_NORM not in metrics:
             metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
@@ -88,12 +91,12 @@ class Run:
         if superseded:
             notes = [
                 *notes,
-                f"Steps go back: {superseded} points that were logged before are left out, as of a part that was run again.",
+                f"Steps go back: {superseded} points of a part that was run again, as after a resume, are left out.",
             ]
         return cls(name, source, metrics, kind, notes=tuple(notes))
 
     def between(self, first: int | None, last: int | None) -> Run:
-        """The run from one step to another."""
+        """Return the run from one step to another, both included; None leaves that end open."""
         metrics = {key: part for key, series in self.metrics.items() if (part := series.between(first, last))}
         bad_steps = tuple(
             bad for bad in self.bad_steps if (first or 0) <= int(bad.get("step", 0)) <= (float("inf") if last is None else last)
@@ -101,32 +104,33 @@ class Run:
         return replace(self, metrics=metrics, bad_steps=bad_steps)
 
     def with_norms(self, wanted: Sequence[str] = ()) -> Run:
-        """The run with the norms that are read, those wanted or those that are found, and a note if others could be meant."""
+        """Return the run with its norms chosen: those wanted, or those found by name, with a note if others could be meant."""
         norms = find_norms(self.metrics, wanted)
         read = [norm.name for norm in norms]
         others = [norm.name for norm in norms_of_others(self.metrics) if norm.name not in read]
         if not read or not others or wanted:
             return replace(self, norms=norms)
-        note = f"Norms are read from {', '.join(read)}. --norm reads another: {', '.join(others[:MAX_LISTED_METRICS])}."
+        listed = ", ".join(others[:MAX_LISTED_METRICS])
+        note = f"The norm of all gradients was read from {', '.join(read)}. Use --norm to read another metric: {listed}."
         return replace(self, norms=norms, notes=(*self.notes, note))
 
     @cached_property
     def optimizer_logs(self) -> list[OptimizerLog]:
-        """One for each optimizer, or for each norm that is read."""
+        """The logs of the optimizers: one for each norm of all gradients."""
         norms = find_norms(self.metrics) if self.norms is None else self.norms
         return [OptimizerLog(self, norm) for norm in norms if norm.name in self.metrics]
 
     def is_same_run_as(self, other: Run) -> bool:
-        """Whether two logs are of one run: one is the beginning of the other, in its norms and in every metric that both hold."""
+        """Return whether two logs are of one run: one is the beginning of the other, in the norms and in every shared metric."""
         if len(self.optimizer_logs) != len(other.optimizer_logs):
             return False
         norms = [(log.logged_norm, like.logged_norm) for log, like in zip(self.optimizer_logs, other.optimizer_logs, strict=True)]
         shared = [(series, other.metrics[key]) for key, series in self.metrics.items() if key in other.metrics]
-        is_long = any(min(len(one), len(two)) > 1 for one, two in norms)
-        return is_long and all(one.agrees_with(two) for one, two in norms + shared)
+        has_enough_points = any(min(len(one), len(two)) > 1 for one, two in norms)  # two runs may agree in one point by chance
+        return has_enough_points and all(one.agrees_with(two) for one, two in norms + shared)
 
     def losses(self, wanted: tuple[str, ...] = ()) -> dict[str, Series]:
-        """The metrics that are losses: those wanted, or those whose names say so; an epoch's mean only if it stands alone."""
+        """Return the losses: those wanted, or those found by name; means of epochs only if those of steps are not logged."""
         if wanted:
             return {key: self.metrics[key] for key in wanted if key in self.metrics}
         found = [
@@ -138,11 +142,11 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class OptimizerLog:
-    """What was logged of one optimizer of a run.
+    """The log of one optimizer of a run.
 
     Args:
-        run: The run.
-        norm: The metric that is the norm of all its gradients.
+        run: The run that the optimizer belongs to.
+        norm: The metric that is the norm of all gradients of this optimizer.
     """
 
     run: Run
@@ -150,39 +154,39 @@ class OptimizerLog:
 
     @property
     def suffix(self) -> str:
-        """What the names of its metrics end with; empty with one optimizer."""
+        """Suffix of the optimizer's metrics; empty if the run has one optimizer."""
         return self.norm.suffix
 
     @property
     def name(self) -> str:
-        """The run's name, and the optimizer's if there are several."""
+        """Name of the run, followed by that of the optimizer if there are several."""
         return f"{self.run.name} · {self.suffix[1:]}" if self.suffix else self.run.name
 
     def metric(self, key: str) -> Series:
-        """A metric by its name without the suffix; empty if it was not logged."""
+        """Return a metric by its name without the suffix; an empty series if it was not logged."""
         return self.run.metrics.get(key + self.suffix, Series.empty())
 
     @property
     def logged_norm(self) -> Series:
-        """Norm of all gradients as it was logged: ours is that before clipping."""
+        """Norm of all gradients as it was logged; clip_callbacks logs the norm before clipping."""
         return self.run.metrics[self.norm.name]
 
     @cached_property
     def total_norm(self) -> Series:
-        """Norm of all gradients: the finite ones, above 0."""
+        """Norm of all gradients where it is finite and above 0."""
         finite = self.logged_norm.finite
         positive = finite.values > 0
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
     @property
     def steps_between_norms(self) -> float:
-        """How far apart logged norms are, in the median; NaN with fewer than two."""
+        """Median number of steps from one logged norm to the next; NaN with fewer than two norms."""
         gaps = np.diff(self.total_norm.steps)
         return float(np.median(gaps)) if len(gaps) else math.nan
 
     @property
     def has_every_step(self) -> bool:
-        """Whether the norm of each step was logged, but for some that had none."""
+        """Whether the norm of every optimizer step was logged, except for steps without a norm."""
         return self.steps_between_norms == 1.0
 
     @property
@@ -190,53 +194,71 @@ class OptimizerLog:
         """The limit in force."""
         return self.metric(MAX_NORM).finite
 
-    @property
+    @cached_property
     def has_local_norms(self) -> bool:
-        """Whether the limit held for blocks by themselves: the norm of all gradients was above it after clipping."""
+        """Whether the limit held for the norm of each block: only then can the norm of all gradients exceed it after clipping."""
         clipped, limit = self.metric(CLIPPED_NORM).finite, self.max_norm
         _, first, second = np.intersect1d(clipped.steps, limit.steps, return_indices=True)
         return bool((clipped.values[first] > ROUNDING_TOLERANCE * limit.values[second]).any())
 
     @property
     def clip_coef(self) -> Series:
-        """clipped_norm / total_norm."""
+        """The clipping coefficient, clipped_norm / total_norm."""
         return self.metric(CLIP_COEF).finite
 
     @property
     def clip_fraction(self) -> Series:
-        """Share of the steps since the last logged one that were clipped."""
+        """Share of the optimizer steps since the last logged one that were clipped."""
         return self.metric(CLIP_FRACTION).finite
 
     @property
     def amp_scale(self) -> Series:
-        """The GradScaler's scale."""
+        """The loss scale of the GradScaler."""
         return self.metric(AMP_SCALE).finite
 
     @cached_property
     def skipped_steps(self) -> Series:
-        """How many steps were skipped, from where the log begins; in a part of a run without those before it."""
-        counts = self.metric(SKIPPED_STEPS).finite
-        # the norms tell where the log begins: counts come at each epoch's end too, so that their steps keep no interval
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.metric(TOTAL_NORM).first_step else counts
+        """Number of optimizer steps skipped so far; a log that begins in mid-run counts from its own beginning."""
+        return self._counted_from_first_step(SKIPPED_STEPS)
+
+    @cached_property
+    def overflowed_steps(self) -> Series:
+        """Number of optimizer steps that overflowed in float16 so far, which the GradScaler skipped; counted as skipped_steps."""
+        return self._counted_from_first_step(OVERFLOWED_STEPS)
+
+    def _counted_from_first_step(self, key: str) -> Series:
+        counts = self.metric(key).finite
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and self._first_step else counts
 
     @property
     def skips(self) -> tuple[Steps, Values]:
-        """Logged steps up to which more steps had been skipped than before, and how many more."""
+        """Logged steps at which the number of skipped steps had grown, and by how much."""
         counts = self.skipped_steps
-        more = np.diff(counts.values, prepend=0.0)
-        return counts.steps[more > 0], more[more > 0]
+        growth = np.diff(counts.values, prepend=0.0)
+        return counts.steps[growth > 0], growth[growth > 0]
 
     @property
-    def steps(self) -> int:
-        """How many steps the log tells of."""
-        return 1 + max(int(series.steps[-1]) for series in self.run.metrics.values()) - self._first_step
+    def step_count(self) -> int:
+        """Number of optimizer steps that the log covers."""
+        last = max(int(series.steps[-1]) for series in self.run.metrics.values())
+        return 1 + last - max(self._first_step, int(self._counts_finished_steps))
 
-    @property
+    @cached_property
     def _first_step(self) -> int:
-        """The first step that the log tells of: 0, or 1 if others count steps that are done, as 10, 20, 30."""
-        steps, first_step = self.logged_norm.steps, self.logged_norm.first_step
-        counts_done = not self.norm.is_ours and len(steps) > 1 and int(steps[0]) == int(np.median(np.diff(steps)))
-        return max(first_step, int(counts_done))
+        """The first step that the log covers.
+
+        The norm tells the interval of logging, since other metrics also come at the ends of epochs. But the first steps may have
+        no norm, as when they overflow: then other metrics are logged before it. A metric of one point does not count:
+        TensorBoardLogger writes hp_metric at step 0, also in a resumed run.
+        """
+        others = (int(series.steps[0]) for series in self.run.metrics.values() if len(series) > 1)
+        return min(self.logged_norm.first_step, *others)
+
+    @property
+    def _counts_finished_steps(self) -> bool:
+        """Whether steps are counted from 1, as by other packages that log the number of finished steps: 10, 20, 30."""
+        steps = self.logged_norm.steps
+        return not self.norm.is_ours and len(steps) > 1 and int(steps[0]) == int(np.median(np.diff(steps)))
 
     @property
     def bad_steps(self) -> list[Mapping[str, Any]]:
@@ -245,17 +267,17 @@ class OptimizerLog:
 
     @property
     def clipped_share(self) -> float:
-        """Share of all steps that were clipped, also of those that were not logged; NaN if nothing is known of it."""
+        """Share of all optimizer steps that were clipped, whether they were logged or not; NaN if it is unknown."""
         return self.clip_fraction.mean
 
     def blocks(self) -> dict[str, Series]:
-        """The norms of blocks, by the blocks' names."""
+        """Return the norms of the blocks by the blocks' names."""
         named = {key: self.norm.block(key) for key in self.run.metrics}
         blocks = {block: self.run.metrics[key].finite for key, block in named.items() if block}
         return blocks or self.with_prefix(BLOCK_NORM)
 
     def with_prefix(self, prefix: str) -> dict[str, Series]:
-        """What was logged of each block, or of each limit, under a prefix."""
+        """Return the metrics of blocks or limits under a prefix, by the names of the blocks or limits."""
         return {
             key.removeprefix(prefix).removesuffix(self.suffix): series.finite
             for key, series in self.run.metrics.items()
@@ -269,6 +291,6 @@ class OptimizerLog:
 
     @property
     def shadows(self) -> dict[str, float]:
-        """For each shadow limit the share of steps that it would have clipped."""
+        """For each shadow limit, the share of optimizer steps that it would have clipped."""
         shares = {name: series.mean for name, series in self.with_prefix(SHADOW_CLIP_FRACTION.format("")).items()}
         return {name: share for name, share in shares.items() if not math.isnan(share)}

@@ -1,11 +1,10 @@
-"""From what a user names to runs: finds the logs in folders, has them read, gives the runs names that differ."""
+"""Find the logs in the files, folders and addresses that the user named, read them, and give the runs distinct names."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,19 @@ JSON_SUFFIX = ".json"
 
 
 def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
-    """All runs with a norm of their gradients in the logs that were named.
+    """Read all runs with a norm of all gradients from the named logs.
 
     Args:
-        logs: Files (``metrics.csv`` and other tables with a column for the step, TensorBoard's event files, MLflow's sqlite
-            database, ``trainer_state.json`` of transformers), folders that hold such anywhere below them, or addresses of
+        logs: Files (``metrics.csv`` and other CSV files with a column for the step, TensorBoard's event files, MLflow's sqlite
+            database, ``trainer_state.json`` of transformers), folders that hold such files at any depth, or addresses of
             MLflow's stores.
-        norms: Metrics that are norms of all gradients; none: ours, else one that is known by its name.
+        norms: Metrics that are norms of all gradients; if empty, they are found by their names.
 
     Returns:
         The runs, and notes on what was left out.
 
     Raises:
-        UnusableLogError: If something named does not exist, or no run with such a norm is left.
+        UnusableLogError: If a log does not exist, or no run has a norm of all gradients.
     """
     runs: list[Run] = []
     problems: list[str] = []
@@ -61,9 +60,9 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
 
 
 def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """The runs of one argument, and what cannot be used; what an earlier argument named is not read again."""
+    """Read the runs of one argument, except for files in ``seen``; return them with messages about unusable logs."""
     if not log:
-        raise UnusableLogError("LOGS must be a file, a folder or an address, got an empty text.")
+        raise UnusableLogError("LOGS must be files, folders or addresses, got an empty text.")
     if "://" in log:
         if log in seen:
             return [], []
@@ -72,35 +71,29 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
     path = Path(log)
     if not path.exists():
         raise UnusableLogError(f"{log}: no such file or folder.")
-    units = _log_units(path)
-    if not units:
+    file_groups = _files_by_log(path)
+    if not file_groups:
         raise UnusableLogError(
-            f"{log} holds no log that can be read: no metrics.csv, no event file of TensorBoard, no database of MLflow, no {STATE}."
+            f"{log} holds no log that can be read: no metrics.csv, event file of TensorBoard, database of MLflow or {STATE}."
         )
     runs: list[Run] = []
     problems: list[str] = []
-    for files in units:
+    for files in file_groups:
         if str(files[0].resolve()) in seen:
             continue
         seen.update(str(file.resolve()) for file in files)
-        with problems_collected(problems):
+        try:
             found, unusable = _read_files(files, path, norms)
+        except (UnusableLogError, OSError) as error:
+            problems.append(str(error))
+        else:
             runs += found
             problems += unusable
     return runs, problems
 
 
-@contextmanager
-def problems_collected(problems: list[str]) -> Iterator[None]:
-    """Note that a log cannot be used, and go on."""
-    try:
-        yield
-    except (UnusableLogError, OSError) as error:
-        problems.append(str(error))
-
-
-def _log_units(path: Path) -> list[list[Path]]:
-    """The files of each run: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
+def _files_by_log(path: Path) -> list[list[Path]]:
+    """Group files by log: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
     files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
     together: dict[tuple[Path, str], list[Path]] = {}
     units = []
@@ -118,7 +111,7 @@ def _log_units(path: Path) -> list[list[Path]]:
 
 
 def _is_experiment(file: Path) -> bool:
-    """Whether this is what an MLflow store of files keeps of an experiment."""
+    """Return whether a file is the metadata of an experiment in MLflow's store of files."""
     if file.name != "meta.yaml":
         return False
     try:
@@ -128,7 +121,7 @@ def _is_experiment(file: Path) -> bool:
 
 
 def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """The runs of one unit of files below a path that was asked for, and what of it cannot be used."""
+    """Read the runs of one log below a path that the user named; return them with messages about unusable files."""
     first = files[0]
     if first.is_dir() or first.suffix in DATABASE_SUFFIXES:
         return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}", norms), []
@@ -144,7 +137,7 @@ def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[li
 
 
 def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
-    """The guard's entries for bad steps, and a note if lines cannot be read."""
+    """Read the guard's journal of bad steps; return its entries, and a note if lines cannot be read."""
     if not path.is_file():
         return (), []
     try:
@@ -158,7 +151,7 @@ def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
 
 
 def _entry(line: str) -> Mapping[str, Any] | None:
-    """One bad step; None if the line is not what the guard writes."""
+    """Parse one line of the journal; None if the guard did not write it."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -166,12 +159,12 @@ def _entry(line: str) -> Mapping[str, Any] | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
     named = [entry.get(key) or [] for key in BAD_TENSOR_KEYS]
-    is_sound = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
-    return entry if is_sound else None
+    is_well_formed = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
+    return entry if is_well_formed else None
 
 
 def _without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Each run once, if several loggers wrote it: as the log that holds most of it."""
+    """Keep only the longest log of a run that several loggers wrote; return the runs, and a note for each log left out."""
     kept: list[Run] = []
     notes = []
     for run in runs:
@@ -181,13 +174,13 @@ def _without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
             kept.append(run)
             continue
         longer, other = sorted((kept[place], run), key=lambda log: -len(log.optimizer_logs[0].logged_norm))
-        kept[place] = replace(longer, bad_steps=longer.bad_steps or other.bad_steps)  # the journal lies beside one of them
-        notes.append(f"{other.source} is the same run as {longer.source} ({longer.kind}) and is shown once.")
+        kept[place] = replace(longer, bad_steps=longer.bad_steps or other.bad_steps)  # the journal is beside only one of the logs
+        notes.append(f"{other.source} is the same run as {longer.source} ({longer.kind}), which is shown.")
     return kept, notes
 
 
 def _with_short_names(runs: list[Run]) -> list[Run]:
-    """With the shortest ends of their paths that differ; those of one path, and MLflow's own names, get numbers if they do not."""
+    """Name each run by the shortest end of its path that is unique; equal names get numbers."""
     parts = {run.name: Path(run.name).parts for run in runs}
     names = {name: str(Path(*part[-1:])) for name, part in parts.items()}
     for depth in range(2, 1 + max(map(len, parts.values()))):

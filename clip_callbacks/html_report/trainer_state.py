@@ -1,4 +1,4 @@
-"""Reads ``trainer_state.json``, which the Trainer of Hugging Face's transformers leaves in a run's folder and its checkpoints."""
+"""Read ``trainer_state.json``, which the Trainer of Hugging Face transformers writes into a run's folder and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from clip_callbacks.html_report.series import LAST_STEP, Series
 STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 STEP_KEY, SUMMARY_KEY = "step", "train_runtime"
-"""Where an entry stands, and what only the last entry has, which sums up the training."""
+"""The key of the step of an entry, and a key that only the last entry has, which summarizes the training."""
 
 
 def run_folder(file: Path, top: Path) -> Path:
-    """The folder of the run that a state is of: above a checkpoint, if that is not what was asked for.
+    """Return the folder of the run that a state belongs to: the folder above a checkpoint, unless the checkpoint was named.
 
     Args:
-        file: The state.
-        top: What was asked for.
+        file: A ``trainer_state.json``.
+        top: File or folder that the user named.
     """
     is_part = CHECKPOINT.search(file.parent.name) and top not in {file, file.parent}
     return file.parents[1] if is_part else file.parent
 
 
 def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs of a folder, and what cannot be used.
+    """Read the runs of a folder, and return them with messages about unusable files.
 
-    Each state holds all that was logged up to it. So the one that holds most stands for the others that it goes on from; a state
-    that it does not go on from, as of an earlier run into the same folder, is a run by itself.
+    Each state holds everything that was logged before it. Of states that continue each other only the longest is read. A state that
+    the longest does not continue, as of an earlier run in the same folder, is a run of its own.
 
     Args:
-        files: The states of the folder and of its checkpoints.
-        folder: The folder.
+        files: The ``trainer_state.json`` of the folder and of its checkpoints.
+        folder: The folder of the run.
 
     Raises:
-        UnusableLogError: If none can be read.
+        UnusableLogError: If no file can be read.
     """
     states: list[tuple[Path, dict[str, Series], list[str]]] = []
     problems: list[str] = []
@@ -64,13 +64,13 @@ def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[st
     chosen: list[str] = []
     if len(states) > len(kept):
         read = " and ".join("the folder's own" if file.parent == folder else f"that of {file.parent.name}" for file, _, _ in kept)
-        chosen = [f"Of {len(states)} {STATE} {read} was read: it holds what the others hold."]
+        chosen = [f"Of {len(states)} {STATE} files {read} was read: it holds everything that the others hold."]
     runs = [Run.of(str(folder.absolute()), str(file), metrics, TRANSFORMERS, [*notes, *chosen]) for file, metrics, notes in kept]
     return runs, problems
 
 
 def _is_part(metrics: dict[str, Series], whole: dict[str, Series]) -> bool:
-    """Whether all that a state holds is in another, which went on from it."""
+    """Return whether another state continues this one: it holds all metrics of this one, and more points of them."""
     return all(
         key in whole and len(series) <= len(whole[key]) and series.agrees_with(whole[key]) for key, series in metrics.items()
     )
@@ -81,17 +81,17 @@ def _last_step(metrics: dict[str, Series]) -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
-    """Metrics and notes of one file.
+    """Read the metrics of one file, and return them with notes.
 
-    Numbers that are not finite stand in it as ``NaN`` and ``Infinity``, which are no JSON and which Python reads.
+    The file may hold ``NaN`` and ``Infinity``, which are not JSON but which Python reads.
     """
     try:
         state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise UnusableLogError(f"{path} is no JSON, as the Trainer of transformers writes it: {error}.") from None
+        raise UnusableLogError(f"{path} must be JSON, as the Trainer of transformers writes it: {error}.") from None
     log = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(log, list):
-        raise UnusableLogError(f"{path} has no list 'log_history', as what the Trainer of transformers writes.")
+        raise UnusableLogError(f"{path} must have a list 'log_history', as the Trainer of transformers writes it.")
     points: dict[str, tuple[list[int], list[float]]] = {}
     misfits = 0
     for entry in log:
@@ -113,7 +113,7 @@ def _take(entry: dict[str, Any], step: int, points: dict[str, tuple[list[int], l
 
 
 def _number(value: object) -> float | None:
-    """A number, also as text; null, which stands for NaN where JSON is taken at its word, is NaN; None of anything else."""
+    """Convert a JSON number, or text that is one, to float; null, which strict JSON writes for NaN, to NaN; all else to None."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

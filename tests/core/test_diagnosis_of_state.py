@@ -189,8 +189,10 @@ def test_a_hidden_state_is_blamed_from_the_second_bad_step_on(trainer, tmp_path)
     assert "already non-finite before this step" not in said[0]
     assert "a tensor that a module carries from batch to batch was non-finite before this step. Reset it" in said[1]
     rows, _ = bad_steps(log)
-    assert rows[1].offenders.startswith("carried: state[0], state[1], net.weight_ih_l0")
-    assert any('the stage is "carried", the first offender state[0]' in finding.text for finding in diagnose(log, {}))
+    assert rows[1].details.startswith('stage "carried"; not finite: state[0], state[1], net.weight_ih_l0')
+    found = " ".join(finding.text for finding in diagnose(log, {}))
+    assert 'The most frequent stage is "carried": a tensor that a module keeps from batch to batch was non-finite' in found
+    assert "The tensor named first most often is state[0]." in found
 
 
 def test_a_module_that_resets_its_state_is_not_blamed(trainer, tmp_path):
@@ -227,7 +229,7 @@ class Spoilt(Regression):
 def test_a_bad_buffer_in_a_fit_is_on_the_report_page(trainer, tmp_path):
     log, said = fit_of(trainer, tmp_path, Spoilt(), [2, 4])
     assert [entry["stage"] for entry in log.bad_steps] == ["loss", "buffer"], "what the batch itself made of it is undone"
-    assert bad_steps(log)[0][1].offenders.startswith("buffer: centre, net.0.weight")
+    assert bad_steps(log)[0][1].details.startswith('stage "buffer"; not finite: centre, net.0.weight')
     assert not any("mask" in each for each in said)
 
 

@@ -59,7 +59,7 @@ def test_early_stopping_that_ends_the_run_is_told_of_in_the_report_of_the_step(t
     assert first.endswith(f". {LOST}EarlyStopping stops the run (check_finite=True). Log the loss only where it is finite.")
     assert LOST not in second, "once in an epoch"
     (log,) = read(csv.log_dir).optimizer_logs
-    assert f"From step 1 on: {LOST}EarlyStopping stops the run" in texts(diagnose(log, {}))
+    assert f"From optimizer step 1 on: {LOST}EarlyStopping stops the run" in texts(diagnose(log, {}))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")  # on the page
-def test_pictures_are_written_as_png(tmp_path, capsys):
+def test_plots_are_written_as_png(tmp_path, capsys):
     from PIL import Image
 
     code, out, _ = run_main(capsys, "report", write(tmp_path, table()), "-o", tmp_path / "r.html", "--png", tmp_path / "png")
@@ -87,17 +87,17 @@ def unusable(tmp_path):
     return {
         "nowhere": (tmp_path / "nowhere", "no such file or folder"),
         "empty folder": (tmp_path / "empty_folder", "holds no log that can be read"),
-        "no grad metrics": (write(tmp_path / "no_norm", missing_norm_message), "holds no grad/total_norm"),
+        "no grad metrics": (write(tmp_path / "no_norm", missing_norm_message), "holds neither grad/total_norm nor"),
         "empty file": (write(tmp_path / "nothing", text=""), "is empty: nothing was logged"),
-        "header only": (write(tmp_path / "header", text="step,grad/total_norm\n"), "holds a header and no values"),
+        "header only": (write(tmp_path / "header", text="step,grad/total_norm\n"), "holds a header but no values"),
         "no step": (
             write(tmp_path / "stepless", text="a;step\n1;2\n"),
-            "no column 'step', as what a CSVLogger writes: it begins with 'a;step'",
+            "must have a column 'step', as a CSVLogger writes it; it begins with 'a;step'",
         ),
-        "binary": (tmp_path / "binary", "no column 'step'"),
-        "no event file": (tmp_path / "events", "not one of TensorBoard's event files"),
+        "binary": (tmp_path / "binary", "must have a column 'step'"),
+        "no event file": (tmp_path / "events", "not an event file of TensorBoard"),
         "empty event file": (tmp_path / "no_events", "holds no scalars: nothing was logged"),
-        "no database": (tmp_path / "other.db", "no database of MLflow"),
+        "no database": (tmp_path / "other.db", "not a database of MLflow"),
         "no server": ("http://localhost:9", "cannot be read"),
         "no such database": (f"sqlite:///{tmp_path}/none.db", "no such file"),
     }
@@ -137,11 +137,11 @@ def test_a_run_that_cannot_be_used_beside_others_is_noted(tmp_path, capsys):
     [
         (["--steps", "5"], "must be A:B"),
         (["--steps", "a:b"], "must be A:B"),
-        (["--steps", "50:10"], "A up to B"),
+        (["--steps", "50:10"], "A not above B"),
         (["-o", "."], "--output must be a file"),
         (["--png", __file__], "--png must be a folder"),
         (["--steps", "1000:2000"], "nothing was logged from step 1000 to step 2000"),
-        (["--loss", "train_los"], "no run has a metric 'train_los'"),
+        (["--loss", "train_los"], "--loss must be a metric of a run, got 'train_los'. There are train_loss."),
     ],
 )
 def test_wrong_options_are_exit_code_2(arguments, message, tmp_path, capsys):
@@ -197,7 +197,7 @@ def test_text_in_cells_is_counted(tmp_path):
     text = table(10).astype(object).to_csv(index=False).splitlines()
     text[3] = ",".join(["2", "tensor(1.0)", *text[3].split(",")[2:]])
     run = read(write(tmp_path, text="\n".join(text)))
-    assert "1 cells of metrics.csv are no numbers" in run.notes[0]
+    assert "1 cells of metrics.csv are not numbers" in run.notes[0]
     assert math.isnan(run.metrics["train_loss"].values[2])
 
 
@@ -268,7 +268,7 @@ def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypa
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("scope", "is_local"), [("layer", True), ("global", False)])
-def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, has_local_norms):
+def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_path, capsys, scope, is_local):
     class Silent(Regression):
         def training_step(self, batch, batch_idx):
             return self.loss(batch, batch_idx)
@@ -276,6 +276,6 @@ def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_p
     logger = CSVLogger(tmp_path, name="", version="run")
     trainer(GradientClipping(0.5, scope=scope), logger=logger, max_epochs=4).fit(Silent(), data(12))
     assert main(["suggest", str(tmp_path)]) == 0
-    assert ("This run was clipped by local norms" in capsys.readouterr().out) is has_local_norms
+    assert ("This run was clipped by local norms" in capsys.readouterr().out) is is_local
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
-    assert ("clipped_norm lies above max_norm: the norms are local" in (tmp_path / "report.html").read_text()) is has_local_norms
+    assert ("which is why clipped_norm is above max_norm" in (tmp_path / "report.html").read_text()) is is_local

@@ -103,7 +103,7 @@ def test_a_cut_off_event_file_is_read_up_to_there(fitted, tmp_path):
     for cut in (1, 5, 40, 400):
         (tmp_path / source.name).write_bytes(content[:-cut])
         run = read(tmp_path)
-        assert "cut off in its last record" in run.notes[0]
+        assert "ends within a record and was read up to there" in run.notes[0]
         assert len(run.metrics["grad/total_norm"]) <= len(whole.metrics["grad/total_norm"])
         assert run.metrics["grad/total_norm"].values[0] == whole.metrics["grad/total_norm"].values[0]
 
@@ -187,15 +187,15 @@ def test_where_steps_go_back_the_later_branch_counts(points):
 
 @settings(deadline=None, max_examples=examples(100))
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 2**32 - 1))
-def test_thinning_keeps_the_range_of_every_column(count, columns, seed):
+def test_downsampling_keeps_the_range_of_every_column(count, columns, seed):
     dice = np.random.default_rng(seed)
     steps = np.sort(dice.choice(10 * count, count, replace=False))
     series = Series.of(steps, dice.normal(size=count))
     reduced = downsampling.downsample(series, columns)
-    assert reduced.low.min() == series.values.min()
-    assert reduced.high.max() == series.values.max()
-    assert (reduced.low <= reduced.middle).all()
-    assert (reduced.middle <= reduced.high).all()
+    assert reduced.lowest.min() == series.values.min()
+    assert reduced.highest.max() == series.values.max()
+    assert (reduced.lowest <= reduced.median).all()
+    assert (reduced.median <= reduced.highest).all()
     assert reduced.has_all_points == (count <= 2 * columns)
     first, last = int(steps[0]), int(steps[-1])
     width = (last - first + 1) / columns
@@ -232,8 +232,8 @@ def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
     path = write(tmp_path, frame)
     (run,), _ = read_runs([str(path)])
     (whole,), (part,) = run.optimizer_logs, run.between(500, 599).optimizer_logs
-    assert (whole.steps, whole.clipped_share, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
-    assert (part.steps, part.clipped_share, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
+    assert (whole.step_count, whole.clipped_share, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
+    assert (part.step_count, part.clipped_share, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
     assert len(part.skips[0]) == 0
     assert "skipped" not in texts(diagnose(part, {}))
 
@@ -242,8 +242,17 @@ def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):
     frame = table(100, **{"grad/clip_fraction": [1.0] + [0.0] * 99, "grad/skipped_steps": 7.0})
     frame["step"] += 90_000
     (log,) = read(write(tmp_path, frame)).optimizer_logs
-    assert (log.steps, log.clipped_share) == (100, pytest.approx(0.01))
+    assert (log.step_count, log.clipped_share) == (100, pytest.approx(0.01))
     assert log.skipped_steps.last == 0
+
+
+def test_first_steps_without_a_norm_count(tmp_path):
+    skipped = np.minimum(np.arange(100), 2.0) + 1
+    frame = table(100, **{"grad/skipped_steps": skipped, "grad/overflowed_steps": skipped})
+    frame.loc[:2, "grad/total_norm"] = math.nan  # an empty cell: the norm of the first three steps was not logged
+    (log,) = read(write(tmp_path, frame)).optimizer_logs
+    assert (log.step_count, log.skipped_steps.last) == (100, 3)
+    assert "3 of 100 optimizer steps overflowed in float16: GradScaler skipped them" in texts(diagnose(log, {}))
 
 
 def test_a_branch_that_was_given_up_is_left_out(tmp_path):
@@ -285,7 +294,7 @@ def test_what_is_read_stays_as_it_is(fitted, tmp_path, capsys):
     assert state() == before
     code, _, err = run_main(capsys, "suggest", folder / "study.db")
     assert code == 2
-    assert "no database of MLflow" in err
+    assert "not a database of MLflow" in err
     assert state() == before
 
 
@@ -314,4 +323,4 @@ def test_one_file_that_cannot_be_read_does_not_take_the_others_along(fitted, tmp
     (tmp_path / "board/run/events.out.tfevents.9.other").write_bytes(b"no event file at all, but so it is called")
     run = read(tmp_path / "board")
     assert run.optimizer_logs
-    assert any("is not one of TensorBoard's event files" in note for note in run.notes)
+    assert any("is not an event file of TensorBoard" in note for note in run.notes)

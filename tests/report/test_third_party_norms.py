@@ -69,7 +69,7 @@ def test_what_lightnings_utility_logged_is_read_from_every_logger(theirs, source
     (log,) = read(theirs / source).optimizer_logs
     frame = pd.read_csv(theirs / "csv/run/metrics.csv")
     assert log.norm == NormMetric("grad_2.0_norm_total", is_ours=False, norm_type=2.0)
-    assert log.steps == len(log.total_norm) == STEPS
+    assert log.step_count == len(log.total_norm) == STEPS
     np.testing.assert_allclose(log.total_norm.values, frame["grad_2.0_norm_total"].dropna(), rtol=1e-6)
     blocks = log.blocks()
     assert set(blocks) == PARAMETERS
@@ -85,7 +85,7 @@ def test_it_is_one_run_with_a_suggestion_and_what_the_log_does_not_tell(theirs, 
     assert err.count("is the same run as") == 2
     assert facts["metric"] == "grad_2.0_norm_total"
     assert facts["percentiles"]["p90"] == pytest.approx(np.percentile(norms, 90))
-    assert any("does not tell which steps were clipped or skipped" in reason for reason in facts["reasons"])
+    assert any("does not tell, nor which optimizer steps were clipped or skipped" in reason for reason in facts["reasons"])
     assert "norm_type" not in facts
 
 
@@ -93,7 +93,7 @@ def test_it_is_one_run_with_a_suggestion_and_what_the_log_does_not_tell(theirs, 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_look_like_norms(theirs, capsys, source):
     code, out, err = run_main(capsys, "suggest", theirs / source, "--norm", "grad_norms")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "holds no metric 'grad_norms'. These look like norms: grad_2.0_norm_total, " in err
+    assert "holds no metric 'grad_norms'. These metrics look like norms: grad_2.0_norm_total, " in err
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_an_order_of_the_norm_is_in_the_suggestion(tmp_path, capsys):
     _, out, _ = run_main(capsys, "suggest", path)
     clipping = yaml.safe_load(out[out.index("trainer:") : out.index("# or")])["trainer"]["callbacks"][0]["init_args"]
     assert GradientClipping(**clipping).norm_type == math.inf
-    assert "It is a number for norms of order inf" in out
+    assert "The suggestion is for norms of order inf" in out
     facts = json.loads(run_main(capsys, "suggest", "--json", path)[1])
     assert facts[tmp_path.name]["norm_type"] == "inf"
 
@@ -158,14 +158,14 @@ def test_names_of_anything_else_are_listed_and_not_read(name, tmp_path, capsys):
     assert find_norms(["train_loss", name]) == ()
     code, _, err = run_main(capsys, "suggest", write(tmp_path, log_of(lognormal(60), name)))
     assert code == 2
-    assert "holds no grad/total_norm, nor another metric whose name tells that it is the norm of all gradients." in err
-    assert f"These look like norms: {name}; --norm METRIC reads one of them." in err
+    assert "holds neither grad/total_norm nor another metric that is known by its name as the norm of all gradients." in err
+    assert f"These metrics look like norms: {name}. Choose one with --norm METRIC." in err
     assert run_main(capsys, "suggest", tmp_path, "--norm", name)[0] == 0
 
 
 def test_a_log_in_which_nothing_looks_like_a_norm_says_how_to_log_one(tmp_path, capsys):
     _, _, err = run_main(capsys, "suggest", write(tmp_path, log_of(lognormal(60), "accuracy")))
-    assert "looks like one (it holds accuracy, train_loss; --norm METRIC reads any of them)" in err
+    assert "It holds accuracy, train_loss: choose one with --norm METRIC." in err
     assert "GradientClipping(None) in the Trainer logs grad/total_norm" in err
 
 
@@ -174,7 +174,7 @@ def test_what_tensorboards_page_exports_needs_the_name_of_its_column(tmp_path, c
     norms = lognormal(60)
     pd.DataFrame({"Wall time": 1e9 + np.arange(60), "Step": np.arange(60), "Value": norms}).to_csv(path, index=False)
     _, _, err = run_main(capsys, "suggest", path)
-    assert "(it holds Value, Wall time; --norm METRIC reads any of them)" in err
+    assert "It holds Value, Wall time: choose one with --norm METRIC." in err
     _, out, _ = run_main(capsys, "suggest", path, "--norm", "Value", "--json")
     (facts,) = json.loads(out).values()
     assert facts["percentiles"]["p50"] == pytest.approx(np.median(norms))
@@ -184,7 +184,7 @@ def test_of_many_that_look_like_norms_the_likely_ones_are_listed():
     names = [f"grad_norm/layer.{number}" for number in range(100)] + ["weight_norm", "my_grad_norm"]
     said = missing_norm_message("log", names)
     assert "look like norms: my_grad_norm, grad_norm/layer.0, " in said
-    assert "and 94 more; --norm" in said
+    assert "and 94 more. Choose one with --norm" in said
 
 
 def test_ours_comes_first_then_lightnings_then_the_shortest_name():
@@ -213,9 +213,11 @@ def test_the_norm_of_the_training_comes_before_those_of_other_data_and_parts(nam
 def test_the_metric_that_was_read_is_named_if_others_could_be_meant(tmp_path):
     norms = lognormal(50)
     run = read(write(tmp_path / "theirs", log_of(norms, "actor/grad_norm", **{"critic/grad_norm": 2 * norms})))
-    assert "Norms are read from actor/grad_norm. --norm reads another: critic/grad_norm." in run.notes
+    assert (
+        "The norm of all gradients was read from actor/grad_norm. Use --norm to read another metric: critic/grad_norm." in run.notes
+    )
     run = read(write(tmp_path / "ours", table(50, grad_norm=norms)))
-    assert "Norms are read from grad/total_norm. --norm reads another: grad_norm." in run.notes
+    assert "The norm of all gradients was read from grad/total_norm. Use --norm to read another metric: grad_norm." in run.notes
     run = read(write(tmp_path / "alone", log_of(norms)))
     assert run.notes == ()
 
@@ -240,7 +242,7 @@ def test_runs_without_the_metric_that_was_asked_for_are_left_out(tmp_path):
     write(tmp_path / "a", table(50)), write(tmp_path / "b", log_of(lognormal(50), "mine"))
     (run,), notes = read_runs([str(tmp_path)], ["mine"])
     assert run.name == "b"
-    assert "holds no metric 'mine'. These look like norms: grad/total_norm, " in notes[0]
+    assert "holds no metric 'mine'. These metrics look like norms: grad/total_norm, " in notes[0]
 
 
 def test_a_store_of_mlflow_holds_norms_of_any_name_behind_any_prefix(tmp_path, monkeypatch):
@@ -282,7 +284,7 @@ def test_norms_that_are_not_finite_are_counted_and_told(tmp_path, capsys):
     facts = json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]
     assert (facts["steps"], facts["left_out"]) == (97, 3)
     assert facts["percentiles"]["p50"] == pytest.approx(np.median(norms[np.isfinite(norms)]))
-    assert "3 of 100 logged norms are NaN or inf, first at step 7" in said(read(path))
+    assert "3 of 100 logged norms are NaN or inf, first at optimizer step 7" in said(read(path))
 
 
 @pytest.mark.parametrize(("broken", "is_over"), [([7, 8, 99], False), ([7, 98, 99], True), ([99], False), (range(100), False)])
@@ -291,7 +293,7 @@ def test_norms_that_stay_nan_are_the_end(broken, is_over):
     norms[list(broken)] = math.nan
     run = Run("run", "", {"grad_norm": Series.of(np.arange(100), norms)})
     (found,) = [finding for finding in diagnose(run.optimizer_logs[0], {}) if "logged norms are NaN" in finding.text]
-    assert ("None is finite after step 97" in found.text) is is_over
+    assert ("None is finite after optimizer step 97" in found.text) is is_over
     assert found.severity == ("bad" if is_over else "warn")
 
 
@@ -303,12 +305,12 @@ def test_what_the_log_does_not_tell_is_not_claimed():
     norms[100] = 60.0
     run = Run("run", "", {"grad_norm": Series.of(np.arange(1, 401), norms)})
     text = said(run)
-    assert "The norms are what was logged as grad_norm, not by clip_callbacks. Such a log does not tell" in text
-    for unknown in ("clipped or skipped", "before or after a clip", "loss scale", "each micro-batch"):
+    assert "The norms were logged as grad_norm, not by clip_callbacks. The log does not tell" in text
+    for unknown in ("clipped or skipped", "before or after clipping", "loss scale", "each micro-batch"):
         assert unknown in text
-    assert "Nothing was clipped" not in text
+    assert "was clipped" not in text
     assert f"p90 {np.percentile(norms, 90):.3g}" in text
-    assert run.optimizer_logs[0].steps == 400, "counted from 1"
+    assert run.optimizer_logs[0].step_count == 400, "counted from 1"
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -318,11 +320,16 @@ def test_the_page_says_what_was_read(tmp_path, capsys):
     write(tmp_path / "theirs", log_of(norms)), write(tmp_path / "calm", log_of(np.full(60, 1.0) + 0.1 * lognormal(60)))
     assert run_main(capsys, "report", tmp_path, "-o", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text()
-    assert "The norms of theirs are what somebody else logged as grad_norm." in page
-    assert "grad_norm over steps." in page
-    assert "times the median around it</td>" in page, "whether it was clipped is not known"
-    assert "Whether steps were skipped is not in the log. No norm stands far out" in page
-    for claim in ("the norm before clipping, on the steps", "clipped and skipped are", "not clipped", "No step was skipped"):
+    assert "The norm of theirs was logged by other code as grad_norm." in page
+    assert "grad_norm over optimizer steps." in page
+    assert "times the median of neighbouring steps</td>" in page, "whether it was clipped is not known"
+    assert "The log does not tell whether steps were skipped. No logged norm is a spike." in page
+    for claim in (
+        "gradients before clipping, on the logged",
+        "Clipped and skipped steps are",
+        "not clipped",
+        "No step was skipped",
+    ):
         assert claim not in page
 
 
@@ -333,10 +340,10 @@ def test_norms_taken_after_a_clip_give_no_number(tmp_path, capsys):
     code, out, _ = run_main(capsys, "suggest", path)
     assert code == 0
     assert (
-        f"no suggestion: {(norms > 1).sum()} of 200 norms are 1, and none is above: grad_norm was taken after a clip to that."
-        in out
+        f"no suggestion: {(norms > 1).sum()} of 200 norms are 1, and none is larger: grad_norm was taken after clipping to "
+        "that value." in out
     )
-    assert "was taken after a clip" in said(read(path))
+    assert "was taken after clipping" in said(read(path))
     seldom = np.minimum(norms, np.quantile(norms, 0.95))
     assert "max_norm=" in run_main(capsys, "suggest", write(tmp_path / "seldom", log_of(seldom)))[1]
     assert "max_norm=" in run_main(capsys, "suggest", write(tmp_path / "before", log_of(norms)))[1]

@@ -55,11 +55,11 @@ def test_norms_losses_and_steps_are_read(finished):
     run = read(finished)
     (log,) = run.optimizer_logs
     expected = [entry["grad_norm"] for entry in history() if "grad_norm" in entry]
-    assert (run.name, log.norm.name, log.steps) == ("out", "grad_norm", 600)
+    assert (run.name, log.norm.name, log.step_count) == ("out", "grad_norm", 600)
     np.testing.assert_array_equal(log.logged_norm.values, expected)
     assert log.logged_norm.steps.tolist() == list(range(EVERY, 601, EVERY))
     assert list(run.losses()) == ["loss", "eval_loss"]
-    assert "Of 4 trainer_state.json the folder's own was read: it holds what the others hold." in run.notes
+    assert "Of 4 trainer_state.json files the folder's own was read: it holds everything that the others hold." in run.notes
 
 
 def test_what_is_written_by_transformers_is_read_as_well(tmp_path):
@@ -77,36 +77,36 @@ def test_numbers_that_are_not_finite_are_counted_and_told(finished, capsys):
     code, out, _ = run_main(capsys, "suggest", finished)
     assert code == 0
     assert "3 of 60 norms are ignored: NaN, inf or not above 0." in out
-    assert "the number is one for its max_grad_norm, too" in out
+    assert "the suggestion is also one for its max_grad_norm" in out
     text = said(read(finished))
-    assert "3 of 60 logged norms are NaN or inf, first at step 210" in text
-    assert "max_grad_norm of the Trainer (1.0 by default), which is not in trainer_state.json" in text
-    assert "Nothing was clipped" not in text
+    assert "3 of 60 logged norms are NaN or inf, first at optimizer step 210" in text
+    assert "max_grad_norm of the Trainer (1.0 by default) is not in trainer_state.json" in text
+    assert "was clipped" not in text
 
 
 def test_without_a_state_of_its_own_a_folder_is_read_from_the_last_checkpoint(finished):
     (finished / "trainer_state.json").unlink()
     run = read(finished)
     assert (run.name, run.source) == ("out", str(finished / "checkpoint-600/trainer_state.json"))
-    assert "Of 3 trainer_state.json that of checkpoint-600 was read: it holds what the others hold." in run.notes
+    assert "Of 3 trainer_state.json files that of checkpoint-600 was read: it holds everything that the others hold." in run.notes
 
 
 def test_a_run_that_went_on_after_its_state_was_saved_is_read_to_its_end(finished):
     save(finished / "checkpoint-900", history(900))
-    assert read(finished).optimizer_logs[0].steps == 900
+    assert read(finished).optimizer_logs[0].step_count == 900
 
 
 def test_a_checkpoint_that_was_left_by_another_run_is_a_run_by_itself(finished):
     save(finished / "checkpoint-800", history(800, seed=1))
     runs, _ = read_runs([str(finished)])
-    assert [run.optimizer_logs[0].steps for run in runs] == [800, 600]
+    assert [run.optimizer_logs[0].step_count for run in runs] == [800, 600]
     assert len({run.name for run in runs}) == 2
 
 
 def test_checkpoints_that_are_named_are_read_themselves(finished):
     named = [finished / "checkpoint-200", finished / "checkpoint-600/trainer_state.json"]
     runs, _ = read_runs([str(path) for path in named])
-    assert [(run.name, run.optimizer_logs[0].steps) for run in runs] == [("checkpoint-200", 200), ("checkpoint-600", 600)]
+    assert [(run.name, run.optimizer_logs[0].step_count) for run in runs] == [("checkpoint-200", 200), ("checkpoint-600", 600)]
     shutil.copy(named[1], finished / "copy.json")
     assert len(read(finished / "copy.json").optimizer_logs[0].logged_norm) == 60
     assert len(read_runs([str(finished), *map(str, named)])[0]) == 1, "named twice, read once"
@@ -158,19 +158,19 @@ def test_steps_that_are_none_are_left_out_and_counted(tmp_path):
 def test_a_damaged_checkpoint_does_not_take_the_others_along(finished):
     (finished / "checkpoint-600/trainer_state.json").write_text('{"log_history": [')
     (run,), notes = read_runs([str(finished)])
-    assert run.optimizer_logs[0].steps == 600
-    assert "is no JSON" in notes[0]
+    assert run.optimizer_logs[0].step_count == 600
+    assert "must be JSON" in notes[0]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON, as the Trainer of transformers writes it"),
-        ("[1]", "has no list 'log_history'"),
-        ('{"log_history": null}', "has no list 'log_history'"),
+        ("{", "must be JSON, as the Trainer of transformers writes it"),
+        ("[1]", "must have a list 'log_history'"),
+        ('{"log_history": null}', "must have a list 'log_history'"),
         ('{"log_history": []}', "holds an empty log_history: nothing was logged"),
-        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "holds no grad/total_norm, nor another metric whose name tells"),
-        ("[" * 100_000, "is no JSON"),
+        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "holds neither grad/total_norm nor another metric that is known"),
+        ("[" * 100_000, "must be JSON"),
     ],
 )
 def test_what_cannot_be_used_is_said(tmp_path, text, message):

@@ -169,7 +169,7 @@ def test_hydra_files_of_callbacks(monkeypatch):
         config = hydra.compose("train.yaml", ["callbacks=local_norms", "callbacks.clip.rules.0.max_norm=0.5"])
         assert not hydra.compose("train.yaml", ["callbacks=none", "model=gru", "logger=tensorboard"]).callbacks
     clipping = hydra.utils.instantiate(config.callbacks.clip)
-    assert clipping.rules == [ClipRule(0.5), ClipRule(QuantileLimit(0.9), "parameter", "^encoder", name="encoder")]
+    assert clipping.rules == [ClipRule(0.5), ClipRule(QuantileLimit(0.9), "parameter", include="^encoder", name="encoder")]
 
 
 @pytest.mark.filterwarnings("ignore:Non-finite gradients")

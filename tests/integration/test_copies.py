@@ -31,7 +31,7 @@ OPTIONS = {
     GradientClipping: [{}, {"max_norm": QuantileLimit(window=10), "scope": "unit", "shadow": [QuantileLimit(0.5)]}],
     NonFiniteGuard: [
         *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"rollback": Rollback(every_n_steps=1)}),
-        *({"level": "microbatch"}, {"bundles": Bundles("bad", weights="full")}),
+        *({"level": "microbatch"}, {"bundles": lambda: Bundles("bad", weights="full")}),
     ],
     GradientNormMonitor: [{}, {"log_update_ratio": True, "log_contributions": True, "top_k": 2}],
     FaultInjection: [{"kind": "nan", "step": 1}, {"kind": "loss", "step": [2, 3]}],
@@ -86,7 +86,8 @@ class Wide(Poisoned):
 def test_before_in_and_after_a_fit_and_after_an_error(trainer, tmp_path, monkeypatch, kind, options, fails):
     monkeypatch.setenv("CLIP_CALLBACKS_INJECT", "1")
     monkeypatch.chdir(tmp_path)
-    callback = kind(**options)
+    # Bundles resolve their folder when they are made, which must be in the test's own folder.
+    callback = kind(**{name: value() if callable(value) else value for name, value in options.items()})
     check(callback)
     checks = Checks(callback, fails)
     accumulates = kind is GradientNoiseScale or "level" in options

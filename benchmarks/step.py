@@ -24,7 +24,7 @@ COLUMNS = {"nothing to clip": 1e3, "clipping": 0.5}
 def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
     """What this package does on one set of gradients, and the floor."""
     named = ParameterTable(holder.named_parameters())
-    whole, local = [ClipRule(max_norm)], [ClipRule(max_norm / len(named) ** 0.5, "parameter")]
+    local = [ClipRule(max_norm / len(named) ** 0.5, "parameter")]
     parameters = list(holder.parameters())
     fused = torch.optim.AdamW(parameters, fused=True)
     held = ParameterTable(fused)
@@ -32,13 +32,13 @@ def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
         REFERENCE: rivals.torch_clip(holder, max_norm),
         "one bare read": rivals.bare_read(holder),
         "one copy of the same bytes": rivals.copy(holder),
-        OURS: lambda: clip_step(named, rules=whole),
+        OURS: lambda: clip_step(named, max_norm=max_norm),
         LOCAL: lambda: clip_step(named, rules=local),
-        "clip_step riding on a fused optimizer": lambda: clip_step(held, rules=whole, fused=fused),
+        "clip_step applied by a fused optimizer": lambda: clip_step(held, max_norm=max_norm, fused=fused),
         "clip_grad_norm_ of clip_callbacks": lambda: clip_grad_norm_(parameters, max_norm),
     }
     if not parameters[0].is_cpu:
-        runs["clip_step, deferred"] = lambda: clip_step(held, rules=whole, fused=fused, deferred=True)
+        runs["clip_step, deferred"] = lambda: clip_step(held, max_norm=max_norm, fused=fused, deferred=True)
     return runs
 
 
@@ -54,20 +54,20 @@ def theirs(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
 
 
 def with_optimizer(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
-    """The clip and the step of a fused AdamW together, since one rides on the other."""
+    """The clip and the step of a fused AdamW together, since the step applies the clip."""
     parameters = list(holder.parameters())
     fused = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    held, rules = ParameterTable(fused), [ClipRule(max_norm)]
+    held = ParameterTable(fused)
 
     def after_torch() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         fused.step()
 
-    def carrying() -> None:
-        clip_step(held, rules=rules, fused=fused, deferred=not parameters[0].is_cpu)
+    def with_clip_step() -> None:
+        clip_step(held, max_norm=max_norm, fused=fused, deferred=not parameters[0].is_cpu)
         fused.step()
 
-    return {WITH_ADAMW: after_torch, "fused AdamW alone": fused.step, "fused AdamW carrying clip_step": carrying}
+    return {WITH_ADAMW: after_torch, "fused AdamW alone": fused.step, "fused AdamW applying clip_step": with_clip_step}
 
 
 def measure(holder: Holder, runs: dict[str, Callable[[], object]], *, budget_s: float) -> dict[str, list[float]]:

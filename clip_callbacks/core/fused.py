@@ -89,7 +89,7 @@ class FusedFactors:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Hang the two hooks on the optimizer."""
+        """Register the two hooks."""
         self._stage: Literal["unset", "set", "in use"] = "unset"
         self._found_inf: Tensor | None = None
         self._hooks: tuple[RemovableHandle, ...] = (

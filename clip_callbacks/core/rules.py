@@ -214,8 +214,8 @@ class Plan:
         """
         if not isinstance(state, (tuple, list)):
             raise TypeError(
-                f"`state` must be what the last call returned, or None before the first, got {state!r}. A limit goes into the "
-                "rules: clip_step(parameters, rules=[ClipRule(1.0)])."
+                f"`state` must be what the last call returned, or None before the first, got {state!r}. Pass a limit by "
+                "name: clip_step(parameters, max_norm=1.0)."
             )
         if len(state) != len(self.stages):
             raise ValueError(

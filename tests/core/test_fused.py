@@ -1,4 +1,4 @@
-"""The write that rides on fused optimizers."""
+"""The factors that fused optimizers apply."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_nothing_to_clip_sets_nothing():
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_attributes_are_taken_back_after_an_exception_in_the_step(deferred):
+def test_attributes_are_removed_after_an_exception_in_the_step(deferred):
     parameters, optimizer = two_parameters()
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=deferred)
     assert hasattr(optimizer, "grad_scale")
@@ -53,12 +53,12 @@ def test_attributes_are_taken_back_after_an_exception_in_the_step(deferred):
         optimizer.step()
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
-    optimizer.step()  # nothing rides on this one
+    optimizer.step()  # no factor is left for this one
     assert all(torch.equal(parameter.grad, torch.full_like(parameter, 2.0)) for parameter in parameters)
     assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
 
 
-def test_attributes_are_taken_back_on_request():
+def test_attributes_are_removed_on_request():
     _, optimizer = two_parameters()
     hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer)
@@ -80,7 +80,7 @@ class OwnStep(torch.optim.AdamW):
         (OwnStep, [ClipRule(0.1)], None),
     ],
 )
-def test_what_cannot_ride_is_written(optimizer, rules, clip_value):
+def test_gradients_that_no_fused_optimizer_can_scale_are_written(optimizer, rules, clip_value):
     parameters, fused = two_parameters(optimizer)
     clip_step(fused, rules=rules, clip_value=clip_value, fused=fused)
     assert not hasattr(fused, "grad_scale")
@@ -125,7 +125,7 @@ def test_plain_loop_with_a_grad_scaler():
 # What has gone wrong once
 
 
-def test_what_has_not_ridden_is_not_for_the_next_step():
+def test_factors_of_a_step_that_was_not_taken_are_not_for_the_next_one():
     parameters, optimizer = two_parameters()
     before = [parameter.detach().clone() for parameter in parameters]
     parameters[0].grad[0] = math.nan
@@ -153,8 +153,8 @@ def test_half_precision_as_default_keeps_factors_in_single(deferred):
     torch.testing.assert_close(clipped.norm(), torch.tensor(0.1), rtol=1e-2, atol=0.0)
 
 
-def test_a_part_of_an_optimizers_parameters_does_not_ride():
-    """What rides is for all that the optimizer holds: of two calls each writes its own part."""
+def test_a_part_of_an_optimizers_parameters_is_written():
+    """A fused factor applies to all that the optimizer holds: each of two calls writes its own part."""
     parameters, optimizer = two_parameters()
     clip_step(parameters[:1], rules=[ClipRule(1.0)], fused=optimizer)
     clip_step(parameters[1:], rules=[ClipRule(0.5)], fused=optimizer)

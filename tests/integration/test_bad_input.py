@@ -187,7 +187,7 @@ def test_the_state_of_something_else(make):
 def test_the_state_of_other_rules_in_a_plain_loop():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.ones(2)
-    with pytest.raises(TypeError, match="`state` must be what the last call returned.*got 1.0. A limit goes into the rules"):
+    with pytest.raises(TypeError, match="`state` must be what the last call returned.*got 1.0. Pass a limit by name: "):
         clip_step([weight], 1.0)
     with pytest.raises(ValueError, match="`state` must hold one entry for each of 1 rules, shadows and skip_above, got 2"):
         clip_step([weight], ({}, {}))

@@ -1,4 +1,4 @@
-"""The write that rides on fused optimizers, in a Trainer."""
+"""The factors that fused optimizers apply, in a Trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.fused import FUSED, network, state_of
 from tests.helpers.matrix import matrix
 from tests.helpers.training import Regression, assert_same_bits, data, scaled, weights
 
-# The ride
+# The factors
 
 
 @matrix(name=list(FUSED), deferred=[False, True], batches=[1, 3])

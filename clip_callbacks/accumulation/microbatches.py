@@ -21,8 +21,8 @@ from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -18,9 +18,9 @@ from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.resume import reading
 from clip_callbacks.trainer.compat import FSDP, is_of
-from clip_callbacks.trainer.guest import Guest
-from clip_callbacks.trainer.last_run import LastRun
-from clip_callbacks.trainer.launched import ReturningCallback
+from clip_callbacks.trainer.launched_processes import ReturningCallback
+from clip_callbacks.trainer.lightning_callback import Guest
+from clip_callbacks.trainer.run_identity import LastRun
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.engine.callback_state import SavingCallback
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
+from clip_callbacks.engine.learning_rate_search import LearningRateSearch
 from clip_callbacks.engine.resume import Resumption, State, is_of_the_family, warn_of
-from clip_callbacks.engine.saving import SavingCallback
-from clip_callbacks.engine.search import LearningRateSearch
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 
 if TYPE_CHECKING:

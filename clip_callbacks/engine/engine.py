@@ -33,15 +33,15 @@ from clip_callbacks.publishing.charts import lay_out_charts
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.bypassing_steps import UnseenSteps
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
 from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
-from clip_callbacks.trainer.last_hook import LastHook
-from clip_callbacks.trainer.loss_carrier import LossCarrier
+from clip_callbacks.trainer.later_hooks import LastHook
 from clip_callbacks.trainer.messages import is_silent, tell
+from clip_callbacks.trainer.nan_propagation import LossCarrier
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
-from clip_callbacks.trainer.unseen_steps import UnseenSteps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -17,7 +17,7 @@ from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
-from clip_callbacks.trainer.lost_metrics import lost_metrics
+from clip_callbacks.trainer.nonfinite_metrics import lost_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 if TYPE_CHECKING:

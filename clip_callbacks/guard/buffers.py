@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource
+from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 class Buffers(Resource):

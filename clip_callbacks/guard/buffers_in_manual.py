@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.buffer_tracker import BufferCopies, Slot, WrittenBuffers
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, Slot, WrittenBuffers
 
 
 def buffers_in_manual_optimization(scope: ResourceScope, written: WrittenBuffers) -> dict[int, Resource]:

@@ -12,10 +12,10 @@ from clip_callbacks.core.losses import are_finite
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.core.tensor_table import learns, without_wrappers
-from clip_callbacks.trainer.carried import carried_tensors
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
+from clip_callbacks.trainer.tensor_attributes import carried_tensors
 from clip_callbacks.trainer.trace_forward import trace_forward
 
 

@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from clip_callbacks.guard.contents import Contents, picture
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.after_step import at_end_of_step
 from clip_callbacks.trainer.compat import OPTIMIZABLE, is_of
-from clip_callbacks.trainer.end_of_step import at_end_of_step
 from clip_callbacks.trainer.fingerprints import fingerprint
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext

@@ -19,11 +19,11 @@ from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import renormalized_weights
 from clip_callbacks.guard.resource import Resource, ResourceScope
-from clip_callbacks.trainer.end_of_step import at_end_of_step
+from clip_callbacks.trainer.after_step import at_end_of_step
+from clip_callbacks.trainer.buffer_tracker import FIRST_COPIES
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others, have_same_bits
-from clip_callbacks.trainer.written_buffers import FIRST_COPIES
 
 WATCHED_WINDOWS = 3
 """How many of the first windows are watched."""

@@ -16,7 +16,7 @@ from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.tensor_table import learns
 from clip_callbacks.trainer.averages import begin_anew, live_averages
-from clip_callbacks.trainer.buffers import live_buffers, put_back_buffers
+from clip_callbacks.trainer.buffer_snapshot import live_buffers, put_back_buffers
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.learning_rates import scaled_groups, scaled_schedule
 from clip_callbacks.trainer.optimizer_context import OptimizerContext

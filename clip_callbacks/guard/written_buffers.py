@@ -8,8 +8,8 @@ from typing_extensions import override
 from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.buffers_in_manual import buffers_in_manual_optimization
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 def written_buffers(scope: ResourceScope) -> dict[int, Resource]:

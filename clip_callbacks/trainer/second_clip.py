@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from clip_callbacks.trainer.extended_hook import ExtendedHook
+from clip_callbacks.trainer.extended_method import ExtendedHook
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -17,7 +17,7 @@ from clip_callbacks import (
     RatioLimit,
     clip_step,
 )
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
+from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
 from tests.helpers.laws import NAMED
 from tests.helpers.operations import SYNCS, WRITES, Operations, Transfers, count, reads
 from tests.helpers.training import Regression, data

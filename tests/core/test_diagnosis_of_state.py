@@ -16,7 +16,7 @@ from clip_callbacks.core import diagnosis
 from clip_callbacks.core.diagnosis import examine, examine_on_all_ranks, offenders_among
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
-from clip_callbacks.trainer.carried import carried_tensors
+from clip_callbacks.trainer.tensor_attributes import carried_tensors
 from tests.helpers.logs import read
 from tests.helpers.training import Regression, data
 

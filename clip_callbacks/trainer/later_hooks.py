@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.compat import CALLBACK, overrides
-from clip_callbacks.trainer.extended_hook import ExtendedHook
+from clip_callbacks.trainer.extended_method import ExtendedHook
 from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
 
 if TYPE_CHECKING:

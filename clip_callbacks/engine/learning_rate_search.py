@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_callbacks.trainer.compat import LEARNING_RATE_SEARCH, is_of
-from clip_callbacks.trainer.extended_hook import ExtendedHook
-from clip_callbacks.trainer.guest import Guest
+from clip_callbacks.trainer.extended_method import ExtendedHook
+from clip_callbacks.trainer.lightning_callback import Guest
 from clip_callbacks.trainer.messages import is_silent, tell
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import DAMAGED, State, bad_step_counts, check_histories, reading
-from clip_callbacks.trainer.guest import Guest
-from clip_callbacks.trainer.last_run import LastRun
-from clip_callbacks.trainer.launched import ReturningCallback
+from clip_callbacks.trainer.launched_processes import ReturningCallback
+from clip_callbacks.trainer.lightning_callback import Guest
+from clip_callbacks.trainer.run_identity import LastRun
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

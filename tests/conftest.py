@@ -126,7 +126,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     for place in ("engine", "learning_rate_search"):
         monkeypatch.setattr(f"clip_callbacks.engine.{place}.is_silent", lambda _: False)
-        monkeypatch.setattr(f"clip_callbacks.engine.{place}.tell", lambda _, text: lines.append(text))
+        monkeypatch.setattr(f"clip_callbacks.engine.{place}.log_message", lambda _, text: lines.append(text))
     monkeypatch.setattr("clip_callbacks.publishing.summary.LEAST_STEPS", 1)
     return lines
 

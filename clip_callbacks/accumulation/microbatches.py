@@ -21,7 +21,8 @@ from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
-from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class MicroBatches:
         self._size: int | None = None
         self._sizes: list[int | None] = []
         self.norms: list[float] = []
-        self._written = WrittenBuffers(module) if restore_buffers else None
+        self._written = BufferTracker(module) if restore_buffers else None
         self._buffers = BufferCopies(self._written) if self._written else None
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
@@ -141,7 +142,7 @@ class MicroBatches:
         for tensor, gradient in self._aside:
             tensor.grad = gradient
         if self._written and self._buffers:
-            self._written.look_closely()
+            self._written.compare_contents()
             self._buffers.restore()
 
     def _merge(self) -> None:

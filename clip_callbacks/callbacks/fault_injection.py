@@ -17,10 +17,10 @@ from clip_callbacks.core.blocks import no_match
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.resume import reading
-from clip_callbacks.trainer.compat import FSDP, is_of
-from clip_callbacks.trainer.launched_processes import ReturningCallback
-from clip_callbacks.trainer.lightning_callback import Guest
-from clip_callbacks.trainer.run_identity import LastRun
+from clip_callbacks.trainer.compat import FSDP, is_instance
+from clip_callbacks.trainer.launched_processes import ResultReturningCallback
+from clip_callbacks.trainer.lightning_callback import LightningCallback
+from clip_callbacks.trainer.run_identity import RunIdentity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,7 @@ FACTOR = 1e4
 _log = logging.getLogger(__name__)
 
 
-class FaultInjection(ReturningCallback, Guest):
+class FaultInjection(ResultReturningCallback, LightningCallback):
     """Poisons gradients or losses on purpose, to rehearse what a run does when that happens by itself.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
@@ -111,7 +111,7 @@ class FaultInjection(ReturningCallback, Guest):
             raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
         self.seed = seed
         self._is_loaded = self._is_late = False
-        self._last_run = LastRun()
+        self._run_identity = RunIdentity()
         self._targets: dict[str, Tensor] = {}
         self._strike: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -136,9 +136,9 @@ class FaultInjection(ReturningCallback, Guest):
                 f"{os.environ.get(VARIABLE)!r}. Set it for a rehearsal; for real training remove FaultInjection from the callbacks."
             )
         if stage == "fit":
-            if not self._is_loaded and not self._last_run.goes_on(trainer, pl_module):
+            if not self._is_loaded and not self._run_identity.is_continued_by(trainer, pl_module):
                 self._begin()
-            self._last_run = LastRun(trainer, pl_module)
+            self._run_identity = RunIdentity(trainer, pl_module)
             self._return_results_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +154,7 @@ class FaultInjection(ReturningCallback, Guest):
         if self.parameter is not None and not self._targets:
             raise ValueError(no_match(self.parameter, list(named), "parameter"))
         # under the first FullyShardedDataParallel parameters are views into others, where gradients arrive
-        self._is_late = is_of(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
+        self._is_late = is_instance(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Lie in wait in the graph, if this pass is to be struck."""
@@ -263,7 +263,7 @@ class FaultInjection(ReturningCallback, Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the run, and with the generator's state, as numbers: neither it nor shared memory can be sent."""
-        state = super().__getstate__() | {"_targets": {}, "_strike": None, "_hooks": [], "_last_run": LastRun()}
+        state = super().__getstate__() | {"_targets": {}, "_strike": None, "_hooks": [], "_run_identity": RunIdentity()}
         return state | {"_generator": self._generator.get_state().tolist(), "injected": list(self.injected)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class GradientNormMonitor(GradientCallback):
             histograms=self.histograms,
         )
 
-    def _for_search(self) -> None:
+    def _copy_for_search(self) -> None:
         """Steps of a search tell nothing of the run."""
 
     def _empty_state(self) -> dict[str, Any]:
@@ -132,9 +132,9 @@ class GradientNormMonitor(GradientCallback):
     def _check_state(self, state: State) -> None:
         Monitor(self._monitor_options, state)
 
-    def _adopt(self, others: Sequence[State]) -> list[str]:
+    def _carry_over(self, others: Sequence[State]) -> list[str]:
         """A monitor of another scope has seen the same norms of all gradients together."""
-        anew = super()._adopt(others)
+        anew = super()._carry_over(others)
         other = next((state for state in others if "norms" in state and "blocks" in state), None)
         if not self._saved and other:
             self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"], "noise": other["noise"]}

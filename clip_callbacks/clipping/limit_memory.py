@@ -87,10 +87,10 @@ class LimitMemory:
 
     def _tell(self, context: OptimizerContext, carried: Mapping[Key, Carried], left: list[Key]) -> None:
         for (sort, name), each in carried.items():
-            each.told(f"{KINDS[sort]}{name}{context.of_which}", self.misfits)
+            each.told(f"{KINDS[sort]}{name}{context.of_optimizer}", self.misfits)
         for sort, name in left:
             limit = self._saved[context.index][sort, name].kind
-            self.misfits.forgotten.append(f"what {limit} knew as {KINDS[sort]}{name}{context.of_which}")
+            self.misfits.forgotten.append(f"what {limit} knew as {KINDS[sort]}{name}{context.of_optimizer}")
 
     def state_dict(self) -> dict[str, Any]:
         """All states, by sort, by the number of the optimizer and by name."""

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.engine.callback_state import SavingCallback
+from clip_callbacks.engine.callback_state import StatefulCallback
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.learning_rate_search import LearningRateSearch
-from clip_callbacks.engine.resume import Resumption, State, is_of_the_family, warn_of
+from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_of
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class GradientCallback(SavingCallback):
+class GradientCallback(StatefulCallback):
     """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
     It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
@@ -39,10 +39,10 @@ class GradientCallback(SavingCallback):
         self._own_engine: StepEngine | None = None
         self._search: LearningRateSearch | None = None
         self._part: Any = None
-        self._left_over: tuple[State, ...] = ()
+        self._unclaimed_states: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
         # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
-        self._name_state(f"{self._stable_key}@{id(self)}")
+        self._set_state_key(f"{self._stable_key}@{id(self)}")
 
     # --- for subclasses
 
@@ -50,7 +50,7 @@ class GradientCallback(SavingCallback):
     def _stable_key(self) -> str:
         return type(self).__qualname__
 
-    def _name_state(self, key: str) -> None:
+    def _set_state_key(self, key: str) -> None:
         """Set ``state_key``, unless a subclass has a property of its own, as Lightning's documentation shows."""
         vars(self)["state_key"] = key
 
@@ -80,35 +80,35 @@ class GradientCallback(SavingCallback):
         """The engine of the fit, if there is one."""
         return self._driver._own_engine if self._driver else None
 
-    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
+    def _bring_parts(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         """Bring this callback's parts to a fit."""
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
-    def _leave(self) -> None:
+    def _release_parts(self) -> None:
         """Keep the state of a fit that is over, and let go of its parts."""
-        self._keep_results()
+        self._save_results()
         self._driver = self._part = self._batch = None
 
-    def _restart(self, trainer: Trainer, module: LightningModule) -> None:
+    def _reset(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
-        self._drop_engine()  # of a fit that nobody has ended
+        self._discard_engine()  # of a fit that nobody has ended
         self._driver = self._batch = None
-        self._left_over = ()
+        self._unclaimed_states = ()
         self._begin_run(trainer, module)
 
-    def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
+    def _make_engine(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the engine of a fit, for all callbacks; the first of them drives it."""
         self._driven = tuple(gradient_callbacks(trainer))
         facts = [callback._facts() for callback in self._driven]
         resumption = self._resume(trainer, module, facts)
         saved = [resumption.fitted(callback._saved) if resumption else {} for callback in self._driven]
         pairs = zip(self._driven, saved, strict=True)
-        components = assemble(trainer, module, [callback._join(self, trainer, module, state) for callback, state in pairs])
+        components = assemble(trainer, module, [callback._bring_parts(self, trainer, module, state) for callback, state in pairs])
         self._own_engine = StepEngine(trainer, module, components, facts)
         for callback in self._driven:
-            callback._forget_saved()
-        self._left_over = ()
+            callback._clear_saved()
+        self._unclaimed_states = ()
         if resumption:
             for part in (components.clipper, components.guard):
                 resumption.misfits.add(part.misfits())
@@ -116,12 +116,12 @@ class GradientCallback(SavingCallback):
 
     def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
         """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
-        known = [callback._saved for callback in self._driven if callback._saved] + list(self._left_over)
+        known = [callback._saved for callback in self._driven if callback._saved] + list(self._unclaimed_states)
         if not known:
             return None
-        anew = [what for callback in self._driven for what in callback._adopt(known)]
+        anew = [what for callback in self._driven for what in callback._carry_over(known)]
         if not any(callback._saved.get("history") for callback in self._driven):
-            histories = [state["history"] for state in self._left_over if state["history"]]
+            histories = [state["history"] for state in self._unclaimed_states if state["history"]]
             self._saved = {**self._empty_state(), **self._saved, "history": histories[0] if histories else {}}
         names = {
             index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
@@ -133,7 +133,7 @@ class GradientCallback(SavingCallback):
             resumption.misfits.anew += anew
         return resumption
 
-    def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
+    def _apply_loaded_states(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
         """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has.
 
         Args:
@@ -153,10 +153,10 @@ class GradientCallback(SavingCallback):
                 callback._save()
         if self._own_engine:
             self._own_engine.detach()
-        self._assemble(trainer, module)
+        self._make_engine(trainer, module)
         return True
 
-    def _start_engine(self, trainer: Trainer) -> None:
+    def _start_fit(self, trainer: Trainer) -> None:
         """Have the engine take hold of where metrics go."""
         if self._own_engine:
             self._own_engine.start_fit(self._later_callbacks(trainer))
@@ -166,42 +166,42 @@ class GradientCallback(SavingCallback):
         if self._own_engine:
             self._own_engine.begin_batch(batch, batch_idx)
 
-    def _take_up_in_batch(self) -> None:
+    def _apply_loaded_states_in_batch(self) -> None:
         """Take up a state that comes when a batch has begun, and begin it again: its step counts from there."""
         if self._batch is None:
             return
         trainer, module, batch, batch_idx = self._batch
-        if not self._take_up_loaded(trainer, module):
+        if not self._apply_loaded_states(trainer, module):
             return
-        self._start_engine(trainer)
+        self._start_fit(trainer)
         for callback in self._driven:
             if callback._batch is not None:
                 callback._begin_batch(batch, batch_idx)
 
-    def _for_search(self) -> GradientCallback | None:
+    def _copy_for_search(self) -> GradientCallback | None:
         """A copy for a search for the learning rate; None if it has no use there."""
         return copy(self)
 
-    def _interrupt(self) -> None:
+    def _detach_engine(self) -> None:
         """Take the hooks of a fit off: its state comes back with a checkpoint."""
         if self._own_engine:
             self._own_engine.detach()
 
-    def _drop_search(self) -> None:
+    def _detach_search(self) -> None:
         """Leave searches for the learning rate alone from now on."""
         search, self._search = self._search, None
         if search:
             search.detach()
 
-    def _end(self) -> None:
+    def _end_fit(self) -> None:
         """End a fit, for all callbacks."""
         try:
             for callback in self._driven:
-                callback._leave()
+                callback._release_parts()
         finally:
-            self._drop_engine()
+            self._discard_engine()
 
-    def _drop_engine(self) -> None:
+    def _discard_engine(self) -> None:
         """Let go of the engine, if this callback drives one."""
         engine, self._own_engine, self._driven = self._own_engine, None, ()
         if engine:
@@ -216,12 +216,12 @@ class GradientCallback(SavingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be done right before anything is trained."""
-        self._name_state(self._stable_key)
-        self._drop_search()  # of a fit that nobody has ended
+        self._set_state_key(self._stable_key)
+        self._detach_search()  # of a fit that nobody has ended
         if stage == "fit":
             callbacks = gradient_callbacks(trainer)
             check_trainer(trainer, pl_module, [callback._facts() for callback in callbacks])
-            self._restart(trainer, pl_module)
+            self._reset(trainer, pl_module)
             self._return_results_of(trainer)
             if callbacks[0] is self:
                 self._search = LearningRateSearch(trainer, pl_module, callbacks)
@@ -229,19 +229,19 @@ class GradientCallback(SavingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the engine; the first callback does it for all."""
         if gradient_callbacks(trainer)[0] is self:
-            self._assemble(trainer, pl_module)
+            self._make_engine(trainer, pl_module)
             if self._own_engine:
                 self._own_engine.lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
-        self._take_up_loaded(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
-        self._start_engine(trainer)
+        self._apply_loaded_states(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
+        self._start_fit(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what a skipped step would have to put back."""
-        if self._take_up_loaded(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
-            self._start_engine(trainer)
+        if self._apply_loaded_states(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
+            self._start_fit(trainer)
         self._batch = (trainer, pl_module, batch, batch_idx)
         self._begin_batch(batch, batch_idx)
 
@@ -279,18 +279,18 @@ class GradientCallback(SavingCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
-        self._drop_search()
+        self._detach_search()
         if self._own_engine:
-            self._end()
+            self._end_fit()
         if stage == "fit":  # Lightning's searches before a fit restore a state and leave it here
             self._is_loaded = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
-        self._drop_search()
+        self._detach_search()
         if self._own_engine:
-            self._own_engine.collect_at_last()
-            self._end()
+            self._own_engine.collect_after_error()
+            self._end_fit()
 
     def _state_of(self, engine: StepEngine) -> dict[str, Any]:
         """The state of the parts, and with the driver's the histories of the optimizers."""
@@ -305,7 +305,7 @@ class GradientCallback(SavingCallback):
         """
         super().load_state_dict(state_dict)
         if self._driver:
-            self._driver._take_up_in_batch()
+            self._driver._apply_loaded_states_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take note of the states of callbacks that are no longer there; another run's checkpoint ends the last one."""
@@ -314,7 +314,7 @@ class GradientCallback(SavingCallback):
         if gradient_callbacks(trainer)[0] is self:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
             left = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
-            self._left_over = tuple(filter(is_of_the_family, left))
+            self._unclaimed_states = tuple(filter(is_gradient_callback_state, left))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the engine and its parts: they belong to one Trainer's fit."""

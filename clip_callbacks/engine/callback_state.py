@@ -11,22 +11,22 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.resume import DAMAGED, State, bad_step_counts, check_histories, reading
-from clip_callbacks.trainer.launched_processes import ReturningCallback
-from clip_callbacks.trainer.lightning_callback import Guest
-from clip_callbacks.trainer.run_identity import LastRun
+from clip_callbacks.trainer.launched_processes import ResultReturningCallback
+from clip_callbacks.trainer.lightning_callback import LightningCallback
+from clip_callbacks.trainer.run_identity import RunIdentity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class SavingCallback(ReturningCallback, Guest):
+class StatefulCallback(ResultReturningCallback, LightningCallback):
     """A callback whose state is with the engine in a fit, and with itself between fits and when a checkpoint has brought one."""
 
     def __init__(self) -> None:
         super().__init__()
         self._saved: dict[str, Any] = {}
         self._is_loaded = False
-        self._last_run = LastRun()
+        self._run_identity = RunIdentity()
         self._last_report: StepRecord | None = None
         self._last_skipped_steps = 0
 
@@ -64,7 +64,7 @@ class SavingCallback(ReturningCallback, Guest):
             LookupError, TypeError, ValueError: If it is damaged.
         """
 
-    def _adopt(self, others: Sequence[State]) -> list[str]:
+    def _carry_over(self, others: Sequence[State]) -> list[str]:
         """Go on with what other callbacks know, where the checkpoint has nothing of this one.
 
         Args:
@@ -79,13 +79,13 @@ class SavingCallback(ReturningCallback, Guest):
 
     def _begin_run(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
-        if not self._last_run.goes_on(trainer, module):
+        if not self._run_identity.is_continued_by(trainer, module):
             self._last_report, self._last_skipped_steps = None, 0
             if not self._is_loaded:
                 self._saved = {}
-        self._last_run = LastRun(trainer, module)
+        self._run_identity = RunIdentity(trainer, module)
 
-    def _keep_results(self) -> None:
+    def _save_results(self) -> None:
         """Keep what is known at the end of a fit."""
         self._last_skipped_steps = self.skipped_steps  # settles what is pending
         self._last_report = self.last_report
@@ -97,7 +97,7 @@ class SavingCallback(ReturningCallback, Guest):
         if not self._is_loaded:
             self._saved = self.state_dict()
 
-    def _forget_saved(self) -> None:
+    def _clear_saved(self) -> None:
         """Leave the state to the parts: the engine has been made."""
         self._saved, self._is_loaded = {}, False
 
@@ -136,7 +136,7 @@ class SavingCallback(ReturningCallback, Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the state as it is now."""
-        return {**super().__getstate__(), **self._results_so_far(), "_is_loaded": self._is_loaded, "_last_run": LastRun()}
+        return {**super().__getstate__(), **self._results_so_far(), "_is_loaded": self._is_loaded, "_run_identity": RunIdentity()}
 
     def _results(self) -> dict[str, Any]:
         return {**self._results_so_far(), "_is_loaded": False, "state_key": self.state_key}

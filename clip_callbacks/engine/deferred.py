@@ -15,7 +15,7 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
 
-class MayNeedTheHost(Protocol):
+class DeferrablePart(Protocol):
     """A part of the fit that may have to know of a step before it is taken."""
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
@@ -54,7 +54,7 @@ class DeferredSteps:
         is_in_use: Whether any step was.
     """
 
-    def __init__(self, parts: Iterable[MayNeedTheHost], *, wanted: bool | None) -> None:
+    def __init__(self, parts: Iterable[DeferrablePart], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False

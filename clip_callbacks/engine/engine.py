@@ -33,12 +33,20 @@ from clip_callbacks.publishing.charts import lay_out_charts
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
-from clip_callbacks.trainer.bypassing_steps import UnseenSteps
+from clip_callbacks.trainer.bypassing_steps import BypassingSteps
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
-from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
-from clip_callbacks.trainer.later_hooks import LastHook
-from clip_callbacks.trainer.messages import is_silent, tell
-from clip_callbacks.trainer.nan_propagation import LossCarrier
+from clip_callbacks.trainer.grad_scaler import (
+    grad_scaler,
+    is_incurable,
+    is_still_scaled,
+    keep_scale,
+    keep_scale_where,
+    loss_scale,
+    mark_unscaled,
+)
+from clip_callbacks.trainer.later_hooks import LaterHooks
+from clip_callbacks.trainer.messages import is_silent, log_message
+from clip_callbacks.trainer.nan_propagation import LossNanPropagator
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
@@ -97,13 +105,13 @@ class StepEngine:
             shows=components.shows,
         )
         self._judges_losses = self._guard.judges_losses
-        self._last_hook: LastHook | None = None
+        self._last_hook: LaterHooks | None = None
         self._second_clip: SecondClip | None = None
-        self._unseen_steps = UnseenSteps(module)
+        self._bypassing_steps = BypassingSteps(module)
         # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
         # one makes a gradient NaN there, before gradients are averaged.
-        self._carries_losses = trainer.world_size > 1 and self._judges_losses
-        self._loss_carrier = LossCarrier()
+        self._propagates_losses = trainer.world_size > 1 and self._judges_losses
+        self._nan_propagator = LossNanPropagator()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
     @property
@@ -150,7 +158,7 @@ class StepEngine:
         Args:
             later: The callbacks that come later in the Trainer's list, those of the family left out.
         """
-        self._last_hook = LastHook(self._module, later, self.step)
+        self._last_hook = LaterHooks(self._module, later, self.step)
         if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
             self._second_clip = SecondClip(self._module, self._is_clipped)
         self._publisher.start_fit()
@@ -165,7 +173,7 @@ class StepEngine:
         kept = self._guard.keep_batch(batch, batch_idx)
         if self._optimizers.outdated:
             self._renew()
-        self._unseen_steps.begin_batch(self.contexts)
+        self._bypassing_steps.begin_batch(self.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
@@ -175,13 +183,13 @@ class StepEngine:
         if self.windows.looks_at_passes and self._optimizers.outdated:
             self._renew()
         self.windows.before_backward(loss)
-        if self._carries_losses and not self._rescaler.is_silent:
-            self._loss_carrier.begin_pass(loss, self.contexts)
+        if self._propagates_losses and not self._rescaler.is_silent:
+            self._nan_propagator.begin_pass(loss, self.contexts)
 
     def after_backward(self) -> None:
         """Look at the micro-batch, and drop a bad one, if that is wanted."""
-        if self._carries_losses:
-            self._loss_carrier.end_pass()
+        if self._propagates_losses:
+            self._nan_propagator.end_pass()
         if len(self.contexts) > 1:
             self._guard.end_pass(*self.windows.end_pass())
         if self.windows.after_backward(self._report_micro_batch):
@@ -193,10 +201,10 @@ class StepEngine:
     def before_step(self, optimizer: Optimizer) -> None:
         """Run the pass now, or leave it to the module's own hook, which may change gradients and is called last."""
         last = self._last_hook
-        if last is None or not last.takes_over:
+        if last is None or not last.runs_after_module:
             self.step(optimizer)
-            if last is not None and last.compares:
-                last.note(self._context(optimizer).table)
+            if last is not None and last.compares_gradients:
+                last.record_gradients(self._context(optimizer).table)
 
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
@@ -205,7 +213,7 @@ class StepEngine:
 
     def _step(self, optimizer: Optimizer) -> None:
         context = self._context(optimizer)
-        self._unseen_steps.note_step(context)
+        self._bypassing_steps.record_step(context)
         if self._deferred.is_in_use:
             self._deferred.collect(context, self._learn)
             self._deferred.raise_errors([context])
@@ -235,11 +243,11 @@ class StepEngine:
         """Tell the GradScaler what was found where it has left unscaling to us, and nothing of what no loss scale would cure."""
         optimizer = step.optimizer.optimizer
         if resolution.holds_scale and step.mode is not StepMode.ON_DEVICE:
-            hold(scaler, optimizer)
+            keep_scale(scaler, optimizer)
         elif step.loss_scale is not None:
-            take_over(scaler, optimizer, report.finite)
+            mark_unscaled(scaler, optimizer, report.finite)
             if resolution.holds_scale:
-                hold_where(scaler, optimizer, report.finite.logical_not() & is_incurable(step.losses, step.loss_scale))
+                keep_scale_where(scaler, optimizer, report.finite.logical_not() & is_incurable(step.losses, step.loss_scale))
 
     def _describe(self, context: OptimizerContext) -> StepContext:
         """Find out which step this is, and how it is to be decided; nothing is changed."""
@@ -293,7 +301,7 @@ class StepEngine:
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Read the gradients; with what was measured, the states of all limits that have a say."""
         context, index = step.optimizer, step.optimizer.index
-        if len(context.table) and not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
+        if len(context.table) and not context.table.has_gradients and not self._bypassing_steps.is_bypassed(context):
             self._warn_of_no_gradient()
         if self._readers and step.is_new and self._publisher.is_logging_step:
             for monitor in self._readers:
@@ -311,7 +319,7 @@ class StepEngine:
             scale=step.scale,
             loss_scale=step.loss_scale,
             deferred=step.mode is StepMode.ON_DEVICE,
-            losses=step.losses if self._judges_losses and (not self._carries_losses or context.table.reduction) else None,
+            losses=step.losses if self._judges_losses and (not self._propagates_losses or context.table.reduction) else None,
         )
         return measured, states
 
@@ -357,7 +365,7 @@ class StepEngine:
     def _keep(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
         """Have everybody learn what came of a step."""
         context = step.optimizer
-        context.remember(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
+        context.record(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
         self._publisher.note_step(context)
         for monitor in self._monitors:
             monitor.end_step(context, report, noise)
@@ -365,7 +373,7 @@ class StepEngine:
 
     def end_batch(self, outputs: Any) -> None:
         """Let schedules go on; publish what the batch's steps reported."""
-        self._unseen_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
+        self._bypassing_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.undo_pass(is_bad=is_bad)
@@ -377,18 +385,18 @@ class StepEngine:
 
     def end_epoch(self) -> None:
         """Undo what nobody will step for; publish the metrics of the epoch."""
-        self._unseen_steps.end_epoch()
+        self._bypassing_steps.end_epoch()
         self._collect_and_raise()
         self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
 
     def end_fit(self) -> None:
         """Say in one table, and in a line each what only words can say, how the training went."""
-        self._unseen_steps.end_epoch()
+        self._bypassing_steps.end_epoch()
         self._collect_and_raise()
         if self._summary and not is_silent(self._trainer):
             for text in self._summed_up():
-                tell(self._trainer, text)
+                log_message(self._trainer, text)
 
     def _summed_up(self) -> list[str]:
         table = summary_table(self.contexts, clips=self._clipper.clips, skipped_steps_of=self._guard.skipped_steps_of)
@@ -404,12 +412,12 @@ class StepEngine:
             if hook is not None:
                 hook.detach()
         self._second_clip = self._last_hook = None
-        self._unseen_steps.detach()
+        self._bypassing_steps.detach()
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()
         self.windows.detach()
-        self._loss_carrier.end_pass()
+        self._nan_propagator.end_pass()
         self._deferred.detach()
         self._optimizers.detach()
 
@@ -427,7 +435,7 @@ class StepEngine:
         self.collect_pending()
         self._deferred.raise_errors(self.contexts)
 
-    def collect_at_last(self) -> None:
+    def collect_after_error(self) -> None:
         """Collect what is pending as far as that can be done: something has raised already."""
         try:
             self._collect_and_raise()

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clip_callbacks.trainer.compat import LEARNING_RATE_SEARCH, is_of
-from clip_callbacks.trainer.extended_method import ExtendedHook
-from clip_callbacks.trainer.lightning_callback import Guest
-from clip_callbacks.trainer.messages import is_silent, tell
+from clip_callbacks.trainer.compat import LEARNING_RATE_SEARCH, is_instance
+from clip_callbacks.trainer.extended_method import ExtendedMethod
+from clip_callbacks.trainer.lightning_callback import LightningCallback
+from clip_callbacks.trainer.messages import is_silent, log_message
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Searching(Protocol):
     """A gradient callback, as far as a search is concerned."""
 
-    def _for_search(self) -> Any:
+    def _copy_for_search(self) -> Any:
         """A copy for a search; None if it has no use there."""
         ...
 
-    def _interrupt(self) -> None:
+    def _detach_engine(self) -> None:
         """Take the hooks of a fit off, until a checkpoint brings its state back."""
         ...
 
@@ -45,19 +45,19 @@ class LearningRateSearch:
         self._module = module
         self._callbacks = callbacks
         self._is_silent = is_silent(trainer)  # in a search the progress bar is gone, too
-        self._hook = ExtendedHook(module, "on_train_start", self._begin)
+        self._hook = ExtendedMethod(module, "on_train_start", self._begin)
 
     def _begin(self) -> None:
         """Join in if what starts to train is a search: its state before it is in a checkpoint of Lightning's."""
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        if not any(is_of(callback, LEARNING_RATE_SEARCH) for callback in callbacks):
+        if not any(is_instance(callback, LEARNING_RATE_SEARCH) for callback in callbacks):
             return
-        copies = [copy for callback in self._callbacks if (copy := callback._for_search()) is not None]
+        copies = [copy for callback in self._callbacks if (copy := callback._copy_for_search()) is not None]
         for callback in self._callbacks:
-            callback._interrupt()
+            callback._detach_engine()
         if copies:
             self._trainer.callbacks = [*callbacks, self._end_of_search(copies[0]), *copies]  # type: ignore[attr-defined]
-            copies[0]._assemble(self._trainer, self._module)
+            copies[0]._make_engine(self._trainer, self._module)
             copies[0].on_train_start(self._trainer, self._module)
 
     def _end_of_search(self, driver: Any) -> _EndOfSearch:
@@ -68,7 +68,7 @@ class LearningRateSearch:
         self._hook.detach()
 
 
-class _EndOfSearch(Guest):
+class _EndOfSearch(LightningCallback):
     """Ends the part of the gradient callbacks in a search, before they would sum up as at the end of a fit.
 
     Args:
@@ -92,14 +92,14 @@ class _EndOfSearch(Guest):
         skipped = engine.skipped_steps - before if engine else 0
         if skipped and self._says_what_was_skipped:
             steps = "1 step that was" if skipped == 1 else f"{skipped} steps that were"
-            tell(
+            log_message(
                 trainer,
                 f"The search for the learning rate has skipped {steps} not fit to be taken. After a loss that is NaN, Lightning's "
                 "running mean of the losses stays NaN, and it suggests no learning rate.",
             )
-        self._driver._end()
+        self._driver._end_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
-        self._driver._end()
+        self._driver._end_fit()
         self._give_up()

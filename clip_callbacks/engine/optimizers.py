@@ -75,7 +75,7 @@ class Optimizers:
     @property
     def grown(self) -> list[OptimizerContext]:
         """The optimizers of whose lazy parameters a forward pass has made some."""
-        return [context for context in self.contexts if context.has_grown]
+        return [context for context in self.contexts if context.has_materialized_parameters]
 
     def take_in_shapes(self) -> None:
         """Learn the shapes of parameters that were lazy: the same tensors, so that nothing else of a window under way changes."""
@@ -83,20 +83,20 @@ class Optimizers:
             self.renew()
         grown = self.grown
         for context in grown:
-            context.tabulate(self._module)
+            context.rebuild_table(self._module)
         self._meet_tables(grown, [name for context in grown for name in context.table.names], renewed=True)
         for context in grown:
             self._deferred.register(context)
         self._note_lazy()
 
     def _note_lazy(self) -> None:
-        self.may_grow = any(context.is_lazy for context in self.contexts)
+        self.may_grow = any(context.has_lazy_parameters for context in self.contexts)
 
     def renew(self) -> None:
         """Take up what the optimizers hold now."""
         outdated = self.outdated
         for context in outdated:
-            context.tabulate(self._module)
+            context.rebuild_table(self._module)
         self._attach_changed(outdated)
 
     def take_up(self, optimizer: Optimizer) -> OptimizerContext:

@@ -56,7 +56,7 @@ def check_histories(state: State) -> None:
         RunHistory().load_state_dict(history)
 
 
-def is_of_the_family(state: object) -> bool:
+def is_gradient_callback_state(state: object) -> bool:
     """Whether a callback's state in a checkpoint is one of a gradient callback, by what it holds."""
     return isinstance(state, Mapping) and isinstance(state.get("history"), Mapping)
 

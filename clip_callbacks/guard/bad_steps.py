@@ -17,7 +17,7 @@ from clip_callbacks.guard.examination import is_guilty
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRollback
-from clip_callbacks.trainer.nonfinite_metrics import lost_metrics
+from clip_callbacks.trainer.nonfinite_metrics import describe_nonfinite_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class BadStepLog:
 
     def _lost_metrics(self, step: StepContext, findings: Findings) -> list[str]:
         """What comes of metrics that the loss has got into, in sentences; an epoch is told of them once."""
-        found = step.trainer.current_epoch, lost_metrics(step.trainer)
+        found = step.trainer.current_epoch, describe_nonfinite_metrics(step.trainer)
         if found == self._last_lost:
             return []
         self._last_lost = found

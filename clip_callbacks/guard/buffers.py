@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource
-from clip_callbacks.trainer.buffer_tracker import BufferCopies, WrittenBuffers
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -22,7 +23,7 @@ class Buffers(Resource):
         batch: The buffers as they were when the batch began.
     """
 
-    def __init__(self, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
+    def __init__(self, written: BufferTracker, window: BufferCopies, batch: BufferCopies) -> None:
         self._written = written
         self._window = window
         self._batch = batch
@@ -33,14 +34,14 @@ class Buffers(Resource):
 
     def look_unless_old(self) -> None:
         """Find what has changed in a window that may be skipped: contents are read in the first windows only."""
-        if self._written.is_young:
-            self._written.look_closely()
+        if self._written.compares_every_window:
+            self._written.compare_contents()
         else:
-            self._written.look()
+            self._written.find_changed()
 
     def put_back(self, *copies: BufferCopies) -> None:
         """Put buffers back, and say of which that cannot be done right."""
-        at_first = self._written.look_closely()
+        at_first = self._written.compare_contents()
         lost = [name for each in copies for name in each.restore()]
         if at_first:
             rank_zero_warn(
@@ -48,7 +49,7 @@ class Buffers(Resource):
                 "shows: they are put back to what they were when the fit began. From now on they are put back as all others.",
                 category=RuntimeWarning,
             )
-        if made := self._written.begin_anew():
+        if made := self._written.reset_new_statistics():
             rank_zero_warn(
                 f"The buffers {', '.join(made)} are not finite and were made in a batch that is skipped, after it had begun: "
                 "nobody knows what they were. Batch statistics begin anew, others stay. Make modules before a batch, as in "
@@ -71,8 +72,8 @@ class Buffers(Resource):
         return self._undo(self._window, is_bad=is_bad)
 
     def _undo(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
-        self._written.look()
-        bad = copies.gone_bad()
+        self._written.find_changed()
+        bad = copies.newly_nonfinite()
         if bad or is_bad:
             self.put_back(copies)
         return bad
@@ -91,4 +92,4 @@ class Buffers(Resource):
 
     @override
     def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        return self._window.suspects(odd_ones_too=none_was_good)
+        return self._window.suspects(include_initially_nonfinite=none_was_good)

@@ -18,12 +18,13 @@ from typing_extensions import override
 
 from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.resource import Resource, ResourceScope
-from clip_callbacks.trainer.buffer_tracker import BufferCopies, Slot, WrittenBuffers
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferSlot, BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
 
-def buffers_in_manual_optimization(scope: ResourceScope, written: WrittenBuffers) -> dict[int, Resource]:
+def buffers_in_manual_optimization(scope: ResourceScope, written: BufferTracker) -> dict[int, Resource]:
     """Make the resource of each optimizer.
 
     Args:
@@ -47,7 +48,7 @@ class _InManual(Buffers, ABC):
         batch: The buffers as they were when the batch began.
     """
 
-    def __init__(self, context: OptimizerContext, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
+    def __init__(self, context: OptimizerContext, written: BufferTracker, window: BufferCopies, batch: BufferCopies) -> None:
         super().__init__(written, window, batch)
         self._context = context
         self._hooks: list[RemovableHandle] = []
@@ -115,7 +116,7 @@ class _WholeModuleInManual(_InManual):
         written: Which ones change.
     """
 
-    def __init__(self, context: OptimizerContext, written: WrittenBuffers) -> None:
+    def __init__(self, context: OptimizerContext, written: BufferTracker) -> None:
         super().__init__(context, written, BufferCopies(written), BufferCopies(written))
 
     @override
@@ -126,7 +127,7 @@ class _WholeModuleInManual(_InManual):
             self._window.keep()
 
     def _settle(self) -> None:
-        self._written.look()
+        self._written.find_changed()
         self._window.keep()
 
     def _restore(self) -> None:
@@ -160,7 +161,7 @@ class _Common:
         members: What each optimizer makes of it.
     """
 
-    def __init__(self, written: WrittenBuffers) -> None:
+    def __init__(self, written: BufferTracker) -> None:
         self.written = written
         self.at_batch, self.at_step, self.last = BufferCopies(written), BufferCopies(written), BufferCopies(written)
         self.members: list[_OneOfSeveral] = []
@@ -173,13 +174,13 @@ class _Common:
 
     def settle(self) -> None:
         """Nothing is pending now that is not pending for good: a step was decided, or a batch begins."""
-        self.written.look()
+        self.written.find_changed()
         self.at_step.keep()
         self.last.keep()
 
     def end_pass(self, reached: Collection[int]) -> None:
         """A backward pass is over."""
-        self.written.look()
+        self.written.find_changed()
         for member in self.members:
             member.note_whose_pass(reached)
         self.last.keep()
@@ -197,7 +198,7 @@ class _OneOfSeveral(_InManual):
     def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _Common) -> None:
         index = context.index
 
-        def is_own(slot: Slot) -> bool:
+        def is_own(slot: BufferSlot) -> bool:
             around = holders.get(slot.owner)
             return not around or index in around
 
@@ -292,7 +293,7 @@ class _OneOfSeveral(_InManual):
 
     @override
     def suspects(self, *, none_was_good: bool) -> list[tuple[str, Tensor]]:
-        return self._foreign.suspects(odd_ones_too=False) + super().suspects(none_was_good=none_was_good)
+        return self._foreign.suspects(include_initially_nonfinite=False) + super().suspects(none_was_good=none_was_good)
 
     @override
     def detach(self) -> None:

@@ -15,7 +15,7 @@ from clip_callbacks.core.tensor_table import learns, without_wrappers
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.tensor_attributes import carried_tensors
+from clip_callbacks.trainer.tensor_attributes import nan_attributes
 from clip_callbacks.trainer.trace_forward import trace_forward
 
 
@@ -87,7 +87,7 @@ class CarriedTensors:
         """Those that hold NaN now: frozen parameters too that were written to, or put there, since the fit began."""
         named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
         written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
-        return (*carried_tensors(self._module), *offenders_among(written))
+        return (*nan_attributes(self._module), *offenders_among(written))
 
     def begin_batch(self) -> None:
         """A batch comes; nothing of it has had an effect. Only those are suspects still that hold NaN still."""

@@ -182,7 +182,7 @@ class Rollback(NoRollback):
         if self.is_fresh:
             assert self._copy is not None
             if self._module.automatic_optimization:
-                self._schedules.go_back(self._trainer, self._copy.mark)
+                self._schedules.rewind(self._trainer, self._copy.mark)
             return
         if not step.is_new:
             return

@@ -1,8 +1,8 @@
-"""The end of one optimizer step, whatever it calls inside.
+"""The end of one optimizer step.
 
-torch's step hooks run once for the ``step`` of each class that calls its parent's, and a wrapper that is no ``Optimizer`` has
-none: they cannot tell the end from the middle. Lightning's own optimizer says so once, at the very end, in automatic and in
-manual optimization, and with a GradScaler in between.
+Trap: step hooks of torch cannot tell the end of a step from its middle. They run once for the ``step`` of each class that calls
+its parent's ``step``, and a wrapper that is no ``Optimizer`` has none. ``LightningOptimizer.step`` instead calls its
+``_on_after_step`` exactly once, right before it returns, in automatic and manual optimization, with a GradScaler or without.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def at_end_of_step(trainer: Trainer, optimizer: Optimizer, call: Callable[[], None]) -> Callable[[], None]:
-    """Have something called once, when the step that is under way is over.
+def call_after_step(trainer: Trainer, optimizer: Optimizer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call a function once, at the end of the optimizer step under way.
 
     Args:
         trainer: The Trainer.
-        optimizer: One of its optimizers, within its step.
-        call: What is called; what it raises comes out of the step.
+        optimizer: One of its optimizers, in the middle of its step.
+        call: The function to call. Its exceptions propagate out of the step.
 
     Returns:
-        What takes it back; it does nothing once the step is over.
+        A function that cancels the call. It does nothing once the step is over.
     """
     stepping = next(each for each in trainer.strategy._lightning_optimizers if each.optimizer is optimizer)
     before = stepping._on_after_step
 
     def after() -> None:
-        take_back()
+        cancel()
         before()
         call()
 
-    def take_back() -> None:
+    def cancel() -> None:
+        # in manual optimization Lightning sets the attribute anew at the end of each training_step: leave that one alone
         if stepping._on_after_step is after:
             stepping._on_after_step = before
 
     stepping._on_after_step = after
-    return take_back
+    return cancel

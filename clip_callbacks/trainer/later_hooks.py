@@ -1,4 +1,8 @@
-"""Who changes gradients after our hook before an optimizer step: later callbacks, and the module, whose own hook is the last."""
+"""Hooks of other code that run after this package's hook, and may change gradients before the optimizer step.
+
+Trap: Lightning calls ``on_before_optimizer_step`` of all callbacks in their order, then the module's own
+(``plugins/precision/precision.py``). Gradients that are changed there are not what was measured and clipped.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.compat import CALLBACK, overrides
-from clip_callbacks.trainer.extended_method import ExtendedHook
-from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
+from clip_callbacks.trainer.extended_method import ExtendedMethod
+from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -19,53 +23,57 @@ if TYPE_CHECKING:
 HOOK = "on_before_optimizer_step"
 
 
-class LastHook:
-    """The module's hook before an optimizer step, which Lightning calls after those of all callbacks.
+class LaterHooks:
+    """Hooks before an optimizer step that Lightning calls after the one of this package.
 
-    A module that has one may change gradients there: the pass is then run right after it, which is where ``gradient_clip_val``
-    clips. Otherwise, where later callbacks have one, the fingerprints of gradients tell whether they have changed them.
+    If the module has such a hook, it may change gradients, and the engine's step runs right after it: where ``gradient_clip_val``
+    clips, too. If not, and later callbacks have one, fingerprints of the gradients tell whether these were changed.
 
     Args:
         module: The module in training.
-        later: The callbacks that come later in the Trainer's list, those of the family left out.
-        run: Runs the pass for an optimizer.
+        later: The callbacks of other packages that come later in the Trainer's list.
+        run_step: Function that runs the engine's step for an optimizer.
+
+    Attributes:
+        runs_after_module: True if the engine's step runs after the module's hook, and not in the callback's.
+        compares_gradients: True if gradients are compared after all hooks.
     """
 
-    def __init__(self, module: LightningModule, later: Sequence[Any], run: Callable[[Optimizer], None]) -> None:
+    def __init__(self, module: LightningModule, later: Sequence[Any], run_step: Callable[[Optimizer], None]) -> None:
         self._later = [callback for callback in later if overrides(callback, HOOK, CALLBACK)]
-        self._run = run
-        self._seen: tuple[TensorTable, Fingerprints] | None = None
-        self.takes_over = overrides(module, HOOK)
-        self.compares = bool(self._later) and not self.takes_over
-        self._hook: ExtendedHook | None = None
-        if self.takes_over or self.compares:
-            self._hook = ExtendedHook(module, HOOK, self._after_all)
+        self._run_step = run_step
+        self._recorded: tuple[TensorTable, GradientFingerprints] | None = None
+        self.runs_after_module = overrides(module, HOOK)
+        self.compares_gradients = bool(self._later) and not self.runs_after_module
+        self._method: ExtendedMethod | None = None
+        if self.runs_after_module or self.compares_gradients:
+            self._method = ExtendedMethod(module, HOOK, self._after_all_hooks)
 
-    def note(self, table: TensorTable) -> None:
-        """Remember the gradients as the pass has left them."""
-        self._seen = table, fingerprints(table)
+    def record_gradients(self, table: TensorTable) -> None:
+        """Record the gradients as the engine's step has left them."""
+        self._recorded = table, gradient_fingerprints(table)
 
-    def _after_all(self, optimizer: Optimizer) -> None:
-        if self.takes_over:
-            self._run(optimizer)
-        elif self._seen is not None:
-            table, seen = self._seen
-            self._seen = None
-            if is_changed(table, seen):
+    def _after_all_hooks(self, optimizer: Optimizer) -> None:
+        if self.runs_after_module:
+            self._run_step(optimizer)
+        elif self._recorded is not None:
+            table, before = self._recorded
+            self._recorded = None
+            if gradients_changed(table, before):
                 self._warn()
 
     def _warn(self) -> None:
-        self.compares = False
+        self.compares_gradients = False
         names = ", ".join(type(callback).__name__ for callback in self._later)
         rank_zero_warn(
-            f"Gradients were changed in {HOOK} by a callback that comes later in the Trainer's list ({names}): what the optimizer "
-            "steps with is not what was clipped, guarded and logged. Put it before the gradient callbacks, or have it change "
-            "gradients in on_after_backward.",
+            f"Gradients were changed in {HOOK} by a callback that comes later in the Trainer's list ({names}): the optimizer "
+            "uses other gradients than those that were clipped, guarded and logged. Put that callback before the gradient "
+            "callbacks, or change gradients in on_after_backward.",
             category=RuntimeWarning,
         )
 
     def detach(self) -> None:
-        """Give the module its own hook back."""
-        if self._hook:
-            self._hook.detach()
-            self._hook = None
+        """Restore the module's own hook."""
+        if self._method:
+            self._method.detach()
+            self._method = None

@@ -1,8 +1,9 @@
-"""Callbacks in processes that Lightning launches: what they have counted comes back to those of the main process.
+"""Results of callbacks in processes that Lightning launches, returned to the callbacks of the main process.
 
-With ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` the callbacks that train are copies, in processes that end with the fit. There
-Lightning asks the strategy's launcher, by ``get_extra_results``, for what goes back to the main process, where it asks no callback.
-So what a copy has counted is packed into a thing that, as it is unpickled, hands it over to the callback that was copied.
+Trap: with ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` the callbacks that train are copies, in processes that end with the
+fit. Lightning returns only ``callback_metrics`` to the main process, by the launcher's ``get_extra_results``, and asks no callback.
+That method is therefore extended: it also sends an object that, when the main process unpickles it, sets the attributes of the
+callback that was copied.
 """
 
 from __future__ import annotations
@@ -20,48 +21,48 @@ import torch
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_LIVING: WeakValueDictionary[str, ReturningCallback] = WeakValueDictionary()
+_LIVING: WeakValueDictionary[str, ResultReturningCallback] = WeakValueDictionary()
 """The callbacks of this process by their identity, which their copies in launched processes share."""
 
 
-class ReturningCallback(ABC):
-    """A callback whose copies in launched processes tell it in the end what they have counted."""
+class ResultReturningCallback(ABC):
+    """A callback that receives the results of its copies in launched processes at the end of a fit."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._take_identity(uuid4().hex)
+        self._register(uuid4().hex)
 
-    def _take_identity(self, identity: str) -> None:
+    def _register(self, identity: str) -> None:
         self._identity = identity
         _LIVING[identity] = self
 
     def _return_results_of(self, trainer: Trainer) -> None:
-        """In a launched process, which ends with the fit, have what is counted by then sent to the main process."""
+        """In a launched process, send this callback's results to the main process at the end of the fit."""
         launcher: Any = trainer.strategy.launcher
         if hasattr(launcher, "get_extra_results"):
             launcher.get_extra_results = partial(_with_results, launcher.get_extra_results, self)
 
     @abstractmethod
     def _results(self) -> dict[str, Any]:
-        """The attributes that the callback of the main process takes over."""
+        """Return the attributes that the callback of the main process takes over."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without the module's methods, which Lightning hangs on every callback."""
+        """Pickle and copy without the module's ``log`` and ``log_dict``, which Lightning sets on every callback."""
         return {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Keep the identity in another process; a copy in the same one is another callback."""
+        """Keep the identity in another process. A copy in the same process is a callback of its own."""
         self.__dict__.update(state)
         identity = state.get("_identity")
-        self._take_identity(uuid4().hex if identity is None or identity in _LIVING else identity)
+        self._register(uuid4().hex if identity is None or identity in _LIVING else identity)
 
 
 class _Results:
-    """What a callback brings home; as it is unpickled, the callback of that process has it.
+    """The results of a callback. Unpickling them sets them on the callback with this identity.
 
     Args:
-        identity: Of the callback.
-        attributes: The attributes, as ``torch.save`` writes them.
+        identity: The identity of the callback.
+        attributes: The attributes, serialized by ``torch.save``.
     """
 
     def __init__(self, identity: str, attributes: bytes) -> None:
@@ -72,17 +73,19 @@ class _Results:
         return _unpack, (self._identity, self._attributes)
 
 
-def _with_results(get_extra_results: Callable[[Trainer], dict[str, Any]], callback: ReturningCallback, trainer: Trainer) -> Any:
-    """What a launcher sends to the main process, with what a callback has to bring home."""
-    buffer = io.BytesIO()  # as Lightning does: tensors are not to share their memory with a process that ends
+def _with_results(
+    get_extra_results: Callable[[Trainer], dict[str, Any]], callback: ResultReturningCallback, trainer: Trainer
+) -> Any:
+    """Return what a launcher sends to the main process, together with the results of a callback."""
+    buffer = io.BytesIO()  # like Lightning, which also avoids tensors that share memory with a process about to end
     torch.save(callback._results(), buffer)
     results = _Results(callback._identity, buffer.getvalue())
     return {**get_extra_results(trainer), f"clip_callbacks/{callback._identity}": results}
 
 
 def _unpack(identity: str, attributes: bytes) -> None:
-    """Hand over to the callback of this process, if it is still there, what its copy brings home."""
+    """Set the results of a copy on the callback of this process, if it still exists."""
     callback = _LIVING.get(identity)
     if callback is not None:
-        # all that is in it comes from a process that this one has started
+        # weights_only=False is safe here: the bytes come from a process that this one has started
         callback.__dict__.update(torch.load(io.BytesIO(attributes), map_location="cpu", weights_only=False))

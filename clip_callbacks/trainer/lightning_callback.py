@@ -1,4 +1,9 @@
-"""What makes our callbacks callbacks of Lightning: of each that a program imports, as soon as it does, and of none before."""
+"""The base class of this package's callbacks, which derives from the class ``Callback`` of each Lightning that is imported.
+
+Trap: ``lightning.pytorch`` and ``pytorch_lightning`` are separate copies of the same code. Each checks callbacks by
+``isinstance`` with its own ``Callback``, and importing either takes seconds. So this package imports neither, and adds the class
+of each to its own bases as soon as the program has imported it.
+"""
 
 from __future__ import annotations
 
@@ -13,65 +18,66 @@ if TYPE_CHECKING:
 else:
 
     class Callback:
-        """Stands where the bases of callbacks will be: Python lets bases be exchanged for others of the same layout only."""
+        """Placeholder base: Python can exchange bases only for others of the same layout, so ``object`` would not do."""
 
 
-def _hosts() -> list[type[Any]]:
-    """The class Callback of each Lightning that has been imported by now."""
+def _lightning_bases() -> list[type[Any]]:
+    """Return the class Callback of each Lightning that has been imported by now."""
     modules = [sys.modules.get(f"{package}.callbacks.callback") for package in PACKAGES]
     return [vars(module)["Callback"] for module in modules if module is not None and "Callback" in vars(module)]
 
 
-class _HostsLast(ABCMeta):
-    """Puts the class Callback of each Lightning behind all other classes in which methods are looked for.
+class _LightningBasesLast(ABCMeta):
+    """Puts the class Callback of each Lightning at the end of the method resolution order.
 
-    Hooks of theirs do nothing. In a class made of one of ours and of a callback that somebody wrote for one Lightning, those of the
-    other Lightning would hide his, from the moment on in which some package imports that one.
+    The hooks of Lightning's Callback do nothing. In a class that inherits from one of this package's callbacks and from a user's
+    callback for one Lightning, those of the other Lightning would otherwise hide the user's hooks, from the moment on in which
+    any package imports it.
     """
 
     def mro(cls) -> list[type]:
-        """The classes in the order in which methods are looked for."""
+        """Return the method resolution order."""
         order = super().mro()
-        hosts = [kind for kind in order if kind in _hosts()]
-        others = [kind for kind in order[:-1] if kind not in hosts]
-        return [*others, *hosts, object]
+        bases = [kind for kind in order if kind in _lightning_bases()]
+        others = [kind for kind in order[:-1] if kind not in bases]
+        return [*others, *bases, object]
 
 
-class Guest(Callback, metaclass=_HostsLast):
-    """A callback that is one of ``lightning.pytorch`` and of ``pytorch_lightning``, once these are imported.
-
-    Both check by ``isinstance`` what they are given, and their command lines look through subclasses.
-    """
+class LightningCallback(Callback, metaclass=_LightningBasesLast):
+    """A callback of ``lightning.pytorch`` and of ``pytorch_lightning``, once these are imported."""
 
     def _key(self, **options: Any) -> str:
-        """A ``state_key`` that tells callbacks of one class apart, made as Lightning's own callbacks make theirs."""
+        """Return a ``state_key`` in the format of Lightning's callbacks, which distinguishes callbacks of one class by options."""
         return f"{type(self).__qualname__}{options!r}"
 
     @abstractmethod
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be done before anything is done."""
+        """Check options and the Trainer before training."""
 
 
-_OWN_BASES = Guest.__bases__
+_OWN_BASES = LightningCallback.__bases__
 
 
-def meet() -> None:
-    """Take the class Callback of each Lightning that has been imported by now among the bases of our callbacks."""
-    bases = (*_hosts(), *_OWN_BASES)
-    if Guest.__bases__ != bases:
-        Guest.__bases__ = bases
+def update_bases() -> None:
+    """Add the class Callback of each Lightning that has been imported by now to the bases of this package's callbacks."""
+    bases = (*_lightning_bases(), *_OWN_BASES)
+    if LightningCallback.__bases__ != bases:
+        LightningCallback.__bases__ = bases
 
 
-class _Arrivals:
-    """Finds no module, but hears of each that is looked for: after the one that defines a Callback, a Lightning imports others."""
+class _ImportObserver:
+    """A finder on ``sys.meta_path`` that finds no module, but is asked for each one that is imported.
+
+    Lightning imports further modules after the one that defines Callback; at that point the class is there.
+    """
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
-        """Leave the search to the other finders."""
+        """Update the bases, and leave the search to the other finders."""
         if name.startswith(PACKAGES):
-            meet()
+            update_bases()
 
 
-meet()
-if len(Guest.__bases__) < len(PACKAGES) + len(_OWN_BASES):
-    sys.meta_path.insert(0, _Arrivals)
+update_bases()
+if len(LightningCallback.__bases__) < len(PACKAGES) + len(_OWN_BASES):
+    sys.meta_path.insert(0, _ImportObserver)

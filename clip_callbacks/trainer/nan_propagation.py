@@ -1,4 +1,9 @@
-"""A loss that is not finite, made known to all ranks by the gradients that they average: no collective of its own."""
+"""Propagation of a non-finite loss to all ranks through the gradients that DDP averages, without a collective of its own.
+
+Trap: under DDP ranks hold equal gradients but different losses. The gradients of a NaN loss may be finite, or exactly zero, as
+where every label of a batch is ignored; and only one rank may have drawn that batch. If that rank alone skipped the step, ranks
+would drift apart.
+"""
 
 from __future__ import annotations
 
@@ -16,58 +21,58 @@ from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
-NODES = 1000
-"""How many nodes of a graph are looked at for a parameter."""
+MAX_VISITED_NODES = 1000
+"""Number of nodes of the autograd graph that are searched for a parameter in one backward pass."""
 
 
-class LossCarrier:
-    """Where ranks hold copies of the parameters, has the backward pass of a loss that is not finite leave a NaN in a gradient.
+class LossNanPropagator:
+    """Makes the backward pass of a non-finite loss leave a NaN in a gradient, before ranks average gradients.
 
-    The gradients of such a loss may be finite, or exactly zero, as where every label of a batch is ignored; and only one rank may
-    have drawn that batch. The NaN is put into the gradient of that parameter of each optimizer which is next to the loss, before
-    ranks average. Where the graph shows none, as behind a reentrant checkpoint, it is put into that of the optimizer's last one.
+    The NaN is written to one gradient of each optimizer: that of the parameter nearest to the loss in the graph. Where the graph
+    shows no parameter, as behind a reentrant checkpoint, it is the optimizer's last parameter.
     """
 
     def __init__(self) -> None:
         self._tables: list[TensorTable] = []
-        self._holders: dict[int, set[int]] = {}
+        self._tables_of: dict[int, set[int]] = {}
         self._hooks: list[RemovableHandle] = []
 
     def begin_pass(self, loss: Tensor, contexts: Sequence[OptimizerContext]) -> None:
-        """A backward pass comes.
+        """Register hooks for the backward pass that is about to begin.
 
         Args:
-            loss: Its loss.
+            loss: The loss of the pass.
             contexts: The optimizers.
         """
+        # tables with a reduction are left out: the reduction of their norms includes the losses
         tables = [context.table for context in contexts if context.table.reduction is None]
         if len(tables) != len(self._tables) or not all(map(is_, tables, self._tables)):
-            self._tables, self._holders = tables, {}
+            self._tables, self._tables_of = tables, {}
             for place, table in enumerate(tables):
                 for tensor in table.tensors:
-                    self._holders.setdefault(id(tensor), set()).add(place)
-        nothing = sum_of([shard_of(loss).detach()]) * 0.0  # or NaN, if the loss is not finite
+                    self._tables_of.setdefault(id(tensor), set()).add(place)
+        zero_or_nan = sum_of([shard_of(loss).detach()]) * 0.0  # NaN if the loss is not finite, without a host sync
 
-        def carry(gradient: Tensor) -> Tensor:
+        def propagate(gradient: Tensor) -> Tensor:
             if gradient.layout is not torch.strided:
                 return gradient
-            return gradient - nothing.to(gradient)  # x - 0.0 has the bits of x, whatever its sign
+            return gradient - zero_or_nan.to(gradient)  # x - 0.0 has the bits of x for every x, while -0.0 + 0.0 is 0.0
 
         self.end_pass()
         for leaf in self._leaves(loss):
-            self._hooks.append(leaf.register_hook(carry))  # type: ignore[no-untyped-call]
+            self._hooks.append(leaf.register_hook(propagate))  # type: ignore[no-untyped-call]
 
     def end_pass(self) -> None:
-        """The backward pass is over."""
+        """Remove the hooks: the backward pass is over."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def _leaves(self, loss: Tensor) -> list[Tensor]:
-        """Of each optimizer the parameter whose gradient takes the fewest steps backward from a loss."""
+        """Return parameters that together cover all optimizers, each the nearest one to the loss."""
         missing, leaves = set(range(len(self._tables))), []
         for leaf in self._nearest_first(loss):
-            if missing & self._holders[id(leaf)]:
-                missing -= self._holders[id(leaf)]
+            if missing & self._tables_of[id(leaf)]:
+                missing -= self._tables_of[id(leaf)]
                 leaves.append(leaf)
             if not missing:
                 return leaves
@@ -76,15 +81,15 @@ class LossCarrier:
         return leaves
 
     def _nearest_first(self, loss: Tensor) -> Iterator[Tensor]:
-        """The parameters that a backward pass reaches, those first that take the fewest steps."""
+        """Yield the parameters in a loss's graph by breadth-first search."""
         waiting: deque[Any] = deque([loss.grad_fn])
         seen: set[Any] = set()
-        while waiting and len(seen) < NODES:
+        while waiting and len(seen) < MAX_VISITED_NODES:
             node = waiting.popleft()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in self._holders:
+            leaf = getattr(node, "variable", None)  # AccumulateGrad nodes hold their parameter
+            if leaf is not None and id(leaf) in self._tables_of:
                 yield leaf
             waiting.extend(following for following, _ in node.next_functions)

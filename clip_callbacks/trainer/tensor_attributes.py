@@ -1,4 +1,7 @@
-"""Tensors that modules keep in plain attributes, where neither a checkpoint nor a skipped step knows of them."""
+"""Tensors in plain attributes of modules, such as a hidden state that is carried over to the next batch.
+
+Trap: neither a checkpoint nor a skipped step restores them, so that one NaN in such a tensor makes every later batch bad.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import without_wrappers
 
-DEPTH = 2
-"""How deep collections are looked into: a state for each layer, of an LSTM each a pair."""
-MOST = 64
-"""Longer collections are records of what was, and carry nothing into the next batch."""
+MAX_DEPTH = 2
+"""Depth of nested collections that are searched: states are kept for each layer, and that of an LSTM is a pair."""
+MAX_LENGTH = 64
+"""Number of items of a collection that is searched. Longer ones are histories, which the next batch does not read."""
 
-_OF_TORCH = frozenset(vars(nn.Module()))
-_RECOMPUTED = ("_orig", "_g")
-"""How names of parameters end from which a weight is computed anew in each forward pass, and kept in a plain attribute: so do
-``nn.utils.spectral_norm``, ``weight_norm`` and ``prune``."""
+_ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
+_RECOMPUTED_SUFFIXES = ("_orig", "_g")
+"""Suffixes of parameters from which ``spectral_norm``, ``weight_norm`` and ``prune`` of ``nn.utils`` compute a weight in each
+forward pass; they keep that weight in a plain attribute."""
 
 
-def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
-    """The tensors in plain attributes of a module, and of those inside, that hold NaN: by name, as ``encoder.hidden[1]``.
+def nan_attributes(module: nn.Module) -> tuple[Offender, ...]:
+    """Find tensors with NaN in plain attributes of a module and its submodules, such as ``encoder.hidden[1]``.
 
-    They are in an attribute itself or in tuples, lists and dictionaries there, and have at least one dimension. Infinite entries
-    alone do not count: masks and first extremes are so by design, and what has overflowed in one batch is NaN after the next. Nor
-    do parameters and buffers, their gradients, weights that are computed anew in each forward pass, and torchmetrics.
+    Tensors in tuples, lists and dictionaries count; 0-dim tensors do not. Tensors with infinite entries only are left out: masks
+    and initial extremes are infinite by design, and an overflow of one batch is NaN after the next. Also left out are parameters,
+    buffers, gradients, weights that are recomputed in each forward pass, and torchmetrics.
     """
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     known |= {id(parameter.grad) for parameter in module.parameters()}
@@ -39,10 +42,10 @@ def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
         if isinstance(owner, Metric):
             continue
         for attribute, value in vars(owner).items():
-            if attribute in _OF_TORCH:
+            if attribute in _ATTRIBUTES_OF_MODULES:
                 continue
             held = list(_tensors(value, f"{path}.{attribute}".lstrip(".")))
-            if any(f"{attribute}{end}" in owner._parameters for end in _RECOMPUTED):
+            if any(f"{attribute}{suffix}" in owner._parameters for suffix in _RECOMPUTED_SUFFIXES):
                 known |= {id(tensor) for _, tensor in held}
             for name, tensor in held:
                 found.setdefault(id(tensor), (without_wrappers(name), tensor))
@@ -50,18 +53,19 @@ def carried_tensors(module: nn.Module) -> tuple[Offender, ...]:
     return tuple(offender for offender in offenders_among(named) if offender.nan)
 
 
-def _tensors(value: Any, name: str, depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: Any, name: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        if not value.requires_grad:  # what the next batch is to read is detached; what is not is a record of outputs
+        if not value.requires_grad:  # a state for the next batch is detached; a tensor with a graph is a recorded output
             yield name, value
-    elif isinstance(value, (tuple, list, dict)) and depth and len(value) <= MOST:
+    elif isinstance(value, (tuple, list, dict)) and depth and len(value) <= MAX_LENGTH:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
             yield from _tensors(item, f"{name}[{key!r}]", depth - 1)
 
 
 def _may_be_read(tensor: Tensor) -> bool:
-    """Whether a tensor has dimensions and entries of numbers: FullyShardedDataParallel leaves views of memory that it has freed."""
+    """Return whether a tensor has at least one dimension, a numeric dtype, and memory."""
     if not has_arithmetic(tensor) or not tensor.ndim:
         return False
+    # FullyShardedDataParallel leaves views of memory that it has freed, which must not be read
     return tensor.layout is not torch.strided or type(tensor) is not Tensor or tensor.untyped_storage().size() > 0

@@ -82,7 +82,7 @@ FAULTS = [
     Fault("trainer/buffer_tracker.py", "self._mark(slot, Replaced(then))", "self._mark(slot)", "guard"),
     Fault("trainer/grad_scaler.py", "    _growth_counter(scaler).sub_(1)\n", "", "guard"),
     Fault("trainer/averages.py", "_latest_update_step = self._trainer.global_step + 1", "_latest_update_step = self._trainer.global_step", "guard"),
-    Fault("trainer/later_hooks.py", "self.takes_over = overrides(module, HOOK)", "self.takes_over = False", "integration"),
+    Fault("trainer/later_hooks.py", "self.runs_after_module = overrides(module, HOOK)", "self.runs_after_module = False", "integration"),
     Fault("accumulation/windows.py", "self._spoilt[index] = reason", "pass", "guard"),
     Fault("trainer/buffer_tracker.py", "            self._await_lazy()\n", "", "integration"),
     Fault("guard/written_buffers.py", "return dict(before)", "pass", "integration"),

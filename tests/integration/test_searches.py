@@ -119,7 +119,7 @@ def test_it_goes_on_through_bad_batches_without_them(trainer, said):
 @pytest.mark.parametrize("shows", ["logger", "enable_progress_bar", "enable_model_summary"])
 def test_skipped_steps_of_a_search_are_told_of_wherever_a_trainer_shows_anything(trainer, monkeypatch, shows):
     said: list[str] = []
-    monkeypatch.setattr("clip_callbacks.engine.learning_rate_search.tell", lambda _, text: said.append(text))
+    monkeypatch.setattr("clip_callbacks.engine.learning_rate_search.log_message", lambda _, text: said.append(text))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     curve(trainer(GradientClipping(0.1), **quiet), Net({5: math.nan}))
     assert said == []

@@ -1,4 +1,4 @@
-"""What the gradient callbacks of one Trainer have in common: they share one engine, which the first of them drives."""
+"""The base class of gradient callbacks. The callbacks of one Trainer share an engine, which the first of them drives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clip_callbacks.engine.callback_state import StatefulCallback
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.learning_rate_search import LearningRateSearch
-from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_of
+from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_about
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 
 if TYPE_CHECKING:
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 class GradientCallback(StatefulCallback):
-    """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
+    """A gradient callback, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
-    It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
+    It holds options and, between fits, the state of the last fit. For each fit it makes parts, which the engine of the fit owns.
+    The first gradient callback of the Trainer is the driver: only its hooks call the engine, so that each step is processed once.
     """
 
     _kind: ClassVar[Kind]
     state_key: str = ""
-    """An attribute and no property: Lightning asks for it in every hook of every callback."""
+    """Key of the state in checkpoints. An attribute, not a property: Lightning reads it for every hook of every callback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class GradientCallback(StatefulCallback):
         self._part: Any = None
         self._unclaimed_states: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
-        # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
+        # unique until setup: Lightning refuses two callbacks with the same key, and check_trainer explains it better
         self._set_state_key(f"{self._stable_key}@{id(self)}")
 
     # --- for subclasses
@@ -51,25 +52,25 @@ class GradientCallback(StatefulCallback):
         return type(self).__qualname__
 
     def _set_state_key(self, key: str) -> None:
-        """Set ``state_key``, unless a subclass has a property of its own, as Lightning's documentation shows."""
+        """Set ``state_key``. A subclass may define a property, as Lightning's documentation shows, which takes precedence."""
         vars(self)["state_key"] = key
 
     def _facts(self) -> CallbackFacts:
-        """What the checks need to know of this callback."""
+        """Return the facts about this callback that the checks need."""
         return CallbackFacts(self._kind, self._stable_key)
 
     @abstractmethod
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        """Make what takes part in one fit, the main part of it as ``self._part``.
+        """Make the parts for one fit, the main part of them as ``self._part``.
 
         Args:
             trainer: The Trainer.
             module: The module to train.
-            saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+            saved: State from :meth:`state_dict`; empty at the beginning of a run.
         """
 
     def _parts_state(self) -> dict[str, Any]:
-        """The state of the parts of this fit."""
+        """Return the state of this fit's parts."""
         state: dict[str, Any] = self._part.state_dict()
         return state
 
@@ -77,52 +78,57 @@ class GradientCallback(StatefulCallback):
 
     @property
     def _engine(self) -> StepEngine | None:
-        """The engine of the fit, if there is one."""
+        """The engine of the fit; None between fits."""
         return self._driver._own_engine if self._driver else None
 
     def _bring_parts(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        """Bring this callback's parts to a fit."""
+        """Make this callback's parts for a fit that another callback may drive."""
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
     def _release_parts(self) -> None:
-        """Keep the state of a fit that is over, and let go of its parts."""
+        """Save the state of a fit that is over, and release its parts."""
         self._save_results()
         self._driver = self._part = self._batch = None
 
     def _reset(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
-        self._discard_engine()  # of a fit that nobody has ended
+        """Reset this callback before a fit."""
+        self._discard_engine()  # a fit may have raised without teardown
         self._driver = self._batch = None
         self._unclaimed_states = ()
         self._begin_run(trainer, module)
 
     def _make_engine(self, trainer: Trainer, module: LightningModule) -> None:
-        """Make the engine of a fit, for all callbacks; the first of them drives it."""
+        """Make the engine of a fit for all gradient callbacks, with this one as the driver."""
         self._driven = tuple(gradient_callbacks(trainer))
         facts = [callback._facts() for callback in self._driven]
         resumption = self._resume(trainer, module, facts)
-        saved = [resumption.fitted(callback._saved) if resumption else {} for callback in self._driven]
-        pairs = zip(self._driven, saved, strict=True)
-        components = assemble(trainer, module, [callback._bring_parts(self, trainer, module, state) for callback, state in pairs])
+        parts = []
+        for callback in self._driven:
+            saved = resumption.adapted(callback._saved) if resumption else {}
+            parts.append(callback._bring_parts(self, trainer, module, saved))
+        components = assemble(trainer, module, parts)
         self._own_engine = StepEngine(trainer, module, components, facts)
         for callback in self._driven:
             callback._clear_saved()
         self._unclaimed_states = ()
         if resumption:
+            # attaching limits to their blocks has found further states that do not fit
             for part in (components.clipper, components.guard):
                 resumption.misfits.add(part.misfits())
-            warn_of(resumption.misfits)
+            warn_about(resumption.misfits)
 
     def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
-        """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
+        """Prepare the adaptation of saved states to the present optimizers; return None if there are no saved states."""
         known = [callback._saved for callback in self._driven if callback._saved] + list(self._unclaimed_states)
         if not known:
             return None
-        anew = [what for callback in self._driven for what in callback._carry_over(known)]
+        anew = [name for callback in self._driven for name in callback._carry_over(known)]
         if not any(callback._saved.get("history") for callback in self._driven):
+            # the driver saves the histories, and the driver of the checkpoint may no longer be in the Trainer
             histories = [state["history"] for state in self._unclaimed_states if state["history"]]
-            self._saved = {**self._empty_state(), **self._saved, "history": histories[0] if histories else {}}
+            history = histories[0] if histories else {}
+            self._saved = {**self._empty_state(), **self._saved, "history": history}
         names = {
             index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
             for index, optimizer in enumerate(trainer.optimizers)
@@ -134,14 +140,17 @@ class GradientCallback(StatefulCallback):
         return resumption
 
     def _apply_loaded_states(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
-        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has.
+        """Make a new engine if a checkpoint was loaded in mid-fit.
 
         Args:
             trainer: The Trainer.
             module: The module in training.
-            is_new: Whether what no state has come for begins anew, since all that is there is from before the checkpoint.
+            is_new: If True, callbacks without a loaded state start anew; if False, they keep their present state.
+
+        Returns:
+            True if a checkpoint was loaded.
         """
-        for callback in self._driven:
+        for callback in self._driven:  # no generator expression: this runs in each batch
             if callback._is_loaded:
                 break
         else:
@@ -157,17 +166,20 @@ class GradientCallback(StatefulCallback):
         return True
 
     def _start_fit(self, trainer: Trainer) -> None:
-        """Have the engine take hold of where metrics go."""
+        """Start the fit in the engine, if this callback is the driver."""
         if self._own_engine:
             self._own_engine.start_fit(self._later_callbacks(trainer))
 
     def _begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Keep what a skipped step would have to put back."""
+        """Begin a batch."""
         if self._own_engine:
             self._own_engine.begin_batch(batch, batch_idx)
 
     def _apply_loaded_states_in_batch(self) -> None:
-        """Take up a state that comes when a batch has begun, and begin it again: its step counts from there."""
+        """Apply a state that is loaded after the hooks of a batch's start, and begin the batch again.
+
+        A later callback or the module may restore a checkpoint in its ``on_train_batch_start``.
+        """
         if self._batch is None:
             return
         trainer, module, batch, batch_idx = self._batch
@@ -179,22 +191,22 @@ class GradientCallback(StatefulCallback):
                 callback._begin_batch(batch, batch_idx)
 
     def _copy_for_search(self) -> GradientCallback | None:
-        """A copy for a search for the learning rate; None if it has no use there."""
+        """Return a copy for a search for the learning rate; None if the callback is not needed there."""
         return copy(self)
 
     def _detach_engine(self) -> None:
-        """Take the hooks of a fit off: its state comes back with a checkpoint."""
+        """Remove the hooks of the fit. The engine stays until a checkpoint restores its state."""
         if self._own_engine:
             self._own_engine.detach()
 
     def _detach_search(self) -> None:
-        """Leave searches for the learning rate alone from now on."""
+        """Stop taking part in searches for the learning rate."""
         search, self._search = self._search, None
         if search:
             search.detach()
 
     def _end_fit(self) -> None:
-        """End a fit, for all callbacks."""
+        """End the fit for all gradient callbacks."""
         try:
             for callback in self._driven:
                 callback._release_parts()
@@ -202,22 +214,22 @@ class GradientCallback(StatefulCallback):
             self._discard_engine()
 
     def _discard_engine(self) -> None:
-        """Let go of the engine, if this callback drives one."""
+        """Detach and drop the engine, if this callback drives one."""
         engine, self._own_engine, self._driven = self._own_engine, None, ()
         if engine:
             engine.detach()
 
     def _later_callbacks(self, trainer: Trainer) -> list[Callback]:
-        """The callbacks of others that come after this one."""
+        """Return the callbacks of other packages that come after this one."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks[callbacks.index(self) :] if not isinstance(callback, GradientCallback)]
 
     # --- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be done right before anything is trained."""
+        """Check the Trainer, and reset the callback for a fit."""
         self._set_state_key(self._stable_key)
-        self._detach_search()  # of a fit that nobody has ended
+        self._detach_search()  # a fit may have raised without teardown
         if stage == "fit":
             callbacks = gradient_callbacks(trainer)
             check_trainer(trainer, pl_module, [callback._facts() for callback in callbacks])
@@ -227,42 +239,44 @@ class GradientCallback(StatefulCallback):
                 self._search = LearningRateSearch(trainer, pl_module, callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the engine; the first callback does it for all."""
+        """Make the engine: the first gradient callback makes it for all."""
         if gradient_callbacks(trainer)[0] is self:
             self._make_engine(trainer, pl_module)
             if self._own_engine:
                 self._own_engine.lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
+        """Start the fit; apply the checkpoint if the strategy has loaded it after ``on_fit_start``."""
+        # FSDP, ModelParallel and DeepSpeed load a checkpoint only once the parameters are sharded
         self._apply_loaded_states(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
         self._start_fit(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep what a skipped step would have to put back."""
-        if self._apply_loaded_states(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
+        """Save the state that a skipped step restores."""
+        # LearningRateFinder and BatchSizeFinder restore their checkpoint in mid-fit
+        if self._apply_loaded_states(trainer, pl_module):
             self._start_fit(trainer)
         self._batch = (trainer, pl_module, batch, batch_idx)
         self._begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the loss until the step, and weight it."""
+        """Weight the loss, and keep it until the step."""
         self._batch = None
         if self._own_engine:
             self._own_engine.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop a bad micro-batch, if the guard is told to."""
+        """Drop a bad micro-batch if the guard has ``level="microbatch"``."""
         if self._own_engine:
             self._own_engine.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Run the pass: the gradients are ready, the optimizer has not moved."""
+        """Process the gradients: they are complete, and the optimizer has not stepped yet."""
         if self._own_engine:
             self._own_engine.before_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Publish what the batch's optimizer steps reported."""
+        """Publish the metrics of the batch's optimizer steps."""
         self._batch = None
         if self._own_engine:
             self._own_engine.end_batch(outputs)
@@ -273,55 +287,55 @@ class GradientCallback(StatefulCallback):
             self._own_engine.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up."""
+        """Log the summary of the run."""
         if self._own_engine:
             self._own_engine.end_fit()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
+        """Release the optimizers and their parameters; keep the state for checkpoints."""
         self._detach_search()
         if self._own_engine:
             self._end_fit()
-        if stage == "fit":  # Lightning's searches before a fit restore a state and leave it here
+        if stage == "fit":  # a search before a fit has restored a state that no fit has used
             self._is_loaded = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
+        """Collect pending reports for a checkpoint of the exception, and remove all hooks."""
         self._detach_search()
         if self._own_engine:
             self._own_engine.collect_after_error()
             self._end_fit()
 
     def _state_of(self, engine: StepEngine) -> dict[str, Any]:
-        """The state of the parts, and with the driver's the histories of the optimizers."""
+        """Return the state of the parts; the driver's state also holds the histories of the optimizers."""
         history = engine.history_state() if self._driver is self else {}
         return {"history": history, **self._parts_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; in the middle of a batch, at once.
+        """Load a state from :meth:`state_dict`; in mid-batch it takes effect at once.
 
         Raises:
-            ValueError: If the state is not one of this callback, or is damaged.
+            ValueError: If the state is incomplete or damaged.
         """
         super().load_state_dict(state_dict)
         if self._driver:
             self._driver._apply_loaded_states_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take note of the states of callbacks that are no longer there; another run's checkpoint ends the last one."""
+        """Record the states of gradient callbacks that are no longer in the Trainer."""
         if self._engine is None and not self._is_loaded:
-            self._saved = {}
+            self._saved = {}  # the checkpoint begins another run, and has no state of this callback
         if gradient_callbacks(trainer)[0] is self:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-            left = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
-            self._unclaimed_states = tuple(filter(is_gradient_callback_state, left))
+            unclaimed = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
+            self._unclaimed_states = tuple(filter(is_gradient_callback_state, unclaimed))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the engine and its parts: they belong to one Trainer's fit."""
+        """Pickle and copy without the engine and its parts, which belong to one fit."""
         own = {"_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None, "_batch": None}
         return super().__getstate__() | own
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:
-    """The gradient callbacks of a Trainer, in its order."""
+    """Return the gradient callbacks of a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, GradientCallback)]  # type: ignore[attr-defined]

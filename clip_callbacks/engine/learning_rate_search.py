@@ -1,8 +1,8 @@
-"""A search for the learning rate, for which Lightning takes all callbacks out of the Trainer: the gradient callbacks go in again.
+"""Gradient callbacks in Lightning's search for the learning rate, which trains without the Trainer's callbacks.
 
-The search trains with one callback of Lightning's own in ``trainer.callbacks``, and puts that list back in the end. Hooks of the
-module are called there as ever. So the module's ``on_train_start`` is extended for the fit, and adds copies of the gradient
-callbacks to the list of the search: the run itself learns nothing of the steps that it takes.
+The search sets ``trainer.callbacks`` to one callback of its own and restores the list in the end (``tuner/lr_finder.py``); hooks of
+the module are called as in any fit. Therefore the module's ``on_train_start`` is extended for the fit. In a search it adds copies
+of the gradient callbacks to the list, so that the search trains with clipped gradients and the run's own states do not change.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class Searching(Protocol):
-    """A gradient callback, as far as a search is concerned."""
+class SearchParticipant(Protocol):
+    """A gradient callback that takes part in searches."""
 
     def _copy_for_search(self) -> Any:
-        """A copy for a search; None if it has no use there."""
+        """Return a copy for a search; None if the callback is not needed there."""
         ...
 
     def _detach_engine(self) -> None:
-        """Take the hooks of a fit off, until a checkpoint brings its state back."""
+        """Remove the hooks of the fit; after the search a checkpoint restores its state."""
         ...
 
 
 class LearningRateSearch:
-    """Brings gradient callbacks into searches for the learning rate, before a fit and in the middle of one.
+    """Adds gradient callbacks to searches for the learning rate, before a fit and in mid-fit.
 
     Args:
         trainer: The Trainer.
         module: The module to train.
-        callbacks: The gradient callbacks of the Trainer, the one first that drives the others.
+        callbacks: The gradient callbacks of the Trainer, the driver first.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Searching]) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[SearchParticipant]) -> None:
         self._trainer = trainer
         self._module = module
         self._callbacks = callbacks
-        self._is_silent = is_silent(trainer)  # in a search the progress bar is gone, too
-        self._hook = ExtendedMethod(module, "on_train_start", self._begin)
+        self._is_silent = is_silent(trainer)  # asked now: in a search the progress bar and other callbacks are gone
+        self._method = ExtendedMethod(module, "on_train_start", self._add_copies)
 
-    def _begin(self) -> None:
-        """Join in if what starts to train is a search: its state before it is in a checkpoint of Lightning's."""
+    def _add_copies(self) -> None:
+        """Add copies of the callbacks if the training that starts is a search.
+
+        Lightning has saved a checkpoint before the search and restores it afterwards, with the states of the callbacks.
+        """
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(is_instance(callback, LEARNING_RATE_SEARCH) for callback in callbacks):
             return
@@ -56,50 +59,52 @@ class LearningRateSearch:
         for callback in self._callbacks:
             callback._detach_engine()
         if copies:
-            self._trainer.callbacks = [*callbacks, self._end_of_search(copies[0]), *copies]  # type: ignore[attr-defined]
+            self._trainer.callbacks = [*callbacks, self._search_end(copies[0]), *copies]  # type: ignore[attr-defined]
+            # these hooks of callbacks have been called already
             copies[0]._make_engine(self._trainer, self._module)
             copies[0].on_train_start(self._trainer, self._module)
 
-    def _end_of_search(self, driver: Any) -> _EndOfSearch:
-        return _EndOfSearch(driver, self.detach, says_what_was_skipped=not self._is_silent)
+    def _search_end(self, driver: Any) -> _SearchEnd:
+        return _SearchEnd(driver, self.detach, logs_skipped_steps=not self._is_silent)
 
     def detach(self) -> None:
-        """Give the module its own hook back."""
-        self._hook.detach()
+        """Restore the module's own hook."""
+        self._method.detach()
 
 
-class _EndOfSearch(LightningCallback):
-    """Ends the part of the gradient callbacks in a search, before they would sum up as at the end of a fit.
+class _SearchEnd(LightningCallback):
+    """Ends the fit of the copies in a search. It comes before them in the list, so that they log no summary.
 
     Args:
-        driver: The first of them.
-        give_up: A function to call if the search raises: Lightning tells those callbacks only that are in the search.
-        says_what_was_skipped: Whether the Trainer may say anything.
+        driver: The first of the copies.
+        detach: Function to call if the search raises: Lightning calls ``on_exception`` only of callbacks in the list of the search.
+        logs_skipped_steps: If True, the number of steps skipped in the search is logged.
     """
 
-    def __init__(self, driver: Any, give_up: Callable[[], None], *, says_what_was_skipped: bool) -> None:
+    def __init__(self, driver: Any, detach: Callable[[], None], *, logs_skipped_steps: bool) -> None:
         super().__init__()
         self._driver = driver
-        self._give_up = give_up
-        self._says_what_was_skipped = says_what_was_skipped
+        self._detach = detach
+        self._logs_skipped_steps = logs_skipped_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave it to the fit: the search begins later."""
+        """Do nothing: the search begins after setup."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many steps were skipped, and let go of the module and its optimizers."""
-        before, engine = self._driver._last_skipped_steps, self._driver._engine
-        skipped = engine.skipped_steps - before if engine else 0
-        if skipped and self._says_what_was_skipped:
-            steps = "1 step that was" if skipped == 1 else f"{skipped} steps that were"
+        """Log how many steps were skipped, and end the fit of the copies."""
+        skipped, engine = 0, self._driver._engine
+        if engine:
+            skipped = engine.skipped_steps - self._driver._last_skipped_steps
+        if skipped and self._logs_skipped_steps:
+            steps = "1 bad step" if skipped == 1 else f"{skipped} bad steps"
             log_message(
                 trainer,
-                f"The search for the learning rate has skipped {steps} not fit to be taken. After a loss that is NaN, Lightning's "
-                "running mean of the losses stays NaN, and it suggests no learning rate.",
+                f"The search for the learning rate has skipped {steps}. If a loss was NaN, Lightning's running mean of the losses "
+                "stays NaN, and it suggests no learning rate.",
             )
         self._driver._end_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on the module."""
+        """End the fit of the copies, and restore the module's own hook."""
         self._driver._end_fit()
-        self._give_up()
+        self._detach()

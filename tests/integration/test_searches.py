@@ -112,7 +112,7 @@ def test_it_goes_on_through_bad_batches_without_them(trainer, said):
     assert len(set(rates)) == len(rates), "the schedule of the search does not stand still"
     assert guard.skipped_steps == 0
     assert len(said) == 1
-    assert "The search for the learning rate has skipped 13 steps that were not fit to be taken." in said[0]
+    assert "The search for the learning rate has skipped 13 bad steps." in said[0]
     assert "it suggests no learning rate" in said[0]
 
 

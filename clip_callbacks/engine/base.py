@@ -42,7 +42,7 @@ class GradientCallback(StatefulCallback):
         self._part: Any = None
         self._unclaimed_states: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
-        # unique until setup: Lightning refuses two callbacks with the same key, and check_trainer explains it better
+        # unique until setup: Trainer.__init__ refuses two callbacks with the same key, and check_trainer explains it better
         self._set_state_key(f"{self._stable_key}@{id(self)}")
 
     # --- for subclasses
@@ -98,7 +98,7 @@ class GradientCallback(StatefulCallback):
         self._unclaimed_states = ()
         self._begin_run(trainer, module)
 
-    def _make_engine(self, trainer: Trainer, module: LightningModule) -> None:
+    def _make_engine(self, trainer: Trainer, module: LightningModule) -> StepEngine:
         """Make the engine of a fit for all gradient callbacks, with this one as the driver."""
         self._driven = tuple(gradient_callbacks(trainer))
         facts = [callback._facts() for callback in self._driven]
@@ -108,7 +108,8 @@ class GradientCallback(StatefulCallback):
             saved = resumption.adapted(callback._saved) if resumption else {}
             parts.append(callback._bring_parts(self, trainer, module, saved))
         components = assemble(trainer, module, parts)
-        self._own_engine = StepEngine(trainer, module, components, facts)
+        engine = self._own_engine = StepEngine(trainer, module, components, facts)
+        # only now: if the engine refuses an option, the loaded states are still there
         for callback in self._driven:
             callback._clear_saved()
         self._unclaimed_states = ()
@@ -117,6 +118,7 @@ class GradientCallback(StatefulCallback):
             for part in (components.clipper, components.guard):
                 resumption.misfits.add(part.misfits())
             warn_about(resumption.misfits)
+        return engine
 
     def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
         """Prepare the adaptation of saved states to the present optimizers; return None if there are no saved states."""
@@ -125,10 +127,11 @@ class GradientCallback(StatefulCallback):
             return None
         anew = [name for callback in self._driven for name in callback._carry_over(known)]
         if not any(callback._saved.get("history") for callback in self._driven):
-            # the driver saves the histories, and the driver of the checkpoint may no longer be in the Trainer
+            # histories are in the state of the driver, and that of the checkpoint may no longer be in the Trainer
             histories = [state["history"] for state in self._unclaimed_states if state["history"]]
             history = histories[0] if histories else {}
             self._saved = {**self._empty_state(), **self._saved, "history": history}
+        # as the tables of this fit will name them: without prefixes of wrappers such as DDP or torch.compile
         names = {
             index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
             for index, optimizer in enumerate(trainer.optimizers)
@@ -160,8 +163,7 @@ class GradientCallback(StatefulCallback):
                 callback._saved = {}
             else:
                 callback._save()
-        if self._own_engine:
-            self._own_engine.detach()
+        self._detach_engine()
         self._make_engine(trainer, module)
         return True
 
@@ -186,6 +188,7 @@ class GradientCallback(StatefulCallback):
         if not self._apply_loaded_states(trainer, module):
             return
         self._start_fit(trainer)
+        # callbacks whose hook is still to come begin the batch themselves
         for callback in self._driven:
             if callback._batch is not None:
                 callback._begin_batch(batch, batch_idx)
@@ -215,7 +218,7 @@ class GradientCallback(StatefulCallback):
 
     def _discard_engine(self) -> None:
         """Detach and drop the engine, if this callback drives one."""
-        engine, self._own_engine, self._driven = self._own_engine, None, ()
+        engine, self._own_engine, self._driven = self._own_engine, None, ()  # first, in case that detaching raises
         if engine:
             engine.detach()
 
@@ -241,9 +244,8 @@ class GradientCallback(StatefulCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the engine: the first gradient callback makes it for all."""
         if gradient_callbacks(trainer)[0] is self:
-            self._make_engine(trainer, pl_module)
-            if self._own_engine:
-                self._own_engine.lay_out_charts()
+            # optimizers exist now, and the module's own on_train_start has not run yet
+            self._make_engine(trainer, pl_module).lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the fit; apply the checkpoint if the strategy has loaded it after ``on_fit_start``."""
@@ -303,6 +305,7 @@ class GradientCallback(StatefulCallback):
         """Collect pending reports for a checkpoint of the exception, and remove all hooks."""
         self._detach_search()
         if self._own_engine:
+            # OnExceptionCheckpoint saves in its own on_exception, and Lightning calls no teardown after an exception
             self._own_engine.collect_after_error()
             self._end_fit()
 
@@ -324,7 +327,8 @@ class GradientCallback(StatefulCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record the states of gradient callbacks that are no longer in the Trainer."""
         if self._engine is None and not self._is_loaded:
-            self._saved = {}  # the checkpoint begins another run, and has no state of this callback
+            # the state of another run; Lightning calls load_state_dict next if the checkpoint has one of this callback
+            self._saved = {}
         if gradient_callbacks(trainer)[0] is self:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
             unclaimed = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]

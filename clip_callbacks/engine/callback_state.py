@@ -32,7 +32,7 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
 
     @property
     def last_report(self) -> StepRecord | None:
-        """What the last optimizer step's pass found and did; None before the first."""
+        """The report of the last optimizer step: its norms, limits and outcome. None before the first step."""
         return self._engine.last_report if self._engine else self._last_report
 
     @property

@@ -81,6 +81,7 @@ class StepEngine:
         self._monitors = components.monitors
         self._norm_type = components.norm_type
         self._summary = components.summary
+        # monitors that read gradients before they are clipped: asked once, not at each step
         self._readers = [monitor for monitor in self._monitors if monitor.reads_before_write]
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
@@ -113,6 +114,7 @@ class StepEngine:
         return self._optimizers.contexts
 
     def _make_windows(self) -> Windows:
+        # setting gradients aside for each micro-batch is only done if a part needs it
         drops = self._guard.drops_micro_batches
         if not drops and not self._compares_micro_batches:
             return Windows(self._trainer, self._module, self._rescaler)
@@ -164,7 +166,7 @@ class StepEngine:
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores, and the batch if it may be run again."""
         kept = self._guard.keep_batch(batch, batch_idx)
-        if self._optimizers.outdated:
+        if self._optimizers.outdated:  # BaseFinetuning adds parameters at the start of an epoch
             self._renew()
         self._bypassing_steps.begin_batch(self._optimizers.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
@@ -257,22 +259,16 @@ class StepEngine:
         if scale is None:
             scale = 1.0
         if is_new and self._guard.is_stale:
+            # another optimizer's step of this batch has led to a rollback
             discarded = Discarded.STALE
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
         elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
+            # no host sync: the fused optimizer skips by its found_inf
             mode = StepMode.ON_DEVICE
-        return StepContext(
-            trainer,
-            context,
-            mode,
-            self.windows.micro_batches(context),
-            is_new,
-            scale,
-            scale_of_loss,
-            discarded,
-        )
+        micro_batches = self.windows.micro_batches(context)
+        return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)
 
     def _abandon(self, step: StepContext) -> None:
         """Clear the window of a step that is not taken."""
@@ -287,7 +283,7 @@ class StepEngine:
         All its micro-batches were dropped, all have weight 0, or a rollback has replaced the weights they were computed with.
         """
         table = step.optimizer.table
-        drop(table)
+        drop(table)  # None, not zero: with zero gradients AdamW still decays weights and moves by its moments
         self._guard.discard(step)
         measured = measure_step(table, NO_RULES, (), self._norm_type)
         report, _ = apply_step(measured, (), Action.SKIP)
@@ -305,6 +301,7 @@ class StepEngine:
             # histograms show the gradients before they are clipped
             for monitor in self._readers:
                 monitor.before_write(step)
+        # the guard's threshold is one more limit of the plan, so that one measurement serves both; its states come last
         ceiling = self._guard.ceiling(step)
         plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), ceiling)
         states = self._clipper.limit_states(index)
@@ -331,6 +328,7 @@ class StepEngine:
         index, clip_value = step.optimizer.index, self._clipper.clip_value
         report, states = apply_step(measured, states, resolution.action, clip_value=clip_value, fused=step.optimizer.optimizer)
         if resolution.outcome is not None and resolution.outcome is not report.outcome:
+            # such as an overflow, whose step the GradScaler skips by itself
             report = as_undone(report, resolution.outcome)
         if step.is_new and measured.plan.remembers:  # of closure calls of LBFGS the first one counts
             count = measured.plan.count_of_clipping
@@ -382,8 +380,8 @@ class StepEngine:
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.undo_pass(is_bad=is_bad)
         self._guard.end_batch()
-        is_logging_step = self._publisher.is_logging_step
-        if is_logging_step:  # all ranks log at the same steps
+        is_logging_step = self._publisher.is_logging_step  # asked once: the Trainer computes it
+        if is_logging_step:  # all ranks log at the same steps, so that all of them may raise here
             self._collect_and_raise()
         self._publisher.end_batch(self._module, self._optimizers.contexts, is_logging_step=is_logging_step)
 
@@ -468,6 +466,7 @@ class StepEngine:
             self._update_materialized()
         context = self._optimizers.find(optimizer)
         if context is None:
+            # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
             self.collect_pending()
             self._publisher.reset()
             return self._optimizers.replace_contexts(optimizer)

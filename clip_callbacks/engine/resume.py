@@ -84,6 +84,7 @@ class Resumption:
 
     def __init__(self, states: Sequence[State], names: Mapping[int, Sequence[str]], norm_type: float) -> None:
         self.misfits = Misfits()
+        # in reverse, so that the states of callbacks that are there win over those of callbacks that are gone
         histories = {int(index): history for state in reversed(states) for index, history in state.get("history", {}).items()}
         before = {index: histories.get(index, {}).get("parameters", ()) for index in sorted(_numbers_in(states))}
         self._numbers = _match_optimizers(before, names)
@@ -91,7 +92,8 @@ class Resumption:
         orders = {history.get("norm_type", norm_type) for history in histories.values()} - {norm_type}
         self._has_other_norms = bool(orders)
         if orders:
-            self.misfits.forgotten.append(f"what was learned from norms of order {orders.pop():g} instead of {norm_type:g}")
+            discarded = f"all that was learned from norms of order {orders.pop():g}; they have order {norm_type:g} now"
+            self.misfits.forgotten.append(discarded)
         if self.is_known:
             gone, new = before.keys() - self._numbers.values(), names.keys() - self._numbers.keys()
             self.misfits.forgotten += [_describe(index, before[index]) for index in sorted(gone)]
@@ -122,6 +124,7 @@ class Resumption:
         by_number = {int(key): each for key, each in value.items()}
         renumbered = {now: by_number[before] for now, before in self._numbers.items() if before in by_number}
         if keeps_others:
+            # limits look a block up by name in the states of all numbers: parameters may have moved to another optimizer
             renumbered |= {-1 - key: each for key, each in by_number.items() if key not in self._numbers.values()}
         return renumbered
 
@@ -151,6 +154,7 @@ def _match_optimizers(before: Mapping[int, Sequence[str]], now: Mapping[int, Seq
     for count, _, new, old in sorted(common, reverse=True):
         if count and -new not in pairs and -old not in pairs.values():
             pairs[-new] = -old
+    # those without a parameter in common by number, unless optimizers came or went: numbers mean others then
     for new in now.keys() - pairs.keys():
         is_by_number = new in held and new not in pairs.values()
         if is_by_number and (not held[new] or len(now) == len(held)):
@@ -165,7 +169,8 @@ def _without_norms(history: Mapping[str, Any]) -> dict[str, Any]:
 def _describe(index: int, names: Sequence[str]) -> str:
     if not names:
         return f"optimizer {index}"
-    return f"optimizer {index}, of {len(names)} parameters with {names[0]}"
+    count = f"{len(names)} parameter{'s' * (len(names) > 1)}"
+    return f"optimizer {index} ({count}: {names[0]}{', ...' * (len(names) > 1)})"
 
 
 def warn_about(misfits: Misfits) -> None:

@@ -134,7 +134,7 @@ CHANGES = {
     "another norm": (
         [*clipping(Z), GradientNormMonitor()],
         [*clipping(Z, norm_type="inf"), GradientNormMonitor(norm_type="inf")],
-        FORGOTTEN.format("what was learned from norms of order 2 instead of inf"),
+        FORGOTTEN.format("all that was learned from norms of order 2; they have order inf now"),
     ),
     "a monitor more": (
         [NonFiniteGuard()],
@@ -228,11 +228,11 @@ def test_counts_do_not_come_back_from_before_another_guard_counted(trainer, tmp_
 @pytest.mark.parametrize(
     ("optimizers", "told", "counts"),
     [
-        (([[0], [1]], [[1]]), "Discarded: optimizer 0, of 2 parameters with net.0.weight.", [[8, 8]]),
-        (([[0]], [[1], [0]]), "Starts anew: optimizer 0, of 2 parameters with net.1.weight.", [[4, 4], [8, 8]]),
+        (([[0], [1]], [[1]]), "Discarded: optimizer 0 (2 parameters: net.0.weight, ...).", [[8, 8]]),
+        (([[0]], [[1], [0]]), "Starts anew: optimizer 0 (2 parameters: net.1.weight, ...).", [[4, 4], [8, 8]]),
         (([[0], [1]], [[1], [0]]), "", [[8, 8], [8, 8]]),
-        (([[0, 1]], [[0], [1]]), "Starts anew: optimizer 1, of 2 parameters with net.1.weight.", [[8, 8], [8, 8]]),
-        (([[0], [1]], [[0, 1]]), "Discarded: optimizer 1, of 2 parameters with net.1.weight.", [[8, 8, 8, 8]]),
+        (([[0, 1]], [[0], [1]]), "Starts anew: optimizer 1 (2 parameters: net.1.weight, ...).", [[8, 8], [8, 8]]),
+        (([[0], [1]], [[0, 1]]), "Discarded: optimizer 1 (2 parameters: net.1.weight, ...).", [[8, 8, 8, 8]]),
     ],
 )
 def test_an_optimizer_more_or_fewer(trainer, tmp_path, optimizers, told, counts):
@@ -260,7 +260,7 @@ def test_the_state_of_an_optimizer_that_is_no_more_is_dropped(trainer):
 def test_a_resume_that_fails_at_its_start_may_be_tried_again(trainer, tmp_path):
     """With the state as it was loaded, whatever that fit would have made of it."""
     optimizers = ([[0], [1]], [[1]])
-    told = "Discarded: optimizer 0, of 2 parameters with net.0.weight."
+    told = "Discarded: optimizer 0 (2 parameters: net.0.weight, ...)."
     callbacks = [GradientClipping(Z, scope="parameter"), NonFiniteGuard()]
     first = trainer(*callbacks)
     first.fit(Parts(*optimizers[0]), data(4))

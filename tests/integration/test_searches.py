@@ -125,7 +125,7 @@ def test_skipped_steps_of_a_search_are_told_of_wherever_a_trainer_shows_anything
     assert said == []
     curve(trainer(GradientClipping(0.1), **quiet | {shows: True}), Net({5: math.nan}))
     assert len(said) == 1
-    assert "1 step that was not fit" in said[0]
+    assert "has skipped 1 bad step." in said[0]
 
 
 @pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")

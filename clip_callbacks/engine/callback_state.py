@@ -38,6 +38,7 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
     @property
     def skipped_steps(self) -> int:
         """The number of optimizer steps of this run skipped for non-finite gradients so far, over all optimizers."""
+        # after a checkpoint is loaded and before its engine is made, the checkpoint's counts are the newest
         if self._is_loaded and (counted := bad_step_counts([self._saved])):
             return sum(counters.get("skipped", 0) for counters in counted["counters"].values())
         return self._engine.skipped_steps if self._engine else self._last_skipped_steps
@@ -137,9 +138,11 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the present state, without the engine."""
-        return {**super().__getstate__(), **self._results_so_far(), "_is_loaded": self._is_loaded, "_run_identity": RunIdentity()}
+        own = {"_is_loaded": self._is_loaded, "_run_identity": RunIdentity()}  # weak references cannot be pickled
+        return {**super().__getstate__(), **self._results_so_far(), **own}
 
     def _results(self) -> dict[str, Any]:
+        # with the key, which setup has set in the launched process only
         return {**self._results_so_far(), "_is_loaded": False, "state_key": self.state_key}
 
     def _results_so_far(self) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def assemble(trainer: Trainer, module: LightningModule, parts: Iterable[Parts]) 
         monitors=tuple(one.monitor for one in each if one.monitor is not None),
         norm_type=_first([one.norm_type for one in each], 2.0),
         shows=any(one.shows for one in each),
+        # None has no say; True and False together mean False
         summary={True} == {one.summary for one in each} - {None},
         histories={int(index): history for one in each for index, history in one.histories.items()},
     )

@@ -33,7 +33,7 @@ class PendingReport:
 
     def __init__(self, step: StepContext, report: StepRecord) -> None:
         self.step = step
-        self._report = report.to_host()
+        self._report = report.to_host()  # enqueued now, and complete when the event has occurred
         _ = step.place  # a cached property: the Trainer will have moved on when the report is read
         self._event = DeviceEvent(report.total.device)
 
@@ -78,7 +78,7 @@ class DeferredSteps:
         if not self._possible[context.index] or self._wanted is False:
             return False
         if self._wanted is None and context.table.tensors[0].is_cpu:
-            return False
+            return False  # there is no host sync to save
         # fused SGD allocates momentum buffers with empty_like in its first step: skipped through found_inf, that step would leave
         # uninitialized memory in them
         return is_fused(context.optimizer) and not starts_momentum(context.optimizer)

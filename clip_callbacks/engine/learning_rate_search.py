@@ -56,6 +56,7 @@ class LearningRateSearch:
         if not any(is_instance(callback, LEARNING_RATE_SEARCH) for callback in callbacks):
             return
         copies = [copy for callback in self._callbacks if (copy := callback._copy_for_search()) is not None]
+        # the run's own engine would count and restore steps of the search
         for callback in self._callbacks:
             callback._detach_engine()
         if copies:

@@ -117,7 +117,7 @@ class Optimizers:
         """
         check_optimizers([optimizer], grad_scaler(self._trainer), self._facts)
         for context in self.contexts:
-            take_back(context.optimizer)
+            take_back(context.optimizer)  # factors for a step that the replaced optimizer will not take
         if not any(known is optimizer for known in self._trainer.optimizers):
             raise RuntimeError(
                 f"`optimizer` must be one of trainer.optimizers, got a {type(optimizer).__name__} that is not. Return every "

@@ -34,10 +34,10 @@ MAX_SAMPLED_ENTRIES = 1 << 12
 """Largest number of entries of a parameter that is copied."""
 
 ADVICE = (
-    "Nothing of it was clipped, guarded or logged. In manual optimization call step() of what self.optimizers() returns, not "
-    "first_step() and second_step(), nor optimizer.optimizer.step(). An optimizer that needs several passes for a step, as SAM, "
-    "runs them in its step(closure), by calling the closure more than once. Where a step must go around Lightning, as inside the "
-    "backward pass, write clip_callbacks.clip_step(optimizer) right before it."
+    "These changes were not clipped, guarded or logged. In manual optimization, call step() of the optimizers that "
+    "self.optimizers() returns, not first_step(), second_step() or optimizer.optimizer.step(). An optimizer that needs several "
+    "passes for a step, such as SAM, should run them in its step(closure), by calling the closure more than once. If a step must "
+    "bypass Lightning, for example inside the backward pass, call clip_callbacks.clip_step(optimizer) right before it."
 )
 
 

@@ -175,8 +175,8 @@ def _check_strategy(trainer: Trainer) -> None:
     if is_instance(trainer.strategy, DEEPSPEED):
         raise ValueError(
             "`strategy` must keep gradients in `parameter.grad`, got DeepSpeed, which keeps them in its own engine. Remove the "
-            "clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; norms of layers, the guard "
-            "and the metrics are not available there."
+            "clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the guard "
+            "and the metrics are lost."
         )
 
 

@@ -124,13 +124,13 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._memory: dict[Path, Tensor] = {}
+        self._copies: dict[Path, Tensor] = {}
         self._events: list[DeviceEvent] = []
 
     @property
     def nbytes(self) -> int:
         """Size of the copies in bytes."""
-        return sum(each.numel() * each.element_size() for each in self._memory.values())
+        return sum(each.numel() * each.element_size() for each in self._copies.values())
 
     @torch.no_grad()
     def keep(self, tree: Any) -> Any:
@@ -139,9 +139,9 @@ class Snapshot:
         Returns:
             The tree with a :class:`SavedTensor` for each tensor, for :meth:`restore`.
         """
-        copying = _Copying(self._memory)
+        copying = _Copying(self._copies)
         kept = copying.visit(tree, ())
-        self._memory = copying.memory
+        self._copies = copying.memory
         if copying.pairs:
             copies, lives = zip(*copying.pairs, strict=True)
             torch._foreach_copy_(copies, lives, non_blocking=True)

@@ -88,7 +88,7 @@ class DeferredSteps:
         if not is_fused(context.optimizer):
             return f"{type(context.optimizer).__name__} is not fused, and only a fused optimizer can skip a step on the device"
         if not _suits_fused_kernels(context):
-            return "the parameters are not all of one dtype up to float32 on one device, a CPU or a CUDA one"
+            return "the parameters do not all have one dtype of at most 32 bits and one device, a CPU or CUDA"
         for part in self._parts:
             if reason := part.reason_against_deferral(context):
                 return reason

@@ -442,7 +442,7 @@ class StepEngine:
         try:
             self._collect_and_raise()
         except (NonFiniteGradientError, RuntimeError) as error:
-            self._deferred.detach()  # a report that has failed now would fail again
+            self._deferred.detach()  # the state is saved next, and after an error of the device every read raises again
             rank_zero_warn(f"The run was stopped by another exception. The report of its last step: {error}", stacklevel=2)
 
     # --- state

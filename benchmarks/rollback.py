@@ -37,7 +37,7 @@ class Run:
         """What is timed."""
         return {
             KEEP: lambda: self.memory.keep(self.tree),
-            PUT_BACK: lambda: self.memory.put_back(self.kept, self.tree),
+            PUT_BACK: lambda: self.memory.restore(self.kept, self.tree),
             STEP: self.optimizer.step,
             READ: rivals.bare_read(self.holder),
         }

@@ -124,9 +124,9 @@ def trainer(tmp_path: Any) -> Callable[..., Trainer]:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the package tells of a run at its end, however short and quiet the run is: the table first, then lines."""
     lines: list[str] = []
-    for place in ("engine", "search"):
+    for place in ("engine", "learning_rate_search"):
         monkeypatch.setattr(f"clip_callbacks.engine.{place}.is_silent", lambda _: False)
-        monkeypatch.setattr(f"clip_callbacks.engine.{place}.tell", lambda _, text: lines.append(text))
+        monkeypatch.setattr(f"clip_callbacks.engine.{place}.log_message", lambda _, text: lines.append(text))
     monkeypatch.setattr("clip_callbacks.publishing.summary.MIN_STEPS_FOR_TABLE", 1)
     return lines
 

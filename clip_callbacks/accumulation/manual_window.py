@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clip_callbacks.accumulation.window import Window
 from clip_callbacks.core.reduction import Reduction, on_any_rank, shard_of
-from clip_callbacks.trainer.gradient_fingerprints import fingerprints
+from clip_callbacks.trainer.fingerprints import gradient_fingerprints
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -21,11 +21,11 @@ class ManualWindow:
     def __init__(self, context: OptimizerContext) -> None:
         self.context = context
         self.window = Window(divisor=1)
-        self._seen = fingerprints(self.context.table)
+        self._seen = gradient_fingerprints(self.context.table)
 
     def before_backward(self) -> None:
         """Begin a new window if the gradients were set to zero since the last backward pass."""
-        present = fingerprints(self.context.table)
+        present = gradient_fingerprints(self.context.table)
         is_sharded = self._reduction is not None
         # An empty shard never changes. Where ranks hold shards, only the entries decide, in one collective for all of them.
         has_gradients = (not is_sharded and present == self._seen) or not self._is_zero()
@@ -37,7 +37,7 @@ class ManualWindow:
 
     def after_backward(self, weight: float) -> None:
         """Count the backward pass if it has changed a gradient of this optimizer."""
-        present = fingerprints(self.context.table)
+        present = gradient_fingerprints(self.context.table)
         if self._agreed(present != self._seen):
             self.window.add(weight)
         self._seen = present

@@ -22,8 +22,9 @@ from clip_callbacks.core.measurement import measure
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import averaged, on_any_rank
 from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -59,7 +60,7 @@ class MicroBatches:
         self._size: int | None = None
         self._sizes: list[int | None] = []
         self.norms: list[float] = []
-        self._written = WrittenBuffers(module) if drops else None
+        self._written = BufferTracker(module) if drops else None
         self._buffers = BufferCopies(self._written) if self._written else None
         self._aside: list[tuple[Tensor, Tensor]] = []
         self.good = self.dropped = 0
@@ -142,7 +143,7 @@ class MicroBatches:
         for tensor, gradient in self._aside:
             tensor.grad = gradient
         if self._written and self._buffers:
-            self._written.look_closely()
+            self._written.compare_contents()
             self._buffers.restore()
 
     def _merge(self) -> None:

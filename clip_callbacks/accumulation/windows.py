@@ -15,8 +15,8 @@ from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 from clip_callbacks.trainer.grad_scaler import grad_scaler
-from clip_callbacks.trainer.gradient_fingerprints import Fingerprints, fingerprints, is_changed
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch, StepContext
 from clip_callbacks.trainer.strategies import data_parallel
@@ -62,7 +62,7 @@ class Windows:
         self._newest: MicroBatch | None = None
         self._sharing: dict[int, list[int]] = {}
         self._discarded: dict[int, Discarded] = {}
-        self._before_pass: dict[int, Fingerprints] = {}
+        self._before_pass: dict[int, GradientFingerprints] = {}
         self._are_several = False
         self.kept: KeptBatch | None = None
         self.acts_on_backward = rescaler.acts_on_backward
@@ -103,7 +103,7 @@ class Windows:
                 self._detect_zero_grad(context, window)
             window.append(micro_batch)
         if self._are_several:
-            self._before_pass = {context.index: fingerprints(context.table) for context in self._contexts}
+            self._before_pass = {context.index: gradient_fingerprints(context.table) for context in self._contexts}
         if self._rescaler.acts_on_backward:
             self._rescaler.before_backward(loss)
 
@@ -114,7 +114,9 @@ class Windows:
             The numbers of these optimizers, and the numbers of those whose window has begun with this pass.
         """
         reached = {
-            context.index for context in self._contexts if is_changed(context.table, self._before_pass.get(context.index, {}))
+            context.index
+            for context in self._contexts
+            if gradients_changed(context.table, self._before_pass.get(context.index, {}))
         }
         for index, window in self._micro_batches.items():
             if index not in reached and window and window[-1] is self._newest:

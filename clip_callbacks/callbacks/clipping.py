@@ -135,20 +135,20 @@ class GradientClipping(GradientCallback):
         LimitMemory(state)
         check_saved(state["guard"])
 
-    def _adopt(self, others: Sequence[State]) -> list[str]:
-        anew = super()._adopt(others)
+    def _carry_over(self, others: Sequence[State]) -> list[str]:
+        anew = super()._carry_over(others)
         if not self._saved.get("guard"):
             guard = {"guard": bad_step_counts(others)}
             self._saved = {"history": {}, **self._empty_state(), **self._saved, **guard}
         return anew
 
-    def _for_search(self) -> GradientClipping:
+    def _copy_for_search(self) -> GradientClipping:
         searching = copy(self)
         searching._guard_options = self._guard_options.for_search()
         return searching
 
-    def _leave(self) -> None:
-        super()._leave()
+    def _release_parts(self) -> None:
+        super()._release_parts()
         self._own_guard = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from clip_callbacks.core.blocks import EVERYTHING, Selection
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.resume import reading
-from clip_callbacks.trainer.compat import FSDP, is_of
-from clip_callbacks.trainer.guest import Guest
-from clip_callbacks.trainer.last_run import LastRun
-from clip_callbacks.trainer.launched import ReturningCallback
+from clip_callbacks.trainer.compat import FSDP, is_instance
+from clip_callbacks.trainer.launched_processes import ResultReturningCallback
+from clip_callbacks.trainer.lightning_callback import LightningCallback
+from clip_callbacks.trainer.run_identity import RunIdentity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,7 @@ SPIKE_FACTOR = 1e4
 _log = logging.getLogger(__name__)
 
 
-class FaultInjection(ReturningCallback, Guest):
+class FaultInjection(ResultReturningCallback, LightningCallback):
     """Poisons gradients or losses on purpose, to rehearse a run's reaction to bad steps before they happen by themselves.
 
     It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
@@ -93,7 +93,7 @@ class FaultInjection(ReturningCallback, Guest):
             raise ValueError(f'`{argument}` must be None for the kind "loss", got {pattern!r}: a bad loss reaches every gradient.')
         self.rank = as_count_or_none(rank, "rank", least=0, none="or None for all ranks")
         self._is_loaded = self._is_late = False
-        self._last_run = LastRun()
+        self._run_identity = RunIdentity()
         self._targets: dict[str, Tensor] = {}
         self._injection: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -116,9 +116,9 @@ class FaultInjection(ReturningCallback, Guest):
                 f"{os.environ.get(VARIABLE)!r}. Set it for a rehearsal; for real training remove FaultInjection from the callbacks."
             )
         if stage == "fit":
-            if not self._is_loaded and not self._last_run.goes_on(trainer, pl_module):
+            if not self._is_loaded and not self._run_identity.is_continued_by(trainer, pl_module):
                 self._begin()
-            self._last_run = LastRun(trainer, pl_module)
+            self._run_identity = RunIdentity(trainer, pl_module)
             self._return_results_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,7 +133,7 @@ class FaultInjection(ReturningCallback, Guest):
         self._selection.check(list(named))
         self._targets = {name: tensor for name, tensor in named.items() if name in self._selection}
         # Under the first FullyShardedDataParallel parameters are views into others, and gradients arrive at those others.
-        self._is_late = is_of(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
+        self._is_late = is_instance(trainer.strategy, FSDP) or any(map(is_sharded, self._targets.values()))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Poison the loss, or hang hooks on the parameters, if this is the first backward pass of a chosen step."""
@@ -233,7 +233,7 @@ class FaultInjection(ReturningCallback, Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the parameters and hooks of a run."""
-        run: dict[str, Any] = {"_targets": {}, "_injection": None, "_hooks": [], "_last_run": LastRun()}
+        run: dict[str, Any] = {"_targets": {}, "_injection": None, "_hooks": [], "_run_identity": RunIdentity()}
         return super().__getstate__() | run | {"injected": list(self.injected)}
 
 

@@ -186,7 +186,7 @@ class NonFiniteGuard(GradientCallback):
         self._part = Guard(trainer, self._options, saved)
         return Parts(guard=self._part, summary=self.summary, histories=saved.get("history", {}))
 
-    def _for_search(self) -> NonFiniteGuard:
+    def _copy_for_search(self) -> NonFiniteGuard:
         searching = copy(self)
         searching._options = self._options.for_search()
         return searching
@@ -197,8 +197,8 @@ class NonFiniteGuard(GradientCallback):
     def _check_state(self, state: State) -> None:
         check_saved(state)
 
-    def _adopt(self, others: Sequence[State]) -> list[str]:
+    def _carry_over(self, others: Sequence[State]) -> list[str]:
         counts = bad_step_counts(others)
         if not self._saved and counts:
             self._saved = {"history": {}, **self._empty_state(), **counts}
-        return super()._adopt(others)
+        return super()._carry_over(others)

@@ -116,7 +116,7 @@ class GradientNormMonitor(GradientCallback):
             log_histograms=self.log_histograms,
         )
 
-    def _for_search(self) -> None:
+    def _copy_for_search(self) -> None:
         """Steps of a search tell nothing about the run."""
 
     def _empty_state(self) -> dict[str, Any]:
@@ -125,9 +125,9 @@ class GradientNormMonitor(GradientCallback):
     def _check_state(self, state: State) -> None:
         NormMonitor(self._monitor_options, state)
 
-    def _adopt(self, others: Sequence[State]) -> list[str]:
+    def _carry_over(self, others: Sequence[State]) -> list[str]:
         # Total norms do not depend on the scope: a monitor without a state goes on with those of a monitor of another scope.
-        anew = super()._adopt(others)
+        anew = super()._carry_over(others)
         other = next((state for state in others if "norms" in state and "blocks" in state), None)
         if not self._saved and other:
             self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"]}

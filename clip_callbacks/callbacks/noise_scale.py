@@ -59,7 +59,7 @@ class GradientNoiseScale(GradientCallback):
         self._part = NoiseScaleMonitor(saved)
         return Parts(monitor=self._part, norm_type=NORM_TYPE, histories=saved.get("history", {}))
 
-    def _for_search(self) -> None:
+    def _copy_for_search(self) -> None:
         """Steps of a search tell nothing about the run."""
 
     def _empty_state(self) -> dict[str, Any]:

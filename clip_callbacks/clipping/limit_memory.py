@@ -103,10 +103,10 @@ class LimitMemory:
 
     def _report(self, context: OptimizerContext, carried: Mapping[LimitKey, CarriedState], unused: list[LimitKey]) -> None:
         for (role, name), each in carried.items():
-            each.report_missing(f"{ROLES[role]}{name}{context.of_which}", self.mismatch)
+            each.report_missing(f"{ROLES[role]}{name}{context.of_optimizer}", self.mismatch)
         for role, name in unused:
             kind = self._saved[context.index][role, name].kind
-            self.mismatch.unexpected.append(f"the state of {kind}, which was {ROLES[role]}{name}{context.of_which}")
+            self.mismatch.unexpected.append(f"the state of {kind}, which was {ROLES[role]}{name}{context.of_optimizer}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all states by role, number of the optimizer, and name."""

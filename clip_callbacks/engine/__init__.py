@@ -1,1 +1,1 @@
-"""The one pass of all callbacks over the gradients of each optimizer step."""
+"""The engine that all callbacks of a Trainer share: it processes the gradients of each optimizer step once."""

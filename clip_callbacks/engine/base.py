@@ -1,4 +1,4 @@
-"""What the gradient callbacks of one Trainer have in common: they share one engine, which the first of them drives."""
+"""The base class of gradient callbacks. The callbacks of one Trainer share an engine, which the first of them drives."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.engine.callback_state import StatefulCallback
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.engine.resume import Resumption, State, is_of_the_family, warn_of
-from clip_callbacks.engine.saving import SavingCallback
-from clip_callbacks.engine.search import LearningRateSearch
+from clip_callbacks.engine.learning_rate_search import LearningRateSearch
+from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_about
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class GradientCallback(SavingCallback):
-    """A callback of this package, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
+class GradientCallback(StatefulCallback):
+    """A gradient callback, for Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``.
 
-    It holds options and, between fits, the state of the last one. For each fit it makes parts, which the engine of the fit owns.
+    It holds options and, between fits, the state of the last fit. For each fit it makes parts, which the engine of the fit owns.
+    The first gradient callback of the Trainer is the driver: only its hooks call the engine, so that each step is processed once.
     """
 
     _kind: ClassVar[Kind]
     state_key: str = ""
-    """An attribute and no property: Lightning asks for it in every hook of every callback."""
+    """Key of the state in checkpoints. An attribute, not a property: Lightning reads it for every hook of every callback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +40,10 @@ class GradientCallback(SavingCallback):
         self._own_engine: StepEngine | None = None
         self._search: LearningRateSearch | None = None
         self._part: Any = None
-        self._left_over: tuple[State, ...] = ()
+        self._unclaimed_states: tuple[State, ...] = ()
         self._batch: tuple[Trainer, LightningModule, Any, int] | None = None
-        # until it is set up, the instance: a Trainer given two of a class then leaves it to us to say what is wrong
-        self._name_state(f"{self._stable_key}@{id(self)}")
+        # unique until setup: Trainer.__init__ refuses two callbacks with the same key, and check_trainer explains it better
+        self._set_state_key(f"{self._stable_key}@{id(self)}")
 
     # --- for subclasses
 
@@ -50,26 +51,26 @@ class GradientCallback(SavingCallback):
     def _stable_key(self) -> str:
         return type(self).__qualname__
 
-    def _name_state(self, key: str) -> None:
-        """Set ``state_key``, unless a subclass has a property of its own, as Lightning's documentation shows."""
+    def _set_state_key(self, key: str) -> None:
+        """Set ``state_key``. A subclass may define a property, as Lightning's documentation shows, which takes precedence."""
         vars(self)["state_key"] = key
 
     def _facts(self) -> CallbackFacts:
-        """What the checks need to know of this callback."""
+        """Return the facts about this callback that the checks need."""
         return CallbackFacts(self._kind, self._stable_key)
 
     @abstractmethod
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        """Make what takes part in one fit, the main part of it as ``self._part``.
+        """Make the parts for one fit, the main part of them as ``self._part``.
 
         Args:
             trainer: The Trainer.
             module: The module to train.
-            saved: What :meth:`state_dict` returned, in a checkpoint; empty at the beginning of a run.
+            saved: State from :meth:`state_dict`; empty at the beginning of a run.
         """
 
     def _parts_state(self) -> dict[str, Any]:
-        """The state of the parts of this fit."""
+        """Return the state of this fit's parts."""
         state: dict[str, Any] = self._part.state_dict()
         return state
 
@@ -77,52 +78,60 @@ class GradientCallback(SavingCallback):
 
     @property
     def _engine(self) -> StepEngine | None:
-        """The engine of the fit, if there is one."""
+        """The engine of the fit; None between fits."""
         return self._driver._own_engine if self._driver else None
 
-    def _join(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
-        """Bring this callback's parts to a fit."""
+    def _bring_parts(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
+        """Make this callback's parts for a fit that another callback may drive."""
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
-    def _leave(self) -> None:
-        """Keep the state of a fit that is over, and let go of its parts."""
-        self._keep_results()
+    def _release_parts(self) -> None:
+        """Save the state of a fit that is over, and release its parts."""
+        self._save_results()
         self._driver = self._part = self._batch = None
 
-    def _restart(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin a new run, unless a checkpoint has brought a state, or the Trainer goes on with the last one."""
-        self._drop_engine()  # of a fit that nobody has ended
+    def _reset(self, trainer: Trainer, module: LightningModule) -> None:
+        """Reset this callback before a fit."""
+        self._discard_engine()  # a fit may have raised without teardown
         self._driver = self._batch = None
-        self._left_over = ()
+        self._unclaimed_states = ()
         self._begin_run(trainer, module)
 
-    def _assemble(self, trainer: Trainer, module: LightningModule) -> None:
-        """Make the engine of a fit, for all callbacks; the first of them drives it."""
+    def _make_engine(self, trainer: Trainer, module: LightningModule) -> StepEngine:
+        """Make the engine of a fit for all gradient callbacks, with this one as the driver."""
         self._driven = tuple(gradient_callbacks(trainer))
         facts = [callback._facts() for callback in self._driven]
         resumption = self._resume(trainer, module, facts)
-        saved = [resumption.fitted(callback._saved) if resumption else {} for callback in self._driven]
-        pairs = zip(self._driven, saved, strict=True)
-        components = assemble(trainer, module, [callback._join(self, trainer, module, state) for callback, state in pairs])
-        self._own_engine = StepEngine(trainer, module, components, facts)
+        parts = []
         for callback in self._driven:
-            callback._forget_saved()
-        self._left_over = ()
+            saved = resumption.adapted(callback._saved) if resumption else {}
+            parts.append(callback._bring_parts(self, trainer, module, saved))
+        components = assemble(trainer, module, parts)
+        engine = self._own_engine = StepEngine(trainer, module, components, facts)
+        # only now: if the engine refuses an option, the loaded states are still there
+        for callback in self._driven:
+            callback._clear_saved()
+        self._unclaimed_states = ()
         if resumption:
+            # attaching limits to their blocks has found further states that do not fit
             for part in (components.clipper, components.guard):
                 resumption.mismatch.add(part.mismatch())
-            warn_of(resumption.mismatch)
+            warn_about(resumption.mismatch)
+        return engine
 
     def _resume(self, trainer: Trainer, module: LightningModule, facts: Sequence[CallbackFacts]) -> Resumption | None:
-        """Find what makes saved states fit the optimizers of now, if there are any; callbacks take up what others know."""
-        known = [callback._saved for callback in self._driven if callback._saved] + list(self._left_over)
+        """Prepare the adaptation of saved states to the present optimizers; return None if there are no saved states."""
+        known = [callback._saved for callback in self._driven if callback._saved] + list(self._unclaimed_states)
         if not known:
             return None
-        anew = [what for callback in self._driven for what in callback._adopt(known)]
+        anew = [name for callback in self._driven for name in callback._carry_over(known)]
         if not any(callback._saved.get("history") for callback in self._driven):
-            histories = [state["history"] for state in self._left_over if state["history"]]
-            self._saved = {**self._empty_state(), **self._saved, "history": histories[0] if histories else {}}
+            # histories are in the state of the driver, and that of the checkpoint may no longer be in the Trainer
+            histories = [state["history"] for state in self._unclaimed_states if state["history"]]
+            history = histories[0] if histories else {}
+            self._saved = {**self._empty_state(), **self._saved, "history": history}
+        # as the tables of this fit will name them: without prefixes of wrappers such as DDP or torch.compile
         names = {
             index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
             for index, optimizer in enumerate(trainer.optimizers)
@@ -133,15 +142,18 @@ class GradientCallback(SavingCallback):
             resumption.mismatch.missing += anew
         return resumption
 
-    def _take_up_loaded(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
-        """Make the engine anew if a checkpoint has brought states in the middle of a fit; whether one has.
+    def _apply_loaded_states(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
+        """Make a new engine if a checkpoint was loaded in mid-fit.
 
         Args:
             trainer: The Trainer.
             module: The module in training.
-            is_new: Whether what no state has come for begins anew, since all that is there is from before the checkpoint.
+            is_new: If True, callbacks without a loaded state start anew; if False, they keep their present state.
+
+        Returns:
+            True if a checkpoint was loaded.
         """
-        for callback in self._driven:
+        for callback in self._driven:  # no generator expression: this runs in each batch
             if callback._is_loaded:
                 break
         else:
@@ -151,118 +163,122 @@ class GradientCallback(SavingCallback):
                 callback._saved = {}
             else:
                 callback._save()
-        if self._own_engine:
-            self._own_engine.detach()
-        self._assemble(trainer, module)
+        self._detach_engine()
+        self._make_engine(trainer, module)
         return True
 
-    def _start_engine(self, trainer: Trainer) -> None:
-        """Have the engine take hold of where metrics go."""
+    def _start_fit(self, trainer: Trainer) -> None:
+        """Start the fit in the engine, if this callback is the driver."""
         if self._own_engine:
             self._own_engine.start_fit(self._later_callbacks(trainer))
 
     def _begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Keep what a skipped step would have to put back."""
+        """Begin a batch."""
         if self._own_engine:
             self._own_engine.begin_batch(batch, batch_idx)
 
-    def _take_up_in_batch(self) -> None:
-        """Take up a state that comes when a batch has begun, and begin it again: its step counts from there."""
+    def _apply_loaded_states_in_batch(self) -> None:
+        """Apply a state that is loaded after the hooks of a batch's start, and begin the batch again.
+
+        A later callback or the module may restore a checkpoint in its ``on_train_batch_start``.
+        """
         if self._batch is None:
             return
         trainer, module, batch, batch_idx = self._batch
-        if not self._take_up_loaded(trainer, module):
+        if not self._apply_loaded_states(trainer, module):
             return
-        self._start_engine(trainer)
+        self._start_fit(trainer)
+        # callbacks whose hook is still to come begin the batch themselves
         for callback in self._driven:
             if callback._batch is not None:
                 callback._begin_batch(batch, batch_idx)
 
-    def _for_search(self) -> GradientCallback | None:
-        """A copy for a search for the learning rate; None if it has no use there."""
+    def _copy_for_search(self) -> GradientCallback | None:
+        """Return a copy for a search for the learning rate; None if the callback is not needed there."""
         return copy(self)
 
-    def _interrupt(self) -> None:
-        """Take the hooks of a fit off: its state comes back with a checkpoint."""
+    def _detach_engine(self) -> None:
+        """Remove the hooks of the fit. The engine stays until a checkpoint restores its state."""
         if self._own_engine:
             self._own_engine.detach()
 
-    def _drop_search(self) -> None:
-        """Leave searches for the learning rate alone from now on."""
+    def _detach_search(self) -> None:
+        """Stop taking part in searches for the learning rate."""
         search, self._search = self._search, None
         if search:
             search.detach()
 
-    def _end(self) -> None:
-        """End a fit, for all callbacks."""
+    def _end_fit(self) -> None:
+        """End the fit for all gradient callbacks."""
         try:
             for callback in self._driven:
-                callback._leave()
+                callback._release_parts()
         finally:
-            self._drop_engine()
+            self._discard_engine()
 
-    def _drop_engine(self) -> None:
-        """Let go of the engine, if this callback drives one."""
-        engine, self._own_engine, self._driven = self._own_engine, None, ()
+    def _discard_engine(self) -> None:
+        """Detach and drop the engine, if this callback drives one."""
+        engine, self._own_engine, self._driven = self._own_engine, None, ()  # first, in case that detaching raises
         if engine:
             engine.detach()
 
     def _later_callbacks(self, trainer: Trainer) -> list[Callback]:
-        """The callbacks of others that come after this one."""
+        """Return the callbacks of other packages that come after this one."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks[callbacks.index(self) :] if not isinstance(callback, GradientCallback)]
 
     # --- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be done right before anything is trained."""
-        self._name_state(self._stable_key)
-        self._drop_search()  # of a fit that nobody has ended
+        """Check the Trainer, and reset the callback for a fit."""
+        self._set_state_key(self._stable_key)
+        self._detach_search()  # a fit may have raised without teardown
         if stage == "fit":
             callbacks = gradient_callbacks(trainer)
             check_trainer(trainer, pl_module, [callback._facts() for callback in callbacks])
-            self._restart(trainer, pl_module)
+            self._reset(trainer, pl_module)
             self._return_results_of(trainer)
             if callbacks[0] is self:
                 self._search = LearningRateSearch(trainer, pl_module, callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the engine; the first callback does it for all."""
+        """Make the engine: the first gradient callback makes it for all."""
         if gradient_callbacks(trainer)[0] is self:
-            self._assemble(trainer, pl_module)
-            if self._own_engine:
-                self._own_engine.lay_out_charts()
+            # optimizers exist now, and the module's own on_train_start has not run yet
+            self._make_engine(trainer, pl_module).lay_out_charts()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take hold of where metrics go; where the strategy loads checkpoints late, take up what they brought."""
-        self._take_up_loaded(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
-        self._start_engine(trainer)
+        """Start the fit; apply the checkpoint if the strategy has loaded it after ``on_fit_start``."""
+        # FSDP, ModelParallel and DeepSpeed load a checkpoint only once the parameters are sharded
+        self._apply_loaded_states(trainer, pl_module, is_new=trainer.strategy.restore_checkpoint_after_setup)
+        self._start_fit(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep what a skipped step would have to put back."""
-        if self._take_up_loaded(trainer, pl_module):  # Lightning's searches restore in the middle of a fit
-            self._start_engine(trainer)
+        """Save the state that a skipped step restores."""
+        # LearningRateFinder and BatchSizeFinder restore their checkpoint in mid-fit
+        if self._apply_loaded_states(trainer, pl_module):
+            self._start_fit(trainer)
         self._batch = (trainer, pl_module, batch, batch_idx)
         self._begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the loss until the step, and weight it."""
+        """Weight the loss, and keep it until the step."""
         self._batch = None
         if self._own_engine:
             self._own_engine.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop a bad micro-batch, if the guard is told to."""
+        """Drop a bad micro-batch if the guard has ``level="microbatch"``."""
         if self._own_engine:
             self._own_engine.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Run the pass: the gradients are ready, the optimizer has not moved."""
+        """Process the gradients: they are complete, and the optimizer has not stepped yet."""
         if self._own_engine:
             self._own_engine.before_step(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Publish what the batch's optimizer steps reported."""
+        """Publish the metrics of the batch's optimizer steps."""
         self._batch = None
         if self._own_engine:
             self._own_engine.end_batch(outputs)
@@ -273,55 +289,57 @@ class GradientCallback(SavingCallback):
             self._own_engine.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up."""
+        """Log the summary of the run."""
         if self._own_engine:
             self._own_engine.end_fit()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers and their parameters; what a checkpoint needs stays."""
-        self._drop_search()
+        """Release the optimizers and their parameters; keep the state for checkpoints."""
+        self._detach_search()
         if self._own_engine:
-            self._end()
-        if stage == "fit":  # Lightning's searches before a fit restore a state and leave it here
+            self._end_fit()
+        if stage == "fit":  # a search before a fit has restored a state that no fit has used
             self._is_loaded = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Learn what is pending, before a checkpoint is made of it; leave no hook on an optimizer."""
-        self._drop_search()
+        """Collect pending reports for a checkpoint of the exception, and remove all hooks."""
+        self._detach_search()
         if self._own_engine:
-            self._own_engine.collect_at_last()
-            self._end()
+            # OnExceptionCheckpoint saves in its own on_exception, and Lightning calls no teardown after an exception
+            self._own_engine.collect_after_error()
+            self._end_fit()
 
     def _state_of(self, engine: StepEngine) -> dict[str, Any]:
-        """The state of the parts, and with the driver's the histories of the optimizers."""
+        """Return the state of the parts; the driver's state also holds the histories of the optimizers."""
         history = engine.history_state() if self._driver is self else {}
         return {"history": history, **self._parts_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; in the middle of a batch, at once.
+        """Load a state from :meth:`state_dict`; in mid-batch it takes effect at once.
 
         Raises:
-            ValueError: If the state is not one of this callback, or is damaged.
+            ValueError: If the state is incomplete or damaged.
         """
         super().load_state_dict(state_dict)
         if self._driver:
-            self._driver._take_up_in_batch()
+            self._driver._apply_loaded_states_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take note of the states of callbacks that are no longer there; another run's checkpoint ends the last one."""
+        """Record the states of gradient callbacks that are no longer in the Trainer."""
         if self._engine is None and not self._is_loaded:
+            # the state of another run; Lightning calls load_state_dict next if the checkpoint has one of this callback
             self._saved = {}
         if gradient_callbacks(trainer)[0] is self:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-            left = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
-            self._left_over = tuple(filter(is_of_the_family, left))
+            unclaimed = [state for key, state in checkpoint.get("callbacks", {}).items() if key not in keys]
+            self._unclaimed_states = tuple(filter(is_gradient_callback_state, unclaimed))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the engine and its parts: they belong to one Trainer's fit."""
+        """Pickle and copy without the engine and its parts, which belong to one fit."""
         own = {"_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None, "_batch": None}
         return super().__getstate__() | own
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:
-    """The gradient callbacks of a Trainer, in its order."""
+    """Return the gradient callbacks of a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, GradientCallback)]  # type: ignore[attr-defined]

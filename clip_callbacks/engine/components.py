@@ -1,4 +1,4 @@
-"""What takes part in a fit: the parts that gradient callbacks make, and what stands in for those that are not there."""
+"""The parts that take part in a fit: made by gradient callbacks, or by default where no callback brings one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one gradient callback brings to a fit.
+    """The parts that one gradient callback brings to a fit.
 
     Args:
-        clipper: What clips.
-        guard: What decides on bad steps.
-        default_guard: What decides on them if no other callback brings a guard.
-        rescaler: What makes windows means.
-        monitor: The part that observes the steps.
-        norm_type: The order of norms that it asks for; None takes any.
-        shows: Whether the progress bar shows the norm.
-        summary: Whether the fit is summed up in the end; None leaves it to others.
-        histories: The histories of optimizers that its checkpoint knows, by their numbers.
+        clipper: The part that clips.
+        guard: The part that decides on bad steps.
+        default_guard: The part that decides on bad steps if no other callback brings a guard.
+        rescaler: The part that turns the sums of accumulation windows into means.
+        monitor: The part that measures the norms of blocks.
+        norm_type: The order of norms that the callback requires; None if it takes any.
+        shows: If True, the progress bar shows the norm.
+        summary: If True, a summary is logged at the end of the fit; if False, none is; None leaves it to other callbacks.
+        histories: States of the optimizers' histories from the callback's checkpoint, by the number of the optimizer.
     """
 
     clipper: Unclipped | None = None
@@ -44,17 +44,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Components:
-    """All that takes part in a fit.
+    """All parts that take part in a fit.
 
     Args:
-        clipper: What clips.
-        guard: What decides on bad steps.
-        rescaler: What makes windows means.
-        monitors: The parts that observe the steps.
+        clipper: The part that clips.
+        guard: The part that decides on bad steps.
+        rescaler: The part that turns the sums of accumulation windows into means.
+        monitors: The parts that measure the norms of blocks.
         norm_type: The order of all norms.
-        shows: Whether the progress bar shows the norm.
-        summary: Whether the fit is summed up in the end: a callback wants it, and none is against it.
-        histories: What a checkpoint knows of the optimizers' histories, by their numbers.
+        shows: If True, the progress bar shows the norm.
+        summary: If True, a summary is logged at the end of the fit: a callback wants it, and no other one declines it.
+        histories: States of the optimizers' histories from a checkpoint, by the number of the optimizer.
     """
 
     clipper: Unclipped
@@ -68,26 +68,28 @@ class Components:
 
 
 def assemble(trainer: Trainer, module: LightningModule, parts: Iterable[Parts]) -> Components:
-    """Bring together what the gradient callbacks of one Trainer bring.
+    """Combine the parts of all gradient callbacks of a Trainer.
 
     Args:
         trainer: The Trainer.
         module: The module to train.
-        parts: What each callback brings, in the Trainer's order.
+        parts: The parts of each callback, in the Trainer's order.
     """
     each = list(parts)
     return Components(
         clipper=_first([one.clipper for one in each], Unclipped()),
+        # a guard that the user has asked for comes before the one that GradientClipping brings
         guard=_first([one.guard for one in each] + [one.default_guard for one in each], Unguarded()),
         rescaler=_first([one.rescaler for one in each], NoRescaling(trainer, module)),
         monitors=tuple(one.monitor for one in each if one.monitor is not None),
         norm_type=_first([one.norm_type for one in each], 2.0),
         shows=any(one.shows for one in each),
+        # None has no say; True and False together mean False
         summary={True} == {one.summary for one in each} - {None},
         histories={int(index): history for one in each for index, history in one.histories.items()},
     )
 
 
 def _first(found: list[Any], default: Any) -> Any:
-    """The first that is there."""
+    """Return the first element that is not None."""
     return next((one for one in found if one is not None), default)

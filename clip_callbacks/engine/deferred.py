@@ -1,4 +1,4 @@
-"""Steps that are decided where the gradients are: the host learns of a step one step later, without waiting for the device."""
+"""Deferred steps, which the device decides: the host reads the report one step later, and never waits for the device."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
 
-class MayNeedTheHost(Protocol):
-    """A part of the fit that may have to know of a step before it is taken."""
+class DeferrablePart(Protocol):
+    """A part of the fit that may need the host to decide on a step before it is taken."""
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
-        """Why the host must decide on steps of an optimizer, if it must."""
+        """Return the reason why the host must decide on steps of an optimizer; None if it need not."""
         ...
 
 
 class PendingReport:
-    """A report on its way to the host.
+    """A report that is being copied to the host.
 
     Args:
         step: The step.
-        report: Its report, where the gradients are.
+        report: The report of the step, on the device of the gradients.
     """
 
     def __init__(self, step: StepContext, report: StepRecord) -> None:
         self.step = step
-        self._report = report.to_host()
-        _ = step.place  # as it is now
+        self._report = report.to_host()  # enqueued now, and complete when the event has occurred
+        _ = step.place  # a cached property: the Trainer will have moved on when the report is read
         self._event = DeviceEvent(report.total.device)
 
     def read(self) -> StepRecord:
-        """The report; a step later the device is long past it."""
+        """Return the report. One step later this does not wait: the device has finished the copy."""
         self._event.wait()
         return self._report.decided_on_host()
 
 
 class DeferredSteps:
-    """Which optimizers' steps can be decided on the device, and the reports of those that were.
+    """The deferred steps of a fit: which optimizers can have them, and their pending reports.
 
     Args:
-        parts: What may have to know of a step before it is taken.
-        wanted: Whether steps are to be deferred; None: where it pays.
+        parts: The parts that may need the host to decide.
+        wanted: If True, steps are deferred; if False, none is; None defers steps on devices other than the CPU.
 
     Attributes:
-        is_in_use: Whether any step was.
+        is_in_use: True once a step was deferred.
     """
 
-    def __init__(self, parts: Iterable[MayNeedTheHost], *, wanted: bool | None) -> None:
+    def __init__(self, parts: Iterable[DeferrablePart], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False
@@ -63,10 +63,10 @@ class DeferredSteps:
         self._errors: dict[int, NonFiniteGradientError] = {}
 
     def register(self, context: OptimizerContext) -> None:
-        """Find out about an optimizer, now or again.
+        """Determine whether the steps of an optimizer can be deferred; called again when its parameters change.
 
         Raises:
-            ValueError: If the guard insists on deferral where it cannot be; it says why.
+            ValueError: If the guard has ``deferred=True`` and they cannot. The message says why.
         """
         reason = self._reason_against(context)
         if reason and self._wanted:
@@ -74,69 +74,68 @@ class DeferredSteps:
         self._possible[context.index] = reason is None
 
     def applies_to(self, context: OptimizerContext) -> bool:
-        """Whether this step of an optimizer is to be decided on the device.
-
-        The first one of SGD with momentum is not: skipped on the way it would leave its buffers uninitialized.
-        """
+        """Return whether the next step of an optimizer is decided on the device."""
         if not self._possible[context.index] or self._wanted is False:
             return False
         if self._wanted is None and context.table.tensors[0].is_cpu:
-            return False
+            return False  # there is no host sync to save
+        # fused SGD allocates momentum buffers with empty_like in its first step: skipped through found_inf, that step would leave
+        # uninitialized memory in them
         return is_fused(context.optimizer) and not starts_momentum(context.optimizer)
 
     def _reason_against(self, context: OptimizerContext) -> str | None:
-        """Why steps of an optimizer cannot be decided on the device, if they cannot."""
+        """Return the reason why steps of an optimizer cannot be decided on the device; None if they can."""
         if not is_fused(context.optimizer):
-            return f"{type(context.optimizer).__name__} is not fused, so that it cannot stand still unless the host says so"
-        if not _is_narrow(context):
-            return "the parameters are not all of one dtype up to float32 on one device, a CPU or a CUDA one"
+            return f"{type(context.optimizer).__name__} is not fused, and only a fused optimizer can skip a step on the device"
+        if not _suits_fused_kernels(context):
+            return "the parameters do not all have one dtype of at most 32 bits and one device, a CPU or CUDA"
         for part in self._parts:
             if reason := part.reason_against_deferral(context):
                 return reason
         return None
 
     def enqueue(self, step: StepContext, report: StepRecord) -> None:
-        """Let the host learn of a step when the next one comes, or somebody asks."""
+        """Keep the report of a step as pending, until the next step or until it is asked for."""
         self.is_in_use = True
         self._pending[step.optimizer.index] = PendingReport(step, report)
 
-    def collect(self, context: OptimizerContext, learn: Callable[[StepContext, StepRecord], None]) -> None:
+    def collect(self, context: OptimizerContext, receive: Callable[[StepContext, StepRecord], None]) -> None:
         """Collect the report of an optimizer's deferred step, if there is one.
 
         An error is stored and raised later, at a point that every rank reaches, because a single rank may have called this.
 
         Args:
-            context: The optimizer.
-            learn: Told of the report.
+            context: The context of the optimizer.
+            receive: Function that receives the step and its report.
         """
         pending = self._pending.pop(context.index, None)
         if pending is not None:
             try:
-                learn(pending.step, pending.read())
+                receive(pending.step, pending.read())
             except NonFiniteGradientError as error:
                 self._errors[context.index] = error
 
     def raise_errors(self, contexts: Iterable[OptimizerContext]) -> None:
-        """Raise what reports of deferred steps have led to.
+        """Raise the stored error of a deferred step.
 
         Args:
-            contexts: The optimizers whose reports all ranks have collected by now.
+            contexts: The contexts of optimizers whose reports all ranks have collected by now.
 
         Raises:
-            NonFiniteGradientError: If one has.
+            NonFiniteGradientError: If one is stored.
         """
         for context in contexts:
             if error := self._errors.pop(context.index, None):
                 raise error
 
     def detach(self) -> None:
-        """Forget what is on its way."""
+        """Drop pending reports and stored errors."""
         self._pending.clear()
         self._errors.clear()
 
 
-def _is_narrow(context: OptimizerContext) -> bool:
-    """Whether all parameters are of one dtype that the fused kernels take, on one device."""
+def _suits_fused_kernels(context: OptimizerContext) -> bool:
+    """Return whether all parameters have one dtype that the fused kernels take, and are on one device."""
     table = context.table
     if not table.tensors or not table.is_uniform:
         return False

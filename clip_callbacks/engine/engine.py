@@ -1,6 +1,7 @@
-"""The one pass over the gradients of each optimizer step: rescale, measure, resolve, apply, report.
+"""The engine of one fit, which processes the gradients of each optimizer step: rescale, measure, resolve, apply, report.
 
-The engine knows *when*; the parts know *what*. It calls them in an explicit order, and asks none of them whether it is there.
+The engine decides *when* the parts are called, in an order that can be read here; the parts decide *what* is done. For a part that
+no callback brings there is one that does nothing, so that the engine never asks whether a part exists.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.accumulation.windows import InspectedWindows, Windows
@@ -28,29 +28,30 @@ from clip_callbacks.core.step_record import StepRecord, as_undone
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.engine.optimizers import Optimizers
+from clip_callbacks.engine.scaler_report import report_to_scaler
 from clip_callbacks.guard.unguarded import Resolution
 from clip_callbacks.publishing.charts import lay_out_charts
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
+from clip_callbacks.trainer.bypassing_steps import BypassingSteps
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
-from clip_callbacks.trainer.grad_scaler import grad_scaler, hold, hold_where, is_incurable, is_still_scaled, loss_scale, take_over
-from clip_callbacks.trainer.last_hook import LastHook
-from clip_callbacks.trainer.loss_carrier import LossCarrier
-from clip_callbacks.trainer.messages import is_silent, tell
+from clip_callbacks.trainer.grad_scaler import grad_scaler, is_still_scaled, loss_scale
+from clip_callbacks.trainer.later_hooks import LaterHooks
+from clip_callbacks.trainer.messages import is_silent, log_message
+from clip_callbacks.trainer.nan_propagation import LossNanPropagator
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
-from clip_callbacks.trainer.unseen_steps import UnseenSteps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-DISCARD = Resolution(Action.SKIP, holds_scale=True)
-"""What is done about gradients that mean nothing."""
+SKIP_DISCARDED = Resolution(Action.SKIP, holds_scale=True)
+"""Resolution of a step whose gradients are discarded."""
 
-NOTHING = Plan((), (), None, by_unit=False)
-"""The plan of a step whose gradients mean nothing."""
+NO_RULES = Plan((), (), None, by_unit=False)
+"""Plan of a step whose gradients are discarded: nothing is measured."""
 
 
 class StepEngine:
@@ -59,15 +60,15 @@ class StepEngine:
     Args:
         trainer: The Trainer, its optimizers made.
         module: The module to train.
-        components: What takes part.
-        callbacks: What the checks need to know of the callbacks.
+        components: The parts that take part in the fit.
+        callbacks: Facts about the callbacks, for the checks.
 
     Attributes:
-        windows: The micro-batches that wait for steps.
+        windows: The micro-batches of accumulation windows that wait for a step.
         last_report: The report of the last optimizer step; None before the first.
 
     Raises:
-        ValueError: If something asked for cannot be done with this Trainer, module or optimizers.
+        ValueError: If an option cannot work with this Trainer, module or optimizers.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class StepEngine:
         self._monitors = components.monitors
         self._norm_type = components.norm_type
         self._summary = components.summary
+        # monitors that read gradients before they are clipped: asked once, not at each step
         self._readers = [monitor for monitor in self._monitors if monitor.reads_before_write]
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
-        self._has_warned_of_no_gradient = False
+        self._has_warned_without_gradient = False
         self.last_report: StepRecord | None = None
 
         self._check_trainer()
@@ -97,21 +99,22 @@ class StepEngine:
             shows=components.shows,
         )
         self._checks_losses = self._guard.checks_losses
-        self._last_hook: LastHook | None = None
+        self._later_hooks: LaterHooks | None = None
         self._second_clip: SecondClip | None = None
-        self._unseen_steps = UnseenSteps(module)
-        # Ranks that hold copies of the parameters must decide alike, and no collective tells them of one another's losses: a bad
-        # one makes a gradient NaN there, before gradients are averaged.
-        self._carries_losses = trainer.world_size > 1 and self._checks_losses
-        self._loss_carrier = LossCarrier()
+        self._bypassing_steps = BypassingSteps(module)
+        # Ranks with copies of the parameters must decide alike, and their losses differ. No collective is added for that: a
+        # non-finite loss makes a gradient NaN, and DDP averages it to all ranks.
+        self._propagates_losses = trainer.world_size > 1 and self._checks_losses
+        self._nan_propagator = LossNanPropagator()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
     @property
     def contexts(self) -> Sequence[OptimizerContext]:
-        """What each optimizer has in this fit."""
+        """The contexts of the optimizers in this fit."""
         return self._optimizers.contexts
 
     def _make_windows(self) -> Windows:
+        # setting gradients aside for each micro-batch is only done if a part needs it
         drops = self._guard.drops_micro_batches
         if not drops and not self._compares_micro_batches:
             return Windows(self._trainer, self._module, self._rescaler)
@@ -140,16 +143,16 @@ class StepEngine:
     # --- a fit
 
     def lay_out_charts(self) -> None:
-        """Tell loggers which metrics belong together; once for a fit, before the module's own hook."""
+        """Group metrics into charts on the loggers; once in a fit, before the module's own hook."""
         lay_out_charts(self._trainer, {context.suffix: self._charts(context) for context in self.contexts})
 
     def start_fit(self, later: Sequence[Callback]) -> None:
-        """Take hold of where metrics and bad steps go: training starts.
+        """Extend methods of the module, and look up loggers: training starts.
 
         Args:
-            later: The callbacks that come later in the Trainer's list, those of the family left out.
+            later: The callbacks of other packages that come later in the Trainer's list.
         """
-        self._last_hook = LastHook(self._module, later, self.step)
+        self._later_hooks = LaterHooks(self._module, later, self.step)
         if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
             self._second_clip = SecondClip(self._module, self._is_clipped)
         self._publisher.start_fit()
@@ -160,28 +163,29 @@ class StepEngine:
         return context is not None and self._clipper.limits_norms_of(context.index)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Keep what a skipped step would have to put back, and the batch if it may have to be run again."""
+        """Save the state that a skipped step restores, and the batch if it may be run again."""
         kept = self._guard.keep_batch(batch, batch_idx)
-        if self._optimizers.outdated:
+        if self._optimizers.outdated:  # BaseFinetuning adds parameters at the start of an epoch
             self._renew()
-        self._unseen_steps.begin_batch(self.contexts)
+        self._bypassing_steps.begin_batch(self._optimizers.contexts)
         self._guard.begin_batch(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, kept)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Remember the loss until the step."""
-        self._take_in_shapes()
+        """Keep the loss until the step."""
+        if self._optimizers.may_materialize:  # by the forward pass that has just run
+            self._update_materialized()
         if self.windows.acts_on_backward and self._optimizers.outdated:
             self._renew()
         self.windows.before_backward(loss)
-        if self._carries_losses and not self._rescaler.has_zero_weight:
-            self._loss_carrier.begin_pass(loss, self.contexts)
+        if self._propagates_losses and not self._rescaler.has_zero_weight:
+            self._nan_propagator.begin_pass(loss, self._optimizers.contexts)
 
     def after_backward(self) -> None:
-        """Look at the micro-batch, and drop a bad one, if that is wanted."""
-        if self._carries_losses:
-            self._loss_carrier.end_pass()
-        if len(self.contexts) > 1:
+        """Inspect the micro-batch, and drop it if it is bad and the guard works on micro-batches."""
+        if self._propagates_losses:
+            self._nan_propagator.end_pass()
+        if len(self._optimizers.contexts) > 1:  # with one optimizer, every pass belongs to its window
             self._guard.end_pass(*self.windows.end_pass())
         if self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
@@ -190,23 +194,25 @@ class StepEngine:
         self._guard.drop_micro_batch(StepContext(self._trainer, context, StepMode.ON_HOST, newest))
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Run the pass now, or leave it to the module's own hook, which may change gradients and is called last."""
-        last = self._last_hook
-        if last is None or not last.takes_over:
-            self.step(optimizer)
-            if last is not None and last.compares:
-                last.note(self._context(optimizer).table)
+        """Run the step now, or leave it to :class:`LaterHooks` if the module's own hook may change gradients after this one."""
+        later = self._later_hooks
+        if later is not None and later.runs_after_module:
+            return
+        self.step(optimizer)
+        if later is not None and later.compares_gradients:
+            later.record_gradients(self._context(optimizer).table)
 
     def step(self, optimizer: Optimizer) -> None:
-        """Rescale, measure, resolve and apply the gradients of one optimizer; keep the report."""
-        with torch.no_grad():  # as a decorator it takes three more calls
+        """Rescale, measure, clip or skip the gradients of one optimizer; record the report."""
+        with torch.no_grad():  # as a decorator it would take three more calls
             self._step(optimizer)
 
     def _step(self, optimizer: Optimizer) -> None:
         context = self._context(optimizer)
-        self._unseen_steps.note_step(context)
+        self._bypassing_steps.record_step(context)
         if self._deferred.is_in_use:
-            self._deferred.collect(context, self._learn)
+            # the report of the step before; here all ranks come by, so that an error may be raised
+            self._deferred.collect(context, self._receive)
             self._deferred.raise_errors([context])
         step = self._describe(context)
         if step.mode is StepMode.NOT_TAKEN:
@@ -214,15 +220,18 @@ class StepEngine:
             return
 
         self._guard.begin_step(step)
+        # measure | resolve | apply: gradients are read once, then the guard decides, and one function writes
         if step.mode is StepMode.DISCARDED:
-            resolution, report = DISCARD, self._discard(step)
+            resolution, report = SKIP_DISCARDED, self._discard(step)
         else:
             measured, states = self._measure(step)
             resolution = self._guard.resolve(step, measured)
             report = self._apply(step, measured, states, resolution)
-        if self._scaler is not None:  # after the write, and before the scaler's own step
-            self._tell_scaler(self._scaler, step, report, resolution)
+        if self._scaler is not None:
+            # after the write, and before scaler.step, which reads what it is told here
+            report_to_scaler(self._scaler, step, report, resolution)
         if report.outcome.is_skipped:
+            # optimizers that share parameters with this one have lost those gradients
             self.windows.discard_others(step, report.outcome)
         self.windows.clear(context)
         if step.mode is StepMode.ON_DEVICE:
@@ -230,78 +239,77 @@ class StepEngine:
         else:
             self._finish(step, report, is_called=resolution.is_called)
 
-    def _tell_scaler(self, scaler: GradScaler, step: StepContext, report: StepRecord, resolution: Resolution) -> None:
-        """Tell the GradScaler what was found where it has left unscaling to us, and nothing of what no loss scale would cure."""
-        optimizer = step.optimizer.optimizer
-        if resolution.holds_scale and step.mode is not StepMode.ON_DEVICE:
-            hold(scaler, optimizer)
-        elif step.loss_scale is not None:
-            take_over(scaler, optimizer, report.finite)
-            if resolution.holds_scale:
-                hold_where(scaler, optimizer, report.finite.logical_not() & is_incurable(step.losses, step.loss_scale))
-
     def _describe(self, context: OptimizerContext) -> StepContext:
-        """Find out which step this is, and how it is to be decided; nothing is changed."""
+        """Find out which step this is and how it is decided; nothing is changed."""
         trainer, scale_of_loss = self._trainer, None
         if self._scaler is not None and is_still_scaled(self._scaler, context.optimizer):
             if self._is_automatic and not self.windows.has_backward:
-                # 16-mixed, and the window's last training_step returned None: Lightning will not step either
+                # the last training_step of the window returned None: Lightning's MixedPrecision.optimizer_step neither
+                # unscales nor steps
                 return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
             scale_of_loss = loss_scale(self._scaler)
         if self._is_automatic and not self.windows.in_window and not context.table.has_gradients:
-            # every training_step of the window returned None: the optimizer is called, and has nothing to do
+            # every training_step of the window returned None: the optimizer is called without gradients
             return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
+        # LBFGS calls its closure, and with it this hook, several times while global_step stays
         is_new = context.begins_step(trainer.global_step)
         scale = self.windows.scale(context)
         discarded = self.windows.discarded(context, scale)
+        if scale is None:
+            scale = 1.0
         if is_new and self._guard.is_stale:
+            # another optimizer's step of this batch has led to a rollback
             discarded = Discarded.STALE
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
         elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
+            # no host sync: the fused optimizer skips by its found_inf
             mode = StepMode.ON_DEVICE
-        return StepContext(
-            trainer,
-            context,
-            mode,
-            self.windows.micro_batches(context),
-            is_new,
-            1.0 if scale is None else scale,
-            scale_of_loss,
-            discarded,
-        )
+        micro_batches = self.windows.micro_batches(context)
+        return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)
 
     def _abandon(self, step: StepContext) -> None:
-        """Forget the window of a step that is none."""
+        """Clear the window of a step that is not taken."""
         self.windows.clear(step.optimizer)
         self.windows.end(None)
-        # with a GradScaler that has not unscaled, Lightning does not call the optimizer
+        # without a GradScaler Lightning calls the optimizer all the same
         self._guard.abandon(step, is_called=self._scaler is None)
 
     def _discard(self, step: StepContext) -> StepRecord:
-        """Skip a window without usable gradients: all micro-batches dropped, all weights 0, or the weights they belong to gone."""
+        """Skip an accumulation window without usable gradients.
+
+        All its micro-batches were dropped, all have weight 0, or a rollback has replaced the weights they were computed with.
+        """
         table = step.optimizer.table
-        drop_gradients(table)
+        drop_gradients(table)  # None, not zero: with zero gradients AdamW still decays weights and moves by its moments
         self._guard.discard(step)
-        measured = measure_step(table, NOTHING, (), self._norm_type)
+        measured = measure_step(table, NO_RULES, (), self._norm_type)
         report, _ = apply_step(measured, (), Action.SKIP)
-        outcome = StepOutcome.OVERFLOWED if step.discarded is Discarded.OVERFLOWED else StepOutcome.SKIPPED
+        outcome = StepOutcome.SKIPPED
+        if step.discarded is Discarded.OVERFLOWED:
+            outcome = StepOutcome.OVERFLOWED
         return replace(report, finite=FALSE, outcome=outcome)
 
     def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
-        """Read the gradients; with what was measured, the states of all limits that have a say."""
+        """Measure the gradients; return the measurement, and the states of all limits that apply."""
         context, index = step.optimizer, step.optimizer.index
-        if len(context.table) and not context.table.has_gradients and not self._unseen_steps.is_trained_around(context):
-            self._warn_of_no_gradient()
+        if len(context.table) and not context.table.has_gradients and not self._bypassing_steps.is_bypassed(context):
+            self._warn_without_gradient()
         if self._readers and step.is_new and self._publisher.is_logging_step:
+            # histograms show the gradients before they are clipped
             for monitor in self._readers:
                 monitor.before_write(step)
-        ceiling = self._guard.skip_limit(step)
-        plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), ceiling)
+        # the guard's threshold is one more limit of the plan, so that one measurement serves both; its states come last
+        skip_limit = self._guard.skip_limit(step)
+        plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), skip_limit)
         states = self._clipper.limit_states(index)
-        if ceiling is not None:
+        if skip_limit is not None:
             states = (*states, *self._guard.limit_states(index))
+        losses = None
+        # propagated losses are in the gradients already, except where the reduction of sharded norms takes the losses along
+        if self._checks_losses and (not self._propagates_losses or context.table.reduction):
+            losses = step.losses
         measured = measure_step(
             context.table,
             plan,
@@ -310,86 +318,88 @@ class StepEngine:
             scale=step.scale,
             loss_scale=step.loss_scale,
             deferred=step.mode is StepMode.ON_DEVICE,
-            losses=step.losses if self._checks_losses and (not self._carries_losses or context.table.reduction) else None,
+            losses=losses,
         )
         return measured, states
 
     def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepRecord:
-        """Do what was decided, and keep the states of limits."""
+        """Carry out the resolution, and save the states of limits."""
         index, clip_value = step.optimizer.index, self._clipper.clip_value
         report, states = apply_step(measured, states, resolution.action, clip_value=clip_value, fused=step.optimizer.optimizer)
         if resolution.outcome is not None and resolution.outcome is not report.outcome:
+            # such as an overflow, whose step the GradScaler skips by itself
             report = as_undone(report, resolution.outcome)
-        if step.is_new and measured.plan.remembers:
+        if step.is_new and measured.plan.remembers:  # of closure calls of LBFGS the first one counts
             count = measured.plan.count_of_clipping
             self._clipper.save_limit_states(index, states[:count])
             self._guard.save_limit_states(index, states[count:])
         return report
 
     def _defer(self, step: StepContext, report: StepRecord) -> None:
-        """Let the host learn of a step when the next one comes, or somebody asks."""
+        """Leave the report on the device until the next step, or until it is asked for."""
         self._guard.end_deferred_step(step, report)
         if step.loss_scale is not None:
-            step = replace(step, loss_scale=step.loss_scale.clone())  # the scaler changes its own in place
+            step = replace(step, loss_scale=step.loss_scale.clone())  # the scaler changes its scale in place
         self._deferred.enqueue(step, report)
         self.last_report = report
 
-    def _learn(self, step: StepContext, report: StepRecord) -> None:
-        """Take in the report of a deferred step."""
+    def _receive(self, step: StepContext, report: StepRecord) -> None:
+        """Receive the report of a deferred step."""
         self._guard.collect(step, report)
-        self._keep(step, report, None)
+        self._record(step, report, None)
 
     def _finish(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
-        """Undo a skipped step, and keep the report."""
+        """Restore the state before a skipped step, and record the report."""
         context = step.optimizer
         noise = self.windows.end(report)
         if not step.is_new and context.report is not None and context.report.outcome.is_skipped:
-            # LBFGS may find good points after a bad one: its step is undone all the same
+            # a later closure call of LBFGS may be good, but the step began with a bad one and is undone as a whole
             report = as_undone(report, context.report.outcome)
         self._guard.end_step(step, report, is_called=is_called)
-        if step.is_new or report.outcome.is_skipped:  # of closure calls the first counts, where the step begins, or a bad one
-            self._keep(step, report, noise)
+        if step.is_new or report.outcome.is_skipped:  # of closure calls the first one counts, or a bad one
+            self._record(step, report, noise)
         if isinstance(context.optimizer, LBFGS) and (kept := self.windows.kept):
-            # its closure runs the batch again, with other random numbers
+            # its next closure call runs the batch again, with other random numbers
             self.windows.kept = self._guard.keep_batch(kept.batch, kept.batch_idx)
 
-    def _keep(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
-        """Have everybody learn what came of a step."""
+    def _record(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
+        """Record the report of a step in the history, the publisher and the monitors."""
         context = step.optimizer
-        context.remember(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
+        context.record(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
         self._publisher.note_step(context)
         for monitor in self._monitors:
             monitor.end_step(context, report, noise)
         self.last_report = report
 
     def end_batch(self, outputs: Any) -> None:
-        """Let schedules go on; publish what the batch's steps reported."""
-        self._unseen_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
+        """Advance schedules; publish the metrics of the batch's steps."""
+        self._bypassing_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
+            # forward passes that no step follows, as when SWA takes batch statistics anew, may still have spoilt buffers
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.restore_pass(is_bad=is_bad)
         self._guard.end_batch()
-        is_logging_step = self._publisher.is_logging_step
-        if is_logging_step:
+        is_logging_step = self._publisher.is_logging_step  # asked once: the Trainer computes it
+        if is_logging_step:  # all ranks log at the same steps, so that all of them may raise here
             self._collect_and_raise()
-        self._publisher.end_batch(self._module, self.contexts, is_logging_step=is_logging_step)
+        self._publisher.end_batch(self._module, self._optimizers.contexts, is_logging_step=is_logging_step)
 
     def end_epoch(self) -> None:
-        """Undo what nobody will step for; publish the metrics of the epoch."""
-        self._unseen_steps.end_epoch()
+        """Discard windows that no step will follow; publish the metrics of the epoch."""
+        self._bypassing_steps.end_epoch()
         self._collect_and_raise()
         self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
 
     def end_fit(self) -> None:
-        """Say in one table, and in a line each what only words can say, how the training went."""
-        self._unseen_steps.end_epoch()
+        """Log a summary of the run: one table, and single lines for what does not fit into it."""
+        self._bypassing_steps.end_epoch()
         self._collect_and_raise()
         if self._summary and not is_silent(self._trainer):
-            for text in self._summed_up():
-                tell(self._trainer, text)
+            for text in self._summary_texts():
+                log_message(self._trainer, text)
 
-    def _summed_up(self) -> list[str]:
+    def _summary_texts(self) -> list[str]:
         table = summary_table(self.contexts, clips=self._clipper.clips, skipped_steps_of=self._guard.skipped_steps_of)
         texts = [f"Gradients of the run:\n{table}"] if table else []
         texts += self._guard.summary(self.contexts)
@@ -398,17 +408,17 @@ class StepEngine:
         return texts
 
     def detach(self) -> None:
-        """Let go of the module and its optimizers, and leave no hook on them."""
-        for hook in (self._second_clip, self._last_hook):
+        """Remove all hooks from the module and its optimizers, and release them."""
+        for hook in (self._second_clip, self._later_hooks):
             if hook is not None:
                 hook.detach()
-        self._second_clip = self._last_hook = None
-        self._unseen_steps.detach()
+        self._second_clip = self._later_hooks = None
+        self._bypassing_steps.detach()
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()
         self.windows.detach()
-        self._loss_carrier.end_pass()
+        self._nan_propagator.end_pass()
         self._deferred.detach()
         self._optimizers.detach()
 
@@ -420,65 +430,69 @@ class StepEngine:
         Errors are stored and raised later, at a point that every rank reaches, because a single rank may have called this.
         """
         for context in self.contexts:
-            self._deferred.collect(context, self._learn)
+            self._deferred.collect(context, self._receive)
 
     def _collect_and_raise(self) -> None:
         self.collect_pending()
         self._deferred.raise_errors(self.contexts)
 
-    def collect_at_last(self) -> None:
-        """Collect what is pending as far as that can be done: something has raised already."""
+    def collect_after_error(self) -> None:
+        """Collect the reports of deferred steps after an exception; a further error becomes a warning."""
         try:
             self._collect_and_raise()
         except (NonFiniteGradientError, RuntimeError) as error:
-            self._deferred.detach()  # what has not come by now will not come
-            rank_zero_warn(f"The last step's verdict, beside what stopped the run: {error}", stacklevel=2)
+            self._deferred.detach()  # the state is saved next, and after an error of the device every read raises again
+            rank_zero_warn(f"The run was stopped by another exception. The report of its last step: {error}", stacklevel=2)
 
-    # --- what is remembered
+    # --- state
 
     @property
     def skipped_steps(self) -> int:
-        """Skipped optimizer steps so far, over all optimizers."""
+        """The number of optimizer steps skipped so far, over all optimizers."""
         self.collect_pending()
         return sum(self._guard.skipped_steps_of(context.index) or 0 for context in self.contexts)
 
     def history_state(self) -> dict[int, dict[str, Any]]:
-        """What the optimizers' histories hold, by number of the optimizer."""
+        """Return the states of the optimizers' histories, by the number of the optimizer."""
         self.collect_pending()
         return {context.index: context.history_state() | {"norm_type": self._norm_type} for context in self.contexts}
 
     # --- optimizers that change in the middle of a fit
 
     def _context(self, optimizer: Optimizer) -> OptimizerContext:
-        """The context of an optimizer, made anew if it holds other parameters, or is another optimizer, than at the last step."""
-        self._take_in_shapes()
+        """Return the context of an optimizer, rebuilt if the optimizer or its parameters have changed since the last step."""
+        if self._optimizers.may_materialize:
+            self._update_materialized()
         context = self._optimizers.find(optimizer)
         if context is None:
+            # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
             self.collect_pending()
             self._publisher.reset()
-            return self._optimizers.take_up(optimizer)
+            return self._optimizers.replace_contexts(optimizer)
         if context.is_outdated:
             self._renew()
         return context
 
-    def _take_in_shapes(self) -> None:
-        """Take up parameters of lazy modules once a forward pass has given them shapes."""
-        if self._optimizers.may_grow and self._optimizers.grown:
+    def _update_materialized(self) -> None:
+        """Rebuild the tables of lazy parameters that a forward pass has given shapes."""
+        if self._optimizers.materialized:
             self.collect_pending()
-            self._optimizers.take_in_shapes()
+            self._optimizers.update_materialized()
 
     def _renew(self) -> None:
-        """Take up what optimizers hold now; reports of deferred steps are of what they held before."""
-        self.collect_pending()
+        """Rebuild the contexts of optimizers that hold other parameters than before."""
+        self.collect_pending()  # pending reports belong to the tables before
         self._optimizers.renew()
 
-    def _warn_of_no_gradient(self) -> None:
-        if not self._has_warned_of_no_gradient:
-            self._has_warned_of_no_gradient = True
+    def _warn_without_gradient(self) -> None:
+        if not self._has_warned_without_gradient:
+            self._has_warned_without_gradient = True
             rank_zero_warn("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?", stacklevel=2)
 
 
 def _is_bad_loss(outputs: Any) -> bool:
-    """Whether what ``training_step`` returned, as Lightning hands it on, is a loss that is not finite."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+    """Return whether the outputs that Lightning passes to ``on_train_batch_end`` hold a non-finite loss."""
+    if not isinstance(outputs, dict):
+        return False
+    loss = outputs.get("loss")
     return isinstance(loss, Tensor) and not all_finite([shard_of(loss)])

@@ -1,4 +1,4 @@
-"""The optimizers of a fit, and what is attached to each: made anew when one takes on other parameters, or is replaced."""
+"""The optimizers of a fit and their contexts, rebuilt when an optimizer takes other parameters or is replaced."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class Optimizers:
-    """The optimizers of a fit, each with its context, and the parts that are attached to them.
+    """The optimizers of a fit, their contexts, and the parts that are attached to them.
 
     Args:
-        trainer: The Trainer, its optimizers made.
+        trainer: The Trainer, after its optimizers were made.
         module: The module to train.
-        components: What takes part in the fit.
-        windows: The micro-batches that wait for steps.
+        components: The parts that take part in the fit.
+        windows: The accumulation windows.
         deferred: The steps that are decided on the device.
-        callbacks: What the checks need to know of the callbacks.
+        callbacks: Facts about the callbacks, for the checks.
 
     Attributes:
-        contexts: What each optimizer has in this fit.
-        may_grow: Whether any of them holds parameters of lazy modules that have not run yet.
+        contexts: The contexts of the optimizers.
+        may_materialize: True if an optimizer holds parameters of lazy modules that have no shape yet.
 
     Raises:
-        ValueError: If something asked for cannot be done with these optimizers.
+        ValueError: If an option cannot work with these optimizers.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Optimizers:
         self._attach(self.contexts, names, renewed=False)
 
     def find(self, optimizer: Optimizer) -> OptimizerContext | None:
-        """The context of an optimizer; None if it is not one of those that the fit has had so far."""
+        """Return the context of an optimizer; None if the optimizer is new."""
         for context in self.contexts:
             if context.optimizer is optimizer:
                 return context
@@ -68,45 +68,54 @@ class Optimizers:
 
     @property
     def outdated(self) -> list[OptimizerContext]:
-        """The optimizers that hold other parameters than they did."""
+        """The contexts of optimizers that hold other parameters than before."""
         return [context for context in self.contexts if context.is_outdated]
 
     @property
-    def grown(self) -> list[OptimizerContext]:
-        """The optimizers of whose lazy parameters a forward pass has made some."""
-        return [context for context in self.contexts if context.has_grown]
+    def materialized(self) -> list[OptimizerContext]:
+        """The contexts with lazy parameters that a forward pass has given shapes."""
+        return [context for context in self.contexts if context.has_materialized_parameters]
 
-    def take_in_shapes(self) -> None:
-        """Learn the shapes of parameters that were lazy: the same tensors, so that nothing else of a window under way changes."""
+    def update_materialized(self) -> None:
+        """Rebuild the tables of lazy parameters that have shapes now.
+
+        The parameters are the same tensors as before, so that windows and saved states of the guard stay as they are.
+        """
         if self.outdated:
             self.renew()
-        grown = self.grown
-        for context in grown:
-            context.tabulate(self._module)
-        self._meet_tables(grown, [name for context in grown for name in context.table.names], renewed=True)
-        for context in grown:
+        materialized = self.materialized
+        for context in materialized:
+            context.rebuild_table(self._module)
+        self._attach_parts_with_blocks(materialized, _parameter_names(materialized), renewed=True)
+        for context in materialized:
             self._deferred.register(context)
-        self._note_lazy()
+        self._update_may_materialize()
 
-    def _note_lazy(self) -> None:
-        self.may_grow = any(context.is_lazy for context in self.contexts)
+    def _update_may_materialize(self) -> None:
+        self.may_materialize = any(context.has_lazy_parameters for context in self.contexts)
 
     def renew(self) -> None:
-        """Take up what the optimizers hold now."""
+        """Rebuild the tables of optimizers that hold other parameters than before."""
         outdated = self.outdated
         for context in outdated:
-            context.tabulate(self._module)
-        self._attach_changed(outdated)
+            context.rebuild_table(self._module)
+        self._attach(outdated, _parameter_names(outdated), renewed=True)
 
-    def take_up(self, optimizer: Optimizer) -> OptimizerContext:
-        """Take up an optimizer that was put into the Trainer in the middle of a fit; histories go on by number.
+    def replace_contexts(self, optimizer: Optimizer) -> OptimizerContext:
+        """Make new contexts after optimizers of the Trainer were replaced in mid-fit; histories continue by number.
+
+        Args:
+            optimizer: The optimizer that has no context yet.
+
+        Returns:
+            The context of this optimizer.
 
         Raises:
-            RuntimeError: If it is none of the Trainer's.
+            RuntimeError: If it is none of the Trainer's optimizers.
         """
         check_optimizers([optimizer], grad_scaler(self._trainer), self._facts)
         for context in self.contexts:
-            detach_fused_factors(context.optimizer)
+            detach_fused_factors(context.optimizer)  # factors for a step that the replaced optimizer will not take
         if not any(known is optimizer for known in self._trainer.optimizers):
             raise RuntimeError(
                 f"`optimizer` must be one of trainer.optimizers, got a {type(optimizer).__name__} that is not. Return every "
@@ -117,34 +126,36 @@ class Optimizers:
         for context in self.contexts:
             if context.index in before:
                 context.continue_history(before[context.index].history)
-        self._attach_changed(self.contexts)
+        self._attach(self.contexts, _parameter_names(self.contexts), renewed=True)
         return next(context for context in self.contexts if context.optimizer is optimizer)
 
-    def _attach_changed(self, changed: Sequence[OptimizerContext]) -> None:
-        self._attach(changed, [name for context in changed for name in context.table.names], renewed=True)
-
     def _attach(self, changed: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
-        """Have every part meet the optimizers, for the parameters that they hold now.
+        """Attach all parts to the optimizers.
 
         Args:
-            changed: The optimizers that are new, or hold other parameters.
-            names: The names that patterns may match.
-            renewed: Whether the fit is under way.
+            changed: The contexts of optimizers that are new, or hold other parameters.
+            names: The names of parameters that patterns may match.
+            renewed: True if the fit is under way.
         """
-        self._meet_tables(changed, names, renewed=renewed)
+        self._attach_parts_with_blocks(changed, names, renewed=renewed)
         self._windows.attach(changed, self.contexts)
         self._components.guard.attach(self._module, self.contexts, (self._components.clipper,))
+        # last: whether a step can be deferred depends on the parts
         for context in self.contexts:
             self._deferred.register(context)
-        self._note_lazy()
+        self._update_may_materialize()
 
-    def _meet_tables(self, changed: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
-        """Have those parts meet the optimizers that form blocks of their parameters: arguments as for :meth:`_attach`."""
+    def _attach_parts_with_blocks(self, changed: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
+        """Attach the parts that divide parameters into blocks; arguments are those of :meth:`_attach`."""
         self._components.clipper.attach(changed, names, renewed=renewed)
         for monitor in self._components.monitors:
             monitor.attach(changed, names, renewed=renewed)
 
     def detach(self) -> None:
-        """Leave nothing on the optimizers of what did not ride with their steps."""
+        """Remove fused factors that no step has used from the optimizers."""
         for context in self.contexts:
             detach_fused_factors(context.optimizer)
+
+
+def _parameter_names(contexts: Sequence[OptimizerContext]) -> list[str]:
+    return [name for context in contexts for name in context.table.names]

@@ -10,7 +10,7 @@ from torch.optim import LBFGS
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
-from clip_callbacks.trainer.averages import AveragingHold, weights_apart
+from clip_callbacks.trainer.averages import AveragingHold, untrained_weights
 from clip_callbacks.trainer.fingerprints import sum_of_bits
 from clip_callbacks.trainer.step_context import StepContext
 
@@ -88,7 +88,7 @@ class _Averages(Resource):
     def _fingerprints(self) -> Fingerprints:
         apart = {
             name: [tensor for tensor in tensors if id(tensor) not in self._rewritten]
-            for name, tensors in weights_apart(self._trainer, self._module).items()
+            for name, tensors in untrained_weights(self._trainer, self._module).items()
         }
         return {name: list(map(_fingerprint, tensors)) for name, tensors in apart.items() if name not in self._named}
 

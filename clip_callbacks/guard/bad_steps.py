@@ -17,7 +17,7 @@ from clip_callbacks.guard.examination import may_be_source
 from clip_callbacks.guard.journal import Journal
 from clip_callbacks.guard.options import GuardOptions
 from clip_callbacks.guard.rollback import NoRestorer
-from clip_callbacks.trainer.lost_metrics import lost_metrics
+from clip_callbacks.trainer.nonfinite_metrics import describe_nonfinite_metrics
 from clip_callbacks.trainer.step_context import Discarded, StepContext
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class BadStepLog:
 
     def _lost_metrics(self, step: StepContext, diagnosis: Diagnosis) -> list[str]:
         """Return sentences about metrics that the loss has got into; each set of them is reported once in an epoch."""
-        found = step.trainer.current_epoch, lost_metrics(step.trainer)
+        found = step.trainer.current_epoch, describe_nonfinite_metrics(step.trainer)
         if found == self._last_lost:
             return []
         self._last_lost = found

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 class Buffers(Resource):
@@ -22,7 +23,7 @@ class Buffers(Resource):
         batch: Copies of the buffers from the beginning of the batch.
     """
 
-    def __init__(self, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
+    def __init__(self, written: BufferTracker, window: BufferCopies, batch: BufferCopies) -> None:
         self._written = written
         self._window = window
         self._batch = batch
@@ -33,14 +34,14 @@ class Buffers(Resource):
 
     def find_changes(self) -> None:
         """Find the buffers that a window, which may be skipped, has changed. Contents are compared in the first windows only."""
-        if self._written.is_young:
-            self._written.look_closely()
+        if self._written.compares_every_window:
+            self._written.compare_contents()
         else:
-            self._written.look()
+            self._written.find_changed()
 
     def restore(self, *copies: BufferCopies) -> None:
         """Restore buffers, and warn of those that cannot be restored exactly."""
-        at_first = self._written.look_closely()
+        at_first = self._written.compare_contents()
         lost = [name for each in copies for name in each.restore()]
         if at_first:
             rank_zero_warn(
@@ -48,7 +49,7 @@ class Buffers(Resource):
                 "shows: they are restored to their values from the start of the fit. From now on they are restored as all others.",
                 category=RuntimeWarning,
             )
-        if made := self._written.begin_anew():
+        if made := self._written.reset_new_statistics():
             rank_zero_warn(
                 f"The buffers {', '.join(made)} are not finite and were made in a batch that is skipped, after it had begun: "
                 "there are no earlier values. Batch statistics are reset, others stay. Make modules before a batch, for example in "
@@ -71,8 +72,8 @@ class Buffers(Resource):
         return self._restore_if_bad(self._window, is_bad=is_bad)
 
     def _restore_if_bad(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
-        self._written.look()
-        bad = copies.gone_bad()
+        self._written.find_changed()
+        bad = copies.newly_nonfinite()
         if bad or is_bad:
             self.restore(copies)
         return bad
@@ -91,4 +92,4 @@ class Buffers(Resource):
 
     @override
     def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
-        return self._window.suspects(odd_ones_too=no_good_step)
+        return self._window.suspects(include_initially_nonfinite=no_good_step)

@@ -19,12 +19,13 @@ from typing_extensions import override
 
 from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferSlot, BufferTracker
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, Slot, WrittenBuffers
 
 
-def buffers_in_manual_optimization(scope: ResourceScope, written: WrittenBuffers) -> dict[int, Resource]:
+def buffers_in_manual_optimization(scope: ResourceScope, written: BufferTracker) -> dict[int, Resource]:
     """Make the resource of each optimizer.
 
     Args:
@@ -48,7 +49,7 @@ class _BuffersInManual(Buffers, ABC):
         batch: Copies of the buffers from the beginning of the batch.
     """
 
-    def __init__(self, context: OptimizerContext, written: WrittenBuffers, window: BufferCopies, batch: BufferCopies) -> None:
+    def __init__(self, context: OptimizerContext, written: BufferTracker, window: BufferCopies, batch: BufferCopies) -> None:
         super().__init__(written, window, batch)
         self._context = context
         self._hooks: list[RemovableHandle] = []
@@ -116,7 +117,7 @@ class _WholeModuleInManual(_BuffersInManual):
         written: Record of the buffers that forward passes change.
     """
 
-    def __init__(self, context: OptimizerContext, written: WrittenBuffers) -> None:
+    def __init__(self, context: OptimizerContext, written: BufferTracker) -> None:
         super().__init__(context, written, BufferCopies(written), BufferCopies(written))
 
     @override
@@ -127,7 +128,7 @@ class _WholeModuleInManual(_BuffersInManual):
             self._window.keep()
 
     def _accept(self) -> None:
-        self._written.look()
+        self._written.find_changed()
         self._window.keep()
 
     def _restore(self) -> None:
@@ -161,7 +162,7 @@ class _SharedCopies:
         members: Resource of each optimizer.
     """
 
-    def __init__(self, written: WrittenBuffers) -> None:
+    def __init__(self, written: BufferTracker) -> None:
         self.written = written
         self.at_batch, self.at_step, self.last = BufferCopies(written), BufferCopies(written), BufferCopies(written)
         self.members: list[_OneOfSeveral] = []
@@ -174,13 +175,13 @@ class _SharedCopies:
 
     def accept(self) -> None:
         """Take the present buffers for accepted ones, because a step was decided or a batch begins."""
-        self.written.look()
+        self.written.find_changed()
         self.at_step.keep()
         self.last.keep()
 
     def end_pass(self, reached: Collection[int]) -> None:
         """Note the end of a backward pass, and tell each optimizer whose pass it was."""
-        self.written.look()
+        self.written.find_changed()
         for member in self.members:
             member.note_whose_pass(reached)
         self.last.keep()
@@ -198,7 +199,7 @@ class _OneOfSeveral(_BuffersInManual):
     def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _SharedCopies) -> None:
         index = context.index
 
-        def is_own(slot: Slot) -> bool:
+        def is_own(slot: BufferSlot) -> bool:
             around = holders.get(slot.owner)
             return not around or index in around
 
@@ -293,7 +294,7 @@ class _OneOfSeveral(_BuffersInManual):
 
     @override
     def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
-        return self._foreign.suspects(odd_ones_too=False) + super().suspects(no_good_step=no_good_step)
+        return self._foreign.suspects(include_initially_nonfinite=False) + super().suspects(no_good_step=no_good_step)
 
     @override
     def detach(self) -> None:

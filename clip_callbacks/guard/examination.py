@@ -13,10 +13,10 @@ from clip_callbacks.core.merged_diagnosis import merge_diagnoses
 from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.core.tensor_table import learns, without_wrappers
-from clip_callbacks.trainer.carried import carried_tensors
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
+from clip_callbacks.trainer.tensor_attributes import nan_attributes
 from clip_callbacks.trainer.trace_forward import trace_forward
 
 
@@ -89,7 +89,7 @@ class CarriedTensors:
         """Return those that hold NaN now; frozen parameters only if they were written to or replaced since the fit began."""
         named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
         written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
-        return (*carried_tensors(self._module), *nonfinite_among(written))
+        return (*nan_attributes(self._module), *nonfinite_among(written))
 
     def begin_batch(self) -> None:
         """Drop suspects that hold NaN no longer, before the forward pass of a batch."""

@@ -29,7 +29,7 @@ from clip_callbacks.guard.rollback import NoRestorer, RunRestorer
 from clip_callbacks.guard.run_state import HasLimitStates
 from clip_callbacks.guard.thresholds import SkipThresholds
 from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
-from clip_callbacks.trainer.compat import DATALOADER_ITER_FETCHER, is_of
+from clip_callbacks.trainer.compat import DATALOADER_ITER_FETCHER, is_instance
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.scheduler_hold import SchedulerHold
@@ -148,7 +148,7 @@ class Guard(Unguarded):
         kept = self.journal.keep(batch, batch_idx)
         if kept is None and self._options.trace_forward:
             kept = KeptBatch(batch, batch_idx)
-        if kept is not None and is_of(self._trainer.fit_loop._data_fetcher, DATALOADER_ITER_FETCHER):
+        if kept is not None and is_instance(self._trainer.fit_loop._data_fetcher, DATALOADER_ITER_FETCHER):
             return None
         return kept
 

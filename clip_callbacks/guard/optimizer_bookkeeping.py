@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from clip_callbacks.guard.contents import Contents, comparable
 from clip_callbacks.guard.resource import Resource, ResourceScope
-from clip_callbacks.trainer.compat import OPTIMIZABLE, is_of
-from clip_callbacks.trainer.end_of_step import at_end_of_step
+from clip_callbacks.trainer.after_step import call_after_step
+from clip_callbacks.trainer.compat import OPTIMIZABLE, is_instance
 from clip_callbacks.trainer.fingerprints import fingerprint
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
@@ -75,7 +75,7 @@ class OptimizerBookkeeping(Resource):
         if is_called:
             before = _OptimizerBefore(self._context)
             end = partial(self._end_step, before, has_moved=not step.is_new)
-            self._detach_hook = at_end_of_step(self._trainer, self._context.optimizer, end)
+            self._detach_hook = call_after_step(self._trainer, self._context.optimizer, end)
 
     @override
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
@@ -171,7 +171,7 @@ def _optimizers_in(attribute: Any) -> Iterable[Any]:
         attribute = list(attribute.values())
     if not isinstance(attribute, (list, tuple)):
         attribute = [attribute]
-    return [value for value in attribute if is_of(value, OPTIMIZABLE)]
+    return [value for value in attribute if is_instance(value, OPTIMIZABLE)]
 
 
 def _attributes(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
@@ -180,5 +180,5 @@ def _attributes(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
         f"{prefix}{name}": comparable(value)
         for prefix, optimizer in optimizers.items()
         for name, value in vars(optimizer).items()
-        if name not in FOREIGN_ATTRIBUTES and not name.startswith("_optimizer_") and not is_of(value, OPTIMIZABLE)
+        if name not in FOREIGN_ATTRIBUTES and not name.startswith("_optimizer_") and not is_instance(value, OPTIMIZABLE)
     }

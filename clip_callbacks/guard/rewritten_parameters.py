@@ -19,11 +19,11 @@ from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import renormalized_weights
 from clip_callbacks.guard.resource import Resource, ResourceScope
-from clip_callbacks.trainer.end_of_step import at_end_of_step
+from clip_callbacks.trainer.after_step import call_after_step
+from clip_callbacks.trainer.buffer_tracker import INITIAL_COPY_BYTES
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others, have_same_bits
-from clip_callbacks.trainer.written_buffers import FIRST_COPIES
 
 WATCHED_WINDOWS = 3
 """Number of windows at the start of a fit that are all watched."""
@@ -82,7 +82,7 @@ class RewrittenParameters(Resource):
 
     def _copy_small_ones(self) -> None:
         """Copy parameters for the first window, the smallest first, until the copies are large enough."""
-        free_bytes = FIRST_COPIES
+        free_bytes = INITIAL_COPY_BYTES
         there = [(name, tensor) for name, tensor in self._tensors.items() if not is_lazy(tensor)]
         for name, tensor in sorted(there, key=lambda item: item[1].numel()):
             free_bytes -= tensor.numel() * tensor.element_size()
@@ -124,14 +124,14 @@ class RewrittenParameters(Resource):
         self._has_pass = False
         self._lost.clear()
         if self._is_manual and self._rewritten:  # another forward pass may follow in the same batch
-            at_end_of_step(self._trainer, self._context.optimizer, self._copies.keep)
+            call_after_step(self._trainer, self._context.optimizer, self._copies.keep)
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._has_pass = False
         self._copies.restore()
         if isinstance(self._context.optimizer, LBFGS):  # its line search goes on, and is restored when it ends
-            at_end_of_step(self._trainer, self._context.optimizer, self._copies.restore)
+            call_after_step(self._trainer, self._context.optimizer, self._copies.restore)
         if self._lost:
             self._warn_of_lost()
 

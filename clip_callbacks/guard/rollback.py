@@ -179,7 +179,7 @@ class RunRestorer(NoRestorer):
         if self.is_fresh:
             assert self._copy is not None
             if self._module.automatic_optimization:
-                self._schedules.go_back(self._trainer, self._copy.mark)
+                self._schedules.rewind(self._trainer, self._copy.mark)
             return
         if not step.is_new:
             return

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState
 from clip_callbacks.core.tensor_table import learns
-from clip_callbacks.trainer.averages import begin_anew, live_averages
-from clip_callbacks.trainer.buffers import live_buffers, put_back_buffers
+from clip_callbacks.trainer.averages import live_averages, restart_swa
+from clip_callbacks.trainer.buffer_snapshot import live_buffers, restore_module_buffers
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.learning_rates import scaled_groups, scaled_schedule
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -149,7 +149,7 @@ class RunState:
             groups=self._groups.keep(self._live_groups()),
             buffers=self._kept_buffers,
             schedules=self._live_schedules(),
-            mark=self._schedules.mark,
+            mark=self._schedules.batches_before_window,
             limits=self._kept_limits,
         )
 
@@ -162,10 +162,10 @@ class RunState:
         """
         live = self._live_trees()
         begun = live["averages"].keys() - copy.trees["averages"].keys()
-        self.memory.put_back(copy.trees, live)
+        self.memory.restore(copy.trees, live)
         self._restore_groups(copy, factor)
-        put_back_buffers(self._buffers, copy.buffers, self._module)
-        begin_anew(self._trainer, self._module, begun)
+        restore_module_buffers(self._buffers, copy.buffers, self._module)
+        restart_swa(self._trainer, self._module, begun)
         for scheduler, state in copy.schedules:
             own = deepcopy(state)
             if factor != 1.0:
@@ -179,7 +179,7 @@ class RunState:
                 tensor.grad = None
 
     def _restore_groups(self, copy: RunCopy, factor: float) -> None:
-        restored = self._groups.put_back(copy.groups, self._live_groups())
+        restored = self._groups.restore(copy.groups, self._live_groups())
         for context, groups in zip(self._contexts, restored, strict=True):
             rescaled = groups
             if factor != 1.0:
@@ -191,7 +191,7 @@ class RunState:
 
     def restore_scaler(self, copy: RunCopy) -> None:
         """Restore the GradScaler's scale once more, which its update has changed for a step that was not taken."""
-        self.memory.put_back(copy.trees["scaler"], self._scaler_tensors())
+        self.memory.restore(copy.trees["scaler"], self._scaler_tensors())
 
     def carry_over(self, copy: RunCopy, contexts: Sequence[OptimizerContext]) -> RunCopy | None:
         """Adapt a copy after optimizers have taken up or given up parameters.
@@ -223,7 +223,7 @@ class RunState:
 
     def with_present_schedules(self, copy: RunCopy) -> RunCopy:
         """Return a copy with the present groups and schedules, whose learning rates earlier rollbacks may have lowered."""
-        mark = self._schedules.mark_in(self._trainer.current_epoch)
+        mark = self._schedules.batches_counted_in(self._trainer.current_epoch)
         return replace(copy, groups=self._groups.keep(self._live_groups()), schedules=self._live_schedules(), mark=mark)
 
     def limit_states(self) -> LimitStates:

@@ -40,15 +40,15 @@ class _HeldSchedules(Resource):
 
     @override
     def commit(self, step: StepContext) -> None:
-        self._hold.settle(self._trainer, skipped=False)
+        self._hold.decide(self._trainer, skipped=False)
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        self._hold.settle(self._trainer, skipped=True)
+        self._hold.decide(self._trainer, skipped=True)
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
-        self._hold.settle(self._trainer, skipped=False)
+        self._hold.decide(self._trainer, skipped=False)
 
     @override
     def end_batch(self) -> None:

@@ -37,7 +37,7 @@ class SkipThresholds:
         """
         before, self._states = self._states, {}
         for context in contexts:
-            known, whose = before.get(context.index), f"skip_above{context.of_which}"
+            known, whose = before.get(context.index), f"skip_above{context.of_optimizer}"
             carried = None
             if self.limit is not None:
                 carried = carry_over(NamedLimitState.fresh(ClipRule(self.limit), context.table), [known])

@@ -8,8 +8,9 @@ from typing_extensions import override
 from clip_callbacks.guard.buffers import Buffers
 from clip_callbacks.guard.buffers_in_manual import buffers_in_manual_optimization
 from clip_callbacks.guard.resource import Resource, ResourceScope
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from clip_callbacks.trainer.step_context import StepContext
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
 
 
 def written_buffers(scope: ResourceScope) -> dict[int, Resource]:
@@ -22,7 +23,7 @@ def written_buffers(scope: ResourceScope) -> dict[int, Resource]:
         return dict(before)
     for each in before.values():
         each.detach()
-    written = WrittenBuffers(scope.module)
+    written = BufferTracker(scope.module)
     if not scope.module.automatic_optimization:
         return buffers_in_manual_optimization(scope, written)
     return {context.index: _WholeModule(written) for context in scope.contexts}
@@ -35,7 +36,7 @@ class _WholeModule(Buffers):
         written: Record of the buffers that forward passes change.
     """
 
-    def __init__(self, written: WrittenBuffers) -> None:
+    def __init__(self, written: BufferTracker) -> None:
         first = BufferCopies(written)
         super().__init__(written, window=first, batch=first)
         self._at_later_batch: BufferCopies | None = None

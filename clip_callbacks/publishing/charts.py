@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from clip_callbacks.core.metric_names import SHADOW_CLIP_FRACTION
-from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
+from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -42,9 +42,9 @@ def lay_out_charts(trainer: Trainer, charts: Mapping[str, Charts]) -> None:
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if is_of(logger, TENSORBOARD):
+        if is_instance(logger, TENSORBOARD):
             _write_layout(logger, charts)
-        elif is_of(logger, WANDB):
+        elif is_instance(logger, WANDB):
             _define_metrics(logger, charts)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.stats.histogram import CODE_COUNT, Histogram, code_counts
-from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_of
+from clip_callbacks.trainer.compat import TENSORBOARD, WANDB, is_instance
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
@@ -74,15 +74,15 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Histogram], step: 
     if not histograms or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if is_of(logger, TENSORBOARD):
+        if is_instance(logger, TENSORBOARD):
             for tag, histogram in histograms.items():
                 _write_to_tensorboard(logger, _prefix(logger) + tag, histogram, step)
-        elif is_of(logger, WANDB):
+        elif is_instance(logger, WANDB):
             _write_to_wandb(logger, histograms, step)
 
 
 def _takes_histograms(logger: Logger) -> bool:
-    return is_of(logger, TENSORBOARD) or is_of(logger, WANDB)
+    return is_instance(logger, TENSORBOARD) or is_instance(logger, WANDB)
 
 
 def _write_to_tensorboard(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:

@@ -1,1 +1,1 @@
-"""What Lightning, the GradScaler, DDP and schedulers really do: one trap a file."""
+"""Behaviour of Lightning, GradScaler, DDP and schedulers that the callbacks depend on: one trap a file."""

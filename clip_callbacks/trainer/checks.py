@@ -1,4 +1,7 @@
-"""What a Trainer may not hold together, checked before anything is trained."""
+"""Combinations of a Trainer, module and callbacks that are refused before training.
+
+Trap: most of them would not fail but train wrongly, as two clips, or a clip of gradients that another engine keeps elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.core.nonfinite import Policy
-from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_of, overrides
+from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_instance, overrides
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
 from clip_callbacks.trainer.strategies import averages_plainly
@@ -24,14 +27,14 @@ Kind = Literal["clipping", "guard", "rescaling", "monitor", "noise scale"]
 
 @dataclass(frozen=True)
 class CallbackFacts:
-    """What the checks need to know of one gradient callback.
+    """Facts about one gradient callback that the checks need.
 
     Args:
-        kind: What it does.
-        key: The key of its state, which tells it apart from others of its class.
-        norm_type: The order of norms that it asks for; None takes any.
-        nonfinite: Its own policy for bad steps, where it stands in for a guard.
-        is_weighted: Whether it gives micro-batches weights.
+        kind: The kind of callback.
+        key: The ``state_key``, which distinguishes it from others of its class.
+        norm_type: The order of norms that it requires; None if it takes any.
+        is_weighted: True if it weights micro-batches.
+        has_noise_scale: True if it estimates the gradient noise scale.
     """
 
     kind: Kind
@@ -41,19 +44,19 @@ class CallbackFacts:
     is_weighted: bool = False
 
 
-_ONE_EACH = {
+_SINGLE_KINDS = {
     "clipping": "gradients would be clipped twice; give one GradientClipping several `rules`",
-    "guard": "which policy holds? Keep one of them",
+    "guard": "only one policy can apply; keep one of them",
     "rescaling": "gradients would be rescaled twice; keep one of them",
     "noise scale": "the metric would be logged twice; keep one of them",
 }
 
 
 def check_trainer(trainer: Trainer, module: LightningModule, callbacks: Sequence[CallbackFacts]) -> None:
-    """Refuse what gradient callbacks cannot do right.
+    """Refuse combinations with which gradient callbacks would be wrong.
 
     Raises:
-        ValueError: It names what stands in the way and what to do instead.
+        ValueError: If there is one. The message says what to change.
     """
     _check_callbacks(callbacks)
     _check_strategy(trainer)
@@ -62,16 +65,16 @@ def check_trainer(trainer: Trainer, module: LightningModule, callbacks: Sequence
 
 
 def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradScaler | None) -> None:
-    """Refuse to drop micro-batches where it cannot be done.
+    """Refuse ``level="microbatch"`` where single micro-batches cannot be dropped.
 
     Raises:
-        ValueError: It says why, and what to do instead.
+        ValueError: If they cannot. The message says why, and what to do instead.
     """
     if trainer.world_size > 1 and not averages_plainly(trainer):
         raise ValueError(
             '`level` must be "window" on several ranks unless plain DDP averages the gradients, got "microbatch" with '
-            f"{type(trainer.strategy).__name__}: gradients are sharded, ignored, or pass through a communication hook, a static "
-            "graph or bucket views, so that those of a window cannot be set aside. Use strategy='ddp'."
+            f"{type(trainer.strategy).__name__}: gradients cannot be set aside if they are sharded or ignored, or if DDP has "
+            "a communication hook, a static graph or bucket views. Use strategy='ddp'."
         )
     if scaler is not None:
         raise ValueError(
@@ -81,7 +84,7 @@ def check_micro_batches(trainer: Trainer, module: LightningModule, scaler: GradS
     if not module.automatic_optimization:
         raise ValueError(
             '`level` must be "window" in manual optimization, got "microbatch": only the training_step knows which backward passes '
-            "make a window, and for which optimizer."
+            "make a window, and for which optimizer. Use automatic optimization."
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(
@@ -124,7 +127,7 @@ def _reason_against_noise_scale(trainer: Trainer, module: LightningModule, *, is
 
 def warn_of_single_micro_batches(trainer: Trainer) -> None:
     """Warn if windows have one micro-batch only, from which the noise scale cannot be estimated."""
-    schedulers = [it for it in trainer.callbacks if is_of(it, GRADIENT_ACCUMULATION_SCHEDULER)]  # type: ignore[attr-defined]
+    schedulers = [it for it in trainer.callbacks if is_instance(it, GRADIENT_ACCUMULATION_SCHEDULER)]  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches <= 1 and not schedulers:
         rank_zero_warn(
             "GradientNoiseScale needs accumulation windows of several micro-batches, and logs nothing without them. Set "
@@ -137,14 +140,14 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
     """Refuse optimizers that gradient callbacks cannot handle.
 
     Raises:
-        ValueError: It names the optimizer and what to do instead.
+        ValueError: If there is one. The message names it, and says what to do instead.
     """
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if scaler is not None and takes_scaler_argument(optimizer):
             raise ValueError(
                 f"`optimizer` must leave unscaling to its caller under a GradScaler, got {name}, whose step takes the scaler "
-                "itself: gradients would be unscaled twice. Use a fused optimizer of torch.optim, or precision bf16-mixed."
+                "as an argument: gradients would be unscaled twice. Use a fused optimizer of torch.optim, or precision bf16-mixed."
             )
         if isinstance(optimizer, LBFGS) and any(callback.kind == "rescaling" for callback in callbacks):
             raise ValueError(
@@ -154,7 +157,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], scaler: GradScaler | None,
 
 
 def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
-    for kind, harm in _ONE_EACH.items():
+    for kind, harm in _SINGLE_KINDS.items():
         names = [callback.key for callback in callbacks if callback.kind == kind]
         if len(names) > 1:
             raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
@@ -187,16 +190,16 @@ def _check_one_policy(callbacks: Sequence[CallbackFacts]) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    if is_of(trainer.strategy, DEEPSPEED):
+    if is_instance(trainer.strategy, DEEPSPEED):
         raise ValueError(
-            "`strategy` must leave gradients where callbacks see them, got DeepSpeed, which keeps them in its own engine. Remove "
-            "the clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the "
-            "guard and the metrics are lost."
+            "`strategy` must keep gradients in `parameter.grad`, got DeepSpeed, which keeps them in its own engine. Remove the "
+            "clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the guard "
+            "and the metrics are lost."
         )
 
 
 def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:
-    if trainer.gradient_clip_val:  # 0 is Lightning's word for off
+    if trainer.gradient_clip_val:  # Lightning takes 0 as "no clipping"
         raise ValueError(
             "`gradient_clip_val` must not be set beside GradientClipping, got "
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): gradients would be clipped twice. Remove it from the "

@@ -1,7 +1,9 @@
-"""Lightning goes by two names, ``lightning.pytorch`` and ``pytorch_lightning``: the same code twice, strangers to each other.
+"""Classes of Lightning, found in whichever Lightning the program has imported.
 
-Neither is imported by this package. A program has imported the one that it uses, or both, before anything is asked here; to
-import the other one beside it would take time, and change where the first one's messages and deprecation warnings go.
+Trap: Lightning goes by two names, ``lightning.pytorch`` and ``pytorch_lightning``: two copies of the same code whose classes are
+unrelated, so that ``isinstance`` with a class of one is False for objects of the other. This package imports neither: that would
+take seconds, and the import of a second Lightning changes where messages and deprecation warnings of the first one go. The program
+has imported the one that it uses, or both, before anything is asked here.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ if TYPE_CHECKING:
     from lightning.pytorch.tuner.lr_finder import _LRCallback
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-"""The two names."""
+"""The two names of Lightning."""
 
 Kind = TypeVar("Kind")
 
 
 def class_in(package: str, path: str) -> type[Any] | None:
-    """A class of one Lightning; None if that has not been imported, or is of a version without the class.
+    """Return a class of one Lightning; None if that is not imported, or its version has no such class.
 
     Args:
-        package: One of the two names.
-        path: The place of the class below the package, such as ``strategies.FSDPStrategy``.
+        package: One of :data:`PACKAGES`.
+        path: The path of the class below the package, such as ``"strategies.FSDPStrategy"``.
     """
     if sys.modules.get(package) is None:
         return None
@@ -46,62 +48,70 @@ def class_in(package: str, path: str) -> type[Any] | None:
 
 
 @dataclass(frozen=True)
-class Twins(Generic[Kind]):
-    """A class of Lightning's under both names.
+class LightningClass(Generic[Kind]):
+    """A class of Lightning, in each of the two packages.
 
     Args:
-        path: Its place below the package.
+        path: The path of the class below the package.
     """
 
     path: str
 
     @property
     def classes(self) -> tuple[type[Kind], ...]:
-        """Those of the packages that have been imported."""
+        """The class in each of the packages that are imported."""
         found = [class_in(package, self.path) for package in PACKAGES]
         return tuple(kind for kind in found if kind is not None)
 
 
-CALLBACK: Twins[Callback] = Twins("Callback")
-DATALOADER_ITER_FETCHER: Twins[_DataLoaderIterDataFetcher] = Twins("loops.fetchers._DataLoaderIterDataFetcher")
-DEEPSPEED: Twins[DeepSpeedStrategy] = Twins("strategies.DeepSpeedStrategy")
-EARLY_STOPPING: Twins[EarlyStopping] = Twins("callbacks.EarlyStopping")
-FSDP: Twins[FSDPStrategy] = Twins("strategies.FSDPStrategy")
-GRADIENT_ACCUMULATION_SCHEDULER: Twins[GradientAccumulationScheduler] = Twins("callbacks.GradientAccumulationScheduler")
-LEARNING_RATE_SEARCH: Twins[_LRCallback] = Twins("tuner.lr_finder._LRCallback")
-MODEL_CHECKPOINT: Twins[ModelCheckpoint] = Twins("callbacks.ModelCheckpoint")
-MODEL_PARALLEL: Twins[ModelParallelStrategy] = Twins("strategies.ModelParallelStrategy")
-MODEL_SUMMARY: Twins[ModelSummary] = Twins("callbacks.ModelSummary")
-MODULE: Twins[LightningModule] = Twins("LightningModule")
-OPTIMIZABLE: Twins[Any] = Twins("core.optimizer.Optimizable")  # a protocol
-STOCHASTIC_WEIGHT_AVERAGING: Twins[StochasticWeightAveraging] = Twins("callbacks.StochasticWeightAveraging")
-TENSORBOARD: Twins[TensorBoardLogger] = Twins("loggers.TensorBoardLogger")
-TRAINER: Twins[Trainer] = Twins("Trainer")
-WANDB: Twins[WandbLogger] = Twins("loggers.WandbLogger")
-WEIGHT_AVERAGING: Twins[Any] = Twins("callbacks.WeightAveraging")  # since Lightning 2.6
+CALLBACK: LightningClass[Callback] = LightningClass("Callback")
+DATALOADER_ITER_FETCHER: LightningClass[_DataLoaderIterDataFetcher] = LightningClass("loops.fetchers._DataLoaderIterDataFetcher")
+DEEPSPEED: LightningClass[DeepSpeedStrategy] = LightningClass("strategies.DeepSpeedStrategy")
+EARLY_STOPPING: LightningClass[EarlyStopping] = LightningClass("callbacks.EarlyStopping")
+FSDP: LightningClass[FSDPStrategy] = LightningClass("strategies.FSDPStrategy")
+GRADIENT_ACCUMULATION_SCHEDULER: LightningClass[GradientAccumulationScheduler] = LightningClass(
+    "callbacks.GradientAccumulationScheduler"
+)
+LEARNING_RATE_SEARCH: LightningClass[_LRCallback] = LightningClass("tuner.lr_finder._LRCallback")
+MODEL_CHECKPOINT: LightningClass[ModelCheckpoint] = LightningClass("callbacks.ModelCheckpoint")
+MODEL_PARALLEL: LightningClass[ModelParallelStrategy] = LightningClass("strategies.ModelParallelStrategy")
+MODEL_SUMMARY: LightningClass[ModelSummary] = LightningClass("callbacks.ModelSummary")
+MODULE: LightningClass[LightningModule] = LightningClass("LightningModule")
+OPTIMIZABLE: LightningClass[Any] = LightningClass("core.optimizer.Optimizable")  # a protocol
+STOCHASTIC_WEIGHT_AVERAGING: LightningClass[StochasticWeightAveraging] = LightningClass("callbacks.StochasticWeightAveraging")
+TENSORBOARD: LightningClass[TensorBoardLogger] = LightningClass("loggers.TensorBoardLogger")
+TRAINER: LightningClass[Trainer] = LightningClass("Trainer")
+WANDB: LightningClass[WandbLogger] = LightningClass("loggers.WandbLogger")
+WEIGHT_AVERAGING: LightningClass[Any] = LightningClass("callbacks.WeightAveraging")  # since Lightning 2.6
 
 
-def is_of(thing: object, kind: Twins[Kind]) -> TypeGuard[Kind]:
-    """Whether a thing is of a class of either Lightning.
+def is_instance(thing: object, kind: LightningClass[Kind]) -> TypeGuard[Kind]:
+    """Return whether an object is an instance of a class of either Lightning.
 
     Example::
 
         >>> import lightning.pytorch, pytorch_lightning
-        >>> is_of(pytorch_lightning.LightningModule(), MODULE), is_of(lightning.pytorch.LightningModule(), MODULE)
+        >>> is_instance(pytorch_lightning.LightningModule(), MODULE), is_instance(lightning.pytorch.LightningModule(), MODULE)
         (True, True)
     """
     return isinstance(thing, kind.classes)
 
 
-def overrides(thing: object, hook: str, kind: Twins[Any] = MODULE) -> bool:
-    """Whether a module, or a thing of another kind, has a hook of its own."""
+def overrides(thing: object, hook: str, kind: LightningClass[Any] = MODULE) -> bool:
+    """Return whether an object has a hook of its own, in its class or on the instance.
+
+    Args:
+        thing: A module, or an object of another kind.
+        hook: The name of the hook.
+        kind: The class of Lightning that defines the hook.
+    """
     method = getattr(thing, hook)
-    function = getattr(method, "__func__", method)  # what hangs on an instance may be any callable
+    function = getattr(method, "__func__", method)  # an attribute of the instance may be any callable
     return all(function is not getattr(base, hook) for base in kind.classes)
 
 
 def package_of(trainer: Trainer) -> str:
-    """The name of the Lightning that a Trainer is of."""
+    """Return the name of the Lightning that a Trainer belongs to."""
     for package in PACKAGES:
         kind = class_in(package, TRAINER.path)
         if kind is not None and isinstance(trainer, kind):

@@ -1,4 +1,8 @@
-"""A ``training_step`` that draws its batches itself: what hooks of callbacks are given then is the batch before, or None."""
+"""A ``training_step(self, dataloader_iter)``, which draws its batches itself.
+
+Trap: Lightning decides by the name of the argument, and passes hooks of callbacks the previous batch, or None, instead of the
+batch that is drawn.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +14,5 @@ if TYPE_CHECKING:
 
 
 def takes_dataloader_iter(module: LightningModule) -> bool:
-    """Whether Lightning hands the dataloader's iterator to ``training_step``, by the name of its argument."""
+    """Return whether Lightning passes the dataloader's iterator to ``training_step``."""
     return "dataloader_iter" in inspect.signature(module.training_step).parameters

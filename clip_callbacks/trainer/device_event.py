@@ -1,4 +1,7 @@
-"""A value on its way from a device to the host, which does not wait for it."""
+"""An event in a device's work, for asynchronous copies to the host.
+
+Trap: an asynchronous copy returns before the data is there, and reading it at once gives old bytes without an error.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import torch
 
 
 class DeviceEvent:
-    """Marks a moment in a device's work; what was sent to the host before it is there once the device has got this far.
+    """An event recorded now on a device's current stream; copies enqueued before it are complete once it has occurred.
 
     Args:
-        device: Where the work is done; a CPU's is done already.
+        device: The device. Nothing is recorded for a CPU, whose work is always complete.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -20,6 +23,6 @@ class DeviceEvent:
             self._event.record(module.current_stream(device))
 
     def wait(self) -> None:
-        """See that the device has got this far; it has, if it was given more to do since."""
+        """Block the host until the event has occurred. If the device was given further work since, it usually has."""
         if self._event:
             self._event.synchronize()

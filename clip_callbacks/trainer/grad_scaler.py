@@ -1,4 +1,10 @@
-"""What 16-mixed precision's GradScaler knows."""
+"""The GradScaler of 16-mixed precision: its stages, its overflow flags, its scale.
+
+Traps: Lightning does not unscale for optimizers that support scaling (fused Adam, AdamW, SGD, Adagrad), nor if the last
+``training_step`` of a window returned None: gradients are then still multiplied by the loss scale. What becomes non-finite after
+``unscale_`` is invisible to the scaler. And a NaN loss halves the scale at each step, although no scale would cure it. The
+scaler has no public methods for any of this, so that its attributes are read and written here, and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
-    """The scaler of 16-mixed precision, if there is one at work."""
+    """Return the enabled GradScaler of a Trainer; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if isinstance(scaler, GradScaler) and scaler.is_enabled():
         return scaler
@@ -25,7 +31,11 @@ def grad_scaler(trainer: Trainer) -> GradScaler | None:
 
 
 def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
-    """Whether the gradients are still multiplied by the loss scale: asked of the scaler, not of the optimizer's type."""
+    """Return whether an optimizer's gradients are still multiplied by the loss scale.
+
+    The scaler's stage decides, not the type of the optimizer: after a ``training_step`` that returned None, Lightning does not
+    unscale for any.
+    """
     if scaler is None:
         return False
     state = scaler._per_optimizer_states.get(id(optimizer))
@@ -33,26 +43,26 @@ def is_still_scaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
 
 
 def takes_scaler_argument(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer of the old kind unscales for itself, by the scaler that its step is given."""
+    """Return whether an optimizer unscales in its ``step(grad_scaler=...)``, the older interface of fused optimizers."""
     return getattr(optimizer, "_step_supports_amp_scaling", False) and "grad_scaler" in signature(optimizer.step).parameters
 
 
 def loss_scale(scaler: GradScaler) -> torch.Tensor:
-    """What the loss was multiplied by, where it is and unread, 0-dim; the scaler changes it in place."""
+    """Return the loss scale as a 0-dim tensor on its device. The scaler changes this tensor in place."""
     scale = scaler._get_scale_async()
     assert scale is not None, "a loss was scaled before"
     return scale
 
 
-def take_over(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor) -> None:
-    """Tell the scaler that an optimizer's gradients are seen to: unscaled, or about to be on a fused optimizer's way.
+def mark_unscaled(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor) -> None:
+    """Tell the scaler that an optimizer's gradients are unscaled, or will be by the fused optimizer's step.
 
-    What it would otherwise do in its step, a further pass that reads and writes all of them, is done already.
+    Its own step would otherwise read and write all gradients once more.
 
     Args:
         scaler: The scaler.
-        optimizer: The optimizer, whose gradients it has not unscaled.
-        finite: Whether all of them are finite, 0-dim bool; if not, the scaler lowers the scale and no step is taken.
+        optimizer: The optimizer, whose gradients the scaler has not unscaled.
+        finite: True if all gradients are finite, 0-dim bool. If not, the scaler lowers the scale and skips the step.
     """
     state = scaler._per_optimizer_states[id(optimizer)]
     device = loss_scale(scaler).device
@@ -60,11 +70,11 @@ def take_over(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor) ->
     state["stage"] = OptState.UNSCALED
 
 
-def hold(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Leave the scale and its growth counter as they are through a step that is skipped, and that no other scale would cure.
+def keep_scale(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Leave the scale and its growth counter unchanged by a skipped step whose gradients no other scale would make finite.
 
-    The scaler is told that nothing was found, calls the optimizer, whose gradients are gone, and counts one good step; that one is
-    taken off beforehand.
+    The scaler is told that no overflow was found. It then calls the optimizer, whose gradients are None, and counts one good step,
+    which is subtracted beforehand.
     """
     state = scaler._per_optimizer_states[id(optimizer)]
     device = loss_scale(scaler).device
@@ -73,10 +83,15 @@ def hold(scaler: GradScaler, optimizer: Optimizer) -> None:
     _growth_counter(scaler).sub_(1)
 
 
-def hold_where(scaler: GradScaler, optimizer: Optimizer, flag: torch.Tensor) -> None:
-    """Do as :func:`hold` if a flag is set, 0-dim bool, which stays unread.
+def keep_scale_where(scaler: GradScaler, optimizer: Optimizer, flag: torch.Tensor) -> None:
+    """Leave the scale and its growth counter unchanged if a flag is set, without a host sync.
 
-    It takes effect after the step of a fused optimizer, which stands still for what was found, and before the scaler's update.
+    The overflow flag is cleared after the step of the fused optimizer, which needs it to skip, and before ``scaler.update``.
+
+    Args:
+        scaler: The scaler.
+        optimizer: The fused optimizer.
+        flag: The flag, 0-dim bool.
     """
 
     def after_step(*_: object) -> None:
@@ -91,11 +106,14 @@ def hold_where(scaler: GradScaler, optimizer: Optimizer, flag: torch.Tensor) -> 
 
 
 def is_incurable(losses: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-    """Whether no lower loss scale would make a bad step good: a loss is not finite, or the scale is at 1; 0-dim bool, unread.
+    """Return whether no lower loss scale would make a bad step good: a loss is non-finite, or the scale is at most 1.
 
     Args:
         losses: The losses of the step.
-        scale: What they were multiplied by.
+        scale: The loss scale.
+
+    Returns:
+        A 0-dim bool tensor; nothing is read on the host.
     """
     incurable = scale <= 1.0
     if losses:
@@ -110,13 +128,13 @@ def _growth_counter(scaler: GradScaler) -> torch.Tensor:
 
 
 def has_overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the scaler itself has found non-finite gradients, and so will not step; what came later it does not see."""
+    """Return whether the scaler itself has found non-finite gradients, and will skip the step. Costs a host sync."""
     found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(flag) for flag in found.values())
 
 
 def mark_overflow(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Have the scaler lower the scale and take no step, as those of other ranks do: not every rank may hold what is not finite."""
+    """Make the scaler lower the scale and skip the step, as on the ranks whose gradients are non-finite."""
     found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for flag in found.values():
         flag.fill_(1.0)

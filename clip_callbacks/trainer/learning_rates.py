@@ -1,4 +1,8 @@
-"""Learning rates times a factor, wherever an optimizer and its schedule have them."""
+"""Learning rates of an optimizer and its schedules, multiplied by a factor.
+
+Trap: learning rates stand in many places. Schedulers compute the next one from bounds in their own state or in the parameter
+groups, so that a change of ``lr`` alone lasts for one step; and several groups may share one tensor.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-"""Where a parameter group has one: OneCycleLR reads its bounds from there."""
+"""Keys of a parameter group that hold a learning rate. OneCycleLR reads its bounds from there."""
 IN_SCHEDULES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "_last_lr")
-"""Where a schedule's state has them."""
+"""Keys of a scheduler's state that hold learning rates."""
 
 
 def scaled_groups(groups: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """Parameter groups with their learning rates times a factor; a tensor is changed in place, once if several share it."""
+    """Multiply the learning rates of parameter groups by a factor. A tensor is changed in place, once if groups share it."""
     done: set[int] = set()
 
     def scaled(value: Any) -> Any:
@@ -29,7 +33,7 @@ def scaled_groups(groups: Sequence[Mapping[str, Any]], factor: float) -> list[di
 
 
 def scaled_schedule(state: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """The state of a schedule, and of those within it, with learning rates times a factor."""
+    """Multiply the learning rates in a scheduler's state, and in those of schedulers inside it, by a factor."""
     scaled = {**state, **{key: _scaled(value, factor) for key, value in state.items() if key in IN_SCHEDULES}}
     if "_schedulers" in scaled:
         scaled["_schedulers"] = [scaled_schedule(each, factor) for each in scaled["_schedulers"]]

@@ -1,4 +1,4 @@
-"""What one optimizer has in a fit: its parameters, its history, the report of its last step."""
+"""The context of one optimizer in a fit: its parameters, its history, the report of its last step."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ T = TypeVar("T")
 
 
 class OptimizerContext:
-    """What one optimizer has in a fit.
+    """The context of one optimizer in a fit.
 
     Args:
-        index: The optimizer's number in ``trainer.optimizers``.
+        index: The number of the optimizer in ``trainer.optimizers``.
         optimizer: The optimizer.
-        module: The module that names its parameters.
-        suffix: The suffix of its metrics; empty with one optimizer.
-        reduce: From its parameters to what makes norms of this rank's parts norms of the whole.
+        module: The module that names the parameters.
+        suffix: The suffix of the optimizer's metrics; empty with one optimizer.
+        reduce: The function that makes the reduction of norms over ranks for some parameters.
 
     Attributes:
-        table: The parameters.
-        history: What the run remembers of its norms.
-        steps: How many steps it has taken or skipped in this fit.
-        report: The report of the last step; of LBFGS's closure calls the first one's, unless a later one is bad.
+        table: The table of the optimizer's parameters.
+        history: The history of norms in this run.
+        steps: The number of steps taken or skipped in this fit.
+        report: The report of the last step; None before the first. Among closure calls of LBFGS it is the first one's, unless a
+            later one is bad.
     """
 
     def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str, reduce: Reduce) -> None:
@@ -47,9 +48,9 @@ class OptimizerContext:
         self.report: StepRecord | None = None
         self._reduce = reduce
         self._step_number: int | None = None
-        self.tabulate(module)
+        self.rebuild_table(module)
 
-    def tabulate(self, module: LightningModule) -> None:
+    def rebuild_table(self, module: LightningModule) -> None:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
@@ -57,8 +58,8 @@ class OptimizerContext:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the optimizer holds other parameters than it did, as after fine-tuning callbacks."""
-        groups = self.optimizer.param_groups
+        """True if the optimizer holds other parameters than the table, as after ``add_param_group`` by BaseFinetuning."""
+        groups = self.optimizer.param_groups  # compared by identity in C: this runs twice in a healthy step
         if len(groups) != len(self._held):
             return True
         for group, held in zip(groups, self._held, strict=True):
@@ -68,17 +69,17 @@ class OptimizerContext:
         return False
 
     @property
-    def is_lazy(self) -> bool:
-        """Whether some of the parameters were those of lazy modules that had not run yet when the table was made."""
+    def has_lazy_parameters(self) -> bool:
+        """True if the table holds parameters of lazy modules that had no shape when it was made."""
         return bool(self._lazy)
 
     @property
-    def has_grown(self) -> bool:
-        """Whether a forward pass has given lazy modules parameters of some shape since the table was made."""
+    def has_materialized_parameters(self) -> bool:
+        """True if a forward pass has given a lazy parameter its shape since the table was made."""
         return not all(map(is_lazy, self._lazy))
 
     def begins_step(self, step_number: int) -> bool:
-        """Whether this is a new optimizer step, and not another closure call of the last one, as LBFGS makes.
+        """Record the number of a step; return False if it is a further closure call of the last step, as with LBFGS.
 
         Args:
             step_number: ``trainer.global_step``.
@@ -87,13 +88,13 @@ class OptimizerContext:
         self._step_number = step_number
         return is_new
 
-    def remember(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
-        """Keep the report of a step.
+    def record(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
+        """Record the report of a step.
 
         Args:
             report: The report.
-            is_new: Whether it is of a new step, and not of another closure call.
-            is_healthy: Whether its norms go into the history.
+            is_new: True if the step is new; False if it is a further closure call.
+            is_healthy: If True, the norms enter the history.
         """
         self.report = report
         self.steps += is_new
@@ -102,20 +103,20 @@ class OptimizerContext:
             self.history.add(report)
 
     def continue_history(self, history: RunHistory) -> None:
-        """Go on with the history of an optimizer whose place this one has taken."""
+        """Continue the history of the optimizer that this one replaces."""
         self.history = history
 
     @property
-    def of_which(self) -> str:
-        """Behind the name of a thing that each optimizer has: which one's it is, if there are several."""
+    def of_optimizer(self) -> str:
+        """Ending of a name in messages, such as ``" of optimizer 1"``; empty with one optimizer."""
         return f" of optimizer {self.index}" if self.suffix else ""
 
     def history_state(self) -> dict[str, Any]:
-        """What the history holds, for a checkpoint, and what tells whether it fits: the parameters."""
+        """Return the history's state for a checkpoint, with the parameters' names, by which a resume matches optimizers."""
         return {**self.history.state_dict(), "parameters": list(self.table.names)}
 
     def named(self, metrics: Mapping[str, T]) -> dict[str, T]:
-        """Metrics under the names that they have for this optimizer."""
+        """Return metrics with this optimizer's suffix on their names."""
         return {key + self.suffix: value for key, value in metrics.items()}
 
 
@@ -123,9 +124,9 @@ def make_contexts(trainer: Trainer, module: LightningModule, histories: Mapping[
     """Make a context for each optimizer of a Trainer.
 
     Args:
-        trainer: A Trainer that has made its optimizers.
+        trainer: The Trainer, after its optimizers were made.
         module: The module that names the parameters.
-        histories: What a checkpoint knows of the optimizers' histories, by number.
+        histories: States of histories from a checkpoint, by the number of the optimizer.
     """
     suffixes, reduce = optimizer_suffixes(trainer), reduction_under(trainer)
     contexts = []
@@ -138,9 +139,9 @@ def make_contexts(trainer: Trainer, module: LightningModule, histories: Mapping[
 
 
 def optimizer_suffixes(trainer: Trainer) -> list[str]:
-    """Suffixes that tell the metrics of several optimizers apart, in the names that LearningRateMonitor gives them.
+    """Return the suffix of each optimizer's metrics: the name that LearningRateMonitor gives the optimizer.
 
-    Those with a scheduler come first, as there; one optimizer needs no suffix.
+    Optimizers with a scheduler are named first, as there. A single optimizer has no suffix.
     """
     if len(trainer.optimizers) == 1:
         return [""]

@@ -1,4 +1,10 @@
-"""Learning-rate schedules that stand still for a skipped step."""
+"""Step-interval learning-rate schedules, held for skipped steps.
+
+Trap: after each batch Lightning steps a schedule if ``(batch_idx + 1) % frequency == 0``
+(``training_epoch_loop._update_learning_rates``), whether or not the optimizer step was skipped (Lightning issues 5558, 18828 and
+21339). It reads ``interval`` and ``frequency`` of the schedule's configuration to decide. For one batch these are set to values
+that lead to the right decision, and then put back.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +17,12 @@ if TYPE_CHECKING:
 
 
 class SchedulerHold:
-    """Step-interval schedules that advance as if skipped batches had not been drawn; plateau schedules are left to Lightning.
+    """Makes step-interval schedules advance as if the batches of skipped steps did not exist.
 
-    Lightning asks each schedule's interval and frequency after the batch, and counts batches, skipped ones too. For one batch they
-    are set to what makes it do the right thing, then put back.
+    Plateau schedules are left to Lightning, except at a rollback.
 
     Args:
-        is_on: Whether anything is held at all.
+        is_on: If True, schedules are held.
     """
 
     def __init__(self, is_on: bool) -> None:
@@ -25,13 +30,19 @@ class SchedulerHold:
         self._altered: list[tuple[LRSchedulerConfig, str, int]] = []
         self._plateaus: list[tuple[LRSchedulerConfig, int]] = []
         self._epoch = -1
+        # batches of the epoch: skipped, seen before the window of the last step, seen
         self._skipped_batches = self._window_start = self._seen = 0
         self._is_counted = False
 
-    def settle(self, trainer: Trainer, *, skipped: bool) -> None:
-        """Decide for each schedule whether it is to advance after this batch; LBFGS asks several times, and may change its mind."""
+    def decide(self, trainer: Trainer, *, skipped: bool) -> None:
+        """Decide for each schedule whether it advances after this batch; of several calls in a batch the last one counts.
+
+        Args:
+            trainer: The Trainer.
+            skipped: True if the step of this batch is skipped. LBFGS may call with False first and then with True.
+        """
         self.release()
-        self._begin(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
+        self._count(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
         if skipped and not self._is_counted:
             self._skipped_batches += self._seen - self._window_start
             self._is_counted = True
@@ -41,38 +52,41 @@ class SchedulerHold:
             if config.interval == "step" and not config.reduce_on_plateau:
                 self._altered.append((config, config.interval, config.frequency))
                 is_due = not skipped and (self._seen - self._skipped_batches) % config.frequency == 0
-                # Lightning asks whether the frequency divides its own number of the batch, which counts skipped ones too:
-                # 1 divides every number, and for an interval of this name it never asks.
+                # every batch number is divisible by 1, and no update asks for an interval named "held"
                 if is_due:
                     config.frequency = 1
                 else:
                     config.interval = "held"
 
     def holds(self, trainer: Trainer) -> bool:
-        """Whether there is any schedule that a skipped step would hold."""
+        """Return whether there is a schedule that a skipped step holds."""
         return self._is_on and any(
             config.interval == "step" and not config.reduce_on_plateau for config in trainer.lr_scheduler_configs
         )
 
     @property
-    def mark(self) -> int:
-        """How many batches of the epoch the schedules had counted when the window began that a step has just been settled for."""
+    def batches_before_window(self) -> int:
+        """Batches of the epoch that schedules had counted when the window of the last step began."""
         return self._window_start - self._skipped_batches
 
-    def mark_in(self, epoch: int) -> int:
-        """How many batches of an epoch the schedules have counted, in mid-window without those of the window."""
+    def batches_counted_in(self, epoch: int) -> int:
+        """Return the number of batches of an epoch that schedules have counted, without a window that is still open."""
         if epoch != self._epoch:
             return 0
         return self._seen - self._skipped_batches
 
-    def go_back(self, trainer: Trainer, mark: int) -> None:
-        """Hold every step-interval schedule for this batch, and count on from an earlier mark; it has been settled as skipped.
+    def rewind(self, trainer: Trainer, batches: int) -> None:
+        """Hold all step-interval schedules for this batch, whose step is skipped, and set the count for a rollback.
 
-        Plateau schedules too: the batch's loss is one of weights that are gone.
+        Plateau schedules are held too: the loss of the batch was computed with weights that are replaced.
+
+        Args:
+            trainer: The Trainer.
+            batches: The number of counted batches of the epoch to continue from.
         """
         self.release()
         self.release_plateaus()
-        self._skipped_batches = self._seen - mark
+        self._skipped_batches = self._seen - batches
         for config in [config for config in trainer.lr_scheduler_configs if config.interval == "step"]:
             if config.reduce_on_plateau:
                 self._plateaus.append((config, config.frequency))
@@ -81,29 +95,29 @@ class SchedulerHold:
                 self._altered.append((config, config.interval, config.frequency))
                 config.interval = "held"
 
-    def _begin(self, epoch: int, batches: int) -> None:
-        """Take note of the batches of the epoch seen so far; those since the last step are the window."""
+    def _count(self, epoch: int, batches: int) -> None:
+        """Count the batches seen so far in the epoch; those since the last step are its window."""
         if epoch != self._epoch:
             self._epoch, self._skipped_batches, self._seen = epoch, 0, 0
         if batches != self._seen:
             self._window_start, self._seen, self._is_counted = self._seen, batches, False
 
     def state(self) -> tuple[int, int, int]:
-        """Where the epoch stands, for a checkpoint inside it."""
+        """Return the epoch, and its skipped and seen batches, for a checkpoint in mid-epoch."""
         return self._epoch, self._skipped_batches, self._seen
 
     def load_state(self, state: tuple[int, int, int]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Continue from a return value of :meth:`state`."""
         self._epoch, self._skipped_batches, self._seen = map(int, state)
 
     def release(self) -> None:
-        """Put intervals and frequencies back."""
+        """Restore intervals and frequencies of schedules."""
         for config, interval, frequency in self._altered:
             config.interval, config.frequency = interval, frequency
         self._altered.clear()
 
     def release_plateaus(self) -> None:
-        """Put frequencies of plateau schedules back: Lightning asks for them after the batch's last hook."""
+        """Restore frequencies of plateau schedules. Lightning reads these after the last hook of the batch, so not before."""
         for config, frequency in self._plateaus:
             config.frequency = frequency
         self._plateaus.clear()

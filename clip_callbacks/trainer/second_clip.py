@@ -1,4 +1,8 @@
-"""Gradients that Lightning's ``clip_gradients`` clips beside GradientClipping: the module calls it, or the Trainer does."""
+"""A second clip of the gradients beside GradientClipping, by Lightning's ``clip_gradients``.
+
+Trap: ``gradient_clip_val`` is refused at fit start, but may be set later, and a module may call ``self.clip_gradients`` itself. In
+automatic optimization Lightning calls this method at each step, with the Trainer's value; without a value it does nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,46 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from clip_callbacks.trainer.extended_hook import ExtendedHook
+from clip_callbacks.trainer.extended_method import ExtendedMethod
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
 class SecondClip:
-    """Warns once of a second clip that nothing told of at fit start: by the module itself, or by a ``gradient_clip_val`` set later.
-
-    In automatic optimization Lightning itself calls the method at each step, with the Trainer's value, and without one it does
-    nothing.
+    """Warns once if the module, or the Trainer by a ``gradient_clip_val`` set after fit start, clips a second time.
 
     Args:
         module: The module in training.
-        is_clipped: Whether GradientClipping has a limit for an optimizer of torch.
+        is_clipped: Function that tells whether GradientClipping has a limit for an optimizer.
     """
 
     def __init__(self, module: LightningModule, is_clipped: Callable[[Optimizer], bool]) -> None:
         self._module = module
         self._is_clipped = is_clipped
         self._has_warned = False
-        self._hook = ExtendedHook(module, "clip_gradients", self._note)
+        self._method = ExtendedMethod(module, "clip_gradients", self._check)
 
-    def _note(self, optimizer: Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any) -> None:
+    def _check(self, optimizer: Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any) -> None:
+        # in manual optimization the module passes the LightningOptimizer that wraps torch's
         if not gradient_clip_val or self._has_warned or not self._is_clipped(getattr(optimizer, "optimizer", optimizer)):
             return
         self._has_warned = True
         if self._module.trainer.gradient_clip_val:
             what = (
                 f"trainer.gradient_clip_val was set to {gradient_clip_val!r} after the setup of the fit, beside GradientClipping, "
-                "whose metrics are those before that clip. Leave it at None, or remove GradientClipping"
+                "whose metrics describe the gradients before that clip. Leave it at None, or remove GradientClipping"
             )
         else:
             what = (
                 f"{type(self._module).__name__} calls self.clip_gradients(gradient_clip_val={gradient_clip_val!r}) beside "
-                "GradientClipping, which measures, clips and logs what that call leaves. Remove the call, or GradientClipping"
+                "GradientClipping, which measures, clips and logs the result of that call. Remove the call, or GradientClipping"
             )
         rank_zero_warn(
-            f"Gradients are clipped twice: {what}; NonFiniteGuard and GradientNormMonitor go with either.", category=RuntimeWarning
+            f"Gradients are clipped twice: {what}; NonFiniteGuard and GradientNormMonitor work with either.",
+            category=RuntimeWarning,
         )
 
     def detach(self) -> None:
-        """Give the module its own method back."""
-        self._hook.detach()
+        """Restore the module's own method."""
+        self._method.detach()

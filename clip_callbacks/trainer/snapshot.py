@@ -1,4 +1,9 @@
-"""One copy of tensors in dictionaries and lists, made again and again in the same memory, and put back in place."""
+"""Snapshots of nested dictionaries and lists of tensors, in memory that is reused, restored in place.
+
+Traps: optimizer states may be tensor subclasses that have no ``empty_like`` (low-bit states of torchao), are made of other tensors,
+or are quantized; two places may hold the same tensor; and other code holds references, so that tensors, dictionaries and lists must
+be restored in place.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +22,18 @@ from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.trainer.device_event import DeviceEvent
 
 Path = tuple[Any, ...]
-AS_IS = object()
-"""Stands for a tensor without values, as that of a lazy module before its first pass, or one on the meta device: whatever it has
-become stays."""
+NO_VALUES = object()
+"""Placeholder for a tensor without values: of a lazy module before its first forward pass, or on the meta device. It is not
+restored."""
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether entries of a tensor share memory, as after ``expand``: nothing can be written there."""
+    """Return whether entries of a tensor share memory, as after ``expand``. In-place writes to it raise."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def parts_of(tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that one is made of, as optimizers keep 8-bit states, by its attributes; none of a plain one."""
+    """Return the tensors that a wrapper subclass consists of, such as an 8-bit state, by attribute; empty for a plain tensor."""
     wrapper: Any = tensor
     if not is_traceable_wrapper_subclass(wrapper):
         return {}
@@ -36,7 +41,7 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Whether a tensor's class decides what every function does with it, and does not tell what tensors it is made of."""
+    """Return whether a tensor's class overrides ``__torch_dispatch__`` and does not show the tensors that it consists of."""
     if parts_of(tensor):
         return False
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -44,7 +49,7 @@ def is_opaque(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def can_be_copied(tensor: Tensor) -> bool:
-    """Whether a copy can be made of a tensor; of one of an exotic kind this is tried."""
+    """Return whether a tensor can be copied. For opaque subclasses and quantized tensors a copy is tried."""
     shard = shard_of(tensor)
     if is_lazy(shard) or shard.is_meta:
         return True
@@ -57,26 +62,26 @@ def can_be_copied(tensor: Tensor) -> bool:
 
 @cache
 def _dtype_has_copies(dtype: torch.dtype) -> bool:
-    """Not so of integers of fewer than 8 bits, which torch only has names for."""
+    """Return whether a dtype has copies: integers of fewer than 8 bits have none in torch."""
     return _has_clone(torch.empty(1, dtype=dtype, device="cpu"))
 
 
 def _has_clone(tensor: Tensor) -> bool:
     try:
         tensor.detach().clone()
-    except Exception:  # of somebody else's class: whatever it is
+    except Exception:  # subclasses of other packages may raise anything
         return False
     return True
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """Where a tensor stood.
+class SavedTensor:
+    """A tensor in a snapshot.
 
     Args:
-        copy: Of this rank's shard, on the host.
-        device: Where the tensor was.
-        like: The tensor itself if it is sharded: no other can be made like it without its mesh.
+        copy: The copy of this rank's shard, on the host.
+        device: The device of the tensor.
+        like: The tensor itself if it is sharded, because another one could not be made without its mesh; else None.
     """
 
     copy: Tensor
@@ -84,27 +89,27 @@ class Slot:
     like: Tensor | None
 
     def fits(self, live: Any) -> bool:
-        """Whether what stands there now can take the copy in."""
+        """Return whether the copy can be written to the object in the tensor's place."""
         if not isinstance(live, Tensor) or live.layout is not torch.strided:
             return False
         shard = shard_of(live)
         is_alike = (shard.shape, shard.dtype, shard.device) == (self.copy.shape, self.copy.dtype, self.device)
         return is_alike and not overlaps(shard) and (shard is live) == (self.like is None)
 
-    def renewed(self) -> Tensor:
-        """A tensor to take the place of one that is gone."""
+    def new_tensor(self) -> Tensor:
+        """Return a tensor to write the copy to, if the one in its place does not fit."""
         if self.like is not None:
             return self.like
         return torch.empty_like(self.copy, device=self.device, pin_memory=False)
 
 
 @dataclass(frozen=True, eq=False)
-class WholeSlot:
-    """Where a tensor stood that is made of others.
+class SavedWrapper:
+    """A tensor that consists of other tensors, in a snapshot.
 
     Args:
-        like: The tensor itself: its class may make no other like it.
-        parts: What was kept of the tensors that it is made of, by their attributes.
+        like: The tensor itself, because its class may not be able to make another one.
+        parts: The saved tensors that it consists of, by attribute.
     """
 
     like: Tensor
@@ -112,54 +117,54 @@ class WholeSlot:
 
 
 class Snapshot:
-    """Memory for one copy of a tree: dictionaries, lists and tuples of tensors and of anything else.
+    """Memory for one copy of a tree of dictionaries, lists and tuples with tensors and other objects.
 
-    Copies of tensors are on the host: pinned and asynchronous if they come from a GPU. They are then enqueued on its current
-    stream, before the step that follows there and changes the tensors, and the host waits for them only before it reads them.
+    Copies of tensors are on the host. From a GPU they are made asynchronously to pinned memory, on its current stream: before the
+    optimizer step on that stream changes the tensors. The host waits for them only when it restores.
     """
 
     def __init__(self) -> None:
-        self._rooms: dict[Path, Tensor] = {}
+        self._copies: dict[Path, Tensor] = {}
         self._events: list[DeviceEvent] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(room.numel() * room.element_size() for room in self._rooms.values())
+        """Size of the copies in bytes."""
+        return sum(each.numel() * each.element_size() for each in self._copies.values())
 
     @torch.no_grad()
     def keep(self, tree: Any) -> Any:
-        """Copy a tree, over what was copied before: tensors that are new get new room, those that are gone leave theirs.
+        """Copy a tree, and overwrite the copy before. Memory is allocated and freed only where tensors are new or gone.
 
         Returns:
-            The tree with a :class:`Slot` for each tensor, for :meth:`put_back`.
+            The tree with a :class:`SavedTensor` for each tensor, for :meth:`restore`.
         """
-        copying = _Copying(self._rooms)
+        copying = _Copying(self._copies)
         kept = copying.visit(tree, ())
-        self._rooms = copying.rooms
+        self._copies = copying.memory
         if copying.pairs:
-            rooms, lives = zip(*copying.pairs, strict=True)
-            torch._foreach_copy_(rooms, lives, non_blocking=True)
+            copies, lives = zip(*copying.pairs, strict=True)
+            torch._foreach_copy_(copies, lives, non_blocking=True)
         self._events = [DeviceEvent(device) for device in {live.device for _, live in copying.pairs} if device.type == "cuda"]
         return kept
 
     @torch.no_grad()
-    def put_back(self, kept: Any, live: Any) -> Any:
-        """Make a tree what it was: in the tensors, dictionaries and lists that stand there now, if they can take it in.
+    def restore(self, saved: Any, live: Any) -> Any:
+        """Restore a tree, in place where the present tensors, dictionaries and lists fit.
 
-        It goes around the tensors' version counters: a graph made before, whose gradients nobody will use, is not to raise.
+        Version counters of tensors do not rise, so that backward passes of graphs from before do not raise.
 
         Args:
-            kept: What :meth:`keep` returned.
-            live: What stands there now.
+            saved: The return value of :meth:`keep`.
+            live: The present tree.
 
         Returns:
-            What is to stand there.
+            The tree to put in place of ``live``.
         """
         for event in self._events:
             event.wait()
         writing = _Writing()
-        tree = writing.visit(kept, live)
+        tree = writing.visit(saved, live)
         if writing.pairs:
             targets, copies = zip(*writing.pairs, strict=True)
             torch._foreach_copy_(targets, copies)
@@ -167,12 +172,12 @@ class Snapshot:
 
 
 class _Copying:
-    """One walk over a live tree."""
+    """One traversal of a live tree."""
 
     def __init__(self, known: dict[Path, Tensor]) -> None:
         self._known = known
-        self._slots: dict[int, Slot | WholeSlot] = {}
-        self.rooms: dict[Path, Tensor] = {}
+        self._slots: dict[int, SavedTensor | SavedWrapper] = {}
+        self.memory: dict[Path, Tensor] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, live: Any, path: Path) -> Any:
@@ -186,66 +191,74 @@ class _Copying:
 
     def _tensor(self, live: Tensor, path: Path) -> Any:
         if is_lazy(live) or live.is_meta:
-            return AS_IS
+            return NO_VALUES
         shard = shard_of(live)
         parts = parts_of(shard)
         if not parts and (is_opaque(shard) or live.layout is not torch.strided):
-            return live.detach().clone()  # these are few and small: they stay where they are
+            return live.detach().clone()  # sparse and opaque tensors are few and small: their copies stay on the device
         if id(live) not in self._slots:
-            slot: Slot | WholeSlot
+            slot: SavedTensor | SavedWrapper
             if parts:
-                slot = WholeSlot(live, {name: self.visit(part, (*path, name)) for name, part in parts.items()})
+                slot = SavedWrapper(live, {name: self.visit(part, (*path, name)) for name, part in parts.items()})
             else:
-                slot = self._slot(live, shard, path)
+                slot = self._plain(live, shard, path)
             self._slots[id(live)] = slot
         return self._slots[id(live)]
 
-    def _slot(self, live: Tensor, shard: Tensor, path: Path) -> Slot:
-        room = self._known.get(path)
-        if room is None or (room.shape, room.dtype, room.is_pinned()) != (shard.shape, shard.dtype, shard.is_cuda):
-            room = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda, requires_grad=False)
-        self.rooms[path] = room
-        self.pairs.append((room, shard))
-        return Slot(room, shard.device, None if shard is live else live)
+    def _plain(self, live: Tensor, shard: Tensor, path: Path) -> SavedTensor:
+        memory = self._known.get(path)
+        if memory is None or (memory.shape, memory.dtype, memory.is_pinned()) != (shard.shape, shard.dtype, shard.is_cuda):
+            memory = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda, requires_grad=False)
+        self.memory[path] = memory
+        self.pairs.append((memory, shard))
+        return SavedTensor(memory, shard.device, None if shard is live else live)
 
 
 def _path_key(key: Any) -> Any:
-    """What stands for a dictionary's key in a path: two tensors would be compared entry by entry, their ids are not."""
+    """Return the element of a path for a dictionary's key. Tensors would be compared entry by entry, their ids are not."""
     if isinstance(key, Tensor):
         return id(key)
     return key
 
 
 class _Writing:
-    """One walk over a copied tree and what stands in its place."""
+    """One traversal of a saved tree and the live tree in its place."""
 
     def __init__(self) -> None:
         self._targets: dict[int, Tensor] = {}
         self._taken: set[int] = set()
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def visit(self, kept: Any, live: Any) -> Any:
-        if isinstance(kept, (Slot, WholeSlot)):
-            return self._whole(kept) if isinstance(kept, WholeSlot) else self._target(kept, live)
-        if kept is AS_IS:
+    def visit(self, saved: Any, live: Any) -> Any:
+        if isinstance(saved, SavedWrapper):
+            return self._wrapper(saved)
+        if isinstance(saved, SavedTensor):
+            return self._target(saved, live)
+        if saved is NO_VALUES:
             return live
-        if isinstance(kept, dict):
-            into = live if isinstance(live, dict) else {}
-            restored = {key: self.visit(value, into.get(key)) for key, value in kept.items()}
-            into.clear()
-            into.update(restored)
-            return into
-        if type(kept) in {list, tuple}:
-            others = live if isinstance(live, (list, tuple)) else ()
-            items = [self.visit(value, other) for value, other in zip(kept, chain(others, repeat(None)), strict=False)]
-            if isinstance(kept, list) and isinstance(live, list):
-                live[:] = items
-                return live
-            return type(kept)(items)
-        return kept.clone() if isinstance(kept, Tensor) else deepcopy(kept)
+        if isinstance(saved, dict):
+            return self._dictionary(saved, live)
+        if type(saved) in {list, tuple}:
+            return self._sequence(saved, live)
+        return saved.clone() if isinstance(saved, Tensor) else deepcopy(saved)
 
-    def _whole(self, slot: WholeSlot) -> Tensor:
-        """The tensor that there was, with its parts in place; it may stand in two places."""
+    def _dictionary(self, saved: dict[Any, Any], live: Any) -> dict[Any, Any]:
+        target = live if isinstance(live, dict) else {}
+        restored = {key: self.visit(value, target.get(key)) for key, value in saved.items()}
+        target.clear()  # and filled again: the order of keys is restored, too
+        target.update(restored)
+        return target
+
+    def _sequence(self, saved: Any, live: Any) -> Any:
+        others = live if isinstance(live, (list, tuple)) else ()
+        items = [self.visit(value, other) for value, other in zip(saved, chain(others, repeat(None)), strict=False)]
+        if isinstance(saved, list) and isinstance(live, list):
+            live[:] = items
+            return live
+        return type(saved)(items)
+
+    def _wrapper(self, slot: SavedWrapper) -> Tensor:
+        """Restore the tensors that a wrapper consists of, once: it may stand in two places."""
         if id(slot) not in self._targets:
             self._targets[id(slot)] = slot.like
             shard = shard_of(slot.like)
@@ -255,13 +268,13 @@ class _Writing:
                     setattr(shard, name, then)
         return self._targets[id(slot)]
 
-    def _target(self, slot: Slot, live: Any) -> Tensor:
-        """One tensor for each that there was: two places may have held the same, and may hold the same now."""
+    def _target(self, slot: SavedTensor, live: Any) -> Tensor:
+        """Choose the tensor to write a copy to, once for each saved tensor: two places may have held the same, or hold it now."""
         if id(slot) not in self._targets:
             target: Tensor = live
             if not slot.fits(live) or id(live) in self._taken:
-                target = slot.renewed()
+                target = slot.new_tensor()
             self._targets[id(slot)] = target
             self._taken.add(id(target))
-            self.pairs.append((shard_of(target).data, slot.copy))
+            self.pairs.append((shard_of(target).data, slot.copy))  # writes through .data raise no version
         return self._targets[id(slot)]

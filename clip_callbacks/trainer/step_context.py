@@ -1,4 +1,4 @@
-"""One optimizer step of a fit: which, where, and how it is to be decided."""
+"""The context of one optimizer step: its optimizer, its losses, its place in the run, and how it is decided."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class KeptBatch(NamedTuple):
-    """A batch that may have to be run again.
+    """A batch that may be run again, for a diagnosis or in a bundle.
 
     Args:
-        batch: The batch, by reference.
-        batch_idx: Its number.
-        rng: The states of random numbers before it, if they are needed.
-        versions: Which tensors it consists of and their version counters, if they are needed.
+        batch: The batch itself, not a copy.
+        batch_idx: The number of the batch in its epoch.
+        rng: States of the random number generators before the batch; None if they are not needed.
+        versions: Ids and version counters of the batch's tensors, which tell if it was changed; empty if not needed.
     """
 
     batch: Any
@@ -32,41 +32,46 @@ class KeptBatch(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The loss of one backward pass, and the batch if it may have to be run again."""
+    """The loss of one backward pass, and its batch if it may be run again.
+
+    Args:
+        loss: The loss, one entry, detached, multiplied by the loss scale.
+        kept: The batch; None if it is not kept.
+    """
 
     loss: Tensor
     kept: KeptBatch | None
 
 
 class StepMode(Enum):
-    """How a step is decided, known before it."""
+    """The way in which a step is decided, known before the step."""
 
     NOT_TAKEN = "not_taken"
-    """There is no step: every ``training_step`` of the window returned None, or under a GradScaler the last one."""
+    """There is no step: all ``training_step`` calls of the window returned None; under a GradScaler, the last one did."""
     DISCARDED = "discarded"
-    """The gradients mean nothing, whatever they are; :attr:`StepContext.discarded` says why."""
+    """The gradients are discarded without being read; :attr:`StepContext.discarded` is the reason."""
     ON_HOST = "on_host"
-    """The host reads the norms, and decides."""
+    """The host reads the norms and decides."""
     ON_DEVICE = "on_device"
-    """The device decides; the host learns of it one step later."""
+    """The device decides; the host reads the report one step later."""
 
 
 class Discarded(Enum):
-    """Why the gradients of a window mean nothing."""
+    """The reason for which the gradients of a window are discarded."""
 
     DROPPED = "dropped"
     """Every micro-batch was dropped."""
     WEIGHTLESS = "weightless"
     """Every micro-batch has weight 0, on all ranks."""
     SHARED = "shared"
-    """They share parameters with an optimizer whose step was skipped: the gradients of these are gone."""
+    """Parameters are shared with an optimizer whose step was skipped, which has set their gradients to None."""
     OVERFLOWED = "overflowed"
-    """They share parameters with an optimizer whose step has overflowed."""
+    """Parameters are shared with an optimizer whose step has overflowed under the GradScaler."""
     STALE = "stale"
-    """They were computed with weights that a rollback in this batch has replaced."""
+    """The gradients were computed with weights that a rollback in this batch has replaced."""
 
 
-_WHY_DISCARDED = {
+_REASONS = {
     Discarded.DROPPED: "Every micro-batch of the window was dropped",
     Discarded.WEIGHTLESS: "Every micro-batch of the window has weight 0",
     Discarded.SHARED: "Parameters are shared with another optimizer, whose step of the same losses was bad,",
@@ -77,17 +82,17 @@ _WHY_DISCARDED = {
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """One optimizer step.
+    """The context of one optimizer step.
 
     Args:
         trainer: The Trainer.
-        optimizer: What the optimizer has in this fit.
-        mode: How the step is decided.
-        micro_batches: The micro-batches of its window.
-        is_new: Whether the step is new, and not another closure call of the last one, as LBFGS makes.
-        scale: What makes the window's sum its mean.
-        loss_scale: What the gradients are still multiplied by, 0-dim, where the GradScaler has left unscaling to us.
-        discarded: Why the gradients mean nothing, if the mode is ``DISCARDED``.
+        optimizer: The context of the optimizer in this fit.
+        mode: The way in which the step is decided.
+        micro_batches: The micro-batches of the window.
+        is_new: True if the step is new; False if it is a further closure call of the last step, as with LBFGS.
+        scale: Factor on the gradients that turns the sum of a short window into its mean.
+        loss_scale: Loss scale of the GradScaler, 0-dim, if the gradients are still multiplied by it; else None.
+        discarded: Reason for which the gradients are discarded, if the mode is ``DISCARDED``.
     """
 
     trainer: Trainer
@@ -101,28 +106,28 @@ class StepContext:
 
     @property
     def losses(self) -> list[Tensor]:
-        """The losses of the window, 0-dim, multiplied by the loss scale."""
+        """Losses of the window, one entry each, multiplied by the loss scale."""
         return [loss for loss, _ in self.micro_batches]
 
     @property
     def why_discarded(self) -> str:
-        """Why the gradients mean nothing, in words."""
+        """The reason for which the gradients are discarded, as the beginning of a message."""
         assert self.discarded is not None, "asked of discarded steps only"
-        return _WHY_DISCARDED[self.discarded]
+        return _REASONS[self.discarded]
 
     @property
     def batch(self) -> tuple[int, int]:
-        """The epoch and the number of the batch."""
+        """The epoch, and the number of the batch in it."""
         return int(self.place["epoch"]), int(self.place["batch"])
 
     @property
     def number(self) -> int:
-        """The number of this optimizer's step in the run, from 0."""
+        """Number of this optimizer's step in the run, counted from 0."""
         return self.optimizer.history.steps - (not self.is_new)
 
     @cached_property
     def place(self) -> dict[str, int | str]:
-        """Step, epoch, batch, rank, and with several of them the optimizer; where the Trainer stood when it was asked first."""
+        """Step, epoch, batch, rank and, if there are several, the optimizer; as they were when this was first read."""
         trainer = self.trainer
         place: dict[str, int | str] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         place |= {"batch": trainer.fit_loop.batch_idx, "rank": trainer.global_rank}
@@ -131,5 +136,5 @@ class StepContext:
         return place
 
     def __str__(self) -> str:
-        """The place in words."""
-        return ", ".join(f"{what} {where}" for what, where in self.place.items())
+        """Return the place for messages, such as ``step 3, epoch 0, batch 3, rank 0``."""
+        return ", ".join(f"{name} {value}" for name, value in self.place.items())

@@ -1,4 +1,8 @@
-"""Which module makes the loss non-finite: a bad batch is run again under hooks."""
+"""The first module with a non-finite output, found by a second forward pass of a bad batch.
+
+Trap: running ``training_step`` again has side effects: buffers, torchmetrics, random number generators and logged metrics. All of
+them are restored, and on several ranks the pass is not run: one rank alone would wait in a collective for the others.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,13 @@ if TYPE_CHECKING:
 
 
 def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> str:
-    """Run ``training_step`` again on a batch and name the first module whose output is not finite.
+    """Run ``training_step`` again on a batch and describe the first module whose output is not finite.
 
-    Nothing is logged, no gradient is kept; buffers, torchmetrics and random numbers are put back. The random numbers drawn are not
-    those of the first time.
+    Nothing is logged and no gradient is kept; buffers, torchmetrics and random number generators are restored. Random numbers,
+    as of dropout, differ from those of the first pass.
+
+    Returns:
+        The module with counts of its output's non-finite entries, or the reason why none was found.
     """
     if trainer.world_size > 1:
         return "not traced on several ranks: one of them alone would wait for the others"
@@ -31,10 +38,10 @@ def trace_forward(trainer: Trainer, module: LightningModule, batch: Any, batch_i
     handles = [child.register_forward_hook(_hook(name or type(module).__name__, found)) for name, child in module.named_modules()]
     kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
     try:
-        with _undone(module), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        with _without_side_effects(module), torch.enable_grad(), trainer.precision_plugin.train_step_context():
             module.training_step(*kwargs.values())
-    except Exception as error:
-        found.append(f"not found, training_step raised {type(error).__name__}: {error}")  # a diagnosis must not end the run
+    except Exception as error:  # a diagnosis must not end the run
+        found.append(f"not found, training_step raised {type(error).__name__}: {error}")
     finally:
         for handle in handles:
             handle.remove()
@@ -58,20 +65,20 @@ def _floats(values: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _undone(module: LightningModule) -> Iterator[None]:
-    """Leave no trace in buffers, random numbers and logs."""
+def _without_side_effects(module: LightningModule) -> Iterator[None]:
+    """Restore buffers, torchmetrics and random number generators, and ignore logged metrics."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     metrics = [
         (metric, metric._copy_state_dict(), metric._update_count) for metric in module.modules() if isinstance(metric, Metric)
     ]
-    silent = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
-    hidden = {name: module.__dict__[name] for name in silent if name in module.__dict__}
-    module.__dict__.update(silent)
+    ignored = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    hidden = {name: module.__dict__[name] for name in ignored if name in module.__dict__}
+    module.__dict__.update(ignored)  # on the instance, before the class's methods
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for name in silent:
+        for name in ignored:
             del module.__dict__[name]
         module.__dict__.update(hidden)
         with torch.no_grad():

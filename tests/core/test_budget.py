@@ -18,7 +18,8 @@ from clip_callbacks import (
 )
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
+from clip_callbacks.trainer.buffer_copies import BufferCopies
+from clip_callbacks.trainer.buffer_tracker import BufferTracker
 from tests.helpers.laws import NAMED
 from tests.helpers.operations import SYNCS, WRITES, Operations, Transfers, count, reads
 from tests.helpers.records import record_of, step
@@ -172,7 +173,7 @@ def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
 
 def test_buffers_are_put_back_unread(fake_cuda):
     net = nn.Sequential(nn.BatchNorm1d(8, device="cuda"), nn.BatchNorm1d(3, device="cuda"))
-    written = WrittenBuffers(net)
+    written = BufferTracker(net)
     statistics = BufferCopies(written)
     written.begin_window()
     statistics.keep()

@@ -18,7 +18,7 @@ from clip_callbacks.core.merged_diagnosis import merge_diagnoses
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
-from clip_callbacks.trainer.carried import carried_tensors
+from clip_callbacks.trainer.tensor_attributes import nan_attributes
 from tests.helpers.logs import read
 from tests.helpers.training import Regression, data
 
@@ -137,7 +137,7 @@ class Carrying(nn.Module):
 
 
 def test_what_modules_carry_is_found_by_name():
-    found = carried_tensors(Carrying())
+    found = nan_attributes(Carrying())
     assert [str(tensor) for tensor in found] == [
         "cache['keys'][0] [2, 3]: 6 NaN",
         "inner.hidden[0] [2, 3]: 6 NaN",
@@ -153,7 +153,7 @@ def test_weights_that_are_computed_anew_are_not_carried(norm):
         parameter.data.fill_(math.nan)
     layer(torch.ones(1, 3))
     assert bool(layer.weight.isnan().any())
-    assert carried_tensors(nn.Sequential(layer, nn.LSTM(2, 2))) == ()
+    assert nan_attributes(nn.Sequential(layer, nn.LSTM(2, 2))) == ()
 
 
 class Recurrent(Regression):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
 from clip_callbacks.guard.averages import _fingerprint
-from clip_callbacks.trainer.averages import weights_apart
+from clip_callbacks.trainer.averages import untrained_weights
 from tests.helpers.exact_skip import PLACES, differences
 from tests.helpers.matrix import matrix
 from tests.helpers.training import TRUSTING, Regression, TwoNetworks, data, make_trainer, scaled
@@ -527,4 +527,4 @@ def test_weights_apart_are_named_by_the_largest_module(trainer):
     module.trainer = fit
     fit.strategy.optimizers = [module.configure_optimizers()]
     module.lazy = nn.LazyLinear(3)
-    assert list(weights_apart(fit, module)) == ["target"]
+    assert list(untrained_weights(fit, module)) == ["target"]

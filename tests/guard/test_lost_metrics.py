@@ -16,7 +16,7 @@ from clip_callbacks.html_report.diagnosis import diagnose
 from tests.helpers.logs import read, texts
 from tests.helpers.training import Poisoned, data
 
-LOST = "train_loss, as the module logs it, is not finite any more until the epoch ends: then "
+LOST = "train_loss, as the module logs it, is non-finite until the epoch ends: then "
 
 
 class Logging(Poisoned):
@@ -65,8 +65,8 @@ def test_early_stopping_that_ends_the_run_is_told_of_in_the_report_of_the_step(t
 @pytest.mark.parametrize(
     ("module", "callback", "deed"),
     [
-        (Logging({1: math.inf}), ModelCheckpoint(monitor="train_loss"), "ModelCheckpoint takes the epoch for the worst one"),
-        (Logging({1: math.nan}, plateau=True), NonFiniteGuard(), "ReduceLROnPlateau counts an epoch without progress"),
+        (Logging({1: math.inf}), ModelCheckpoint(monitor="train_loss"), "ModelCheckpoint ranks the epoch as the worst one"),
+        (Logging({1: math.nan}, plateau=True), NonFiniteGuard(), "ReduceLROnPlateau counts an epoch without improvement"),
         (Logging({1: math.nan}, on_step=True), EarlyStopping("train_loss_epoch"), "EarlyStopping stops the run"),
         (Logging({1: math.nan}, reduce_fx="max"), EarlyStopping("train_loss"), "EarlyStopping stops the run"),
     ],

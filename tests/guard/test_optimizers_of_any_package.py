@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
 from clip_callbacks.guard.contents import MAX_COPIED_ENTRIES, Contents, comparable
-from clip_callbacks.trainer.fingerprints import PIECE, sum_of_bits
+from clip_callbacks.trainer.fingerprints import ENTRIES_PER_SUM, sum_of_bits
 from tests.helpers.exact_skip import differences
 from tests.helpers.members import OPTIMIZERS
 from tests.helpers.training import Regression, data, make_trainer, scaled
@@ -463,7 +463,7 @@ def test_bits_are_summed_in_any_dtype(dtype):
 
 
 def test_bits_of_large_tensors_are_summed_piece_by_piece():
-    tensor = torch.ones(5, PIECE // 4 + 1, dtype=torch.uint8)
+    tensor = torch.ones(5, ENTRIES_PER_SUM // 4 + 1, dtype=torch.uint8)
     assert sum_of_bits(tensor) == tensor.numel()
 
 

@@ -32,10 +32,11 @@ def test_statistics_are_those_of_before_the_window_under_accumulation(trainer):
 
 
 def test_keeping_statistics_allocates_nothing_per_step(trainer):
-    from clip_callbacks.trainer.written_buffers import BufferCopies, WrittenBuffers
+    from clip_callbacks.trainer.buffer_copies import BufferCopies
+    from clip_callbacks.trainer.buffer_tracker import BufferTracker
 
     module = Regression(net=nn.Sequential(nn.Linear(4, 4096), nn.BatchNorm1d(4096), nn.Linear(4096, 1)))
-    written = WrittenBuffers(module)
+    written = BufferTracker(module)
     statistics = BufferCopies(written)
     written.begin_window()
     statistics.keep()

@@ -252,7 +252,7 @@ def test_there_is_one_copy_in_the_same_memory(trainer):
         seen: list[dict] = []  # noqa: RUF012
 
         def on_train_batch_end(self, *_):
-            self.seen.append({path: room.data_ptr() for path, room in guard._part.rollback.run.memory._rooms.items()})
+            self.seen.append({path: copy.data_ptr() for path, copy in guard._part.rollback.run.memory._copies.items()})
 
     guard, module = rollback(every_n_steps=1), Subject({}, optimizer=O.AdamW)
     sizes = []

@@ -132,7 +132,7 @@ def test_a_snapshot_puts_back_trees_that_have_changed_their_shape():
     shared.fill_(7.0)
     items[2] = [torch.full((5,), 7.0)]
     live |= {"count": 3, "new": torch.ones(1)}
-    restored = memory.put_back(kept, live)
+    restored = memory.restore(kept, live)
     assert restored is live
     assert live.keys() == {"items", "gone", "count"}
     assert live["items"] is items
@@ -152,7 +152,7 @@ def test_a_snapshot_does_not_write_twice_into_a_tensor_that_stands_in_two_places
     memory, live = Snapshot(), [torch.zeros(2), torch.ones(2)]
     kept = memory.keep(live)
     live[1] = live[0]
-    memory.put_back(kept, live)
+    memory.restore(kept, live)
     assert torch.equal(torch.stack(live), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
 
 
@@ -222,7 +222,7 @@ def test_a_snapshot_of_a_tensor_made_of_others_is_one_of_these():
     scale, one.scale = one.scale, torch.zeros(1).expand(1)
     live.pop("same")
     live["one"] = Coded.of(torch.ones(4))
-    restored = memory.put_back(kept, live)
+    restored = memory.restore(kept, live)
     assert restored["one"] is one, "no other can be made like it"
     assert restored["same"] is one
     assert one.codes is codes
@@ -234,4 +234,4 @@ def test_a_snapshot_of_a_tensor_made_of_others_is_one_of_these():
 def test_what_has_no_values_stays():
     memory, live = Snapshot(), [torch.empty(2, device="meta")]
     (meta,) = live
-    assert memory.put_back(memory.keep(live), live)[0] is meta
+    assert memory.restore(memory.keep(live), live)[0] is meta

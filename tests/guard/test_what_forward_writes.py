@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
 from clip_callbacks.guard import restore
-from clip_callbacks.trainer import written_buffers
+from clip_callbacks.trainer import buffer_tracker
+from clip_callbacks.trainer.buffer_copies import BufferCopies
 from tests.helpers.exact_skip import differences, everything
 from tests.helpers.matrix import matrix
 from tests.helpers.members import FORWARD_WRITES
@@ -97,15 +98,15 @@ def test_a_late_write_around_the_counter_is_named_and_undone_as_far_as_it_is_kno
 
 
 def test_what_was_too_large_to_be_kept_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(written_buffers, "FIRST_COPIES", 16)
+    monkeypatch.setattr(buffer_tracker, "INITIAL_COPY_BYTES", 16)
     with pytest.warns(RuntimeWarning, match=r"net\.1\.centre have changed for the first time, in a step that is skipped"):
         fitted(tmp_path, lambda: Writer(WAYS["in place"], start=6), {6}, set(), NonFiniteGuard())
     assert_no_trace(tmp_path, lambda: Writer(WAYS["in place"]), {6})
 
 
 def test_buffers_that_never_change_are_not_copied_again_and_again(tmp_path):
-    written = written_buffers.WrittenBuffers(nn.ModuleList([Writer(WAYS["in place"]), nn.BatchNorm1d(8)]))
-    copies = written_buffers.BufferCopies(written)
+    written = buffer_tracker.BufferTracker(nn.ModuleList([Writer(WAYS["in place"]), nn.BatchNorm1d(8)]))
+    copies = BufferCopies(written)
     for _ in range(5):
         written.begin_window()
         copies.keep()
@@ -201,8 +202,8 @@ def test_an_epoch_left_in_mid_window_leaves_no_trace(tmp_path):
 
 def test_buffers_of_an_average_belong_to_the_average():
     module = nn.ModuleList([nn.BatchNorm1d(2), AveragedModel(nn.BatchNorm1d(2))])
-    written = written_buffers.WrittenBuffers(module)
-    copies = written_buffers.BufferCopies(written)
+    written = buffer_tracker.BufferTracker(module)
+    copies = BufferCopies(written)
     written.begin_window()
     assert all(name.startswith("0.") for name, _ in copies.named())
 
@@ -283,5 +284,5 @@ class GrowsLate(nn.Module):
 
 
 def test_buffers_that_come_late_are_taken_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(written_buffers, "TAKEN_UP_EVERY", 3)
+    monkeypatch.setattr(buffer_tracker, "SEARCH_EVERY_N_WINDOWS", 3)
     assert_no_trace(tmp_path, GrowsLate, {7})

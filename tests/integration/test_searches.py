@@ -112,20 +112,20 @@ def test_it_goes_on_through_bad_batches_without_them(trainer, said):
     assert len(set(rates)) == len(rates), "the schedule of the search does not stand still"
     assert guard.skipped_steps == 0
     assert len(said) == 1
-    assert "The search for the learning rate has skipped 13 steps that were not fit to be taken." in said[0]
+    assert "The search for the learning rate has skipped 13 bad steps." in said[0]
     assert "it suggests no learning rate" in said[0]
 
 
 @pytest.mark.parametrize("shows", ["logger", "enable_progress_bar", "enable_model_summary"])
 def test_skipped_steps_of_a_search_are_told_of_wherever_a_trainer_shows_anything(trainer, monkeypatch, shows):
     said: list[str] = []
-    monkeypatch.setattr("clip_callbacks.engine.search.tell", lambda _, text: said.append(text))
+    monkeypatch.setattr("clip_callbacks.engine.learning_rate_search.log_message", lambda _, text: said.append(text))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     curve(trainer(GradientClipping(0.1), **quiet), Net({5: math.nan}))
     assert said == []
     curve(trainer(GradientClipping(0.1), **quiet | {shows: True}), Net({5: math.nan}))
     assert len(said) == 1
-    assert "1 step that was not fit" in said[0]
+    assert "has skipped 1 bad step." in said[0]
 
 
 @pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")

@@ -1,4 +1,7 @@
-"""The buffers of a module, copied and put back."""
+"""Copies of a module's buffers, which a rollback restores.
+
+Trap: a forward pass may assign another tensor to a buffer's name, so that buffers are restored by owner and name, not by tensor.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def live_buffers(module: LightningModule) -> dict[str, dict[str, Any]]:
-    """By the modules that own them: a forward pass may put another tensor there."""
+    """Return the buffers of a module by the name of the submodule that owns them."""
     return {name: dict(owner._buffers) for name, owner in module.named_modules() if owner._buffers}
 
 
-def put_back_buffers(memory: Snapshot, kept: Any, module: LightningModule) -> None:
-    """Put buffers back where they stand now.
+def restore_module_buffers(memory: Snapshot, saved: Any, module: LightningModule) -> None:
+    """Restore the buffers of a module.
 
-    A buffer that is new stays. So does one that no checkpoint would hold (``persistent=False``) and whose shape is another: it is
-    a cache that has grown, and an attribute elsewhere may say how long it is.
+    Buffers registered since the copy stay. So does a buffer with ``persistent=False`` whose shape has changed: it is a cache that
+    has grown, and an attribute elsewhere may hold its length.
 
     Args:
-        memory: What copied them.
-        kept: What it returned for :func:`live_buffers`.
+        memory: The snapshot that has made the copy.
+        saved: The return value of ``memory.keep`` for :func:`live_buffers`.
         module: The module in training.
     """
-    restored = memory.put_back(kept, live_buffers(module))
+    restored = memory.restore(saved, live_buffers(module))
     for name, owner in module.named_modules():
         for key, buffer in restored.get(name, {}).items():
             if key not in owner._non_persistent_buffers_set or _are_alike(buffer, owner._buffers.get(key)):

@@ -1,4 +1,8 @@
-"""Whether a fit goes on with the run of the last one, as ``trainer.global_step`` does."""
+"""The identity of a training run: the Trainer and the module of a callback's last fit.
+
+Trap: a second ``trainer.fit`` with the same module continues to count ``trainer.global_step``; with another module or another
+Trainer it is a new run. Lightning does not tell callbacks which of the two it is.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class LastRun:
-    """The Trainer and the module of a callback's last fit; it keeps neither of them alive.
+class RunIdentity:
+    """The Trainer and the module of a callback's last fit, by weak references.
 
     Args:
         trainer: The Trainer; None before the first fit.
@@ -21,8 +25,8 @@ class LastRun:
         self._trainer = None if trainer is None else ref(trainer)
         self._module = None if module is None else ref(module)
 
-    def goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether a fit that is set up goes on counting steps: the same Trainer, which has taken some, has the same module."""
+    def is_continued_by(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Return whether a fit continues the last one: the same module, in the same Trainer, which has taken steps."""
         if self._trainer is None or self._module is None or not trainer.global_step:
             return False
         return self._trainer() is trainer and self._module() is module

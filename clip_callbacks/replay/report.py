@@ -98,11 +98,10 @@ class ReplayReport:
     @property
     def conclusion(self) -> str:
         """The last line: whether the step was reproduced, and if it was not, possible reasons."""
+        if self.is_reproduced and self.result.is_finite:
+            return "Reproduced: the norm of all gradients is above the limit again."
         if self.is_reproduced:
-            failure = (
-                "the norm of all gradients is above the limit" if self.result.is_finite else "a loss or gradient is non-finite"
-            )
-            return f"Reproduced: {failure} again."
+            return "Reproduced: a loss or gradient is non-finite again."
         if self.recorded.limit is None:
             found = "every loss and gradient is finite"
         else:

@@ -114,5 +114,6 @@ def _describe(values: ValueRange | None) -> str:
 
 
 def _largest(values: ValueRange) -> str:
-    largest = [] if math.isnan(values.largest) else [f"{values.largest:.3g}"]
-    return " + ".join([*largest, *(f"{count} {kind}" for kind, count in values.nonfinite_counts())])
+    if math.isnan(values.largest):
+        return str(values)
+    return " + ".join([f"{values.largest:.3g}", *(f"{count} {kind}" for kind, count in values.nonfinite_counts())])

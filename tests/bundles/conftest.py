@@ -1,4 +1,4 @@
-"""One bundle to read, and to tamper with."""
+"""A bundle to read, and to tamper with."""
 
 from __future__ import annotations
 

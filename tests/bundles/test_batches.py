@@ -1,4 +1,4 @@
-"""Batches of all kinds, in a bundle."""
+"""Batches of all kinds in a bundle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 class Views(Regression):
-    """Its batches are small pieces of a large tensor, arrays, and whatever else there is."""
+    """Takes batches of views of a large tensor, arrays and other objects."""
 
     def loss(self, batch, batch_idx):
         loss = nn.functional.mse_loss(self.net(batch["x"]), torch.as_tensor(batch["y"]))

@@ -104,7 +104,7 @@ def test_full_weights_random_numbers_and_batch_give_the_same_gradients_again(tra
         return nn.Sequential(nn.Linear(4, 8), layer, nn.Tanh(), nn.Linear(8, 1))
 
     class Look(Callback):
-        """What a replay must come to, and what the weights were."""
+        """Keeps the weights before the step, and the gradients that a replay must have."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 6:
@@ -199,7 +199,7 @@ def test_deferred_steps_leave_bundles_of_their_own_batch(trainer, tmp_path):
 
 
 class SeldomSteps(LightningModule):
-    """The second network does not step for long, and its gradients are cleared before each pass."""
+    """Steps its second network at batch 39 only, and clears its gradients before each pass if asked to."""
 
     def __init__(self, *, clears):
         super().__init__()

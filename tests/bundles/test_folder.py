@@ -1,4 +1,4 @@
-"""The folder of bundles: its number, its size, and what killed runs leave in it."""
+"""The folder of bundles: limits of number and size, and unfinished bundles of killed runs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_killed_runs_left_is_cleared_away_in_time(tmp_path):
 
 
 def fill_the_disk(folder):
-    """The kernel refuses to write more than 200 kB into a file: an error in the middle of ``torch.save``."""
+    """Train with bundles while the kernel refuses files above 200 kB, an error in the middle of ``torch.save``."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     module = Poisoned({1: math.nan, 3: math.nan}, net=nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 1)))

@@ -1,4 +1,4 @@
-"""Bundles that were cut off, tampered with, or made to do harm."""
+"""Bundles that were truncated, tampered with, or made to do harm."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_strangers_bundle_cannot_run_code(bundle):
 
 
 def rewritten(bundle, **parts):
-    """The same bundle with other files of tensors, their hashes right."""
+    """Write a copy of a bundle with other files of tensors and matching hashes."""
     facts = {key: value for key, value in bundle.facts.items() if key not in ("files", "missing")}
     return BundleFolder(bundle.path.parent, 99, 1e9).write("other", facts, {f"{name}.pt": part for name, part in parts.items()}, {})
 

@@ -1,4 +1,4 @@
-"""Modules that break, and replays of their bad steps."""
+"""Modules with bad steps, and replays of these."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Exp(nn.Module):
 
 
 class Root(nn.Module):
-    """Finite at 0, its derivative is not."""
+    """Takes the square root, which is finite at 0, while its derivative is not."""
 
     def forward(self, x):
         return x.sqrt()
@@ -46,7 +46,7 @@ class Scale(nn.Module):
 
 
 class Net(LightningModule):
-    """Its layers are what each test is about; the loss is the mean square of what comes out of them."""
+    """A network of layers that a test chooses; its loss is the mean square of the output."""
 
     def __init__(self, kind: str = "log") -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def config(tmp_path, module, **arguments):
 
 
 def replayed(capsys, bundle, *arguments):
-    """The exit code, and what is found."""
+    """Replay a bundle; return the exit code and the report."""
     capsys.readouterr()
     code = main(["replay", str(bundle), *map(str, arguments), "--json"])
     said = capsys.readouterr()
@@ -101,7 +101,7 @@ def replayed(capsys, bundle, *arguments):
 
 
 def refused(capsys, bundle, *arguments):
-    """The one line on stderr."""
+    """Replay a bundle that is refused; return the last line on stderr."""
     capsys.readouterr()
     assert main(["replay", str(bundle), *map(str, arguments)]) == 2
     return capsys.readouterr().err.splitlines()[-1]
@@ -113,7 +113,7 @@ def suspects(found):
 
 
 class Gan(LightningModule):
-    """Two optimizers, by hand; the generator's loss is at fault once the other has stepped three times, as its state tells."""
+    """A GAN in manual optimization; the generator's loss is NaN when the state of the other optimizer counts three steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Item:
 
 
 def rewrite(bundle, name, content):
-    """As a stranger would who knows how bundles are made."""
+    """Replace a file of a bundle, and its size and hash in bundle.json, as an attacker would."""
     import hashlib
 
     if isinstance(content, str):

@@ -1,12 +1,10 @@
-"""One bad step to replay."""
+"""A bundle of one bad step."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.helpers.replaying import Net, fitted, samples
-
-# ---- input that cannot be used -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

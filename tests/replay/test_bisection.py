@@ -1,4 +1,4 @@
-"""Which samples of a batch make the step bad."""
+"""The smallest set of samples in a batch that makes the step bad."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ pytestmark = [
 ]
 
 
-# ---- bisection -----------------------------------------------------------------------------------------------------------------
-
-
 def test_bisection_finds_the_one_bad_sample_among_64(trainer, tmp_path, capsys):
     inputs = samples(192)
     inputs[64 + 41, 5] = 0
@@ -34,7 +31,7 @@ def test_bisection_finds_the_one_bad_sample_among_64(trainer, tmp_path, capsys):
 
 
 class Counting(Net):
-    """Remembers, beside its weights, that it has run; fails the first time only."""
+    """Counts its runs in an attribute, and fails in the first run only."""
 
     def __init__(self) -> None:
         super().__init__("log")
@@ -54,7 +51,7 @@ def test_each_run_begins_with_the_module_as_it_was_made(trainer, tmp_path, capsy
 
 
 class Toggled(Gan):
-    """Its discriminator's loss is at fault while the generator's parameters need no gradient."""
+    """A GAN whose discriminator loss is infinite while the generator is toggled off."""
 
     def training_step(self, batch, batch_idx):
         discriminator, generator = self.optimizers()
@@ -78,7 +75,7 @@ def test_a_run_that_ends_between_toggle_and_untoggle_leaves_nothing_to_the_next(
 
 
 class Behind(Gan):
-    """Its generator's loss is at fault, when the discriminator has stepped."""
+    """A GAN whose generator loss is infinite, after a step of the discriminator."""
 
     def training_step(self, batch, batch_idx):
         discriminator, generator = self.optimizers()
@@ -98,7 +95,7 @@ def test_optimizers_that_step_again_before_the_bad_step_are_told(trainer, tmp_pa
 
 
 class Pairwise(Net):
-    """Fails if two samples of a batch are alike."""
+    """Fails if two samples of a batch are equal."""
 
     def training_step(self, batch, batch_idx):
         distances = torch.cdist(batch[0], batch[0]) + torch.eye(len(batch[0]))

@@ -1,4 +1,4 @@
-"""Bad steps, run again from the bundles that NonFiniteGuard has written of them."""
+"""The findings of replays, from bundles that NonFiniteGuard wrote."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Spike at:RuntimeWarning"),
 ]
-
-
-# ---- what is found -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_module_that_makes_infinities_of_zeros_is_named(trainer, tmp_path, capsys):
@@ -97,7 +94,7 @@ def test_an_lstm_that_is_given_nan_is_no_suspect_but_its_input_is_named(trainer,
 
 
 class Transformer(LightningModule):
-    """With a mask of -inf, as float: it goes in, and is no fault; one layer's weights overflow in float16."""
+    """A transformer with a harmless mask of -inf, and with one layer whose weights overflow in float16."""
 
     def __init__(self, size: float = 1.0) -> None:
         super().__init__()

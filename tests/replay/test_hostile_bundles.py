@@ -1,4 +1,4 @@
-"""Bundles that nobody of good will has written: refused in one line, or replayed, but never run, obeyed or crashed at."""
+"""Bundles that were made to do harm: they are refused in one line or replayed, but run no code and crash nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo with blank pieces in its text: skipped, kept in bundles, replayed, and traced to the module and the sample."""
+"""The demo with blank pieces in its text: a bad step is skipped, stored, replayed, and traced to its module and sample."""
 
 from __future__ import annotations
 

@@ -18,8 +18,6 @@ pytestmark = [
 ]
 
 
-# ---- scripts and configurations ------------------------------------------------------------------------------------------------
-
 SCRIPT = """
     import sys
     from pathlib import Path
@@ -66,7 +64,7 @@ SCRIPT = """
 
 @pytest.fixture
 def script(tmp_path):
-    """A script with classes, links and a module beside it, and the configuration and bundle that running it has left."""
+    """A training script that imports a file beside it, with its configuration and the bundle of a run."""
 
     def make(run="{}", command=("fit",)):
         folder = tmp_path / "script"

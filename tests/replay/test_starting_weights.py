@@ -1,4 +1,4 @@
-"""Which weights a replay starts with."""
+"""The weights with which a replay starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Spike at:RuntimeWarning"),
 ]
-
-
-# ---- weights -------------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_checkpoint_are_told_with_their_distance(trainer, tmp_path, capsys):
@@ -61,7 +58,7 @@ def test_what_is_not_bad_again_says_so_and_what_to_try(trainer, tmp_path, capsys
 
 
 class Wrapped(Net):
-    """Its keys in a checkpoint are longer."""
+    """Saves a checkpoint whose keys have the prefix of torch.compile."""
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["state_dict"] = {f"_orig_mod.{name}": value for name, value in checkpoint["state_dict"].items()}

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 class Shared(Net):
-    """What comes out of one layer goes into another, and, beside it, into the root of zero."""
+    """Uses the output of one layer in another layer, and also in the square root of zero."""
 
     def __init__(self) -> None:
         super().__init__("plain")
@@ -37,7 +37,7 @@ def test_a_module_is_no_suspect_for_what_flows_back_from_another_use_of_its_inpu
 
 
 class Twice(Net):
-    """One layer is called twice; only what comes out of its second call goes into the root of zero."""
+    """Calls one layer twice, and takes the square root of zero from the second output only."""
 
     def training_step(self, batch, batch_idx):
         layer = self.net[0]
@@ -53,7 +53,7 @@ def test_of_two_calls_of_a_module_the_innocent_one_is_no_suspect(trainer, tmp_pa
 
 
 class Penalized(Net):
-    """The norm of a bias that begins with zeros, by hand."""
+    """Adds the norm of a bias of zeros to the loss, by its formula."""
 
     def training_step(self, batch, batch_idx):
         nn.init.zeros_(self.net[0].bias)
@@ -69,7 +69,7 @@ def test_a_module_is_no_suspect_for_a_penalty_on_its_parameters(trainer, tmp_pat
 
 
 class Weighted(nn.Module):
-    """The root of a parameter that is zero."""
+    """Adds the square root of a parameter that is zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_a_module_that_breaks_only_the_gradient_of_its_own_parameter_is_named(tr
 
 
 class Between(Net):
-    """The exponential between modules is infinite, and the layer that takes it makes NaN of it."""
+    """Computes an infinite exponential outside of modules, of which the next layer makes NaN."""
 
     def training_step(self, batch, batch_idx):
         return self.net((200 * batch[0]).exp()).square().mean()
@@ -128,7 +128,7 @@ def test_activation_checkpointing_counts_no_module_twice(trainer, tmp_path, caps
 
 
 class Masked(Net):
-    """Makes -inf that a softmax takes, which is no fault; the logarithm after it is."""
+    """Makes a mask of -inf that a softmax turns into zeros, and takes the logarithm of zero after it."""
 
     def __init__(self) -> None:
         super().__init__("log")

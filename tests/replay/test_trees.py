@@ -1,4 +1,4 @@
-"""The tree of modules, drawn and printed."""
+"""The tree of module calls, and the plot."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Spike at:RuntimeWarning"),
 ]
-
-
-# ---- pictures and trees --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

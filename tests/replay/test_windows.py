@@ -1,4 +1,4 @@
-"""Windows, optimizers and random numbers are those of the run."""
+"""Windows, optimizers and random numbers of a replay, which are those of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 class Dice(LightningModule):
-    """Fails if the dropout mask, Python's, NumPy's or its own dice say so."""
+    """Fails depending on random numbers of Python and of a generator of its own; dropout changes its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_in_manual_optimization_the_earlier_optimizer_steps_and_the_bad_one_is_s
 
 
 class ByHand(Net):
-    """Steps at every third batch, the first included: a window may begin anywhere."""
+    """Steps at every third batch, beginning with the first one."""
 
     def __init__(self) -> None:
         super().__init__("log")
@@ -106,7 +106,7 @@ def test_all_micro_batches_of_a_window_by_hand_are_run(trainer, tmp_path, capsys
 
 
 class Seeing(Net):
-    """Fails where it sees that it is at a certain step of a certain epoch."""
+    """Fails at one step, epoch and batch, as the Trainer counts them."""
 
     def training_step(self, batch, batch_idx):
         is_there = (self.trainer.global_step, self.current_epoch, batch_idx) == (6, 1, 2)
@@ -122,7 +122,7 @@ def test_step_epoch_and_batch_are_those_of_the_run(trainer, tmp_path, capsys):
 
 
 class Prepared(Net):
-    """Its hooks change a batch, which a second time would be once too often."""
+    """Changes every batch in its transfer hooks, which must not run a second time."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         return [batch[0] - 0.25]

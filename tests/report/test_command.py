@@ -141,7 +141,7 @@ def test_a_run_that_cannot_be_used_beside_others_is_noted(tmp_path, capsys):
         (["-o", "."], "--output must be a file"),
         (["--png", __file__], "--png must be a folder"),
         (["--steps", "1000:2000"], "nothing was logged from step 1000 to step 2000"),
-        (["--loss", "train_los"], "--loss must be a metric of a run, got 'train_los'. There are train_loss."),
+        (["--loss", "train_los"], "--loss must be a metric of a run, got 'train_los'. The logs hold train_loss."),
     ],
 )
 def test_wrong_options_are_exit_code_2(arguments, message, tmp_path, capsys):

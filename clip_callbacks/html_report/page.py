@@ -127,8 +127,8 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
     for key in losses:
         if not any(key in run.metrics for run in runs):
             others = sorted({key for run in runs for key in run.metrics if not key.startswith("grad")})
-            listed = ", ".join(others[:MAX_LISTED_METRICS]) or "only metrics of clip_callbacks"
-            raise UnusableLogError(f"--loss must be a metric of a run, got {key!r}. There are {listed}.")
+            listed = ", ".join(others[:MAX_LISTED_METRICS]) or "only metrics of gradients"
+            raise UnusableLogError(f"--loss must be a metric of a run, got {key!r}. The logs hold {listed}.")
     sections: list[Section] = []
     for log in [log for run in runs for log in run.optimizer_logs]:
         found = log.run.losses(tuple(losses))

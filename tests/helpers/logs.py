@@ -1,4 +1,4 @@
-"""Logs as runs leave them, and what is read from them."""
+"""Logs of runs, and functions that read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clip_callbacks.html_report.sources import read_runs
 
 
 def table(steps=100, seed=0, **columns):
-    """A log of a run with clipping at 1, as CSVLogger writes it, a step in each row."""
+    """The log of a run with max_norm 1, as CSVLogger writes it, one step per row."""
     dice = np.random.default_rng(seed)
     norms = dice.lognormal(0.0, 0.7, steps)
     own = {

@@ -1,4 +1,4 @@
-"""One fit, logged by every logger."""
+"""Fixtures of the report's tests: one fit logged by every logger, and a page without plots."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def fitted(tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leave the pictures of a page blank: to draw them takes nearly all of the time of a test that looks at what else is there."""
+    """Leave the plots of a page blank: drawing them takes nearly all the time of a test that checks other parts of the page."""
     monkeypatch.setattr("clip_callbacks.html_report.rendering.Chart.svg", lambda chart, *, narrow: "")

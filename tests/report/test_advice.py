@@ -1,4 +1,4 @@
-"""Which max_norm? Against distributions whose percentiles are known."""
+"""The suggested max_norm, tested on distributions whose percentiles are known."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_the_percentiles_of_known_distributions_are_recovered(distribution):
         share = percent / 100
         # four standard errors of an empirical share: one draw in 16,000 is further off
         assert abs(distribution.cdf(value) - share) < 4 * math.sqrt(share * (1 - share) / 20_000), percent
-    assert advice.max_norm == pytest.approx(distribution.ppf(0.9), rel=0.05 + 0.03)  # two digits, and the same error
+    assert advice.max_norm == pytest.approx(
+        distribution.ppf(0.9), rel=0.05 + 0.03
+    )  # rounding to two digits, and the sampling error
     assert advice.clips == pytest.approx(0.1, abs=0.03)
 
 

@@ -1,4 +1,4 @@
-"""clip-callbacks report and suggest, as they are called."""
+"""The commands clip-callbacks report and clip-callbacks suggest."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
     assert [run.name for run in runs] == ["x/csv/version_0", "y/csv/version_0", "version_1"]
 
 
-@pytest.mark.usefixtures("undrawn")  # on the page
+@pytest.mark.usefixtures("undrawn")  # only the PNG files are drawn
 def test_plots_are_written_as_png(tmp_path, capsys):
     from PIL import Image
 
@@ -74,7 +74,7 @@ def test_plots_are_written_as_png(tmp_path, capsys):
 
 
 def unusable(tmp_path):
-    """Input that cannot be used, with what the error must say."""
+    """Input that cannot be used, with a part of the expected error message."""
     missing_norm_message = table()[["step", "train_loss"]]
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "binary").mkdir()
@@ -141,7 +141,7 @@ def test_a_run_that_cannot_be_used_beside_others_is_noted(tmp_path, capsys):
         (["-o", "."], "--output must be a file"),
         (["--png", __file__], "--png must be a folder"),
         (["--steps", "1000:2000"], "nothing was logged from step 1000 to step 2000"),
-        (["--loss", "train_los"], "--loss must be a metric of a run, got 'train_los'. There are train_loss."),
+        (["--loss", "train_los"], "--loss must be a metric of a run, got 'train_los'. The logs hold train_loss."),
     ],
 )
 def test_wrong_options_are_exit_code_2(arguments, message, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a report finds in a log."""
+"""Findings of the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.training import Poisoned, TwoNetworks, data
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
 
 
-# ---- what it says --------------------------------------------------------------------------------------------------------------
+# ---- findings ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_share_of_clipped_steps_counts_steps_that_were_not_logged(trainer, tmp_path):

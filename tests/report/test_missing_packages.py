@@ -1,4 +1,4 @@
-"""What the commands say where a package is missing that they need."""
+"""Messages of the commands if a package that they need is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.helpers.logs import table, write
 
 HIDING = """
 import sys
-import clip_callbacks  # what Lightning needs itself it has by now
+import clip_callbacks  # Lightning has imported its own requirements by now
 
 from clip_callbacks.cli import main
 

@@ -1,4 +1,4 @@
-"""What is read from logs, and what is said of them."""
+"""Reading of logs: CSV, TensorBoard and MLflow."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PLOTS = {"norm", "loss", "coefficient", "histogram", "what_if", "blocks-1", "blo
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Two runs, one with bad steps, of the same names of metrics."""
+    """Two runs with the same metrics, one of them with bad steps."""
     folder = tmp_path_factory.mktemp("logs")
     for name, module in (("clean", Regression()), ("poisoned", Poisoned({4: math.nan, 30: math.inf, 33: 1e4}))):
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def narrow(opened, page):
 
 @pytest.fixture
 def shown(request, opened, page, width, dark):
-    """The page, on a screen of a width, light or dark."""
+    """The page on a screen of a given width, light or dark."""
     if (width, dark) in ((1280, False), (390, True)):
         yield request.getfixturevalue("narrow" if dark else "wide")
     else:
@@ -106,7 +106,7 @@ def test_the_figures_in_the_table_are_those_of_the_log(wide, logs):
         assert shown["largest norm"] == f"{norms.max():.3g}"
         assert shown["last max_norm"] == "3"
         assert shown["skipped steps"] == f"{frame['grad/skipped_steps'].max():.0f}"
-        fractions = frame[frame["grad/clip_fraction"].notna()]  # none at a skipped step: it is counted with the next one
+        fractions = frame[frame["grad/clip_fraction"].notna()]  # a skipped step has none: it is counted with the next one
         clipped = np.average(fractions["grad/clip_fraction"], weights=np.diff(fractions["step"], prepend=-1))
         assert shown["clipped steps"] == f"{clipped:.1%}"
 
@@ -151,7 +151,7 @@ def drawn(it, gid):
 
 
 def points(it, gid):
-    """How many points a line has."""
+    """Count the points of a line."""
     path = drawn(it, gid).query_selector("path").get_attribute("d")
     return path.count("M") + path.count("L")
 

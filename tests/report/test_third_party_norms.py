@@ -1,4 +1,4 @@
-"""Norms that others logged: which metric is read, and what is said of it."""
+"""Norms that other code logged: the metric that is read, and the messages about it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARAMETERS = {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
 
 
 class Logging(Regression):
-    """Logs what Lightning's documentation shows."""
+    """A module that logs norms as Lightning's documentation shows."""
 
     def on_before_optimizer_step(self, optimizer):
         self.log_dict(grad_norm(self, norm_type=2))
@@ -48,7 +48,7 @@ def theirs(tmp_path_factory):
 
 
 def log_of(norms, name="grad_norm", **columns):
-    """A log of others: a step, a loss and a norm in each row."""
+    """The log of other code, with a step, a loss and a norm in each row."""
     steps = np.arange(len(norms))
     return pd.DataFrame({"step": steps, "train_loss": 1 / np.sqrt(1 + steps), name: norms} | columns)
 
@@ -297,7 +297,7 @@ def test_norms_that_stay_nan_are_the_end(broken, is_over):
     assert found.severity == ("bad" if is_over else "warn")
 
 
-# ---- what is said --------------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_the_log_does_not_tell_is_not_claimed():

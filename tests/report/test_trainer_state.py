@@ -1,4 +1,4 @@
-"""What the Trainer of transformers leaves in a run's folder and its checkpoints."""
+"""Reading of trainer_state.json, which the Trainer of transformers writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BROKEN = {210: math.nan, 220: -math.inf, 500: math.inf}
 
 
 def history(steps=600, seed=0):
-    """What a run logs up to some step."""
+    """The log_history of a run up to some step."""
     dice = np.random.default_rng(seed)
     entries = []
     for step in range(EVERY, steps + 1, EVERY):
@@ -35,7 +35,7 @@ def summary(steps=600):
 
 
 def save(folder, entries):
-    """As ``TrainerState.save_to_json`` writes it."""
+    """Write a state as ``TrainerState.save_to_json`` does."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {"global_step": EVERY * len(entries), "logging_steps": EVERY, "log_history": entries}
     (folder / "trainer_state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -44,9 +44,9 @@ def save(folder, entries):
 
 @pytest.fixture
 def finished(tmp_path):
-    """The folder of a run that is done, with three checkpoints."""
+    """The folder of a finished run with three checkpoints."""
     folder = tmp_path / "out"
-    for step in (5, 200, 600):  # before the first step that was logged, too
+    for step in (5, 200, 600):  # 5: before the first logged step
         save(folder / f"checkpoint-{step}", history(step))
     return save(folder, [*history(), summary()])
 
@@ -115,7 +115,7 @@ def test_checkpoints_that_are_named_are_read_themselves(finished):
 def test_a_run_that_went_to_tensorboard_too_is_shown_once(finished):
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(finished / "runs/host")) as writer:  # further than the last checkpoint
+    with SummaryWriter(str(finished / "runs/host")) as writer:  # goes further than the last checkpoint
         for entry in history(700):
             for key, value in entry.items():
                 name = key.replace("eval_", "eval/") if key.startswith("eval_") else f"train/{key}"

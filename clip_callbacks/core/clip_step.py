@@ -36,8 +36,9 @@ def clip_step(
 ) -> tuple[StepReport, ClipState]:
     r"""Clip the gradients of one optimizer step in a plain loop or in Fabric.
 
-    Call it between ``backward()`` and ``optimizer.step()``. It does what the callbacks do in a Trainer: it measures the gradients
-    by one read, skips a step whose gradients are not finite, and clips by at most one write:
+    Call it between ``backward()`` and ``optimizer.step()``; with a GradScaler, after ``scaler.unscale_(optimizer)``. It does what
+    the callbacks do in a Trainer: it measures the gradients by one read, skips a step whose gradients are not finite, and clips by
+    at most one write:
 
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\Bigr)

@@ -1,4 +1,4 @@
-"""What a step may cost: reads, writes, dispatched operations, host syncs. Times are in benchmarks, not here."""
+"""Budgets of a step: reads, writes, dispatched operations and host syncs. Times are measured in benchmarks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_two_rules_read_and_write_as_often_as_one():
 
 
 class Counting(Regression):
-    """Counts what is dispatched in the whole hook of the family, in a network of 100 tensors."""
+    """Counts the operations dispatched in the hook of all callbacks, in a network of 100 tensors."""
 
     def __init__(self):
         super().__init__(net=nn.Sequential(*[nn.Linear(4, 4) for _ in range(49)], nn.Linear(4, 1)))
@@ -114,7 +114,7 @@ def on_fake_cuda(optimizer=torch.optim.AdamW, **options):
     for parameter in parameters:
         parameter.grad = torch.ones(10, device="cuda")
     made = optimizer(parameters, fused=True, **options)
-    made.step()  # its state is there
+    made.step()  # allocates the optimizer's state
     return made
 
 
@@ -142,7 +142,7 @@ def test_a_deferred_step_reads_nothing_on_the_host(fake_cuda, optimizer, options
     assert not any(transfers.waits)
     assert report.total_norm.device.type == report.finite.device.type == "cuda"
     with pytest.raises((DataDependentOutputException, RuntimeError)):
-        report.finite.item()  # the test can tell
+        report.finite.item()  # a fake tensor cannot be read, which is how this test finds reads
 
 
 @pytest.mark.parametrize("make", NAMED)

@@ -1,4 +1,4 @@
-"""The drop-in against torch's own, and against what torch's tests for it check."""
+"""``clip_grad_norm_`` against torch's own, and against the checks of torch's tests."""
 
 from __future__ import annotations
 

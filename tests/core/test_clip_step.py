@@ -1,4 +1,4 @@
-"""What users of a plain loop hold: ``clip_step``'s arguments, the table of parameters, the report."""
+"""The public surface for plain loops: the arguments of ``clip_step``, the table of parameters, the report."""
 
 from __future__ import annotations
 

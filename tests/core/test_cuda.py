@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped elsewhere. The figures: ``python -m benchmarks.step --device cuda``."""
+"""Properties that only a GPU can show; skipped elsewhere. ``python -m benchmarks.step --device cuda`` measures times."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def with_gradients(device, dtype=torch.float32, sizes=((64, 32), (32,), (3, 3, 3
 
 
 class SyncAlarm(Callback):
-    """After the first steps, makes every host sync in the family's hooks and in the step an error."""
+    """Makes every host sync in the callbacks' hooks and in the step an error, after the first steps."""
 
     def __init__(self, first=5):
         self.first, self.steps = first, 0

@@ -1,4 +1,4 @@
-"""What a look at a bad step says of state: buffers, tensors that modules carry along, frozen parameters."""
+"""Diagnoses of bad state: buffers, tensors in plain attributes of modules, frozen parameters."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_what_holds_nan_by_design_is_acquitted_by_a_good_step(trainer, tmp_path)
 
 
 class Spoilt(Regression):
-    """Keeps the mean of what it has seen, until code of its own spoils it."""
+    """Keeps the mean of its inputs, until its own code spoils it."""
 
     def __init__(self):
         super().__init__()

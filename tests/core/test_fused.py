@@ -131,7 +131,7 @@ def test_factors_of_a_step_that_was_not_taken_are_not_for_the_next_one():
     parameters[0].grad[0] = math.nan
     clip_step(optimizer, rules=[ClipRule(0.1)], fused=optimizer, deferred=True)
     assert hasattr(optimizer, "found_inf")
-    parameters[0].grad[0] = 2.0  # the user left the step out
+    parameters[0].grad[0] = 2.0  # the step was not taken
     clip_step(optimizer, rules=[ClipRule(100.0)], fused=optimizer)
     assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
     optimizer.step()
@@ -164,7 +164,7 @@ def test_a_part_of_an_optimizers_parameters_is_written():
 
 
 def test_parameters_given_other_entries_in_mid_run():
-    """Buckets of small tensors are planned once; shapes and dtypes may change under them."""
+    """Buckets of small tensors are planned once, although shapes and dtypes may change later."""
     parameters = [nn.Parameter(torch.zeros(8)) for _ in range(20)]
     table = ParameterTable(parameters)
     for change in (lambda i: torch.zeros(8), lambda i: torch.zeros(9 if i == 3 else 8), lambda i: torch.zeros(4, 2).double()):

@@ -56,7 +56,7 @@ def test_total_norm_is_true_at_any_size_of_the_gradients(sizes, exponent, p, see
     gradients = [torch.randn(n, generator=generator) * 10.0**exponent for n in sizes]
     expected = reference.norm([x for gradient in gradients for x in reference.entries(gradient)], p)
     measured = total(*gradients, p=p)
-    if math.isinf(expected):  # p < 1 of huge entries: beyond float64 too
+    if math.isinf(expected):  # the norm of huge entries for p < 1 is beyond float64 too
         assert torch.isinf(measured)
     else:
         # torch takes the root as a float32 power: 1/p is rounded, which costs log(sum) * 6e-8, up to 5e-6 near the ends of float32
@@ -77,7 +77,7 @@ def test_total_norm_has_the_bits_of_torch(p):
     ("gradient", "expected"),
     [
         (torch.full((5,), 1e30), 5**0.5 * 1e30),
-        (torch.full((4,), 3e38), 6e38),  # beyond float32, in float64 then
+        (torch.full((4,), 3e38), 6e38),  # beyond float32, and therefore float64
         (torch.full((5,), 1e-30), 5**0.5 * 1e-30),
         (torch.full((4,), 1e-44), 2 * torch.tensor(1e-44).item()),
         (torch.full((100_000,), 1000.0, dtype=torch.float16), 1000 * 100_000**0.5),

@@ -1,4 +1,4 @@
-"""What is dispatched, counted."""
+"""Counts of dispatched operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clip_callbacks import (
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Counts dispatched operations."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ SYNCS = {"aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten.nonz
 
 
 def reads(counts):
-    """How many calls read gradients: each a multi-tensor norm, or a stack that a norm follows."""
+    """The number of calls that read gradients: multi-tensor norms, and stacks that a norm follows."""
     return counts["aten._foreach_norm"] + counts["aten.stack"] - (counts["aten._foreach_norm"] > 0)
 
 
@@ -44,7 +44,7 @@ def count(table, **options):
 
 
 class Transfers(Operations):
-    """Notes each copy to the host: whether the host waits for it."""
+    """Records of each copy to the host whether the host waits for it."""
 
     def __init__(self):
         super().__init__()

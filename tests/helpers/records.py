@@ -1,4 +1,4 @@
-"""Steps as the engine makes them, with the records that it keeps of them."""
+"""The engine's records of steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clip_callbacks.core.tensor_table import TensorTable
 
 
 def record_of(report):
-    """The engine's record of the step that a public report is about."""
+    """Return the engine's record behind a public report."""
     return report._record
 
 
 @torch.no_grad()
 def step(parameters, *, rules=None, action=Action.CLIP, fused=None, **options):
-    """The record of a first step, measured and applied with options that only the engine has."""
+    """Measure and apply a first step, with options that only the engine has, and return its record."""
     table = TensorTable.of(parameters)
     plan = Plan.of(table, [ClipRule(1.0)] if rules is None else rules, (), None)
     measured = measure_step(table, plan, plan.init(), **options)

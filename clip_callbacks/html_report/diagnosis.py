@@ -315,7 +315,7 @@ def _sampling(log: OptimizerLog) -> Iterator[Finding]:
     if interval > 1:
         text = f"About one step in {interval:.0f} was logged: percentiles and plots are made from {len(log.total_norm):,} norms."
         if log.norm.is_ours:
-            text += " The shares of clipped and skipped steps are of all steps."
+            text += " Clipped and skipped steps are counted over all steps."
         yield Finding("note", text)
 
 

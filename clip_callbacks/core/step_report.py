@@ -19,6 +19,9 @@ class StepReport:
 
     Two reports are equal if they are reports of the same step.
 
+    Args:
+        record: The engine's record of the step. Reports are made by the package; nobody else needs the argument.
+
     Example::
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))

@@ -106,7 +106,7 @@ def _label_modules(axes: Axes, calls: Sequence[ModuleCall]) -> None:
         axes.set_xticks(list(positions), names, rotation=90, ha="center")
     else:
         axes.set_xticks(list(positions), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_xlabel("modules in the order of execution")
+    axes.set(xlabel="modules in the order of execution", ylabel="largest absolute value (log scale)")
 
 
 def _mark_suspects(axes: Axes, calls: Sequence[ModuleCall], suspects: Sequence[SuspectModule]) -> None:

@@ -98,7 +98,7 @@ def check_noise_scale(trainer: Trainer, module: LightningModule, *, is_weighted:
     Args:
         trainer: The Trainer.
         module: The module to train.
-        is_weighted: Whether micro-batches have weights.
+        is_weighted: If True, micro-batches have weights.
 
     Raises:
         ValueError: It says why, and what to do instead.

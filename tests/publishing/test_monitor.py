@@ -176,7 +176,7 @@ def test_what_an_epoch_remembers_does_not_grow(trainer):
         trainer(monitor).fit(module)
         return seen[-1]
 
-    assert size(400) == size(50) > 1
+    assert size(100) == size(50) > 1
 
 
 # Which blocks

@@ -72,8 +72,7 @@ def test_one_micro_batch_tells_nothing(small):
     [
         ([], {}),
         pytest.param([AccumulationRescaling()], {}, marks=pytest.mark.slow),
-        ([GradientClipping(0.1), AccumulationRescaling()], {}),
-        ([GradientNormMonitor("global", every_n_steps=1000), GradientNormMonitor("parameter")], {}),
+        ([GradientClipping(0.1), AccumulationRescaling(), GradientNormMonitor("parameter")], {}),
         pytest.param([NonFiniteGuard(level="microbatch")], {}, marks=pytest.mark.slow),
         ([GradientClipping(0.1)], {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}),
     ],
@@ -214,7 +213,7 @@ def test_windows_of_micro_batches_of_unequal_size_tell_nothing(trainer):
 def test_an_overflow_leaves_no_micro_batch_for_the_next_window(trainer):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-110)
     run = trainer(GradientNoiseScale(), accumulate_grad_batches=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    run.fit(GradientTape(100 * draws(2400, spread=3.0).float()))
+    run.fit(GradientTape(100 * draws(1200, spread=3.0).float()))
     assert scaler.get_scale() < 2.0**20
     assert run.callback_metrics["grad/noise_scale"] == pytest.approx(9.0, rel=0.25)
 

@@ -120,4 +120,4 @@ def test_what_it_needs_does_not_grow_with_the_run(trainer, tmp_path):
         saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["GradientClipping"]["history"][0]
         return sum(value.numel() for value in saved["run_norms"].values())
 
-    assert size(200) == size(50)
+    assert size(100) == size(50)

@@ -108,7 +108,7 @@ def test_batches_of_another_structure_are_refused(bundle, tmp_path, capsys):
         *([row | {"batch_idx": number}] for number in ("2", -1, torch.zeros(1), None)),
         [row | {"rng": None}],
     ]
-    for content in structures[:: 1 if EVERY_CELL else 5]:
+    for content in structures[:: 1 if EVERY_CELL else 8]:
         rewrite(bundle, BATCHES, content)
         assert "must hold a list of micro-batches with batch, batch_idx, loss and rng, got a" in refused(capsys, bundle, *good)
     for array in ({"clip_callbacks.ndarray": 3, "scalar": False}, {"clip_callbacks.ndarray": torch.zeros(2)}):
@@ -116,7 +116,7 @@ def test_batches_of_another_structure_are_refused(bundle, tmp_path, capsys):
         assert "batches.pt cannot be read: " in refused(capsys, bundle, *good)
     huge = (3, (2**70,) * 625, None)
     wrong = [{}, rng | {"torch": rng["torch"][:9]}, rng | {"python": huge}, rng | {"numpy": 3}, rng | {"generators": 3}]
-    for states in wrong[:: 1 if EVERY_CELL else 2]:
+    for states in wrong[:: 1 if EVERY_CELL else 4]:
         rewrite(bundle, BATCHES, [row | {"rng": states}])
         assert "`rng` in the bundle must hold the states of random number generators, got " in refused(capsys, bundle, *good)
 

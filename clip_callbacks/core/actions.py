@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from typing_extensions import Self
+
 
 class Action(Enum):
     """An instruction to :func:`~clip_callbacks.core.step.apply_step` about a measured step."""
@@ -39,7 +41,12 @@ class StepOutcome(str, Enum):
 
     __str__ = str.__str__
 
-    @property
-    def is_skipped(self) -> bool:
-        """Whether the optimizer changed nothing."""
-        return self is StepOutcome.SKIPPED or self is StepOutcome.OVERFLOWED
+    is_skipped: bool
+    """Whether the optimizer changed nothing."""
+
+    def __new__(cls, value: str) -> Self:
+        """Make a member."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.is_skipped = value in {"skipped", "overflowed"}
+        return member

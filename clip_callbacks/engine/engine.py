@@ -86,6 +86,7 @@ class StepEngine:
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
         self._has_warned_without_gradient = False
+        self._no_grad = torch.no_grad()  # one for all steps: making it, or using it as a decorator, takes three calls
         self.last_report: StepRecord | None = None
 
         self._check_trainer()
@@ -204,7 +205,7 @@ class StepEngine:
 
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, clip or skip the gradients of one optimizer; record the report."""
-        with torch.no_grad():  # as a decorator it would take three more calls
+        with self._no_grad:
             self._step(optimizer)
 
     def _step(self, optimizer: Optimizer) -> None:

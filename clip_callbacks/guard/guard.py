@@ -62,7 +62,10 @@ class Guard(Unguarded):
     Attributes:
         counts: Counts of the run.
         rollback: Restorer of earlier weights.
+        restorer: Restorer of skipped steps; there is one while the guard decides.
     """
+
+    restorer: SkippedStepRestorer  # a plain attribute: a healthy step asks for it three times
 
     def __init__(self, trainer: Trainer, options: GuardOptions, saved: Mapping[str, Any]) -> None:
         self._options = options
@@ -76,7 +79,7 @@ class Guard(Unguarded):
             self.schedules.load_state(saved["skipped_batches"])
         self.journal = Journal(options.bundles)
         self.rollback = NoRestorer()
-        self._restorer: SkippedStepRestorer | None = None
+        self._keeps_batches = options.bundles is not None or options.trace_forward
         self._carried: dict[int, CarriedTensors] = {}
         self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
 
@@ -92,25 +95,25 @@ class Guard(Unguarded):
                 '`weights` must be "reference" or "none" with sharded parameters, got "full": a bundle is one rank\'s, and '
                 "no rank has all of them. Save checkpoints."
             )
-        renewed = self._restorer is not None
+        renewed = self.is_in_use
         resumed = [] if renewed else list(self.counts.of)
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
-        before = self._restorer.hand_over() if self._restorer else {}
+        before = self.restorer.hand_over() if renewed else {}
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
-        self._restorer = SkippedStepRestorer(scope)
+        self.restorer = SkippedStepRestorer(scope)
         if self._options.rollback is not None and not renewed:
             all_limits = (*limits, self.thresholds)
             self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
-        self.rollback.attach(contexts, self._restorer)
+        self.rollback.attach(contexts, self.restorer)
 
     @property
     def is_in_use(self) -> bool:
         """Whether this guard decides in the fit; the one of a GradientClipping does not where there is a NonFiniteGuard."""
-        return self._restorer is not None
+        return hasattr(self, "restorer")
 
     @override
     def mismatch(self) -> StateMismatch:
@@ -118,12 +121,6 @@ class Guard(Unguarded):
 
     def _skipped_steps(self) -> int:
         return self.counts.skipped + self.counts.overflowed
-
-    @property
-    def restorer(self) -> SkippedStepRestorer:
-        """The restorer of skipped steps."""
-        assert self._restorer is not None, "attached before the first batch"
-        return self._restorer
 
     @property
     def checks_losses(self) -> bool:  # type: ignore[override]
@@ -145,6 +142,8 @@ class Guard(Unguarded):
 
         With a ``training_step`` that takes the iterator nothing is kept, because hooks are given the batch before.
         """
+        if not self._keeps_batches:
+            return None
         kept = self.journal.keep(batch, batch_idx)
         if kept is None and self._options.trace_forward:
             kept = KeptBatch(batch, batch_idx)
@@ -401,9 +400,9 @@ class Guard(Unguarded):
 
     @override
     def detach(self) -> None:
-        if self._restorer:
-            self._restorer.detach()
-        self._restorer = None
+        if self.is_in_use:
+            self.restorer.detach()
+            del self.restorer
         self.rollback.detach()
         self.rollback = NoRestorer()  # frees the copy of the weights
         self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)

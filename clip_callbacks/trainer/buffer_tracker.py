@@ -150,9 +150,10 @@ class BufferTracker:
         self._windows += 1
         if self._windows > 1:
             self.find_changed()
-        if self.compares_every_window:
+        compares = self.compares_every_window
+        if compares:
             self._compare()
-        if self.compares_every_window or self._windows % SEARCH_EVERY_N_WINDOWS == 0:
+        if compares or self._windows % SEARCH_EVERY_N_WINDOWS == 0:
             self._search_new()
             self._await_lazy()
 

@@ -3,7 +3,7 @@
 # make mutations: plant faults that the tests must find. make docs: build the site into build/site. make wheel-test: try the wheel by itself.
 # make clients: other packages, each in its own environment, with the callbacks; make clients CLIENTS="darts gluonts": these.
 # make lightning-tests LIGHTNING_TESTS=…/tests: Lightning's own tests, with the callbacks in every Trainer.
-# make benchmarks: time and compare everything anew, about an hour.
+# make benchmarks: repeat all timings and comparisons, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
 BIN := $(VENV)/bin

@@ -64,7 +64,7 @@ class Holder(nn.Module):
         self.total_norm = float(torch.stack([gradient.float().norm() for gradient in self.gradients]).norm())
 
     def refill(self) -> None:
-        """Put the gradients back to what they were."""
+        """Restore the original gradients."""
         for parameter, gradient in zip(self.held, self.gradients, strict=True):
             parameter.grad = gradient
         torch._foreach_copy_(self.gradients, self._fresh)

@@ -48,7 +48,7 @@ def seconds(parameters: list[nn.Parameter], budget_s: float) -> dict[str, float]
     }
 
     def fill() -> None:
-        """Write the gradients anew, as a backward pass does: which core's cache holds them matters."""
+        """Write the gradients again, as a backward pass does: it matters which core's cache holds them."""
         for gradient in gradients:
             gradient.fill_(1.0)
 

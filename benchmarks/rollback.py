@@ -14,8 +14,8 @@ from benchmarks.timing import Ratio, interleaved, machine, publish, rounds_for, 
 from clip_callbacks.trainer.snapshot import Snapshot
 
 EVERY = 100
-"""Good steps between copies, unless told otherwise."""
-KEEP, PUT_BACK, STEP, READ = "the copy", "putting it back", "one fused AdamW step", "one read of the gradients"
+"""Good steps between copies, by default."""
+KEEP, RESTORE, STEP, READ = "the copy", "restoring it", "one fused AdamW step", "one read of the gradients"
 
 
 class Run:
@@ -37,7 +37,7 @@ class Run:
         """What is timed."""
         return {
             KEEP: lambda: self.memory.keep(self.tree),
-            PUT_BACK: lambda: self.memory.restore(self.kept, self.tree),
+            RESTORE: lambda: self.memory.restore(self.kept, self.tree),
             STEP: self.optimizer.step,
             READ: rivals.bare_read(self.holder),
         }
@@ -53,7 +53,7 @@ def section(name: str, device: str, budget_s: float) -> str:
     times = interleaved(candidates, lambda: None, rounds=rounds, synchronize=synchronize)
     rows = [
         [what, f"{1e3 * median(times[what]):.3g}", Ratio.of(times[what], times[STEP]), Ratio.of(times[what], times[READ])]
-        for what in (KEEP, PUT_BACK, STEP, READ)
+        for what in (KEEP, RESTORE, STEP, READ)
     ]
     share = Ratio.of([seconds / EVERY for seconds in times[KEEP]], times[STEP])
     headers = ["", "ms", "ratio to the step: median (quartiles)", "ratio to the read"]

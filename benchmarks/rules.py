@@ -46,8 +46,8 @@ LIMITS: tuple[Limit, ...] = (
     RatioLimit(),
 )
 
-AGAIN = (
-    "The same gradients again and again: fixed limits, EmaLimit and RatioLimit clip them, which costs a write, the others do not."
+REPEATED_GRADIENTS = (
+    "Every step has the same gradients: fixed limits, EmaLimit and RatioLimit clip them, which costs a write, the others do not."
 )
 
 Rules = Sequence[ClipRule]
@@ -179,7 +179,7 @@ def main() -> None:
     note = "Medians (quartiles) of ratios of the same round, interleaved in one process. Made by `python -m benchmarks.rules`."
     parts = [
         f"# What limits, scopes and rules cost, CPU\n\n{machine('cpu')}\n\n{note}\n\nGradients: {name}.",
-        f"## Limits and scopes\n\n{AGAIN}\n\n{scopes(holder, held, arguments.budget_s)}",
+        f"## Limits and scopes\n\n{REPEATED_GRADIENTS}\n\n{scopes(holder, held, arguments.budget_s)}",
         f"## Several rules\n\n{several(holder, held, arguments.budget_s)}",
         f"## Units\n\n{units(holder, held, arguments.budget_s)}",
         f"## Over steps\n\n{growth(int(arguments.steps))}",

@@ -50,7 +50,7 @@ COLLABORATORS = {
     *("guard", "clipping", "clipper", "rescaling", "rescaler", "micro_batches", "rewind", "restorer", "rollback", "deferral"),
     *("publisher", "monitor", "monitors", "journal", "evidence", "windows", "inspected", "deferred", "components", "own_engine"),
 }
-"""Attributes and local names, underscores in front aside, that hold a part of the engine which may be missing."""
+"""Attributes and local names, without leading underscores, that hold a part of the engine which may be missing; old names too."""
 
 FOREIGN = {"grad", "requires_grad", "interval", "frequency", "log"}
 """Attributes that belong to tensors, schedulers and loggers of torch and Lightning: setting them is their interface."""

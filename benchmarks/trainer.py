@@ -78,8 +78,8 @@ class Clock(Callback):
         return (self.end - self.start) / (self.steps - self.warm_up)
 
 
-def family(max_norm: float) -> list[Callback]:
-    """All four callbacks."""
+def all_callbacks(max_norm: float) -> list[Callback]:
+    """Rescaling, guard, clipping and monitor together."""
     return [AccumulationRescaling(), NonFiniteGuard(), GradientClipping(max_norm), GradientNormMonitor()]
 
 
@@ -93,7 +93,7 @@ def candidates(
         REFERENCE: lambda _: (plain(), [], {"gradient_clip_val": max_norm}),
         "GradientClipping(c)": lambda _: (plain(), [GradientClipping(max_norm)], {}),
         "GradientClipping(c), scope layer": lambda _: (plain(), [GradientClipping(max_norm, scope="layer")], {}),
-        "the whole family": lambda _: (plain(), family(max_norm), {}),
+        "all four callbacks": lambda _: (plain(), all_callbacks(max_norm), {}),
         BY_HAND: lambda _: (ByHand(width, layers), [], {}),
         "fused AdamW, no clipping": lambda _: (fused(), [], {}),
         "fused AdamW, gradient_clip_val=c": lambda _: (fused(), [], {"gradient_clip_val": max_norm}),

@@ -1,4 +1,4 @@
-"""What a good step costs with all state put back on a skip, over batch statistics only: ``python -m benchmarks.transactions``.
+"""Cost of a good step if a skip restores all state, relative to batch statistics only: ``python -m benchmarks.transactions``.
 
 One fit for each network; blocks of steps of both kinds alternate, so that both share the process, the weights and the machine.
 """

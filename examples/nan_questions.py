@@ -115,7 +115,7 @@ def ask(fault: str, folder: Path) -> Answer:
 
 def summary(fault: str, answer: Answer) -> tuple[Any, ...]:
     facts = answer.journal[0]
-    names = ", ".join(offender["name"] for offender in facts["parameters"] or facts["gradients"])
+    names = ", ".join(tensor["name"] for tensor in facts["parameters"] or facts["gradients"])
     module = (facts["traced"] or "").partition(",")[0]
     return fault, facts["stage"], module, names, facts["step"], facts["batch"], "goes on" if answer.goes_on else "stopped"
 

@@ -110,7 +110,7 @@ class Rescaler(NoRescaling):
         if weight and takes_dataloader_iter(module):
             raise ValueError(
                 f"`weight` must be None beside {type(module).__name__}.training_step(dataloader_iter), got "
-                f"weight={name_of(weight)}: training_step fetches batches itself, so that callbacks cannot weigh them before. "
+                f"weight={name_of(weight)}: training_step fetches batches itself, so callbacks cannot compute weights in advance. "
                 "Write training_step(self, batch, batch_idx), or leave `weight` out if all micro-batches have one size."
             )
         self._module = module

@@ -197,7 +197,7 @@ def _check(path: Path, facts: dict[str, Any]) -> None:
         raise UnusableBundleError(f"{path / FACTS} must hold a `kind` among {', '.join(KINDS)}, got {facts.get('kind')!r}.")
     for name, known in facts["files"].items():
         file = path / name
-        if file.parent != path or not isinstance(known, dict):  # a stranger's bundle must not point elsewhere
+        if file.parent != path or not isinstance(known, dict):  # an untrusted bundle must not point elsewhere
             raise UnusableBundleError(f"{path / FACTS} must name files in its own folder only, got {name!r}.")
         try:
             is_there = file.is_file() and not file.is_symlink()

@@ -1,4 +1,4 @@
-"""Text that is safe to print: a terminal would execute escape sequences, which names in a stranger's bundle may contain."""
+"""Text that is safe to print: a terminal would execute escape sequences, which names in an untrusted bundle may contain."""
 
 from __future__ import annotations
 

@@ -46,6 +46,8 @@ class AccumulationRescaling(GradientCallback):
 
     Raises:
         TypeError: If ``weight`` is not callable.
+        ValueError: At fit start, if the optimizer is LBFGS, if ``weight`` is given in manual optimization without ``divide`` or
+            with ``training_step(dataloader_iter)``; in training, if a weight is not a finite number of at least 0.
 
     Example::
 

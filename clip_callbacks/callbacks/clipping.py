@@ -59,7 +59,7 @@ class GradientClipping(GradientCallback):
         clip_value: Largest absolute value of a gradient entry, above 0: entries are clamped to [-clip_value, clip_value] after norm
             clipping. None leaves them alone.
         nonfinite: Policy for a step whose gradients hold NaN or Inf: "skip" it, "raise" an error, "zero" those entries, or "ignore"
-            them. It stands for a NonFiniteGuard with its defaults; beside a NonFiniteGuard leave it at "skip".
+            them. Without a NonFiniteGuard this works like one with that policy; beside a NonFiniteGuard only "skip" is accepted.
         prog_bar: If True, the progress bar shows total_norm and clip_coef.
         shadow: Other limits, or numbers, to try on the same norms (of the scope, or of the first rule) without changing gradients:
             ``grad/shadow_clip_fraction/<limit>`` and the table at the end of the fit tell the share of steps that each would have
@@ -89,8 +89,8 @@ class GradientClipping(GradientCallback):
         rules: list[ClipRule] | None = None,
         clip_value: float | None = None,
         nonfinite: Policy = "skip",
-        prog_bar: bool = False,
         shadow: list[float | Limit] | None = None,
+        prog_bar: bool = False,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class GradientClipping(GradientCallback):
             raise TypeError(f"`shadow` must be a list of limits and numbers, got {shadow!r}.")
         self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
-        self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value")
+        self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value", " or None")
         self.prog_bar = prog_bar
         self.summary = summary
         self._guard_options = GuardOptions(as_policy(nonfinite, "nonfinite"))
@@ -136,11 +136,11 @@ class GradientClipping(GradientCallback):
         check_saved(state["guard"])
 
     def _carry_over(self, others: Sequence[State]) -> list[str]:
-        anew = super()._carry_over(others)
+        reset = super()._carry_over(others)
         if not self._saved.get("guard"):
             guard = {"guard": bad_step_counts(others)}
             self._saved = {"history": {}, **self._empty_state(), **self._saved, **guard}
-        return anew
+        return reset
 
     def _copy_for_search(self) -> GradientClipping:
         searching = copy(self)

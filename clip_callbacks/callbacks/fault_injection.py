@@ -38,7 +38,8 @@ _log = logging.getLogger(__name__)
 class FaultInjection(ResultReturningCallback, LightningCallback):
     """Poisons gradients or losses on purpose, to rehearse a run's reaction to bad steps before they happen by themselves.
 
-    It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that a forgotten one ruins no training.
+    It refuses to run unless the environment variable ``CLIP_CALLBACKS_INJECT`` is 1, so that
+    one left in the code by mistake cannot damage a training run.
 
     The first backward pass of each chosen optimizer step is poisoned while it runs: before its gradients are added to those of the
     window, before ranks average them, and before any callback sees them, wherever this callback stands in the list. Only gradients
@@ -46,7 +47,7 @@ class FaultInjection(ResultReturningCallback, LightningCallback):
     pass.
 
     Each injection is logged by this module's logger as one warning, on the rank where it happens. The loss that ``training_step``
-    has logged is the one before.
+    logged is the one before the injection.
 
     Args:
         kind: "nan" or "inf" put that value into the first entry of each chosen parameter's gradient; "spike" multiplies the
@@ -54,7 +55,7 @@ class FaultInjection(ResultReturningCallback, LightningCallback):
         step: Optimizer steps to poison, one or several, as ``trainer.global_step`` counts them, from 0, when the loss goes
             backward.
         include: Regular expression that ``re.search`` must find in the name of a parameter; None takes all. Not for "loss".
-        exclude: Regular expression that it must not find in the name; None leaves out none. Not for "loss".
+        exclude: Regular expression that ``re.search`` must not find in the name; None excludes nothing. Not for "loss".
         rank: Rank to poison; None poisons all.
 
     Attributes:

@@ -35,8 +35,8 @@ class NonFiniteGuard(GradientCallback):
 
     Some things a skip does not undo. ``global_step`` and the batch counter advance, because Lightning owns them, and random numbers
     that the batch has drawn stay drawn. A ReduceLROnPlateau is left to Lightning. In manual optimization you step the schedules:
-    look at ``last_report.skipped``. Attributes of an optimizer's own and averages that other code keeps cannot be restored; a
-    warning names them at the first skip. An optimizer that moves parameters without a gradient leads to an error there.
+    look at ``last_report.skipped``. An optimizer's own attributes, and averages that other code keeps, cannot be restored; a
+    warning names them at the first skip. If an optimizer moves parameters without a gradient, the first skip raises an error.
 
     A forward pass that leads to no step, for example because ``training_step`` returned None, leaves no NaN in a buffer either. A
     batch without a step counts in no metric and no streak.
@@ -60,7 +60,7 @@ class NonFiniteGuard(GradientCallback):
             memory for the gradients of one micro-batch. On several ranks it works with plain DDP only, drops on all ranks what is
             bad on one, and costs one more average of gradients for each window.
         skip_above: Number or Limit. A step with finite gradients whose total norm, before clipping, is above it is a spike, and is
-            skipped, counted and bounded like a bad one. In the limit's own state it counts as clipped. Needs the policy "skip",
+            skipped, counted and bounded like a bad one. The limit treats its norm as clipped. Needs the policy "skip",
             and a limit that healthy steps stay under: not EmaLimit or QuantileLimit(0.1), which most steps exceed.
         hold_schedulers: If True, step-interval learning-rate schedules do not advance at a skipped step.
         trace_forward: If True, a batch whose loss is not finite is run again under hooks, to name the first module whose output is

@@ -126,12 +126,12 @@ class GradientNormMonitor(GradientCallback):
         NormMonitor(self._monitor_options, state)
 
     def _carry_over(self, others: Sequence[State]) -> list[str]:
-        # Total norms do not depend on the scope: a monitor without a state goes on with those of a monitor of another scope.
-        anew = super()._carry_over(others)
+        # Total norms do not depend on the scope: a monitor without a state takes those of a monitor of another scope.
+        reset = super()._carry_over(others)
         other = next((state for state in others if "norms" in state and "blocks" in state), None)
         if not self._saved and other:
             self._saved = {"history": {}, **self._empty_state(), "norms": other["norms"]}
-        return anew
+        return reset
 
     def advice(self, index: int = 0) -> Advice | None:
         """Return a suggested max_norm, an adaptive limit, and the reason for both, from all healthy steps of the run.

@@ -205,7 +205,7 @@ class Clipper(Unclipped):
             charts[f"{name}: clip_coef, clip_fraction"] = [RULE_CLIP_COEF.format(name), RULE_CLIP_FRACTION.format(name)]
         shadows = [SHADOW_CLIP_FRACTION.format(rule.name) for rule in self.shadows_of(context.index)]
         if shadows:
-            charts["clip_fraction, in force and of shadows"] = [CLIP_FRACTION, *shadows]
+            charts["clip_fraction, applied and shadow limits"] = [CLIP_FRACTION, *shadows]
         return charts
 
     def state_dict(self) -> dict[str, Any]:

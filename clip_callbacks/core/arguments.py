@@ -31,18 +31,21 @@ def as_norm_type(norm_type: float | Literal["inf"]) -> float:
     raise ValueError(f'`norm_type` must be a number above 0 or "inf", got {norm_type!r}. 2 is the usual choice.')
 
 
-def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
+def as_max_norm(max_norm: object, argument: str = "max_norm", alternatives: str = "") -> float:
     """Check a limit given as a number.
+
+    Args:
+        max_norm: The value of the argument.
+        argument: The name of the argument, for the error.
+        alternatives: Other values that the argument accepts, for the error: " or a Limit".
 
     Raises:
         ValueError: If it is not a number above 0.
     """
     if (number := number_above_zero(max_norm)) is not None:
         return number
-    advice = typical = ""
-    if argument == "max_norm":
-        advice, typical = ", or None to measure without clipping", " Typical thresholds lie between 0.1 and 10."
-    raise ValueError(f"`{argument}` must be a number above 0, a Limit{advice}, got {max_norm!r}.{typical}")
+    typical = " Typical thresholds lie between 0.1 and 10." if argument == "max_norm" else ""
+    raise ValueError(f"`{argument}` must be a number above 0{alternatives}, got {max_norm!r}.{typical}")
 
 
 def as_finite(

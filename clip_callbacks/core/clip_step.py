@@ -9,9 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action
-from clip_callbacks.core.arguments import as_norm_type
+from clip_callbacks.core.arguments import as_max_norm, as_norm_type
 from clip_callbacks.core.diagnosis import examine
-from clip_callbacks.core.limits import MaxNorm
+from clip_callbacks.core.limits import Limit, MaxNorm
 from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
 from clip_callbacks.core.rules import ClipRule, ClipState, Plan
@@ -29,7 +29,7 @@ def clip_step(
     clip_value: float | None = None,
     nonfinite: Policy = "skip",
     skip_above: MaxNorm = None,
-    shadow: Sequence[ClipRule] = (),
+    shadow: Sequence[float | Limit | ClipRule] = (),
     scale: float = 1.0,
     fused: Optimizer | None = None,
     deferred: bool = False,
@@ -44,7 +44,7 @@ def clip_step(
         g \leftarrow g \cdot \min\Bigl(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
     Args:
-        parameters: A :class:`ParameterTable`, which saves time if it is made once; or whatever one can be made of: an optimizer,
+        parameters: A :class:`ParameterTable`, which saves time if it is made once; or the parameters themselves: an optimizer,
             ``model.named_parameters()``, a mapping, tensors. Norms are added up in this order, which may change the last bit of
             the total norm.
         state: The state that the last call returned; None before the first.
@@ -57,7 +57,8 @@ def clip_step(
             changes nothing; "raise": raise an error; "zero": set non-finite entries to 0 (where ranks hold copies of a tensor, the
             whole tensor), then clip; "ignore": leave them, and clip nothing by a non-finite norm.
         skip_above: A number or :class:`Limit`. A finite step whose total norm before clipping is above it is skipped too.
-        shadow: Rules to try on the same norms without touching gradients. The report says what each would have done alone.
+        shadow: Numbers, limits or rules to try on the same norms without changing gradients; a number or a limit is tried on the
+            norm of all gradients. The report says what each would have done alone.
         scale: A factor for all gradients, applied before all else: 1 / micro-batches turns a sum of gradients into their mean.
             Norms are those of the scaled gradients.
         fused: The optimizer that steps next, if it is a fused one of ``torch.optim``. Its kernel then applies the coefficient
@@ -86,9 +87,12 @@ def clip_step(
         >>> report.total_norm, weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    if clip_value is not None:
+        clip_value = as_max_norm(clip_value, "clip_value", " or None")
     with torch.no_grad():  # a decorator costs three more calls
         table = table_of(parameters)
-        plan = Plan.of(table, _rules(max_norm, rules), shadow, skip_above)
+        shadows = [one if isinstance(one, ClipRule) else _rules(one, None)[0] for one in shadow] if shadow else ()
+        plan = Plan.of(table, _rules(max_norm, rules), shadows, skip_above)
         state = plan.init() if state is None else state
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
         record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)

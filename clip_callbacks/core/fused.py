@@ -1,4 +1,4 @@
-"""Clipping and skipping by a fused optimizer: no pass over the gradients of their own, and no host sync.
+"""Clipping and skipping by the kernels of a fused optimizer, without an extra pass over the gradients and without a host sync.
 
 The kernels of a fused ``torch.optim`` optimizer read two tensors from the optimizer object. Gradients are divided by
 ``grad_scale`` and written back. Where ``found_inf`` is 1, the kernels return at once, and parameters, moments and step counters

@@ -78,7 +78,7 @@ def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
     """
     positions, parameters = table.nonempty
     if table.is_sharded:
-        # Of parameters whose shard here is empty too: to lay a gradient out anew may need all ranks.
+        # Also of parameters whose shard on this rank is empty: redistributing a gradient may need all ranks.
         every = [shard_of_gradient(tensor) for tensor in table.tensors]
         found = [every[position] for position in positions]
     else:

@@ -77,7 +77,7 @@ class StateMismatch:
     """Differences between a checkpoint and the options of this run, in words.
 
     Args:
-        missing: Parts of this run that begin anew, because the checkpoint has no state that fits them.
+        missing: Parts of this run that start from an empty state, because none in the checkpoint fits them.
         unexpected: States in the checkpoint that fit no part of this run, and are dropped.
     """
 
@@ -91,7 +91,7 @@ class StateMismatch:
 
 
 class CarriedState(NamedTuple):
-    """State with which a limit goes on, and the blocks that begin anew in it.
+    """State with which a limit continues, and the blocks that start empty in it.
 
     Args:
         state: State of the limit.
@@ -107,7 +107,7 @@ class CarriedState(NamedTuple):
         return bool(self.state.state) and len(self.missing_blocks) < len(self.state.names)
 
     def report_missing(self, limit: str, mismatch: StateMismatch) -> None:
-        """Report the limit, or those of its blocks, that begin anew.
+        """Report the limit, or those of its blocks, that start from an empty state.
 
         Args:
             limit: Description of the limit for the user.

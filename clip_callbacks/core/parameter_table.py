@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 from clip_callbacks.core.tensor_table import TensorTable
 
 Parameters: TypeAlias = Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
-"""What holds parameters: an optimizer, ``model.named_parameters()``, a mapping, tensors, or one tensor."""
+"""Parameters of one step: an optimizer, ``model.named_parameters()``, a mapping, tensors, or one tensor."""
 
 
 class ParameterTable:
     """The parameters of one optimizer step, with names, made once and passed to :func:`~clip_callbacks.clip_step` at every step.
 
-    ``clip_step`` also accepts ``parameters`` itself, and then makes this table anew at every step. A parameter that occurs twice,
+    ``clip_step`` also accepts ``parameters`` itself, and then makes a new table at every step. A parameter that occurs twice,
     as tied weights do, counts once, under its first name.
 
     Args:
         parameters: An optimizer, ``model.named_parameters()``, a mapping from names to tensors, tensors, or one tensor. Norms are
             added up in this order.
-        named: ``model.named_parameters()``, if ``parameters`` is an optimizer, which knows no names. Without them its parameters
+        named: ``model.named_parameters()``, if ``parameters`` is an optimizer, which stores no names. Without them its parameters
             are called by group and position: ``pg1.0``, ``pg1.1``.
 
     Attributes:

@@ -166,7 +166,7 @@ class Plan:
         def bind(rule: ClipRule) -> Stage:
             return Stage.of(rule, table, by_unit=by_unit)
 
-        threshold = None if skip_above is None else bind(ClipRule(skip_above))
+        threshold = None if skip_above is None else bind(ClipRule(as_limit(skip_above, "skip_above")))
         plan = cls(tuple(map(bind, rules)), tuple(map(bind, shadows)), threshold, by_unit)
         _LAST_PLANS[table] = key, plan
         return plan

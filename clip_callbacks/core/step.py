@@ -1,4 +1,4 @@
-"""The two halves of an optimizer step's clipping: measure, and apply an action. Between them somebody chooses the action."""
+"""The two halves of an optimizer step's clipping: measure, and apply an action. Between them the caller chooses the action."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def apply_step(
 def _apply_on_device(
     step: MeasuredStep, state: ClipState, action: Action, clip_value: float | None, fused: Optimizer | None
 ) -> tuple[StepRecord, ClipState]:
-    """Leave the decision to the device: a fused optimizer applies the factor, and skips the step if it is told to."""
+    """Leave the decision to the device: a fused optimizer applies the factor, and skips the step if gradients are not finite."""
     gradients, norms = step.gradients, step.norms
     usable = _usable(fused, gradients, clip_value)
     if step.plan.spec.local or clip_value is not None:

@@ -217,14 +217,14 @@ class StepRecord:
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
 
 
-def as_undone(report: StepRecord, outcome: StepOutcome) -> StepRecord:
-    """Return the record of a step that was not taken after all.
+def as_skipped(record: StepRecord, outcome: StepOutcome) -> StepRecord:
+    """Return the record of a step that was measured as good but is skipped.
 
     Args:
-        report: The record.
+        record: The record.
         outcome: The outcome of the step: skipped, or overflowed.
     """
-    return replace(report, skipped=TRUE, outcome=outcome)
+    return replace(record, skipped=TRUE, outcome=outcome)
 
 
 def _with_clips(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:

@@ -19,7 +19,7 @@ from clip_callbacks.core.buckets import Buckets
 CHUNK_ENTRIES = 1 << 18
 """Number of entries that are converted to a wider dtype at a time: 1 MiB in float32, which stays in a cache."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False, buckets: Buckets | None = None) -> Tensor:
@@ -74,7 +74,7 @@ def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype to accumulate in; None for the tensor's own."""
-    return torch.float32 if tensor.dtype in _HALF else None
+    return torch.float32 if tensor.dtype in HALF_DTYPES else None
 
 
 def _mixed_norms(tensors: list[Tensor], norm_type: float) -> Tensor:

@@ -125,7 +125,7 @@ class GradientCallback(StatefulCallback):
         known = [callback._saved for callback in self._driven if callback._saved] + list(self._unclaimed_states)
         if not known:
             return None
-        anew = [name for callback in self._driven for name in callback._carry_over(known)]
+        reset = [name for callback in self._driven for name in callback._carry_over(known)]
         if not any(callback._saved.get("history") for callback in self._driven):
             # histories are in the state of the driver, and that of the checkpoint may no longer be in the Trainer
             histories = [state["history"] for state in self._unclaimed_states if state["history"]]
@@ -139,7 +139,7 @@ class GradientCallback(StatefulCallback):
         norm_type = next((fact.norm_type for fact in facts if fact.norm_type is not None), 2.0)
         resumption = Resumption(known, names, norm_type)
         if resumption.is_known:
-            resumption.mismatch.missing += anew
+            resumption.mismatch.missing += reset
         return resumption
 
     def _apply_loaded_states(self, trainer: Trainer, module: LightningModule, *, is_new: bool = False) -> bool:
@@ -148,7 +148,7 @@ class GradientCallback(StatefulCallback):
         Args:
             trainer: The Trainer.
             module: The module in training.
-            is_new: If True, callbacks without a loaded state start anew; if False, they keep their present state.
+            is_new: If True, callbacks without a loaded state start from an empty one; if False, they keep their present state.
 
         Returns:
             True if a checkpoint was loaded.

@@ -75,7 +75,7 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
             others: The states of all gradient callbacks in the checkpoint.
 
         Returns:
-            Descriptions of the states that start anew, for a warning.
+            Descriptions of the states that start empty, for a warning.
         """
         return [self.state_key] if self._empty_state() and not self._saved else []
 
@@ -124,7 +124,8 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
         # a callback of another package may have the same class name, and Lightning matches states by that name alone
         if "history" not in state_dict:
             rank_zero_warn(
-                f"The checkpoint's state of {self.state_key} is ignored, and {type(self).__name__} starts anew: it belongs to "
+                f"The checkpoint's state of {self.state_key} is ignored, and {type(self).__name__} starts from an empty state: it "
+                "belongs to "
                 f"another callback of this name, with the keys {sorted(map(str, state_dict))}.",
                 stacklevel=2,
             )

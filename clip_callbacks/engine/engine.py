@@ -24,7 +24,7 @@ from clip_callbacks.core.nonfinite import NonFiniteGradientError, all_finite
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.rules import ClipState, Plan
 from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
-from clip_callbacks.core.step_record import StepRecord, as_undone
+from clip_callbacks.core.step_record import StepRecord, as_skipped
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.engine.optimizers import Optimizers
@@ -229,7 +229,7 @@ class StepEngine:
             resolution = self._guard.resolve(step, measured)
             report = self._apply(step, measured, states, resolution)
         if self._scaler is not None:
-            # after the write, and before scaler.step, which reads what it is told here
+            # after the write, and before scaler.step, which reads the state set here
             report_to_scaler(self._scaler, step, report, resolution)
         if report.outcome.is_skipped:
             # optimizers that share parameters with this one have lost those gradients
@@ -329,7 +329,7 @@ class StepEngine:
         report, states = apply_step(measured, states, resolution.action, clip_value=clip_value, fused=step.optimizer.optimizer)
         if resolution.outcome is not None and resolution.outcome is not report.outcome:
             # such as an overflow, whose step the GradScaler skips by itself
-            report = as_undone(report, resolution.outcome)
+            report = as_skipped(report, resolution.outcome)
         if step.is_new and measured.plan.remembers:  # of closure calls of LBFGS the first one counts
             count = measured.plan.count_of_clipping
             self._clipper.save_limit_states(index, states[:count])
@@ -354,8 +354,8 @@ class StepEngine:
         context = step.optimizer
         noise = self.windows.end(report)
         if not step.is_new and context.report is not None and context.report.outcome.is_skipped:
-            # a later closure call of LBFGS may be good, but the step began with a bad one and is undone as a whole
-            report = as_undone(report, context.report.outcome)
+            # a later closure call of LBFGS may be good, but the step began with a bad one and is skipped as a whole
+            report = as_skipped(report, context.report.outcome)
         self._guard.end_step(step, report, is_called=is_called)
         if step.is_new or report.outcome.is_skipped:  # of closure calls the first one counts, or a bad one
             self._record(step, report, noise)
@@ -376,7 +376,7 @@ class StepEngine:
         """Advance schedules; publish the metrics of the batch's steps."""
         self._bypassing_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
         if self.windows.is_idle:
-            # forward passes that no step follows, as when SWA takes batch statistics anew, may still have spoilt buffers
+            # forward passes that no step follows, as when SWA recomputes batch statistics, may still have made buffers non-finite
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.restore_pass(is_bad=is_bad)
         self._guard.end_batch()

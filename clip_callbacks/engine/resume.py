@@ -175,7 +175,7 @@ def _describe(index: int, names: Sequence[str]) -> str:
 
 def warn_about(mismatch: StateMismatch) -> None:
     """Warn once about the states in a checkpoint that do not fit the present options."""
-    groups = [("Starts anew", mismatch.missing), ("Discarded", mismatch.unexpected)]
+    groups = [("Reset", mismatch.missing), ("Discarded", mismatch.unexpected)]
     parts = [f"{heading}: {'; '.join(dict.fromkeys(each))}." for heading, each in groups if each]
     if parts:
         rank_zero_warn(

@@ -1,1 +1,1 @@
-"""Bad steps: found, reported, put back."""
+"""Bad steps: detect them, report them, restore the state before them."""

@@ -57,7 +57,7 @@ class _Averages(Resource):
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._hold.renumber()
         self._hold.hold()
-        if not isinstance(step.optimizer.optimizer, LBFGS):  # its step goes on, and is restored when it ends
+        if not isinstance(step.optimizer.optimizer, LBFGS):  # its step is not over; it is restored when it ends
             self._watch()
 
     @override
@@ -143,7 +143,7 @@ class _AveragesInManual(_Averages):
 
 
 def _has_moved(before: list[int], now: list[int]) -> bool:
-    """Return whether an average has moved; one with another number of tensors was made anew in between, or is gone."""
+    """Return whether an average has moved; one with another number of tensors was replaced in between, or is gone."""
     return len(before) == len(now) and before != now
 
 

@@ -33,7 +33,7 @@ class _Message:
     Args:
         what: Kind and place of the step.
         diagnosis: Lines with the results of its examination.
-        done: Action taken, as long as the streak goes on.
+        done: Action taken, as long as the streak lasts.
         advice: Advice for the error at the end of a streak.
         bundle: Lines about its bundle, each after a line break.
         lost: Sentences about metrics that a non-finite loss has got into.

@@ -55,7 +55,7 @@ class _BuffersInManual(Buffers, ABC):
         self._hooks: list[RemovableHandle] = []
         self._is_bad = False
         self._has_line_search = isinstance(context.optimizer, LBFGS)
-        if self._has_line_search:  # its closures go on after the point at which the guard decides on its step
+        if self._has_line_search:  # it calls its closure again after the guard has decided on its step
             self._hooks.append(context.optimizer.register_step_post_hook(self._after_search))
 
     @override

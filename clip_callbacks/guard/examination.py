@@ -72,8 +72,8 @@ class CarriedTensors:
     """Tensors outside the gradients that hold NaN and carry it from one step of an optimizer into the next.
 
     They are tensors in plain attributes of modules, and frozen parameters that were written to. Those that hold NaN at the start of
-    the fit, or after a bad batch, are suspected of making the next step bad. A good step acquits them: a memory bank, for example,
-    may be NaN wherever nothing has been stored yet.
+    the fit, or after a bad batch, are suspected of making the next step bad. After a good step they are no longer suspected: a
+    memory bank, for example, may be NaN wherever nothing has been stored yet.
 
     Args:
         module: The module in training.
@@ -81,7 +81,7 @@ class CarriedTensors:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._acquitted: set[str] = set()
+        self._cleared: set[str] = set()
         self._frozen = {id(tensor): tensor._version for tensor in module.parameters() if not tensor.requires_grad}
         self._suspects = self._found()
 
@@ -99,13 +99,13 @@ class CarriedTensors:
     def examine(self) -> tuple[tuple[NonFiniteTensor, ...], tuple[NonFiniteTensor, ...]]:
         """Return what holds NaN now, after the forward passes of a bad step, and what held NaN before them."""
         before = self._suspects
-        self._suspects = tuple(each for each in self._found() if each.name not in self._acquitted)
+        self._suspects = tuple(each for each in self._found() if each.name not in self._cleared)
         return self._suspects, before
 
     def end_good_step(self) -> None:
-        """Acquit the suspects: the step was good although its forward passes may have read them."""
+        """Clear the suspects: the step was good although its forward passes may have read them."""
         if self._suspects:
-            self._acquitted |= {each.name for each in self._among(self._suspects)}
+            self._cleared |= {each.name for each in self._among(self._suspects)}
             self._suspects = ()
 
     def _among(self, suspects: tuple[NonFiniteTensor, ...]) -> tuple[NonFiniteTensor, ...]:

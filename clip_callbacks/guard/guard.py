@@ -385,13 +385,13 @@ class Guard(Unguarded):
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
         steps = sum(context.history.steps for context in contexts)
         counted = (
-            (self.counts.zeroed, "taken with non-finite entries set to 0"),
-            (self.counts.overflowed, "skipped by the GradScaler"),
-            (self.counts.dropped_micro_batches, "micro-batches dropped"),
-            (self.counts.rollbacks, "ended in a return to earlier weights"),
+            ("taken with non-finite entries set to 0", self.counts.zeroed),
+            ("skipped by the GradScaler", self.counts.overflowed),
+            ("dropped micro-batches", self.counts.dropped_micro_batches),
+            ("rollbacks", self.counts.rollbacks),
         )
-        parts = [f"{count} {word}" for count, word in counted if count]
-        return [f"NonFiniteGuard: of {steps} optimizer steps, {', '.join(parts)}."] if parts else []
+        parts = [f"{what}: {count}" for what, count in counted if count]
+        return [f"NonFiniteGuard: optimizer steps: {steps}, {', '.join(parts)}."] if parts else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of ``skip_above``, and the position of held schedules in the epoch."""

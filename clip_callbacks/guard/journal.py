@@ -37,7 +37,7 @@ def check_folder(bundles: Bundles | None) -> None:
 
 
 class Journal:
-    """Writes the bad steps of a fit to disk. If that fails, there is one warning, and training goes on.
+    """Writes the bad steps of a fit to disk. If that fails, there is one warning, and training continues.
 
     Args:
         bundles: Options of bundles; None writes the journal only.
@@ -98,7 +98,7 @@ class Journal:
                 bundle = self._bundles.write(step, facts, before, is_window=is_window)
             except Exception as error:  # of any kind: a failing bundle must not end the training
                 self._bundles = None
-                message = f"The bundle of {step} cannot be written ({error}): training goes on, without further bundles."
+                message = f"The bundle of {step} cannot be written ({error}): training continues without further bundles."
                 warnings.warn(message, stacklevel=2)  # from any rank: only one may fail
             else:
                 facts["bundle"] = str(bundle.path)

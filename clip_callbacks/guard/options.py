@@ -23,12 +23,12 @@ class Bundles:
     versions of the software and the configuration of the run. Until a step is over, the guard keeps references to the batches of
     its window.
 
-    On several ranks only those write on which the bad step began, or all ranks if that is unknown. A bundle is written completely
-    or not at all. If that fails, one warning says so, and training goes on without further bundles.
+    On several ranks only the ranks on which the bad step began write a bundle, or all ranks if those are not known. A bundle is
+    written completely or not at all. If that fails, one warning says so, and training continues without further bundles.
 
     Args:
-        folder: Folder for the bundles, made if it is not there. A relative path counts from the working directory of now, wherever
-            the process goes later.
+        folder: Folder for the bundles, made if it is not there. A relative path is resolved when this object is
+            made; later changes of the working directory do not move it.
         weights: Weights and optimizer states in a bundle, as they were before the step. "none" leaves them out. "reference" names
             the last checkpoint, which ModelCheckpoint deletes when it has a better one unless ``save_top_k=-1``. "full" stores
             them, which an exact replay needs; not with sharded parameters.
@@ -59,8 +59,10 @@ class Bundles:
         object.__setattr__(self, "folder", Path(self.folder).expanduser().absolute())
         as_choice(self.weights, "weights", get_args(Weights))
         as_count(self.max_count, "max_count", least=1)
-        if number_above_zero(self.max_bytes) is None:
-            raise ValueError(f"`max_bytes` must be above 0, got {self.max_bytes!r}.")
+        max_bytes = number_above_zero(self.max_bytes)
+        if max_bytes is None:
+            raise ValueError(f"`max_bytes` must be a number above 0, got {self.max_bytes!r}.")
+        object.__setattr__(self, "max_bytes", max_bytes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Rollback:
 
     After ``max_consecutive`` bad batches in a row the whole copy is restored in place and the last bad step is skipped as well.
     From there the run is, bit for bit, one that starts from the copy with the batches that follow. Data, random numbers,
-    ``global_step``, epochs, metrics and counts go on. A loss scale that was lowered since the copy is restored too: non-finite
+    ``global_step``, epochs, metrics and counts continue. A loss scale that was lowered since the copy is restored too: non-finite
     losses lower it although the scale is not at fault, and if it was too high the scaler finds out again.
 
     On several ranks each keeps its own shards. Copies of a GPU's tensors are in pinned host memory, and the host does not wait for
@@ -129,7 +131,7 @@ class GuardOptions:
     """The arguments of :class:`~clip_callbacks.NonFiniteGuard`, which documents them.
 
     Args:
-        policy: Documented there, as all others but the last.
+        policy: The policy. NonFiniteGuard documents it and all following arguments but the last.
         in_search: If True, Lightning searches for a learning rate: bad steps are skipped silently, and no streak ends the fit.
 
     Raises:
@@ -164,7 +166,7 @@ class GuardOptions:
             as_limit(self.skip_above, "skip_above")
 
     def _check_policy(self) -> None:
-        """Refuse what only skipping can do."""
+        """Refuse options that need the policy "skip", for another policy."""
         if self.drops_micro_batches:
             raise ValueError(
                 f'`level` must be "window" for the policy {self.policy!r}, got "microbatch": only skipping drops anything.'
@@ -182,7 +184,7 @@ class GuardOptions:
     def for_search(self) -> GuardOptions:
         """Return the options for a search for the learning rate, which has to reach its end whatever the gradients are.
 
-        Bad steps are skipped without a message, schedules go on because the search is made of one, and no files are written.
+        Bad steps are skipped without a message, schedules advance because the search itself is one, and no files are written.
         """
         policy: Policy = "skip" if self.policy == "raise" else self.policy
         return GuardOptions(

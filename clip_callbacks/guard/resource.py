@@ -31,7 +31,7 @@ class Resource:
         """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: If True, a window goes on: there was a backward pass since the last step of any optimizer.
+            in_window: If True, a window is open: there was a backward pass since the last step of any optimizer.
         """
 
     def begin_window(self) -> None:
@@ -107,7 +107,7 @@ class Resource:
         """Take the present state for that of the window's beginning, after a rollback has restored it."""
 
     def hand_over(self) -> None:
-        """Make way for the resources of optimizers that hold other parameters now. A resource that they may go on with stays."""
+        """Make way for the resources of optimizers that hold other parameters now. A resource that they can keep using stays."""
         self.detach()
 
     def detach(self) -> None:

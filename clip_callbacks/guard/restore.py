@@ -54,7 +54,7 @@ class SkippedStepRestorer:
         """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: If True, a window goes on: there was a backward pass since the last step.
+            in_window: If True, a window is open: there was a backward pass since the last step.
         """
         for resource in self._at_batch:
             resource.begin_batch(in_window=in_window)

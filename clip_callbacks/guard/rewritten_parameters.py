@@ -28,7 +28,7 @@ from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others
 WATCHED_WINDOWS = 3
 """Number of windows at the start of a fit that are all watched."""
 
-WATCHED_EVERY = 64
+WATCH_EVERY_N_WINDOWS = 64
 """Windows from one watched window to the next one later on. To watch one is to read all version counters twice."""
 
 
@@ -70,11 +70,11 @@ class RewrittenParameters(Resource):
     @override
     def begin_batch(self, *, in_window: bool) -> None:
         if self._has_pass or (in_window and not self._sees_passes):
-            return  # the window goes on
+            return  # the window is not over
         self._windows += 1
         if self._rewritten:
             self._copies.keep()
-        self._is_watching = self._windows <= WATCHED_WINDOWS or self._windows % WATCHED_EVERY == 0
+        self._is_watching = self._windows <= WATCHED_WINDOWS or self._windows % WATCH_EVERY_N_WINDOWS == 0
         if self._is_watching:
             if self._windows == 1:
                 self._copy_small_ones()
@@ -130,7 +130,7 @@ class RewrittenParameters(Resource):
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         self._has_pass = False
         self._copies.restore()
-        if isinstance(self._context.optimizer, LBFGS):  # its line search goes on, and is restored when it ends
+        if isinstance(self._context.optimizer, LBFGS):  # its line search is not over; it is restored when it ends
             call_after_step(self._trainer, self._context.optimizer, self._copies.restore)
         if self._lost:
             self._warn_of_lost()

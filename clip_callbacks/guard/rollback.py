@@ -49,7 +49,7 @@ class NoRestorer:
         """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: If True, a window goes on: there was a backward pass since the last step.
+            in_window: If True, a window is open: there was a backward pass since the last step.
         """
 
     def begin_step(self) -> None:
@@ -179,7 +179,7 @@ class RunRestorer(NoRestorer):
         if self.is_fresh:
             assert self._copy is not None
             if self._module.automatic_optimization:
-                self._schedules.rewind(self._trainer, self._copy.mark)
+                self._schedules.hold_for_rollback(self._trainer, self._copy.mark)
             return
         if not step.is_new:
             return

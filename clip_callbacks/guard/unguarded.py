@@ -89,7 +89,7 @@ class Unguarded:
         """Prepare for a batch, before its forward pass.
 
         Args:
-            in_window: If True, a window goes on: there was a backward pass since the last step of any optimizer.
+            in_window: If True, a window is open: there was a backward pass since the last step of any optimizer.
         """
 
     def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:

@@ -296,12 +296,12 @@ def _blocks(log: OptimizerLog) -> Iterator[Finding]:
 def _updates(log: OptimizerLog) -> Iterator[Finding]:
     low, high = USUAL_UPDATE_RATIOS
     medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
-    for names, verdict in (
+    for names, judgement in (
         ([name for name, value in medians.items() if value > high], f"above {high:g}: the learning rate is high for them"),
         ([name for name, value in medians.items() if value < low], f"below {low:g}: they hardly change"),
     ):
         if names:
-            yield Finding("note", f"The update-to-weight ratio of {_listed(names)} is {verdict}. About 1e-3 is typical.")
+            yield Finding("note", f"The update-to-weight ratio of {_listed(names)} is {judgement}. About 1e-3 is typical.")
 
 
 def _shadows(log: OptimizerLog) -> Iterator[Finding]:

@@ -52,7 +52,7 @@ class _IncompleteFile(Exception):  # noqa: N818 (not an error: the readable part
 
 
 def _read_file(path: Path, points: Points) -> str | None:
-    """Append the scalars of a file; return a note if it ends within a record, as after a crash or while the run goes on."""
+    """Append the scalars of a file; return a note if it ends within a record, as after a crash or during the run."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 

@@ -27,7 +27,7 @@ from clip_callbacks.core.metric_names import (
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import Series, Steps, Values
 
-ROUNDING_TOLERANCE = 1.001
+ROUNDING_FACTOR = 1.001
 """A clipped norm may exceed its limit by this factor through rounding alone."""
 OWN_PREFIXES = ("grad/", "grad_", "update_ratio/")
 """Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
@@ -199,7 +199,7 @@ class OptimizerLog:
         """Whether the limit held for the norm of each block: only then can the norm of all gradients exceed it after clipping."""
         clipped, limit = self.metric(CLIPPED_NORM).finite, self.max_norm
         _, first, second = np.intersect1d(clipped.steps, limit.steps, return_indices=True)
-        return bool((clipped.values[first] > ROUNDING_TOLERANCE * limit.values[second]).any())
+        return bool((clipped.values[first] > ROUNDING_FACTOR * limit.values[second]).any())
 
     @property
     def clip_coef(self) -> Series:
@@ -252,7 +252,7 @@ class OptimizerLog:
         TensorBoardLogger writes hp_metric at step 0, also in a resumed run.
         """
         others = (int(series.steps[0]) for series in self.run.metrics.values() if len(series) > 1)
-        return min(self.logged_norm.first_step, *others)
+        return min([self.logged_norm.first_step, *others])
 
     @property
     def _counts_finished_steps(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_callbacks.html_report.runs import ROUNDING_TOLERANCE, TRANSFORMERS, OptimizerLog
+from clip_callbacks.html_report.runs import ROUNDING_FACTOR, TRANSFORMERS, OptimizerLog
 from clip_callbacks.stats.advice import EUCLIDEAN, SUGGESTED_PERCENTILE
 
 MIN_CAPPED_NORMS = 5
@@ -66,7 +66,7 @@ def taken_after_clip(log: OptimizerLog) -> str | None:
     if log.norm.is_ours or not len(norms):
         return None
     highest = float(norms.max())
-    capped = int((norms * ROUNDING_TOLERANCE >= highest).sum())
+    capped = int((norms * ROUNDING_FACTOR >= highest).sum())
     if capped < max(MIN_CAPPED_NORMS, (1 - SUGGESTED_PERCENTILE / 100) * len(norms)):
         return None
     return (

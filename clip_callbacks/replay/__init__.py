@@ -1,1 +1,1 @@
-"""Run a bad step again from its bundle, and see which module began it; beside ``callbacks`` the only folder with Lightning."""
+"""Run a bad step again from its bundle, and name the module in which it began. The only package that imports Lightning itself."""

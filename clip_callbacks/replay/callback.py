@@ -97,7 +97,7 @@ class ReplayCallback(Callback):
         self._recorder.attach()
         try:
             notes = restore(row["rng"], pl_module)
-        except Exception as error:  # states in a stranger's bundle may be anything
+        except Exception as error:  # states in an untrusted bundle may be anything
             raise UnusableReplayError(
                 f"`rng` in the bundle must hold the states of random number generators, got {type(error).__name__}: {error}"
             ) from None
@@ -128,7 +128,7 @@ class ReplayCallback(Callback):
             self.result.notes.append(STEPPED_BEFORE)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Record a micro-batch without a step, because the window goes on or the run dropped the micro-batch."""
+        """Record a micro-batch without a step, because the window is not over or the run dropped the micro-batch."""
         if not self.result.micro_batches[-1].gradients:
             self._record_gradients(trainer)
         if self._is_last_batch:

@@ -1,4 +1,4 @@
-"""The bad step as its bundle describes it. A bundle may come from a stranger, so every value is checked."""
+"""The bad step as its bundle describes it. A bundle may be untrusted, so every value is checked."""
 
 from __future__ import annotations
 

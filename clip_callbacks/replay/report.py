@@ -186,7 +186,7 @@ class ReplayReport:
         recorded = self.recorded
         return {
             "reproduced": self.is_reproduced,
-            "verdict": self.conclusion,
+            "conclusion": self.conclusion,
             "bundle": {"path": self.bundle, "kind": recorded.kind, "place": recorded.place, "module": recorded.module},
             "weights": self.weights.source,
             "device": self.device,
@@ -194,7 +194,7 @@ class ReplayReport:
             "total_norm": _finite_or_none(self.result.total_norm),
             "limit": recorded.limit,
             "micro_batches": [_facts(micro) for micro in self.result.micro_batches],
-            "culprits": [suspect.facts() for suspect in self.suspects],
+            "suspects": [suspect.facts() for suspect in self.suspects],
             "findings": self.findings,
             "calls": [call.facts() for call in self.shown.calls],
             "gradients": {name: values.facts() for name, values in self.shown.gradients.items()},

@@ -19,7 +19,7 @@ from clip_callbacks.replay.errors import UnusableReplayError
 from clip_callbacks.replay.rebuilt_module import RebuiltModule
 from clip_callbacks.replay.recorded_step import RecordedStep
 from clip_callbacks.replay.result import WindowResult
-from clip_callbacks.replay.snapshot import Snapshot
+from clip_callbacks.replay.snapshot import ModuleSnapshot
 from clip_callbacks.replay.starting_weights import StartingWeights
 from clip_callbacks.replay.stored_batches import StoredBatches, convert_batch, disable_transfer_hooks
 from clip_callbacks.replay.suppressed_output import suppress_output
@@ -41,7 +41,7 @@ class ReplayRunner:
     ) -> None:
         self.recorded, self.weights, self.device, self.precision = recorded, weights, device, precision
         self._rebuilt = rebuilt
-        self._start = Snapshot(rebuilt.module)
+        self._start = ModuleSnapshot(rebuilt.module)
         self._random_state = torch.get_rng_state()  # setup and configure_model may draw random numbers
 
     def run(self, rows: Sequence[dict[str, Any]]) -> WindowResult:

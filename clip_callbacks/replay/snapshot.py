@@ -11,7 +11,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _ATTRIBUTES_OF_TORCH = vars(nn.Module()).keys() - {"training"}
 
 
-class Snapshot:
+class ModuleSnapshot:
     """Copies of the values of a module's tensors, and of its attributes.
 
     The module and its parameters stay the same objects, because an optimizer that LightningCLI has bound to the module holds them.

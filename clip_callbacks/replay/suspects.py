@@ -36,7 +36,7 @@ class SuspectModule:
 
     def facts(self) -> dict[str, Any]:
         """Return the suspect for JSON."""
-        return {"guilt": self.fault, **self.call.facts(), "text": self.text}
+        return {"fault": self.fault, **self.call.facts(), "text": self.text}
 
     def __str__(self) -> str:
         """Return one line."""

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.limits.robust_zscore import MAD_TO_SIGMA
+
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
 
 SUGGESTED_PERCENTILE = 90
@@ -23,7 +25,7 @@ CHANGE_FACTOR = 3.0
 """Least ratio of two quarters' medians in a run that has changed; lognormal norms do not reach it by chance."""
 OUTLIER_SIGMAS = 3.0
 """Distance of an outlier above the median, in robust standard deviations of the norms' logarithms."""
-ROUNDING_TOLERANCE = 0.02
+MAX_SHARE_CHANGE = 0.02
 """Largest change in the fraction of clipped steps that rounding a threshold may cause."""
 MIN_SIGMA = 0.05
 """Least robust standard deviation of logarithms of norms; RobustZScoreLimit has the same floor."""
@@ -31,8 +33,6 @@ EUCLIDEAN = 2.0
 """Order of the norm that GradientClipping takes by default."""
 LARGEST_LOG = math.log(1.79e308)
 """Logarithm of about the largest float64 number."""
-MAD_TO_SIGMA = 1.4826
-"""Ratio of the standard deviation of a normal distribution to its median absolute deviation."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def advise(
     clipped: typical steps stay as they are, and the largest 10 % are bounded. Pascanu, Mikolov and Bengio (ICML 2013) set the
     threshold from the average norm over many updates in the same way, and found values from half to ten times that average to work.
 
-    The adaptive limit is the lower one of that number and ``QuantileLimit(0.9)``: it is as safe as the number, and goes on clipping
+    The adaptive limit is the lower one of that number and ``QuantileLimit(0.9)``: it is as safe as the number, and still clips
     10 % of the steps while norms fall. A ``QuantileLimit`` alone would grow with the norms of a run that diverges.
 
     Args:
@@ -247,7 +247,7 @@ def rounded(value: float, ordered: Tensor) -> float:
     exact = _share_above(ordered, value)
     candidates = (float(f"{value:.{digits}e}") for digits in range(1, 17))
     return next(
-        (short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= ROUNDING_TOLERANCE),
+        (short for short in candidates if short < math.inf and abs(_share_above(ordered, short) - exact) <= MAX_SHARE_CHANGE),
         value,
     )
 

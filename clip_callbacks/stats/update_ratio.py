@@ -13,10 +13,8 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.tensor_norms import norms_in_float64, smallest_reliable_norm, tensor_norms
+from clip_callbacks.core.tensor_norms import HALF_DTYPES, norms_in_float64, smallest_reliable_norm, tensor_norms
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightsBefore:
@@ -33,7 +31,7 @@ class WeightsBefore:
         self._blocks = blocks
         self._places = [place for place in blocks.members.tolist() if self._takes(table, place)]
         live = self._live()
-        self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in _HALF else each.dtype) for each in live]
+        self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in HALF_DTYPES else each.dtype) for each in live]
         if live:
             torch._foreach_copy_(self._copies, live)
 

@@ -36,7 +36,7 @@ def call_after_step(trainer: Trainer, optimizer: Optimizer, call: Callable[[], N
         call()
 
     def cancel() -> None:
-        # in manual optimization Lightning sets the attribute anew at the end of each training_step: leave that one alone
+        # in manual optimization Lightning assigns the attribute again at the end of each training_step: do not overwrite that value
         if stepping._on_after_step is after:
             stepping._on_after_step = before
 

@@ -74,7 +74,7 @@ class Replaced(NamedTuple):
 
 
 class BufferObserver(Protocol):
-    """An object that is told which buffers change."""
+    """An object that is notified of each buffer that was found to change."""
 
     def add(self, slot: BufferSlot, initial: TensorState | None, replaced: Replaced | None) -> None:
         """Add a buffer that was found to change.

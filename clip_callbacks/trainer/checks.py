@@ -33,8 +33,8 @@ class CallbackFacts:
         kind: The kind of callback.
         key: The ``state_key``, which distinguishes it from others of its class.
         norm_type: The order of norms that it requires; None if it takes any.
+        nonfinite: The policy for non-finite gradients that it was given; "skip" if it takes none.
         is_weighted: True if it weights micro-batches.
-        has_noise_scale: True if it estimates the gradient noise scale.
     """
 
     kind: Kind
@@ -160,11 +160,11 @@ def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
     for kind, harm in _SINGLE_KINDS.items():
         names = [callback.key for callback in callbacks if callback.kind == kind]
         if len(names) > 1:
-            raise ValueError(f"`callbacks` must hold one {kind} callback, got {', '.join(names)}: {harm}.")
+            raise ValueError(f"`callbacks` must hold at most one {kind} callback, got {', '.join(names)}: {harm}.")
     monitors = [callback.key for callback in callbacks if callback.kind == "monitor"]
     if len(set(monitors)) < len(monitors):
         raise ValueError(
-            f"`callbacks` must hold one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
+            f"`callbacks` must hold at most one GradientNormMonitor for each scope, got {', '.join(monitors)}: "
             "every metric would be logged twice."
         )
     _check_one_policy(callbacks)
@@ -177,13 +177,13 @@ def _check_callbacks(callbacks: Sequence[CallbackFacts]) -> None:
 
 
 def _check_one_policy(callbacks: Sequence[CallbackFacts]) -> None:
-    """Refuse a policy that a guard beside it would overrule without a word."""
+    """Refuse a policy that a guard in the same Trainer would silently override."""
     if not any(callback.kind == "guard" for callback in callbacks):
         return
     for callback in callbacks:
         if callback.nonfinite != "skip":
             raise ValueError(
-                f'`nonfinite` must be left at "skip" beside a NonFiniteGuard, got {callback.nonfinite!r}: the guard decides on bad '
+                f'`nonfinite` must be "skip" beside a NonFiniteGuard, got {callback.nonfinite!r}: the guard decides on bad '
                 f"steps. Remove nonfinite from {callback.key}, or give the policy to the guard: "
                 f"NonFiniteGuard({callback.nonfinite!r})."
             )

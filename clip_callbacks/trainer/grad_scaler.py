@@ -73,8 +73,8 @@ def mark_unscaled(scaler: GradScaler, optimizer: Optimizer, finite: torch.Tensor
 def keep_scale(scaler: GradScaler, optimizer: Optimizer) -> None:
     """Leave the scale and its growth counter unchanged by a skipped step whose gradients no other scale would make finite.
 
-    The scaler is told that no overflow was found. It then calls the optimizer, whose gradients are None, and counts one good step,
-    which is subtracted beforehand.
+    The state of the scaler is set to "no overflow found". The scaler then calls the optimizer, whose gradients are None, and counts
+    one good step, which is subtracted beforehand.
     """
     state = scaler._per_optimizer_states[id(optimizer)]
     device = loss_scale(scaler).device

@@ -3,7 +3,7 @@
 Trap: after each batch Lightning steps a schedule if ``(batch_idx + 1) % frequency == 0``
 (``training_epoch_loop._update_learning_rates``), whether or not the optimizer step was skipped (Lightning issues 5558, 18828 and
 21339). It reads ``interval`` and ``frequency`` of the schedule's configuration to decide. For one batch these are set to values
-that lead to the right decision, and then put back.
+that lead to the right decision, and then restored.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SchedulerHold:
             return 0
         return self._seen - self._skipped_batches
 
-    def rewind(self, trainer: Trainer, batches: int) -> None:
+    def hold_for_rollback(self, trainer: Trainer, batches: int) -> None:
         """Hold all step-interval schedules for this batch, whose step is skipped, and set the count for a rollback.
 
         Plateau schedules are held too: the loss of the batch was computed with weights that are replaced.

@@ -50,7 +50,7 @@ def nan_attributes(module: nn.Module) -> tuple[NonFiniteTensor, ...]:
             for name, tensor in held:
                 found.setdefault(id(tensor), (without_wrappers(name), tensor))
     named = [(name, tensor) for key, (name, tensor) in found.items() if key not in known and _may_be_read(shard_of(tensor))]
-    return tuple(offender for offender in nonfinite_among(named) if offender.nan)
+    return tuple(tensor for tensor in nonfinite_among(named) if tensor.nan)
 
 
 def _tensors(value: Any, name: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Tensor]]:

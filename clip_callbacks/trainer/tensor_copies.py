@@ -156,7 +156,7 @@ class TensorCopies:
         Args:
             name: The name of the tensor.
             live: The tensor.
-            content: The entries at the time of the other copies; None for those of now.
+            content: The entries at the time of the other copies; None for the present ones.
         """
         self._live[name] = live
         if content is None:

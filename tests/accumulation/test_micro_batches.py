@@ -149,7 +149,7 @@ def test_journal_and_summary(trainer, tmp_path, said):
     assert facts["policy"] == "microbatch"
     assert facts["batch"] == 1
     assert facts["gradients"] == [{"name": "weight", "shape": [1], "nan": 1, "inf": 0}]
-    assert said[1:] == ["NonFiniteGuard: of 1 optimizer steps, 1 micro-batches dropped."]
+    assert said[1:] == ["NonFiniteGuard: optimizer steps: 1, dropped micro-batches: 1."]
 
 
 def test_one_warning_for_each_dropped_micro_batch(trainer):

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def test_the_number_of_bundles_is_capped_over_runs(trainer, tmp_path):
-    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_count=2\).*training goes on") as caught:
+    with pytest.warns(UserWarning, match=r"holds 2 bundles \(max_count=2\).*training continues") as caught:
         trainer(guard_to(tmp_path, max_count=2)).fit(Poisoned(dict.fromkeys((1, 3, 5, 7), NAN)), data())
     assert sum("max_count" in str(warning.message) for warning in caught) == 1
     assert [bundle.place["step"] for bundle in bundles_in(tmp_path / "bad")] == [1, 3], (
@@ -66,8 +66,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(trainer, 
     [
         ({"weights": "all"}, "`weights` must be one of none, reference, full, got 'all'"),
         ({"max_count": 0}, "`max_count` must be a whole number of at least 1, got 0"),
-        ({"max_bytes": -1.0}, "`max_bytes` must be above 0, got -1.0"),
-        ({"max_bytes": "much"}, "`max_bytes` must be above 0, got 'much'"),
+        ({"max_bytes": -1.0}, "`max_bytes` must be a number above 0, got -1.0"),
+        ({"max_bytes": "much"}, "`max_bytes` must be a number above 0, got 'much'"),
     ],
 )
 def test_bad_options_are_refused(options, match):
@@ -104,7 +104,7 @@ def fill_the_disk(folder):
         make_trainer(folder, guard).fit(module, data(6))
     told = [str(warning.message) for warning in caught if "cannot be written" in str(warning.message)]
     assert len(told) == 1, told
-    assert "training goes on" in told[0]
+    assert "training continues" in told[0]
     assert "File too large" in told[0]
     assert module.trainer.global_step == 6
     assert guard.skipped_steps == 2

@@ -192,3 +192,21 @@ def test_metrics_are_those_of_a_dashboard_with_the_rules_and_without_what_is_not
     for policy in ("skip", "ignore"):
         pair["a"].grad = torch.tensor([math.inf, 4.0])
         assert clip_step(pair, rules=rules, nonfinite=policy)[0].metrics() == {}
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, "x"])
+def test_a_clip_value_that_bounds_nothing_is_refused(value):
+    parameter = weight(3.0)
+    with pytest.raises(ValueError, match="`clip_value` must be a number above 0 or None, got "):
+        clip_step([parameter], clip_value=value)
+    assert parameter.grad == 3.0
+
+
+def test_a_skip_above_out_of_range_is_named():
+    with pytest.raises(ValueError, match="`skip_above` must be a number above 0 or a Limit, got -1"):
+        clip_step([weight(3.0)], skip_above=-1.0)
+
+
+def test_numbers_limits_and_rules_can_be_shadows():
+    report, _ = clip_step([weight(3.0, 4.0)], max_norm=None, shadow=[2.5, FixedLimit(10.0), ClipRule(1.0, "parameter")])
+    assert [float(each.coefficients.min()) for each in report.shadows] == pytest.approx([0.5, 1.0, 0.2])

@@ -140,7 +140,7 @@ def test_a_guard_takes_the_place_of_the_shorthand(trainer):
 @pytest.mark.parametrize("guard", [NonFiniteGuard, lambda: NonFiniteGuard("zero")])
 def test_a_shorthand_that_a_guard_would_overrule_is_refused(trainer, policy, guard):
     module = Regression()
-    message = rf'`nonfinite` must be left at "skip" beside a NonFiniteGuard, got \'{policy}\'.*NonFiniteGuard\(\'{policy}\'\)'
+    message = rf'`nonfinite` must be "skip" beside a NonFiniteGuard, got \'{policy}\'.*NonFiniteGuard\(\'{policy}\'\)'
     with pytest.raises(ValueError, match=message):
         trainer(GradientClipping(1.0, nonfinite=policy), guard()).fit(module, data(2))
     assert module.trainer.global_step == 0
@@ -148,7 +148,7 @@ def test_a_shorthand_that_a_guard_would_overrule_is_refused(trainer, policy, gua
 
 def test_a_line_tells_what_the_table_at_the_end_does_not(trainer, said):
     trainer(NonFiniteGuard("zero")).fit(Poisoned({2: math.nan}), data())
-    assert said[1:] == ["NonFiniteGuard: of 12 optimizer steps, 1 taken with non-finite entries set to 0."]
+    assert said[1:] == ["NonFiniteGuard: optimizer steps: 12, taken with non-finite entries set to 0: 1."]
     said.clear()
     trainer(GradientClipping(1.0)).fit(Poisoned({2: math.nan}), data())
     assert len(said) == 1, "skipped steps are in the table"

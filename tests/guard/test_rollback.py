@@ -352,7 +352,7 @@ def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, s
     assert [line["policy"] for line in lines] == ["skip", "skip", "skip", "rollback"]
     place = {"step": 7, "epoch": 0, "batch": 7, "rank": 0, "policy": "rollback", "stage": "back to step 3"}
     assert lines[-1] == place | {"rollback": 1, "back_to": 3, "lr_factor": 0.5}
-    assert said[1:] == ["NonFiniteGuard: of 14 optimizer steps, 1 ended in a return to earlier weights."]
+    assert said[1:] == ["NonFiniteGuard: optimizer steps: 14, rollbacks: 1."]
 
 
 def test_checkpoints_hold_the_count_and_not_the_copy(trainer, tmp_path):

@@ -126,7 +126,7 @@ def test_a_late_rewriting_is_restored_from_the_next_watched_window_on(tmp_path, 
         if len(passes) > 4:
             weight.add_(mean, alpha=0.01)
 
-    monkeypatch.setattr("clip_callbacks.guard.rewritten_parameters.WATCHED_EVERY", 6)
+    monkeypatch.setattr("clip_callbacks.guard.rewritten_parameters.WATCH_EVERY_N_WINDOWS", 6)
     with pytest.warns(RuntimeWarning, match=r"net\.1\.weight were rewritten by a forward pass for the first time"):
         fitted(tmp_path, lambda: Rewritten(late), {5}, set(), NonFiniteGuard())
 

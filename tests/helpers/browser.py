@@ -76,7 +76,7 @@ def opened(browser: Browser, url: str, *, width: int = 1280, height: int = 900, 
         url: ``http://`` or ``file://``; the page has fired its load event when the context begins.
         width: Of the viewport, in CSS pixels.
         height: Of the viewport, in CSS pixels.
-        dark: Whether the page is told that dark colours are preferred.
+        dark: True if the browser reports a preference for dark colours.
     """
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", locale="en-US"

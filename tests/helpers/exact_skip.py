@@ -37,7 +37,7 @@ class Cell:
 
 def exists(optimizer: str, implementation: str, kind: str, place: str, loop: str, layer: str) -> bool:
     if optimizer == "SparseAdam" and layer == "weight that forward moves":
-        return False  # it holds sparse weights only: one that moves and that no optimizer holds is named, not put back
+        return False  # it holds sparse weights only: one that moves and that no optimizer holds is named, not restored
     return implementation in OPTIMIZERS[optimizer].implementations
 
 

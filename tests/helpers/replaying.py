@@ -109,7 +109,7 @@ def refused(capsys, bundle, *arguments):
 
 def suspects(found):
     """The names of the suspect modules, by fault."""
-    return {culprit["guilt"]: culprit["name"] for culprit in found["culprits"]}
+    return {culprit["fault"]: culprit["name"] for culprit in found["suspects"]}
 
 
 class Gan(LightningModule):

@@ -144,11 +144,16 @@ def test_two_of_a_kind(trainer):
     class Other(GradientClipping):
         pass
 
-    twice = "must hold one clipping callback, got GradientClipping, {}: gradients would be clipped twice; give one"
+    twice = "must hold at most one clipping callback, got GradientClipping, {}: gradients would be clipped twice; give one"
     refused(trainer, twice.format(".*Other"), GradientClipping(), Other())
     refused(trainer, twice.format("GradientClipping"), GradientClipping(1.0), GradientClipping(2.0))
-    refused(trainer, "must hold one guard callback, got NonFiniteGuard, NonFiniteGuard", NonFiniteGuard(), NonFiniteGuard("zero"))
-    refused(trainer, "must hold one rescaling callback", AccumulationRescaling(), AccumulationRescaling())
+    refused(
+        trainer,
+        "must hold at most one guard callback, got NonFiniteGuard, NonFiniteGuard",
+        NonFiniteGuard(),
+        NonFiniteGuard("zero"),
+    )
+    refused(trainer, "must hold at most one rescaling callback", AccumulationRescaling(), AccumulationRescaling())
     refused(
         trainer, "one GradientNormMonitor for each scope, got .* every metric would be logged twice",
         GradientNormMonitor("layer"), GradientNormMonitor("layer", every_n_steps=3),

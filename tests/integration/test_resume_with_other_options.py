@@ -94,7 +94,7 @@ def rules(*each, **options):
 
 
 Z, Q = ZScoreLimit(), QuantileLimit(window=10)
-ANEW, FORGOTTEN = "Starts anew: {}.", "Discarded: {}."
+ANEW, FORGOTTEN = "Reset: {}.", "Discarded: {}."
 RULE_1 = "the limit of rule_1"
 CHANGES = {
     "another number": (clipping(1.0), clipping(0.5), ""),
@@ -104,10 +104,7 @@ CHANGES = {
     "one that learns to another": (
         clipping(Z),
         clipping(TightestLimit(Q, 1.0)),
-        (
-            f"Starts anew: {RULE_1} (TightestLimit(QuantileLimit, FixedLimit)). "
-            f"Discarded: the state of ZScoreLimit, which was {RULE_1}."
-        ),
+        (f"Reset: {RULE_1} (TightestLimit(QuantileLimit, FixedLimit)). Discarded: the state of ZScoreLimit, which was {RULE_1}."),
     ),
     "another scope": (
         clipping(Z, scope="layer"),
@@ -124,7 +121,7 @@ CHANGES = {
         clipping(shadow=[Z]),
         clipping(shadow=[Q]),
         (
-            "Starts anew: shadow QuantileLimit-window_10 (QuantileLimit). "
+            "Reset: shadow QuantileLimit-window_10 (QuantileLimit). "
             "Discarded: the state of ZScoreLimit, which was shadow ZScoreLimit."
         ),
     ),
@@ -186,19 +183,19 @@ COMPANIES = {
         lambda: [AccumulationRescaling(), NonFiniteGuard(), *clipping()],
         lambda: [GradientNormMonitor(), NonFiniteGuard()],
         1,
-        "Starts anew: GradientNormMonitor{'scope': 'layer'}.",
+        "Reset: GradientNormMonitor{'scope': 'layer'}.",
     ),
     "clipping comes": (
         lambda: [NonFiniteGuard()],
         lambda: [*clipping(ADAPTIVE), NonFiniteGuard()],
         0,
-        "Starts anew: GradientClipping.",
+        "Reset: GradientClipping.",
     ),
     "the monitor is of another scope": (
         lambda: [GradientNormMonitor(), NonFiniteGuard()],
         lambda: [GradientNormMonitor("parameter"), NonFiniteGuard()],
         1,
-        "Starts anew: GradientNormMonitor{'scope': 'parameter'}.",
+        "Reset: GradientNormMonitor{'scope': 'parameter'}.",
     ),
 }
 
@@ -238,9 +235,9 @@ def test_counts_do_not_come_back_from_before_another_guard_counted(trainer, tmp_
     ("optimizers", "told", "counts"),
     [
         (([[0], [1]], [[1]]), "Discarded: optimizer 0 (2 parameters: net.0.weight, ...).", [[8, 8]]),
-        (([[0]], [[1], [0]]), "Starts anew: optimizer 0 (2 parameters: net.1.weight, ...).", [[4, 4], [8, 8]]),
+        (([[0]], [[1], [0]]), "Reset: optimizer 0 (2 parameters: net.1.weight, ...).", [[4, 4], [8, 8]]),
         (([[0], [1]], [[1], [0]]), "", [[8, 8], [8, 8]]),
-        (([[0, 1]], [[0], [1]]), "Starts anew: optimizer 1 (2 parameters: net.1.weight, ...).", [[8, 8], [8, 8]]),
+        (([[0, 1]], [[0], [1]]), "Reset: optimizer 1 (2 parameters: net.1.weight, ...).", [[8, 8], [8, 8]]),
         (([[0], [1]], [[0, 1]]), "Discarded: optimizer 1 (2 parameters: net.1.weight, ...).", [[8, 8, 8, 8]]),
     ],
 )
@@ -330,9 +327,11 @@ def test_the_state_of_another_callback_of_the_same_name_is_left_out(trainer, tmp
     fit.fit(Regression(), data(2))
     fit.save_checkpoint(tmp_path / "a.ckpt")
     ours = GradientClipping()
-    with pytest.warns(UserWarning, match=r"GradientClipping starts anew: it belongs to another .* keys \['n'\]") as caught:
+    with pytest.warns(
+        UserWarning, match=r"GradientClipping starts from an empty state: it belongs to another .* keys \['n'\]"
+    ) as caught:
         trainer(ours, max_epochs=2).fit(Regression(), data(2), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
-    assert len([warning for warning in caught if "starts anew" in str(warning.message)]) == 1
+    assert len([warning for warning in caught if "starts from an empty state" in str(warning.message)]) == 1
     assert ours.state_dict()["history"][0]["steps"] == 2
 
 

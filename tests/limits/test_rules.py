@@ -192,7 +192,7 @@ def test_shadows_may_change_between_runs_and_otherwise_go_on(trainer, tmp_path):
     first.save_checkpoint(tmp_path / "a.ckpt")
     same, other = GradientClipping(1.0, shadow=[ZScoreLimit(warmup=2)]), GradientClipping(1.0, shadow=[QuantileLimit(), 2.0])
     trainer(same, max_epochs=2).fit(Parts(), data(5), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
-    with pytest.warns(UserWarning, match="anew: shadow QuantileLimit .* which was shadow ZScoreLimit-warmup_2"):
+    with pytest.warns(UserWarning, match="Reset: shadow QuantileLimit .* which was shadow ZScoreLimit-warmup_2"):
         trainer(other, max_epochs=2).fit(Parts(), data(5), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     (held,) = same.state_dict()["shadows"][0].values()
     assert held["state"]["count"].item() == 10

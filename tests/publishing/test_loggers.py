@@ -327,7 +327,7 @@ def test_tensorboards_own_server_serves_the_layout_and_has_data_for_every_line_o
     assert found == {
         NORMS: ["grad/total_norm", "grad/clipped_norm", "grad/max_norm"],
         COEFFICIENTS: ["grad/clip_coef", "grad/clip_fraction"],
-        "clip_fraction, in force and of shadows": [
+        "clip_fraction, applied and shadow limits": [
             "grad/clip_fraction",
             "grad/shadow_clip_fraction/FixedLimit-2.5",
             "grad/shadow_clip_fraction/QuantileLimit-quantile_0.5-warmup_1",

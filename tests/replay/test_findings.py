@@ -29,10 +29,10 @@ def test_the_module_that_makes_infinities_of_zeros_is_named(trainer, tmp_path, c
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="log"))
     assert code == 0
     assert suspects(found) == {"output": "net.0"}
-    assert "its output has 1 inf in 4x8 values, its inputs are finite, in [0, " in found["culprits"][0]["text"]
+    assert "its output has 1 inf in 4x8 values, its inputs are finite, in [0, " in found["suspects"][0]["text"]
     (micro,) = found["micro_batches"]
     assert micro["same_loss"]
-    assert found["verdict"] == "Reproduced: a loss or gradient is non-finite again."
+    assert found["conclusion"] == "Reproduced: a loss or gradient is non-finite again."
 
 
 def test_text_shows_the_tree_and_names_the_suspect_above_it(trainer, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_an_overflow_in_float16_is_named_under_a_mask_of_infinities_and_float32_
     assert suspects(found)["output"] == "encoder.layers.1.linear2"
     code, found = replayed(capsys, bundle, *options, "--precision", "32-true")
     assert code == 1
-    assert "With float32 the step does not fail (the run used 16-true)" in found["verdict"]
+    assert "With float32 the step does not fail (the run used 16-true)" in found["conclusion"]
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
@@ -166,7 +166,7 @@ def test_a_spike_is_told_with_its_norm_and_what_explodes(trainer, tmp_path, caps
     assert found["total_norm"] == pytest.approx(recorded, rel=1e-6)  # sums in another order
     assert suspects(found) == {"output explodes": "net.1", "gradient explodes": "net.1"}
     assert any("limit 10)" in line for line in found["findings"])
-    assert found["verdict"] == "Reproduced: the norm of all gradients is above the limit again."
+    assert found["conclusion"] == "Reproduced: the norm of all gradients is above the limit again."
     assert suspects(replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"), "--explodes", "1e5")[1]) == {}
 
 

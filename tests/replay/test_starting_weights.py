@@ -52,8 +52,8 @@ def test_what_is_not_bad_again_says_so_and_what_to_try(trainer, tmp_path, capsys
     (bundle / FACTS).write_text(json.dumps(facts))
     code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="plain"), "--bisect")
     assert code == 1
-    assert found["verdict"].startswith("Not reproduced: the norm of all gradients is ")
-    assert "name a checkpoint from before the step (--ckpt)" in found["verdict"]
+    assert found["conclusion"].startswith("Not reproduced: the norm of all gradients is ")
+    assert "name a checkpoint from before the step (--ckpt)" in found["conclusion"]
     assert found["bisection"] is None
 
 

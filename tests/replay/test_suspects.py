@@ -90,7 +90,7 @@ def test_a_module_that_breaks_only_the_gradient_of_its_own_parameter_is_named(tr
     bundle = fitted(trainer, tmp_path, OwnParameter(), samples(4), options={"precision": precision})
     _, found = replayed(capsys, bundle, *config(tmp_path, OwnParameter))
     assert suspects(found) == {"gradient": "net.1"}
-    assert "the gradients of its own parameters are non-finite" in found["culprits"][0]["text"]
+    assert "the gradients of its own parameters are non-finite" in found["suspects"][0]["text"]
 
 
 class Between(Net):

@@ -279,3 +279,10 @@ def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_p
     assert ("This run was clipped by local norms" in capsys.readouterr().out) is is_local
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 0
     assert ("which is why clipped_norm is above max_norm" in (tmp_path / "report.html").read_text()) is is_local
+
+
+@pytest.mark.parametrize("command", ["suggest", "report"])
+def test_a_log_of_one_step_is_enough(command, tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("step,grad/total_norm,grad/skipped_steps\n49,1.5,0\n")
+    page = ["-o", tmp_path / "page.html"] if command == "report" else []
+    assert run_main(capsys, command, tmp_path, *page)[0] == 0

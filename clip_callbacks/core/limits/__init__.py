@@ -1,4 +1,4 @@
-"""Limits: the largest allowed norm of each block in a step. One file for each limit, or for a family of limits."""
+"""Limits: the largest allowed norm of each block in a step. One file for each limit, or for several similar ones."""
 
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 from clip_callbacks.core.limits.ema import EmaLimit

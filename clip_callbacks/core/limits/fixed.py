@@ -50,4 +50,7 @@ def as_limit(max_norm: MaxNorm, argument: str = "max_norm") -> Limit:
     """
     if isinstance(max_norm, Limit):
         return max_norm
-    return FixedLimit(float("inf") if max_norm is None else as_max_norm(max_norm, argument))
+    if max_norm is None:
+        return FixedLimit(float("inf"))
+    alternatives = ", a Limit, or None to measure without clipping" if argument == "max_norm" else " or a Limit"
+    return FixedLimit(as_max_norm(max_norm, argument, alternatives))

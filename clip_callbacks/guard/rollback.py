@@ -103,6 +103,7 @@ class RunRestorer(NoRestorer):
     @override
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
         self._contexts, self._restorer = contexts, restorer
+        # Only one of several optimizers asks about the others' parameters, where packed codes must not pass for NaN.
         if len(contexts) > 1:
             self._packed = {id(tensor) for context in contexts for tensor in context.table.tensors if _may_be_packed(tensor)}
         copy, self._copy = self._copy, None

@@ -203,7 +203,7 @@ class _OneOfSeveral(_BuffersInManual):
     def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _SharedCopies) -> None:
         index = context.index
 
-        # read at each call, because `goes_on` adds layers to `holders`
+        # `holders` is read at each call, because `goes_on` adds layers to it
         def is_own(slot: BufferSlot) -> bool:
             around = holders.get(slot.owner)
             return not around or index in around

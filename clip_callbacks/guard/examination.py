@@ -142,7 +142,7 @@ def examine_step(
         no_good_step: If True, all steps of the optimizer so far were bad, and frozen parameters are examined too.
     """
     table = step.optimizer.table
-    # codes of quantized weights may look like NaN, but after a good step they cannot be at fault
+    # Codes of quantized weights may look like NaN: they are named only where no step has shown that they do no harm.
     frozen = _frozen(step) if no_good_step else ()
     diagnosis = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
     if carried:

@@ -100,7 +100,7 @@ class Guard(Unguarded):
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
-        # The resources before remove their hooks first, so that no buffer or step is watched twice.
+        # The resources before remove their hooks first, so that no step is watched twice.
         before = self._restorer.hand_over() if self._restorer else {}
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self._restorer = SkippedStepRestorer(scope)
@@ -333,8 +333,7 @@ class Guard(Unguarded):
     def collect(self, step: StepContext, report: StepRecord) -> None:
         if report.outcome is StepOutcome.TAKEN:
             self._carried[step.optimizer.index].end_good_step()
-        # no host sync: the report was copied to the host while the device went on
-        elif not bool(report.finite):
+        elif not bool(report.finite):  # no host sync: the report was copied to the host while the device went on
             self._resolve_nonfinite(step, report.parameter_norms)
         elif report.outcome.is_skipped:
             assert report.skip_limit is not None

@@ -24,6 +24,7 @@ class AsyncWeight:
         self._event: DeviceEvent | None = None
         self._error: Exception | None = None
         try:
+            # Called before the forward pass, so that the copy below is queued ahead of its work and does not wait for it.
             self._value: Any = source(batch)
         except Exception as error:  # raised by `read`, at a point where the other ranks learn of it
             self._value, self._error = None, error

@@ -20,6 +20,7 @@ class ManualWindow:
 
     def __init__(self, context: OptimizerContext) -> None:
         self.context = context
+        # in manual optimization Lightning divides no loss
         self.window = Window(divisor=1)
         self._seen = gradient_fingerprints(self.context.table)
 
@@ -29,10 +30,12 @@ class ManualWindow:
         is_sharded = self._reduction is not None
         # An empty shard never changes. Where ranks hold shards, only the entries decide, in one collective for all of them.
         has_gradients = (not is_sharded and present == self._seen) or not self._is_zero()
+        # a collective in each pass, whatever this rank sees: ranks must agree on where a window begins
         if is_sharded:
             has_gradients = self._agreed(has_gradients)
         if not has_gradients:
             self.window = Window(divisor=1)
+        # taken after any zero_grad: whatever differs at the end of the pass was written by it
         self._seen = present
 
     def after_backward(self, weight: float) -> None:
@@ -58,4 +61,5 @@ class ManualWindow:
         return [shard_of(gradient) for gradient in gradients if gradient is not None]
 
     def _is_zero(self) -> bool:
+        # Stops at the first gradient with an entry. NaN counts as one, so that a bad pass does not look like zero_grad.
         return not any(bool(gradient.any()) for gradient in self._gradients())

@@ -79,9 +79,11 @@ class MicroBatches:
 
     def before_backward(self) -> None:
         """Set the gradients accumulated so far aside."""
+        # Lightning runs all passes of a window but the last under `no_sync`.
         self._averages = self._parallel is not None and self._parallel.require_backward_grad_sync
         self._aside = [(tensor, tensor.grad) for tensor in self._tensors if tensor.grad is not None]
         for tensor, _ in self._aside:
+            # None and not zeros: autograd then assigns the new gradient, where it would add to zeros.
             tensor.grad = None
         if self._averages and self._parallel is not None and self._parallel.find_unused_parameters:
             for tensor in self._tensors:  # DDP expects gradients where any backward pass of the window has left one
@@ -103,15 +105,19 @@ class MicroBatches:
         self._sizes.append(self._size)
         if self._parallel is not None:
             self._used |= {id(tensor) for tensor in self._tensors if tensor.grad is not None}
+        # The gradients are read once: their norms tell whether they are finite, and serve the noise scale.
         measured = [measure(gradients_of(context.table), 2.0) for context in self._contexts]
         bad = [context for context, norms in zip(self._contexts, measured, strict=True) if not norms.is_finite]
         is_bad = self._drops and (bool(bad) or not all_finite(losses))
         if self._parallel is not None:
+            # Losses differ between ranks, and under `no_sync` gradients do: all ranks must drop the same micro-batches.
             is_bad = on_any_rank(is_bad, self._tensors[0].device)
         if self._averages and self.good:  # in this pass DDP has averaged the new gradients only
+            # even if this micro-batch is dropped: no later pass would average them
             self._average_those_aside()
 
         if is_bad:
+            # a bad loss with finite gradients is no optimizer's own: the first one reports it
             for context in bad or self._contexts[:1]:
                 report(context)
             self._drop()
@@ -143,10 +149,12 @@ class MicroBatches:
         for tensor, gradient in self._aside:
             tensor.grad = gradient
         if self._written and self._buffers:
+            # finds buffers that have changed for the first time, in this very forward pass
             self._written.compare_contents()
             self._buffers.restore()
 
     def _merge(self) -> None:
+        # The earlier sum plus the new gradient, as autograd accumulates, so that the bits are the same as without setting aside.
         dense = [(old, tensor.grad) for tensor, old in self._aside if tensor.grad is not None and old.layout is torch.strided]
         if dense:
             torch._foreach_add_([old for old, _ in dense], [new for _, new in dense])
@@ -177,6 +185,7 @@ class MicroBatches:
             divisor: Number N that Lightning divided each loss by.
             loss_scale: Factor that the GradScaler multiplied each loss by.
         """
+        # the estimate compares gradients of batches of two sizes: b and k * b
         if len(set(self._sizes)) != 1:
             return None
         small = [(norm * divisor / loss_scale) ** 2 for norm in self.norms]

@@ -127,6 +127,7 @@ class Rescaler(NoRescaling):
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         self._contexts |= {context.index: context for context in contexts}
         if self._divides_manually:
+            # by optimizer, so that an open window goes on when parameters are added
             known = {window.context.optimizer: window for window in self._manual.values()}
             for context in contexts:
                 self._manual[context.index] = window = known.get(context.optimizer) or ManualWindow(context)
@@ -159,11 +160,13 @@ class Rescaler(NoRescaling):
             factor = self._window.loss_weight(self._trainer.accumulate_grad_batches, weight)
             self._window.add(weight)
         if factor != 1.0:
+            # a hook of the tensor, because no return value of on_before_backward replaces the loss
             self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
         if not weight:
             self._hooks += zero_backward(loss, [tensor for context in self._contexts.values() for tensor in context.table.tensors])
 
     def _factor_of_manual_loss(self, weight: float) -> float:
+        # asked at each pass, because modules switch the synchronization inside training_step
         if self._divides_manually and not reduces_in_backward(self._module):
             raise ValueError(
                 "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False): "
@@ -205,6 +208,7 @@ class Rescaler(NoRescaling):
     def _scale_of(self, window: Window) -> float | None:
         if self._weights is None:
             return window.scale()
+        # One collective for each window: gradients are averaged over ranks, so that the weights of all ranks count.
         total = self._weights.total(self._trainer, window.weight)
         if not total and window.count:
             return None

@@ -78,6 +78,7 @@ class BatchSize:
         Raises:
             ValueError: If the batch has no tensors, or tensors of different lengths.
         """
+        # 0-dim tensors, such as a temperature for the whole batch, have no length
         lengths = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
         if len(lengths) != 1:
             raise ValueError(
@@ -115,6 +116,7 @@ def name_of(source: Weight) -> str:
 
 
 def _number(weight: Any) -> float | None:
+    # bool is a Real, but True is most likely a comparison that was not summed
     is_number = isinstance(weight, Real) and not isinstance(weight, bool)
     if is_number or (isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex()):
         return float(weight)
@@ -124,6 +126,7 @@ def _number(weight: Any) -> float | None:
 def _item(batch: Any, part: str, key: str | int) -> Any:
     if isinstance(batch, Mapping) and part in batch:
         return batch[part]
+    # the key was split at its dots, so that integers arrive as text
     if isinstance(batch, Mapping) and part.isdigit() and int(part) in batch:
         return batch[int(part)]
     if (
@@ -133,6 +136,7 @@ def _item(batch: Any, part: str, key: str | int) -> Any:
         and -len(batch) <= int(part) < len(batch)
     ):
         return batch[int(part)]
+    # attributes of a mapping, such as `values`, are no labels
     if part.isidentifier() and hasattr(batch, part) and not isinstance(batch, Mapping):
         return getattr(batch, part)
     raise ValueError(f"`key` must lead to the labels of a batch, got {key!r}: there is no {part!r} in {_described(batch)}.")

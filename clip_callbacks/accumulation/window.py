@@ -37,6 +37,7 @@ class Window:
             divisor: Number that this loss was divided by.
             weight: Weight of the micro-batch.
         """
+        # trainer.accumulate_grad_batches may be set at any batch: a window keeps the N of its first one.
         self.divisor = self.divisor or divisor
         if divisor == self.divisor:
             return weight
@@ -44,6 +45,7 @@ class Window:
 
     def add(self, weight: float = 1.0) -> None:
         """Count one backward pass."""
+        # kept and not subtracted later: an infinite weight, which marks an error, would leave inf - inf = NaN
         self._last = self.weight
         self.count += 1
         self.weight += weight
@@ -62,6 +64,7 @@ class Window:
         """
         if total is None:
             total, ranks = self.weight, 1
+        # an empty window, or weights that are all 0: such a step is discarded elsewhere
         if not total:
             return 1.0
         return self.divisor * ranks / total

@@ -53,9 +53,11 @@ class WindowWeights:
             # Raised here, the other ranks would wait in a collective forever. The infinite weight tells them.
             self._error = error
         if not self._unit:
+            # On all ranks, until some rank has seen a weight above 0: they leave this branch together.
             largest = self._agreed(_reduced(trainer, weight, "max"))
             if largest:
                 self._unit = 2.0 ** math.floor(math.log2(largest))
+        # every weight so far was 0, on every rank
         if not self._unit:
             return 0.0
         return weight / self._unit
@@ -85,5 +87,6 @@ def _reduced(trainer: Trainer, number: float, reduce_op: Literal["sum", "max"]) 
     """Return the sum or the maximum of a number over all ranks."""
     if trainer.world_size == 1:
         return number
+    # float32 counts tokens exactly up to 2**24 only
     ours = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
     return float(trainer.strategy.reduce(ours, reduce_op=reduce_op))

@@ -78,6 +78,7 @@ class Windows:
         self._contexts = contexts
         self._are_several = len(contexts) > 1
         self._sharing = _sharing(contexts) if self._are_several else {}
+        # bounded, since in manual optimization an optimizer may never step
         self._micro_batches = {
             context.index: self._micro_batches.get(context.index, deque(maxlen=MAX_MICRO_BATCHES)) for context in contexts
         }
@@ -96,12 +97,14 @@ class Windows:
     def before_backward(self, loss: Tensor) -> None:
         """Record the loss until the step."""
         self.in_window = self.has_backward = True
+        # Detached, so that no graph outlives its backward pass; not read, because that would wait for the device.
         self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
                 self._detect_zero_grad(context, window)
             window.append(micro_batch)
+        # with one optimizer every pass is its own, and its gradients need not be looked at
         if self._are_several:
             self._before_pass = {context.index: gradient_fingerprints(context.table) for context in self._contexts}
         if self._rescaler.acts_on_backward:
@@ -119,6 +122,7 @@ class Windows:
             if gradients_changed(context.table, self._before_pass.get(context.index, {}))
         }
         for index, window in self._micro_batches.items():
+            # a bad loss must not make the step of an optimizer bad that the pass has not reached
             if index not in reached and window and window[-1] is self._newest:
                 window.pop()
         begun = reached - self._open
@@ -127,6 +131,7 @@ class Windows:
 
     def _detect_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
         """Begin a new window if all gradients are None: Lightning has no hook for ``zero_grad`` in manual optimization."""
+        # Gradients of zero, after zero_grad(set_to_none=False), are not looked for: to read them would wait for the device.
         if not context.table.has_gradients:
             window.clear()
             self._open.discard(context.index)
@@ -188,6 +193,7 @@ class Windows:
         reason = Discarded.OVERFLOWED if outcome is StepOutcome.OVERFLOWED else Discarded.SHARED
         for index in self._sharing.get(step.optimizer.index, ()):
             window = self._micro_batches[index]
+            # by identity: the same backward pass has reached both
             if any(mine is theirs for mine in step.micro_batches for theirs in window):
                 self._discarded[index] = reason
 
@@ -224,6 +230,7 @@ class Windows:
             The losses in them.
         """
         losses = [loss for window in self._micro_batches.values() for loss, _ in window]
+        # They get no step: Lightning sets gradients to zero at the first batch of the next epoch.
         if not self._is_manual:
             self.in_window = False
             for window in self._micro_batches.values():
@@ -284,6 +291,7 @@ class InspectedWindows(Windows):
 
     @override
     def before_backward(self, loss: Tensor) -> None:
+        # First, so that the fingerprints of the pass are taken when the gradients of earlier passes are set aside.
         self._inspected.before_backward()
         super().before_backward(loss)
 
@@ -313,6 +321,7 @@ class InspectedWindows(Windows):
     @override
     def end(self, report: StepRecord | None) -> WindowNorms | None:
         norms = None
+        # of a bad step norms say nothing about noise
         if report is not None and report.outcome is StepOutcome.TAKEN:
             norms = self._norms(report)
         self._inspected.end_window()

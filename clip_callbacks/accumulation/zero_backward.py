@@ -39,6 +39,7 @@ def _nodes(loss: Tensor) -> list[Any]:
     nodes = []
     while ahead:
         node = ahead.pop()
+        # Nodes without a next one accumulate into leaves. A list and not recursion: a graph is as deep as the network, and more.
         if node is None or node in seen or not node.next_functions:
             continue
         seen.add(node)

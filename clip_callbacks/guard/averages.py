@@ -51,10 +51,12 @@ class _Averages(Resource):
     def begin_step(self, step: StepContext) -> None:
         if self._watched:
             self._name_moved_ones()
+            # The coming step gives averages a reason to move.
             self._watched = {}
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
+        # Both are needed: `hold` leaves this batch out, `renumber` keeps "every n steps" on the steps that were taken.
         self._hold.renumber()
         self._hold.hold()
         if not isinstance(step.optimizer.optimizer, LBFGS):  # its step is not over; it is restored when it ends
@@ -62,6 +64,7 @@ class _Averages(Resource):
 
     @override
     def abandon(self, step: StepContext, *, is_called: bool) -> None:
+        # `global_step` advances here as well, but the step is not among the skipped ones, by which numbers are shifted.
         self._hold.hold()
 
     @override
@@ -71,6 +74,7 @@ class _Averages(Resource):
 
     @override
     def reset(self) -> None:
+        # A rollback has moved the averages back itself.
         self._watched = {}
 
     @override
@@ -86,6 +90,7 @@ class _Averages(Resource):
         self._watched, self._time = self._fingerprints(), self._now()
 
     def _fingerprints(self) -> Fingerprints:
+        # A skip restores parameters that forward passes rewrite, such as Embedding(max_norm=...): they move, and are no averages.
         apart = {
             name: [tensor for tensor in tensors if id(tensor) not in self._rewritten]
             for name, tensors in untrained_weights(self._trainer, self._module).items()
@@ -149,6 +154,7 @@ def _has_moved(before: list[int], now: list[int]) -> bool:
 
 def _fingerprint(tensor: Tensor) -> int:
     """Return a number that changes when a tensor moves: a sum of its bits, or its version if these cannot be read."""
+    # The bits come first, because writing the same values again raises the version although nothing has moved.
     bits = sum_of_bits(tensor)
     return tensor._version if bits is None else bits
 

@@ -90,6 +90,7 @@ class BadStepLog:
         policy = self._options.policy
         lost = self._lost_metrics(step, diagnosis)
         facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
+        # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
         done = "the step is skipped"
         if policy == "zero":
@@ -130,6 +131,7 @@ class BadStepLog:
         stage = "weight" if step.discarded is Discarded.WEIGHTLESS else step.discarded.value
         what = f"{step.why_discarded} at {step}"
         facts = {"policy": self._options.policy, "streak": counters.streak, "stage": stage, "message": what}
+        # no bundle: the gradients were not at fault, or the step that was has one
         self._journal.note({**step.place, **facts})
         self._warn_or_end(step, _Message(what), counters)
 
@@ -151,6 +153,7 @@ class BadStepLog:
             diagnosis: Results of its examination.
             before: Tensors as a skip restores them, by the ``id`` of the live ones.
         """
+        # kept for the error of a window whose micro-batches are all dropped: by then no bad gradient is left to examine
         self._last_diagnosis = diagnosis
         lost = self._lost_metrics(step, diagnosis)
         facts = {**step.place, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
@@ -191,6 +194,7 @@ class BadStepLog:
         options = self._options.rollback
         if options is None or self._counts.rollbacks >= options.max_rollbacks:
             return False
+        # the copy is made before the first good step: a run that is bad from the start has none
         return self._ends_streak(streak) and self._rollback.step is not None
 
     def _warn_or_end(self, step: StepContext, message: _Message, counters: Counters) -> None:
@@ -208,6 +212,7 @@ class BadStepLog:
         elif self.can_roll_back(streak):
             self._warn(message.text(f": {number}. {self._request_rollback(step)}"))
         else:
+            # Streaks are equal on all ranks, so that all of them raise, and none waits in a collective for the others.
             raise NonFiniteGradientError(message.text(f": {number} ({self._limit_reached}).", message.advice))
 
     def _ends_streak(self, streak: int) -> bool:
@@ -217,6 +222,7 @@ class BadStepLog:
 
     def _warn(self, text: str) -> None:
         if not self._options.in_search:
+            # ranks decide alike, so that one of them speaks for all
             rank_zero_warn(text, category=RuntimeWarning)
 
     def _request_rollback(self, step: StepContext) -> str:
@@ -224,6 +230,7 @@ class BadStepLog:
         rollback, counts, options = self._rollback, self._counts, self._options.rollback
         assert options is not None, "can_roll_back has said so"
         counts.rollbacks += 1
+        # of every optimizer, because the weights of all are replaced
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
         self._journal.note({**step.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})

@@ -34,6 +34,7 @@ class Buffers(Resource):
 
     def find_changes(self) -> None:
         """Find the buffers that a window, which may be skipped, has changed. Contents are compared in the first windows only."""
+        # To compare contents reads every entry, and the host waits for the result; versions and identities cost neither.
         if self._written.compares_every_window:
             self._written.compare_contents()
         else:
@@ -41,6 +42,7 @@ class Buffers(Resource):
 
     def restore(self, *copies: BufferCopies) -> None:
         """Restore buffers, and warn of those that cannot be restored exactly."""
+        # On a bad step one more read is affordable. It finds writes through `.data`, which no version counter shows.
         at_first = self._written.compare_contents()
         lost = [name for each in copies for name in each.restore()]
         if at_first:
@@ -73,6 +75,7 @@ class Buffers(Resource):
 
     def _restore_if_bad(self, copies: BufferCopies, *, is_bad: bool) -> list[str]:
         self._written.find_changed()
+        # Finite changes stay: SWA's last epoch takes batch statistics anew by forward passes without a step.
         bad = copies.newly_nonfinite()
         if bad or is_bad:
             self.restore(copies)

@@ -65,6 +65,7 @@ class _BuffersInManual(Buffers, ABC):
     @override
     def commit(self, step: StepContext) -> None:
         self._is_bad = False
+        # LBFGS commits each good point of its line search, and may still meet a bad one.
         if not self._has_line_search:
             self._accept()
 
@@ -82,10 +83,12 @@ class _BuffersInManual(Buffers, ABC):
     @property
     @override
     def needs_host(self) -> bool:
+        # Which of several copies a skip restores depends on whether they are finite (`_complete_copies`): only the host can ask.
         return self._written.has_changing
 
     @override
     def reason_against_deferral(self) -> str | None:
+        # asked at fit start, before `needs_host` can know of any buffer that changes
         if self._written.keeps_statistics:
             return "batch statistics, which a skipped step restores in manual optimization"
         return None
@@ -175,6 +178,7 @@ class _SharedCopies:
 
     def accept(self) -> None:
         """Take the present buffers for accepted ones, because a step was decided or a batch begins."""
+        # A buffer that has just changed for the first time joins the copies before they are taken.
         self.written.find_changed()
         self.at_step.keep()
         self.last.keep()
@@ -199,6 +203,7 @@ class _OneOfSeveral(_BuffersInManual):
     def __init__(self, context: OptimizerContext, holders: dict[nn.Module, set[int]], common: _SharedCopies) -> None:
         index = context.index
 
+        # `holders` is read at each call, because `goes_on` adds layers to it
         def is_own(slot: BufferSlot) -> bool:
             around = holders.get(slot.owner)
             return not around or index in around
@@ -216,6 +221,7 @@ class _OneOfSeveral(_BuffersInManual):
     def goes_on(self, contexts: Sequence[OptimizerContext]) -> bool:
         """Return True unless a layer has gone from one optimizer to another; new layers are taken up."""
         now = _holders(self._common.written.module, contexts)
+        # The copies of a layer that has changed hands are divided between the wrong windows.
         if not super().goes_on(contexts) or any(now.get(layer, held) != held for layer, held in self._holders.items()):
             return False
         self._holders.update(now)
@@ -233,6 +239,7 @@ class _OneOfSeveral(_BuffersInManual):
 
     @override
     def begin_window(self) -> None:
+        # This is called after the window's first backward pass, when its forward pass has already written to the buffers.
         self._window.keep_from(self._common.at_step)
         self._has_begun = self._foreign_is_last = True
 
@@ -245,6 +252,7 @@ class _OneOfSeveral(_BuffersInManual):
         """Copy the buffers of others' modules from before this optimizer's pass, or note that another one's pass came last."""
         is_ours = self._index in reached
         if is_ours and self._foreign_is_last:
+            # Only after a pass of others: at the second of several own passes, `last` holds what the first one wrote.
             self._foreign.keep_from(self._common.last)
         self._foreign_is_last = not is_ours
 
@@ -275,6 +283,7 @@ class _OneOfSeveral(_BuffersInManual):
 
     @override
     def restore_pass(self, *, is_bad: bool) -> list[str]:
+        # The copies of the batch are shared, so that one resource restores them for all.
         if not self._is_first:
             return []
         bad = super().restore_pass(is_bad=is_bad)
@@ -294,11 +303,13 @@ class _OneOfSeveral(_BuffersInManual):
 
     @override
     def suspects(self, *, no_good_step: bool) -> list[tuple[str, Tensor]]:
+        # `no_good_step` is about this optimizer's own steps: others may have had good ones with their buffers as they were.
         return self._foreign.suspects(include_initially_nonfinite=False) + super().suspects(no_good_step=no_good_step)
 
     @override
     def detach(self) -> None:
         super().detach()
+        # breaks a cycle of references that would hold the module and the copies until the garbage collector runs
         self._common.members.clear()
 
 
@@ -316,6 +327,7 @@ def _holders(module: nn.Module, contexts: Sequence[OptimizerContext]) -> dict[nn
     for name, layer in modules.items():
         if not list(layer.buffers(recurse=False)):
             continue
+        # From the layer outwards, because BatchNorm(affine=False) and quantizers with EMA codebooks have buffers and no parameters.
         around = [name, *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)), ""]
         each = (set().union(*(shared.get(tensor, set()) for tensor in modules[place].parameters())) for place in around)
         holders[layer] = next((found for found in each if found), set())

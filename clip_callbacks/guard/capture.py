@@ -64,12 +64,14 @@ class BundleWriter:
         Raises:
             OSError: If the folder or the disk is full; no part of the bundle is left then.
         """
+        # Batches are references, and are only read now: good steps copy no batch.
         parts, batches = self._batches(step)
         texts, missing = _config(step.trainer)
         if not parts:
             missing[BATCHES] = NOT_SEEN
         if self._weights == "full":
             parts |= self._state(step.trainer, before)
+        # asked with the size of this bundle, before a byte is written
         if obstacle := self._folder.fullness(sum(map(bytes_of, parts.values()))):
             raise OSError(obstacle)
         facts = {
@@ -87,6 +89,7 @@ class BundleWriter:
 
     @staticmethod
     def _batches(step: StepContext) -> tuple[dict[str, Any], dict[str, Any]]:
+        # The loss goes along so that a replay can tell whether it is the same, bit for bit.
         kept = [(loss, batch) for loss, batch in step.micro_batches if batch]
         rows = [
             {"batch": encoded(one.batch), "batch_idx": one.batch_idx, "loss": loss.detach().cpu(), "rng": encoded(one.rng)}
@@ -99,6 +102,7 @@ class BundleWriter:
         return {BATCHES: rows}, facts
 
     def _state(self, trainer: Trainer, before: Mapping[int, Tensor]) -> dict[str, Any]:
+        # `before` is keyed by the ids of the live tensors; without `keep_vars` torch returns detached aliases with other ids.
         live = self._module.state_dict(keep_vars=True)
         weights = {name: encoded(before.get(id(value), _data(value))) for name, value in live.items() if not is_lazy(value)}
         return {WEIGHTS: {"module": weights}, OPTIMIZERS: [encoded(optimizer.state_dict()) for optimizer in trainer.optimizers]}
@@ -149,6 +153,7 @@ def _weights_facts(trainer: Trainer, weights: Weights) -> dict[str, Any]:
 
 def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
     """Return the newest checkpoint that this run has saved, or was started from, and its step if that is known."""
+    # `best_model_path` may be older, and `last_model_path` is empty without `save_last`.
     saved = [
         (getattr(callback, "_last_global_step_saved", 0), path)
         for callback in trainer.checkpoint_callbacks
@@ -165,6 +170,7 @@ def _last_checkpoint(trainer: Trainer) -> tuple[str | None, int | None]:
 def _config(trainer: Trainer) -> tuple[dict[str, str], dict[str, str]]:
     """Return the configuration of LightningCLI as a text file, or the reason why there is none."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # SaveConfigCallback is known by its attributes: to name its class would import Lightning's command line.
         parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
         if parser is not None and config is not None:
             try:
@@ -186,6 +192,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _versions_of_software() -> dict[str, str | None]:
+    # optional for torch: if the run has not imported it, it plays no part
     numpy = sys.modules.get("numpy")
     return {
         "python": platform.python_version(),

@@ -32,6 +32,7 @@ class Contents:
     """
 
     def __init__(self, without: Iterable[Any] = ()) -> None:
+        # The values are held too, since the id of an object that is gone may be given to another one.
         self._seen: dict[int, Any] = {id(value): value for value in without}
         self._containers: list[tuple[Any, Any]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -63,6 +64,7 @@ class Contents:
 
     def _add_tensor(self, name: str, tensor: Tensor) -> None:
         shard = shard_of(tensor).detach()
+        # Subclasses of other packages, such as low-bit states, need not implement `clone` and `copy_`.
         is_plain = type(shard) is Tensor and shard.layout is torch.strided and not overlaps(shard)
         if is_plain and shard.numel() <= MAX_COPIED_ENTRIES:
             self._copies.append((tensor, shard.clone()))
@@ -79,6 +81,7 @@ class Contents:
             The names of tensors that have changed and stay as they are.
         """
         for container, content in self._containers:
+            # In place, because an optimizer's own code may hold references to its groups and to lists in its state.
             container.clear()
             fill = container.extend if isinstance(content, list) else container.update
             fill(content)
@@ -98,9 +101,12 @@ def comparable(value: Any, depth: int = MAX_DEPTH) -> Any:
     if isinstance(value, (Number, str, bytes, type(None))):
         return type(value), repr(value)  # as text, because a NaN does not equal itself
     if depth and isinstance(value, Mapping):
+        # Keys may be parameters, and `==` of two tensors compares their entries and returns no bool.
         return [(key if isinstance(key, str) else id(key), comparable(item, depth - 1)) for key, item in value.items()]
     if depth and isinstance(value, (list, tuple, deque)):
         return [comparable(item, depth - 1) for item in value]
     if isinstance(value, (set, frozenset)):
+        # by hash, since members of different types have no order
         return sorted(map(hash, value))
+    # A lambda or bound method may be made anew in each step without any effect.
     return type(value) if callable(value) else id(value)

@@ -46,8 +46,11 @@ class Counters:
         """
         if number == self.last_bad:
             return False
+        # the streak may be 0 although the step before was bad: a rollback has ended it
         if self.last_bad != number - 1 or not self.streak:
             self.streak = self.steps_in_streak = 0
+        # Batches count and not steps, for truncated backpropagation makes many steps of one bad batch. A state that was loaded may
+        # have a list in place of the tuple.
         self.streak += not self.streak or batch != tuple(self.last_batch)
         self.steps_in_streak += 1
         self.last_bad, self.last_batch = number, batch

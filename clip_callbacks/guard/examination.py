@@ -47,13 +47,17 @@ def ask_scaler(step: StepContext, *, is_over: bool) -> ScalerDecision:
     if scaler is None:
         return ScalerDecision(skips=False, cures=False)
     if step.loss_scale is None:
+        # Lightning has unscaled, and the scaler has looked at this rank's gradients as they were then.
         skips = _on_any_rank(step, has_overflowed(scaler, step.optimizer.optimizer), is_over=is_over)
         scale = scaler.get_scale()
         if not skips:
             return ScalerDecision(skips=False, cures=False)
         mark_overflow(scaler, step.optimizer.optimizer)
     else:
+        # the scale of that step: when a deferred one is judged, the scaler has moved on
         scale = float(step.loss_scale)
+    # A scale of 1 multiplies nothing, so that the gradients overflow by themselves. All ranks have the same scale: either all of
+    # them ask about the losses, in a collective, or none does.
     return ScalerDecision(skips=True, cures=scale > 1.0 and not _has_bad_loss(step, is_over=is_over))
 
 
@@ -82,6 +86,7 @@ class CarriedTensors:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._cleared: set[str] = set()
+        # Quantized weights packed into floats look like NaN from the start: only frozen parameters that change are suspected.
         self._frozen = {id(tensor): tensor._version for tensor in module.parameters() if not tensor.requires_grad}
         self._suspects = self._found()
 
@@ -137,6 +142,7 @@ def examine_step(
         no_good_step: If True, all steps of the optimizer so far were bad, and frozen parameters are examined too.
     """
     table = step.optimizer.table
+    # Codes of quantized weights may look like NaN: they are named only where no step has shown that they do no harm.
     frozen = _frozen(step) if no_good_step else ()
     diagnosis = examine(table, step.losses, after_good_step=after_good_step, norms=norms, buffers=buffers, frozen=frozen)
     if carried:
@@ -146,6 +152,7 @@ def examine_step(
         diagnosis = replace(diagnosis, traced=_trace(step))
     if step.trainer.world_size == 1:
         return diagnosis
+    # merging is a collective; ranks learn of a deferred step at different times, and each reports on its own
     if norms is None:
         return merge_diagnoses(table, diagnosis)
     if diagnosis.loss_is_finite:  # another rank's may not be
@@ -174,6 +181,7 @@ def _trace(step: StepContext) -> str | None:
     if not module.automatic_optimization:
         return None
     for loss, kept in step.micro_batches:
+        # the first of the window is enough: to run every one again would take as long as the window
         if all_finite([loss]):
             continue
         if kept:

@@ -78,6 +78,7 @@ class Guard(Unguarded):
         if "skipped_batches" in saved:
             self.schedules.load_state(saved["skipped_batches"])
         self.journal = Journal(options.bundles)
+        # until `attach`, since a copy of the run needs the optimizers
         self.rollback = NoRestorer()
         self._keeps_batches = options.bundles is not None or options.trace_forward
         self._carried: dict[int, CarriedTensors] = {}
@@ -96,14 +97,17 @@ class Guard(Unguarded):
                 "no rank has all of them. Save checkpoints."
             )
         renewed = self.is_in_use
+        # asked before `setdefault` below: an optimizer that has counts already was in the checkpoint
         resumed = [] if renewed else list(self.counts.of)
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
         self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
+        # The resources before remove their hooks first, so that no step is watched twice.
         before = self.restorer.hand_over() if renewed else {}
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self.restorer = SkippedStepRestorer(scope)
+        # One restorer serves the whole fit: where optimizers change, it adapts the copy that it has.
         if self._options.rollback is not None and not renewed:
             all_limits = (*limits, self.thresholds)
             self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
@@ -156,6 +160,7 @@ class Guard(Unguarded):
         self.restorer.begin_batch(in_window=in_window)
         for carried in self._carried.values():
             carried.begin_batch()
+        # without a rollback, a healthy batch does not even call the stand-in
         if self._options.rollback is not None:
             self.rollback.begin_batch(in_window=in_window)
 
@@ -190,6 +195,7 @@ class Guard(Unguarded):
         if step.mode is StepMode.ON_DEVICE:
             if self._options.policy != "ignore":
                 return Resolution(Action.ON_DEVICE, holds_scale=True)
+            # Lightning does not call `unscale_` for a fused optimizer, so that nobody else looks for overflows there.
             return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
         if not measured.norms.is_finite:
             return self._resolve_nonfinite(step)
@@ -211,6 +217,8 @@ class Guard(Unguarded):
             norms: Norms of the parameters' gradients on the host, if the device has decided on the step already.
         """
         counters = self.counts.of[step.optimizer.index]
+        # Asked first, under every policy: the first steps of 16-mixed overflow until the scale has come down, and an error there
+        # would be a false alarm (Lightning issue 9799).
         scaler = ask_scaler(step, is_over=norms is not None)
         if scaler.cures:
             counters.overflowed += step.is_new
@@ -222,15 +230,19 @@ class Guard(Unguarded):
             return Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
 
         action = ACTIONS.get(policy, Action.SKIP)
+        # Setting entries to 0 would not make the scaler call the optimizer: it goes by its flag and not by the gradients.
         if scaler.skips:
             action = Action.SKIP
         number = step.number
+        # read before `add`, which overwrites the number of the last bad step
         after_good_step = 0 < number != counters.last_bad + 1
         if counters.add(number, step.batch):
+            # under "zero" too: a step with these gradients would move the weights that are restored
             if self._log.can_roll_back(counters.streak):
                 action = Action.SKIP
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
+            # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
             self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer))
@@ -280,6 +292,7 @@ class Guard(Unguarded):
     @override
     def discard(self, step: StepContext) -> None:
         counters = self.counts.of[step.optimizer.index]
+        # Neither an overflow nor a rollback is a fault of this batch, so that no streak grows.
         if step.discarded is Discarded.OVERFLOWED:
             counters.overflowed += 1
             return
@@ -294,6 +307,7 @@ class Guard(Unguarded):
 
     @override
     def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
+        # First of all, because it makes the weights and buffers of the copy those that `abort` restores.
         if self._options.rollback is not None:
             self.rollback.restore(step)
         if report.outcome.is_skipped:
@@ -306,6 +320,7 @@ class Guard(Unguarded):
 
     @override
     def end_deferred_step(self, step: StepContext, report: StepRecord) -> None:
+        # otherwise the device skips nothing, and a copy of every buffer that changes would be selected in vain
         if self._options.policy != "ignore" or step.loss_scale is not None:
             self.restorer.abort_on_device(step, report.skipped)
 
@@ -317,7 +332,7 @@ class Guard(Unguarded):
     def collect(self, step: StepContext, report: StepRecord) -> None:
         if report.outcome is StepOutcome.TAKEN:
             self._carried[step.optimizer.index].end_good_step()
-        elif not bool(report.finite):
+        elif not bool(report.finite):  # no host sync: the report was copied to the host while the device went on
             self._resolve_nonfinite(step, report.parameter_norms)
         elif report.outcome.is_skipped:
             assert report.skip_limit is not None
@@ -405,6 +420,7 @@ class Guard(Unguarded):
             del self.restorer
         self.rollback.detach()
         self.rollback = NoRestorer()  # frees the copy of the weights
+        # the log before holds the restorer, and with it the copy
         self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.journal.detach()
 

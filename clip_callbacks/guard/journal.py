@@ -51,6 +51,7 @@ class Journal:
     def start_fit(self, trainer: Trainer) -> None:
         """Find the log directory, and prepare for bundles unless their folder is full."""
         logs = trainer.log_dir if trainer.loggers else None  # log_dir is a broadcast, so that every rank must read it
+        # one file for all ranks, written by one of them, so that no lines mix
         if logs and trainer.is_global_zero:
             self._path = Path(logs) / JOURNAL
         if self._options is None:
@@ -93,6 +94,7 @@ class Journal:
             Lines about the bundle for a message, each after a line break; empty without a bundle.
         """
         lines = ""
+        # The bundle first: the line of the journal names it.
         if self._bundles and may_be_source:
             try:
                 bundle = self._bundles.write(step, facts, before, is_window=is_window)
@@ -111,6 +113,8 @@ class Journal:
         if not self._path:
             return
         try:
+            # Loggers make their directory when they first write, which may be later. The file is closed after each line, so that
+            # the last one is on disk if the run is killed.
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")

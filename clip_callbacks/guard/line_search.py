@@ -36,6 +36,7 @@ class LineSearch(Resource):
 
     @override
     def begin_step(self, step: StepContext) -> None:
+        # Only at the first closure call, when LBFGS has not moved the parameters yet; later calls are points of its search.
         if step.is_new:
             self._is_bad = False
             self._parameters = [tensor.detach().clone() for tensor in self._context.table.tensors]
@@ -43,6 +44,7 @@ class LineSearch(Resource):
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
+        # Only noted: the search goes on from here, and would move parameters that were restored now.
         self._is_bad = True
 
     @torch.no_grad()
@@ -55,6 +57,7 @@ class LineSearch(Resource):
         self._own_state().update(self._state)
 
     def _own_state(self) -> dict[str, Any]:
+        # LBFGS has one state for all parameters, and keeps it with the first.
         optimizer = self._context.optimizer
         state: dict[str, Any] = optimizer.state[optimizer.param_groups[0]["params"][0]]
         return state
@@ -65,6 +68,7 @@ class LineSearch(Resource):
 
 
 def _copied(value: Any) -> Any:
+    # LBFGS writes `prev_flat_grad` in place, appends to its lists and drops from them, but never writes to tensors inside them.
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, list):

@@ -65,15 +65,18 @@ class OptimizerBookkeeping(Resource):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
+        # Fused kernels of torch.optim skip by `found_inf`, and put their step counters back themselves.
         self.detach()
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
+        # the copy from the first bad call stays
         if self._detach_hook and not step.is_new:  # the closure is called again within the same step
             return
         self.detach()
         if is_called:
             before = _OptimizerBefore(self._context)
+            # Not a step hook of torch: one runs for each class whose `step` calls its parent's, and so in the middle of the step.
             end = partial(self._end_step, before, has_moved=not step.is_new)
             self._detach_hook = call_after_step(self._trainer, self._context.optimizer, end)
 
@@ -89,6 +92,7 @@ class OptimizerBookkeeping(Resource):
             has_moved: If True, the optimizer had called its closure before, as SAM does, and may have moved the parameters itself.
         """
         self._detach_hook = None
+        # Otherwise the fingerprints are those between SAM's two passes, at weights that it has moved and moves back.
         if not has_moved:
             before.check_parameters()
         changed = before.restore()
@@ -119,6 +123,8 @@ class _OptimizerBefore:
         self._context = context
         self._fingerprints = [fingerprint(tensor) for tensor in context.table.tensors]
         self._each = _with_wrapped(context.optimizer)
+        # Parameters are left out: an optimizer that moves them without gradients is to be named by `check_parameters`, and
+        # `restore` would hide it.
         self._contents = Contents(without=(group["params"] for part in self._each.values() for group in part.param_groups))
         for part in self._each.values():
             self._contents.add("param_groups", part.param_groups)
@@ -180,5 +186,6 @@ def _attributes(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
         f"{prefix}{name}": comparable(value)
         for prefix, optimizer in optimizers.items()
         for name, value in vars(optimizer).items()
+        # names that begin with "_optimizer_" are torch's dictionaries of hooks
         if name not in FOREIGN_ATTRIBUTES and not name.startswith("_optimizer_") and not is_instance(value, OPTIMIZABLE)
     }

@@ -175,6 +175,7 @@ class GuardOptions:
             raise ValueError(
                 f'`skip_above` must be None for the policy {self.policy!r}, got {self.skip_above!r}: use the policy "skip".'
             )
+        # "zero" takes bad steps, but counts them: a streak of them ends as under "skip"
         if self.rollback is not None and self.policy != "zero":
             raise ValueError(
                 f"`rollback` must be None for the policy {self.policy!r}, got {self.rollback!r}: with this policy no streak of bad "
@@ -186,6 +187,7 @@ class GuardOptions:
 
         Bad steps are skipped without a message, schedules advance because the search itself is one, and no files are written.
         """
+        # A search goes up to rates at which training diverges: an error there would lose the curve that it is made for.
         policy: Policy = "skip" if self.policy == "raise" else self.policy
         return GuardOptions(
             policy,

@@ -79,7 +79,7 @@ class Resource:
         """
 
     def end_batch(self) -> None:
-        """Finish a batch; only Lightning's schedules come after it."""
+        """Finish a batch, after Lightning's step-interval schedules and before its plateau schedules."""
 
     def restore_pass(self, *, is_bad: bool) -> list[str]:
         """Restore what the forward pass of a batch without a step has made non-finite.

@@ -18,10 +18,12 @@ from clip_callbacks.trainer.step_context import StepContext
 
 RESOURCES: tuple[MakeResources, ...] = (
     written_buffers,
+    # before the bookkeeping, whose fingerprints of parameters must be those of the restored ones
     rewritten_parameters,
     line_searches,
     optimizer_bookkeeping,
     held_schedules,
+    # last, because it compares averages from after all restoring, and leaves out what `rewritten_parameters` has found
     averages,
 )
 """Every kind of state that a skipped step restores, in the order of restoring. A new kind is a file and a name here."""

@@ -69,6 +69,7 @@ class RewrittenParameters(Resource):
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
+        # `in_window` is about any optimizer; where passes are reported, this optimizer's own are known.
         if self._has_pass or (in_window and not self._sees_passes):
             return  # the window is not over
         self._windows += 1
@@ -76,6 +77,7 @@ class RewrittenParameters(Resource):
             self._copies.keep()
         self._is_watching = self._windows <= WATCHED_WINDOWS or self._windows % WATCH_EVERY_N_WINDOWS == 0
         if self._is_watching:
+            # A version counter tells of a rewriting, but only a copy can undo it, and most code rewrites from the first pass on.
             if self._windows == 1:
                 self._copy_small_ones()
             self._versions = [None if is_lazy(tensor) else tensor._version for tensor in self._tensors.values()]
@@ -84,6 +86,7 @@ class RewrittenParameters(Resource):
         """Copy parameters for the first window, the smallest first, until the copies are large enough."""
         free_bytes = INITIAL_COPY_BYTES
         there = [(name, tensor) for name, tensor in self._tensors.items() if not is_lazy(tensor)]
+        # the smallest first, so that as many as possible have a copy
         for name, tensor in sorted(there, key=lambda item: item[1].numel()):
             free_bytes -= tensor.numel() * tensor.element_size()
             if free_bytes >= 0 and name not in self._rewritten and has_arithmetic(shard_of(tensor)) and fits_among_others(tensor):
@@ -112,6 +115,7 @@ class RewrittenParameters(Resource):
             if version is None:  # a lazy module has made it in its first forward pass
                 continue
             before = suspects.get(name)
+            # The bits are compared where there is a copy, since a write through `.data` leaves the version as it is.
             if tensor._version != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):
                 self._rewritten.add(name)
                 self._all_rewritten.add(id(tensor))
@@ -147,6 +151,7 @@ class RewrittenParameters(Resource):
     def abort_on_device(self, skipped: Tensor) -> None:
         self._has_pass = False
         self._copies.restore_where(skipped)
+        # a host sync, but only in a window in which a parameter was rewritten for the first time
         if self._lost and bool(skipped):
             self._warn_of_lost()
         self._lost.clear()

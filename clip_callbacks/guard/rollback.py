@@ -103,8 +103,10 @@ class RunRestorer(NoRestorer):
     @override
     def attach(self, contexts: Sequence[OptimizerContext], restorer: SkippedStepRestorer) -> None:
         self._contexts, self._restorer = contexts, restorer
+        # Only one of several optimizers asks about the others' parameters, where packed codes must not pass for NaN.
         if len(contexts) > 1:
             self._packed = {id(tensor) for context in contexts for tensor in context.table.tensors if _may_be_packed(tensor)}
+        # If adapting raises, there is no copy rather than one of other parameters.
         copy, self._copy = self._copy, None
         if copy is None:
             self.run.attach(contexts)
@@ -113,6 +115,7 @@ class RunRestorer(NoRestorer):
         self._copy = self.run.carry_over(copy, contexts)
         self._is_lost = self._copy is None
         if self._copy is not None:
+            # the groups that are now in the copy have the factors of earlier rollbacks in their rates
             self._restored_times = 0
 
     @property
@@ -147,6 +150,7 @@ class RunRestorer(NoRestorer):
         self._take_up_schedules()
         if in_window:
             return
+        # decided before the forward pass, because the copy needs the buffers from before it
         self._is_candidate = self._copy is None or self._good_steps >= self._options.every_n_steps
         if self._is_candidate:
             self.run.keep_buffers()
@@ -169,7 +173,10 @@ class RunRestorer(NoRestorer):
         self._restored_times += 1
         self._good_steps = 0
         optimizer = step.optimizer.optimizer
+        # A hook of torch may run in the middle of the step too, once for each class with a `step`; to restore twice does no harm.
+        # A GradScaler that skips does not call the optimizer, and nothing has to be restored once more.
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
+        # the line search of LBFGS goes on with directions of its own, and is restored when it returns
         if not isinstance(optimizer, LBFGS):
             self._restore()
             self._restorer.reset()
@@ -178,12 +185,15 @@ class RunRestorer(NoRestorer):
     def end_step(self, step: StepContext, report: StepRecord) -> None:
         if self.is_fresh:
             assert self._copy is not None
+            # in manual optimization the module steps its schedules itself
             if self._module.automatic_optimization:
                 self._schedules.hold_for_rollback(self._trainer, self._copy.mark)
             return
         if not step.is_new:
             return
+        # Of several steps in the batch only the first can be copied: later ones come after weights have moved.
         is_first, self._is_candidate = self._is_candidate, False
+        # Only finite gradients show that the weights from before the step, which are copied, are good.
         if report.outcome is not StepOutcome.TAKEN or not step.optimizer.table.has_gradients:
             return
         if is_first and not self.run.has_new_tensors and self._others_are_good(step.optimizer):
@@ -197,6 +207,7 @@ class RunRestorer(NoRestorer):
         self.detach()
         if not self.is_fresh or self._copy is None:
             return
+        # After the step, `scaler.update()` has lowered the scale, or the module's own code has gone on with the batch.
         if self._module.automatic_optimization:
             self.run.restore_scaler(self._copy)
         else:
@@ -214,15 +225,18 @@ class RunRestorer(NoRestorer):
             return True
         if any(other.report is not None and other.report.outcome is not StepOutcome.TAKEN for other in others):
             return False
+        # Their gradients were good at a step before, which may have made these weights non-finite.
         rows = [row for other in others for row in zip(other.table.tensors, other.table.shards, strict=True)]
         shards = [shard.detach() for tensor, shard in rows if id(tensor) not in self._packed and has_arithmetic(shard)]
         are_finite = not shards or all_finite(torch._foreach_norm(shards))  # norms, because those of a weight of 1e30 overflow
         if self._trainer.world_size == 1:
             return are_finite
+        # shards differ between ranks, and all ranks must copy at the same step
         return not on_any_rank(not are_finite, context.table.shards[0].device)
 
     def _take_up_schedules(self) -> None:
         """Copy the present schedules if they have replaced others: the states of those would not fit."""
+        # load_state_dict would write attributes of one class of schedules into another
         if self._copy is not None and self.run.has_other_schedules(self._copy):
             self._restored_times = 0
             self._copy = self.run.with_present_schedules(self._copy)

@@ -91,6 +91,7 @@ class RunState:
         self._limits = limits
         self._schedules = schedules
         self.memory, self._groups = Snapshot(), Snapshot()
+        # Two, since buffers are copied before it is known whether the step is good: until then the copy in use must stay whole.
         self._buffers, self._next_buffers = Snapshot(), Snapshot()
         self._kept_buffers: Any = None
         self._lazy: list[Tensor] = []
@@ -140,6 +141,7 @@ class RunState:
         Raises:
             ValueError: If something cannot be copied.
         """
+        # first, because what follows overwrites the copy in use
         self.check()
         trees = self.memory.keep(self._live_trees())
         self._buffers, self._next_buffers = self._next_buffers, self._buffers
@@ -149,7 +151,9 @@ class RunState:
             groups=self._groups.keep(self._live_groups()),
             buffers=self._kept_buffers,
             schedules=self._live_schedules(),
+            # The window of the coming step belongs to what a rollback undoes.
             mark=self._schedules.batches_before_window,
+            # from before the measurement, which has entered the norm of this step already
             limits=self._kept_limits,
         )
 
@@ -161,12 +165,14 @@ class RunState:
             factor: Factor for its learning rates.
         """
         live = self._live_trees()
+        # SWA averages that have begun since the copy restart from weights, so after these are restored.
         begun = live["averages"].keys() - copy.trees["averages"].keys()
         self.memory.restore(copy.trees, live)
         self._restore_groups(copy, factor)
         restore_module_buffers(self._buffers, copy.buffers, self._module)
         restart_swa(self._trainer, self._module, begun)
         for scheduler, state in copy.schedules:
+            # torch's load_state_dict takes lists and dictionaries as they are: the schedule would go on to change the copy.
             own = deepcopy(state)
             if factor != 1.0:
                 own = scaled_schedule(own, factor)
@@ -185,6 +191,7 @@ class RunState:
             if factor != 1.0:
                 rescaled = scaled_groups(groups, factor)
             for group, values in zip(context.optimizer.param_groups, rescaled, strict=True):
+                # The dictionary and its list of parameters stay the same objects: schedules and wrappers of optimizers hold them.
                 parameters = group["params"]
                 group.clear()
                 group.update({"params": parameters} | values)
@@ -210,6 +217,7 @@ class RunState:
         if not is_same or not self._live_parameters().keys() <= copy.trees["parameters"].keys():
             return None
         held = [{parameter for group in context.optimizer.param_groups for parameter in group["params"]} for context in contexts]
+        # Without parameters that were given up: Optimizer.state_dict() raises on a state whose parameter is in no group.
         states = [
             {key: state for key, state in each.items() if not isinstance(key, Tensor) or key in parameters}
             for each, parameters in zip(copy.trees["states"], held, strict=True)
@@ -218,6 +226,7 @@ class RunState:
 
     def has_other_schedules(self, copy: RunCopy) -> bool:
         """Return whether the schedules of a copy have been replaced, as StochasticWeightAveraging does."""
+        # compared as objects: the new one may be of the same class
         now = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         return now != [scheduler for scheduler, _ in copy.schedules]
 
@@ -245,6 +254,7 @@ class RunState:
         ones that cannot be copied.
         """
         each: dict[int, Tensor] = {id(tensor): tensor for tensor in self._module.parameters()}
+        # by id, since most are in both: an optimizer may also hold tensors that are no parameters of the module
         each |= {id(tensor): tensor for context in self._contexts for tensor in context.table.tensors}
         return {
             tensor: tensor
@@ -261,12 +271,14 @@ class RunState:
 
     def _live_schedules(self) -> list[tuple[Any, dict[str, Any]]]:
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        # state_dict of torch's schedules returns their own lists, which go on to change
         return [(scheduler, deepcopy(dict(scheduler.state_dict()))) for scheduler in schedulers]
 
     def _scaler_tensors(self) -> list[Tensor | None]:
         scaler = grad_scaler(self._trainer)
         if not scaler:
             return []
+        # The tensors themselves: scaler.state_dict() would read the scale on the host. Both are None until a loss was scaled.
         return [scaler._scale, scaler._growth_tracker]
 
 

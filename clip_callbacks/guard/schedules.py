@@ -36,10 +36,12 @@ class _HeldSchedules(Resource):
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
+        # not at the end of the batch before, because Lightning steps plateau schedules after its last hook
         self._hold.release_plateaus()
 
     @override
     def commit(self, step: StepContext) -> None:
+        # After an earlier skip the batch number no longer tells whether a schedule is due.
         self._hold.decide(self._trainer, skipped=False)
 
     @override
@@ -48,6 +50,7 @@ class _HeldSchedules(Resource):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
+        # the host does not know; steps are deferred only where no schedule is held
         self._hold.decide(self._trainer, skipped=False)
 
     @override

@@ -35,6 +35,7 @@ class SkipThresholds:
             renewed: If True, optimizers took up other parameters in the middle of a fit.
             resumed: Indices of the optimizers that a checkpoint has counts of.
         """
+        # A state whose optimizer or limit is gone is left behind.
         before, self._states = self._states, {}
         for context in contexts:
             known, whose = before.get(context.index), f"skip_above{context.of_optimizer}"
@@ -44,6 +45,7 @@ class SkipThresholds:
                 self._states[context.index] = carried.state
                 if context.index in resumed:
                     carried.report_missing(whose, self.mismatch)
+            # Within one fit blocks come and go with their parameters: only what a checkpoint brings and nobody takes is a mismatch.
             is_used = carried is not None and carried.state.state and not carried.missing_blocks
             if known is not None and known.state and not is_used and not renewed:
                 self.mismatch.unexpected.append(f"the state of {known.kind}, which was {whose}")

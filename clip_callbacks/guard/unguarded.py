@@ -123,6 +123,7 @@ class Unguarded:
         if step.loss_scale is None:
             return CLIP
         if step.mode is StepMode.ON_DEVICE:
+            # Lightning does not unscale for fused optimizers, so that the scaler has not looked for overflows yet.
             return Resolution(Action.ON_DEVICE)
         return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
 

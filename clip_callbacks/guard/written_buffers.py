@@ -19,6 +19,7 @@ def written_buffers(scope: ResourceScope) -> dict[int, Resource]:
         return {}
     before = {index: each for index in scope.before if (each := scope.resource_before(index, Buffers))}
     is_same = before.keys() == {context.index for context in scope.contexts}
+    # Buffers belong to the module: a window that is open while an optimizer takes up parameters keeps its copies.
     if is_same and all(each.goes_on(scope.contexts) for each in before.values()):
         return dict(before)
     for each in before.values():
@@ -37,6 +38,7 @@ class _WholeModule(Buffers):
     """
 
     def __init__(self, written: BufferTracker) -> None:
+        # Without accumulation a batch is a window, and one copy serves both; the second one is made when it is first needed.
         first = BufferCopies(written)
         super().__init__(written, window=first, batch=first)
         self._at_later_batch: BufferCopies | None = None
@@ -58,6 +60,7 @@ class _WholeModule(Buffers):
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:
+        # Found before the selection, so that the very first change can be undone too.
         self.find_changes()
         self._window.restore_where(skipped)
 

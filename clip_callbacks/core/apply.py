@@ -28,11 +28,13 @@ def write(gradients: Gradients, factors: Tensor | None, scale: float, fused: Opt
         fused: The fused optimizer that steps next, which takes one factor for all; None writes here.
         by_unit: If True, several factors are those of units.
     """
+    # a fused kernel takes one factor for all gradients of its optimizer
     if fused is not None and (factors is None or factors.numel() == 1):
         factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
         # otherwise a number or its reciprocal is beyond float32, which the kernels compute in
         if 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
             if factor != 1.0:
+                # the kernel divides; torch.full runs on the device, where torch.tensor would copy from the host and wait
                 set_fused_factors(fused, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
             return
     scale_(gradients, factors, scale, by_unit=by_unit)
@@ -57,9 +59,11 @@ def write_deferred(
     elif scale != 1.0:
         factors = torch.full((), scale, dtype=torch.float32, device=gradients.device)
     if fused is not None:
+        # float32, whatever the norms are: the kernels read both tensors as float32
         grad_scale = None if factors is None else factors.float().reciprocal().reshape(())
         set_fused_factors(fused, grad_scale, None if skipped is None else skipped.float())
     elif factors is not None and gradients.tensors:
+        # written even if the factor is 1, which only the device knows
         _multiply_(gradients, factors)
 
 
@@ -95,6 +99,7 @@ def _multiply_(gradients: Gradients, factor: Tensor) -> None:
 
     On a CPU a 0-dim tensor takes a quarter of the time of a number. On another device a number needs no copy.
     """
+    # a factor on the device stays there: the host must not read it
     is_there = not factor.is_cpu or _on_cpu(gradients)
     factor = factor.reshape(()) if factor.ndim else factor
     torch._foreach_mul_(gradients.tensors, factor if is_there else float(factor))
@@ -122,6 +127,7 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
 def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
     """Multiply each row by its factor. Tensors without a row to change are not written."""
     table = gradients.table
+    # counted on the host, where the factors are, so that tensors without a clipped row are neither read nor written
     clipped = torch.zeros(len(table), device="cpu").index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
     factors = factors.to(gradients.tensors[0].device)
     rows = [
@@ -141,6 +147,7 @@ def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:
     """Clamp every entry to ``[-clip_value, clip_value]``, and the real and imaginary parts of complex entries."""
     real = _as_real(tensors)
     if real:
+        # two passes, since torch has no multi-tensor clamp to both bounds; clip_grad_value_ takes them too
         torch._foreach_clamp_min_(real, -clip_value)
         torch._foreach_clamp_max_(real, clip_value)
 
@@ -158,9 +165,11 @@ def zero_nonfinite_(gradients: Gradients, norms: Tensor) -> None:
     reduction = gradients.table.reduction
     is_nonfinite = [not math.isfinite(norm) for norm in norms.tolist()]
     for position, tensor in zip(gradients.positions, _as_real(gradients.tensors), strict=True):
+        # decided by norms that all ranks share, so that all of them zero the same copies
         if reduction and is_nonfinite[position] and reduction.copied[position]:
             tensor.zero_()
         else:
+            # selected, not multiplied: 0 * NaN is NaN
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -47,8 +47,10 @@ class Buckets:
         """
         places: dict[torch.Size, list[int]] = {}
         for place, tensor in enumerate(tensors):
+            # 0-dim tensors are left out: their stack has no dimension to reduce, and torch takes `dim=()` for all dimensions
             if tensor.is_cpu and tensor.ndim and 0 < tensor.numel() <= MAX_SMALL_ENTRIES and _is_dense_in_order(tensor):
                 places.setdefault(tensor.shape, []).append(place)
+        # the two empty lists stand in where there are fewer than two shapes
         by_count: list[list[int]] = [*sorted(places.values(), key=len, reverse=True), [], []]
         first, second = by_count[:2]
         if len(first) < MIN_TENSORS:
@@ -60,10 +62,12 @@ class Buckets:
             others = [place for place in range(len(tensors)) if place not in taken]
             buckets = _split_into_buckets(tensors, first)
         read = [place for bucket in (*buckets, others) for place in bucket]
+        # argsort inverts the permutation, so that one index restores the order of the tensors
         return cls(buckets, tuple(others), torch.tensor(read, device="cpu").argsort())
 
     def norms(self, tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> Tensor:
         """Norm of each tensor, shape ``(n,)``, in the order of the tensors; with the bits of ``torch._foreach_norm``."""
+        # a single bucket is in order already
         if len(self.buckets) == 1 and not self.others:
             return _stacked_norms([tensors[place] for place in self.buckets[0]], norm_type, dtype, out=None)
         # written into a buffer that is kept between steps, which saves an allocation and a concatenation
@@ -73,6 +77,7 @@ class Buckets:
         if self.others:
             alone = [tensors[place] for place in self.others]
             torch.stack(torch._foreach_norm(alone, norm_type, dtype=dtype), out=parts[-1])
+        # a copy, so that the buffer may be written again at the next step
         return norms[self.order]
 
     def _output(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -59,10 +59,13 @@ def clip_grad_norm_(
         >>> clip_grad_norm_(weight, 1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    # torch takes numpy's numbers, 0-dim tensors and "inf" too
     max_norm, norm_type = float(max_norm), float(norm_type)
+    # negated, to refuse NaN too: torch would turn all gradients into NaN
     if not max_norm >= 0:
         raise ValueError(f"`max_norm` must be at least 0, got {max_norm!r}.")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    # torch's own warning: the generator was probably used up before
     if isinstance(parameters, types.GeneratorType) and not tensors:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     # the table is used once: planning buckets would cost more than it saves
@@ -72,6 +75,7 @@ def clip_grad_norm_(
     if not gradients.exist:
         return torch.tensor(0.0)
     measured = measure(gradients, norm_type)
+    # torch would multiply all gradients by NaN or by 0
     if measured.is_finite:
         coefficient, clips = coefficients(measured.total, max_norm)
         scale_(gradients, coefficient if clips else None)
@@ -80,4 +84,5 @@ def clip_grad_norm_(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
             "To disable this error and leave the gradients as they are, set `error_if_nonfinite=False`."
         )
+    # a GPU's norm has been copied to the host for the decision; torch returns it on the GPU
     return measured.total[0].to(gradients.tensors[0].device if gradients.tensors else gradients.device)

@@ -49,6 +49,7 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
         if len(norms) == 1:
             coefficient = _coefficient(largest, limits, norms.dtype)
             return (norms.new_tensor(coefficient), True) if coefficient < 1.0 else (ones_like(norms), False)
+        # false for a NaN, which is then found below
         if largest + EPS <= limits * SAFE_SHARE_OF_LIMIT:
             return ones_like(norms), False
     ratios = _ratios(norms, limits)
@@ -98,6 +99,7 @@ def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
         return 1.0
     if dtype is torch.float64:
         return 1.0 / (norm + EPS) * limit
+    # A float64 operation on float32 numbers, rounded to float32, has the bits of the float32 operation.
     reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
     return c_float(reciprocal * c_float(limit).value).value
 

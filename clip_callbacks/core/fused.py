@@ -39,6 +39,7 @@ def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> bool:
     """
     if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.covers(optimizer):
         return False
+    # of uniform tensors the first one tells of all: this runs at every step
     some = gradients.table.shards[:1] if gradients.is_uniform else gradients.table.shards
     return all(tensor.dtype is not torch.float64 and tensor.device.type in FUSED_DEVICES for tensor in some)
 
@@ -46,6 +47,7 @@ def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> bool:
 def starts_momentum(optimizer: Optimizer) -> bool:
     """Return whether the next step allocates momentum buffers, which a skip through ``found_inf`` would leave uninitialized."""
     return isinstance(optimizer, SGD) and any(
+        # `get`, because `state` is a defaultdict, to which an index would add an entry
         group["momentum"] and "momentum_buffer" not in optimizer.state.get(tensor, ())
         for group in optimizer.param_groups
         for tensor in group["params"]
@@ -63,6 +65,7 @@ def set_fused_factors(optimizer: Optimizer, grad_scale: Tensor | None, found_inf
         grad_scale: The divisor of the gradients, 0-dim; None is 1.
         found_inf: A flag to skip the step: 1.0 skips, 0.0 steps, 0-dim float32; None steps.
     """
+    # keys are weak, so that FusedFactors must hold no reference to its optimizer: each of its methods is passed it
     if optimizer not in _FACTORS:
         _FACTORS[optimizer] = FusedFactors(optimizer)
     _FACTORS[optimizer].set(optimizer, grad_scale, found_inf)
@@ -99,6 +102,7 @@ class FusedFactors:
 
     def set(self, optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Set the factors of the next step."""
+        # what is left of a step that was not taken would apply to this one
         self.clear(optimizer)
         if grad_scale is not None:
             optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
@@ -111,6 +115,7 @@ class FusedFactors:
         if self._stage != "unset":
             self._stage, self._found_inf = "unset", None
             for name in ("grad_scale", "found_inf"):
+                # either may be missing: only one was set, or a GradScaler has deleted both
                 optimizer.__dict__.pop(name, None)
 
     def detach(self) -> None:
@@ -119,6 +124,7 @@ class FusedFactors:
             hook.remove()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # Without a GradScaler Lightning's hooks run inside `optimizer.step(closure)`, after this one: then the stage stays "set".
         if self._stage == "in use":  # the step before has raised
             self.clear(optimizer)
         elif self._stage == "set":
@@ -127,7 +133,7 @@ class FusedFactors:
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if getattr(optimizer, "found_inf", None) is self._found_inf:
             self.clear(optimizer)
-        else:  # a GradScaler has replaced it, and removes both itself
+        else:  # a GradScaler has replaced it, and deletes both itself, which would fail if they were gone
             self._stage = "unset"
 
 

@@ -33,6 +33,7 @@ class Gradients:
     @property
     def is_uniform(self) -> bool:
         """Whether all have one dtype on one device."""
+        # asked of the parameters, whose answer is cached, and not of the gradients of each step
         return self.table.is_uniform
 
     @property
@@ -55,6 +56,7 @@ class Gradients:
         """All gradients by output rows."""
         rows: list[Rows] = []
         for position, tensor in zip(self.positions, self.tensors, strict=True):
+            # the values of a sparse gradient do not show their rows; its indices do
             gradient = self.table.tensors[position].grad
             if gradient is None or gradient.layout is torch.strided:
                 rows += self.table.rows(position, tensor)
@@ -84,6 +86,7 @@ def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
     else:
         found = [parameter.grad for parameter in parameters]
     tensors = [gradient for gradient in found if gradient is not None]
+    # sparse gradients are rare, so that most steps pay for one set and no more
     if {gradient.layout for gradient in tensors} - {torch.strided}:
         return _with_sparse(table, positions, found)
     if len(tensors) == len(found):
@@ -98,6 +101,7 @@ def _with_sparse(table: TensorTable, positions: list[int], found: list[Tensor | 
         for position, gradient in zip(positions, found, strict=True)
         if gradient is not None
     ]
+    # torch has no maximum norm of an empty tensor
     entries = [(position, values) for position, values in entries if values.numel()]
     return Gradients(table, [position for position, _ in entries], [values for _, values in entries], None)
 
@@ -117,6 +121,8 @@ def _rows_of_sparse(table: TensorTable, position: int, gradient: Tensor, values:
 def coalesced_values(parameter: Tensor) -> Tensor:
     """Return the entries of a sparse gradient, which is coalesced in place, so that no index occurs twice."""
     assert parameter.grad is not None
+    # Assigned to the parameter, since `coalesce` may return another tensor, and a write must reach the gradient. Compressed layouts
+    # hold each index once.
     if parameter.grad.layout is torch.sparse_coo:
         parameter.grad = parameter.grad.coalesce()
     return parameter.grad.values()

@@ -43,6 +43,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
         return norms
     if partition.is_whole and norms.ndim == 1:  # the same operation as torch's own clip, for the same bits
         return total_norm(norms, norm_type)
+    # in float64, in which a block may add up millions of float32 norms without losing digits
     blocks, parts = partition.member_blocks.to(norms.device), norms.double()
     if not partition.is_total:
         parts = parts[..., partition.members.to(norms.device)]
@@ -54,6 +55,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     peaks = parts.new_zeros(shape).scatter_reduce_(-1, blocks.expand(parts.shape), parts, "amax")
     if math.isinf(norm_type):
         return peaks.to(norms.dtype)
+    # a peak of 0 or inf scales nothing: 0 / 0 and inf / inf would turn the block's norm into NaN
     scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
     sums = _sums((parts / scales[..., blocks]).pow(norm_type), blocks, torch.zeros_like(peaks))
     return (sums.pow(1.0 / norm_type) * scales).to(norms.dtype)
@@ -115,6 +117,7 @@ class Measurement:
     @cached_property
     def is_finite(self) -> bool:
         """Whether every entry of every gradient is finite, and every loss. This reads the total norm."""
+        # one number tells of every entry, since no norm and no sum loses a NaN or an inf
         return bool(self.loss_is_finite) and math.isfinite(self.total.tolist()[0])
 
     @cached_property
@@ -124,6 +127,7 @@ class Measurement:
         For a deferred step it is not read, and a norm that overflows its dtype counts as not finite.
         """
         if self.is_deferred:
+            # one kernel, and False for a NaN too; torch.isfinite takes four
             finite = self.total.reshape(()) < math.inf
             if isinstance(self.loss_is_finite, Tensor):
                 finite = finite.logical_and(self.loss_is_finite)
@@ -154,6 +158,7 @@ def measure(
             are. None, on all ranks alike, if losses are not checked.
     """
     table, reduction = gradients.table, gradients.table.reduction
+    # with a reduction a rank without gradients goes on, since the others wait for it in the collective
     if not gradients.tensors and not reduction:
         return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses or ()))
     norms = shard_norms = _shard_norms(gradients, norm_type, spec)
@@ -161,6 +166,7 @@ def measure(
     if reduction:
         norms, weights, losses = _over_all_ranks(table, shard_norms, weights, losses, norm_type, spec)
     total = _total(norms, norm_type, spec)
+    # no second read: only the host could ask for it, so a norm that overflows makes a bad step
     if deferred:
         measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
         if losses:
@@ -168,7 +174,9 @@ def measure(
         return measured
 
     norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
+    # before the norms are scaled: what overflows is a power of the entries as they are in memory
     norms, total = remeasure(gradients, shard_norms, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
+    # Only norms are scaled here. Gradients are multiplied once, by this factor and their coefficients together.
     scale = scale / divisor
     if scale != 1.0:  # scaled in float64: a scaled norm may leave the range of float32, although no entry does
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
@@ -193,6 +201,7 @@ def _deferred(
     factor: float | Tensor = scale
     if loss_scale is not None:
         factor = scale / loss_scale
+    # a product with 1 would keep the bits, but take two kernels
     if isinstance(factor, Tensor) or factor != 1.0:
         norms, total = norms * factor, total * factor
     if not gradients.table.reduction:
@@ -202,6 +211,7 @@ def _deferred(
 
 def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scale: float, *, deferred: bool) -> Measurement:
     """The measurement of a step without gradients."""
+    # the CPU is named, here and wherever the host computes, because torch.set_default_device may have chosen another device
     norms = parameter_norms = torch.zeros(len(gradients.table), device="cpu")
     if spec.by_unit:
         norms = torch.zeros(len(gradients.table.units), device="cpu")
@@ -227,13 +237,15 @@ def _over_all_ranks(
     """
     reduction = table.unit_reduction if spec.by_unit else table.reduction
     assert reduction is not None
+    # sent as one vector: a collective of so few numbers costs its latency, whatever their count
     sets = {"norms": shard_norms}
     if weights is not None:
         sets["weights"] = weights.to(shard_norms)
     if losses is not None:  # even if this rank has none: all ranks must send equally many numbers
         sets["losses"] = torch.zeros_like(shard_norms)
         if losses:
-            sets["losses"] += (sum_of(losses) * 0.0).to(shard_norms)  # 0, or NaN of a non-finite loss
+            # 0, or NaN of a non-finite loss; multiplied before the cast, since a finite float64 loss may be beyond float32
+            sets["losses"] += (sum_of(losses) * 0.0).to(shard_norms)
     together = shard_norms if len(sets) == 1 else torch.cat(list(sets.values()))
     each = reduction.norms(together, norm_type).split(len(shard_norms))  # type: ignore[no-untyped-call]
     reduced = dict(zip(sets, each, strict=True))
@@ -258,6 +270,7 @@ def _shard_norms(gradients: Gradients, norm_type: float, spec: MeasurementSpec) 
         norms = torch.zeros(0, device=_device(table))
     if not table.reduction:
         return norms
+    # The dtype is that of the table, which all ranks share: this rank alone may have no float64 gradient.
     return gradients.fill(norms.to(_dtype(table)))
 
 
@@ -305,6 +318,7 @@ def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementS
     read = tensor_norms(shards, norm_type).to(dtype)
     if len(places) == len(table):
         return read
+    # the index has a cache of its own: shared with that of the gradients, it would be made anew at every step
     return norms.index_copy_(0, table.index(places, device, "weights"), read)
 
 
@@ -322,6 +336,7 @@ def _laid_out(
     """
     ends = [each.stop if isinstance(each, slice) else None for each in units]
     starts = [each.start if isinstance(each, slice) else None for each in units]
+    # slices that follow one another from the first unit to the last, as in most models: one concatenation
     if found and starts == [0, *ends[:-1]] and ends[-1] == count:
         return torch.cat(list(found))
     norms = torch.zeros(count, dtype=dtype, device=device)
@@ -338,6 +353,7 @@ def on_host(
     Returns:
         Norms, total norm and weight norms; the loss scale as a number; and whether the losses are finite.
     """
+    # on a CPU nothing waits, and each number is read where it is
     if norms.is_cpu:
         divisor = 1.0 if loss_scale is None else float(loss_scale)
         return norms, total, weights, divisor, are_finite(losses or ())

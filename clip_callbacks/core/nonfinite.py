@@ -50,6 +50,7 @@ def has_arithmetic(tensor: Tensor) -> bool:
     if is_lazy(tensor) or tensor.dtype not in ARITHMETIC_DTYPES or tensor.is_meta or tensor.is_mkldnn or tensor.is_nested:
         return False
     kind = type(tensor)
+    # other classes are tried once, because a subclass may implement any part of torch's functions
     if kind is Tensor or kind is nn.Parameter:
         return True
     if kind not in _HAS_ARITHMETIC:
@@ -60,6 +61,7 @@ def has_arithmetic(tensor: Tensor) -> bool:
 @torch.no_grad()
 def _try_arithmetic(tensor: Tensor) -> bool:
     try:
+        # the two functions that checks and norms call
         torch.isfinite(tensor.detach()).all()
         torch._foreach_norm([tensor.detach()])
     except Exception:  # a class of another package may raise anything

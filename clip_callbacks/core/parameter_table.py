@@ -47,6 +47,7 @@ class ParameterTable:
 
     def __init__(self, parameters: Parameters, named: Iterable[tuple[str, Tensor]] = ()) -> None:
         """Make the table: read the names once."""
+        # an iterator does not tell whether it is empty, unless it is consumed
         pairs = list(named)
         if not pairs:
             self._table = TensorTable.of(parameters)
@@ -79,6 +80,7 @@ class ParameterTable:
 
 def table_of(parameters: ParameterTable | TensorTable | Parameters) -> TensorTable:
     """Return the engine's table of parameters: that of a :class:`ParameterTable`, or a new one."""
+    # the same table at each step, since plans, partitions and buffers are cached on it
     if isinstance(parameters, ParameterTable):
         return parameters._table
     return TensorTable.of(parameters)

@@ -61,8 +61,10 @@ class Reduction:
         meshes = {tensor.device_mesh: None for tensor in tensors if isinstance(tensor, DTensor)}
         if not meshes and not (whole_world and is_distributed()):
             return None
+        # `_cover` keeps to the ranks that hold parameters: others may never call, and a reduction over all would wait for them
         groups, first = ((None,), 0) if whole_world else _cover(list(meshes))
         ranks = math.prod(dist.get_world_size(group) for group in groups)
+        # rank 0 may hold no part of a mesh that is smaller than the group: then the ranks find out which of them does
         holders = _holders(list(meshes)) if groups == (None,) and any(mesh.size() < ranks for mesh in meshes) else {}
         counts = torch.tensor([_is_first_of_copies(tensor, first, holders) for tensor in tensors], dtype=torch.float64)
         copied = tuple(_parts(tensor) < ranks for tensor in tensors)
@@ -84,11 +86,14 @@ class Reduction:
         starts: dict[int, int] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             if (handle := module._handle) is not None and handle.uses_sharded_strategy:
+                # `_params` is None with use_orig_params=False: the optimizer holds the flat parameter, and the zips below are empty
                 originals = handle.flat_param._params or ()
                 shards = [id(tensor) for tensor in (handle.flat_param, *originals)]
                 shapes |= {id(tensor): tuple(shape) for tensor, shape in zip(originals, handle.flat_param._shapes, strict=False)}
                 infos = handle.flat_param._shard_param_infos
+                # the index is None for a parameter of which this rank has no entries
                 starts |= {id(tensor): info.intra_param_start_idx or 0 for tensor, info in zip(originals, infos, strict=False)}
+                # HSDP copies each shard along the group between nodes, whose rank 0 has the one that counts
                 is_first = not _is_hybrid(module) or dist.get_rank(module._inter_node_pg) == 0
                 first_copies |= dict.fromkeys(shards, is_first)
                 hybrid |= set(shards if _is_hybrid(module) else ())
@@ -125,8 +130,10 @@ class Reduction:
             Norms that are equal on every rank, with the dtype and device of ``local``; inf or 0 where p-th powers leave the range
             of float64.
         """
+        # float64, because p-th powers of float32 norms may be beyond float32
         parts = local.to(self.counts.device, torch.float64)
         if math.isinf(norm_type):
+            # unweighted, since copies do not change a maximum
             return self._largest(parts).to(local)
         sets = len(local) // max(1, len(self.counts))
         counts = self.counts if sets <= 1 else self.counts.repeat(sets)
@@ -138,11 +145,13 @@ class Reduction:
         peaks = self._largest(parts)
         if math.isinf(norm_type):
             return peaks.to(local.device)
+        # a peak of 0 or inf is no scale: 0 / 0 and inf / inf are NaN
         scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
         sums = self._summed((parts / scales).pow(norm_type) * self.counts)
         return (sums.pow(1.0 / norm_type) * scales).to(local.device)
 
     def _summed(self, values: Tensor) -> Tensor:
+        # along one dimension of the mesh after the other, in place: callers pass a tensor of their own
         for group in self.groups:
             dist.all_reduce(values, dist.ReduceOp.SUM, group)
         return values
@@ -197,6 +206,7 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
         parts = [tensors[place] for place in places]
         sizes = [like[place].numel() for place in places]
         flat = torch.zeros(sum(sizes) + len(places), dtype=dtype, device=device)
+        # flags of presence travel with the entries, and take no collective of their own
         *slices, is_present = flat.split([*sizes, len(places)])  # type: ignore[no-untyped-call]
         for each, part in zip(slices, parts, strict=True):
             if part is not None:
@@ -213,6 +223,7 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
 
 def reduces_in_backward(model: nn.Module) -> bool:
     """Return whether every backward pass reduces sharded gradients over ranks, and none leaves that to a later one."""
+    # a module without parameters of its own has no group
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
     return all(group.reduce_grads for group in groups if group is not None)
 
@@ -227,6 +238,7 @@ def shard_of(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     shard = tensor._local_tensor  # what to_local() returns, at a tenth of its cost
+    # a collective whose result nobody has waited for yet
     if isinstance(shard, AsyncCollectiveTensor):
         return shard.wait()
     return shard.detach() if shard.requires_grad else shard
@@ -240,6 +252,7 @@ def shard_of_gradient(parameter: Tensor) -> Tensor | None:
     """
     gradient = parameter.grad
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        # assigned to the parameter, so that a later write reaches the gradient
         gradient = parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
     return None if gradient is None else shard_of(gradient)
 
@@ -248,6 +261,7 @@ def _cover(meshes: Sequence[DeviceMesh]) -> tuple[tuple[dist.ProcessGroup | None
     """The groups and the first rank of the largest mesh, if it holds the others; else those of all ranks."""
     ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
     largest, mesh = max(zip(ranks, meshes, strict=True), key=lambda pair: len(pair[0]))
+    # Where no mesh holds the others, no existing group fits but that of all ranks, and all would have to join in making one.
     if len(largest) == dist.get_world_size() or not all(some <= largest for some in ranks):
         return (None,), 0
     if mesh.get_coordinate() is None:
@@ -272,11 +286,12 @@ def _is_first_of_copies(tensor: Tensor, first: int, holders: Mapping[DeviceMesh,
     coordinate = mesh.get_coordinate()
     if coordinate is None or not bool((mesh.mesh == holders.get(mesh, first)).any()):
         return False
+    # along a replicated dimension the rank at 0 counts; along a sharded one each rank has entries of its own
     return all(not place or not placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True))
 
 
 def _first_row(tensor: Tensor) -> int:
-    """The first row in which this rank's shard has entries; 0 if it has none."""
+    """The first row of this rank's shard; 0 for a tensor that is not divided, and on a rank outside its mesh."""
     if not isinstance(tensor, DTensor) or not tensor.ndim or tensor.device_mesh.get_coordinate() is None:
         return 0
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
@@ -297,5 +312,6 @@ def _is_hybrid(module: FullyShardedDataParallel) -> bool:
 def _device(meshes: Sequence[DeviceMesh], tensors: Sequence[Tensor]) -> torch.device:
     """The device from which the groups communicate, which may be another than that of parameters offloaded to the CPU."""
     kinds = [mesh.device_type for mesh in meshes] or [tensor.device.type for tensor in tensors] or ["cpu"]
+    # NCCL takes no CPU tensors, such as those of gradients that are offloaded
     kind = "cuda" if kinds[0] == "cpu" and dist.get_backend() == dist.Backend.NCCL else kinds[0]
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -46,9 +46,11 @@ def remeasure(
         unreliable = _unreliable_over_all_ranks(gradients, norms, total, norm_type, local=local)
     else:
         unreliable = _unreliable(gradients, norms, total, norm_type, local=local)
+    # None means that no rank measures again. A rank whose list is empty still takes part in the collectives below.
     if unreliable is None:
         return norms, total
 
+    # of this rank's shards, not of whole tensors: reliable norms are reduced once more, beside those that are new
     wide = shard_norms.double().cpu()
     for places, values in _remeasured(gradients, unreliable, norm_type, are_positions=reduction is not None):
         wide[places] = values
@@ -63,9 +65,12 @@ def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: f
     # most steps end here, before anything is looked up for single gradients
     if gradients.is_uniform and _are_reliable(total, bound) and (not local or _are_reliable(norms, bound)):
         return None
+    # Each norm has the bound of its own dtype. A norm of 0 is below any: it may come from an underflow, and one more pass tells.
     bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
     each = zip(bounds, norms.tolist(), strict=True)
+    # negated, so that a NaN, which fails every comparison, is unreliable
     unreliable = [place for place, (least, norm) in enumerate(each) if not least <= norm < math.inf]
+    # norms that are reliable each may still overflow together: then the list is empty, and only the total is computed again
     if not unreliable and _are_reliable(total, max(bounds)):
         return None
     return unreliable
@@ -85,6 +90,7 @@ def _unreliable_over_all_ranks(
     ):
         return None
     bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.table.tensors]
+    # If the total is 0 too, all of it may be an underflow. NaN, to which no norm is equal, then stands in for a true zero.
     zero = 0.0 if total.tolist()[0] > 0 else math.nan
     is_reliable = [norm == zero or least <= norm < math.inf for least, norm in zip(bounds, norms.tolist(), strict=True)]
     if (all(is_reliable) or not local) and _are_reliable(total, max(bounds, default=0.0)):
@@ -97,6 +103,7 @@ def _unreliable_units(norms: Tensor, total: Tensor, norm_type: float) -> Unrelia
 
     Norms of 0 beside other norms are taken as true: they are those of rows that a batch did not use.
     """
+    # the highest bound, whatever the dtype: at worst a row of tiny float64 entries is read again
     bound = smallest_reliable_norm(norm_type, torch.float32)
     is_reliable = (norms >= bound) & (norms < math.inf)
     if _are_reliable(total, bound):
@@ -120,6 +127,7 @@ def _remeasured(
     if isinstance(unreliable, Tensor):
         for entries, units, _ in gradients.rows:
             here = torch.arange(units.start, units.stop) if isinstance(units, slice) else units.cpu()
+            # these rows alone: the one bad row of an embedding must not cost a float64 copy of all
             rows = unreliable[here].nonzero()[:, 0]
             if len(rows):
                 yield here[rows], row_norms_in_float64(entries.index_select(0, rows.to(entries.device)), norm_type).cpu()
@@ -131,6 +139,7 @@ def _remeasured(
 def _are_reliable(norms: Tensor, bound: float) -> bool:
     """Return whether all norms are finite and at least as large as a bound."""
     numbers = norms.tolist()
+    # A NaN or an inf reaches the sum, which takes one call for all. Large float64 norms may overflow it: they are read again.
     return math.isfinite(sum(numbers)) and min(numbers) >= bound
 
 
@@ -150,5 +159,6 @@ def cast_if_representable(norms: Tensor, total: Tensor, dtype: torch.dtype) -> t
     """Cast float64 norms to a narrower dtype if all of them are in its range; else return them as they are."""
     info = torch.finfo(dtype)
     both = torch.cat([norms, total])
+    # 0, inf and NaN are the same in every dtype; numbers below `tiny` would lose digits
     fits = (both == 0) | ~torch.isfinite(both) | ((both >= info.tiny) & (both <= info.max))
     return (norms.to(dtype), total.to(dtype)) if bool(fits.all()) else (norms, total)

@@ -60,6 +60,7 @@ def _norms_in_chunks(tensors: list[Tensor], norm_type: float, dtype: torch.dtype
     chunks = [_chunks(tensor) for tensor in tensors]
     norms = iter(torch._foreach_norm([chunk for each in chunks for chunk in each], norm_type, dtype=dtype))
     parts = [[next(norms) for _ in each] for each in chunks]
+    # a tensor of one chunk keeps the bits of its one kernel
     return [each[0] if len(each) == 1 else total_norm(torch.stack(each), norm_type).reshape(()) for each in parts]
 
 
@@ -67,6 +68,7 @@ def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     """Slices of a tensor along its first dimension, which are views whatever its strides."""
     if tensor.numel() <= CHUNK_ENTRIES:
         return (tensor,)
+    # a row longer than a chunk is a chunk by itself: torch does not split by 0
     rows = max(1, CHUNK_ENTRIES * len(tensor) // tensor.numel())
     chunks: tuple[Tensor, ...] = tensor.split(rows)  # type: ignore[no-untyped-call]
     return chunks
@@ -82,6 +84,7 @@ def _mixed_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+    # read by kind, but kept in the order of the tensors: the total norm is added up in it
     norms: list[Tensor] = [tensors[0]] * len(tensors)
     for places in kinds.values():
         for place, norm in zip(places, _uniform_norms([tensors[i] for i in places], norm_type), strict=True):
@@ -105,6 +108,7 @@ def row_norms(rows: Tensor, norm_type: float) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(rows, norm_type, dtype=dtype)
         return norm.reshape(1)
     dimensions = tuple(range(1, rows.ndim))
+    # only on a CPU does torch convert half precision as a whole, as in _norms_in_chunks
     if dtype is None or not rows.is_cpu or rows.numel() <= CHUNK_ENTRIES:
         norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=dimensions, dtype=dtype)
         return norms
@@ -121,6 +125,7 @@ def _scaled_row_norms(rows: Tensor, norm_type: float) -> Tensor:
     peaks = rows.abs().amax(1)
     if math.isinf(norm_type):
         return peaks
+    # rows of zeros, and rows with an inf or a NaN, are not scaled: 0 / 0 and inf / inf are NaN
     scales = torch.where(torch.isfinite(peaks) & (peaks > 0), peaks, 1.0)
     norms: Tensor = torch.linalg.vector_norm(rows / scales[:, None], norm_type, dim=1)
     return norms * scales
@@ -139,10 +144,12 @@ def norms_in_float64(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 def _norm_in_float64(tensor: Tensor, norm_type: float) -> Tensor:
     peak = largest_entry(tensor).double()
+    # a host sync for each tensor, on a path that only unreliable norms take
     if not bool(peak > 0) or math.isinf(norm_type):  # 0, or NaN
         return peak
     scale = torch.where(torch.isfinite(peak), peak, 1.0)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
+    # chunk by chunk, because a float64 copy of the whole tensor would take up to four times its memory
     chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK_ENTRIES)  # type: ignore[no-untyped-call]
     parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
     return total_norm(parts, norm_type)[0] * scale
@@ -166,9 +173,11 @@ def smallest_reliable_norm(norm_type: float, dtype: torch.dtype) -> float:
         norm_type: The order p.
         dtype: The dtype in which the powers were accumulated.
     """
+    # the maximum norm takes no powers; orders of 0 and below are passed on to torch as they are
     if norm_type <= 0 or math.isinf(norm_type):
         return 0.0
     info = torch.finfo(dtype)
+    # Powers that add up to tiny / eps or more lose less than a share of eps by each power below tiny, even if it becomes 0.
     return float((info.tiny / info.eps) ** (1.0 / norm_type))
 
 

@@ -59,7 +59,8 @@ class TensorTable:
 
     @classmethod
     def nameless(cls, tensors: Iterable[Tensor]) -> TensorTable:
-        """Make a table without names, for one use: it has no blocks other than "global"."""
+        """Make a table without names, for one use: it can be measured as a whole, but not divided into blocks."""
+        # a tied weight counts once; by `id`, since tensors compare entry by entry
         each = tuple({id(tensor): tensor for tensor in tensors}.values())
         return cls(each, (), (), Reduction.of(each))
 
@@ -79,6 +80,7 @@ class TensorTable:
             reduce: A function from the parameters to their reduction over ranks. The default recognizes DTensors.
         """
         names = {id(tensor): name for name, tensor in named}
+        # numbered from 1, and named by "name", as Lightning's LearningRateMonitor calls the groups
         groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
         rows = [
             (names.get(id(tensor), f"{group}.{place}"), tensor, group)
@@ -102,6 +104,7 @@ class TensorTable:
             return cls.of_optimizer(parameters)
         if isinstance(parameters, Mapping):
             return cls.of_named(parameters.items())
+        # before anything is iterated over: a tensor would yield its rows, a mapping its keys
         if isinstance(parameters, Tensor):
             return cls.of_tensors([parameters])
         rows: Sequence[Tensor | tuple[str, Tensor]] = list(parameters)
@@ -158,6 +161,7 @@ class TensorTable:
         if scope not in SCOPES:
             raise ValueError(unknown_scope(scope))
         by_unit = by_unit or scope == "unit"
+        # `by_unit` is part of the key: one scope has an index over parameters, and another one over units
         key = scope, selection, by_unit
         if key not in self._partitions:
             selection.check(self.names)
@@ -174,6 +178,7 @@ class TensorTable:
         if scope == "unit":
             return Partition(*self.units.selected(self.names, inside))
         labels = self._labels(scope)
+        # a dictionary keeps its order: blocks are numbered by their first parameters, on all ranks alike
         numbers = {label: i for i, label in enumerate(dict.fromkeys(x for x, taken in zip(labels, inside, strict=True) if taken))}
         index = array("q", (numbers[label] if taken else OUTSIDE for label, taken in zip(labels, inside, strict=True)))
         return Partition(tuple(numbers), self.units.repeated(index) if by_unit else index)
@@ -190,6 +195,7 @@ class TensorTable:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether all parameters, and so their gradients, have one dtype on one device."""
+        # a parameter may ask for gradients of another dtype than its own (`grad_dtype`, which older releases of torch lack)
         pairs = zip(self.tensors, self.shards, strict=True)
         kinds = {(getattr(tensor, "grad_dtype", tensor.dtype), shard.device) for tensor, shard in pairs}
         return len(kinds) <= 1 and all(dtype is not None for dtype, _ in kinds)  # None: gradients of any dtype
@@ -207,6 +213,7 @@ class TensorTable:
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the whole parameters, not of this rank's parts."""
+        # the reduction knows what a flat shard of FSDP1 does not show: the shape before it was flattened
         return self.reduction.shapes if self.reduction else tuple(map(_shape_of, self.tensors))
 
     @cached_property
@@ -253,6 +260,7 @@ class TensorTable:
         """
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._covered.get(optimizer)
+        # a count is cheap to compare; where parameters of an optimizer are replaced, the engine makes a new table
         if known is None or known[0] != count:
             ours = {id(tensor) for tensor in self.tensors}
             known = count, all(id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"])
@@ -265,6 +273,7 @@ class TensorTable:
         The tensor is cached for each purpose until the positions change, since making one on a GPU is a host sync.
         """
         known = self._indices.get(purpose)
+        # compared each time, because a parameter may have no gradient in some steps
         if known is None or known[:2] != (positions, device):
             known = self._indices[purpose] = positions, device, torch.tensor(positions, dtype=torch.int64, device=device)
         return known[2]
@@ -272,6 +281,7 @@ class TensorTable:
     def factor_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A buffer for one factor per parameter, CPU tensor of shape ``(N,)``, and its N entries as 0-dim views; made once."""
         if dtype not in self._factor_buffers:
+            # it can be written again at the next step, because products on a CPU are finished when the call returns
             buffer = torch.empty(len(self), dtype=dtype, device="cpu")
             self._factor_buffers[dtype] = buffer, list(buffer.unbind())
         return self._factor_buffers[dtype]
@@ -289,6 +299,7 @@ def learns(parameter: Tensor) -> bool:
 def renormalized_weights(module: nn.Module) -> Iterator[Tensor]:
     """Yield the weights of embeddings with a ``max_norm``, which their forward pass renormalizes in place."""
     for each in module.modules():
+        # not `each.weight`, which a parametrization would compute anew
         weight = each._parameters.get("weight")
         if weight is not None and getattr(each, "max_norm", None) is not None:
             yield weight
@@ -296,6 +307,7 @@ def renormalized_weights(module: nn.Module) -> Iterator[Tensor]:
 
 def count_entries(tensor: Tensor) -> int:
     """The number of entries of a tensor; 0 for a parameter of a lazy module that has not run yet."""
+    # an uninitialized parameter raises on `numel` and `shape`
     return 0 if is_lazy(tensor) else tensor.numel()
 
 

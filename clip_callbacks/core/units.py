@@ -69,6 +69,7 @@ class Units:
 
     def repeated(self, per_parameter: Sequence[int]) -> array[int]:
         """Return the number of its parameter for each unit, from N numbers U."""
+        # runs are extended in C: there may be millions of units
         each = array("q")
         for value, count in zip(per_parameter, self.counts, strict=True):
             each.extend(array("q", [value]) * count)
@@ -89,6 +90,7 @@ class Units:
         for is_inside, count in zip(inside, self.counts, strict=True):
             index.extend(range(block, block + count) if is_inside else array("q", [OUTSIDE]) * count)
             block += count if is_inside else 0
+        # None tells a vector, which has the parameter's name, from a matrix of one row, which is called `weight[0]`
         counts = [self.counts[position] if len(self.shapes[position]) > 1 else None for position in selected]
         return UnitNames([names[position] for position in selected], counts), index
 
@@ -106,6 +108,7 @@ class Units:
             Views of the shard: at most three for a flat piece, which are the end of a row, whole rows, and the beginning of a row.
         """
         first, shape = self.firsts[position], self.shapes[position]
+        # the shape of the whole parameter decides, since a flat piece has one dimension whatever it is a piece of
         if len(shape) <= 1:
             return [Rows(shard.reshape(1, -1), slice(first, first + 1), position)]
         if first_entry is None:
@@ -164,6 +167,7 @@ class UnitNames(Sequence[str]):
         """Return one name, or a list of names for a slice."""
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
+        # takes negative positions and raises IndexError, as a list does
         number = range(len(self))[position]
         owner = bisect_right(self._ends, number)
         if (count := self._counts[owner]) is None:

@@ -37,7 +37,7 @@ def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> bool:
 
     Float64 gradients are excluded, because the kernels take the factor in float32.
     """
-    if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.covers(optimizer):
+    if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.is_held_by(optimizer):
         return False
     # of uniform tensors the first one tells of all: this runs at every step
     some = gradients.table.shards[:1] if gradients.is_uniform else gradients.table.shards

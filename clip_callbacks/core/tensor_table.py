@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from clip_callbacks.core.buckets import Buckets
 from clip_callbacks.core.reduction import Reduction, is_sharded, shard_of
 from clip_callbacks.core.units import Rows, Units
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPER = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """Parts of names that wrappers of torch insert. They are removed, so that names and patterns are the same with and without them."""
 
 
@@ -253,8 +254,8 @@ class TensorTable:
         """The plan to read small gradients together, if every parameter has a gradient and buckets pay."""
         return Buckets.of([self.shards[position] for position in self.nonempty[0]]) if self.is_uniform else None
 
-    def covers(self, optimizer: Optimizer) -> bool:
-        """Return whether all parameters of an optimizer are in the table.
+    def is_held_by(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer holds the parameters of the table and no others; frozen ones it need not hold.
 
         The answer is cached until the optimizer holds more or fewer parameters, since fused optimizers are asked at every step.
         """
@@ -263,7 +264,9 @@ class TensorTable:
         # a count is cheap to compare; where parameters of an optimizer are replaced, the engine makes a new table
         if known is None or known[0] != count:
             ours = {id(tensor) for tensor in self.tensors}
-            known = count, all(id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"])
+            learning = {id(tensor) for tensor in self.tensors if tensor.requires_grad}
+            held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+            known = count, learning <= held <= ours
             self._covered[optimizer] = known
         return known[1]
 
@@ -321,6 +324,4 @@ def without_wrappers(name: str) -> str:
     Args:
         name: The name of a parameter, buffer or module; that of a module ends with a dot.
     """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return _WRAPPER.sub("", name)

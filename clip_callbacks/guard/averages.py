@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.averages import AveragingHold, untrained_weights
-from clip_callbacks.trainer.fingerprints import sum_of_bits
+from clip_callbacks.trainer.fingerprints import sum_of_bits, version_of
 from clip_callbacks.trainer.step_context import StepContext
 
 Fingerprints: TypeAlias = dict[str, list[int]]
@@ -156,7 +156,7 @@ def _fingerprint(tensor: Tensor) -> int:
     """Return a number that changes when a tensor moves: a sum of its bits, or its version if these cannot be read."""
     # The bits come first, because writing the same values again raises the version although nothing has moved.
     bits = sum_of_bits(tensor)
-    return tensor._version if bits is None else bits
+    return version_of(tensor) or 0 if bits is None else bits
 
 
 def _key(step: StepContext) -> tuple[int, int]:

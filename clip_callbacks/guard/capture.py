@@ -20,6 +20,7 @@ from clip_callbacks.bundles.encoding import bytes_of, encoded
 from clip_callbacks.bundles.folder import BundleFolder
 from clip_callbacks.bundles.random_states import RandomStates
 from clip_callbacks.guard.options import Weights
+from clip_callbacks.trainer.fingerprints import version_of
 from clip_callbacks.trainer.grad_scaler import grad_scaler
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
@@ -216,10 +217,8 @@ def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
     """Return the identity of each leaf of a batch, and how often it was changed in place."""
     versions = []
     for leaf in tree_leaves(batch):
-        version = 0
-        if isinstance(leaf, Tensor) and not leaf.is_inference():  # torch counts no versions of inference tensors, and raises
-            version = leaf._version
-        versions.append((id(leaf), version))
+        version = version_of(leaf) if isinstance(leaf, Tensor) else None
+        versions.append((id(leaf), version or 0))
     return tuple(versions)
 
 

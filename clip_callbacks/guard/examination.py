@@ -14,6 +14,7 @@ from clip_callbacks.core.nonfinite import all_finite
 from clip_callbacks.core.reduction import gathered
 from clip_callbacks.core.tensor_table import learns, without_wrappers
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
+from clip_callbacks.trainer.fingerprints import version_of
 from clip_callbacks.trainer.grad_scaler import grad_scaler, has_overflowed, mark_overflow
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.tensor_attributes import nan_attributes
@@ -87,13 +88,13 @@ class CarriedTensors:
         self._module = module
         self._cleared: set[str] = set()
         # Quantized weights packed into floats look like NaN from the start: only frozen parameters that change are suspected.
-        self._frozen = {id(tensor): tensor._version for tensor in module.parameters() if not tensor.requires_grad}
+        self._frozen = {id(tensor): version_of(tensor) for tensor in module.parameters() if not tensor.requires_grad}
         self._suspects = self._found()
 
     def _found(self) -> tuple[NonFiniteTensor, ...]:
         """Return those that hold NaN now; frozen parameters only if they were written to or replaced since the fit began."""
         named = [(without_wrappers(name), tensor) for name, tensor in self._module.named_parameters() if not tensor.requires_grad]
-        written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor)) != tensor._version]
+        written = [(name, tensor) for name, tensor in named if self._frozen.get(id(tensor), -1) != version_of(tensor)]
         return (*nan_attributes(self._module), *nonfinite_among(written))
 
     def begin_batch(self) -> None:

@@ -21,6 +21,7 @@ from clip_callbacks.core.tensor_table import renormalized_weights
 from clip_callbacks.guard.resource import Resource, ResourceScope
 from clip_callbacks.trainer.after_step import call_after_step
 from clip_callbacks.trainer.buffer_tracker import INITIAL_COPY_BYTES
+from clip_callbacks.trainer.fingerprints import version_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 from clip_callbacks.trainer.tensor_copies import TensorCopies, fits_among_others, have_same_bits
@@ -80,7 +81,7 @@ class RewrittenParameters(Resource):
             # A version counter tells of a rewriting, but only a copy can undo it, and most code rewrites from the first pass on.
             if self._windows == 1:
                 self._copy_small_ones()
-            self._versions = [None if is_lazy(tensor) else tensor._version for tensor in self._tensors.values()]
+            self._versions = [None if is_lazy(tensor) else version_of(tensor) for tensor in self._tensors.values()]
 
     def _copy_small_ones(self) -> None:
         """Copy parameters for the first window, the smallest first, until the copies are large enough."""
@@ -112,11 +113,11 @@ class RewrittenParameters(Resource):
         for (name, tensor), version in zip(self._tensors.items(), self._versions, strict=True):
             if name in self._rewritten or not fits_among_others(tensor):
                 continue
-            if version is None:  # a lazy module has made it in its first forward pass
+            if version is None:  # a lazy module has made it in its first forward pass, or it was made in inference mode
                 continue
             before = suspects.get(name)
             # The bits are compared where there is a copy, since a write through `.data` leaves the version as it is.
-            if tensor._version != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):
+            if version_of(tensor) != version or (before is not None and not have_same_bits(before, shard_of(tensor).detach())):
                 self._rewritten.add(name)
                 self._all_rewritten.add(id(tensor))
                 self._copies.add(name, tensor, before)

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.tensor_table import learns, renormalized_weights
+from clip_callbacks.trainer.fingerprints import version_of
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.tensor_copies import fits_among_others, have_same_bits
 
@@ -54,7 +55,7 @@ class BypassingSteps:
         self._seen: set[int] = set()
         self._contexts: Sequence[OptimizerContext] = ()
         self._bypassed: set[int] = set()
-        self._versions: dict[int, list[tuple[Tensor, int]]] = {}
+        self._versions: dict[int, list[tuple[Tensor, int | None]]] = {}
         self._samples: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._state_sizes: dict[int, int] = {}
         self._active: set[int] = set()
@@ -79,7 +80,7 @@ class BypassingSteps:
             return
         self._contexts = contexts
         watched = {index: self._watched(index) for index in self._waiting}
-        self._versions = {index: [(tensor, tensor._version) for tensor in tensors] for index, tensors in watched.items()}
+        self._versions = {index: [(tensor, version_of(tensor)) for tensor in tensors] for index, tensors in watched.items()}
         if not self._samples:
             self._samples = {index: _sample(tensors) for index, tensors in watched.items()}
         for context in contexts:
@@ -164,10 +165,10 @@ def _sample(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(tensor, shard_of(tensor).detach().clone()) for tensor in small]
 
 
-def _are_written(versions: Sequence[tuple[Tensor, int]]) -> bool:
+def _are_written(versions: Sequence[tuple[Tensor, int | None]]) -> bool:
     """Return whether more parameters were written to than were left alone; of the latter only those with gradients, if any."""
-    written = [tensor for tensor, version in versions if tensor._version != version]
-    others = [tensor for tensor, version in versions if tensor._version == version]
+    written = [tensor for tensor, version in versions if version_of(tensor) != version]
+    others = [tensor for tensor, version in versions if version_of(tensor) == version]
     if any(tensor.grad is not None for tensor, _ in versions):
         others = [tensor for tensor in others if tensor.grad is not None]
     return len(written) > len(others)

@@ -26,6 +26,11 @@ GradientFingerprints: TypeAlias = dict[int, tuple[int, int, int]]
 """Fingerprints of the gradients that are not None, by the position of their parameter in the table."""
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to in place; None if it was made in inference mode, where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def fingerprint(tensor: Tensor) -> tuple[int | None, int | None]:
     """Return the version of a tensor and the sum of its bits, of this rank's shard.
 
@@ -35,8 +40,7 @@ def fingerprint(tensor: Tensor) -> tuple[int | None, int | None]:
     """
     if is_lazy(tensor):
         return None, None
-    version = None if tensor.is_inference() else tensor._version
-    return version, sum_of_bits(tensor)
+    return version_of(tensor), sum_of_bits(tensor)
 
 
 @torch.no_grad()

@@ -210,3 +210,8 @@ def test_a_skip_above_out_of_range_is_named():
 def test_numbers_limits_and_rules_can_be_shadows():
     report, _ = clip_step([weight(3.0, 4.0)], max_norm=None, shadow=[2.5, FixedLimit(10.0), ClipRule(1.0, "parameter")])
     assert [float(each.coefficients.min()) for each in report.shadows] == pytest.approx([0.5, 1.0, 0.2])
+
+
+def test_names_lose_what_wrappers_have_inserted_and_nothing_else():
+    named = [("_orig_mod.a._orig_mod.b", weight(1.0)), ("my_orig_mod.x", weight(1.0)), ("_fsdp_wrapped_module.c", weight(1.0))]
+    assert ParameterTable(named).names == ("a.b", "my_orig_mod.x", "c")

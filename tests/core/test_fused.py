@@ -198,3 +198,17 @@ def test_a_default_device_is_not_where_reports_live():
             assert report.coefficients.is_cpu
     finally:
         torch.set_default_device(None)
+
+
+def test_a_fused_optimizer_that_holds_a_part_carries_no_factor():
+    """Its kernel would leave the gradients of the rest unclipped; frozen parameters it need not hold."""
+    held, rest, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = torch.optim.AdamW([held], fused=True)
+    held.grad, rest.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    clip_step([held, rest], max_norm=1.0, fused=optimizer)
+    torch.testing.assert_close(torch.stack([held.grad, rest.grad]), torch.tensor([[0.6, 0.0], [0.0, 0.8]]))
+    held.grad = torch.tensor([3.0, 0.0])
+    clip_step([held, frozen], max_norm=1.0, fused=optimizer)
+    assert torch.equal(held.grad, torch.tensor([3.0, 0.0]))
+    assert float(optimizer.grad_scale) == pytest.approx(3.0, rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, RatioLimit
+from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard, RatioLimit, Rollback
 from clip_callbacks.core.nonfinite import has_arithmetic
 from clip_callbacks.replay.module_recorder import _nonfinite_tensors
 from tests.helpers.exotic import frozen_tensors
@@ -150,3 +150,15 @@ def test_a_base_that_another_optimizer_holds_keeps_no_copy_from_being_made(train
     trainer(guard := rollback(max_consecutive=2, every_n_steps=2)).fit(module, data(7))
     assert guard.rollbacks >= 1
     assert all(bool(it.isfinite().all()) for it in (*module.learning(), *weights(module.head)))
+
+
+@pytest.mark.parametrize("callbacks", [[GradientClipping(1.0)], [NonFiniteGuard(rollback=Rollback(every_n_steps=1))]])
+def test_tensors_made_in_inference_mode_have_no_version_to_ask_for(trainer, callbacks):
+    """As frozen weights that were loaded there: torch raises where their version counter is read."""
+    module = Poisoned({2: math.nan})
+    with torch.inference_mode():
+        module.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+        module.register_buffer("table", torch.randn(3))
+    with pytest.warns(RuntimeWarning, match="Non-finite gradients"):
+        trainer(*callbacks).fit(module, data(5))
+    assert callbacks[0].skipped_steps == 1

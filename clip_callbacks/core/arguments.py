@@ -11,12 +11,14 @@ Choice = TypeVar("Choice", bound=str)
 
 def number_above_zero(number: object) -> float | None:
     """Convert a number, or its text in a configuration file, to a float; None if it is not a number above 0."""
+    # Text is admitted because PyYAML reads `1e-3` as a string. True is an int to Python, and no limit.
     if not isinstance(number, (float, int, str, Real)) or isinstance(number, bool):
         return None
     try:
         found = float(number)
     except ValueError:
         return None
+    # NaN fails the comparison
     return found if found > 0 else None
 
 
@@ -39,6 +41,7 @@ def as_max_norm(max_norm: object, argument: str = "max_norm") -> float:
     """
     if (number := number_above_zero(max_norm)) is not None:
         return number
+    # elsewhere None means something else or is not allowed, and other thresholds are usual
     advice = typical = ""
     if argument == "max_norm":
         advice, typical = ", or None to measure without clipping", " Typical thresholds lie between 0.1 and 10."
@@ -62,6 +65,7 @@ def as_finite(
         ValueError: If it is not a number, or lies outside.
     """
     try:
+        # NaN lies in no interval: it stands for all that is no number, and takes the way of the error below
         found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         found = math.nan
@@ -102,6 +106,7 @@ def as_count_or_none(number: object, argument: str, *, least: int, none: str = "
     try:
         return as_count(number, argument, least=least)
     except ValueError:
+        # the inner error does not mention None, so that it is not shown
         raise ValueError(f"`{argument}` must be a whole number of at least {least}, {none}, got {number!r}.") from None
 
 
@@ -112,6 +117,7 @@ def as_choice(value: object, argument: str, choices: tuple[Choice, ...]) -> Choi
         ValueError: If there is no such choice; it lists them.
     """
     for choice in choices:
+        # the choice is returned, not the value, which may be an equal member of a user's enumeration
         if value == choice:
             return choice
     raise ValueError(f"`{argument}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -101,6 +101,7 @@ def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[Clip
             return _rule_for_all(max_norm)
         except TypeError:  # a user's limit without a hash
             return (ClipRule(max_norm),)
+    # an explicit 1.0 cannot be told from the default, and passes
     if max_norm != 1.0:
         raise ValueError(
             f"`rules` must not be given beside `max_norm`, got rules and max_norm={max_norm!r}. Each rule has its own max_norm."
@@ -122,14 +123,17 @@ def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
         ValueError: If there is no such policy, or it needs the host to read a deferred step.
     """
     if step.norms.is_deferred:
+        # The host learns nothing of the gradients here: "raise" and "zero" need it to know that the step is bad.
         if nonfinite == "ignore":
             return Action.CLIP
         if nonfinite != "skip":
             raise ValueError(NOT_DEFERRABLE.format(f"got {nonfinite!r}"))
         return Action.ON_DEVICE
+    # Of a spike too: `apply_step` knows the skip threshold, and skips whatever the action is.
     if step.norms.is_finite:
         return Action.CLIP
     policy = as_policy(nonfinite, "nonfinite")
     if policy == "raise":
+        # the tensors at fault are searched only here, on the way to the error: the norms alone have shown that there are some
         raise NonFiniteGradientError(examine(step.table).describe())
     return ACTIONS[policy]

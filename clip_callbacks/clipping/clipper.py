@@ -121,15 +121,18 @@ class Clipper(Unclipped):
     @override
     def attach(self, contexts: Sequence[OptimizerContext], names: Sequence[str], *, renewed: bool) -> None:
         if not renewed:
+            # at the start only: later an optimizer may well give up the last parameter that a rule selects
             self._check(contexts, names)
         for context in contexts:
             rules = {key: _narrowed(rule, context) for key, rule in self._named_rules().items() if _holds(rule, context)}
             shadows = self._named_shadows(context)
             self._rules[context.index], self._shadows[context.index] = list(rules.values()), list(shadows.values())
             self._all_states[context.index] = self._memory.attach(context, rules, shadows, renewed=renewed)
+            # a resumed history may know rules that this run no longer has
             context.history.keep_only([rule.name for rule in rules.values() if rule.name], list(shadows))
 
     def _check(self, contexts: Sequence[OptimizerContext], names: Sequence[str]) -> None:
+        # parameters that only an optimizer knows, as outside the module, are legitimate targets too
         every_name = list(dict.fromkeys([*names, *(name for context in contexts for name in context.table.names)]))
         if not any(len(context.table) for context in contexts):
             rank_zero_warn("No optimizer holds a parameter: GradientClipping has nothing to clip.", stacklevel=2)
@@ -147,6 +150,7 @@ class Clipper(Unclipped):
 
     def _named_shadows(self, context: OptimizerContext) -> dict[str, ClipRule]:
         """Return the first rule with each shadow's limit in turn, by the shadow's label; none where that rule does not hold."""
+        # shadows have the scope and the parameters of the first rule, so that their clip fractions compare with its own
         first = self._all_rules[0]
         if not _holds(first, context):
             return {}
@@ -157,6 +161,7 @@ class Clipper(Unclipped):
         """Return the rules by name. Each of several rules gets one, for its metrics; a single rule needs none."""
         if len(self._all_rules) == 1:
             (rule,) = self._all_rules
+            # without a name its values are `grad/max_norm` and the like, which a report has anyway
             return {names_of(self._all_rules)[0]: rule}
         return {name: replace(rule, name=name) for name, rule in zip(names_of(self._all_rules), self._all_rules, strict=True)}
 
@@ -180,12 +185,14 @@ class Clipper(Unclipped):
     @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
         for each, after in zip(self._all_states[index], states, strict=True):
+            # in place: these are the objects of the memory, from which checkpoints are written
             each.state = after
 
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         table = context.table
-        # On the device a fused optimizer's kernel clips, and it applies one factor (`grad_scale`) to all gradients.
+        # On the device a fused optimizer's kernel clips, and it applies one factor (`grad_scale`) to all gradients. Shadows change
+        # no gradient, and have the blocks of the first rule.
         if self.clip_value is None and all(Stage.of(rule, table).partition.is_whole for rule in self.rules_of(context.index)):
             return None
         return "a `clip_value`, or a rule with local norms, gives the gradients more than one factor"

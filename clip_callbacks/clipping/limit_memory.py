@@ -55,9 +55,11 @@ class LimitMemory:
         wanted |= {("shadows", name): rule for name, rule in shadows.items()}
         fresh = {key: NamedLimitState.fresh(rule, context.table) for key, rule in wanted.items()}
         carried = {key: carry_over(each, list(self._sources(context.index, key))) for key, each in fresh.items()}
+        # Once, at the start: in the middle of a fit no state is missing because of other options.
         if not renewed and context.index in self._saved:
             unused = self._carry_over_renamed(context.index, fresh, carried)
             self._report(context, carried, unused)
+        # The clipper gets these objects themselves, and replaces their `state` at each step.
         self._live[context.index] = {key: each.state for key, each in carried.items()}
         return list(self._live[context.index].values())
 
@@ -66,10 +68,12 @@ class LimitMemory:
 
         Last come those of other optimizers, which may have held the parameters before: only of blocks with names of their own.
         """
+        # this fit before the checkpoint, whose states are older
         for source in (self._live, self._saved):
             if key in source.get(index, {}):
                 yield source[index][key]
         for other, states in self._saved.items():
+            # global and numbered group blocks of another optimizer are about other parameters
             if other != index and key in states and states[key].members is None:
                 yield states[key]
 
@@ -95,6 +99,7 @@ class LimitMemory:
                 continue
             for other in unused:
                 found = carry_over(each, [known[other]])
+                # all blocks or none: with names of limits that differ, a part of the blocks is no evidence
                 if not found.missing_blocks:
                     carried[key] = found
                     unused.remove(other)
@@ -114,6 +119,7 @@ class LimitMemory:
         for role in ROLES:
             states[role] = {
                 index: {name: each.dump() for (of, name), each in by_key.items() if of == role}
+                # before the first attach, what was loaded is passed on
                 for index, by_key in (self._live or self._saved).items()
             }
         return states

@@ -39,6 +39,7 @@ class StepOutcome(str, Enum):
     PENDING = "pending"
     """The device decides about the step. The host learns the outcome at the next step."""
 
+    # Otherwise messages and f-strings would show `StepOutcome.TAKEN`. enum.StrEnum does this too, from Python 3.11 on.
     __str__ = str.__str__
 
     is_skipped: bool

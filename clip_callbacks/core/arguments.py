@@ -11,12 +11,14 @@ Choice = TypeVar("Choice", bound=str)
 
 def number_above_zero(number: object) -> float | None:
     """Convert a number, or its text in a configuration file, to a float; None if it is not a number above 0."""
+    # Text is admitted because PyYAML reads `1e-3` as a string. True is an int to Python, and no limit.
     if not isinstance(number, (float, int, str, Real)) or isinstance(number, bool):
         return None
     try:
         found = float(number)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for an int beyond float64
         return None
+    # NaN fails the comparison
     return found if found > 0 else None
 
 
@@ -44,6 +46,7 @@ def as_max_norm(max_norm: object, argument: str = "max_norm", alternatives: str 
     """
     if (number := number_above_zero(max_norm)) is not None:
         return number
+    # other arguments have other usual values
     typical = " Typical thresholds lie between 0.1 and 10." if argument == "max_norm" else ""
     raise ValueError(f"`{argument}` must be a number above 0{alternatives}, got {max_norm!r}.{typical}")
 
@@ -65,8 +68,9 @@ def as_finite(
         ValueError: If it is not a number, or lies outside.
     """
     try:
+        # NaN lies in no interval: it stands for all that is no number, and takes the way of the error below
         found = math.nan if isinstance(number, bool) else float(number)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if low < found < high or (low_too and found == low) or (high_too and found == high):
         return found
@@ -105,6 +109,7 @@ def as_count_or_none(number: object, argument: str, *, least: int, none: str = "
     try:
         return as_count(number, argument, least=least)
     except ValueError:
+        # the inner error does not mention None, so that it is not shown
         raise ValueError(f"`{argument}` must be a whole number of at least {least}, {none}, got {number!r}.") from None
 
 
@@ -115,6 +120,7 @@ def as_choice(value: object, argument: str, choices: tuple[Choice, ...]) -> Choi
         ValueError: If there is no such choice; it lists them.
     """
     for choice in choices:
+        # the choice is returned, not the value, which may be an equal member of a user's enumeration
         if value == choice:
             return choice
     raise ValueError(f"`{argument}` must be one of {', '.join(choices)}, got {value!r}.")

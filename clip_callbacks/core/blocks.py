@@ -54,6 +54,7 @@ class Partition:
     @cached_property
     def is_finest(self) -> bool:
         """If True, each part is a block by itself: the block norms are the measured norms."""
+        # arrays compare in C, and there may be millions of units
         return self.index == array("q", range(len(self.names)))
 
     @cached_property
@@ -69,12 +70,12 @@ class Partition:
     @cached_property
     def members(self) -> Tensor:
         """Positions of the M parts that are in a block, int64, shape ``(M,)``."""
-        return torch.tensor([i for i, block in enumerate(self.index) if block != OUTSIDE], dtype=torch.int64)
+        return torch.tensor([i for i, block in enumerate(self.index) if block != OUTSIDE], dtype=torch.int64, device="cpu")
 
     @cached_property
     def member_blocks(self) -> Tensor:
         """Block number of each of those parts, int64, shape ``(M,)``."""
-        return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64)
+        return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64, device="cpu")
 
     def meet(self, other: Partition) -> tuple[Partition, Tensor]:
         """Return the coarsest partition that is finer than both; cached for each other partition.
@@ -90,6 +91,7 @@ class Partition:
         known = self._meets.get(id(other))
         if known is None:
             both = (self.numbers != OUTSIDE) & (other.numbers != OUTSIDE)
+            # a pair of block numbers is one integer, so that one call sorts and numbers all pairs
             pairs, numbers = torch.unique(self.numbers[both] * len(other.names) + other.numbers[both], return_inverse=True)
             index = torch.full_like(self.numbers, OUTSIDE)
             index[both] = numbers
@@ -111,8 +113,10 @@ class Partition:
         if self.is_finest or self.is_whole:
             return per_block
         if self.is_total:
+            # every part has a block: one gather, and no fill for the parts outside
             return per_block[self.member_blocks.to(per_block.device)]
         spread = per_block.new_full((len(self.index),), outside)
+        # reshaped, because the coefficient of a single block is 0-dim
         spread[self.members.to(per_block.device)] = per_block.reshape(-1)[self.member_blocks.to(per_block.device)]
         return spread
 
@@ -130,6 +134,7 @@ def no_match(pattern: str, names: Sequence[str], argument: str) -> str:
         names: All names that it could match.
         argument: Name of the argument that holds the pattern.
     """
+    # Anchors would count as differences. The cutoff is below difflib's 0.6, because a pattern is often a part of a long name.
     near = difflib.get_close_matches(pattern.strip("^$.*\\"), names, n=3, cutoff=0.3) or list(names[:3])
     matches = f"got {pattern!r}, which matches none of {len(names)}"
     return f"`{argument}` must match the name of a parameter, {matches}. Near names: {', '.join(near)}."
@@ -155,6 +160,7 @@ class Selection:
         for argument in ("include", "exclude"):
             pattern = getattr(self, argument)
             try:
+                # only a check: `re` has its own cache of compiled patterns
                 re.compile(pattern or "")
             except (re.error, TypeError) as error:
                 raise ValueError(f"`{argument}` must be a regular expression, got {pattern!r}: {error}.") from error
@@ -191,9 +197,11 @@ class Selection:
         Raises:
             ValueError: If not; the message lists near names.
         """
+        # each pattern by itself, so that the message names the one with the mistake
         for argument, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(re.search(pattern, name) for name in names):
                 raise ValueError(no_match(pattern, names, argument))
+        # both match something; together they may still leave nothing over
         if names and not any(name in self for name in names):
             raise ValueError(
                 f"`exclude` must leave a parameter over, got {self.exclude!r}, which matches each parameter that `include` matches."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -9,10 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action
-from clip_callbacks.core.arguments import as_max_norm, as_norm_type
+from clip_callbacks.core.arguments import as_finite, as_max_norm, as_norm_type
 from clip_callbacks.core.diagnosis import examine
 from clip_callbacks.core.limits import Limit, MaxNorm
-from clip_callbacks.core.nonfinite import NonFiniteGradientError, Policy, as_policy
+from clip_callbacks.core.nonfinite import POLICIES, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
 from clip_callbacks.core.rules import ClipRule, ClipState, Plan
 from clip_callbacks.core.step import ACTIONS, NOT_DEFERRABLE, MeasuredStep, apply_step, measure_step
@@ -89,6 +90,10 @@ def clip_step(
     """
     if clip_value is not None:
         clip_value = as_max_norm(clip_value, "clip_value", " or None")
+    if not 0.0 < scale < math.inf:
+        scale = as_finite(scale, "scale")
+    if nonfinite not in POLICIES:  # on healthy steps too, which ask for no policy
+        as_policy(nonfinite, "nonfinite")
     with torch.no_grad():  # a decorator costs three more calls
         table = table_of(parameters)
         shadows = [one if isinstance(one, ClipRule) else _rules(one, None)[0] for one in shadow] if shadow else ()
@@ -105,6 +110,7 @@ def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[Clip
             return _rule_for_all(max_norm)
         except TypeError:  # a user's limit without a hash
             return (ClipRule(max_norm),)
+    # an explicit 1.0 cannot be told from the default, and passes
     if max_norm != 1.0:
         raise ValueError(
             f"`rules` must not be given beside `max_norm`, got rules and max_norm={max_norm!r}. Each rule has its own max_norm."
@@ -123,17 +129,19 @@ def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
 
     Raises:
         NonFiniteGradientError: If gradients are not finite and the policy is "raise".
-        ValueError: If there is no such policy, or it needs the host to read a deferred step.
+        ValueError: If the policy needs the host to read a deferred step.
     """
     if step.norms.is_deferred:
+        # The host learns nothing of the gradients here: "raise" and "zero" need it to know that the step is bad.
         if nonfinite == "ignore":
             return Action.CLIP
         if nonfinite != "skip":
             raise ValueError(NOT_DEFERRABLE.format(f"got {nonfinite!r}"))
         return Action.ON_DEVICE
+    # Of a spike too: `apply_step` knows the skip threshold, and skips whatever the action is.
     if step.norms.is_finite:
         return Action.CLIP
-    policy = as_policy(nonfinite, "nonfinite")
-    if policy == "raise":
+    if nonfinite == "raise":
+        # the tensors at fault are searched only here, on the way to the error: the norms alone have shown that there are some
         raise NonFiniteGradientError(examine(step.table).describe())
-    return ACTIONS[policy]
+    return ACTIONS[nonfinite]

@@ -74,6 +74,7 @@ def decide(
         outcome, new = apply_limit(stage, norms, measured, before)
         outcomes.append(outcome)
         after.append(new)
+        # without a coefficient below 1 the factors stay None: no product here, and no write of the gradients
         if outcome.clips:
             spread = stage.partition.spread(outcome.coefficients)
             factors = spread if factors is None else factors * spread
@@ -121,13 +122,16 @@ def skip_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tu
     """
     outcome, after = apply_limit(stage, measured.total, measured, state)
     total = measured.total.reshape(())
+    # The norm is compared with the limit itself: at a fixed limit, the 1e-6 makes the coefficient less than 1 already.
     limit = outcome.limits
     limit = limit.reshape(()) if isinstance(limit, Tensor) else torch.full_like(total, limit)
+    # NaN fails both comparisons and inf the second one: a non-finite step is the affair of the policy
     return SkipThreshold(limit, (total > limit).logical_and(total < math.inf)), after
 
 
 def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, ...]:
     """Return the outcomes of a skipped step: norms of the blocks, no limits, coefficients of 1."""
+    # without limits no state is read, and every stage sees the norms as they were measured
     unlimited = [Stage(None, stage.partition, (), stage.name) for stage in stages]
     return decide(unlimited, measured, tuple({} for _ in unlimited))[0]
 
@@ -157,19 +161,23 @@ def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: Limit
     limit = stage.limit
     if limit is None:
         return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
+    # not isinstance, because a subclass may have a `step` of its own
     if type(limit) is FixedLimit:  # the usual limit needs neither norms nor a state: steps with it skip all of the rest
         return _outcome(stage, norms, limit.max_norm, measured), state
 
     weights = None
     if limit.uses_weights and measured.weights is not None:
+        # added up like the gradients' norms, so that both are norms of the same block in the same order p
         weights = block_norms(measured.weights, stage.partition, measured.norm_type)
     shown = norms
     # A limit is promised finite norms. Its state after a non-finite step is discarded (`_state_after`), so that any number does.
     if measured.is_deferred or not measured.is_finite:
         shown = norms.nan_to_num(0.0, 0.0, 0.0)
+    # States are on the CPU after a resume or a step of the host; a deferred step needs them on its device.
     before = {key: value.to(norms.device) for key, value in state.items()} if state else state
     limits, after = limit.step(BlockNorms(shown, measured.norm_type, weights), before)
     if isinstance(limits, Tensor):
+        # limits are mostly float64, as their states are; the division runs in the dtype of the norms, as under a fixed limit
         limits = limits.to(norms.dtype).expand_as(norms)
     return _outcome(stage, norms, limits, measured), _state_after(measured, before, after)
 
@@ -188,5 +196,6 @@ def _state_after(measured: Measurement, before: LimitState, after: LimitState) -
         return after
     if measured.is_deferred:
         counts = measured.finite if measured.counts is None else measured.counts
+        # selected on the device: the host does not know whether the step counts
         return {key: torch.where(counts, value, before[key]) for key, value in after.items()}
     return after if measured.is_finite else before

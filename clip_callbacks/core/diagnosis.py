@@ -46,6 +46,7 @@ class NonFiniteTensor:
 
     def facts(self) -> dict[str, Any]:
         """Return what is known, for a line of JSON."""
+        # counts of 0 stay: no NaN beside some inf is a fact
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
     def __str__(self) -> str:
@@ -106,6 +107,7 @@ class Diagnosis:
         """The stage where the step became bad: before this step, in the forward pass (the loss), or in the backward pass."""
         # in the order of time: what was bad before the forward pass explains a bad loss, and that explains bad gradients
         if self.parameters:
+            # the gradients of the step before were finite, and so were the parameters that they came from: that step made these
             return "step" if self.after_good_step else "parameter"
         if self.buffers:
             return "buffer"
@@ -120,6 +122,7 @@ class Diagnosis:
         kinds = ("gradients", "parameters", "buffers", "carried", "carried_before", "frozen")
         tensors = {kind: [*map(NonFiniteTensor.facts, getattr(self, kind))] for kind in kinds}
         facts = {"stage": self.stage, "message": _STAGES[self.stage]} | asdict(self) | tensors
+        # the key that journals have had since 0.1.0
         return facts | {"guilty_ranks": list(self.source_ranks)}
 
     def describe(self) -> str:
@@ -227,6 +230,7 @@ def examine(
         frozen: Names and values of frozen parameters, if no step has been good so far. Other frozen parameters are not examined.
     """
     if norms is None:
+        # This rank's shards, without communication: what ranks have found is exchanged once, at the end (`merge_diagnoses`).
         held = [
             (name, shape, shard_of(tensor.grad))
             for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
@@ -234,16 +238,19 @@ def examine(
         ]
         names, gradients = [name for name, _, _ in held], _nonfinite(held)
     else:
+        # the gradients have been freed or written over since; their norms are what is left
         names, gradients = list(table.names), _nonfinite_by_norm(table, norms)
     return Diagnosis(
         gradients,
         _nonfinite(
             (name, shape, shard_of(tensor))
             for name, shape, tensor in zip(table.names, table.shapes, table.tensors, strict=True)
+            # a frozen parameter may hold packed codes, some of which look like NaN
             if learns(tensor)
         ),
         *finite_neighbours(names, gradients),
         count=len(names),
+        # None and not True without a loss: nobody has seen that the forward pass was good
         loss_is_finite=all_finite(losses) if losses else None,
         after_good_step=after_good_step,
         buffers=nonfinite_among(buffers),
@@ -253,6 +260,7 @@ def examine(
 
 def nonfinite_among(named: Iterable[tuple[str, Tensor]]) -> tuple[NonFiniteTensor, ...]:
     """Return the non-finite ones of some tensors, or of this rank's shards of them. Tensors without arithmetic are left out."""
+    # the shape of a lazy tensor raises an error, and it has no entries yet
     return _nonfinite((name, tuple(tensor.shape), shard_of(tensor)) for name, tensor in named if not is_lazy(tensor))
 
 
@@ -266,6 +274,7 @@ def finite_neighbours(names: Sequence[str], tensors: Sequence[NonFiniteTensor]) 
 
 def _entries(tensor: Tensor) -> Tensor:
     if tensor.layout is torch.sparse_coo:
+        # torch refuses the values of an uncoalesced tensor; a copy, because a diagnosis changes no gradient
         return tensor.coalesce().values()
     return tensor if tensor.layout is torch.strided else tensor.values()
 
@@ -274,10 +283,12 @@ def _nonfinite(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[No
     """Return the non-finite ones of tensors given by name, whole shape, and this rank's part."""
     found = []
     for name, shape, part in named:
+        # isfinite raises on 8-bit floats and on some tensor subclasses
         if not has_arithmetic(part):
             continue
         entries = _entries(part.detach())
         if not bool(torch.isfinite(entries).all()):
+            # counted in the bad ones only: that reads each twice more
             found.append(replace(count_nonfinite(entries, name), shape=shape))
     return tuple(found)
 

@@ -42,6 +42,7 @@ class NamedLimitState:
             rule: The rule.
             table: Parameters that the optimizer holds.
         """
+        # Not by unit, whatever the step measures: names of blocks, and with them the shapes of states, do not depend on it.
         stage = Stage.of(rule, table)
         state = stage.init()
         limit_kind = "" if stage.limit is None else kind(stage.limit)
@@ -52,7 +53,8 @@ class NamedLimitState:
         return cls(limit_kind, stage.partition.names, state, members, rule.scope)
 
     def dump(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, made of tensors, numbers, strings, lists and dictionaries."""
+        """Return the state for a checkpoint, made of tensors, strings, lists, tuples, dictionaries and None."""
+        # names of parameters and counts of rows, in place of one string for each of perhaps millions of rows
         names = self.names.parts() if isinstance(self.names, UnitNames) else list(self.names)
         return {"kind": self.kind, "names": names, "state": self.state, "members": self.members, "scope": self.scope}
 
@@ -66,9 +68,11 @@ class NamedLimitState:
         names = saved["names"]
         names = UnitNames(*names) if isinstance(names, tuple) else names
         state = dict(saved["state"])
+        # a damaged checkpoint is refused when it is loaded, not by the arithmetic of some later step
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{key!r} must be a tensor, got {value!r}")
+        # a checkpoint of 0.1.0 has no scope
         return cls(str(saved["kind"]), names, state, saved["members"], saved.get("scope", ""))
 
 
@@ -115,6 +119,7 @@ class CarriedState(NamedTuple):
         """
         count, total = len(self.missing_blocks), len(self.state.names)
         if count == total:
+            # without a state there are no names, and nothing begins anew
             mismatch.missing += [f"{limit} ({self.state.kind})"] * (total > 0)
         elif count:
             first = self.state.names[self.missing_blocks[0]]
@@ -143,11 +148,13 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
         pairs = [(new, old) for new, old in _matching_blocks(fresh, source) if new in missing]
         if not pairs:
             continue
-        new, old = (torch.tensor(positions) for positions in zip(*pairs, strict=True))
+        new, old = (torch.tensor(positions, device="cpu") for positions in zip(*pairs, strict=True))
         for key, value in source.state.items():
+            # a source may be on the device of deferred steps, and a fresh state on torch's default device
             if value.ndim:
-                state[key] = state[key].index_copy(-1, new, value.cpu().index_select(-1, old))
+                state[key] = state[key].cpu().index_copy(-1, new, value.cpu().index_select(-1, old))
             elif is_first:
+                # one number for all blocks, such as a count of steps, cannot be mixed: it is that of the preferred source
                 state[key] = value
         missing -= {position for position, _ in pairs}
         is_first = False
@@ -156,9 +163,11 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
 
 def _is_compatible(source: NamedLimitState, fresh: NamedLimitState) -> bool:
     """Return whether both are states of one kind of limit, with tensors that differ at most in the last dimension, the blocks."""
+    # The kind leaves out a limit's numbers, which may have changed: what is remembered are norms and counts.
     if source.kind != fresh.kind or source.state.keys() != fresh.state.keys():
         return False
     pairs = [(source.state[key], value) for key, value in fresh.state.items()]
+    # A window of another length has another shape, and begins anew: its order of age could not be continued.
     return all(
         old.shape[:-1] == new.shape[:-1]
         and old.ndim == new.ndim
@@ -174,6 +183,7 @@ def _matching_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tu
     Blocks with members correspond if they have the most parameters in common, or, if the scope has changed, exactly equal members:
     the norm of a part says little about the norm of the whole. All other blocks correspond by name.
     """
+    # the blocks of one are known by members and those of the other by names: nothing tells which correspond
     if (fresh.members is None) != (source.members is None):
         return []
     if fresh.members is None or source.members is None:
@@ -184,6 +194,7 @@ def _matching_blocks(fresh: NamedLimitState, source: NamedLimitState) -> list[tu
         return [(position, known.index(set(names))) for position, names in enumerate(fresh.members) if set(names) in known]
     pairs = []
     for position, names in enumerate(fresh.members):
+        # Several new blocks may continue one old block, as when a parameter group is split.
         common = [len(other & set(names)) for other in known]
         if max(common, default=0):
             pairs.append((position, common.index(max(common))))

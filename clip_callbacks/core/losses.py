@@ -20,6 +20,7 @@ def are_finite(losses: Sequence[Tensor]) -> bool:
 
 def sum_of(losses: Sequence[Tensor]) -> Tensor:
     """The sum of losses, shape ``(1,)``, which is finite only if each of them is. Nothing is read on the host."""
+    # added up, since inf and NaN survive a sum, or turn into NaN, so that one number tells of all
     first, *others = [_number(loss).reshape(1) for loss in losses]
     if not others:
         return first
@@ -34,6 +35,7 @@ def _is_finite(loss: Tensor) -> bool:
 
 
 def _number(loss: Tensor) -> Tensor:
+    # Float16 only: bfloat16 reaches as far as float32. NaN stays NaN, because no loss scale makes one.
     if loss.dtype is torch.float16:
         loss = torch.where(loss.isinf(), 0.0, loss.float())
     if loss.numel() == 1:

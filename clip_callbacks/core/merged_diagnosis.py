@@ -17,8 +17,10 @@ def merge_diagnoses(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
         table: The parameters of the optimizer about to step.
         diagnosis: The diagnosis of this rank.
     """
+    # without a reduction every rank holds whole parameters, and any copy stands for the others
     counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
     rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
+    # One exchange of objects for everything: lists differ in length from rank to rank, and a bad step may take its time.
     each = gathered(
         _RankDiagnosis(
             diagnosis,
@@ -29,6 +31,7 @@ def merge_diagnoses(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
     )
     is_divided = table.reduction is not None
     gradients = _merged(each, [share.diagnosis.gradients for share in each], table.names, is_divided=is_divided)
+    # in the order of the table, which is the same on all ranks; a gradient may exist on some of them only
     names = [name for name in table.names if any(name in share.with_gradient for share in each)]
     before, after = finite_neighbours(names, gradients)
     losses = [share.diagnosis.loss_is_finite for share in each]
@@ -39,6 +42,7 @@ def merge_diagnoses(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
         before=before,
         after=after,
         count=len(names),
+        # one bad loss is enough; a rank that saw none has no say
         loss_is_finite=None if set(losses) == {None} else False not in losses,
         traced=next((share.diagnosis.traced for share in each if share.diagnosis.traced), None),
         loss_ranks=tuple(rank for rank, is_finite in enumerate(losses) if is_finite is False),
@@ -68,7 +72,9 @@ def _merged(
         if by_rank := by_name.get(name):
             # where ranks hold parts, several may hold copies of one: entries of a copy must not be counted twice
             parts = [tensor for rank, tensor in by_rank.items() if name in each[rank].counted] if is_divided else []
+            # a copy that does not count may be the only bad one, and then stands for the tensor
             parts = parts or [next(iter(by_rank.values()))]
+            # a rank with an empty shard, or without a gradient, is no evidence that the tensor is finite anywhere
             others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
             nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
             # ranks are named only if they differ: if all are bad, none of them is the source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# In one place, because the report page and `suggest` find norms in logs by the names that publishers gave them.
 TOTAL_NORM = "grad/total_norm"
 CLIPPED_NORM = "grad/clipped_norm"
 CLIP_COEF = "grad/clip_coef"

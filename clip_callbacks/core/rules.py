@@ -68,6 +68,7 @@ class ClipRule:
 
     def __post_init__(self) -> None:
         """Check every argument."""
+        # Checked where the user writes the rule, and not converted: the rule shows what was written.
         as_limit(self.max_norm)
         if self.scope not in SCOPES:
             raise ValueError(unknown_scope(self.scope))
@@ -120,12 +121,16 @@ class Stage:
         stated, selection = as_limit(rule.max_norm), selection_of(rule)
         # A limit of inf is left out, so that a rule that only measures computes no coefficients.
         limit = None if stated == FixedLimit(math.inf) else stated
+        # weights are read only for limits that look at them: it is one more read of the parameters
         positions = table.positions(selection) if limit is not None and limit.uses_weights else ()
         return cls(limit, table.partition(rule.scope, selection, by_unit=by_unit), positions, rule.name)
 
     def init(self) -> LimitState:
         """Return the state of the limit before the first step."""
-        return self.limit.init(len(self.partition.names)) if self.limit else {}
+        if self.limit is None:
+            return {}
+        with torch.device("cpu"):  # where norms are read, whatever torch's default device is
+            return self.limit.init(len(self.partition.names))
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,7 @@ class Plan:
 
         threshold = None if skip_above is None else bind(ClipRule(as_limit(skip_above, "skip_above")))
         plan = cls(tuple(map(bind, rules)), tuple(map(bind, shadows)), threshold, by_unit)
+        # One plan a table: a loop has one set of rules. The plan holds partitions and not the table, or the entry would never go.
         _LAST_PLANS[table] = key, plan
         return plan
 
@@ -186,6 +192,7 @@ class Plan:
     def spec(self) -> MeasurementSpec:
         """Specification of the norms that the stages need."""
         positions = tuple(sorted({position for stage in self.stages for position in stage.weight_positions}))
+        # Norms of single parameters must be reliable one by one only if some stage looks at less than the whole gradient.
         is_local = not all(stage.partition.is_whole for stage in self.stages)
         return MeasurementSpec(local=is_local, by_unit=self.by_unit, weights=positions)
 
@@ -212,6 +219,7 @@ class Plan:
             TypeError: If it is not a tuple or list.
             ValueError: If it belongs to other rules.
         """
+        # A max_norm lands here if the call is written like torch's clip_grad_norm_, whose second argument it is.
         if not isinstance(state, (tuple, list)):
             raise TypeError(
                 f"`state` must be what the last call returned, or None before the first, got {state!r}. Pass a limit by "

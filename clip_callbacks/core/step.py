@@ -84,11 +84,13 @@ def measure_step(
             if losses are not checked.
     """
     gradients = gradients_of(table)
+    # without gradients there is nothing on a device to wait for: the host decides
     deferred = deferred and gradients.exist
     norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses)
     if plan.skip_above is None:
         return MeasuredStep(plan, gradients, norms, scale, loss_scale, None, ())
     *_, held = plan.parts(state)
+    # Evaluated before the action is chosen, which depends on it (`is_spike`). The new state waits for `apply_step`.
     threshold, after = skip_threshold(plan.skip_above, norms, held[0])
     if deferred:  # the limits that clip must not learn from a spike, which only the device can tell
         norms = replace(norms, counts=norms.finite.logical_and(threshold.is_exceeded.logical_not()))
@@ -118,9 +120,11 @@ def apply_step(
     clear_fused_factors(fused)  # an earlier step may have set some and never been taken
     if step.norms.is_deferred:
         return _apply_on_device(step, state, action, clip_value, fused)
+    # of the gradients as they came: after zeroing, a second measurement finds them finite
     finite, outcome = step.norms.finite, StepOutcome.TAKEN
     if not step.norms.is_finite:
         if action is Action.SKIP:
+            # the state of before: nothing learns from a non-finite step, not even the skip threshold
             return _skip(step), state
         outcome = StepOutcome.IGNORED
     if action is Action.ZERO:
@@ -149,13 +153,16 @@ def _apply_on_device(
     """Leave the decision to the device: a fused optimizer applies the factor, and skips the step if gradients are not finite."""
     gradients, norms = step.gradients, step.norms
     usable = _usable(fused, gradients, clip_value)
+    # A fused kernel takes one `grad_scale` for all gradients, and a product with several factors reads them on the host (`apply`).
     if step.plan.spec.local or clip_value is not None:
         raise ValueError(
             '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
             "Set deferred=False, which costs one host sync."
         )
+    # under "ignore" the device still skips a spike, which is finite, and takes a non-finite step
     skipped = step.threshold.is_exceeded if step.threshold else None
     if action is Action.ON_DEVICE:
+        # `counts` is False for a spike and for a non-finite step: one flag holds both reasons to skip
         skipped = (norms.finite if norms.counts is None else norms.counts).logical_not()
     if skipped is not None and usable is None:
         raise ValueError(NOT_DEFERRABLE.format("got another one, or none"))
@@ -164,6 +171,7 @@ def _apply_on_device(
     shadows, shadow_state = shadow(step.plan.shadows, norms, shadow_state)
     outcomes, factors, rule_state = decide(step.plan.rules, norms, rule_state)
     write_deferred(gradients, factors, norms.scale, usable, skipped)
+    # All states are returned: where the step must leave no trace, the device has selected the old ones (`_state_after`).
     record = _record(step, outcomes, factors, norms.finite, FALSE if skipped is None else skipped, shadows, StepOutcome.PENDING)
     return record, (*rule_state, *shadow_state, *step.threshold_state)
 
@@ -185,6 +193,7 @@ def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
     """Set non-finite entries to 0, and measure again."""
     norms = step.norms
     zero_nonfinite_(step.gradients, norms.parameter_norms)
+    # Without the losses: a non-finite one would mark the new norms as non-finite, and adaptive limits are shown such norms as 0.
     return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
 
 
@@ -192,6 +201,7 @@ def _skip(step: MeasuredStep) -> StepRecord:
     """Set all gradients to None. The record has the measured norms, and no decision."""
     drop_gradients(step.table)
     norms = step.norms
+    # an adaptive threshold of a non-finite step was computed from norms of 0, and says nothing
     limit = step.threshold.limit if step.threshold and norms.is_finite else None
     return StepRecord(
         norms.total,

@@ -71,7 +71,9 @@ class StepRecord:
         if self.factors is None:
             return self.total_norm
         if self._is_global:
+            # one factor scales the norm itself: no norm of norms with roundings of its own
             return self.total_norm * self.clip_coef
+        # several factors: the norm is added up anew, in float64, as torch has no counterpart whose bits it could share
         norms = self.parameter_norms if self.unit_norms is None or self.factors.numel() == 1 else self.unit_norms
         return total_norm_in_float64(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
 
@@ -81,7 +83,9 @@ class StepRecord:
         if self.factors is None:
             return _constant(1.0, self.total.dtype)
         if self._is_global:
+            # the coefficient itself, which the ratio of both norms may miss in the last bit
             return self.outcomes[0].coefficients.reshape(())
+        # 0 / 0 would be NaN: without gradients nothing is clipped
         return torch.where(self.total_norm > 0, self.clipped_norm / self.total_norm, 1.0)
 
     @cached_property
@@ -131,6 +135,7 @@ class StepRecord:
 
         def copy(tensor: Tensor) -> Tensor:
             if id(tensor) not in copies:
+                # from CUDA torch copies into pinned memory, so that the host need not wait
                 copies[id(tensor)] = tensor.to("cpu", non_blocking=True)
             return copies[id(tensor)]
 
@@ -145,6 +150,7 @@ class StepRecord:
                 for outcome in outcomes
             )
 
+        # `unit_norms` is left out: a deferred step has one factor for all gradients, and never needs them.
         return replace(
             self,
             total=copy(self.total),
@@ -161,6 +167,7 @@ class StepRecord:
         """Return the record of a deferred step, once it is on the host, as if the host had decided about the step."""
         is_finite = bool(self.finite)
         finite = TRUE if is_finite else FALSE
+        # The kernel was handed factors and used none: a skipped step has no decisions.
         if bool(self.skipped):
             return replace(
                 self,
@@ -189,6 +196,7 @@ class StepRecord:
         Args:
             clipping: If False, only the total norm is returned.
         """
+        # some loggers refuse NaN, some store inf as a number, and a single NaN spoils the mean of an epoch
         if not math.isfinite(self.total.tolist()[0]):
             return {}
         if not clipping:
@@ -203,17 +211,20 @@ class StepRecord:
         metrics = {}
         for outcome in self.outcomes:
             if outcome.name:
+                # blocks of a rule share no entry: the p-norm of their norms is that of all gradients that the rule selects
                 before = total_norm_in_float64(outcome.norms, self.norm_type)
                 after = total_norm_in_float64(outcome.norms * outcome.coefficients, self.norm_type)
                 limits = outcome.limits
                 metrics[RULE_TOTAL_NORM.format(outcome.name)] = before
                 metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
+                # the share of the norm that is left, since a rule with several blocks has several coefficients
                 metrics[RULE_CLIP_COEF.format(outcome.name)] = torch.where(before > 0, after / before, 1.0)
         return metrics
 
     @property
     def _is_global(self) -> bool:
         """Whether there was one rule, with one coefficient for all gradients."""
+        # A rule for a part of the parameters has one coefficient but more factors: they are 1 outside its block.
         return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
 
 
@@ -224,6 +235,7 @@ def as_skipped(record: StepRecord, outcome: StepOutcome) -> StepRecord:
         record: The record.
         outcome: The outcome of the step: skipped, or overflowed.
     """
+    # norms and decisions stay: they are what was measured, whatever became of the step
     return replace(record, skipped=TRUE, outcome=outcome)
 
 
@@ -238,4 +250,5 @@ def _with_clips(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
 @lru_cache(maxsize=64)
 def _constant(number: float, dtype: torch.dtype) -> Tensor:
     """A 0-dim tensor, made once, since most steps report the same few constants."""
+    # on the CPU, whatever the default device is, which may change while the tensor is cached
     return torch.tensor(number, dtype=dtype, device="cpu")

@@ -108,12 +108,15 @@ class StepReport:
         """
         metrics = self._record.metrics()
         if metrics:
+            # total norms have the shape (1,) in the engine; users are promised 0-dim tensors
             rules = {name: value.reshape(()) for name, value in self._record.rule_metrics().items()}
+            # a rule without a limit so far, as in a warm-up, has inf, which not every logger takes
             metrics |= {name: value for name, value in rules.items() if value.isfinite()}
         return metrics
 
     def __eq__(self, other: object) -> bool:
         """Whether both are reports of the same step."""
+        # by identity: to compare tensors would read them, and of a deferred step wait for the device
         return isinstance(other, StepReport) and self._record is other._record
 
     def __hash__(self) -> int:

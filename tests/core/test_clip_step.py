@@ -215,3 +215,17 @@ def test_numbers_limits_and_rules_can_be_shadows():
 def test_names_lose_what_wrappers_have_inserted_and_nothing_else():
     named = [("_orig_mod.a._orig_mod.b", weight(1.0)), ("my_orig_mod.x", weight(1.0)), ("_fsdp_wrapped_module.c", weight(1.0))]
     assert ParameterTable(named).names == ("a.b", "my_orig_mod.x", "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": -1.0}, "`scale` must be a number above 0 and finite, got -1.0"),
+        ({"scale": math.nan}, "`scale` must be a number above 0 and finite, got nan"),
+        ({"nonfinite": "drop"}, "`nonfinite` must be one of skip, raise, zero, ignore, got 'drop'"),
+        ({"max_norm": 10**400}, "`max_norm` must be a number above 0"),
+    ],
+)
+def test_arguments_are_checked_on_healthy_steps_too(options, message):
+    with pytest.raises(ValueError, match=message):
+        clip_step([weight(3.0)], **options)

@@ -23,6 +23,7 @@ from tests.helpers import reference
 from tests.helpers.laws import MAKERS, NORM_TYPES, every, gradients, run, with_gradients
 from tests.helpers.matrix import matrix
 from tests.helpers.records import record_of
+from tests.helpers.training import assert_same_bits
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -139,6 +140,21 @@ def test_the_old_state_is_not_changed_and_the_new_one_can_be_saved(make, scope, 
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     assert all(torch.equal(rule[key], saved[key]) for rule, saved in zip(after, loaded, strict=True) for key in rule)
+
+
+@every
+def test_the_default_device_of_torch_does_not_matter(make, scope, p):
+    """Norms are read on the host: nothing may be made on a GPU because ``torch.set_default_device`` names one."""
+    results = []
+    for device in ("cpu", "meta"):
+        state, clipped = None, []
+        for seed in range(4):
+            module = with_gradients(seed)
+            with torch.device(device):
+                _, state = run(module, make(1.0), scope, p, state)
+            clipped += gradients(module).values()
+        results.append(clipped)
+    assert_same_bits(*results)
 
 
 @matrix(make=MAKERS, scope=SCOPES, p=NORM_TYPES, bad=[math.nan, math.inf], policy=["skip", "ignore"], step=[0, 2])

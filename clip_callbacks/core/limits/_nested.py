@@ -35,6 +35,7 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
     after: dict[str, LimitState] = {}
     for name, limit in limits.items():
         values, after[name] = limit.step(blocks, _part(state, name))
+        # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
         found[name] = values.expand_as(blocks.norms) if isinstance(values, Tensor) else torch.full_like(blocks.norms, values)
     return found, _joined(after)
 
@@ -44,4 +45,5 @@ def _joined(states: Mapping[str, LimitState]) -> LimitState:
 
 
 def _part(state: LimitState, name: str) -> LimitState:
+    # with the dot, so that member 1 does not get the entries of member 10
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -22,6 +22,7 @@ def empty(window: int, blocks: int) -> LimitState:
         blocks: Number of blocks, B.
     """
     unused = torch.full((window, blocks), math.inf, dtype=torch.float64)
+    # A count for each block: blocks without a gradient take in nothing, and each is carried into another run by itself.
     return {"recent": unused, "sorted": unused.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
 
 
@@ -37,6 +38,7 @@ def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
     position = (state["count"] % window).unsqueeze(0)
     # A place that was never used holds inf, the last of the sorted column: it gives way just as an old value does.
     oldest = state["recent"].gather(0, position)
+    # a block without a new value replaces its oldest one by itself, so that all blocks run the same operations
     newest = torch.where(is_new, values, oldest)
     return {
         "recent": state["recent"].scatter(0, position, newest),
@@ -71,6 +73,7 @@ def quantile(state: LimitState, share: float) -> Tensor:
     position = share * last.double()
     below = position.floor().long()
     lower, upper = state["sorted"].gather(0, torch.stack([below, torch.minimum(below + 1, last)])).unbind()
+    # NaN only where both neighbours are inf, in an empty window: then the difference counts as 0
     return torch.where(state["count"] > 0, lower + (upper - lower).nan_to_num(0.0) * (position - below), math.inf)
 
 
@@ -94,7 +97,9 @@ def deviation(state: LimitState, median: Tensor) -> Tensor:
 
     def smallest(rank: Tensor) -> Tensor:
         ends = starts + rank - 1
+        # a run that ends beyond the values held is none
         last = torch.where(ends < count, ordered.gather(0, ends.clamp(0, len(ordered) - 1)), math.inf)
         return torch.maximum(last - median, median - ordered).amin(0)
 
+    # the middle distance, or the mean of the two middle ones of an even number
     return 0.5 * (smallest((count + 1) // 2) + smallest(count // 2 + 1))

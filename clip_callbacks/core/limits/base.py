@@ -44,6 +44,7 @@ class BlockNorms:
         return total_norm_in_float64(self.norms, self.norm_type)
 
 
+# No dataclass, though most limits are: where one is the type of an argument, jsonargparse refuses `class_path` and `init_args`.
 class Limit(ABC):
     """Base class of limits, which compute the largest allowed norm of each block from the norms of this step and of past ones.
 
@@ -103,6 +104,7 @@ class Limit(ABC):
 
 def step_count() -> Tensor:
     """Return a count of 0 steps for a new state, int64, 0-dim."""
+    # a tensor and no int, so that a deferred step can leave it as it was without the host
     return torch.zeros((), dtype=torch.int64)
 
 

@@ -59,6 +59,7 @@ class EmaLimit(Limit):
 
     def __post_init__(self) -> None:
         """Check every argument."""
+        # as numbers, also where a configuration file has text; the class is frozen
         object.__setattr__(self, "factor", as_finite(self.factor, "factor"))
         object.__setattr__(self, "decay", as_finite(self.decay, "decay", high=1.0))
         as_count(self.warmup, "warmup", least=0)
@@ -73,10 +74,14 @@ class EmaLimit(Limit):
         norms, mean = blocks.norms.double(), state["mean"]
         has_gradient = norms > 0
         is_warming_up = state["steps"] < self.warmup
+        # without any gradient the total is 0, and 0 * inf is NaN: blocks of norm 0 have no limit here
         together = torch.where(has_gradient, norms * (float(self.max_norm) / blocks.total), math.inf)
         limits = torch.where(is_warming_up, together, self.factor * mean)
         seen = torch.minimum(norms, limits)
+        # Both updates are computed and one is selected: an `if` on the step count would read it on the host.
         least = torch.minimum(mean, seen)
+        # inf is no mean yet: the block's first norm, whenever it comes, is its first mean
         running = torch.where(mean < math.inf, self.decay * mean + (1.0 - self.decay) * seen, seen)
+        # A norm of 0 in the warm-up would make the mean 0, and a limit of 0 would keep it there for good.
         after = torch.where(has_gradient, torch.where(is_warming_up, least, running), mean)
         return limits, {"mean": after, "steps": state["steps"] + 1}

@@ -35,6 +35,7 @@ class FixedLimit(Limit):
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
         """Return the limit of all blocks as one number, and the state, which is empty."""
+        # A number and no tensor: as in torch, 1e-6 is added to the norm only under a number (`coefficients`).
         return self.max_norm, state
 
 
@@ -51,6 +52,7 @@ def as_limit(max_norm: MaxNorm, argument: str = "max_norm") -> Limit:
     if isinstance(max_norm, Limit):
         return max_norm
     if max_norm is None:
+        # None and inf become equal limits, which plans recognize and leave out
         return FixedLimit(float("inf"))
     alternatives = ", a Limit, or None to measure without clipping" if argument == "max_norm" else " or a Limit"
     return FixedLimit(as_max_norm(max_norm, argument, alternatives))

@@ -28,7 +28,9 @@ def label(limit: Limit) -> str:
     elif isinstance(limit, TightestLimit):
         options = [_text(member) for member in limit.members]
     else:
+        # Without defaults, so that an argument that is added later, with a default, leaves old names alone.
         options = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
+    # a slash would begin a folder of metrics, and some loggers refuse commas and brackets
     return re.sub(r"[^\w.-]", "_", "-".join([type(limit).__name__, *options]))
 
 
@@ -49,6 +51,7 @@ def _option(limit: Limit, field: Field[Any]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, Limit):
         return label(value)
+    # `g` writes 1.0 as 1: both spellings of a number make one label
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -70,9 +70,12 @@ class QuantileLimit(Limit):
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
         norms = blocks.norms.double()
+        # the largest of an empty window is inf: the first norm has no bound
         entering = torch.minimum(norms, MAX_RATIO_TO_LARGEST * norm_window.largest(state))
         after = norm_window.add(entering, norms > 0, state)
+        # after the norm has entered: as in the paper, the history includes this step
         limits = norm_window.quantile(after, self.quantile)
         if self.warmup:
+            # `>`, because the norm of this step is counted already
             limits = torch.where(after["count"] > self.warmup, limits, torch.inf)
         return limits, after

@@ -58,4 +58,5 @@ class RatioLimit(Limit):
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, inf for a block with non-finite parameters, and the state, which is empty."""
         assert blocks.weights is not None
+        # inf, which is no limit, for weights that are NaN: `amin` of a TightestLimit would let a NaN hide the other members
         return self.ratio * blocks.weights.nan_to_num(nan=float("inf"), posinf=float("inf")).clamp(min=self.floor), state

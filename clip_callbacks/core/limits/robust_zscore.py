@@ -94,13 +94,16 @@ class RobustZScoreLimit(Limit):
         norms = blocks.norms.double()
         median = norm_window.quantile(state, 0.5)
         spread = (MAD_TO_SIGMA * norm_window.deviation(state, median)).clamp(min=self.floor)
+        # Median and deviation of an empty window are inf and NaN. They are computed all the same, and selected away.
         limits = torch.where(
             state["count"] >= self.warmup, (median + self._widened(norm_window.held(state)) * spread).exp(), math.inf
         )
+        # the logarithm of a norm of 0 is -inf, which never enters: such a norm is not new
         return limits, norm_window.add(torch.minimum(norms, limits).log(), norms > 0, state)
 
     def _widened(self, count: Tensor) -> Tensor:
         """Return z' for a deviation that is estimated from ``count`` norms, int64, shape ``(B,)``."""
+        # as of two norms at least: fewer have no degree of freedom, and this would divide by 0
         z, freedom = self.z, MAD_EFFICIENCY * (count - 1).clamp(min=1).double()
         widened = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom.square())
         return widened.clamp(max=MAX_WIDENING * z)

@@ -33,6 +33,7 @@ class _Schedule(Limit):
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of all blocks, float64, 0-dim, and the state after the step."""
+        # a tensor to the end: in a deferred step the count is on the device, and the host must not read it
         elapsed = (state["steps"].double() / self.steps).clamp(max=1.0)
         return self.start + (self.end - self.start) * self._completed(elapsed), {"steps": state["steps"] + 1}
 

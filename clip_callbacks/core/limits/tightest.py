@@ -63,6 +63,7 @@ class TightestLimit(Limit):
 
     @property
     def _by_number(self) -> dict[str, Limit]:
+        # by position, because members may be equal; their order is a part of the state
         return {str(number): limit for number, limit in enumerate(self._members)}
 
     @property
@@ -77,4 +78,5 @@ class TightestLimit(Limit):
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the lowest limit of each block, and the members' states after the step."""
         found, after = step_each(self._by_number, blocks, state)
+        # members differ in dtype, and stack promotes to the widest
         return torch.stack(list(found.values())).amin(0), after

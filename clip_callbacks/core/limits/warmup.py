@@ -46,6 +46,7 @@ class WarmupLimit(Limit):
 
     def __post_init__(self) -> None:
         """Check every argument."""
+        # converted once, so that a number and its FixedLimit make equal limits, of one kind in checkpoints
         object.__setattr__(self, "limit", as_limit(self.limit, "limit"))
         object.__setattr__(self, "warmup_limit", as_limit(self.warmup_limit, "warmup_limit"))
         as_count(self.steps, "steps", least=1)
@@ -66,5 +67,6 @@ class WarmupLimit(Limit):
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
         found, after = step_each(self._both, blocks, state)
+        # selected on the device: an `if` would read the count on the host
         limits = torch.where(state["steps"] < self.steps, found["warmup_limit"], found["limit"])
         return limits, {"steps": state["steps"] + 1} | after

@@ -91,12 +91,15 @@ class ZScoreLimit(Limit):
         threshold = mean + self.z * variance.sqrt()
         is_warm = count >= self.warmup
         limits = torch.where(is_warm, self._limits(norms, mean, variance, threshold), torch.inf)
+        # The first norm has no bound: the mean is still 0, and ten times 0 would let nothing in.
         seen = torch.minimum(norms, torch.where(is_warm | (count == 0), limits, MAX_RATIO_TO_MEAN * mean))
+        # the weights 1 / n make plain means during the warm-up
         weight = torch.where(is_warm, 1.0 - self.decay, 1.0 / (count + 1).double())
         new_mean = mean + weight * (seen - mean)
         # The plain variance of the norms during the warm-up (Welford's update), and afterwards that of ZClip, equation 4.
         square = (seen - new_mean) * torch.where(is_warm, seen - new_mean, seen - mean)
         after = {"mean": new_mean, "variance": variance + weight * (square - variance), "count": count + 1}
+        # a block without a gradient keeps all of its state, the count too
         return limits, {key: torch.where(norms > 0, value, state[key]) for key, value in after.items()}
 
     def _limits(self, norms: Tensor, mean: Tensor, variance: Tensor, threshold: Tensor) -> Tensor:
@@ -104,4 +107,5 @@ class ZScoreLimit(Limit):
         if self.clip_to == "threshold":
             return threshold
         of_spikes = mean if self.clip_to == "mean" else mean + self.z**2 * variance / (norms - mean)
+        # A norm at the mean divides by 0, and below it the sign changes. Neither is a spike, so that neither is selected.
         return torch.where(norms > threshold, of_spikes, threshold)

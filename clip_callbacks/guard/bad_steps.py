@@ -251,5 +251,5 @@ class BadStepLog:
         if options is None:
             return limit
         if self._counts.rollbacks >= options.max_rollbacks:
-            return f"{limit}, after {self._counts.rollbacks} rollbacks, max_rollbacks={options.max_rollbacks}"
+            return f"{limit}, max_rollbacks={options.max_rollbacks}, rollbacks so far: {self._counts.rollbacks}"
         return f"{limit}, and no good step to return to{self._rollback.since}"

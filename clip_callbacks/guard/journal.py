@@ -129,6 +129,7 @@ def _folder_of(bundles: Bundles) -> BundleFolder:
 
 def _lines_about(bundle: Path, notes: list[str]) -> str:
     command = f"clip-callbacks replay {bundle} --config YOURS.yaml"
-    if sys.argv[0].endswith(".py"):
+    # replay runs a script up to its LightningCLI only; other scripts need none, but a YAML file that names the model's class
+    if sys.argv[0].endswith(".py") and {"lightning.pytorch.cli", "pytorch_lightning.cli"} & sys.modules.keys():
         command += f" --script {sys.argv[0]}"
     return "\n".join([f"\nBundle: {bundle}", f"  Run it again: {command}", *(f"  {note}" for note in notes)])

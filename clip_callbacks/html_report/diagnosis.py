@@ -199,8 +199,8 @@ def _clipped_share(share: float, limit_text: str, p90: float, p99: float) -> Fin
     if share < HARDLY_ANY_CLIPPED:
         return Finding(
             "note",
-            f"Only {share:.2%} of steps are clipped by {limit_text}, which guards against rare spikes. The p99 of the norm is "
-            f"{p99:.3g}.",
+            f"Fewer than {HARDLY_ANY_CLIPPED:.1%} of steps are clipped by {limit_text}, which guards against rare spikes. The "
+            f"p99 of the norm is {p99:.3g}.",
         )
     return Finding(
         "good", f"{share:.1%} of steps are clipped by {limit_text}: spikes are bounded, typical steps are left unchanged."

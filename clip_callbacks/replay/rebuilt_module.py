@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -53,6 +54,10 @@ class RebuiltModule:
 
     module: LightningModule
     trainer_options: dict[str, Any] = field(default_factory=dict)
+
+
+class _TrainsByItselfError(BaseException):
+    """Ends a script that trains with a Trainer of its own. A BaseException, so that no ``except Exception`` catches it."""
 
 
 class _ModuleBuiltError(BaseException):
@@ -136,20 +141,21 @@ def _as_main(script: Path | None) -> Iterator[types.ModuleType]:
 def _build(
     main: types.ModuleType, script: Path | None, before: Sequence[str], after: Sequence[str], recorded_script: str
 ) -> RebuiltModule:
+    from lightning.pytorch import Trainer
     from lightning.pytorch.cli import _JSONARGPARSE_SIGNATURES_AVAILABLE, LightningCLI
 
     if not _JSONARGPARSE_SIGNATURES_AVAILABLE:  # otherwise the script would run up to its LightningCLI
         raise ModuleNotFoundError("LightningCLI needs jsonargparse[signatures], which is missing or too old")
     made: list[RebuiltModule] = []
     complaints = io.StringIO()
-    with _intercepted(LightningCLI, before, after, made), suppress_output():
+    with _intercepted(LightningCLI, before, after, made), _without_training(Trainer), suppress_output():
         try:
             with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(complaints):
                 if script is None:
                     LightningCLI()
                 else:
                     exec(compile(script.read_bytes(), str(script), "exec"), main.__dict__)
-        except _ModuleBuiltError:
+        except (_ModuleBuiltError, _TrainsByItselfError):
             pass
         except SystemExit:
             if not made:
@@ -159,7 +165,10 @@ def _build(
         except Exception as error:
             raise UnusableReplayError.from_user_code(str(script or "LightningCLI"), error) from error
     if not made:
-        raise UnusableReplayError(f"`--script` must be a script that makes a LightningCLI when it is run, got {script}.")
+        raise UnusableReplayError(
+            f"`--script` must be a script that makes a LightningCLI when it is run, got {script}. Leave it out, and name the class "
+            "of the model in a YAML file for --config (model: {class_path: package.Model})."
+        )
     return made[0]
 
 
@@ -204,6 +213,22 @@ def _intercepted(cli_class: Any, before: Sequence[str], after: Sequence[str], ma
         yield
     finally:
         cli_class.__init__, cli_class.instantiate_classes, cli_class._run_subcommand = init, instantiate, run
+
+
+@contextmanager
+def _without_training(trainer_class: Any) -> Iterator[None]:
+    """End a script at its first ``Trainer.fit``: the training of a script without LightningCLI must not begin again."""
+    fit = trainer_class.fit
+
+    @functools.wraps(fit)  # jsonargparse reads the options of the subcommand from its signature
+    def refuse(*_: Any, **__: Any) -> None:
+        raise _TrainsByItselfError
+
+    trainer_class.fit = refuse
+    try:
+        yield
+    finally:
+        trainer_class.fit = fit
 
 
 def _config_of(cli: Any) -> Any:

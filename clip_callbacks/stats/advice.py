@@ -108,7 +108,9 @@ class Advice:
 
     def describe(self) -> str:
         """Return the suggestion and its reasons as text."""
-        lines = [f"max_norm={self.max_norm:g} would have clipped {self.clips:.1%} of {self.steps} steps."]
+        lines = [
+            f"max_norm={self.max_norm:g} for the norm of all gradients would have clipped {self.clips:.1%} of {self.steps} steps."
+        ]
         lines += [f"  - {reason}" for reason in self.reasons]
         return "\n".join([*lines, f"Or an adaptive limit that never exceeds it: {self.adaptive_call}."])
 

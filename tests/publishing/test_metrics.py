@@ -178,7 +178,7 @@ def test_monitor_changes_nothing_and_suggests_a_threshold(trainer, said):
     advice = monitor.advice()
     assert advice.max_norm == 10.0
     assert said[1:] == [f"GradientNormMonitor: {advice.describe()}"]
-    assert "max_norm=10 would have clipped 9.1% of 11 steps" in said[1]
+    assert "max_norm=10 for the norm of all gradients would have clipped 9.1% of 11 steps" in said[1]
     assert "p50 6, p90 10, p99 10.9, largest 11" in said[1]
 
 

@@ -60,7 +60,7 @@ def test_columns_that_nobody_fills_are_left_out(trainer, said):
     trainer(GradientNormMonitor()).fit(GradientTape(torch.ones(3, 1)))
     table, suggestion = said
     assert [list(row) for row in cells(table)] == [["", "steps", "total_norm p50", "p90", "p99"]]
-    assert "max_norm=1 would have clipped" in suggestion
+    assert "max_norm=1 for the norm of all gradients would have clipped" in suggestion
 
 
 def test_several_optimizers_share_one_table(trainer, said):

@@ -141,6 +141,9 @@ def test_scripts_that_make_no_cli_or_fail_are_refused(bad, tmp_path, capsys):
     good, path = config(tmp_path, Net, kind="log"), tmp_path / "main.py"
     path.write_text("print('nothing')")
     assert "must be a script that makes a LightningCLI when it is run" in refused(capsys, bad, *good, "--script", path)
+    path.write_text(f"from lightning.pytorch import Trainer\nTrainer().fit(None)\nopen({str(tmp_path / 'after')!r}, 'w')")
+    assert "Leave it out, and name the class of the model in a YAML file" in refused(capsys, bad, *good, "--script", path)
+    assert not (tmp_path / "after").exists(), "its own training must not begin again"
     path.write_text("\n1 / 0")
     assert f"main.py raised ZeroDivisionError: division by zero ({path}, line 2)" in refused(capsys, bad, *good, "--script", path)
 

@@ -29,7 +29,7 @@ def test_suggest_in_text_holds_yaml_to_paste(tmp_path, capsys):
     code, out, err = run_main(capsys, "suggest", write(tmp_path, frame))
     assert (code, err) == (0, "")
     p90 = np.percentile(frame["grad/total_norm"], 90)
-    assert f"max_norm={float(f'{p90:.1e}'):g} would have clipped" in out
+    assert f"max_norm={float(f'{p90:.1e}'):g} for the norm of all gradients would have clipped" in out
     snippet = yaml.safe_load(out[out.index("trainer:") : out.index("# or")])
     assert snippet["trainer"]["callbacks"][0]["init_args"]["max_norm"] == float(f"{p90:.1e}")
 

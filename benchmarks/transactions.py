@@ -122,12 +122,12 @@ class Switch(Callback):
             (self.context,) = self.guard._engine.contexts
             scope = ResourceScope(trainer, pl_module, [self.context], part.schedules, lambda: 0)
             fewer = (statistics_only, line_searches, optimizer_bookkeeping, held_schedules)
-            self.kinds = {True: part._restorer, False: SkippedStepRestorer(scope, fewer)}
+            self.kinds = {True: part.restorer, False: SkippedStepRestorer(scope, fewer)}
         if batch_idx % BLOCK == 0:
             if not self._pair:
                 self._pair = self.dice.sample([True, False], 2)
             self._is_all = self._pair.pop()
-            part._restorer = self.kinds[self._is_all]
+            part.restorer = self.kinds[self._is_all]
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

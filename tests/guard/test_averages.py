@@ -17,63 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
-from clip_callbacks.guard.averages import _fingerprint
 from clip_callbacks.trainer.averages import untrained_weights
+from tests.helpers.averaging import AVERAGES, BATCHES, Subject, ema, loader, weight_averaging
 from tests.helpers.exact_skip import PLACES, differences
 from tests.helpers.matrix import matrix
 from tests.helpers.training import TRUSTING, Regression, TwoNetworks, data, make_trainer, scaled
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
-BATCHES = 9
 MOVED = "moved after a skipped step and before the next one"
-
-
-def weight_averaging(package="lightning.pytorch"):
-    return pytest.importorskip(f"{package}.callbacks.weight_averaging", reason="came with Lightning 2.6")
-
-
-def own_choice():
-    class OwnChoice(weight_averaging().WeightAveraging):
-        def should_update(self, step_idx=None, epoch_idx=None):
-            return step_idx is not None and step_idx % 3 == 1
-
-    return OwnChoice()
-
-
-def ema(**options):
-    return weight_averaging().EMAWeightAveraging(decay=0.8, **options)
-
-
-AVERAGES = {
-    "mean": lambda: weight_averaging().WeightAveraging(),
-    "moving": ema,
-    "every second step": partial(ema, update_every_n_steps=2),
-    "from the third step on": partial(ema, update_starting_at_step=2),
-    "at epochs too": partial(ema, update_every_n_steps=3, update_starting_at_epoch=0),
-    "a subclass with a choice of its own": own_choice,
-    "around the average's buffers": partial(ema, use_buffers=False),
-}
-
-
-class Subject(Regression):
-    """The batch says whether its loss is NaN, or so large that a loss scale is too much."""
-
-    def __init__(self, manual=False, net=None):
-        super().__init__(net=net or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), momentum=0.9)
-        self.automatic_optimization = not manual
-
-    def loss(self, batch, batch_idx):
-        return super().loss(batch, batch_idx) * batch[2]
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(batch, batch_idx)
-        if self.automatic_optimization:
-            return loss
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return None
 
 
 class Kept(Callback):
@@ -84,15 +35,6 @@ class Kept(Callback):
 
     def on_train_epoch_end(self, *_):
         self.state = copy.deepcopy(self.average._average_model.state_dict())
-
-
-def loader(factor=math.nan, bad=(), left_out=(), each=1, batches=BATCHES):
-    """Batches, ``each`` of them for a window."""
-    made = [(*batch, torch.tensor(factor if number in bad else 1.0)) for number, batch in enumerate(data(batches * each, size=1.0))]
-    windows = [made[start : start + each] for start in range(0, len(made), each)]
-    return DataLoader(
-        [batch for number, window in enumerate(windows) if number not in left_out for batch in window], batch_size=None
-    )
 
 
 def averaged(tmp_path, make, batches, order=0, manual=False, guard=GradientClipping, module=Subject, **options):
@@ -499,25 +441,6 @@ def test_an_average_that_follows_a_taken_step_of_the_batch_is_left_alone(trainer
     good, bad = (1.0, 1.0), (math.nan, math.nan)
     assert run(good, (math.nan, 1.0), good, (1.0, math.nan), good) == []
     assert len(run(good, bad, good)) == 1
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.complex64],
-)
-def test_moves_are_seen_in_the_bits(dtype):
-    tensor = nn.Parameter(torch.ones(3, 2).to(dtype).t(), requires_grad=False)
-    before = _fingerprint(tensor)
-    assert _fingerprint(tensor) == before
-    tensor.data[1, 1] = 0
-    assert _fingerprint(tensor) != before
-
-
-def test_what_cannot_be_read_is_known_by_its_version():
-    tensor = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
-    before = _fingerprint(tensor)
-    tensor.mul_(2)
-    assert _fingerprint(tensor) != before
 
 
 def test_weights_apart_are_named_by_the_largest_module(trainer):

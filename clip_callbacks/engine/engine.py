@@ -444,6 +444,7 @@ class StepEngine:
         except (NonFiniteGradientError, RuntimeError) as error:
             self._deferred.detach()  # the state is saved next, and after an error of the device every read raises again
             rank_zero_warn(f"The run was stopped by another exception. The report of its last step: {error}", stacklevel=2)
+        self._publisher.end_after_error(self.contexts)
 
     # --- state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -105,11 +106,24 @@ class Publisher:
             context.history.end_epoch()
             for monitor in self._monitors:
                 values |= monitor.end_epoch(context)
-            counts = {key: count for source in self._sources for key, count in source.count_metrics(context).items()}
+            counts = self._counts(context)
             self._offer(as_floats(context.named(values | counts)))
             if self._logged_at.get(context.index) != step:  # otherwise the loggers have counts of this step already
                 values |= counts
             self._log(as_floats(context.named(values)), step)
+
+    def end_after_error(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Log the counts when an error ends the run, which may be the bad steps since the last logging step."""
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
+        for context in contexts:
+            counts = self._counts(context)
+            if any(counts.values()) and self._logged_at.get(context.index) != step:
+                # the error may be the logger's own: it must stay the one that the user sees
+                with suppress(Exception):
+                    self._log(as_floats(context.named(counts)), step)
+
+    def _counts(self, context: OptimizerContext) -> dict[str, float]:
+        return {key: count for source in self._sources for key, count in source.count_metrics(context).items()}
 
     def _offer_step(self, context: OptimizerContext) -> None:
         """Publish the tensors of a report in ``callback_metrics``; nothing is computed between logging steps."""

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip_callbacks import ClipRule, GradientClipping, NonFiniteGuard, Rollback
+from clip_callbacks import ClipRule, GradientClipping, NonFiniteGradientError, NonFiniteGuard, Rollback
 from tests.helpers.training import SAFELY, GradientTape, Poisoned, TwoNetworks, data, scaled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -50,6 +50,24 @@ def test_an_epoch_that_ends_with_a_logging_step_has_each_count_once(trainer, tmp
     csv = CSVLogger(tmp_path)
     trainer(GradientClipping(1.0), logger=csv, log_every_n_steps=2, max_epochs=2).fit(Poisoned({4: math.nan}), data(5))
     assert logged(csv, "grad/skipped_steps") == [(1, 0.0), (3, 0.0), (4, 1.0), (5, 1.0), (7, 1.0), (9, 1.0)]
+
+
+def test_a_run_that_bad_steps_end_has_all_of_them(trainer, tmp_path):
+    csv = CSVLogger(tmp_path)
+    with pytest.raises(NonFiniteGradientError):
+        trainer(NonFiniteGuard(max_consecutive=3), logger=csv, log_every_n_steps=50).fit(
+            Poisoned(dict.fromkeys((1, 4, 5, 6), math.nan)), data(9)
+        )
+    assert logged(csv, "grad/skipped_steps") == [(6, 4.0)]
+
+
+def test_a_logger_that_fails_is_the_error_that_is_seen(trainer, tmp_path):
+    class Full(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        trainer(GradientClipping(1.0), logger=Full(tmp_path), log_every_n_steps=2).fit(Poisoned({0: math.nan}), data(4))
 
 
 def test_an_epoch_without_a_good_step_has_counts(trainer, tmp_path):

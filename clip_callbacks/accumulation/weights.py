@@ -29,6 +29,9 @@ class LabelTokens:
         shifted: If True, the first label of each sequence is not counted, because the model predicts each label from those before
             it. Causal language models of Hugging Face do so when they compute the loss.
 
+    Raises:
+        ValueError: If ``ignore_index`` is not a whole number.
+
     Example::
 
         >>> LabelTokens("labels")({"labels": torch.tensor([[5, 7, -100], [1, -100, -100]])})
@@ -40,6 +43,11 @@ class LabelTokens:
     key: str | int = "labels"
     ignore_index: int = -100
     shifted: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the label, which torch would compare with any object."""
+        if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
+            raise ValueError(f"`ignore_index` must be a whole number, such as -100, got {self.ignore_index!r}.")
 
     def __call__(self, batch: Any) -> Tensor:
         """Count the labels, without a host sync.

@@ -92,3 +92,9 @@ def test_good_weights():
 def test_a_weight_that_cannot_be_called():
     with pytest.raises(TypeError, match="`weight` must be a function from a batch to a number, or None, got 3"):
         AccumulationRescaling(3)
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, None, True])
+def test_an_ignored_label_that_is_no_label(value):
+    with pytest.raises(ValueError, match="`ignore_index` must be a whole number, such as -100, got "):
+        LabelTokens(ignore_index=value)

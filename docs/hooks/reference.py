@@ -11,7 +11,7 @@ from clip_callbacks import cli
 MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
-    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "rollbacks"),
+    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "dropped_micro_batches", "rollbacks"),
     "ParameterTable": ("names", "groups"),
     "StepReport": (
         *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),

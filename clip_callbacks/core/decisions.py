@@ -17,7 +17,6 @@ from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import coefficients, ones_like
 from clip_callbacks.core.limits import BlockNorms, FixedLimit, LimitState
 from clip_callbacks.core.measurement import Measurement, block_norms
-from clip_callbacks.core.remeasurement import total_norm_in_float64
 from clip_callbacks.core.rules import ClipState, Stage
 
 
@@ -144,11 +143,7 @@ def _norms_after(factors: Tensor | None, partition: Partition, measured: Measure
     if partition.is_whole and (factors is None or measured.is_deferred):
         return measured.total if factors is None else measured.total * factors
     norms = measured.norms if factors is None else measured.norms * factors
-    found = block_norms(norms, partition, measured.norm_type)
-    # The first total was measured again if float32 could not add it up; this one is new. The sums of smaller blocks are in float64.
-    if partition.is_whole and not 0.0 < float(found) < math.inf:
-        return total_norm_in_float64(norms, measured.norm_type)
-    return found
+    return block_norms(norms, partition, measured.norm_type)
 
 
 def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: LimitState) -> tuple[Outcome, LimitState]:

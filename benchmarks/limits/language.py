@@ -22,7 +22,9 @@ RULES: dict[str, list[ClipRule]] = {
     "QuantileLimit(0.1)": [ClipRule(QuantileLimit(0.1))],
     "ZScoreLimit()": [ClipRule(ZScoreLimit())],
     "RobustZScoreLimit()": [ClipRule(RobustZScoreLimit())],
-    "WarmupLimit(QuantileLimit(0.1), steps=50, warmup_limit=1.0)": [ClipRule(WarmupLimit(QuantileLimit(0.1), steps=50, warmup_limit=1.0))],
+    "WarmupLimit(QuantileLimit(0.1), steps=50, warmup_limit=1.0)": [
+        ClipRule(WarmupLimit(QuantileLimit(0.1), steps=50, warmup_limit=1.0))
+    ],
     "EmaLimit(), per parameter": [ClipRule(EmaLimit(), "parameter")],
 }
 WIDTH, CONTEXT, BATCH, WINDOW = 64, 64, 8, 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -90,8 +89,7 @@ def clip_step(
     """
     if clip_value is not None:
         clip_value = as_max_norm(clip_value, "clip_value", " or None")
-    if not 0.0 < scale < math.inf:
-        scale = as_finite(scale, "scale")
+    scale = as_finite(scale, "scale")
     if nonfinite not in POLICIES:  # on healthy steps too, which ask for no policy
         as_policy(nonfinite, "nonfinite")
     with torch.no_grad():  # a decorator costs three more calls

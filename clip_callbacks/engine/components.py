@@ -24,7 +24,7 @@ class Parts:
         guard: The part that decides on bad steps.
         default_guard: The part that decides on bad steps if no other callback brings a guard.
         rescaler: The part that turns the sums of accumulation windows into means.
-        monitor: The part that measures the norms of blocks.
+        monitor: The part that observes the steps.
         norm_type: The order of norms that the callback requires; None if it takes any.
         shows: If True, the progress bar shows the norm.
         summary: If True, a summary is logged at the end of the fit; if False, none is; None leaves it to other callbacks.
@@ -50,7 +50,7 @@ class Components:
         clipper: The part that clips.
         guard: The part that decides on bad steps.
         rescaler: The part that turns the sums of accumulation windows into means.
-        monitors: The parts that measure the norms of blocks.
+        monitors: The parts that observe the steps.
         norm_type: The order of all norms.
         shows: If True, the progress bar shows the norm.
         summary: If True, a summary is logged at the end of the fit: a callback wants it, and no other one declines it.

@@ -221,6 +221,7 @@ def test_names_lose_what_wrappers_have_inserted_and_nothing_else():
     ("options", "message"),
     [
         ({"scale": -1.0}, "`scale` must be a number above 0 and finite, got -1.0"),
+        ({"scale": "x"}, "`scale` must be a number above 0 and finite, got 'x'"),
         ({"scale": math.nan}, "`scale` must be a number above 0 and finite, got nan"),
         ({"nonfinite": "drop"}, "`nonfinite` must be one of skip, raise, zero, ignore, got 'drop'"),
         ({"max_norm": 10**400}, "`max_norm` must be a number above 0"),

@@ -17,7 +17,7 @@ from clip_callbacks import GradientClipping, NonFiniteGuard
 from clip_callbacks.guard.contents import MAX_COPIED_ENTRIES
 from tests.helpers.exact_skip import differences
 from tests.helpers.members import OPTIMIZERS
-from tests.helpers.training import Regression, data, make_trainer, scaled
+from tests.helpers.training import EitherWay, data, make_trainer, scaled
 
 pytestmark = pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning", "ignore:.*lr_scheduler.step.*:UserWarning")
 
@@ -195,7 +195,7 @@ KEEPERS = [
 ]
 
 
-class Subject(Regression):
+class Subject(EitherWay):
     """Trained in either way; what the batch says is NaN is NaN."""
 
     def __init__(self, optimizer, *, automatic=True, **options):
@@ -205,16 +205,6 @@ class Subject(Regression):
     def loss(self, batch, batch_idx):
         loss = super().loss(batch, batch_idx)
         return loss * math.nan if bool(batch[2]) else loss
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(batch, batch_idx)
-        if self.automatic_optimization:
-            return loss
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return None
 
 
 def books(optimizer):

@@ -136,6 +136,20 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
         assert torch.equal(a, b), (a - b).abs().max()
 
 
+class EitherWay(Regression):
+    """Trained in automatic or in manual optimization, as ``automatic_optimization`` says."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch, batch_idx)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+
 class TwoNetworks(Regression):
     """A GAN's shape: each network's loss leaves gradients on the other one too, and its optimizer must not see them."""
 

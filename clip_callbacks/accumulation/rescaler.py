@@ -45,6 +45,22 @@ class NoRescaling:
     def attach(self, contexts: Sequence[OptimizerContext]) -> None:
         """Take up optimizers that are new, or hold other parameters."""
 
+    @property
+    def loss_weight(self) -> float:
+        """Return the factor for the last loss in the sum over its window."""
+        # Lightning has divided it by the number of micro-batches; in manual optimization the user divides losses, or does not
+        return 1.0 if self._is_manual else float(self._trainer.accumulate_grad_batches)
+
+    def loss_factor(self, count: int, scale: float) -> float:
+        """Return the factor from the weighted sum of a window's losses to their mean.
+
+        Args:
+            count: Number of micro-batches that count.
+            scale: Result of :meth:`scale`.
+        """
+        # the mean in an epoch's short last window too, although Lightning divides the gradients of that one by too much
+        return 1.0 if self._is_manual or not count else 1.0 / count
+
     def before_backward(self, loss: Tensor) -> None:
         """Count the micro-batch, and multiply its loss by its weight."""
 
@@ -120,7 +136,7 @@ class Rescaler(NoRescaling):
         self._manual: dict[int, ManualWindow] = {}
         self._contexts: dict[int, OptimizerContext] = {}
         self._has_stepped = False
-        self._last_weight = 1.0
+        self._last_weight = self._last_factor = 1.0
         self._hooks: list[RemovableHandle] = []
 
     @override
@@ -159,6 +175,7 @@ class Rescaler(NoRescaling):
         if not self._is_manual:
             factor = self._window.loss_weight(self._trainer.accumulate_grad_batches, weight)
             self._window.add(weight)
+        self._last_factor = factor
         if factor != 1.0:
             # a hook of the tensor, because no return value of on_before_backward replaces the loss
             self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
@@ -191,6 +208,16 @@ class Rescaler(NoRescaling):
     def has_zero_weight(self) -> bool:  # type: ignore[override]
         """Return whether the last micro-batch has weight 0, so that its loss does not count."""
         return not self._last_weight
+
+    @property
+    def loss_weight(self) -> float:
+        """Return the factor for the last loss, that of its gradient."""
+        return self._last_factor
+
+    @override
+    def loss_factor(self, count: int, scale: float) -> float:
+        # the factor of the gradients: it holds the weights of all ranks, so that the mean over ranks is the weighted one
+        return scale
 
     @override
     def drop_micro_batch(self) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.accumulation.microbatches import MicroBatches
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
+from clip_callbacks.core.losses import weighted_sum
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.noise_scale import WindowNorms
@@ -97,8 +100,10 @@ class Windows:
     def before_backward(self, loss: Tensor) -> None:
         """Record the loss until the step."""
         self.in_window = self.has_backward = True
+        if self._rescaler.acts_on_backward:
+            self._rescaler.before_backward(loss)
         # Detached, so that no graph outlives its backward pass; not read, because that would wait for the device.
-        self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept)
+        self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
@@ -107,8 +112,6 @@ class Windows:
         # with one optimizer every pass is its own, and its gradients need not be looked at
         if self._are_several:
             self._before_pass = {context.index: gradient_fingerprints(context.table) for context in self._contexts}
-        if self._rescaler.acts_on_backward:
-            self._rescaler.before_backward(loss)
 
     def end_pass(self) -> tuple[set[int], set[int]]:
         """Find out which of several optimizers have gradients that the backward pass has changed; the loss is theirs alone.
@@ -170,6 +173,26 @@ class Windows:
             return 1.0
         return self._rescaler.scale(context, 1.0)
 
+    def loss(self, context: OptimizerContext, scale: float) -> Tensor:
+        """Return the loss that an optimizer's gradient belongs to: the weighted mean over the micro-batches of its window.
+
+        Nothing is read on the host.
+
+        Args:
+            context: The optimizer.
+            scale: Result of :meth:`scale`.
+
+        Returns:
+            The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if no backward pass went through Lightning.
+        """
+        window = self._micro_batches[context.index]
+        if not window:
+            # weights that are 0 on this rank only add nothing to the mean over all ranks
+            return torch.full((1,), 0.0 if self._rescaler.acts_on_backward else math.nan, device="cpu")
+        total = weighted_sum([each.loss for each in window], [each.weight for each in window])
+        factor = self._rescaler.loss_factor(len(window), scale)
+        return total if factor == 1.0 else total * factor
+
     def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
         """Return why the gradients of an optimizer's window must be discarded; None if they need not be.
 
@@ -229,7 +252,7 @@ class Windows:
         Returns:
             The losses in them.
         """
-        losses = [loss for window in self._micro_batches.values() for loss, _ in window]
+        losses = [each.loss for window in self._micro_batches.values() for each in window]
         # They get no step: Lightning sets gradients to zero at the first batch of the next epoch.
         if not self._is_manual:
             self.in_window = False
@@ -299,7 +322,7 @@ class InspectedWindows(Windows):
     def after_backward(self, report: ReportMicroBatch) -> bool:
         has_zero_weight = self._rescaler.has_zero_weight
         newest = tuple(window[-1] for window in self._micro_batches.values() if window)[:1]
-        losses = [loss for loss, _ in newest if not has_zero_weight]
+        losses = [each.loss for each in newest if not has_zero_weight]
         is_dropped = self._inspected.after_backward(losses, lambda context: report(context, newest))
         if is_dropped or has_zero_weight:
             self._remove_newest()

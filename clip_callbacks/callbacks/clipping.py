@@ -102,11 +102,12 @@ class GradientClipping(GradientCallback):
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value", " or None")
         self.prog_bar = prog_bar
         self.summary = summary
-        self._guard_options = GuardOptions(as_policy(nonfinite, "nonfinite"))
+        self._nonfinite = as_policy(nonfinite, "nonfinite")
+        self._guard_options = GuardOptions(self._nonfinite)
         self._own_guard: Guard | None = None
 
     def _facts(self) -> CallbackFacts:
-        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type, nonfinite=self._guard_options.policy)
+        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type, nonfinite=self._nonfinite)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Clipper(self.rules, self.shadow, self.clip_value, saved)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_callbacks.core.limits import Limit
-from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State, bad_step_counts
 from clip_callbacks.guard.counts import BadStepCounts
 from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.journal import check_folder
-from clip_callbacks.guard.options import Bundles, GuardOptions, Level, Rollback
+from clip_callbacks.guard.options import Bundles, GuardOptions, GuardPolicy, Level, Rollback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -52,7 +51,8 @@ class NonFiniteGuard(GradientCallback):
     were.
 
     Args:
-        policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step.
+        policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "warn" of them and take the
+            step; "ignore" them and take the step.
         max_consecutive: Number of bad batches in a row at which an error is raised on all ranks, or a rollback begins; at least
             1. Many bad steps in one batch, as with truncated backpropagation, are one bad batch.
         level: Unit that is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", so
@@ -60,15 +60,23 @@ class NonFiniteGuard(GradientCallback):
             memory for the gradients of one micro-batch. On several ranks it works with plain DDP only, drops on all ranks what is
             bad on one, and costs one more average of gradients for each window.
         skip_above: Number or Limit. A step with finite gradients whose total norm, before clipping, is above it is a spike, and is
-            skipped, counted and bounded like a bad one. The limit treats its norm as clipped. Needs the policy "skip",
-            and a limit that healthy steps stay under: not EmaLimit or QuantileLimit(0.1), which most steps exceed.
+            skipped, counted and bounded like a bad one; under the policy "warn" it is reported and taken, under others this must
+            be None. The limit treats its norm as clipped. Choose a limit that healthy steps stay under: not EmaLimit or
+            QuantileLimit(0.1), which most steps exceed.
+        loss_above: Number or Limit. A finite step is a spike, too, if the loss of its window is above it: the mean over the window
+            and all ranks that the gradient belongs to, weighted as AccumulationRescaling weights it, without the loss scale. In
+            manual optimization it is the sum of the losses, like the gradient, and backward passes have to go through
+            ``manual_backward``. The number may have any sign; a limit must take losses, as
+            :class:`~clip_callbacks.RobustZScoreLimit` does, which compares with the median of the last losses. It takes in a
+            spike as clipped. Not judged in a search for the learning rate.
+        both: If True, a step is a spike only if it is above both ``skip_above`` and ``loss_above``; else above one of them.
         hold_schedulers: If True, step-interval learning-rate schedules do not advance at a skipped step.
         trace_forward: If True, a batch whose loss is not finite is run again under hooks, to name the first module whose output is
             not finite. This keeps the batches of a window until its step. Not in manual optimization.
         deferred: If True, steps of a fused optimizer are decided on the device without a host sync: a bad one is skipped at once,
             the host learns of it one step later, and its report holds norms of the parameters instead of counts. An error is raised
-            where that is impossible. None: wherever the gradients are on a device, the policy is "skip" or "ignore", all gradients
-            get one factor, and no step-interval schedule has to be held.
+            where that is impossible. None: wherever the gradients are on a device, the policy is "skip", "warn" or "ignore", all
+            gradients get one factor, and no step-interval schedule has to be held.
         bundles: Folder in which each bad step is kept, to be run again by ``clip-callbacks replay``, or a
             :class:`~clip_callbacks.Bundles` with a folder and further options.
         rollback: A :class:`~clip_callbacks.Rollback` returns to the last good weights after ``max_consecutive`` bad batches in a
@@ -77,8 +85,9 @@ class NonFiniteGuard(GradientCallback):
             table among them needs a fit of at least 100 optimizer steps.
 
     Raises:
-        ValueError: If the policy or level is unknown, ``max_consecutive`` or ``skip_above`` is out of its range, or ``level``,
-            ``skip_above`` or ``rollback`` does not go with the policy; at fit start, if bundles cannot be written.
+        ValueError: If the policy or level is unknown, ``max_consecutive``, ``skip_above`` or ``loss_above`` is out of its range,
+            ``both`` is True without these two, or ``level``, ``skip_above``, ``loss_above`` or ``rollback`` does not go with the
+            policy; at fit start, if bundles cannot be written.
         TypeError: If ``bundles`` or ``rollback`` is of another class.
         NonFiniteGradientError: In training, at a bad step under the policy "raise", or at the last of ``max_consecutive`` bad
             batches in a row.
@@ -93,11 +102,13 @@ class NonFiniteGuard(GradientCallback):
 
     def __init__(
         self,
-        policy: Policy = "skip",
+        policy: GuardPolicy = "skip",
         *,
         max_consecutive: int = 10,
         level: Level = "window",
         skip_above: float | Limit | None = None,
+        loss_above: float | Limit | None = None,
+        both: bool = False,
         hold_schedulers: bool = True,
         trace_forward: bool = False,
         deferred: bool | None = None,
@@ -113,6 +124,8 @@ class NonFiniteGuard(GradientCallback):
             max_consecutive=max_consecutive,
             level=level,
             skip_above=skip_above,
+            loss_above=loss_above,
+            both=both,
             hold_schedulers=hold_schedulers,
             trace_forward=trace_forward,
             deferred=deferred,
@@ -120,7 +133,7 @@ class NonFiniteGuard(GradientCallback):
             rollback=rollback,
         )
         self.policy, self.max_consecutive, self.level = policy, max_consecutive, level
-        self.skip_above = self._options.skip_limit
+        self.skip_above, self.loss_above, self.both = self._options.limits
         self.hold_schedulers, self.trace_forward, self.deferred = hold_schedulers, trace_forward, deferred
         self.bundles, self.rollback = bundles, rollback
         self.summary = summary
@@ -139,6 +152,11 @@ class NonFiniteGuard(GradientCallback):
     def overflowed_steps(self) -> int:
         """Number of steps that a GradScaler skipped for an overflow."""
         return self._collected_counts.overflowed
+
+    @property
+    def spikes(self) -> int:
+        """Number of finite steps above ``skip_above`` or ``loss_above``, skipped or only reported."""
+        return self._collected_counts.spikes
 
     @property
     def rollbacks(self) -> int:
@@ -192,7 +210,7 @@ class NonFiniteGuard(GradientCallback):
         return searching
 
     def _empty_state(self) -> dict[str, Any]:
-        return {"skip_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}
+        return {"skip_above": {}, "loss_above": {}, "skipped_batches": (-1, 0, 0), **BadStepCounts({}).state_dict()}
 
     def _check_state(self, state: State) -> None:
         check_saved(state)

@@ -11,13 +11,15 @@ class Action(Enum):
     """An instruction to :func:`~clip_callbacks.core.step.apply_step` about a measured step."""
 
     CLIP = "clip"
-    """Clip to the limits. Non-finite entries stay, and no limit takes a non-finite step into its state."""
+    """Clip to the limits, a spike too. Non-finite entries stay, and no limit takes a non-finite step into its state."""
     ZERO = "zero"
     """Set non-finite entries to 0, then clip."""
     SKIP = "skip"
     """Set all gradients to None, so that the optimizer changes nothing."""
     ON_DEVICE = "on_device"
-    """Clip a deferred step, or skip it if its gradients are not finite. The device decides; the host does not know the result."""
+    """Clip a deferred step, or skip it if its gradients are not finite or it is a spike. The device decides."""
+    SKIP_SPIKE = "skip_spike"
+    """Clip a deferred step, or skip it if it is a spike; non-finite gradients are taken as they are. The device decides."""
 
 
 class StepOutcome(str, Enum):

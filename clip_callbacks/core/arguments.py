@@ -74,6 +74,8 @@ def as_finite(
         found = math.nan
     if low < found < high or (low_too and found == low) or (high_too and found == high):
         return found
+    if low == -math.inf and high == math.inf:
+        raise ValueError(f"`{argument}` must be a finite number, got {number!r}.")
     if high_too:
         raise ValueError(f"`{argument}` must be above {low:g} and at most {high:g}, got {number!r}.")
     lower = f"of at least {low:g}" if low_too else f"above {low:g}"

@@ -14,7 +14,7 @@ from clip_callbacks.core.diagnosis import examine
 from clip_callbacks.core.limits import Limit, MaxNorm
 from clip_callbacks.core.nonfinite import POLICIES, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
-from clip_callbacks.core.rules import ClipRule, ClipState, Plan
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipRule, ClipState, Plan, SpikeLimits
 from clip_callbacks.core.step import ACTIONS, NOT_DEFERRABLE, MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport
 
@@ -95,7 +95,7 @@ def clip_step(
     with torch.no_grad():  # a decorator costs three more calls
         table = table_of(parameters)
         shadows = [one if isinstance(one, ClipRule) else _rules(one, None)[0] for one in shadow] if shadow else ()
-        plan = Plan.of(table, _rules(max_norm, rules), shadows, skip_above)
+        plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))
         state = plan.init() if state is None else state
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
         record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
@@ -132,13 +132,12 @@ def _resolve(step: MeasuredStep, nonfinite: Policy) -> Action:
     if step.norms.is_deferred:
         # The host learns nothing of the gradients here: "raise" and "zero" need it to know that the step is bad.
         if nonfinite == "ignore":
-            return Action.CLIP
+            return Action.SKIP_SPIKE if step.thresholds.exist else Action.CLIP
         if nonfinite != "skip":
             raise ValueError(NOT_DEFERRABLE.format(f"got {nonfinite!r}"))
         return Action.ON_DEVICE
-    # Of a spike too: `apply_step` knows the skip threshold, and skips whatever the action is.
     if step.norms.is_finite:
-        return Action.CLIP
+        return Action.SKIP if step.is_spike else Action.CLIP
     if nonfinite == "raise":
         # the tensors at fault are searched only here, on the way to the error: the norms alone have shown that there are some
         raise NonFiniteGradientError(examine(step.table).describe())

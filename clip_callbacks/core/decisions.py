@@ -1,4 +1,4 @@
-r"""Decisions of the rules, the shadows and the skip threshold on the norms of one step.
+r"""Decisions of the rules and the shadows on the norms of one step.
 
 Rules run in order, and the gradients are read only once: a rule with the coefficients :math:`c` leaves the norms :math:`c \cdot n`
 to the next one.
@@ -96,39 +96,6 @@ def shadow(stages: Sequence[Stage], measured: Measurement, state: ClipState) -> 
     return tuple(outcome for (outcome,), _, _ in alone), tuple(after for _, _, (after,) in alone)
 
 
-@dataclass(frozen=True, eq=False)
-class SkipThreshold:
-    """Total norm above which a finite step is skipped.
-
-    Args:
-        limit: The threshold in the unit of the gradients, 0-dim.
-        is_exceeded: True if the step is finite and its total norm is above the limit, 0-dim bool.
-    """
-
-    limit: Tensor
-    is_exceeded: Tensor
-
-
-def skip_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tuple[SkipThreshold, LimitState]:
-    """Evaluate the limit ``skip_above`` on the total norm of a step.
-
-    Args:
-        stage: Stage of ``skip_above``, whose only block is the whole gradient.
-        measured: Norms of the step.
-        state: State of the limit before the step; not changed.
-
-    Returns:
-        The threshold, and the limit's state after the step, which takes in a spike as the limit would clip it.
-    """
-    outcome, after = apply_limit(stage, measured.total, measured, state)
-    total = measured.total.reshape(())
-    # The norm is compared with the limit itself: at a fixed limit, the 1e-6 makes the coefficient less than 1 already.
-    limit = outcome.limits
-    limit = limit.reshape(()) if isinstance(limit, Tensor) else torch.full_like(total, limit)
-    # NaN fails both comparisons and inf the second one: a non-finite step is the affair of the policy
-    return SkipThreshold(limit, (total > limit).logical_and(total < math.inf)), after
-
-
 def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, ...]:
     """Return the outcomes of a skipped step: norms of the blocks, no limits, coefficients of 1."""
     # without limits no state is read, and every stage sees the norms as they were measured
@@ -190,7 +157,7 @@ def _outcome(stage: Stage, norms: Tensor, limits: Tensor | float, measured: Meas
 def _state_after(measured: Measurement, before: LimitState, after: LimitState) -> LimitState:
     """Return the state for the next step: the old one if the step must leave no trace.
 
-    That is a non-finite step, and in a deferred step a spike above ``skip_above`` too (:attr:`Measurement.counts`).
+    That is a non-finite step, and in a deferred step a spike that the device skips, too (:attr:`Measurement.counts`).
     """
     if not before:
         return after

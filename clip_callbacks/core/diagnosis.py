@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.spikes import Threshold, Thresholds
 from clip_callbacks.core.tensor_table import TensorTable, learns
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
@@ -156,44 +157,74 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Spike:
-    """A finite step that is skipped because its norm is above the skip threshold.
+    """A finite step whose total norm, or the loss of whose window, is above a threshold of the guard.
 
     Args:
         total_norm: The norm of all gradients.
-        limit: The skip threshold.
+        limit: The threshold of the norm; None if there is none, or none yet.
+        loss: The loss of the window; None without a threshold of the loss.
+        loss_limit: The threshold of the loss; None if there is none, or none yet.
         largest: The parameters with the largest norms, each with its norm, largest first.
     """
 
     total_norm: float
-    limit: float
+    limit: float | None
+    loss: float | None
+    loss_limit: float | None
     largest: tuple[tuple[str, float], ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], norms: Tensor, total: Tensor, limit: Tensor) -> Spike:
+    def of(cls, names: Sequence[str], norms: Tensor, total: Tensor, thresholds: Thresholds) -> Spike:
         """Select the largest norms of all parameters.
 
         Args:
             names: The names of the N parameters.
             norms: The norms of their gradients, shape ``(N,)``.
             total: The norm of all gradients.
-            limit: The skip threshold.
+            thresholds: The thresholds of the step.
         """
         places = norms.topk(min(MAX_LISTED, len(norms))).indices.tolist()
         numbers = norms.tolist()
-        return cls(float(total), float(limit), tuple((names[place], numbers[place]) for place in places))
+        loss = thresholds.loss
+        return cls(
+            float(total),
+            _finite_limit(thresholds.norm),
+            None if loss is None else float(loss.value),
+            _finite_limit(loss),
+            tuple((names[place], numbers[place]) for place in places),
+        )
+
+    @property
+    def exceeded(self) -> list[str]:
+        """The names of the guard's arguments whose threshold was exceeded."""
+        pairs = {"skip_above": (self.total_norm, self.limit), "loss_above": (self.loss, self.loss_limit)}
+        return [name for name, (value, limit) in pairs.items() if value is not None and limit is not None and value > limit]
 
     def facts(self) -> dict[str, Any]:
-        """Return the spike for a line of the journal, whose keys are fixed."""
+        """Return the spike for a line of the journal, whose keys are fixed; thresholds that there are none of are left out."""
+        numbers = {"total_norm": self.total_norm, "limit": self.limit, "loss": self.loss, "loss_limit": self.loss_limit}
+        known = {key: number for key, number in numbers.items() if number is not None}
         largest = [{"name": name, "norm": norm} for name, norm in self.largest]
-        return {"stage": "spike", "message": str(self), "total_norm": self.total_norm, "limit": self.limit, "largest": largest}
+        return {"stage": "spike", "message": str(self), **known, "largest": largest}
 
     def __str__(self) -> str:
-        """The norm and the threshold, in one sentence."""
-        return f"total_norm {self.total_norm:.4g} is above skip_above, now {self.limit:.4g}"
+        """The numbers and the thresholds that they exceed, in one sentence."""
+        sentences = {
+            "skip_above": f"total_norm {self.total_norm:.4g} is above skip_above, now {self.limit or 0.0:.4g}",
+            "loss_above": f"loss {self.loss or 0.0:.4g} is above loss_above, now {self.loss_limit or 0.0:.4g}",
+        }
+        return " and ".join(sentences[name] for name in self.exceeded)
 
     def describe(self) -> str:
         """Return the parameters with the largest norms, for users."""
         return "Largest gradients: " + ", ".join(f"{name} {norm:.4g}" for name, norm in self.largest[:4])
+
+
+def _finite_limit(threshold: Threshold | None) -> float | None:
+    # inf in the warm-up of an adaptive limit, which JSON has no number for
+    if threshold is None or not math.isfinite(limit := float(threshold.limit)):
+        return None
+    return limit
 
 
 _STAGES: dict[FaultStage, str] = {

@@ -102,6 +102,7 @@ class Measurement:
         counts: A flag, 0-dim bool, if limits may take a deferred step into their states; None if that depends on finite gradients
             alone.
         loss_is_finite: True if all known losses of the step are finite; a 0-dim bool tensor if the step is deferred.
+        loss: The loss of the window over all ranks, shape ``(1,)``, not finite if it is unknown; None if no limit needs it.
     """
 
     norms: Tensor
@@ -113,6 +114,7 @@ class Measurement:
     is_deferred: bool = False
     counts: Tensor | None = None
     loss_is_finite: bool | Tensor = True
+    loss: Tensor | None = None
 
     @cached_property
     def is_finite(self) -> bool:
@@ -144,6 +146,7 @@ def measure(
     spec: MeasurementSpec = MeasurementSpec(),
     deferred: bool = False,
     losses: Sequence[Tensor] | None = None,
+    loss: Tensor | None = None,
 ) -> Measurement:
     """Measure the norms of gradients by one read, and those that are not reliable by a second one.
 
@@ -156,24 +159,29 @@ def measure(
         deferred: If True, nothing is read on the host, and no gradient is read a second time.
         losses: The losses of the step, read together with the norms. A non-finite one makes the step bad, whatever its gradients
             are. None, on all ranks alike, if losses are not checked.
+        loss: The loss of the window, shape ``(1,)``: with sharded gradients that of this rank, else over all ranks. None, on all
+            ranks alike, if no limit needs it.
     """
     table, reduction = gradients.table, gradients.table.reduction
     # with a reduction a rank without gradients goes on, since the others wait for it in the collective
     if not gradients.tensors and not reduction:
-        return replace(_nothing(gradients, norm_type, spec, scale, deferred=deferred), loss_is_finite=are_finite(losses or ()))
+        nothing = _nothing(gradients, norm_type, spec, scale, deferred=deferred)
+        return replace(nothing, loss_is_finite=are_finite(losses or ()), loss=None if loss is None else loss.cpu())
     norms = shard_norms = _shard_norms(gradients, norm_type, spec)
     weights = _shard_weight_norms(table, norm_type, spec)
     if reduction:
-        norms, weights, losses = _over_all_ranks(table, shard_norms, weights, losses, norm_type, spec)
+        norms, weights, losses, loss = _over_all_ranks(table, shard_norms, weights, losses, loss, norm_type, spec)
     total = _total(norms, norm_type, spec)
     # no second read: only the host could ask for it, so a norm that overflows makes a bad step
     if deferred:
         measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
+        if loss is not None:
+            measured = replace(measured, loss=loss.to(norms.device))
         if losses:
             measured = replace(measured, loss_is_finite=torch.isfinite(sum_of(losses)).reshape(()))
         return measured
 
-    norms, total, weights, divisor, loss_is_finite = on_host(norms, total, weights, loss_scale, losses)
+    norms, total, weights, divisor, loss_is_finite, loss = on_host(norms, total, weights, loss_scale, losses, loss)
     # before the norms are scaled: what overflows is a power of the entries as they are in memory
     norms, total = remeasure(gradients, shard_norms, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
     # Only norms are scaled here. Gradients are multiplied once, by this factor and their coefficients together.
@@ -182,10 +190,10 @@ def measure(
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
     if spec.by_unit:
         parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
-        return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
+        return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite, loss=loss)
     if not reduction:  # with one they are laid out for all parameters already
         norms = gradients.fill(norms)
-    return Measurement(norms, total, norms, norm_type, weights, scale, loss_is_finite=loss_is_finite)
+    return Measurement(norms, total, norms, norm_type, weights, scale, loss_is_finite=loss_is_finite, loss=loss)
 
 
 def _deferred(
@@ -224,16 +232,18 @@ def _over_all_ranks(
     shard_norms: Tensor,
     weights: Tensor | None,
     losses: Sequence[Tensor] | None,
+    loss: Tensor | None,
     norm_type: float,
     spec: MeasurementSpec,
-) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None, Tensor | None]:
     """Reduce norms of this rank's shards to those of whole tensors, for gradients and weights, by one collective.
 
-    The same collective tells all ranks of a non-finite loss: it carries a further set of numbers, which are 0 otherwise.
+    The same collective tells all ranks of a non-finite loss: it carries a further set of numbers, which are 0 otherwise. And it
+    averages the loss of the window, if a limit needs it.
 
     Returns:
-        Norms of gradients; norms of weights; and, in place of this rank's losses, a number that is non-finite if a loss of any rank
-        is.
+        Norms of gradients; norms of weights; in place of this rank's losses, a number that is non-finite if a loss of any rank is;
+        and the mean of the window's loss over the ranks.
     """
     reduction = table.unit_reduction if spec.by_unit else table.reduction
     assert reduction is not None
@@ -247,11 +257,15 @@ def _over_all_ranks(
             # 0, or NaN of a non-finite loss; multiplied before the cast, since a finite float64 loss may be beyond float32
             sets["losses"] += (sum_of(losses) * 0.0).to(shard_norms)
     together = shard_norms if len(sets) == 1 else torch.cat(list(sets.values()))
-    each = reduction.norms(together, norm_type).split(len(shard_norms))  # type: ignore[no-untyped-call]
+    if loss is None:
+        over_ranks = reduction.norms(together, norm_type)
+    else:
+        over_ranks, loss = reduction.norms_and_mean(together, norm_type, loss)
+    each = over_ranks.split(len(shard_norms))  # type: ignore[no-untyped-call]
     reduced = dict(zip(sets, each, strict=True))
     if losses is not None:
         losses = (reduced["losses"].amax(),)
-    return reduced["norms"], reduced.get("weights"), losses
+    return reduced["norms"], reduced.get("weights"), losses, loss
 
 
 def _shard_norms(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -> Tensor:
@@ -346,17 +360,22 @@ def _laid_out(
 
 
 def on_host(
-    norms: Tensor, total: Tensor, weights: Tensor | None, loss_scale: Tensor | None, losses: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, float, bool]:
+    norms: Tensor,
+    total: Tensor,
+    weights: Tensor | None,
+    loss_scale: Tensor | None,
+    losses: Sequence[Tensor] | None = None,
+    loss: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, float, bool, Tensor | None]:
     """Copy to the host all that the rest of the step is decided from, by the one host sync of a step; none on a CPU.
 
     Returns:
-        Norms, total norm and weight norms; the loss scale as a number; and whether the losses are finite.
+        Norms, total norm and weight norms; the loss scale as a number; whether the losses are finite; and the loss of the window.
     """
     # on a CPU nothing waits, and each number is read where it is
     if norms.is_cpu:
         divisor = 1.0 if loss_scale is None else float(loss_scale)
-        return norms, total, weights, divisor, are_finite(losses or ())
+        return norms, total, weights, divisor, are_finite(losses or ()), None if loss is None else loss.cpu()
     # one tensor, since each copy would wait for the device
     parts = {"norms": norms, "total": total}
     if weights is not None:
@@ -364,9 +383,12 @@ def on_host(
     if loss_scale is not None:
         parts["loss_scale"] = loss_scale.to(norms).reshape(1)
     if losses:
-        parts["loss"] = sum_of(losses).to(norms)
+        parts["losses"] = sum_of(losses).to(norms)
+    if loss is not None:
+        parts["loss"] = loss.to(norms)
     together = torch.cat(list(parts.values())).cpu()
     each = together.split([len(part) for part in parts.values()])  # type: ignore[no-untyped-call]
     read = dict(zip(parts, each, strict=True))
     divisor = float(read.get("loss_scale", 1.0))
-    return read["norms"], read["total"], read.get("weights"), divisor, "loss" not in read or are_finite([read["loss"]])
+    are_losses_finite = "losses" not in read or are_finite([read["losses"]])
+    return read["norms"], read["total"], read.get("weights"), divisor, are_losses_finite, read.get("loss")

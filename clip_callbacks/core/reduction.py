@@ -139,6 +139,33 @@ class Reduction:
         counts = self.counts if sets <= 1 else self.counts.repeat(sets)
         return self._summed(parts.pow(norm_type) * counts).pow(1.0 / norm_type).to(local)
 
+    def norms_and_mean(self, local: Tensor, norm_type: float, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce norms as :meth:`norms` does, and average a number over the ranks, by the same collective.
+
+        Args:
+            local: Norms of this rank's shards, as for :meth:`norms`.
+            norm_type: The order p.
+            value: This rank's number, of any sign, shape ``(1,)``. If that of any rank is not finite, the mean is not finite.
+
+        Returns:
+            The norms, and the mean of shape ``(1,)``; both with the dtype and device of ``local``.
+        """
+        parts, own = local.to(self.counts.device, torch.float64), value.to(self.counts.device, torch.float64)
+        sizes = [dist.get_world_size(group) for group in self.groups]
+        if math.isinf(norm_type):
+            # a maximum adds nothing up: each rank has a place of its own for its number
+            places = torch.full((math.prod(sizes),), -math.inf, dtype=torch.float64, device=self.counts.device)
+            place = 0
+            for group, size in zip(self.groups, sizes, strict=True):
+                place = place * size + dist.get_rank(group)
+            places[place] = own[0]
+            norms, numbers = self._largest(torch.cat([parts, places])).split([len(parts), len(places)])  # type: ignore[no-untyped-call]
+            return norms.to(local), numbers.mean().reshape(1).to(local)
+        sets = len(local) // max(1, len(self.counts))
+        powers = parts.pow(norm_type) * self.counts.repeat(sets)
+        sums, mean = self._summed(torch.cat([powers, own / math.prod(sizes)])).split([len(parts), 1])  # type: ignore[no-untyped-call]
+        return sums.pow(1.0 / norm_type).to(local), mean.to(local)
+
     def norms_in_float64(self, local: Tensor, norm_type: float) -> Tensor:
         """Reduce norms in float64, scaled by the largest, by two collectives; non-finite only where a shard is."""
         parts = local.to(self.counts.device, torch.float64)
@@ -187,6 +214,18 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     together = torch.tensor(float(flag), device=device)
     dist.all_reduce(together, dist.ReduceOp.MAX)
     return bool(together)
+
+
+def mean_over_ranks(value: Tensor, device: torch.device) -> Tensor:
+    """Average a number over all ranks, by one collective.
+
+    Args:
+        value: The number of this rank, shape ``(1,)``, float32 or float64.
+        device: The device from which ranks communicate.
+    """
+    mean = value.to(device, torch.float64) / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean.to(value)
 
 
 def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import is_
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,13 +22,13 @@ RESERVED_NAMES = {
     *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
     *("total_norm_p50", "total_norm_p90", "total_norm_p99", "amp_scale", "accumulation_scale", "noise_scale"),
     *("shadow_clip_fraction", "shadow_clip_fraction_epoch"),
-    *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks"),
+    *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks", "spikes", "loss", "loss_limit"),
 }
 """Names that no rule may have. The metrics of a rule are called "grad/<name>/…", and some loggers make a folder of each part of a
 name: "grad/total_norm" cannot be a metric and a folder."""
 
 ClipState: TypeAlias = tuple[LimitState, ...]
-"""States of all limits of a step: one for each rule, then one for each shadow, then that of ``skip_above`` if there is one."""
+"""States of all limits of a step: one for each rule, then one for each shadow, then those of ``skip_above`` and ``loss_above``."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,24 @@ def selection_of(rule: ClipRule) -> Selection:
     return Selection(rule.include, rule.exclude)
 
 
+class SpikeLimits(NamedTuple):
+    """Limits above which a finite step is a spike.
+
+    Args:
+        skip_above: Limit of the total norm; None for none.
+        loss_above: Limit of the window's loss; None for none.
+        both: If True, a step is a spike only if it is above both limits; else one of them is enough.
+    """
+
+    skip_above: MaxNorm = None
+    loss_above: Limit | None = None
+    both: bool = False
+
+
+NO_SPIKE_LIMITS = SpikeLimits()
+"""Limits of a step that is never a spike."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A rule bound to the parameters of one optimizer.
@@ -140,27 +158,37 @@ class Plan:
     Args:
         rules: Stages that clip, in order.
         shadows: Stages that are evaluated and change no gradient.
-        skip_above: Stage whose limit is the skip threshold: a finite step with a larger total norm is skipped. None: no threshold.
         by_unit: If True, the norms of units are measured, because some scope is "unit".
+        skip_above: Stage whose limit is the largest total norm of a step that is no spike; None for no limit.
+        loss_above: Stage whose limit is the largest loss of a step that is no spike; None for no limit.
+        both: If True, a spike is above both of them; else above one.
     """
 
     rules: tuple[Stage, ...]
     shadows: tuple[Stage, ...]
-    skip_above: Stage | None
-    by_unit: bool
+    by_unit: bool = False
+    skip_above: Stage | None = None
+    loss_above: Stage | None = None
+    both: bool = False
 
     @classmethod
-    def of(cls, table: TensorTable, rules: Sequence[ClipRule], shadows: Sequence[ClipRule], skip_above: MaxNorm) -> Plan:
+    def of(
+        cls,
+        table: TensorTable,
+        rules: Sequence[ClipRule],
+        shadows: Sequence[ClipRule],
+        spikes: SpikeLimits = NO_SPIKE_LIMITS,
+    ) -> Plan:
         """Bind rules to parameters. The last plan of each table is cached and returned again for the same rules.
 
         Args:
             table: The parameters.
             rules: Rules that clip, in order.
             shadows: Rules that change no gradient.
-            skip_above: Limit of the total norm above which a finite step is skipped; None for no threshold.
+            spikes: Limits above which a finite step is a spike.
         """
         # Compared by identity, which costs less than equality and holds at every step of a loop that keeps its rules.
-        key = (*rules, None, *shadows, None, skip_above)
+        key = (*rules, None, *shadows, None, *spikes)
         cached = _LAST_PLANS.get(table)
         if cached is not None and len(cached[0]) == len(key) and all(map(is_, cached[0], key)):
             return cached[1]
@@ -171,8 +199,9 @@ class Plan:
         def bind(rule: ClipRule) -> Stage:
             return Stage.of(rule, table, by_unit=by_unit)
 
-        threshold = None if skip_above is None else bind(ClipRule(as_limit(skip_above, "skip_above")))
-        plan = cls(tuple(map(bind, rules)), tuple(map(bind, shadows)), threshold, by_unit)
+        skip_above = None if spikes.skip_above is None else bind(ClipRule(as_limit(spikes.skip_above, "skip_above")))
+        loss_above = None if spikes.loss_above is None else bind(ClipRule(spikes.loss_above))
+        plan = cls(tuple(map(bind, rules)), tuple(map(bind, shadows)), by_unit, skip_above, loss_above, spikes.both)
         # One plan a table: a loop has one set of rules. The plan holds partitions and not the table, or the entry would never go.
         _LAST_PLANS[table] = key, plan
         return plan
@@ -180,12 +209,12 @@ class Plan:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All stages in the order of their states."""
-        threshold = () if self.skip_above is None else (self.skip_above,)
-        return (*self.rules, *self.shadows, *threshold)
+        thresholds = [stage for stage in (self.skip_above, self.loss_above) if stage is not None]
+        return (*self.rules, *self.shadows, *thresholds)
 
     @cached_property
     def count_of_clipping(self) -> int:
-        """Count of the states of rules and shadows; that of ``skip_above`` comes after them."""
+        """Count of the states of rules and shadows; those of ``skip_above`` and ``loss_above`` come after them."""
         return len(self.rules) + len(self.shadows)
 
     @cached_property
@@ -210,7 +239,7 @@ class Plan:
         return tuple(stage.init() for stage in self.stages)
 
     def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:
-        """Split a state into those of the rules, of the shadows, and of ``skip_above``.
+        """Split a state into those of the rules, of the shadows, and of ``skip_above`` and ``loss_above``.
 
         Args:
             state: States of all stages, as :meth:`init` or the last step returned them.

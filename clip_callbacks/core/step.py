@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import clamp_, drop_gradients, write, write_deferred, zero_nonfinite_
-from clip_callbacks.core.decisions import Outcome, SkipThreshold, decide, describe, shadow, skip_threshold
+from clip_callbacks.core.decisions import Outcome, decide, describe, shadow
 from clip_callbacks.core.fused import accepts_factors, clear_fused_factors
 from clip_callbacks.core.gradients import Gradients, gradients_of
-from clip_callbacks.core.limits import LimitState
 from clip_callbacks.core.measurement import FALSE, TRUE, Measurement, measure
 from clip_callbacks.core.nonfinite import Policy
 from clip_callbacks.core.rules import ClipState, Plan
+from clip_callbacks.core.spikes import NO_THRESHOLDS, Thresholds, evaluate
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -34,8 +34,8 @@ class MeasuredStep:
         norms: The measured norms.
         scale: The factor for all gradients that turns a window's sum into its mean.
         loss_scale: The factor that the loss was multiplied by; None is 1.
-        threshold: The skip threshold, if there is one.
-        threshold_state: The state of the skip threshold's limit after the step, in a tuple; empty without one.
+        thresholds: The limits above which the step is a spike.
+        threshold_states: The states of these limits after the step.
     """
 
     plan: Plan
@@ -43,8 +43,8 @@ class MeasuredStep:
     norms: Measurement
     scale: float
     loss_scale: Tensor | None
-    threshold: SkipThreshold | None
-    threshold_state: tuple[LimitState, ...]
+    thresholds: Thresholds = NO_THRESHOLDS
+    threshold_states: ClipState = ()
 
     @property
     def table(self) -> TensorTable:
@@ -53,8 +53,8 @@ class MeasuredStep:
 
     @property
     def is_spike(self) -> bool:
-        """Whether the norm of a finite step is above the skip threshold. This must not be read of a deferred step."""
-        return self.threshold is not None and bool(self.threshold.is_exceeded)
+        """Whether a finite step is a spike. This must not be read of a deferred step."""
+        return self.thresholds.exist and bool(self.thresholds.is_exceeded)
 
 
 def measure_step(
@@ -67,6 +67,7 @@ def measure_step(
     loss_scale: Tensor | None = None,
     deferred: bool = False,
     losses: Sequence[Tensor] | None = None,
+    loss: Tensor | None = None,
 ) -> MeasuredStep:
     """Measure the gradients of one step, and change nothing: the first half of :func:`clip_step`.
 
@@ -82,27 +83,25 @@ def measure_step(
         deferred: If True, nothing is read on the host.
         losses: The losses of the step. A non-finite one makes the step bad, whatever its gradients are. None, on all ranks alike,
             if losses are not checked.
+        loss: The loss of the window, as for :func:`~clip_callbacks.core.measurement.measure`; needed if the plan limits it.
     """
     gradients = gradients_of(table)
     # without gradients there is nothing on a device to wait for: the host decides
     deferred = deferred and gradients.exist
-    norms = measure(gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses)
-    if plan.skip_above is None:
-        return MeasuredStep(plan, gradients, norms, scale, loss_scale, None, ())
+    norms = measure(
+        gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses, loss=loss
+    )
+    if plan.skip_above is None and plan.loss_above is None:
+        return MeasuredStep(plan, gradients, norms, scale, loss_scale)
     *_, held = plan.parts(state)
-    # Evaluated before the action is chosen, which depends on it (`is_spike`). The new state waits for `apply_step`.
-    threshold, after = skip_threshold(plan.skip_above, norms, held[0])
-    if deferred:  # the limits that clip must not learn from a spike, which only the device can tell
-        norms = replace(norms, counts=norms.finite.logical_and(threshold.is_exceeded.logical_not()))
-    return MeasuredStep(plan, gradients, norms, scale, loss_scale, threshold, (after,))
+    # Evaluated before the action is chosen, which depends on it (`is_spike`). The new states wait for `apply_step`.
+    return MeasuredStep(plan, gradients, norms, scale, loss_scale, *evaluate(plan, norms, held))
 
 
 def apply_step(
     step: MeasuredStep, state: ClipState, action: Action, *, clip_value: float | None = None, fused: Optimizer | None = None
 ) -> tuple[StepRecord, ClipState]:
     """Carry out an action on the gradients of a measured step: the second half of :func:`clip_step`.
-
-    A finite step whose norm is above the skip threshold is skipped, whatever the action is.
 
     Args:
         step: The measured step.
@@ -124,15 +123,17 @@ def apply_step(
     finite, outcome = step.norms.finite, StepOutcome.TAKEN
     if not step.norms.is_finite:
         if action is Action.SKIP:
-            # the state of before: nothing learns from a non-finite step, not even the skip threshold
+            # the state of before: nothing learns from a non-finite step, not even the thresholds
             return _skip(step), state
         outcome = StepOutcome.IGNORED
     if action is Action.ZERO:
         step, outcome = _without_nonfinite(step, state), StepOutcome.ZEROED
+        if step.is_spike:  # nobody could choose the action with the finite entries alone in view
+            action = Action.SKIP
     rule_state, shadow_state, _ = step.plan.parts(state)
-    if action is Action.SKIP or step.is_spike:
-        # only the skip threshold learns from a spike: else a lasting higher level of the norm would be skipped forever
-        return replace(_skip(step), finite=finite), (*rule_state, *shadow_state, *step.threshold_state)
+    if action is Action.SKIP:
+        # only the thresholds learn from a spike: else a lasting higher level would be skipped forever
+        return replace(_skip(step), finite=finite), (*rule_state, *shadow_state, *step.threshold_states)
 
     gradients, norms = step.gradients, step.norms
     shadows: tuple[Outcome, ...] = ()
@@ -143,7 +144,7 @@ def apply_step(
     if clip_value is not None:
         clamp_(gradients.tensors, clip_value)
     if outcome is StepOutcome.TAKEN:  # limits never learn from a bad step, not even from one whose bad entries were zeroed
-        state = (*rule_state, *shadow_state, *step.threshold_state)
+        state = (*rule_state, *shadow_state, *step.threshold_states)
     return _record(step, outcomes, factors, finite, FALSE, shadows, outcome), state
 
 
@@ -159,11 +160,14 @@ def _apply_on_device(
             '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
             "Set deferred=False, which costs one host sync."
         )
-    # under "ignore" the device still skips a spike, which is finite, and takes a non-finite step
-    skipped = step.threshold.is_exceeded if step.threshold else None
+    skipped = None
     if action is Action.ON_DEVICE:
-        # `counts` is False for a spike and for a non-finite step: one flag holds both reasons to skip
-        skipped = (norms.finite if norms.counts is None else norms.counts).logical_not()
+        skipped = norms.finite.logical_not()
+    if action is not Action.CLIP and step.thresholds.exist:
+        spike = step.thresholds.is_exceeded
+        skipped = spike if skipped is None else skipped.logical_or(spike)
+        # the limits that clip must not learn from a spike that is skipped
+        norms = replace(norms, counts=norms.finite.logical_and(spike.logical_not()))
     if skipped is not None and usable is None:
         raise ValueError(NOT_DEFERRABLE.format("got another one, or none"))
 
@@ -173,7 +177,7 @@ def _apply_on_device(
     write_deferred(gradients, factors, norms.scale, usable, skipped)
     # All states are returned: where the step must leave no trace, the device has selected the old ones (`_state_after`).
     record = _record(step, outcomes, factors, norms.finite, FALSE if skipped is None else skipped, shadows, StepOutcome.PENDING)
-    return record, (*rule_state, *shadow_state, *step.threshold_state)
+    return record, (*rule_state, *shadow_state, *step.threshold_states)
 
 
 NOT_DEFERRABLE = (
@@ -194,15 +198,17 @@ def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
     norms = step.norms
     zero_nonfinite_(step.gradients, norms.parameter_norms)
     # Without the losses: a non-finite one would mark the new norms as non-finite, and adaptive limits are shown such norms as 0.
-    return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
+    return measure_step(
+        step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale, loss=norms.loss
+    )
 
 
 def _skip(step: MeasuredStep) -> StepRecord:
     """Set all gradients to None. The record has the measured norms, and no decision."""
     drop_gradients(step.table)
     norms = step.norms
-    # an adaptive threshold of a non-finite step was computed from norms of 0, and says nothing
-    limit = step.threshold.limit if step.threshold and norms.is_finite else None
+    # adaptive thresholds of a non-finite step were computed from numbers of 0, and say nothing
+    thresholds = step.thresholds if norms.is_finite else NO_THRESHOLDS
     return StepRecord(
         norms.total,
         norms.parameter_norms,
@@ -212,7 +218,7 @@ def _skip(step: MeasuredStep) -> StepRecord:
         finite=norms.finite,
         skipped=TRUE,
         accumulation_scale=step.scale,
-        skip_limit=limit,
+        thresholds=thresholds,
         outcome=StepOutcome.SKIPPED,
     )
 
@@ -226,7 +232,7 @@ def _record(
     shadows: tuple[Outcome, ...],
     outcome: StepOutcome,
 ) -> StepRecord:
-    norms, threshold = step.norms, step.threshold
+    norms = step.norms
     return StepRecord(
         norms.total,
         norms.parameter_norms,
@@ -238,6 +244,6 @@ def _record(
         accumulation_scale=step.scale,
         unit_norms=norms.norms if step.plan.by_unit else None,
         shadows=shadows,
-        skip_limit=threshold.limit if threshold else None,
+        thresholds=step.thresholds,
         outcome=outcome,
     )

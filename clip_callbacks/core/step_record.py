@@ -22,6 +22,7 @@ from clip_callbacks.core.metric_names import (
     TOTAL_NORM,
 )
 from clip_callbacks.core.remeasurement import total_norm_in_float64
+from clip_callbacks.core.spikes import NO_THRESHOLDS, Thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class StepRecord:
         accumulation_scale: The factor of all gradients that turned a window's sum into its mean.
         unit_norms: Norm of each output row's gradient before clipping, shape ``(U,)``, if a rule has the scope "unit".
         shadows: The decisions that the shadow rules would have made, each alone.
-        skip_limit: The norm above which the step is skipped, 0-dim; None without such a limit.
+        thresholds: The limits above which the step is a spike.
         outcome: The outcome of the step.
     """
 
@@ -57,7 +58,7 @@ class StepRecord:
     accumulation_scale: float = 1.0
     unit_norms: Tensor | None = None
     shadows: tuple[Outcome, ...] = ()
-    skip_limit: Tensor | None = None
+    thresholds: Thresholds = NO_THRESHOLDS
     outcome: StepOutcome = StepOutcome.TAKEN
 
     @cached_property
@@ -160,7 +161,7 @@ class StepRecord:
             finite=copy(self.finite),
             skipped=copy(self.skipped),
             shadows=copies_of(self.shadows),
-            skip_limit=None if self.skip_limit is None else copy(self.skip_limit),
+            thresholds=self.thresholds.mapped(copy),
         )
 
     def decided_on_host(self) -> StepRecord:

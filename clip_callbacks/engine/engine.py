@@ -29,6 +29,7 @@ from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.engine.optimizers import Optimizers
 from clip_callbacks.engine.scaler_report import report_to_scaler
+from clip_callbacks.engine.step_measurer import StepMeasurer
 from clip_callbacks.guard.unguarded import Resolution
 from clip_callbacks.publishing.charts import lay_out_charts
 from clip_callbacks.publishing.publisher import Publisher
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 SKIP_DISCARDED = Resolution(Action.SKIP, holds_scale=True)
 """Resolution of a step whose gradients are discarded."""
 
-NO_RULES = Plan((), (), None, by_unit=False)
+NO_RULES = Plan((), ())
 """Plan of a step whose gradients are discarded: nothing is measured."""
 
 
@@ -81,11 +82,8 @@ class StepEngine:
         self._monitors = components.monitors
         self._norm_type = components.norm_type
         self._summary = components.summary
-        # monitors that read gradients before they are clipped: asked once, not at each step
-        self._readers = [monitor for monitor in self._monitors if monitor.reads_before_write]
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
-        self._has_warned_without_gradient = False
         self._no_grad = torch.no_grad()  # one for all steps: making it, or using it as a decorator, takes three calls
         self.last_report: StepRecord | None = None
 
@@ -99,13 +97,14 @@ class StepEngine:
             clips=self._clipper.clips,
             shows=components.shows,
         )
-        self._checks_losses = self._guard.checks_losses
         self._later_hooks: LaterHooks | None = None
         self._second_clip: SecondClip | None = None
         self._bypassing_steps = BypassingSteps(module)
+        self._measurer = StepMeasurer(trainer, components, self.windows, self._publisher, self._bypassing_steps)
         # Ranks with copies of the parameters must decide alike, and their losses differ. No collective is added for that: a
-        # non-finite loss makes a gradient NaN, and DDP averages it to all ranks.
-        self._propagates_losses = trainer.world_size > 1 and self._checks_losses
+        # non-finite loss makes a gradient NaN, and DDP averages it to all ranks. Not if such a step is taken: it would change more
+        # than its own gradients do.
+        self._propagates_losses = trainer.world_size > 1 and self._guard.checks_losses and not self._guard.takes_bad_steps
         self._nan_propagator = LossNanPropagator()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
 
@@ -225,7 +224,7 @@ class StepEngine:
         if step.mode is StepMode.DISCARDED:
             resolution, report = SKIP_DISCARDED, self._discard(step)
         else:
-            measured, states = self._measure(step)
+            measured, states = self._measurer.measure(step)
             resolution = self._guard.resolve(step, measured)
             report = self._apply(step, measured, states, resolution)
         if self._scaler is not None:
@@ -291,37 +290,6 @@ class StepEngine:
         if step.discarded is Discarded.OVERFLOWED:
             outcome = StepOutcome.OVERFLOWED
         return replace(report, finite=FALSE, outcome=outcome)
-
-    def _measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
-        """Measure the gradients; return the measurement, and the states of all limits that apply."""
-        context, index = step.optimizer, step.optimizer.index
-        if len(context.table) and not context.table.has_gradients and not self._bypassing_steps.is_bypassed(context):
-            self._warn_without_gradient()
-        if self._readers and step.is_new and self._publisher.is_logging_step:
-            # histograms show the gradients before they are clipped
-            for monitor in self._readers:
-                monitor.before_write(step)
-        # the guard's threshold is one more limit of the plan, so that one measurement serves both; its states come last
-        skip_limit = self._guard.skip_limit(step)
-        plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), skip_limit)
-        states = self._clipper.limit_states(index)
-        if skip_limit is not None:
-            states = (*states, *self._guard.limit_states(index))
-        losses = None
-        # propagated losses are in the gradients already, except where the reduction of sharded norms takes the losses along
-        if self._checks_losses and (not self._propagates_losses or context.table.reduction):
-            losses = step.losses
-        measured = measure_step(
-            context.table,
-            plan,
-            states,
-            self._norm_type,
-            scale=step.scale,
-            loss_scale=step.loss_scale,
-            deferred=step.mode is StepMode.ON_DEVICE,
-            losses=losses,
-        )
-        return measured, states
 
     def _apply(self, step: StepContext, measured: MeasuredStep, states: ClipState, resolution: Resolution) -> StepRecord:
         """Carry out the resolution, and save the states of limits."""
@@ -485,11 +453,6 @@ class StepEngine:
         """Rebuild the contexts of optimizers that hold other parameters than before."""
         self.collect_pending()  # pending reports belong to the tables before
         self._optimizers.renew()
-
-    def _warn_without_gradient(self) -> None:
-        if not self._has_warned_without_gradient:
-            self._has_warned_without_gradient = True
-            rank_zero_warn("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?", stacklevel=2)
 
 
 def _is_bad_loss(outputs: Any) -> bool:

@@ -92,7 +92,7 @@ class BadStepLog:
         facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
-        done = "the step is skipped"
+        done = self._done
         if policy == "zero":
             done = "non-finite entries become 0"
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), done, _ADVICE, bundle, lost)
@@ -101,11 +101,11 @@ class BadStepLog:
         self._warn_or_end(step, message, counters)
 
     def spike(self, step: StepContext, spike: Spike, counters: Counters, before: Mapping[int, Tensor]) -> None:
-        """Report a step with finite gradients that is skipped because of its norm.
+        """Report a finite step whose norm or loss is above a threshold.
 
         Args:
             step: The step.
-            spike: Norms of the step, and the limit that it exceeded.
+            spike: Norms and loss of the step, and the thresholds.
             counters: Counters of the optimizer, which have counted the step.
             before: Tensors as a skip restores them, by the ``id`` of the live ones.
 
@@ -116,7 +116,8 @@ class BadStepLog:
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
-            advice="Lower the learning rate, or raise skip_above: norms that stay at this level are no spike.",
+            self._done,
+            advice=f"Lower the learning rate, or raise {' and '.join(spike.exceeded)}: what stays at this level is no spike.",
             bundle=self._journal.record(step, facts, before),
         )
         self._warn_or_end(step, message, counters)
@@ -189,6 +190,11 @@ class BadStepLog:
                 f"They are restored to their values from before {unit}."
             )
 
+    @property
+    def _done(self) -> str:
+        """The action on a bad step, for messages."""
+        return "the step is taken" if self._options.takes_bad_steps else "the step is skipped"
+
     def can_roll_back(self, streak: int) -> bool:
         """Return whether a streak of this length ends in a rollback."""
         options = self._options.rollback
@@ -206,7 +212,7 @@ class BadStepLog:
         number, streak = counters.in_a_row, counters.streak
         if not self._ends_streak(streak):
             end = ""
-            if self._options.policy != "ignore":
+            if not self._options.takes_bad_steps:
                 end = f", {self._options.max_consecutive} stop the run"
             self._warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_roll_back(streak):
@@ -216,8 +222,8 @@ class BadStepLog:
             raise NonFiniteGradientError(message.text(f": {number} ({self._limit_reached}).", message.advice))
 
     def _ends_streak(self, streak: int) -> bool:
-        """Return whether a streak ends with this step; never while bad steps are ignored or a learning rate is searched for."""
-        has_end = self._options.policy != "ignore" and not self._options.in_search
+        """Return whether a streak ends with this step; never while bad steps are taken or a learning rate is searched for."""
+        has_end = not self._options.takes_bad_steps and not self._options.in_search
         return has_end and streak >= self._options.max_consecutive
 
     def _warn(self, text: str) -> None:

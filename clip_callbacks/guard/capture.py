@@ -91,7 +91,7 @@ class BundleWriter:
     @staticmethod
     def _batches(step: StepContext) -> tuple[dict[str, Any], dict[str, Any]]:
         # The loss goes along so that a replay can tell whether it is the same, bit for bit.
-        kept = [(loss, batch) for loss, batch in step.micro_batches if batch]
+        kept = [(loss, batch) for loss, batch, _ in step.micro_batches if batch]
         rows = [
             {"batch": encoded(one.batch), "batch_idx": one.batch_idx, "loss": loss.detach().cpu(), "rng": encoded(one.rng)}
             for loss, one in kept

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
+from clip_callbacks.core.metric_names import (
+    DROPPED_MICRO_BATCHES,
+    OVERFLOWED_STEPS,
+    ROLLBACKS,
+    SKIPPED_STEPS,
+    SPIKES,
+    ZEROED_STEPS,
+)
 
 NO_STEP = -2
 """Step number before the first bad step: neither the number of a step nor the one before it."""
@@ -20,6 +27,7 @@ class Counters:
         skipped: Number of skipped steps.
         zeroed: Number of steps taken after non-finite entries were set to 0.
         overflowed: Number of steps that a GradScaler skipped.
+        spikes: Number of finite steps above a threshold, skipped or not.
         streak: Number of bad batches in a row, up to ``last_bad``.
         steps_in_streak: Number of bad steps in these batches; a batch has many with truncated backpropagation.
         last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NO_STEP`` before the first.
@@ -29,6 +37,7 @@ class Counters:
     skipped: int = 0
     zeroed: int = 0
     overflowed: int = 0
+    spikes: int = 0
     streak: int = 0
     steps_in_streak: int = 0
     last_bad: int = NO_STEP
@@ -96,6 +105,11 @@ class BadStepCounts:
         """Number of steps that a GradScaler skipped, over all optimizers."""
         return sum(counters.overflowed for counters in self.of.values())
 
+    @property
+    def spikes(self) -> int:
+        """Number of finite steps above a threshold, over all optimizers."""
+        return sum(counters.spikes for counters in self.of.values())
+
     def metrics(self, index: int) -> dict[str, float]:
         """Return the counts by the names of metrics: steps of one optimizer, and the rest for all optimizers together.
 
@@ -107,6 +121,7 @@ class BadStepCounts:
             SKIPPED_STEPS: float(counters.skipped),
             OVERFLOWED_STEPS: float(counters.overflowed),
             ZEROED_STEPS: float(counters.zeroed),
+            SPIKES: float(counters.spikes),
             DROPPED_MICRO_BATCHES: float(self.dropped_micro_batches),
             ROLLBACKS: float(self.rollbacks),
         }

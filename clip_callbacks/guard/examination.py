@@ -181,7 +181,7 @@ def _trace(step: StepContext) -> str | None:
     module = step.trainer.lightning_module
     if not module.automatic_optimization:
         return None
-    for loss, kept in step.micro_batches:
+    for loss, kept, _ in step.micro_batches:
         # the first of the window is enough: to run every one again would take as long as the window
         if all_finite([loss]):
             continue

@@ -12,10 +12,19 @@ from typing_extensions import override
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.diagnosis import Diagnosis, Spike
 from clip_callbacks.core.limit_state import StateMismatch
-from clip_callbacks.core.limits import Limit
-from clip_callbacks.core.metric_names import DROPPED_MICRO_BATCHES, OVERFLOWED_STEPS, ROLLBACKS, SKIPPED_STEPS, ZEROED_STEPS
+from clip_callbacks.core.metric_names import (
+    DROPPED_MICRO_BATCHES,
+    LOSS,
+    LOSS_LIMIT,
+    OVERFLOWED_STEPS,
+    ROLLBACKS,
+    SKIPPED_STEPS,
+    SPIKES,
+    ZEROED_STEPS,
+)
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.rules import ClipState
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipState, SpikeLimits
+from clip_callbacks.core.spikes import Thresholds
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.guard.bad_steps import BadStepLog
@@ -27,7 +36,7 @@ from clip_callbacks.guard.resource import ResourceScope
 from clip_callbacks.guard.restore import SkippedStepRestorer
 from clip_callbacks.guard.rollback import NoRestorer, RunRestorer
 from clip_callbacks.guard.run_state import HasLimitStates
-from clip_callbacks.guard.thresholds import SkipThresholds
+from clip_callbacks.guard.thresholds import SpikeThreshold
 from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
 from clip_callbacks.trainer.compat import DATALOADER_ITER_FETCHER, is_instance
 from clip_callbacks.trainer.grad_scaler import grad_scaler
@@ -39,6 +48,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
+THRESHOLDS = ("skip_above", "loss_above")
+"""Names of the guard's thresholds, and the keys of their states, in the order of a plan."""
+
+
 def check_saved(saved: Mapping[str, Any]) -> None:
     """Check that a saved state of a guard can be loaded.
 
@@ -46,7 +59,8 @@ def check_saved(saved: Mapping[str, Any]) -> None:
         LookupError, TypeError, ValueError: If it is damaged.
     """
     BadStepCounts(saved)
-    SkipThresholds(None, saved.get("skip_above", {}))
+    for name in THRESHOLDS:
+        SpikeThreshold(name, None, saved.get(name, {}))
     if "skipped_batches" in saved:
         SchedulerHold(is_on=False).load_state(saved["skipped_batches"])
 
@@ -73,7 +87,10 @@ class Guard(Unguarded):
         self.drops_micro_batches = options.drops_micro_batches
         self.deferral = options.deferred
         self.counts = BadStepCounts(saved)
-        self.thresholds = SkipThresholds(options.skip_limit, saved.get("skip_above", {}))
+        self.thresholds = [
+            SpikeThreshold(name, limit, saved.get(name, {}))
+            for name, limit in zip(THRESHOLDS, (options.limits.skip_above, options.limits.loss_above), strict=True)
+        ]
         self.schedules = SchedulerHold(options.hold_schedulers)
         if "skipped_batches" in saved:
             self.schedules.load_state(saved["skipped_batches"])
@@ -102,14 +119,15 @@ class Guard(Unguarded):
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
-        self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
+        for threshold in self.thresholds:
+            threshold.attach(contexts, renewed=renewed, resumed=resumed)
         # The resources before remove their hooks first, so that no step is watched twice.
         before = self.restorer.hand_over() if renewed else {}
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self.restorer = SkippedStepRestorer(scope)
         # One restorer serves the whole fit: where optimizers change, it adapts the copy that it has.
         if self._options.rollback is not None and not renewed:
-            all_limits = (*limits, self.thresholds)
+            all_limits = (*limits, *self.thresholds)
             self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self.restorer)
@@ -121,7 +139,10 @@ class Guard(Unguarded):
 
     @override
     def mismatch(self) -> StateMismatch:
-        return self.thresholds.mismatch
+        mismatch = StateMismatch()
+        for threshold in self.thresholds:
+            mismatch.add(threshold.mismatch)
+        return mismatch
 
     def _skipped_steps(self) -> int:
         return self.counts.skipped + self.counts.overflowed
@@ -130,6 +151,11 @@ class Guard(Unguarded):
     def checks_losses(self) -> bool:  # type: ignore[override]
         """Whether a loss that is not finite makes a step bad, whatever its gradients are."""
         return self._options.policy != "ignore"
+
+    @property
+    def takes_bad_steps(self) -> bool:  # type: ignore[override]
+        """Whether steps are taken, whatever their gradients are."""
+        return self._options.takes_bad_steps
 
     @property
     def is_stale(self) -> bool:  # type: ignore[override]
@@ -175,25 +201,28 @@ class Guard(Unguarded):
             self.rollback.begin_step()
 
     @override
-    def skip_limit(self, step: StepContext) -> Limit | None:
-        """Return the limit for the total norm above which a finite step is skipped.
+    def spike_limits(self, step: StepContext) -> SpikeLimits:
+        """Return the limits above which a finite step is a spike.
 
         A line search may try points of any norm, so that a step of LBFGS is decided at the point where it begins.
         """
-        return self.thresholds.limit if step.is_new else None
+        return self._options.limits if step.is_new else NO_SPIKE_LIMITS
 
     @override
     def limit_states(self, index: int) -> ClipState:
-        return self.thresholds.limit_states(index)
+        return tuple(state for threshold in self.thresholds for state in threshold.limit_states(index))
 
     @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        self.thresholds.save_limit_states(index, states)
+        rest = list(states)
+        for threshold in self.thresholds:
+            if threshold.limit is not None:
+                threshold.save_limit_states(index, (rest.pop(0),))
 
     @override
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
         if step.mode is StepMode.ON_DEVICE:
-            if self._options.policy != "ignore":
+            if not self._options.takes_bad_steps:
                 return Resolution(Action.ON_DEVICE, holds_scale=True)
             # Lightning does not call `unscale_` for a fused optimizer, so that nobody else looks for overflows there.
             return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
@@ -202,11 +231,9 @@ class Guard(Unguarded):
         if _is_skipped_already(step):
             return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
         if measured.is_spike:
-            assert measured.threshold is not None
-            norms = measured.norms
-            spike = Spike.of(step.optimizer.table.names, norms.parameter_norms, norms.total, measured.threshold.limit)
-            self._count_spike(step, spike)
-            return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
+            self._count_spike(step, measured.norms.parameter_norms, measured.norms.total, measured.thresholds)
+            if not self._options.takes_bad_steps:
+                return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
         return CLIP
 
     def _resolve_nonfinite(self, step: StepContext, norms: Tensor | None = None) -> Resolution:
@@ -224,12 +251,12 @@ class Guard(Unguarded):
             counters.overflowed += step.is_new
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
+        # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
+        taken = Resolution(Action.CLIP if step.loss_scale is None else Action.SKIP, StepOutcome.IGNORED, is_called=not scaler.skips)
         if policy == "ignore":
-            # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
-            action = Action.CLIP if step.loss_scale is None else Action.SKIP
-            return Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
+            return taken
 
-        action = ACTIONS.get(policy, Action.SKIP)
+        action = taken.action if policy == "warn" else ACTIONS.get(policy, Action.SKIP)
         # Setting entries to 0 would not make the scaler call the optimizer: it goes by its flag and not by the gradients.
         if scaler.skips:
             action = Action.SKIP
@@ -246,6 +273,8 @@ class Guard(Unguarded):
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
             self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer))
+        if policy == "warn":
+            return taken
         if action is Action.ZERO:
             return Resolution(action, StepOutcome.ZEROED)
         if _is_in_line_search(step):
@@ -275,9 +304,12 @@ class Guard(Unguarded):
             no_good_step=no_good_step,
         )
 
-    def _count_spike(self, step: StepContext, spike: Spike) -> None:
+    def _count_spike(self, step: StepContext, norms: Tensor, total: Tensor, thresholds: Thresholds) -> None:
         counters = self.counts.of[step.optimizer.index]
-        counters.skipped += counters.add(step.optimizer.history.steps, step.batch)
+        if counters.add(step.optimizer.history.steps, step.batch):
+            counters.spikes += 1
+            counters.skipped += not self._options.takes_bad_steps
+        spike = Spike.of(step.optimizer.table.names, norms, total, thresholds)
         self._log.spike(step, spike, counters, self.restorer.before(step.optimizer))
 
     @override
@@ -321,7 +353,7 @@ class Guard(Unguarded):
     @override
     def end_deferred_step(self, step: StepContext, report: StepRecord) -> None:
         # otherwise the device skips nothing, and a copy of every buffer that changes would be selected in vain
-        if self._options.policy != "ignore" or step.loss_scale is not None:
+        if not self._options.takes_bad_steps or step.loss_scale is not None:
             self.restorer.abort_on_device(step, report.skipped)
 
     @override
@@ -330,14 +362,13 @@ class Guard(Unguarded):
 
     @override
     def collect(self, step: StepContext, report: StepRecord) -> None:
+        # no host sync: the report was copied to the host while the device went on
+        if not bool(report.finite):
+            self._resolve_nonfinite(step, report.parameter_norms)
+        elif report.thresholds.exist and bool(report.thresholds.is_exceeded):
+            self._count_spike(step, report.parameter_norms, report.total_norm, report.thresholds)
         if report.outcome is StepOutcome.TAKEN:
             self._carried[step.optimizer.index].end_good_step()
-        elif not bool(report.finite):  # no host sync: the report was copied to the host while the device went on
-            self._resolve_nonfinite(step, report.parameter_norms)
-        elif report.outcome.is_skipped:
-            assert report.skip_limit is not None
-            names = step.optimizer.table.names
-            self._count_spike(step, Spike.of(names, report.parameter_norms, report.total_norm, report.skip_limit))
 
     @override
     def restore_pass(self, *, is_bad: bool) -> None:
@@ -361,21 +392,23 @@ class Guard(Unguarded):
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         options = self._options
-        if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
+        if options.policy not in {"skip", "ignore", "warn"} or options.drops_micro_batches:
             return "the guard must know of bad gradients before the step is taken (its policy or its level)"
         if options.rollback is not None:
             return "rollback=Rollback(...), which must know of a good step before it is taken"
         if options.writes_all_weights and len(self._trainer.optimizers) > 1:
             return 'bundles of the weights (Bundles(weights="full")) are written before other optimizers step'
-        if options.skip_above is not None and grad_scaler(self._trainer) is not None:
-            return "a GradScaler, which sets the same attributes of the optimizer that skip_above needs"
+        if options.limits != NO_SPIKE_LIMITS and grad_scaler(self._trainer) is not None:
+            return "a GradScaler, which sets the same attributes of the optimizer that skip_above and loss_above need"
         if self._trainer.world_size > 1 and grad_scaler(self._trainer) is not None:
             return "a GradScaler on several ranks, which must all learn whether the loss or the loss scale was the cause"
         return self.restorer.reason_against_deferral(context)
 
     @override
-    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
-        return self.count_metrics(context)
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
+        loss = report.thresholds.loss
+        metrics: dict[str, Tensor | float] = {} if loss is None else {LOSS: loss.value, LOSS_LIMIT: loss.limit}
+        return metrics | self.count_metrics(context)
 
     @override
     def count_metrics(self, context: OptimizerContext) -> dict[str, float]:
@@ -389,6 +422,7 @@ class Guard(Unguarded):
             ZEROED_STEPS: self._options.policy == "zero",
             DROPPED_MICRO_BATCHES: self.drops_micro_batches,
             ROLLBACKS: self._options.rollback is not None,
+            SPIKES: self._options.limits != NO_SPIKE_LIMITS,
         }
         return [SKIPPED_STEPS, *(name for name, is_so in can_be.items() if is_so)]
 
@@ -409,8 +443,8 @@ class Guard(Unguarded):
         return [f"NonFiniteGuard: optimizer steps: {steps}, {', '.join(parts)}."] if parts else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, the states of ``skip_above``, and the position of held schedules in the epoch."""
-        limits = {"skip_above": self.thresholds.state_dict()}
+        """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""
+        limits = {threshold.name: threshold.state_dict() for threshold in self.thresholds}
         return self.counts.state_dict() | limits | {"skipped_batches": self.schedules.state()}
 
     @override

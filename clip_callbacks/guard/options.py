@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from clip_callbacks.core.arguments import as_choice, as_count, as_finite, number_above_zero
-from clip_callbacks.core.limits import Limit, as_limit
-from clip_callbacks.core.nonfinite import Policy, as_policy
+from clip_callbacks.core.limits import Limit, as_limit, as_loss_limit
+from clip_callbacks.core.nonfinite import POLICIES, Policy
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, SpikeLimits
 
+GuardPolicy: TypeAlias = Policy | Literal["warn"]
 Level: TypeAlias = Literal["window", "microbatch"]
 Weights: TypeAlias = Literal["none", "reference", "full"]
 
@@ -139,11 +142,13 @@ class GuardOptions:
         TypeError: If ``bundles`` or ``rollback`` is of another class.
     """
 
-    policy: Policy = "skip"
+    policy: GuardPolicy = "skip"
     _: KW_ONLY
     max_consecutive: int = 10
     level: Level = "window"
     skip_above: float | Limit | None = None
+    loss_above: float | Limit | None = None
+    both: bool = False
     hold_schedulers: bool = True
     trace_forward: bool = False
     deferred: bool | None = None
@@ -153,7 +158,7 @@ class GuardOptions:
 
     def __post_init__(self) -> None:
         """Check every argument, and what goes together."""
-        as_policy(self.policy, "policy")
+        as_choice(self.policy, "policy", (*POLICIES, "warn"))
         as_choice(self.level, "level", get_args(Level))
         as_count(self.max_consecutive, "max_consecutive", least=1)
         if self.bundles is not None and not isinstance(self.bundles, Bundles):
@@ -162,8 +167,12 @@ class GuardOptions:
             raise TypeError(f"`rollback` must be Rollback(...) or None, got {self.rollback!r}.")
         if self.policy != "skip":
             self._check_policy()
-        if self.skip_above is not None:
-            as_limit(self.skip_above, "skip_above")
+        if self.both and (self.skip_above is None or self.loss_above is None):
+            raise ValueError(
+                f"`both` must be False unless `skip_above` and `loss_above` are given, got both={self.both!r} with "
+                f"skip_above={self.skip_above!r} and loss_above={self.loss_above!r}. Give both of them."
+            )
+        _ = self.limits  # checks them
 
     def _check_policy(self) -> None:
         """Refuse options that need the policy "skip", for another policy."""
@@ -171,10 +180,12 @@ class GuardOptions:
             raise ValueError(
                 f'`level` must be "window" for the policy {self.policy!r}, got "microbatch": only skipping drops anything.'
             )
-        if self.skip_above is not None:
-            raise ValueError(
-                f'`skip_above` must be None for the policy {self.policy!r}, got {self.skip_above!r}: use the policy "skip".'
-            )
+        for name, limit in (("skip_above", self.skip_above), ("loss_above", self.loss_above)):
+            if limit is not None and self.policy != "warn":
+                raise ValueError(
+                    f'`{name}` must be None for the policy {self.policy!r}, got {limit!r}: use "skip" to skip spikes, or "warn" to '
+                    "report them."
+                )
         # "zero" takes bad steps, but counts them: a streak of them ends as under "skip"
         if self.rollback is not None and self.policy != "zero":
             raise ValueError(
@@ -185,10 +196,11 @@ class GuardOptions:
     def for_search(self) -> GuardOptions:
         """Return the options for a search for the learning rate, which has to reach its end whatever the gradients are.
 
-        Bad steps are skipped without a message, schedules advance because the search itself is one, and no files are written.
+        Bad steps are skipped without a message, schedules advance because the search itself is one, and no files are written. The
+        loss is not judged, because the search looks for the rate at which it grows.
         """
         # A search goes up to rates at which training diverges: an error there would lose the curve that it is made for.
-        policy: Policy = "skip" if self.policy == "raise" else self.policy
+        policy: GuardPolicy = "skip" if self.policy == "raise" else self.policy
         return GuardOptions(
             policy,
             level=self.level,
@@ -198,10 +210,19 @@ class GuardOptions:
             in_search=True,
         )
 
+    @cached_property
+    def limits(self) -> SpikeLimits:
+        """``skip_above`` and ``loss_above`` as limits; one object, by which a table finds the plan that it made before."""
+        if self.skip_above is None and self.loss_above is None:
+            return NO_SPIKE_LIMITS
+        skip_above = None if self.skip_above is None else as_limit(self.skip_above, "skip_above")
+        loss_above = None if self.loss_above is None else as_loss_limit(self.loss_above)
+        return SpikeLimits(skip_above, loss_above, self.both)
+
     @property
-    def skip_limit(self) -> Limit | None:
-        """``skip_above`` as a limit."""
-        return None if self.skip_above is None else as_limit(self.skip_above, "skip_above")
+    def takes_bad_steps(self) -> bool:
+        """Whether steps are taken, whatever their gradients and losses are."""
+        return self.policy in {"ignore", "warn"}
 
     @property
     def writes_all_weights(self) -> bool:

@@ -1,4 +1,4 @@
-"""Thresholds above which the norm of a finite step makes it a spike, and the states of their limits."""
+"""The thresholds above which a finite step is a spike, and the states of their limits."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
-from clip_callbacks.core.limits import Limit
+from clip_callbacks.core.limits import MaxNorm
 from clip_callbacks.core.rules import ClipRule, ClipState
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
-class SkipThresholds:
-    """The limit ``skip_above`` of each optimizer.
+class SpikeThreshold:
+    """A limit above which a step is a spike, with a state for each optimizer.
 
     Args:
+        name: Name of the guard's argument, ``skip_above`` or ``loss_above``.
         limit: The limit; None if there is none.
         saved: States from a checkpoint, by the optimizer's index.
 
@@ -22,7 +23,8 @@ class SkipThresholds:
         mismatch: Parts of the checkpoint that do not fit the present limit.
     """
 
-    def __init__(self, limit: Limit | None, saved: Mapping[int, Any]) -> None:
+    def __init__(self, name: str, limit: MaxNorm, saved: Mapping[int, Any]) -> None:
+        self.name = name
         self.limit = limit
         self.mismatch = StateMismatch()
         self._states = {int(index): NamedLimitState.load(each) for index, each in saved.items()}
@@ -38,7 +40,7 @@ class SkipThresholds:
         # A state whose optimizer or limit is gone is left behind.
         before, self._states = self._states, {}
         for context in contexts:
-            known, whose = before.get(context.index), f"skip_above{context.of_optimizer}"
+            known, whose = before.get(context.index), f"{self.name}{context.of_optimizer}"
             carried = None
             if self.limit is not None:
                 carried = carry_over(NamedLimitState.fresh(ClipRule(self.limit), context.table), [known])

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.limit_state import StateMismatch
-from clip_callbacks.core.limits import Limit
-from clip_callbacks.core.rules import ClipState
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipState, SpikeLimits
 from clip_callbacks.core.step import MeasuredStep
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.guard.run_state import HasLimitStates
@@ -54,6 +53,8 @@ class Unguarded:
     """Whether steps must be decided on the device; None decides there wherever it saves a host sync."""
     checks_losses = False
     """Whether a non-finite loss makes a step bad, whatever its gradients are."""
+    takes_bad_steps = True
+    """Whether steps are taken, whatever their gradients are."""
     is_stale = False
     """Whether there was a rollback in this batch, so that gradients of the batch belong to other weights."""
 
@@ -103,16 +104,16 @@ class Unguarded:
     def begin_step(self, step: StepContext) -> None:
         """Prepare for a step, before it has any effect."""
 
-    def skip_limit(self, step: StepContext) -> Limit | None:
-        """Return the limit for the total norm above which a finite step is skipped."""
-        return None
+    def spike_limits(self, step: StepContext) -> SpikeLimits:
+        """Return the limits above which a finite step is a spike."""
+        return NO_SPIKE_LIMITS
 
     def limit_states(self, index: int) -> ClipState:
-        """Return the state of that limit for an optimizer."""
+        """Return the states of those limits for an optimizer."""
         return ()
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Store that state for the next step."""
+        """Store those states for the next step."""
 
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
         """Decide on a measured step, before gradients or weights are changed.
@@ -193,7 +194,7 @@ class Unguarded:
         """Return why the host must decide on steps of an optimizer; None if it need not."""
         return None
 
-    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
         """Return the guard's metrics of a logged step."""
         return {}
 

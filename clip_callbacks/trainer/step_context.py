@@ -37,10 +37,13 @@ class MicroBatch(NamedTuple):
     Args:
         loss: The loss, one entry, detached, multiplied by the loss scale.
         kept: The batch; None if it is not kept.
+        weight: The factor for the loss in the sum over the window. It undoes Lightning's division by the number of micro-batches;
+            with weights of AccumulationRescaling it is the factor for the gradient.
     """
 
     loss: Tensor
     kept: KeptBatch | None
+    weight: float = 1.0
 
 
 class StepMode(Enum):
@@ -107,7 +110,7 @@ class StepContext:
     @property
     def losses(self) -> list[Tensor]:
         """Losses of the window, one entry each, multiplied by the loss scale."""
-        return [loss for loss, _ in self.micro_batches]
+        return [each.loss for each in self.micro_batches]
 
     @property
     def why_discarded(self) -> str:

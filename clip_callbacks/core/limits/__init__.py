@@ -2,7 +2,7 @@
 
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 from clip_callbacks.core.limits.ema import EmaLimit
-from clip_callbacks.core.limits.fixed import FixedLimit, as_limit
+from clip_callbacks.core.limits.fixed import FixedLimit, as_limit, as_loss_limit
 from clip_callbacks.core.limits.label import kind, label, labels
 from clip_callbacks.core.limits.quantile import QuantileLimit
 from clip_callbacks.core.limits.ratio import RatioLimit
@@ -28,6 +28,7 @@ __all__ = [
     "WarmupLimit",
     "ZScoreLimit",
     "as_limit",
+    "as_loss_limit",
     "kind",
     "label",
     "labels",

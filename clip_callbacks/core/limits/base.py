@@ -75,6 +75,11 @@ class Limit(ABC):
         """If True, ``step`` is given the norms of the parameters too, which costs one read of the parameters."""
         return False
 
+    @property
+    def takes_losses(self) -> bool:
+        """If True, ``step`` may be given losses in place of norms: numbers of any sign, and so may its limits be."""
+        return False
+
     def init(self, blocks: int) -> LimitState:
         """Return the state before the first step; empty for a limit without memory.
 

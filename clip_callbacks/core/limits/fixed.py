@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from clip_callbacks.core.arguments import as_max_norm
+from clip_callbacks.core.arguments import as_finite, as_max_norm
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
 
 
@@ -37,6 +38,42 @@ class FixedLimit(Limit):
         """Return the limit of all blocks as one number, and the state, which is empty."""
         # A number and no tensor: as in torch, 1e-6 is added to the norm only under a number (`coefficients`).
         return self.max_norm, state
+
+
+@dataclass(frozen=True)
+class FixedLossLimit(Limit):
+    """A fixed threshold for losses.
+
+    Args:
+        loss: Largest loss of a step that is no spike, of any sign.
+    """
+
+    loss: float
+
+    @property
+    def takes_losses(self) -> bool:
+        """Whether losses may be given in place of norms: True."""
+        return True
+
+    def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
+        """Return the threshold, and the state, which is empty."""
+        return self.loss, state
+
+
+def as_loss_limit(loss_above: float | Limit) -> Limit:
+    """Return the limit of losses that a user means by ``loss_above``.
+
+    Raises:
+        ValueError: If it is neither a finite number nor a limit that takes losses.
+    """
+    if not isinstance(loss_above, Limit):
+        return FixedLossLimit(as_finite(loss_above, "loss_above", low=-math.inf))
+    if not loss_above.takes_losses:
+        raise ValueError(
+            "`loss_above` must be a number, or a Limit that takes losses, such as RobustZScoreLimit, got "
+            f"{loss_above!r}: its limits are made for norms, which are never negative."
+        )
+    return loss_above
 
 
 def as_limit(max_norm: MaxNorm, argument: str = "max_norm") -> Limit:

@@ -116,7 +116,7 @@ def _loss_threshold(stage: Stage, measured: Measurement, state: LimitState) -> t
     # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
     counts = loss.isfinite().logical_and(measured.finite.to(loss.device))
     before = {key: value.to(loss.device) for key, value in state.items()}
-    limits, after = stage.limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type), before)
+    limits, after = stage.limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
     limit = limits.reshape(()).to(loss.dtype) if isinstance(limits, Tensor) else torch.full_like(loss, limits).reshape(())
     # selected on the device: in a deferred step the host does not know whether the loss counts
     after = {key: torch.where(counts, value, before[key]) for key, value in after.items()}

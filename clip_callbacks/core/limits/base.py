@@ -27,6 +27,8 @@ class BlockNorms:
         norm_type: Order p of all norms.
         weights: p-norms of the blocks' parameters, shape ``(B,)``; None unless the limit asks for them
             (:attr:`Limit.uses_weights`).
+        are_losses: If True, ``norms`` holds losses: finite numbers of any sign, of which 0 is one like any other. Only a limit that
+            takes losses (:attr:`Limit.takes_losses`) is given them.
 
     Example::
 
@@ -37,6 +39,7 @@ class BlockNorms:
     norms: Tensor
     norm_type: float = 2.0
     weights: Tensor | None = None
+    are_losses: bool = False
 
     @property
     def total(self) -> Tensor:
@@ -77,7 +80,7 @@ class Limit(ABC):
 
     @property
     def takes_losses(self) -> bool:
-        """If True, ``step`` may be given losses in place of norms: numbers of any sign, and so may its limits be."""
+        """If True, ``step`` may be given losses in place of norms (:attr:`BlockNorms.are_losses`); their limits have any sign."""
         return False
 
     def init(self, blocks: int) -> LimitState:

@@ -34,6 +34,11 @@ class FixedLimit(Limit):
         """Check the argument."""
         object.__setattr__(self, "max_norm", as_max_norm(self.max_norm))
 
+    @property
+    def takes_losses(self) -> bool:
+        """True, because it does not depend on the norms."""
+        return True
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
         """Return the limit of all blocks as one number, and the state, which is empty."""
         # A number and no tensor: as in torch, 1e-6 is added to the norm only under a number (`coefficients`).

@@ -9,6 +9,7 @@ from typing import Any
 
 from clip_callbacks.core.limits.base import Limit
 from clip_callbacks.core.limits.fixed import FixedLimit
+from clip_callbacks.core.limits.robust_zscore import RobustZScoreLimit
 from clip_callbacks.core.limits.tightest import TightestLimit
 
 
@@ -64,6 +65,9 @@ def kind(limit: Limit) -> str:
         >>> kind(TightestLimit(ZScoreLimit(3.0), 1.0))
         'TightestLimit(ZScoreLimit, FixedLimit)'
     """
+    if isinstance(limit, RobustZScoreLimit) and limit.scale != "log":
+        # its window holds values in place of logarithms, which the other scale must not continue
+        return f"{type(limit).__name__}({limit.scale})"
     if isinstance(limit, TightestLimit):
         inner = limit.members
     else:

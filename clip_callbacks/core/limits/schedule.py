@@ -27,6 +27,11 @@ class _Schedule(Limit):
             object.__setattr__(self, argument, as_finite(getattr(self, argument), argument))
         as_count(self.steps, "steps", least=1)
 
+    @property
+    def takes_losses(self) -> bool:
+        """True, because it does not depend on the norms."""
+        return True
+
     def init(self, blocks: int) -> LimitState:
         """Return a step count of 0."""
         return {"steps": step_count()}

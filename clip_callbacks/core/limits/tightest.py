@@ -71,6 +71,11 @@ class TightestLimit(Limit):
         """Whether any member needs the norms of the parameters."""
         return any(limit.uses_weights for limit in self._members)
 
+    @property
+    def takes_losses(self) -> bool:
+        """Whether every member takes losses."""
+        return all(limit.takes_losses for limit in self._members)
+
     def init(self, blocks: int) -> LimitState:
         """Return the members' states, each key preceded by the member's number and a dot."""
         return init_each(self._by_number, blocks)

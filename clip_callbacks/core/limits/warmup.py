@@ -60,6 +60,11 @@ class WarmupLimit(Limit):
         """Whether either limit needs the norms of the parameters."""
         return any(limit.uses_weights for limit in self._both.values())
 
+    @property
+    def takes_losses(self) -> bool:
+        """Whether both limits take losses."""
+        return all(limit.takes_losses for limit in self._both.values())
+
     def init(self, blocks: int) -> LimitState:
         """Return a step count of 0, and the states of both limits."""
         return {"steps": step_count()} | init_each(self._both, blocks)

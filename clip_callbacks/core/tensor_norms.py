@@ -175,7 +175,8 @@ def reliable_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     """
     norms = tensor_norms(tensors, norm_type).cpu().double()
     smallest = smallest_reliable_norm(norm_type, torch.float32)
-    suspects = [place for place, norm in enumerate(norms.tolist()) if norm != 0 and not smallest <= norm < math.inf]
+    # 0 is among them: all powers may have underflowed
+    suspects = [place for place, norm in enumerate(norms.tolist()) if not (norm > 0 and smallest <= norm < math.inf)]
     if suspects:
         norms[suspects] = norms_in_float64([tensors[place] for place in suspects], norm_type).cpu()
     return norms

@@ -134,14 +134,14 @@ def _batches(tensors: Mapping[int, Tensor]) -> Iterator[tuple[list[int], Tensor]
                 yield batch, torch.stack([tensors[position] for position in batch])
             else:
                 for piece in tensors[batch[0]].split(limit):  # type: ignore[no-untyped-call]
-                    yield batch, piece[None]
+                    yield batch, piece.unsqueeze(0)
 
 
 def _row_moments(rows: Tensor) -> Tensor:
     """Return the moments of each of k rows, float64 of shape ``(k, 4)``."""
     wide = rows.to(float64_device(rows.device), torch.float64, copy=True)
     means = wide.mean(1)
-    squares = torch.linalg.vector_norm(wide - means[:, None], dim=1).square()
+    squares = torch.linalg.vector_norm(wide - means.unsqueeze(1), dim=1).square()
     # in place, and as floating-point numbers: a sum of bools takes three times as long on a CPU
     zeros = wide.eq_(0.0).sum(1)
     return torch.stack([torch.full_like(means, rows.shape[1]), means, squares, zeros], dim=1)

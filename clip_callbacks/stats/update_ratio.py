@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.measurement import block_norms
 from clip_callbacks.core.tensor_norms import HALF_DTYPES, reliable_norms, unread_norms
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
@@ -34,7 +34,7 @@ class WeightsBefore:
         self._table = table
         self._blocks = blocks
         self._norm_type = norm_type
-        self._places = [place for place in blocks.members.tolist() if self._takes(table, place)]
+        self._places = [place for place in self._trainable() if count_entries(table.shards[place])]
         self._copies: list[Tensor] = []
         self._found: Tensor | None = None
         live = self._live()
@@ -47,9 +47,10 @@ class WeightsBefore:
         elif live:
             self._found = unread_norms(live, norm_type)
 
-    @staticmethod
-    def _takes(table: TensorTable, place: int) -> bool:
-        return learns(table.tensors[place]) and count_entries(table.shards[place]) > 0
+    def _trainable(self) -> list[int]:
+        """Return the positions of the blocks' parameters that the step may change, on whatever ranks their entries are."""
+        places = [place for place, block in enumerate(self._blocks.index) if block != OUTSIDE]
+        return [place for place in places if learns(self._table.tensors[place]) and math.prod(self._table.shapes[place])]
 
     def norms(self) -> Tensor:
         """Return the norm of each block's parameters before the step.
@@ -97,10 +98,7 @@ class WeightsBefore:
         return block_norms(together.reshape(len(sets), -1), self._blocks, self._norm_type)
 
     def _where_trainable(self, norms: Tensor) -> Tensor:
-        """Replace the norms of blocks without trainable parameters, on this rank or another one, by NaN."""
+        """Replace the norms of blocks without trainable parameters by NaN."""
         trainable = torch.zeros(len(norms), dtype=torch.bool, device="cpu")
-        for place in self._blocks.members.tolist():
-            # by the shape of the whole parameter: this rank may hold none of its entries
-            if learns(self._table.tensors[place]) and math.prod(self._table.shapes[place]):
-                trainable[self._blocks.index[place]] = True
+        trainable[[self._blocks.index[place] for place in self._trainable()]] = True
         return torch.where(trainable, norms, math.nan)

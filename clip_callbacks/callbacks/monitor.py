@@ -10,7 +10,8 @@ from clip_callbacks.core.blocks import SCOPES, Scope, Selection
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State
-from clip_callbacks.publishing.norm_monitor import MonitorOptions, NormMonitor
+from clip_callbacks.publishing.monitor_options import MonitorOptions
+from clip_callbacks.publishing.norm_monitor import NormMonitor
 from clip_callbacks.stats.advice import Advice, advise
 from clip_callbacks.trainer.checks import CallbackFacts
 
@@ -42,6 +43,16 @@ class GradientNormMonitor(GradientCallback):
         log_update_ratio: If True, log ``update_ratio/<block>``: the norm of the change of the block's weights in the step, divided
             by their norm before it. Copies the parameters, on logging steps only. Nothing is logged for skipped steps, non-finite
             gradients, or weights that are all 0.
+        log_weight_norm: If True, log ``weight_norm/<block>``: the norm of the block's trainable parameters before the step, of the
+            order ``norm_type``. Reads the parameters, on logging steps only; beside ``log_update_ratio`` it costs no further read.
+        log_statistics: If True, log statistics of the n entries g of the block's gradient before clipping:
+            ``grad_mean/<block>``, the mean sum(g) / n; ``grad_std/<block>``, the population standard deviation
+            sqrt(sum((g - mean)**2) / n); and ``grad_zeros/<block>``, the share of entries that are exactly 0, between 0 and 1.
+            They are computed in float64, from the gradient after rescaling and without the loss scale. Entries that a sparse
+            gradient does not store are zeros; parameters without a gradient have no entries; a complex entry counts as two, its
+            real and its imaginary part. Nothing is logged for a block without a gradient, or with a non-finite one. Reads the
+            gradients once more, on logging steps only, without a host sync before the step. Where ranks hold parts of the
+            gradients, the statistics are those of whole tensors, by one collective; values of weights take another one.
         log_contributions: If True, log ``grad_contribution/<block>``, the fraction of the total norm (for p = 2, of the sum of
             squares) that is the block's, and ``grad_spill_over/<block>``, the fraction of the block's norm that clipping removed
             because of other blocks: 1 - a / b, where a is its norm after clipping, and b would be its norm after clipping with
@@ -74,6 +85,8 @@ class GradientNormMonitor(GradientCallback):
         exclude: str | None = None,
         top_k: int | None = None,
         log_update_ratio: bool = False,
+        log_weight_norm: bool = False,
+        log_statistics: bool = False,
         log_contributions: bool = False,
         log_histograms: bool = False,
         summary: bool = True,
@@ -87,6 +100,8 @@ class GradientNormMonitor(GradientCallback):
         self.include, self.exclude = include, exclude
         self.top_k = as_count_or_none(top_k, "top_k", least=1)
         self.log_update_ratio = log_update_ratio
+        self.log_weight_norm = log_weight_norm
+        self.log_statistics = log_statistics
         self.log_contributions = log_contributions
         self.log_histograms = log_histograms
         self.summary = summary
@@ -109,9 +124,12 @@ class GradientNormMonitor(GradientCallback):
         return MonitorOptions(
             scope=self.scope,
             selection=self._selection,
+            norm_type=self.norm_type,
             every_n_steps=self.every_n_steps,
             top_k=self.top_k,
             log_update_ratio=self.log_update_ratio,
+            log_weight_norm=self.log_weight_norm,
+            log_statistics=self.log_statistics,
             log_contributions=self.log_contributions,
             log_histograms=self.log_histograms,
         )

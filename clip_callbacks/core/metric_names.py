@@ -34,6 +34,10 @@ SPILL_OVER = "grad_spill_over/"
 BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
 BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
 UPDATE_RATIO = "update_ratio/"
+WEIGHT_NORM = "weight_norm/"
+GRADIENT_MEAN = "grad_mean/"
+GRADIENT_STD = "grad_std/"
+GRADIENT_ZEROS = "grad_zeros/"
 HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"

@@ -177,6 +177,20 @@ class Reduction:
         sums = self._summed((parts / scales).pow(norm_type) * self.counts)
         return (sums.pow(1.0 / norm_type) * scales).to(local.device)
 
+    def of_each_rank(self, local: Tensor) -> Tensor:
+        """Gather tensors of one shape from all ranks, by one collective.
+
+        Returns:
+            The tensors, float64 of shape ``(ranks, …)`` on the host, in an order that is the same on every rank.
+        """
+        parts = local.to(self.counts.device, torch.float64)[None]
+        # along one dimension of the mesh after the other: the second time each rank sends what it has gathered
+        for group in self.groups:
+            found = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(found, parts, group)
+            parts = torch.cat(found)
+        return parts.cpu()
+
     def _summed(self, values: Tensor) -> Tensor:
         # along one dimension of the mesh after the other, in place: callers pass a tensor of their own
         for group in self.groups:

@@ -166,6 +166,45 @@ def largest_entry(tensor: Tensor) -> Tensor:
     return torch.maximum(-smallest, largest)
 
 
+def reliable_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norm of each tensor on the host, float64. Those that are not reliable are read a second time, in float64.
+
+    Args:
+        tensors: At least one strided tensor, none of them empty.
+        norm_type: The order p.
+    """
+    norms = tensor_norms(tensors, norm_type).cpu().double()
+    smallest = smallest_reliable_norm(norm_type, torch.float32)
+    # 0 is among them: all powers may have underflowed
+    suspects = [place for place, norm in enumerate(norms.tolist()) if not (norm > 0 and smallest <= norm < math.inf)]
+    if suspects:
+        norms[suspects] = norms_in_float64([tensors[place] for place in suspects], norm_type).cpu()
+    return norms
+
+
+def unread_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """Norm of each tensor, float64, without a host sync.
+
+    Other devices than a CPU accumulate in float64, in which powers of float32 numbers up to the fourth stay in range: no norm needs
+    a second read, for which the host would have to look at the first one.
+
+    Args:
+        tensors: At least one strided tensor, none of them empty.
+        norm_type: The order p.
+    """
+    if all(float64_device(tensor.device).type == "cpu" for tensor in tensors):
+        return reliable_norms(tensors, norm_type)
+    norms = torch._foreach_norm(
+        [tensor.abs() if tensor.is_complex() else tensor for tensor in tensors], norm_type, dtype=torch.float64
+    )
+    return torch.stack([norm.to(tensors[0].device) for norm in norms])
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or a CPU if the device has no float64 numbers."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def smallest_reliable_norm(norm_type: float, dtype: torch.dtype) -> float:
     """The norm below which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p).
 

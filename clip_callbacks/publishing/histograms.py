@@ -55,9 +55,7 @@ def block_codes(step: StepContext, blocks: Partition) -> Tensor:
     """
     table = step.optimizer.table
     gradients = gradients_of(table, bucketed=False)
-    factor: float | Tensor = step.scale
-    if step.loss_scale is not None:
-        factor = step.scale / step.loss_scale
+    factor = step.factor
     device = gradients.device if len(table) else torch.device("cpu")
     codes = torch.zeros(len(blocks.names), CODE_COUNT, dtype=torch.int64, device=device)
     for position, tensor in zip(gradients.positions, gradients.tensors, strict=True):

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.core.actions import StepOutcome
-from clip_callbacks.core.blocks import Partition, Scope, Selection
+from clip_callbacks.core.blocks import Partition, Selection
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, SPILL_OVER, UPDATE_RATIO
+from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, SPILL_OVER
 from clip_callbacks.core.step_record import StepRecord
-from clip_callbacks.publishing.histograms import block_codes, check_histograms
+from clip_callbacks.publishing.before_write import StateBeforeWrite
+from clip_callbacks.publishing.histograms import check_histograms
 from clip_callbacks.publishing.monitor import Monitor
+from clip_callbacks.publishing.monitor_options import MonitorOptions
 from clip_callbacks.stats.advice import advise
 from clip_callbacks.stats.attribution import contributions, spill_over
 from clip_callbacks.stats.block_history import BlockHistory, largest
 from clip_callbacks.stats.histogram import Histogram
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.stats.norm_history import NormHistory
-from clip_callbacks.stats.update_ratio import WeightsBefore
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-
-@dataclass(frozen=True)
-class MonitorOptions:
-    """The arguments of :class:`~clip_callbacks.GradientNormMonitor`, which documents them."""
-
-    scope: Scope
-    selection: Selection
-    every_n_steps: int | None
-    top_k: int | None
-    log_update_ratio: bool
-    log_contributions: bool
-    log_histograms: bool
 
 
 class NormMonitor(Monitor):
@@ -53,13 +40,12 @@ class NormMonitor(Monitor):
 
     def __init__(self, options: MonitorOptions, saved: Mapping[str, Any]) -> None:
         self.options = options
-        self.reads_before_write = options.log_update_ratio or options.log_histograms
+        self.reads_before_write = options.read_before_write
         self._selected: dict[int, Selection | None] = {}
         self._norms: dict[int, NormHistory] = {}
         self._blocks: dict[int, BlockHistory] = {}
         self._last_logged = {int(index): step for index, step in saved.get("last_logged", {}).items()}
-        self._weights_before: dict[int, WeightsBefore] = {}
-        self._codes: dict[int, Tensor] = {}
+        self._before: dict[int, StateBeforeWrite] = {}
         for index, values in saved.get("norms", {}).items():
             self._norms[int(index)] = NormHistory()
             self._norms[int(index)].load(values)
@@ -91,10 +77,7 @@ class NormMonitor(Monitor):
         blocks = self._partition(context)
         if blocks is None or not self._is_due(context, context.history.steps + 1):
             return
-        if self.options.log_update_ratio:
-            self._weights_before[context.index] = WeightsBefore(context.table, blocks)
-        if self.options.log_histograms:
-            self._codes[context.index] = block_codes(step, blocks)
+        self._before[context.index] = StateBeforeWrite(step, blocks, self.options)
 
     @override
     def end_step(self, context: OptimizerContext, report: StepRecord, window: WindowNorms | None) -> None:
@@ -104,7 +87,7 @@ class NormMonitor(Monitor):
 
     @override
     def readings(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
-        before, codes = self._weights_before.pop(context.index, None), self._codes.pop(context.index, None)
+        before = self._before.pop(context.index, None)
         blocks = self._partition(context)
         if blocks is None or not self._is_due(context, context.history.steps):
             return {}, {}
@@ -113,14 +96,14 @@ class NormMonitor(Monitor):
         values = {BLOCK_NORM: norms}
         if self.options.log_contributions:
             values |= self._contributions(context, report, norms)
-        if before and report.outcome is StepOutcome.TAKEN:
-            values[UPDATE_RATIO] = before.ratios(report.norm_type)
+        if before is not None:
+            values |= before.metrics(report.outcome)
         chosen = {place: blocks.names[place] for place in largest(norms, self.options.top_k)}
         numbers = {prefix: each.tolist() for prefix, each in values.items()}
         metrics = {prefix + name: each[place] for prefix, each in numbers.items() for place, name in chosen.items()}
-        if codes is None:
+        if before is None or before.codes is None:
             return metrics, {}
-        counts = {HISTOGRAM + name: Histogram.of_codes(codes[place].cpu()) for place, name in chosen.items()}
+        counts = {HISTOGRAM + name: Histogram.of_codes(before.codes[place].cpu()) for place, name in chosen.items()}
         return metrics, {tag: histogram for tag, histogram in counts.items() if histogram}
 
     @override
@@ -158,8 +141,7 @@ class NormMonitor(Monitor):
 
     @override
     def detach(self) -> None:
-        self._weights_before.clear()
-        self._codes.clear()
+        self._before.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:

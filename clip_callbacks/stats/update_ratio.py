@@ -1,6 +1,7 @@
-r"""Size of an update relative to the weights.
+r"""Norm of the weights before a step, and size of the update relative to it.
 
 .. math::
+    \text{weight\_norm}_b = \lVert w_b \rVert_p, \qquad
     \text{update\_ratio}_b = \frac{\lVert w^+_b - w_b \rVert_p}{\lVert w_b \rVert_p}
 """
 
@@ -11,67 +12,93 @@ import math
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.blocks import Partition
+from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.tensor_norms import HALF_DTYPES, norms_in_float64, smallest_reliable_norm, tensor_norms
+from clip_callbacks.core.tensor_norms import HALF_DTYPES, reliable_norms, unread_norms
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
 
 
 class WeightsBefore:
-    """Copies of an optimizer's trainable parameters before a step, in float32 where the parameters are of half precision.
+    """An optimizer's trainable parameters before a step: copies of them, or only their norms.
 
     Args:
         table: The parameters.
-        blocks: Blocks whose parameters are copied.
+        blocks: Blocks whose parameters are read.
+        norm_type: Order p of the norms.
+        with_copies: If True, the parameters are copied, in float32 where they are of half precision, so that their change can be
+            measured. If False, their norms are computed at once, on their device and without a host sync.
     """
 
     @torch.no_grad()
-    def __init__(self, table: TensorTable, blocks: Partition) -> None:
+    def __init__(self, table: TensorTable, blocks: Partition, norm_type: float, *, with_copies: bool) -> None:
         self._table = table
         self._blocks = blocks
-        self._places = [place for place in blocks.members.tolist() if self._takes(table, place)]
+        self._norm_type = norm_type
+        self._places = [place for place in self._trainable() if count_entries(table.shards[place])]
+        self._copies: list[Tensor] = []
+        self._found: Tensor | None = None
         live = self._live()
-        self._copies = [torch.empty_like(each, dtype=torch.float32 if each.dtype in HALF_DTYPES else each.dtype) for each in live]
-        if live:
-            torch._foreach_copy_(self._copies, live)
+        if with_copies:
+            self._copies = [
+                torch.empty_like(each, dtype=torch.float32 if each.dtype in HALF_DTYPES else each.dtype) for each in live
+            ]
+            if live:
+                torch._foreach_copy_(self._copies, live)
+        elif live:
+            self._found = unread_norms(live, norm_type)
 
-    @staticmethod
-    def _takes(table: TensorTable, place: int) -> bool:
-        return learns(table.tensors[place]) and count_entries(table.shards[place]) > 0
+    def _trainable(self) -> list[int]:
+        """Return the positions of the blocks' parameters that the step may change, on whatever ranks their entries are."""
+        places = [place for place, block in enumerate(self._blocks.index) if block != OUTSIDE]
+        return [place for place in places if learns(self._table.tensors[place]) and math.prod(self._table.shapes[place])]
 
-    @torch.no_grad()
-    def ratios(self, norm_type: float) -> Tensor:
-        """Return the norm of the change of each block's parameters since then, divided by their norm then; overwrites the copies.
+    def norms(self) -> Tensor:
+        """Return the norm of each block's parameters before the step.
 
-        Where ranks hold parts of the parameters, this is a collective, and all ranks get equal ratios.
-
-        Args:
-            norm_type: Order p of the norms.
+        Where ranks hold parts of the parameters, this is a collective, and all ranks get equal norms.
 
         Returns:
-            Ratios, float64 of shape ``(B,)``, on the host; NaN for a block whose weights were all 0, or are all frozen.
+            Norms, float64 of shape ``(B,)``, on the host; NaN for a block without trainable parameters.
         """
-        norms = [self._norms(norm_type)]
+        return self._where_trainable(self._over_all_ranks(self._norms())[0])
+
+    @torch.no_grad()
+    def norms_and_ratios(self) -> tuple[Tensor, Tensor]:
+        """Return the norms, and the norm of the change of each block's parameters since then divided by them.
+
+        Needs copies, and overwrites them. It is one collective where ranks hold parts of the parameters.
+
+        Returns:
+            Norms as from :meth:`norms`, and ratios, float64 of shape ``(B,)``, on the host; NaN for a block whose weights were all
+            0, or are all frozen.
+        """
+        norms = self._norms()
         if self._copies:
             torch._foreach_sub_(self._copies, self._live())
-        norms.append(self._norms(norm_type))
-        both = torch.cat(norms)
-        if reduction := self._table.reduction:
-            both = reduction.norms(both, norm_type)
-        before, moved = block_norms(both.reshape(2, -1), self._blocks, norm_type)
-        return torch.where(before > 0, moved / before, math.nan)
+        before, moved = self._over_all_ranks(norms, self._norms())
+        return self._where_trainable(before), torch.where(before > 0, moved / before, math.nan)
 
     def _live(self) -> list[Tensor]:
         return [self._table.shards[place].detach() for place in self._places]
 
-    def _norms(self, norm_type: float) -> Tensor:
-        """Return the norms of the copies, float64 of shape ``(N,)`` on the host; 0 for parameters without a copy."""
-        norms = torch.zeros(len(self._table), dtype=torch.float64)
+    def _norms(self) -> Tensor:
+        """Return the norms of this rank's shards, float64 of shape ``(N,)`` on the host; 0 for parameters that are not read."""
+        norms = torch.zeros(len(self._table), dtype=torch.float64, device="cpu")
         if self._copies:
-            found = tensor_norms(self._copies, norm_type).cpu().double()
-            smallest = smallest_reliable_norm(norm_type, torch.float32)
-            suspects = [place for place, norm in enumerate(found.tolist()) if norm != 0 and not smallest <= norm < math.inf]
-            if suspects:
-                found[suspects] = norms_in_float64([self._copies[place] for place in suspects], norm_type).cpu()
-            norms[self._places] = found
+            norms[self._places] = reliable_norms(self._copies, self._norm_type)
+        elif self._found is not None:
+            norms[self._places] = self._found.cpu()
         return norms
+
+    def _over_all_ranks(self, *sets: Tensor) -> Tensor:
+        """Return the norms of blocks for k sets of norms of this rank's shards, shape ``(k, B)``."""
+        together = torch.cat(sets)
+        if reduction := self._table.reduction:
+            together = reduction.norms(together, self._norm_type)
+        return block_norms(together.reshape(len(sets), -1), self._blocks, self._norm_type)
+
+    def _where_trainable(self, norms: Tensor) -> Tensor:
+        """Replace the norms of blocks without trainable parameters by NaN."""
+        trainable = torch.zeros(len(norms), dtype=torch.bool, device="cpu")
+        trainable[[self._blocks.index[place] for place in self._trainable()]] = True
+        return torch.where(trainable, norms, math.nan)

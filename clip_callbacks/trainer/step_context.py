@@ -113,6 +113,12 @@ class StepContext:
         return [each.loss for each in self.micro_batches]
 
     @property
+    def factor(self) -> float | Tensor:
+        """Factor on the gradients as they are in memory, which rescales them and removes the loss scale."""
+        # a new tensor, because the GradScaler changes its scale in place
+        return self.scale if self.loss_scale is None else self.scale / self.loss_scale
+
+    @property
     def why_discarded(self) -> str:
         """The reason for which the gradients are discarded, as the beginning of a message."""
         assert self.discarded is not None, "asked of discarded steps only"

@@ -432,7 +432,7 @@ def test_nothing_is_copied_on_other_steps(trainer):
     class Looking(Callback):
         def on_train_start(self, *_):
             part = monitor._part
-            look, self.kept = part.before_write, part._weights_before
+            look, self.kept = part.before_write, part._before
 
             def before_write(step):
                 look(step)

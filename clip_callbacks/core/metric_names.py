@@ -31,6 +31,7 @@ SPILL_OVER = "grad_spill_over/"
 BLOCK_PERCENTILES = {50: "grad_norm_p50/", 90: "grad_norm_p90/", 99: "grad_norm_p99/"}
 BLOCK_CLIP_FRACTION = "grad_clip_fraction/"
 UPDATE_RATIO = "update_ratio/"
+VANISHED = "grad_vanished/"
 HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"

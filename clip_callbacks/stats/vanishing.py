@@ -194,9 +194,10 @@ class VanishingDetector:
         A gradient of zeros is no proof: ``zero_grad(set_to_none=False)`` leaves one on a parameter that was used long ago. A hook
         tells, once, that autograd adds to the gradient.
         """
+        is_nonzero = self._is_nonzero.tolist()
         for place in present:
             tensor = self._table.tensors[place]
-            if self._is_nonzero[place] or place in self._reached or place in self._handles or not tensor.requires_grad:
+            if is_nonzero[place] or place in self._reached or place in self._handles or not tensor.requires_grad:
                 continue
             if is_sharded(tensor):  # FSDP2 puts gradients on its shards itself, past the hooks of autograd, if there are any
                 self._reached.add(place)

@@ -202,7 +202,8 @@ class VanishingDetector:
             if is_sharded(tensor):  # FSDP2 puts gradients on its shards itself, past the hooks of autograd, if there are any
                 self._reached.add(place)
             elif not self._is_flat(place):
-                self._handles[place] = tensor.register_post_accumulate_grad_hook(partial(self._take_note, place))
+                hook = partial(self._take_note, place)
+                self._handles[place] = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _is_flat(self, place: int) -> bool:
         reduction = self._table.reduction
@@ -315,9 +316,9 @@ def describe(blocks: Sequence[VanishedBlock], steps: int, last: int) -> str:
         lines.append(f"  and {len(blocks) - MAX_LINES} more")
     if any(block.is_zero for block in blocks):
         lines.append(
-            "Likely causes of gradients that are exactly 0: a ReLU that is 0 for every input; a loss with weight 0, or masked out "
-            "everywhere; an input that is always 0; a saturated activation, clamp or softmax; an expert that receives no token; "
-            "or gradients that shrink through depth until they underflow, in float16 without a GradScaler first of all."
+            "Likely causes of gradients that are exactly 0: a ReLU that is 0 for every input; a loss with weight 0, masked out "
+            "everywhere or fitted perfectly; an input that is always 0; a saturated activation, clamp or softmax; an expert that "
+            "receives no token; gradients that underflow, after many layers or in float16 without a GradScaler."
         )
     lines += [_lost_updates(dtype) for dtype in dict.fromkeys(block.dtype for block in blocks if not block.is_zero)]
     lines.append("Each block is named once; `grad_vanished/<block>` shows it at the end of each epoch.")
@@ -330,13 +331,13 @@ def _lost_updates(dtype: torch.dtype) -> str:
     Half the distance between neighbouring numbers is eps / 2 of a weight just above a power of 2, and eps / 4 just below one.
     """
     lost = torch.finfo(dtype).eps / 4
-    cures = "Raise the learning rate"
+    cures = "Raise the learning rate, unless the training has converged, or the next normalization removes what the block adds."
     if dtype in {torch.bfloat16, torch.float16}:
         cures = (
-            'Keep the weights in float32 (precision="bf16-mixed" instead of "bf16-true"), raise the learning rate, or take an '
-            "optimizer with float32 master weights, Kahan summation or stochastic rounding"
+            'Keep the weights in float32 (precision="bf16-mixed" instead of "bf16-true"), raise the learning rate, or use an '
+            "optimizer with float32 master weights, Kahan summation or stochastic rounding."
         )
-    return f"{_dtype_name(dtype)} rounds updates away that are smaller than {lost:.1g} of the weight. {cures}."
+    return f"In {_dtype_name(dtype)}, updates smaller than {lost:.1g} of a weight are rounded away. {cures}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

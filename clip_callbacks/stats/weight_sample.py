@@ -89,18 +89,18 @@ class WeightSample:
         with_gradient, stalled = (torch.zeros(len(self._table), dtype=torch.float64, device="cpu") for _ in range(2))
         for part in self._parts:
             has_gradient, changed = part.has_gradient.cpu(), part.changed.cpu()
-            pairs = zip(has_gradient.split(part.sizes), (has_gradient & ~changed).split(part.sizes), strict=True)
-            for place, (some, none_moved) in zip(part.places, pairs, strict=True):
-                entries_each = count_entries(self._table.shards[place]) / len(some)
-                with_gradient[place] = some.sum() * entries_each
-                stalled[place] = none_moved.sum() * entries_each
+            each = zip(part.places, part.split(has_gradient), part.split(has_gradient & ~changed), strict=True)
+            for place, some, unmoved in each:
+                entries_per_sample = count_entries(self._table.shards[place]) / len(some)
+                with_gradient[place] = some.sum() * entries_per_sample
+                stalled[place] = unmoved.sum() * entries_per_sample
         return with_gradient, stalled
 
     def typical_size(self, place: int) -> float:
         """Read the median size of a parameter's sampled entries; NaN if none is sampled."""
         for part in self._parts:
             if place in part.places:
-                return float(part.first.split(part.sizes)[part.places.index(place)].abs().double().median())
+                return float(part.split(part.first)[part.places.index(place)].abs().double().median())
         return float("nan")
 
     @torch.no_grad()
@@ -135,10 +135,15 @@ class _SamePart:
         pairs = zip(self.places, self._strides, strict=True)
         return torch.cat([_spaced(self._table.shards[place], stride) for place, stride in pairs])
 
+    def split(self, entries: Tensor) -> tuple[Tensor, ...]:
+        """Return views of the entries of each parameter."""
+        return entries.split(self.sizes)  # type: ignore[no-any-return, no-untyped-call]
+
     def note_gradients(self, gradients: Mapping[int, Tensor], rates: Sequence[Any]) -> None:
+        """Record which of the parameters' gradients are not zero, except where the learning rate is 0."""
         self.pending = torch.zeros_like(self.has_gradient)
         flags, found = [], []
-        for place, stride, flag in zip(self.places, self._strides, self.pending.split(self.sizes), strict=True):
+        for place, stride, flag in zip(self.places, self._strides, self.split(self.pending), strict=True):
             gradient, rate = gradients.get(place), rates[place]
             # the values of a sparse gradient have another shape, and do not tell which rows they are of
             if gradient is None or gradient.shape != self._table.shards[place].shape:

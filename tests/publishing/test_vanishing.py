@@ -127,7 +127,7 @@ def test_blocks_that_updates_do_not_change_are_named_with_dtype_and_learning_rat
     assert set(vanished(made)) == {"net.0", "net.2"}
     assert f"net.0: the updates left 100% of the {dtype} weights unchanged, the learning rate is {float(options['lr']):.2g}" in text
     lost = {"bfloat16": 2**-9, "float32": 2**-25}[dtype]
-    assert f"{dtype} rounds updates away that are smaller than {lost:.1g} of the weight" in text
+    assert f"In {dtype}, updates smaller than {lost:.1g} of a weight are rounded away." in text
     assert "exactly 0" not in text
 
 

@@ -138,7 +138,7 @@ class GradientNormMonitor(GradientCallback):
         """Steps of a search tell nothing about the run."""
 
     def _empty_state(self) -> dict[str, Any]:
-        return {"norms": {}, "blocks": {}, "last_logged": {}}
+        return {"norms": {}, "blocks": {}, "last_logged": {}, "vanished": {}}
 
     def _check_state(self, state: State) -> None:
         NormMonitor(self._monitor_options, state)

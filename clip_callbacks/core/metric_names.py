@@ -38,6 +38,7 @@ WEIGHT_NORM = "weight_norm/"
 GRADIENT_MEAN = "grad_mean/"
 GRADIENT_STD = "grad_std/"
 GRADIENT_ZEROS = "grad_zeros/"
+VANISHED = "grad_vanished/"
 HISTOGRAM = "grad_histogram/"
 
 JOURNAL = "nonfinite_steps.jsonl"

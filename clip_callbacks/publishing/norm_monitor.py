@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.blocks import Partition, Selection
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, SPILL_OVER
+from clip_callbacks.core.metric_names import BLOCK_NORM, CONTRIBUTION, HISTOGRAM, SPILL_OVER, VANISHED
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.publishing.before_write import StateBeforeWrite
 from clip_callbacks.publishing.histograms import check_histograms
@@ -23,6 +24,7 @@ from clip_callbacks.stats.block_history import BlockHistory, largest
 from clip_callbacks.stats.histogram import Histogram
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.stats.norm_history import NormHistory
+from clip_callbacks.stats.vanishing import VanishedBlock, VanishingDetector, describe
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 
@@ -31,20 +33,23 @@ if TYPE_CHECKING:
 
 
 class NormMonitor(Monitor):
-    """Records the norms of blocks, and makes metrics of them.
+    """Records the norms of blocks, makes metrics of them, and warns of blocks that do not learn.
 
     Args:
         options: The options of the callback.
         saved: A state from :meth:`state_dict`; empty at the beginning of a run.
     """
 
+    reads_before_write = True
+
     def __init__(self, options: MonitorOptions, saved: Mapping[str, Any]) -> None:
         self.options = options
-        self.reads_before_write = options.read_before_write
         self._selected: dict[int, Selection | None] = {}
         self._norms: dict[int, NormHistory] = {}
         self._blocks: dict[int, BlockHistory] = {}
         self._last_logged = {int(index): step for index, step in saved.get("last_logged", {}).items()}
+        self._vanishing = {int(index): self._new_detector(named) for index, named in saved.get("vanished", {}).items()}
+        self._vanished: dict[int, list[VanishedBlock]] = {}
         self._before: dict[int, StateBeforeWrite] = {}
         for index, values in saved.get("norms", {}).items():
             self._norms[int(index)] = NormHistory()
@@ -55,6 +60,9 @@ class NormMonitor(Monitor):
 
     def _new_blocks(self) -> BlockHistory:
         return BlockHistory(self.options.scope, self.options.selection)
+
+    def _new_detector(self, named: Iterable[str] = ()) -> VanishingDetector:
+        return VanishingDetector(self.options.scope, self.options.selection, named)
 
     @override
     def check(self, trainer: Trainer, contexts: Sequence[OptimizerContext]) -> None:
@@ -70,12 +78,14 @@ class NormMonitor(Monitor):
             self._selected[context.index] = self.options.selection.among(context.table.names)
             self._norms.setdefault(context.index, NormHistory())
             self._blocks.setdefault(context.index, self._new_blocks()).attach(context.table)
+            self._vanishing.setdefault(context.index, self._new_detector()).attach(context.table, context.optimizer)
 
     @override
     def before_write(self, step: StepContext) -> None:
         context = step.optimizer
+        self._vanishing[context.index].note_gradients()
         blocks = self._partition(context)
-        if blocks is None or not self._is_due(context, context.history.steps + 1):
+        if not self.options.read_before_write or blocks is None or not self._is_due(context, context.history.steps + 1):
             return
         self._before[context.index] = StateBeforeWrite(step, blocks, self.options)
 
@@ -84,10 +94,17 @@ class NormMonitor(Monitor):
         if report.outcome is StepOutcome.TAKEN:
             self._norms[context.index].add(report.total)
             self._blocks[context.index].add(report, context.table)
+            self._vanishing[context.index].add(report)
+        else:
+            self._vanishing[context.index].discard()
 
     @override
     def readings(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
         before = self._before.pop(context.index, None)
+        detector = self._vanishing[context.index]
+        detector.compare_weights()
+        if detector.is_complete:
+            self._judge(context)
         blocks = self._partition(context)
         if blocks is None or not self._is_due(context, context.history.steps):
             return {}, {}
@@ -110,7 +127,19 @@ class NormMonitor(Monitor):
     def end_epoch(self, context: OptimizerContext) -> Mapping[str, float]:
         metrics = self._blocks[context.index].metrics(self.options.top_k)
         self._blocks[context.index].end_epoch()
-        return metrics
+        if self._vanishing[context.index].is_due:
+            self._judge(context)
+        vanished = sorted(self._vanished.pop(context.index, ()), key=lambda block: -block.share)[: self.options.top_k]
+        return metrics | {VANISHED + block.name: block.share for block in vanished}
+
+    def _judge(self, context: OptimizerContext) -> None:
+        """Find the blocks that did not learn in the span, and warn of those that are new."""
+        detector = self._vanishing[context.index]
+        steps = detector.steps
+        found = self._vanished[context.index] = detector.judge()
+        if new := detector.name_new(found):
+            text = describe(new, steps, context.history.steps)
+            rank_zero_warn(f"GradientNormMonitor{context.suffix}: {text}", category=RuntimeWarning)
 
     def _is_due(self, context: OptimizerContext, steps: int) -> bool:
         every = self.options.every_n_steps
@@ -142,12 +171,16 @@ class NormMonitor(Monitor):
     @override
     def detach(self) -> None:
         self._before.clear()
+        for detector in self._vanishing.values():
+            detector.detach()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # The norms of the run take 8 bytes a step; the sketches of the epoch's blocks stay as large as they are.
+        # The norms of the run take 8 bytes a step; the sketches of the epoch's blocks stay as large as they are. A span of
+        # `VanishingDetector` begins anew after a resume: only the names of blocks that were warned of are kept.
         return {
             "norms": {index: history.values() for index, history in self._norms.items()},
             "blocks": {index: history.state_dict() for index, history in self._blocks.items()},
             "last_logged": dict(self._last_logged),
+            "vanished": {index: list(detector.named) for index, detector in self._vanishing.items()},
         }

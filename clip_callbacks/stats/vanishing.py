@@ -1,0 +1,344 @@
+r"""Blocks that do not learn: gradients that are exactly zero, and updates that are too small to change the weights.
+
+.. math::
+    \text{grad\_vanished}_b = z_b + (1 - z_b) \, s_b
+
+where :math:`z_b` is the share of the block's entries whose parameters had a gradient of exactly zero in every step of a span, and
+:math:`s_b` the share of the others' entries with a gradient whose weights are bit for bit unchanged after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from clip_callbacks.core.blocks import Partition, Scope, Selection
+from clip_callbacks.core.gradients import gradients_of
+from clip_callbacks.core.reduction import is_sharded, shard_of
+from clip_callbacks.core.step_record import StepRecord
+from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.stats.norm_history import MAX_WAITING_STEPS
+from clip_callbacks.stats.weight_sample import WeightSample
+
+MIN_STEPS = 100
+"""Smallest number of healthy steps in a span. A block that takes part in 5 % of the steps is left out of one such span in 170."""
+
+MAX_STEPS = 1000
+"""Number of healthy steps after which a span ends within an epoch."""
+
+MIN_CHECKS = 2
+"""Smallest number of checks of the weights in a span."""
+
+MIN_STEPS_BETWEEN_CHECKS = 10
+"""Smallest number of steps between two checks, for a Trainer that logs more often."""
+
+MIN_SHARE = 0.5
+"""The share of a block's entries above which the block has vanished."""
+
+MAX_LINES = 12
+"""Largest number of blocks that one warning lists."""
+
+
+@dataclass(frozen=True)
+class VanishedBlock:
+    """A block of which more than half does not learn.
+
+    Args:
+        name: Name of the block.
+        share: Share of its entries whose gradient was exactly zero throughout, or whose weights the updates did not change.
+        is_zero: If True, most of these entries had a gradient of exactly zero; if False, updates too small to change them.
+        dtype: Data type of the block's largest parameter.
+        rate: Learning rate of that parameter; NaN if the optimizer chooses it.
+        size: Median size of that parameter's weights; NaN if it is not known.
+    """
+
+    name: str
+    share: float
+    is_zero: bool
+    dtype: torch.dtype
+    rate: float
+    size: float
+
+    def __str__(self) -> str:
+        """Return a line of the warning."""
+        if self.is_zero:
+            which = "all entries" if self.share == 1.0 else f"{self.share:.0%} of the entries"
+            return f"{self.name}: the gradient of {which} was exactly 0 in every step"
+        size = f", the weights are about {self.size:.2g}" if self.size == self.size else ""
+        rate = f", the learning rate is {self.rate:.2g}" if self.rate == self.rate else ""
+        return f"{self.name}: the updates left {self.share:.0%} of the {_dtype_name(self.dtype)} weights unchanged{rate}{size}"
+
+
+class VanishingDetector:
+    """Finds the blocks of one optimizer that do not learn, over spans of healthy steps.
+
+    A span ends with an epoch, or within it after ``MAX_STEPS`` steps; a span with fewer than ``MIN_STEPS`` steps or ``MIN_CHECKS``
+    checks goes on into the next epoch. A step costs one list append; a check, some small copies on the device. The host reads a
+    sample of weights when a span ends.
+
+    A parameter counts as zero if its norm was 0 in every step, although a backward pass has given it a gradient. One without a
+    gradient (``None``) is not a part of the loss: it is frozen, or unused by design. FSDP1 gives unused parameters a gradient of
+    zeros, so that there no parameter counts as zero.
+
+    Args:
+        scope: Scope of the blocks.
+        selection: Patterns for the names of the parameters that blocks are made of.
+        named: Names of the blocks that a warning has named in this run.
+
+    Attributes:
+        named: The same, with those that were found since.
+        steps: The number of healthy steps in the span.
+    """
+
+    def __init__(self, scope: Scope, selection: Selection, named: Iterable[str] = ()) -> None:
+        self._scope: Scope = scope
+        self._selection = selection
+        self.named = dict.fromkeys(map(str, named))
+        self._table = TensorTable((), (), ())
+        self._blocks: Partition | None = None
+        self._optimizer: Optimizer | None = None
+        self._handles: dict[int, RemovableHandle] = {}
+        self._begin_span()
+
+    def _begin_span(self) -> None:
+        self.steps = self._checks = 0
+        self._last_check: int | None = None
+        self._norms: list[Tensor] = []
+        self._is_nonzero = torch.zeros(len(self._table), dtype=torch.bool, device="cpu")
+        self._reached: set[int] = set()
+        self._sample: WeightSample | None = None
+
+    def attach(self, table: TensorTable, optimizer: Optimizer) -> None:
+        """Take up the parameters of an optimizer; a span begins.
+
+        Args:
+            table: The parameters.
+            optimizer: The optimizer that holds them.
+        """
+        self.detach()
+        selection = self._selection.among(table.names)
+        self._table, self._optimizer = table, optimizer
+        self._blocks = None if selection is None else table.partition(self._scope, selection)
+        self._begin_span()
+
+    def detach(self) -> None:
+        """Remove all hooks, and release all tensors."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._table, self._optimizer, self._blocks = TensorTable((), (), ()), None, None
+        self._begin_span()
+
+    # --- a step
+
+    def note_gradients(self) -> None:
+        """Record which sampled gradients of the step are not zero; call it before they are written, on logging steps."""
+        if self._blocks is None or not self._is_check_due:
+            return
+        assert self._optimizer is not None
+        gradients = gradients_of(self._table, bucketed=False)
+        present = dict(zip(gradients.positions, gradients.tensors, strict=True))
+        rates = {id(tensor): group.get("lr") for group in self._optimizer.param_groups for tensor in group["params"]}
+        self._sample_weights().note_gradients(present, [rates.get(id(tensor)) for tensor in self._table.tensors])
+        if self.steps:  # before the first step every norm looks like 0
+            self._flush()
+            self._look_for_gradients(present)
+        self._last_check = self.steps
+
+    @property
+    def _is_check_due(self) -> bool:
+        return self._last_check is None or self.steps - self._last_check >= MIN_STEPS_BETWEEN_CHECKS
+
+    def add(self, report: StepRecord) -> None:
+        """Record a healthy step."""
+        if self._blocks is None:
+            return
+        self._sample_weights().confirm()
+        self._norms.append(report.parameter_norms)
+        self.steps += 1
+        if len(self._norms) >= MAX_WAITING_STEPS:
+            self._flush()
+
+    def discard(self) -> None:
+        """Discard what was recorded of a step that is skipped."""
+        if self._sample is not None:
+            self._sample.discard()
+
+    def compare_weights(self) -> None:
+        """Compare the sampled weights with those at the beginning of the span; call it after the step, on logging steps."""
+        if self._sample is not None and self._sample.compare():
+            self._checks += 1
+
+    def _sample_weights(self) -> WeightSample:
+        if self._sample is None:
+            assert self._blocks is not None
+            places = [place for place in self._blocks.members.tolist() if self._table.tensors[place].requires_grad]
+            self._sample = WeightSample(self._table, places)
+        return self._sample
+
+    def _flush(self) -> None:
+        if self._norms:
+            self._is_nonzero |= (torch.stack(self._norms) != 0).any(0)
+            self._norms.clear()
+
+    def _look_for_gradients(self, present: Mapping[int, Tensor]) -> None:
+        """Find out which of the parameters whose norms were all 0 take part in the backward pass.
+
+        A gradient of zeros is no proof: ``zero_grad(set_to_none=False)`` leaves one on a parameter that was used long ago. A hook
+        tells, once, that autograd adds to the gradient.
+        """
+        is_nonzero = self._is_nonzero.tolist()
+        for place in present:
+            tensor = self._table.tensors[place]
+            if is_nonzero[place] or place in self._reached or place in self._handles or not tensor.requires_grad:
+                continue
+            if is_sharded(tensor):  # FSDP2 puts gradients on its shards itself, past the hooks of autograd, if there are any
+                self._reached.add(place)
+            elif not self._is_flat(place):
+                hook = partial(self._take_note, place)
+                self._handles[place] = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _is_flat(self, place: int) -> bool:
+        reduction = self._table.reduction
+        return reduction is not None and reduction.first_entries[place] is not None
+
+    def _take_note(self, place: int, _: Tensor) -> None:
+        self._reached.add(place)
+        self._handles.pop(place).remove()
+
+    # --- a span
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the span is long enough to be judged; equal on all ranks."""
+        return self.steps >= MIN_STEPS and self._checks >= MIN_CHECKS
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the span is to be judged within the epoch."""
+        return self.is_due and self.steps >= MAX_STEPS
+
+    def judge(self) -> list[VanishedBlock]:
+        """Return the blocks of which more than half did not learn, and begin the next span.
+
+        Where ranks hold parts of the parameters, this is a collective, and all ranks find the same blocks.
+        """
+        assert self._blocks is not None
+        assert self._sample is not None
+        self._flush()
+        with_gradient, stalled = self._sample.counts()
+        for place in (stalled > MIN_SHARE * with_gradient).nonzero().flatten().tolist():
+            if self._has_master_weights(place):  # in which small updates add up
+                stalled[place] = 0.0
+        reached = torch.zeros_like(stalled)
+        reached[list(self._reached)] = 1.0
+        counts = torch.cat([with_gradient, stalled, reached])
+        if (reduction := self._table.reduction) is not None:
+            counts = reduction.norms(counts, 1.0)  # norms of order 1 are sums, in which copies count once
+        found = self._find(*counts.reshape(3, -1))
+        self._begin_span()
+        return found
+
+    def _find(self, with_gradient: Tensor, stalled: Tensor, reached: Tensor) -> list[VanishedBlock]:
+        blocks = self._blocks
+        assert blocks is not None
+
+        def sums(values: Tensor) -> Tensor:
+            zeros = torch.zeros(len(blocks.names), dtype=torch.float64, device="cpu")
+            return zeros.index_add_(0, blocks.member_blocks, values[blocks.members].double())
+
+        # float32 norms of tiny entries may be 0: the entries themselves decide
+        learns = self._is_nonzero | (with_gradient > 0)
+        is_zero = (reached > 0) & ~learns
+        sizes = torch.tensor([prod(shape) for shape in self._table.shapes], dtype=torch.float64, device="cpu")
+        # a block without any entry that counts is 0 / 0
+        zero = (sums(sizes * is_zero) / sums(sizes * (is_zero | learns))).nan_to_num(0.0)
+        small = (1.0 - zero) * (sums(stalled) / sums(with_gradient)).nan_to_num(0.0)
+        shares, is_mostly_zero = (zero + small).tolist(), (zero >= small).tolist()
+        return [
+            self._vanished(number, share, is_zero=is_mostly_zero[number])
+            for number, share in enumerate(shares)
+            if share > MIN_SHARE
+        ]
+
+    def _vanished(self, number: int, share: float, *, is_zero: bool) -> VanishedBlock:
+        assert self._blocks is not None
+        assert self._optimizer is not None
+        assert self._sample is not None
+        places = [place for place, block in enumerate(self._blocks.index) if block == number]
+        place = max(places, key=lambda place: prod(self._table.shapes[place]))
+        tensor = self._table.tensors[place]
+        groups = [group for group in self._optimizer.param_groups if any(each is tensor for each in group["params"])]
+        rate = groups[0].get("lr") if groups else None
+        return VanishedBlock(
+            self._blocks.names[number],
+            share,
+            is_zero,
+            tensor.dtype,
+            float("nan") if rate is None else float(rate),
+            self._sample.typical_size(place),
+        )
+
+    def _has_master_weights(self, place: int) -> bool:
+        assert self._optimizer is not None
+        assert self._sample is not None
+        state = self._optimizer.state.get(self._table.tensors[place])
+        held = state.values() if isinstance(state, Mapping) else ()
+        shards = [shard_of(each) for each in held if isinstance(each, Tensor)]
+        return any(self._sample.is_copy_in_higher_precision(place, each) for each in shards)
+
+    def name_new(self, found: Sequence[VanishedBlock]) -> list[VanishedBlock]:
+        """Return the blocks that no warning of this run has named, and record their names."""
+        new = [block for block in found if block.name not in self.named]
+        self.named |= dict.fromkeys(block.name for block in new)
+        return new
+
+
+def describe(blocks: Sequence[VanishedBlock], steps: int, last: int) -> str:
+    """Return the text of a warning that names blocks, with likely causes.
+
+    Args:
+        blocks: The blocks, at least one.
+        steps: The number of optimizer steps in the span.
+        last: The number of optimizer steps in the run, up to the end of the span.
+    """
+    count = "1 block does" if len(blocks) == 1 else f"{len(blocks)} blocks do"
+    lines = [f"{count} not learn, as the {steps} optimizer steps up to step {last} show:"]
+    lines += [f"  {block}" for block in blocks[:MAX_LINES]]
+    if len(blocks) > MAX_LINES:
+        lines.append(f"  and {len(blocks) - MAX_LINES} more")
+    if any(block.is_zero for block in blocks):
+        lines.append(
+            "Likely causes of gradients that are exactly 0: a ReLU that is 0 for every input; a loss with weight 0, masked out "
+            "everywhere or fitted perfectly; an input that is always 0; a saturated activation, clamp or softmax; an expert that "
+            "receives no token; gradients that underflow, after many layers or in float16 without a GradScaler."
+        )
+    lines += [_lost_updates(dtype) for dtype in dict.fromkeys(block.dtype for block in blocks if not block.is_zero)]
+    lines.append("Each block is named once; `grad_vanished/<block>` shows it at the end of each epoch.")
+    return "\n".join(lines)
+
+
+def _lost_updates(dtype: torch.dtype) -> str:
+    """Say which updates are rounded away in a data type.
+
+    Half the distance between neighbouring numbers is eps / 2 of a weight just above a power of 2, and eps / 4 just below one.
+    """
+    lost = torch.finfo(dtype).eps / 4
+    cures = "Raise the learning rate, unless the training has converged, or the next normalization removes what the block adds."
+    if dtype in {torch.bfloat16, torch.float16}:
+        cures = (
+            'Keep the weights in float32 (precision="bf16-mixed" instead of "bf16-true"), raise the learning rate, or use an '
+            "optimizer with float32 master weights, Kahan summation or stochastic rounding."
+        )
+    return f"In {_dtype_name(dtype)}, updates smaller than {lost:.1g} of a weight are rounded away. {cures}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

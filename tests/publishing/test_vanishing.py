@@ -524,7 +524,7 @@ def test_a_check_reads_nothing_on_the_host():
 def test_a_sample_is_small_and_meets_all_columns(shape):
     parameter = nn.Parameter(torch.zeros(1).expand(shape) if len(shape) > 1 else torch.zeros(shape))
     part = WeightSample(TensorTable.of_tensors([parameter]), [0])._parts[0]
-    assert part.sizes[0] == min(part.sizes[0], 1100)
+    assert part.sizes[0] <= 1.1 * 256
     entries = torch.arange(parameter.numel()).reshape(shape)
     sampled = entries.reshape(-1)[:: part._strides[0]]
     assert len(sampled) == part.sizes[0]

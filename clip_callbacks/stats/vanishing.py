@@ -94,7 +94,7 @@ class VanishingDetector:
         named: Names of the blocks that a warning has named in this run.
 
     Attributes:
-        named: The same, with those that were found since.
+        named: Names of all blocks that a warning has named, as the keys of a dictionary.
         steps: The number of healthy steps in the span.
     """
 

@@ -113,6 +113,10 @@ class VanishingDetector:
         self._last_check: int | None = None
         self._norms: list[Tensor] = []
         self._is_nonzero = torch.zeros(len(self._table), dtype=torch.bool, device="cpu")
+        # parameters with norms of 0: those with a gradient in a healthy step, the same of a step that may still be skipped, and
+        # those to whose gradient autograd has added
+        self._present: set[int] = set()
+        self._maybe_present: set[int] = set()
         self._reached: set[int] = set()
         self._sample: WeightSample | None = None
 
@@ -162,6 +166,8 @@ class VanishingDetector:
         if self._blocks is None:
             return
         self._sample_weights().confirm()
+        self._present |= self._maybe_present
+        self._maybe_present = set()
         self._norms.append(report.parameter_norms)
         self.steps += 1
         if len(self._norms) >= MAX_WAITING_STEPS:
@@ -169,6 +175,7 @@ class VanishingDetector:
 
     def discard(self) -> None:
         """Discard what was recorded of a step that is skipped."""
+        self._maybe_present = set()
         if self._sample is not None:
             self._sample.discard()
 
@@ -204,11 +211,12 @@ class VanishingDetector:
         is_nonzero = self._is_nonzero.tolist()
         for place in present:
             tensor = self._table.tensors[place]
-            if is_nonzero[place] or place in self._reached or place in self._handles or not tensor.requires_grad:
+            if is_nonzero[place] or not tensor.requires_grad:
                 continue
+            self._maybe_present.add(place)
             if is_sharded(tensor):  # FSDP2 puts gradients on its shards itself, past the hooks of autograd, if there are any
                 self._reached.add(place)
-            elif not self._is_flat(place):
+            elif place not in self._reached and place not in self._handles and not self._is_flat(place):
                 hook = partial(self._take_note, place)
                 self._handles[place] = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -245,7 +253,7 @@ class VanishingDetector:
             if self._has_master_weights(place):  # in which small updates add up
                 stalled[place] = 0.0
         reached = torch.zeros_like(stalled)
-        reached[list(self._reached)] = 1.0
+        reached[list(self._reached & self._present)] = 1.0
         counts = torch.cat([with_gradient, stalled, reached])
         if (reduction := self._table.reduction) is not None:
             counts = reduction.norms(counts, 1.0)  # norms of order 1 are sums, in which copies count once

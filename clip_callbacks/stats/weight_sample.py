@@ -35,7 +35,7 @@ class WeightSample:
     @torch.no_grad()
     def __init__(self, table: TensorTable, places: Sequence[int]) -> None:
         self._table = table
-        self._has_new_gradients = False
+        self._is_pending = self._has_new_gradients = False
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for place in places:
             shard = table.shards[place]
@@ -52,21 +52,20 @@ class WeightSample:
             rates: Learning rate of each parameter: a number, a tensor, or None if the optimizer chooses it. With 0, nothing is
                 recorded.
         """
+        self._is_pending = True  # also without entries to sample: ranks must agree on the number of checks
         for part in self._parts:
             part.note_gradients(gradients, rates)
 
     def confirm(self) -> None:
         """Take the recorded gradients for those of a healthy step."""
-        for part in self._parts:
-            if part.pending is not None:
+        if self._is_pending:
+            self._is_pending, self._has_new_gradients = False, True
+            for part in self._parts:
                 part.has_gradient |= part.pending
-                part.pending = None
-                self._has_new_gradients = True
 
     def discard(self) -> None:
         """Discard the recorded gradients: their step was skipped."""
-        for part in self._parts:
-            part.pending = None
+        self._is_pending = False
 
     def compare(self) -> bool:
         """Compare the weights with those at the beginning, if it is after a step whose gradients were confirmed.
@@ -94,15 +93,16 @@ class WeightSample:
         with_gradient, stalled = (torch.zeros(len(self._table), dtype=torch.float64, device="cpu") for _ in range(2))
         for part in self._parts:
             has_gradient, changed = part.has_gradient.cpu(), part.changed.cpu()
-            with_gradient.index_add_(0, part.owners, has_gradient * part.entries_per_sample)
-            stalled.index_add_(0, part.owners, (has_gradient & ~changed) * part.entries_per_sample)
+            owners, weights = part.owners(), part.entries_per_sample()
+            with_gradient.index_add_(0, owners, has_gradient * weights)
+            stalled.index_add_(0, owners, (has_gradient & ~changed) * weights)
         return with_gradient, stalled
 
     def typical_size(self, place: int) -> float:
         """Read the median size of a parameter's sampled entries; NaN if none is sampled."""
         for part in self._parts:
             if place in part.places:
-                return float(part.first.cpu()[part.owners == place].abs().double().median())
+                return float(part.first.cpu()[part.owners() == place].abs().double().median())
         return float("nan")
 
     @torch.no_grad()
@@ -128,19 +128,23 @@ class _SamePart:
         self.places = places
         self._strides = [_stride(table.shards[place]) for place in places]
         self.sizes = [-(-count_entries(table.shards[place]) // stride) for place, stride in zip(places, self._strides, strict=True)]
-        sizes = torch.tensor(self.sizes, device="cpu")
-        # position of each sampled entry's parameter, and the number of entries that the sampled one stands for
-        self.owners = torch.tensor(places, device="cpu").repeat_interleave(sizes)
-        counts = torch.tensor([count_entries(table.shards[place]) for place in places], dtype=torch.float64, device="cpu")
-        self.entries_per_sample = (counts / sizes).repeat_interleave(sizes)
         self.first = self.entries()
-        self.changed, self.has_gradient = (torch.zeros_like(self.first, dtype=torch.bool) for _ in range(2))
-        self.pending: Tensor | None = None
+        self.changed, self.has_gradient, self.pending = (torch.zeros_like(self.first, dtype=torch.bool) for _ in range(3))
 
     def entries(self) -> Tensor:
         """Return a copy of the sampled weights as they are now."""
         pairs = zip(self.places, self._strides, strict=True)
         return torch.cat([_spaced(self._table.shards[place], stride) for place, stride in pairs])
+
+    def owners(self) -> Tensor:
+        """Return the position of each sampled entry's parameter, int64 on the host."""
+        return torch.tensor(self.places, device="cpu").repeat_interleave(torch.tensor(self.sizes, device="cpu"))
+
+    def entries_per_sample(self) -> Tensor:
+        """Return the number of entries that each sampled one stands for, float64 on the host."""
+        sizes = torch.tensor(self.sizes, device="cpu")
+        counts = [count_entries(self._table.shards[place]) for place in self.places]
+        return (torch.tensor(counts, dtype=torch.float64, device="cpu") / sizes).repeat_interleave(sizes)
 
     def split(self, entries: Tensor) -> tuple[Tensor, ...]:
         """Return views of the entries of each parameter."""
@@ -148,7 +152,7 @@ class _SamePart:
 
     def note_gradients(self, gradients: Mapping[int, Tensor], rates: Sequence[Any]) -> None:
         """Record which of the parameters' gradients are not zero, except where the learning rate is 0."""
-        self.pending = torch.zeros_like(self.has_gradient)
+        self.pending.zero_()
         flags, found = [], []
         for place, stride, flag in zip(self.places, self._strides, self.split(self.pending), strict=True):
             gradient, rate = gradients.get(place), rates[place]

@@ -30,6 +30,13 @@ class GradientNormMonitor(GradientCallback):
     ``grad_norm_p99/<block>``, each within 1 % (see :class:`~clip_callbacks.stats.sketch.NormSketch`). If a rule clips local norms,
     also ``grad_clip_fraction/<block>``, the fraction of these steps in which any rule made entries of the block smaller.
 
+    One warning names each block that does not learn, once in a run, with likely causes: for an epoch, more than half of its entries
+    had a gradient of exactly 0 in every step, although the backward pass reached their parameters; or their weights were bit for
+    bit unchanged, although they had gradients and a learning rate above 0. An epoch of more than 1,000 healthy steps is judged
+    every 1,000 steps, epochs of fewer than 100 together. ``grad_vanished/<block>`` at the end of an epoch is the share of these
+    entries. Frozen, unused and rarely used parameters do not count. A check reads 256 entries of each weight and gradient, on some
+    of the logging steps, and needs 2 KiB of memory for each parameter.
+
     Args:
         scope: The gradient entries that share one norm: "global", "group", "layer" or "parameter". ("unit" would be thousands of
             metrics.)

@@ -9,10 +9,11 @@ where :math:`z_b` is the share of the block's entries whose parameters had a gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ MIN_CHECKS = 2
 """Smallest number of checks of the weights in a span."""
 
 MIN_STEPS_BETWEEN_CHECKS = 10
-"""Smallest number of steps between two checks, for a Trainer that logs more often."""
+"""Smallest number of steps between two checks, for a Trainer that logs more often. It doubles with each check of a span."""
 
 MIN_SHARE = 0.5
 """The share of a block's entries above which the block has vanished."""
@@ -56,7 +57,7 @@ class VanishedBlock:
         is_zero: If True, most of these entries had a gradient of exactly zero; if False, updates too small to change them.
         dtype: Data type of the block's largest parameter.
         rate: Learning rate of that parameter; NaN if the optimizer chooses it.
-        size: Median size of that parameter's weights; NaN if it is not known.
+        size: Median size of that parameter's weights; NaN if it is not known or does not matter.
     """
 
     name: str
@@ -93,7 +94,7 @@ class VanishingDetector:
         named: Names of the blocks that a warning has named in this run.
 
     Attributes:
-        named: The same, with those that were found since.
+        named: Names of all blocks that a warning has named, as the keys of a dictionary.
         steps: The number of healthy steps in the span.
     """
 
@@ -112,6 +113,10 @@ class VanishingDetector:
         self._last_check: int | None = None
         self._norms: list[Tensor] = []
         self._is_nonzero = torch.zeros(len(self._table), dtype=torch.bool, device="cpu")
+        # parameters with norms of 0: those with a gradient in a healthy step, the same of a step that may still be skipped, and
+        # those to whose gradient autograd has added
+        self._present: set[int] = set()
+        self._maybe_present: set[int] = set()
         self._reached: set[int] = set()
         self._sample: WeightSample | None = None
 
@@ -142,11 +147,9 @@ class VanishingDetector:
         """Record which sampled gradients of the step are not zero; call it before they are written, on logging steps."""
         if self._blocks is None or not self._is_check_due:
             return
-        assert self._optimizer is not None
         gradients = gradients_of(self._table, bucketed=False)
         present = dict(zip(gradients.positions, gradients.tensors, strict=True))
-        rates = {id(tensor): group.get("lr") for group in self._optimizer.param_groups for tensor in group["params"]}
-        self._sample_weights().note_gradients(present, [rates.get(id(tensor)) for tensor in self._table.tensors])
+        self._sample_weights().note_gradients(present, self._rates())
         if self.steps:  # before the first step every norm looks like 0
             self._flush()
             self._look_for_gradients(present)
@@ -154,13 +157,17 @@ class VanishingDetector:
 
     @property
     def _is_check_due(self) -> bool:
-        return self._last_check is None or self.steps - self._last_check >= MIN_STEPS_BETWEEN_CHECKS
+        if self._last_check is None:
+            return True
+        return self.steps >= self._last_check + max(self._last_check, MIN_STEPS_BETWEEN_CHECKS)
 
     def add(self, report: StepRecord) -> None:
         """Record a healthy step."""
         if self._blocks is None:
             return
         self._sample_weights().confirm()
+        self._present |= self._maybe_present
+        self._maybe_present = set()
         self._norms.append(report.parameter_norms)
         self.steps += 1
         if len(self._norms) >= MAX_WAITING_STEPS:
@@ -168,6 +175,7 @@ class VanishingDetector:
 
     def discard(self) -> None:
         """Discard what was recorded of a step that is skipped."""
+        self._maybe_present = set()
         if self._sample is not None:
             self._sample.discard()
 
@@ -183,6 +191,12 @@ class VanishingDetector:
             self._sample = WeightSample(self._table, places)
         return self._sample
 
+    def _rates(self) -> list[Any]:
+        """Return the learning rate of each parameter: a number, a tensor, or None if the optimizer chooses it."""
+        assert self._optimizer is not None
+        rates = {id(tensor): group.get("lr") for group in self._optimizer.param_groups for tensor in group["params"]}
+        return [rates.get(id(tensor)) for tensor in self._table.tensors]
+
     def _flush(self) -> None:
         if self._norms:
             self._is_nonzero |= (torch.stack(self._norms) != 0).any(0)
@@ -197,11 +211,12 @@ class VanishingDetector:
         is_nonzero = self._is_nonzero.tolist()
         for place in present:
             tensor = self._table.tensors[place]
-            if is_nonzero[place] or place in self._reached or place in self._handles or not tensor.requires_grad:
+            if is_nonzero[place] or not tensor.requires_grad:
                 continue
+            self._maybe_present.add(place)
             if is_sharded(tensor):  # FSDP2 puts gradients on its shards itself, past the hooks of autograd, if there are any
                 self._reached.add(place)
-            elif not self._is_flat(place):
+            elif place not in self._reached and place not in self._handles and not self._is_flat(place):
                 hook = partial(self._take_note, place)
                 self._handles[place] = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -238,7 +253,7 @@ class VanishingDetector:
             if self._has_master_weights(place):  # in which small updates add up
                 stalled[place] = 0.0
         reached = torch.zeros_like(stalled)
-        reached[list(self._reached)] = 1.0
+        reached[list(self._reached & self._present)] = 1.0
         counts = torch.cat([with_gradient, stalled, reached])
         if (reduction := self._table.reduction) is not None:
             counts = reduction.norms(counts, 1.0)  # norms of order 1 are sums, in which copies count once
@@ -257,34 +272,25 @@ class VanishingDetector:
         # float32 norms of tiny entries may be 0: the entries themselves decide
         learns = self._is_nonzero | (with_gradient > 0)
         is_zero = (reached > 0) & ~learns
-        sizes = torch.tensor([prod(shape) for shape in self._table.shapes], dtype=torch.float64, device="cpu")
+        sizes = torch.tensor([math.prod(shape) for shape in self._table.shapes], dtype=torch.float64, device="cpu")
         # a block without any entry that counts is 0 / 0
         zero = (sums(sizes * is_zero) / sums(sizes * (is_zero | learns))).nan_to_num(0.0)
         small = (1.0 - zero) * (sums(stalled) / sums(with_gradient)).nan_to_num(0.0)
         shares, is_mostly_zero = (zero + small).tolist(), (zero >= small).tolist()
+        largest = {blocks.index[place]: place for place in sizes.argsort().tolist()}  # the last place of a block stays
+        rates = self._rates()
         return [
-            self._vanished(number, share, is_zero=is_mostly_zero[number])
-            for number, share in enumerate(shares)
-            if share > MIN_SHARE
+            self._vanished(name, shares[block], largest[block], rates[largest[block]], is_zero=is_mostly_zero[block])
+            for block, name in enumerate(blocks.names)
+            if shares[block] > MIN_SHARE
         ]
 
-    def _vanished(self, number: int, share: float, *, is_zero: bool) -> VanishedBlock:
-        assert self._blocks is not None
-        assert self._optimizer is not None
+    def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
+        """Describe a block by its largest parameter, which is at a place of the table."""
         assert self._sample is not None
-        places = [place for place, block in enumerate(self._blocks.index) if block == number]
-        place = max(places, key=lambda place: prod(self._table.shapes[place]))
-        tensor = self._table.tensors[place]
-        groups = [group for group in self._optimizer.param_groups if any(each is tensor for each in group["params"])]
-        rate = groups[0].get("lr") if groups else None
-        return VanishedBlock(
-            self._blocks.names[number],
-            share,
-            is_zero,
-            tensor.dtype,
-            float("nan") if rate is None else float(rate),
-            self._sample.typical_size(place),
-        )
+        size = math.nan if is_zero else self._sample.typical_size(place)
+        dtype, rate = self._table.tensors[place].dtype, math.nan if rate is None else float(rate)
+        return VanishedBlock(name, share, is_zero, dtype, rate, size)
 
     def _has_master_weights(self, place: int) -> bool:
         assert self._optimizer is not None

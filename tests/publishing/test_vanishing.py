@@ -94,7 +94,20 @@ def masked_loss():
     return Masked(), {"head": 1.0}
 
 
-ZERO = [dead_relu, saturated, zero_loss_weight, masked_loss]
+class Complex(Regression):
+    def __init__(self):
+        super().__init__(lr=1e-3)
+        self.phase = nn.Embedding(1, 3, dtype=torch.complex64)
+
+    def loss(self, batch, batch_idx):
+        return super().loss(batch, batch_idx) + 0.0 * self.phase.weight.abs().sum()
+
+
+def complex_weights():
+    return Complex(), {"phase": 1.0}
+
+
+ZERO = [dead_relu, saturated, zero_loss_weight, masked_loss, complex_weights]
 
 
 @pytest.mark.parametrize("make", ZERO)
@@ -229,11 +242,11 @@ def frozen_later():
     return Frozen(), {"max_epochs": 3}
 
 
-class Tokens(Poisoned):
+class Tokens(Regression):
     """An embedding of 50 rows, of which each batch has at most four, and none the last ones."""
 
-    def __init__(self, factors=(), *, sparse=False, **options):
-        super().__init__(dict(factors), net=nn.Linear(8, 1), **({"lr": 1e-3} | options))
+    def __init__(self, *, sparse=False):
+        super().__init__(net=nn.Linear(8, 1), lr=1e-3)
         self.embedding = nn.Embedding(50, 8, sparse=sparse)
 
     def loss(self, batch, batch_idx):
@@ -379,12 +392,22 @@ def test_no_alarm(trainer, make):
     assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters()), "all hooks are removed"
 
 
+class UsedInBadSteps(Poisoned):
+    """The head has gradients in bad steps only, two of which are checks."""
+
+    def __init__(self):
+        super().__init__({3: math.nan, 15: math.nan}, optimizer=torch.optim.AdamW, lr=1e-3, fused=True)
+        self.head = nn.Linear(4, 3)
+
+    def loss(self, batch, batch_idx):
+        loss = super().loss(batch, batch_idx)
+        return loss + self.head(batch[0]).square().mean() if batch_idx in self.factors else loss
+
+
 @pytest.mark.filterwarnings("ignore:Non-finite gradients")
 @pytest.mark.parametrize("deferred", [False, True])
 def test_gradients_of_skipped_steps_do_not_count(trainer, deferred):
-    # a NaN reaches all rows of the embedding, in steps in which gradients are looked at
-    module = Tokens(dict.fromkeys(range(3, STEPS, 8), math.nan), optimizer=torch.optim.AdamW, fused=True)
-    made, texts = fit(trainer, module, NonFiniteGuard(deferred=deferred), batches=STEPS + 4)
+    made, texts = fit(trainer, UsedInBadSteps(), NonFiniteGuard(deferred=deferred), batches=STEPS + 12)
     assert not texts
     assert not vanished(made)
 
@@ -524,7 +547,7 @@ def test_a_check_reads_nothing_on_the_host():
 def test_a_sample_is_small_and_meets_all_columns(shape):
     parameter = nn.Parameter(torch.zeros(1).expand(shape) if len(shape) > 1 else torch.zeros(shape))
     part = WeightSample(TensorTable.of_tensors([parameter]), [0])._parts[0]
-    assert part.sizes[0] == min(part.sizes[0], 1100)
+    assert part.sizes[0] <= 1.1 * 256
     entries = torch.arange(parameter.numel()).reshape(shape)
     sampled = entries.reshape(-1)[:: part._strides[0]]
     assert len(sampled) == part.sizes[0]
@@ -541,7 +564,11 @@ def test_weights_of_quantized_and_other_types_are_left_alone():
         nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn)),
         Codes(torch.zeros(4)),
     ]
-    assert not WeightSample(TensorTable.of_tensors(parameters), range(3))._parts
+    sample = WeightSample(TensorTable.of_tensors(parameters), range(3))
+    assert not sample._parts
+    sample.note_gradients({}, [0.1] * 3)
+    sample.confirm()
+    assert sample.compare(), "a check all the same: other ranks may have entries"
 
 
 # Ranks

@@ -83,7 +83,7 @@ types: $(VENV)/.installed
 examples: $(VENV)/.installed
 	$(BIN)/python -m tests.helpers.run_scripts \
 		"-m benchmarks.trainer --rounds 2 --steps 4" \
-		"-m benchmarks.monitor --rounds 2 --steps 4" \
+		"-m benchmarks.monitor --widths 16 --rounds 2 --steps 4" \
 		"-m benchmarks.report --steps 2000" \
 		"-m benchmarks.limits --quick" \
 		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \

@@ -19,10 +19,15 @@ from benchmarks.trainer import WARM_UP, Network, seconds_per_step
 from clip_callbacks import GradientNormMonitor, NonFiniteGuard, RobustZScoreLimit
 
 BUDGET = 1.02
-"""Largest ratio of the time of a step with everything on to that of GradientNormMonitor() alone, at the default logging interval."""
+"""Largest ratio of the time of a step with everything on to that of GradientNormMonitor() alone, at the default interval."""
 
 ALONE, AGAIN, EVERYTHING = "GradientNormMonitor()", "the same once more: the floor", "everything, and a guard with thresholds"
 OPTIONS = ("log_statistics", "log_weight_norm", "log_update_ratio")
+
+NETWORKS = {16: ("50 tensors of 16 x 16 and 16", 25), 512: ("10 tensors of 512 x 512 and 512", 5)}
+"""Name and number of layers of each network, by its width."""
+
+BATCH_SIZE = 64
 
 Run = Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]]
 
@@ -51,7 +56,7 @@ def interleaved_fits(candidates: Mapping[str, Run], width: int, rounds: int, ste
             order = list(candidates.items())
             Random(number).shuffle(order)
             for name, make in order:
-                seconds = seconds_per_step(make, width, steps, folder)
+                seconds = seconds_per_step(make, width, steps, folder, batch_size=BATCH_SIZE)
                 if number >= 0:
                     times[name].append(seconds)
     return times
@@ -113,11 +118,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     note = (
-        f"Fits interleaved in one process, CSVLogger, AdamW. The budget of a step with everything on is {BUDGET} times that of "
+        f"Fits interleaved in one process, CSVLogger, AdamW, batches of {BATCH_SIZE}. The budget of a step with everything on is {BUDGET} times that of "
         "GradientNormMonitor() alone. Made by `python -m benchmarks.monitor`.\n"
     )
     parts = [f"# What GradientNormMonitor logs on request, CPU\n\n{machine('cpu')}\n", note]
-    for name, width, layers in (("50 tensors of 16 x 16 and 16", 16, 25), ("20 tensors of 512 x 512 and 512", 512, 10)):
+    for width in arguments.widths:
+        name, layers = NETWORKS[width]
         network = partial(Network, width, layers)
         parts.append(f"### {name}\n\n{per_step(network, width, arguments.rounds, arguments.steps)}\n")
         parts.append(per_logging_step(network, width, arguments.rounds, min(arguments.steps, 2 * WARM_UP)) + "\n")

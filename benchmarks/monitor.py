@@ -107,9 +107,8 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--steps", type=int, default=WARM_UP + 150, help="so many that all counted parts of a fit log equally often"
-    )
+    parser.add_argument("--steps", type=int, default=WARM_UP + 100, help="of a fit; the first ones do not count")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(NETWORKS), choices=NETWORKS, help="of the networks")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--output", help="file in benchmarks/results to write")
     arguments = parser.parse_args()
@@ -118,8 +117,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     note = (
-        f"Fits interleaved in one process, CSVLogger, AdamW, batches of {BATCH_SIZE}. The budget of a step with everything on is {BUDGET} times that of "
-        "GradientNormMonitor() alone. Made by `python -m benchmarks.monitor`.\n"
+        f"Fits interleaved in one process, CSVLogger, AdamW, batches of {BATCH_SIZE}. Budget of a step with everything on: "
+        f"{BUDGET} times that of GradientNormMonitor() alone. Made by `python -m benchmarks.monitor`.\n"
     )
     parts = [f"# What GradientNormMonitor logs on request, CPU\n\n{machine('cpu')}\n", note]
     for width in arguments.widths:

@@ -21,7 +21,7 @@ THEIRS = {
     },
     GradientNormMonitor: {
         *("scope", "norm_type", "every_n_steps", "include", "exclude", "top_k", "log_update_ratio"),
-        *("log_contributions", "log_histograms", "summary", "advice"),
+        *("log_weight_norm", "log_statistics", "log_contributions", "log_histograms", "summary", "advice"),
     },
     GradientNoiseScale: set(),
 }

@@ -83,6 +83,7 @@ types: $(VENV)/.installed
 examples: $(VENV)/.installed
 	$(BIN)/python -m tests.helpers.run_scripts \
 		"-m benchmarks.trainer --rounds 2 --steps 4" \
+		"-m benchmarks.monitor --widths 16 --rounds 2 --steps 4" \
 		"-m benchmarks.report --steps 2000" \
 		"-m benchmarks.limits --quick" \
 		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \
@@ -143,6 +144,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
 	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
+	$(BIN)/python -m benchmarks.monitor --output monitor_cpu.md
 	$(BIN)/python -m benchmarks.importing --output importing_cpu.md
 	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
 	$(BIN)/python -m benchmarks.ranks --output ranks_cpu.md

@@ -102,7 +102,12 @@ def candidates(
 
 
 def seconds_per_step(
-    make: Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]], width: int, steps: int, folder: str
+    make: Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]],
+    width: int,
+    steps: int,
+    folder: str,
+    *,
+    batch_size: int = 8,
 ) -> float:
     """One fit."""
     torch.manual_seed(0)
@@ -118,7 +123,7 @@ def seconds_per_step(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(TensorDataset(torch.randn(8 * steps, width)), batch_size=8))
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(batch_size * steps, width)), batch_size=batch_size))
     return clock.per_step_s()
 
 

@@ -24,10 +24,13 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.gradients import Gradients
-from clip_callbacks.core.tensor_norms import CHUNK_ENTRIES, float64_device
+from clip_callbacks.core.tensor_norms import float64_device
 
-MAX_ENTRIES_AT_ONCE = 1 << 23
-"""Largest number of entries that another device than a CPU converts together, to 64 MiB in float64. On a CPU it is a chunk."""
+MAX_ENTRIES_ON_CPU = 1 << 17
+"""Largest number of entries that a CPU converts together, to 1 MiB in float64: larger memory is given back and mapped each time."""
+
+MAX_ENTRIES_ELSEWHERE = 1 << 23
+"""Largest number of entries that another device converts together, to 64 MiB in float64."""
 
 MOMENTS = 4
 """Number of moments of a set of entries: their count, their mean, the sum of squared deviations from it, the count of zeros."""
@@ -126,7 +129,7 @@ def _batches(tensors: Mapping[int, Tensor]) -> Iterator[tuple[list[int], Tensor]
     for position, tensor in tensors.items():
         kinds.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(position)
     for (size, _, device), positions in kinds.items():
-        limit = CHUNK_ENTRIES if device.type == "cpu" else MAX_ENTRIES_AT_ONCE
+        limit = MAX_ENTRIES_ON_CPU if device.type == "cpu" else MAX_ENTRIES_ELSEWHERE
         together = max(1, limit // size)
         for start in range(0, len(positions), together):
             batch = positions[start : start + together]
@@ -139,11 +142,12 @@ def _batches(tensors: Mapping[int, Tensor]) -> Iterator[tuple[list[int], Tensor]
 
 def _row_moments(rows: Tensor) -> Tensor:
     """Return the moments of each of k rows, float64 of shape ``(k, 4)``."""
-    wide = rows.to(float64_device(rows.device), torch.float64, copy=True)
+    rows = rows.to(float64_device(rows.device))
+    wide = rows.to(torch.float64, copy=True)
     means = wide.mean(1)
-    squares = torch.linalg.vector_norm(wide - means.unsqueeze(1), dim=1).square()
-    # in place, and as floating-point numbers: a sum of bools takes three times as long on a CPU
-    zeros = wide.eq_(0.0).sum(1)
+    squares = torch.linalg.vector_norm(wide.sub_(means.unsqueeze(1)), dim=1).square()
+    # into the same memory, as floating-point numbers: a sum of bools takes three times as long on a CPU
+    zeros = torch.eq(rows, 0.0, out=wide).sum(1)
     return torch.stack([torch.full_like(means, rows.shape[1]), means, squares, zeros], dim=1)
 
 

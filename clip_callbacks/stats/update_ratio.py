@@ -50,7 +50,7 @@ class WeightsBefore:
     def _trainable(self) -> list[int]:
         """Return the positions of the blocks' parameters that the step may change, on whatever ranks their entries are."""
         places = [place for place, block in enumerate(self._blocks.index) if block != OUTSIDE]
-        return [place for place in places if learns(self._table.tensors[place]) and math.prod(self._table.shapes[place])]
+        return [place for place in places if learns(self._table.tensors[place]) and 0 not in self._table.shapes[place]]
 
     def norms(self) -> Tensor:
         """Return the norm of each block's parameters before the step.

@@ -67,7 +67,10 @@ def test_limits_and_metrics_are_those_of_the_parameters_that_learn(trainer, tmp_
     seen, learned = [], []
     for held in (True, False):
         module, rules = Adapted(kind, held=held), [ClipRule(RatioLimit(0.01), "layer"), ClipRule(RatioLimit(0.1))]
-        monitor = GradientNormMonitor(log_update_ratio=True, log_histograms=True, log_contributions=True)
+        options = dict.fromkeys(
+            ("log_update_ratio", "log_weight_norm", "log_statistics", "log_histograms", "log_contributions"), True
+        )
+        monitor = GradientNormMonitor(**options)
         fit = trainer(GradientClipping(rules=rules), monitor, logger=TensorBoardLogger(tmp_path))
         fit.fit(module, data(6))
         seen.append({key: float(value) for key, value in fit.callback_metrics.items()})

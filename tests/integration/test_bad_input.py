@@ -47,7 +47,7 @@ def test_scope(make):
 def test_policy():
     with pytest.raises(ValueError, match="`nonfinite` must be one of skip, raise, zero, ignore, got 'drop'"):
         GradientClipping(nonfinite="drop")
-    with pytest.raises(ValueError, match="`policy` must be one of skip, raise, zero, ignore, got 'drop'"):
+    with pytest.raises(ValueError, match="`policy` must be one of skip, raise, zero, ignore, warn, got 'drop'"):
         NonFiniteGuard("drop")
     with pytest.raises(ValueError, match="`nonfinite` must be one of"):
         weight = torch.nn.Parameter(torch.zeros(1))

@@ -110,6 +110,8 @@ trainer:
         exclude: bias
         top_k: 10
         log_update_ratio: true
+        log_weight_norm: true
+        log_statistics: true
         log_histograms: true
         log_contributions: true
 """
@@ -117,6 +119,8 @@ trainer:
     assert (monitor.scope, monitor.norm_type, monitor.every_n_steps) == ("parameter", float("inf"), 100)
     assert (monitor.include, monitor.exclude, monitor.top_k) == ("^layer", "bias", 10)
     assert monitor.log_update_ratio
+    assert monitor.log_weight_norm
+    assert monitor.log_statistics
     assert monitor.log_histograms
     assert monitor.log_contributions
 

@@ -33,7 +33,7 @@ OPTIONS = {
         *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"rollback": Rollback(every_n_steps=1)}),
         *({"level": "microbatch"}, {"bundles": lambda: Bundles("bad", weights="full")}),
     ],
-    GradientNormMonitor: [{}, {"log_update_ratio": True, "log_contributions": True, "top_k": 2}],
+    GradientNormMonitor: [{}, {"log_update_ratio": True, "log_statistics": True, "log_contributions": True, "top_k": 2}],
     FaultInjection: [{"kind": "nan", "step": 1}, {"kind": "loss", "step": [2, 3]}],
 }
 MADE = [(kind, options) for kind in EACH for options in OPTIONS.get(kind, [{}])]

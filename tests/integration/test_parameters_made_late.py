@@ -34,7 +34,8 @@ FAMILIES = {
     "metrics": lambda: [
         GradientClipping(0.1),
         AccumulationRescaling(),
-        GradientNormMonitor("layer", log_update_ratio=True, log_contributions=True),
+        GradientNormMonitor("layer", log_update_ratio=True, log_contributions=True, log_statistics=True),
+        GradientNormMonitor("global", log_weight_norm=True),
         GradientNormMonitor("parameter", log_histograms=True),
     ],
     "rollback": lambda: [NonFiniteGuard(rollback=Rollback(every_n_steps=1)), GradientClipping(0.1)],

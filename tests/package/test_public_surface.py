@@ -15,13 +15,13 @@ THEIRS = {
     AccumulationRescaling: {"weight", "divide"},
     GradientClipping: {"rules", "shadow", "norm_type", "clip_value", "prog_bar", "summary"},
     NonFiniteGuard: {
-        *("policy", "max_consecutive", "level", "skip_above", "hold_schedulers", "trace_forward", "deferred"),
+        *("policy", "max_consecutive", "level", "skip_above", "loss_above", "both", "hold_schedulers", "trace_forward", "deferred"),
         *("bundles", "rollback", "summary"),
-        *("skipped_steps_of", "zeroed_steps", "overflowed_steps", "rollbacks", "dropped_micro_batches"),
+        *("spikes", "skipped_steps_of", "zeroed_steps", "overflowed_steps", "rollbacks", "dropped_micro_batches"),
     },
     GradientNormMonitor: {
         *("scope", "norm_type", "every_n_steps", "include", "exclude", "top_k", "log_update_ratio"),
-        *("log_contributions", "log_histograms", "summary", "advice"),
+        *("log_weight_norm", "log_statistics", "log_contributions", "log_histograms", "summary", "advice"),
     },
     GradientNoiseScale: set(),
 }

@@ -101,7 +101,7 @@ def test_statistics_of_any_gradients_are_those_of_all_entries(gradients, scope, 
 @pytest.mark.parametrize("chunk", [10, 1 << 18])
 @pytest.mark.parametrize("scope", ["layer", "parameter"])
 def test_a_mean_far_larger_than_the_spread_costs_no_digits(monkeypatch, chunk, scope):
-    monkeypatch.setattr("clip_callbacks.stats.gradient_statistics.CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr("clip_callbacks.stats.gradient_statistics.MAX_ENTRIES_ON_CPU", chunk)
     gradients = {f"net.{place}": 1e4 + 1e-2 * torch.randn(50, 3) for place in range(3)}
     gradients["net.3"] = -gradients["net.0"][:1].clone() if scope == "parameter" else 1e4 + 1e-2 * torch.randn(7)
     found = measured(with_gradients(gradients), scope)

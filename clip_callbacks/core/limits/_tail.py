@@ -55,4 +55,5 @@ def widening(share: Tensor, z: float) -> Tensor:
     # With q above FAR the tail would be lighter than a normal one, which a limit has no use for; below 1, most values are far.
     normal = (-torch.special.ndtri(share)).clamp(1.0, FAR)
     h = CAUTION * 2.0 * (FAR / normal).log() / normal.square()
-    return (0.5 * z**2 * h).exp()
+    widening: Tensor = (0.5 * z**2 * h).exp()
+    return widening

@@ -53,7 +53,7 @@ def widening(share: Tensor, z: float) -> Tensor:
         z: Number of standard deviations of a normal distribution.
     """
     # With q above FAR the tail would be lighter than a normal one, which a limit has no use for; below 1, most values are far.
-    normal = (-torch.special.ndtri(share)).clamp(1.0, FAR)
+    normal: Tensor = (-torch.special.ndtri(share)).clamp(1.0, FAR)
     h = CAUTION * 2.0 * (FAR / normal).log() / normal.square()
     widening: Tensor = (0.5 * z**2 * h).exp()
     return widening

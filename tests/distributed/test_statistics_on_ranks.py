@@ -35,20 +35,18 @@ def logged(name, scope, norm_type):
 
 
 @matrix(
-    lambda _name, scope, p: (scope == "layer") == (p == 2.0),
-    slow=is_variant,
+    slow=lambda name, _: is_variant(name),
     name=DIVIDED,
-    scope=["layer", "parameter", "global"],
-    norm_type=[2.0, math.inf, 1.0],
+    scope_and_order={"layer": ("layer", 2.0), "parameter": ("parameter", math.inf)},
 )
-def test_statistics_are_those_of_one_process(run, name, scope, norm_type):
-    first, *others = run(name, scope, norm_type, function=logged)
+def test_statistics_are_those_of_one_process(run, name, scope_and_order):
+    first, *others = run(name, *scope_and_order, function=logged)
     assert all(first == other for other in others)
-    single = logged("single", scope, norm_type)
+    single = logged("single", *scope_and_order)
     assert first.keys() == single.keys()
     for prefix in (*STATISTICS, "weight_norm/"):
         keys = [key for key in single if key.startswith(prefix)]
-        assert len(keys) == {"layer": 4, "parameter": 8, "global": 1}[scope]
+        assert len(keys) == (4 if scope_and_order[0] == "layer" else 8)
         torch.testing.assert_close(torch.tensor([first[key] for key in keys]), torch.tensor([single[key] for key in keys]))
     assert any(single[key] > 0 for key in single if key.startswith("grad_zeros/"))
 
@@ -85,6 +83,7 @@ ALL = {"log_statistics": True, "log_weight_norm": True, "log_update_ratio": True
 
 
 @matrix(
+    lambda name, options: name == "fsdp2" or options == "all",
     slow=lambda name, _: is_variant(name),
     name=SHARDED,
     options={

@@ -59,6 +59,8 @@ FAULTS = [
     Fault("accumulation/window.py", "return weight * divisor / self.divisor", "return weight", "accumulation"),
     Fault("accumulation/weights.py", "0.0 <= number < math.inf", "-1.0 <= number < math.inf", "accumulation"),
     Fault("stats/sketch.py", "torch.lerp(lower, upper, ranks.frac())", "lower", "publishing"),
+    Fault("stats/gradient_statistics.py", "    sums[:, 2].index_add_(0, blocks, counts * (means - sums[blocks, 1]).square())\n", "", "publishing"),
+    Fault("stats/gradient_statistics.py", "moments[:, [0, 2, 3]] *=", "moments[:, [0, 2, 3]] +=", "distributed"),
     Fault("bundles/bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),
     # the callbacks
     Fault("trainer/tensor_copies.py", "torch.where(flag.to(flat.device), self.kept, flat, out=flat)", "torch.where(flag.to(flat.device), flat, self.kept, out=flat)", "guard"),

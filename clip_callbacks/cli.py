@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Write an HTML page that compares the gradients of runs.",
     )
     suggest = commands.add_parser(
-        "suggest", help="suggest a max_norm from the norms of a run", description="Suggest a max_norm from the norms of each run."
+        "suggest",
+        help="suggest a max_norm and a loss_above from the log of a run",
+        description="Suggest a max_norm from the norms of each run, and a loss_above from its training loss.",
     )
     for command in (report, suggest):
         command.add_argument("logs", nargs="+", metavar="LOGS", help=LOGS)
@@ -223,15 +225,31 @@ def _suggest(options: argparse.Namespace) -> int:
 
 def _facts(section: Section) -> dict[str, object]:
     advice = section.advice.facts() if section.advice else {"max_norm": None}
-    return {"metric": section.log.norm.name} | advice | {"caution": section.caution, "notes": list(section.log.run.notes)}
+    return {
+        "metric": section.log.norm.name,
+        **advice,
+        "loss_above": section.loss_advice.facts() if section.loss_advice else None,
+        "caution": section.caution,
+        "notes": list(section.log.run.notes),
+    }
 
 
 def _suggestion_text(section: Section) -> str:
+    return "\n\n".join(filter(None, [_norm_suggestion_text(section), _loss_suggestion_text(section)]))
+
+
+def _norm_suggestion_text(section: Section) -> str:
     if section.advice is None:
         return f"{section.log.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
     caution = f"\n  Caution: {section.caution}" if section.caution else ""
     text = f"{section.log.name}: {section.advice.describe()}{caution}"
     return f"{text}\n\n{section.yaml()}\n# or the adaptive limit:\n{section.yaml(adaptive=True)}".rstrip()
+
+
+def _loss_suggestion_text(section: Section) -> str:
+    if section.loss_advice is None:
+        return ""
+    return f"{section.log.name}: {section.loss_advice.describe()}\n\n{section.loss_yaml()}".rstrip()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from clip_callbacks.html_report.downsampling import downsample
+from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.html_report.rendering import Theme
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
 
 DASHED = (0, (4, 2))
+LOG_AXIS_RATIO = 10.0
+"""An axis whose largest value is more than this many times its smallest is logarithmic."""
 LOG_AXIS_MAX = 1e300
 """The largest value on a logarithmic axis: matplotlib cannot divide one that ends next to the largest float64."""
 SHORT_LOG_AXIS_RATIO = 300
@@ -36,12 +39,14 @@ class PlottedRun:
         losses: The losses of the run, by the names of their metrics.
         color: The color of its lines.
         suggested: The suggested max_norm; NaN if there is none.
+        loss: The training loss; None if it is not known.
     """
 
     log: OptimizerLog
     losses: dict[str, Series]
     color: str
     suggested: float
+    loss: TrainingLoss | None = None
 
     @property
     def label(self) -> str:
@@ -85,13 +90,18 @@ def _legend_columns(names: Sequence[str], *, narrow: bool) -> int:
     return max(1, characters // (max(map(len, names)) + 8))
 
 
-def label_log_axis(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers such as 0.01 and 30 instead of powers of ten."""
+def label_log_axis(axis: Axis, short_ratio: float = SHORT_LOG_AXIS_RATIO) -> None:
+    """Label a logarithmic axis with plain numbers such as 0.01 and 30 instead of powers of ten.
+
+    Args:
+        axis: The axis.
+        short_ratio: Ratio of its ends below which there is room for ticks at 2 and 5 too.
+    """
     low, high = axis.get_view_interval()
     if high > LOG_AXIS_MAX:
         high = LOG_AXIS_MAX
         axis.set_view_interval(low, high, ignore=True)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 0 < high < SHORT_LOG_AXIS_RATIO * low else (1.0,), numticks=8))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 0 < high < short_ratio * low else (1.0,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"))  # noqa: PLR2004
     axis.set_minor_formatter(NullFormatter())
 
@@ -102,6 +112,11 @@ def shorten(name: str, length: int) -> str:
         return name
     head = (length - 1) // 2
     return f"{name[:head]}…{name[head + 1 - length :]}"
+
+
+def or_none(value: float) -> str:
+    """Format a number with three digits; "none" if it is not finite."""
+    return f"{value:.3g}" if math.isfinite(value) else "none"
 
 
 def without_common_parts(names: Sequence[str]) -> list[str]:

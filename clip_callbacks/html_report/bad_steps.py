@@ -8,22 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 
 from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS
+from clip_callbacks.html_report.losses import TrainingLoss, number_in
 from clip_callbacks.html_report.runs import OptimizerLog
-from clip_callbacks.html_report.series import Series, Values
-from clip_callbacks.stats.advice import robust_sigma
+from clip_callbacks.html_report.spikes import NO_SPIKES, Spikes
 
-SPIKE_SIGMAS = 4.0
-"""A norm is a spike if it is this many robust standard deviations above the median of its neighbours, in logarithms."""
-SPIKE_WINDOW_NORMS = 31
-"""Number of logged norms in the window around a norm that it is compared with, itself included."""
-MIN_NORMS_FOR_SPIKES = 20
-"""With fewer logged norms spikes cannot be told from ordinary norms."""
 MAX_ROWS_PER_KIND = 20
-"""The number of table rows for skipped steps, and as many for spikes."""
+"""The number of table rows for skipped steps, and as many for spikes of the norm and for those of the loss."""
 MAX_TENSORS_PER_ROW = 4
 """The number of tensors that a table row names."""
 POLICY_OUTCOMES = {
@@ -32,6 +24,7 @@ POLICY_OUTCOMES = {
     "microbatch": "micro-batch dropped",
     "raise": "raised",
     "rollback": "rolled back",
+    "warn": "reported, not skipped",
 }
 """Outcome of a bad step under each policy of the guard."""
 
@@ -55,11 +48,11 @@ class BadStep:
     details: str
 
 
-def bad_steps(log: OptimizerLog) -> tuple[list[BadStep], int]:
+def bad_steps(log: OptimizerLog, loss: TrainingLoss | None = None) -> tuple[list[BadStep], int]:
     """Return the rows of the table of bad steps in the order of the steps, and the number of all bad steps.
 
     The rows are the journal's entries, or without a journal the skips in the metrics; logged norms that are not finite; and the
-    largest spikes that are not in the journal.
+    largest spikes of the norm and of the training loss that are not in the journal.
     """
     bad = [_journal_row(entry) for entry in log.bad_steps] or _logged_skips(log)
     logged = log.logged_norm
@@ -67,32 +60,12 @@ def bad_steps(log: OptimizerLog) -> tuple[list[BadStep], int]:
         BadStep(int(step), "norm not finite", math.nan, "", "")
         for step in logged.steps[~np.isfinite(logged.values)][:MAX_ROWS_PER_KIND]
     ]
-    outliers, times = spikes(log)
-    is_new = ~np.isin(outliers.steps, [row.step for row in bad])  # the guard may have skipped a spike
-    outliers, times = Series(outliers.steps[is_new], outliers.values[is_new]), times[is_new]
-    limits = log.max_norm.at(outliers.steps)
-    largest = [
-        _spike_row(log, int(outliers.steps[place]), float(outliers.values[place]), float(times[place]), float(limits[place]))
-        for place in np.argsort(-times, kind="stable")[:MAX_ROWS_PER_KIND]
-    ]
-    return sorted([*bad[:MAX_ROWS_PER_KIND], *largest], key=lambda row: row.step), len(bad) + len(outliers)
-
-
-def spikes(log: OptimizerLog) -> tuple[Series, Values]:
-    """Find logged norms that are far above those of neighbouring steps.
-
-    A spike is four robust standard deviations (of at least 5 %) above the median of the window around it, in logarithms.
-
-    Returns:
-        The spikes, and the ratio of each to the median of its window, shape ``(n,)``.
-    """
-    norms = log.total_norm
-    if len(norms) < MIN_NORMS_FOR_SPIKES:
-        return Series.empty(), np.empty(0)
-    logs = np.log(norms.values)
-    above = logs - pd.Series(logs).rolling(SPIKE_WINDOW_NORMS, center=True, min_periods=1).median().to_numpy()
-    stands_out = above > SPIKE_SIGMAS * robust_sigma(torch.from_numpy(above))
-    return Series(norms.steps[stands_out], norms.values[stands_out]), np.exp(above[stands_out])
+    norms = log.norm_spikes.without([row.step for row in bad])  # the guard may have skipped a spike
+    losses = loss.spikes.without([row.step for row in bad]) if loss else NO_SPIKES
+    both = set(norms.points.steps.tolist()) & set(losses.points.steps.tolist())
+    rows = [*bad[:MAX_ROWS_PER_KIND], *_norm_rows(log, norms, losses)]
+    rows += _loss_rows(log, loss.name, losses.without([row.step for row in rows])) if loss else []
+    return sorted(rows, key=lambda row: row.step), len(bad) + len(norms.points) + len(losses.points) - len(both)
 
 
 def named_tensors(entry: Mapping[str, Any]) -> list[str]:
@@ -101,21 +74,39 @@ def named_tensors(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:
-    stage, names, norm = str(entry.get("stage", "unknown")), named_tensors(entry), entry.get("total_norm")
-    listed = ", ".join(names[:MAX_TENSORS_PER_ROW]) + (
-        f" and {len(names) - MAX_TENSORS_PER_ROW} more" if len(names) > MAX_TENSORS_PER_ROW else ""
-    )
+    stage, policy = str(entry.get("stage", "unknown")), str(entry.get("policy", "bad"))
     place = ", ".join(f"{key} {entry[key]}" for key in ("epoch", "batch", "rank") if key in entry)
-    is_spike, policy = stage == "spike", str(entry.get("policy", "bad"))
-    outcome = "skipped as a spike" if is_spike else POLICY_OUTCOMES.get(policy, policy)
-    known = float(norm) if isinstance(norm, (int, float)) else math.nan
-    if is_spike:
-        details = listed and f"largest gradients: {listed}"
+    outcome = POLICY_OUTCOMES.get(policy, policy)
+    if stage == "spike":
+        outcome = f"spike, {outcome}" if policy == "warn" else "skipped as a spike"
+        details = _spike_details(entry)
     elif policy == "rollback":
         details = stage
     else:
+        listed = _listed_tensors(entry)
         details = f'stage "{stage}"' + (listed and f"; not finite: {listed}")
-    return BadStep(int(entry["step"]), outcome, known, place, details)
+    return BadStep(int(entry["step"]), outcome, number_in(entry, "total_norm"), place, details)
+
+
+def _spike_details(entry: Mapping[str, Any]) -> str:
+    """Return the loss and the thresholds of a spike, where they are known, and the largest gradients."""
+    parts = []
+    for name, key, limit in (("loss", "loss", "loss_limit"), ("norm", "total_norm", "limit")):
+        value, threshold = number_in(entry, key), number_in(entry, limit)
+        if math.isfinite(value) and math.isfinite(threshold):
+            is_norm_alone = name == "norm" and "loss" not in entry  # its column shows the norm, and it is why the step is here
+            side = "above" if value > threshold else "within"
+            parts += [] if is_norm_alone else [f"{name} {value:.3g} {side} its limit {threshold:.3g}"]
+        elif math.isfinite(value) and name == "loss":
+            parts.append(f"loss {value:.3g}")
+    listed = _listed_tensors(entry)
+    return "; ".join([*parts, *([f"largest gradients: {listed}"] if listed else [])])
+
+
+def _listed_tensors(entry: Mapping[str, Any]) -> str:
+    names = named_tensors(entry)
+    more = f" and {len(names) - MAX_TENSORS_PER_ROW} more" if len(names) > MAX_TENSORS_PER_ROW else ""
+    return ", ".join(names[:MAX_TENSORS_PER_ROW]) + more
 
 
 def _logged_skips(log: OptimizerLog) -> list[BadStep]:
@@ -125,10 +116,29 @@ def _logged_skips(log: OptimizerLog) -> list[BadStep]:
     ]
 
 
-def _spike_row(log: OptimizerLog, step: int, norm: float, times: float, limit: float) -> BadStep:
-    details = f"{times:.3g} times the median of neighbouring steps"
-    if limit < norm:
-        details += f"; clipped by max_norm {limit:.3g}"
-    elif log.norm.is_ours:  # logs of other code do not tell
-        details += "; not clipped"
-    return BadStep(step, "spike", norm, "", details)
+def _norm_rows(log: OptimizerLog, norms: Spikes, losses: Spikes) -> list[BadStep]:
+    """Return the rows of the largest spikes of the norm; a spike of the loss at the same step is told of in its details."""
+    highest = norms.highest(MAX_ROWS_PER_KIND)
+    limits = log.max_norm.at(highest.points.steps)
+    rows = []
+    for step, norm, times, limit in zip(highest.points.steps, highest.points.values, highest.height, limits, strict=True):
+        details = f"{times:.3g} times the median of neighbouring steps"
+        if limit < norm:
+            details += f"; clipped by max_norm {limit:.3g}"
+        elif log.norm.is_ours:  # logs of other code do not tell
+            details += "; not clipped"
+        if step in losses.points.steps:
+            details += f"; the loss {losses.points.at(np.array([step]))[0]:.3g} is a spike too"
+        rows.append(BadStep(int(step), "spike", float(norm), "", details))
+    return rows
+
+
+def _loss_rows(log: OptimizerLog, name: str, losses: Spikes) -> list[BadStep]:
+    """Return the rows of the largest spikes of the loss."""
+    highest = losses.highest(MAX_ROWS_PER_KIND)
+    rows = []
+    for step, loss, height in zip(highest.points.steps, highest.points.values, highest.height, strict=True):
+        norm = log.total_norm.between(step, step)
+        details = f"{name} {loss:.3g}, {height:.3g} robust standard deviations above neighbouring steps"
+        rows.append(BadStep(int(step), "loss spike", norm.last, "", details))
+    return rows

@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from clip_callbacks.html_report.axes import (
     DASHED,
+    LOG_AXIS_RATIO,
     NO_LEGEND,
     PlottedRun,
     add_legend,
@@ -20,43 +21,37 @@ from clip_callbacks.html_report.axes import (
     heights_with_legend,
     label_log_axis,
     label_step_axis,
+    or_none,
     shorten,
 )
 from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_means, downsample, fits
-from clip_callbacks.html_report.heat_map import heat_map
+from clip_callbacks.html_report.heat_map import BLOCK_METRICS, heat_map
+from clip_callbacks.html_report.loss_charts import loss_chart, loss_limit_chart
 from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.series import Series, Steps
+from clip_callbacks.html_report.vanished import vanished_chart
 
 RUN_COLORS = ("#3a86c8", "#d97706", "#2f9e6b", "#d1495b", "#9467bd", "#a0714f", "#d670a6", "#7f8b99", "#9a9a2e", "#1b9aaa")
 """Colors of the runs, each legible on the light and on the dark page."""
 MAX_PLOTTED_RUNS = len(RUN_COLORS)
 """The number of runs on a page."""
 HISTOGRAM_BINS = 60
-MAX_MARKED_POINTS = 30
-"""A loss with fewer points gets a marker at each of them."""
-LOG_AXIS_RATIO = 10.0
-"""An axis whose largest value is more than this many times its smallest is logarithmic."""
-LOSS_LINE_STYLES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
-"""Line styles that distinguish the losses of a run."""
-NAN_LABEL = "first NaN or inf of {}"
-"""Legend entry of the line at the first step at which a loss was not finite."""
 
 
 def make_charts(plotted: Sequence[PlottedRun]) -> list[Chart]:
     """Make all plots for which something was logged."""
     measured = [each for each in plotted if each.log.total_norm]
     charts = [_norm_chart(measured)] if measured else []
-    charts += [_loss_chart(plotted)] if any(each.losses for each in plotted) else []
+    charts += [loss_chart(plotted)] if any(each.losses for each in plotted) else []
+    guarded = [each for each in plotted if each.loss and each.loss.is_ours]
+    charts += [loss_limit_chart(guarded)] if guarded else []
     clipping = [each for each in plotted if each.log.clip_coef]
     charts += [_coefficient_chart(clipping)] if clipping else []
     charts += [_histogram_chart(measured), _what_if_chart(measured)] if measured else []
     for number, each in enumerate(plotted, 1):
-        for key, metric, blocks in (
-            ("blocks", "gradient norm", each.log.blocks()),
-            ("updates", "update-to-weight ratio", each.log.update_ratios),
-        ):
-            if logged := {name: series for name, series in blocks.items() if series}:
-                charts.append(heat_map(logged, f"{key}-{number}", metric, each.log.name))
+        blocks = ((metric, metric.of(each.log)) for metric in BLOCK_METRICS)
+        charts += [heat_map(logged, metric, number, each.log.name) for metric, logged in blocks if logged]
+        charts += [strip] if (strip := vanished_chart(each.log, number)) else []
     return charts
 
 
@@ -90,7 +85,7 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
 
     spans = "; ".join(
         f"{each.log.name}: from {each.log.total_norm.values.min():.3g} to {each.log.total_norm.values.max():.3g}, "
-        f"median {np.median(each.log.total_norm.values):.3g}, last max_norm {_or_none(each.log.max_norm.last)}"
+        f"median {np.median(each.log.total_norm.values):.3g}, last max_norm {or_none(each.log.max_norm.last)}"
         for each in plotted
     )
     caption = "The norm of all gradients as it was logged."
@@ -157,41 +152,6 @@ def _at_most_half_the_columns(steps: Steps) -> Steps:
         return steps
     places = np.linspace(0, len(steps) - 1, MAX_COLUMNS // 2).astype(int)
     return np.asarray(steps[places])
-
-
-def _loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
-    runs = list({each.log.run.name: each for each in plotted}.values())  # one loss for all optimizers of a run
-    lines = [
-        (each, key if len(runs) == 1 else f"{each.label}: {key}", series, style)
-        for each in runs
-        for (key, series), style in zip(each.losses.items(), LOSS_LINE_STYLES * len(each.losses), strict=False)
-    ]
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        for each, label, series, style in lines:
-            if finite := series.finite:
-                marker = "o" if len(finite) < MAX_MARKED_POINTS else None
-                draw_line(axes, finite, each.color, label, f"loss-{label}", linestyle=style, marker=marker, markersize=3)
-            broken = series.steps[~np.isfinite(series.values)]
-            if len(broken):
-                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=NAN_LABEL.format(label))
-        values = np.concatenate([series.finite.values for _, _, series, _ in lines])
-        axes.set_ylabel("loss")
-        if len(values) and values.min() > 0 and values.max() > LOG_AXIS_RATIO * values.min():
-            axes.set(yscale="log", ylabel="loss (log scale)")
-            label_log_axis(axes.yaxis)
-        label_step_axis(axes)
-        add_legend(axes, theme)
-
-    final_values = "; ".join(f"{label} {_or_none(series.last)} at the end" for _, label, series, _ in lines)
-    caption = "Losses as the module logged them."
-    if any(len(series.finite) < len(series) for _, _, series, _ in lines):
-        caption += " A vertical dotted line marks the first optimizer step at which a loss was NaN or inf."
-    names = [label for _, label, _, _ in lines]
-    names += [NAN_LABEL.format(label) for _, label, series, _ in lines if len(series.finite) < len(series)]
-    heights = heights_with_legend(3.4, 3.2, names)
-    return Chart("loss", "Loss", caption, f"Loss over optimizer steps. {final_values}.", draw, heights)
 
 
 def _coefficient_chart(plotted: list[PlottedRun]) -> Chart:
@@ -318,7 +278,3 @@ def _norm_label(plotted: Sequence[PlottedRun]) -> str:
     if all(each.log.norm.is_ours for each in plotted):
         return "total_norm before clipping"
     return names.pop() if len(names) == 1 else "norm of all gradients"
-
-
-def _or_none(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "none"

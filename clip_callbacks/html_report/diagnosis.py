@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from clip_callbacks.html_report.bad_steps import named_tensors, spikes
+from clip_callbacks.html_report.bad_steps import named_tensors
+from clip_callbacks.html_report.block_findings import find_in_blocks
+from clip_callbacks.html_report.finding import Finding, Severity
+from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.spike_findings import find_spikes
 from clip_callbacks.html_report.third_party_norms import describe_unknowns, taken_after_clip
 from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT
-
-Severity = Literal["bad", "warn", "good", "note"]
 
 NEARLY_ALL_CLIPPED, HALF_CLIPPED, MANY_CLIPPED, HARDLY_ANY_CLIPPED = 0.95, 0.5, 0.25, 0.001
 """Shares of clipped optimizer steps that divide the findings on clipping."""
@@ -24,14 +24,8 @@ HARD_CLIP_COEF = 0.1
 """A median clip_coef of clipped steps below this is reported as hard clipping."""
 ALARMING_SKIPPED_SHARE = 0.01
 """A larger share of skipped optimizer steps is a problem rather than a warning."""
-DOMINANT_SHARE = 0.9
-"""A block whose norm is a larger share of the total norm decides alone how all blocks are clipped."""
-VANISHING_SHARE = 1e-4
-"""A block whose norm is a smaller share of the total norm hardly learns."""
-USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
-"""Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
-MAX_NAMED_BLOCKS = 4
-"""The number of blocks that a finding names."""
+DEFAULT_MAX_CONSECUTIVE = 10
+"""The number of bad batches in a row at which NonFiniteGuard ends a run by default."""
 STAGE_MEANINGS = {
     "step": "the previous optimizer step had made parameters non-finite",
     "parameter": "parameters were non-finite before the step",
@@ -44,21 +38,14 @@ STAGE_MEANINGS = {
 """Meaning of the stages in the guard's journal."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One or two sentences on a run.
+def diagnose(log: OptimizerLog, losses: dict[str, Series], loss: TrainingLoss | None = None) -> list[Finding]:
+    """List the findings on one optimizer of a run, the most severe first.
 
     Args:
-        severity: "bad" for a problem, "warn" for a warning, "good" or "note".
-        text: The sentences, with numbers and advice.
+        log: The log of the optimizer.
+        losses: All losses of the run, by the names of their metrics.
+        loss: The training loss; None if it is not known.
     """
-
-    severity: Severity
-    text: str
-
-
-def diagnose(log: OptimizerLog, losses: dict[str, Series]) -> list[Finding]:
-    """List the findings on one optimizer of a run, the most severe first."""
     order: list[Severity] = ["bad", "warn", "good", "note"]
     found = [
         *_broken_loss(losses),
@@ -68,10 +55,10 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series]) -> list[Finding]:
         *_clipping(log),
         *_skips(log),
         *_lost_metrics(log),
-        *_spikes(log),
+        *_end_of_run(log),
+        *find_spikes(log, loss),
         *_scaler(log),
-        *_blocks(log),
-        *_updates(log),
+        *find_in_blocks(log),
         *_shadows(log),
         *_sampling(log),
     ]
@@ -233,6 +220,23 @@ def _skips(log: OptimizerLog) -> Iterator[Finding]:
     yield Finding("bad" if share > ALARMING_SKIPPED_SHARE else "warn", text)
 
 
+def _end_of_run(log: OptimizerLog) -> Iterator[Finding]:
+    """Say that the log ends with bad steps in a row, or with one under the policy "raise": then the guard has ended the run."""
+    entries = log.bad_steps
+    last_step = max(int(series.steps[-1]) for series in log.run.metrics.values())
+    if not entries or last_step > int(entries[-1]["step"]):
+        return
+    last, streak, policy = entries[-1], entries[-1].get("streak"), str(entries[-1].get("policy"))
+    if policy == "raise":
+        yield Finding("bad", f'NonFiniteGuard(policy="raise") ended the run at optimizer step {last["step"]:,}.')
+    elif policy not in {"ignore", "rollback"} and isinstance(streak, int) and streak > 1:
+        yield Finding(
+            "bad",
+            f"The log ends with {streak} bad batches in a row, the last at optimizer step {last['step']:,}. NonFiniteGuard ends a "
+            f"run at max_consecutive of them ({DEFAULT_MAX_CONSECUTIVE} by default).",
+        )
+
+
 def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
     """Repeat the guard's warnings about metrics that a bad loss has reached: each sentence once, with the number of epochs."""
     warned = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
@@ -240,19 +244,6 @@ def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
         steps = [step for step, other in warned if other == sentence]
         more = f" (in {len(steps)} epochs)" if len(steps) > 1 else ""
         yield Finding("warn", f"From optimizer step {steps[0]:,} on{more}: {sentence}")
-
-
-def _spikes(log: OptimizerLog) -> Iterator[Finding]:
-    found, times = spikes(log)
-    if found:
-        worst = int(np.argmax(times))
-        are = "is a spike" if len(found) == 1 else "are spikes"
-        yield Finding(
-            "note",
-            f"{len(found):,} of {len(log.total_norm):,} logged norms {are}, far above the norms of neighbouring steps. The most "
-            f"extreme is {found.values[worst]:.3g} at optimizer step {found.steps[worst]:,}, {times[worst]:.3g} times the "
-            "median of its neighbours.",
-        )
 
 
 def _scaler(log: OptimizerLog) -> Iterator[Finding]:
@@ -269,41 +260,6 @@ def _scaler(log: OptimizerLog) -> Iterator[Finding]:
         )
 
 
-def _blocks(log: OptimizerLog) -> Iterator[Finding]:
-    norms = {name: series for name, series in log.blocks().items() if series}
-    if len(norms) < 2:  # noqa: PLR2004
-        return
-    shares = {}
-    for name, series in norms.items():
-        total = log.total_norm.at(series.steps)
-        ratio = series.values / np.where(total > 0, total, np.nan)
-        shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
-    largest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
-    if shares[largest] > DOMINANT_SHARE:
-        yield Finding(
-            "note",
-            f"The norm of {largest} alone is {min(shares[largest], 1.0):.0%} of {log.norm.title} in the median step: a global "
-            'max_norm clips all other blocks because of it. scope="layer" clips each block by its own norm.',
-        )
-    if vanishing := [name for name, share in shares.items() if share < VANISHING_SHARE]:
-        yield Finding(
-            "warn",
-            f"Hardly any gradient reaches {_listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total "
-            "norm.",
-        )
-
-
-def _updates(log: OptimizerLog) -> Iterator[Finding]:
-    low, high = USUAL_UPDATE_RATIOS
-    medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
-    for names, judgement in (
-        ([name for name, value in medians.items() if value > high], f"above {high:g}: the learning rate is high for them"),
-        ([name for name, value in medians.items() if value < low], f"below {low:g}: they hardly change"),
-    ):
-        if names:
-            yield Finding("note", f"The update-to-weight ratio of {_listed(names)} is {judgement}. About 1e-3 is typical.")
-
-
 def _shadows(log: OptimizerLog) -> Iterator[Finding]:
     if shadows := log.shadows:
         each = ", ".join(f"{name} {share:.1%}" for name, share in shadows.items())
@@ -317,8 +273,3 @@ def _sampling(log: OptimizerLog) -> Iterator[Finding]:
         if log.norm.is_ours:
             text += " Clipped and skipped steps are counted over all steps."
         yield Finding("note", text)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED_BLOCKS} more" if len(names) > MAX_NAMED_BLOCKS else ""
-    return ", ".join(names[:MAX_NAMED_BLOCKS]) + more

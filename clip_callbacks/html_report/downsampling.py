@@ -68,6 +68,13 @@ def column_maxima(series: Series, first: int, last: int, columns: int) -> Values
     return maxima
 
 
+def column_extremes(series: Series, first: int, last: int, columns: int) -> Values:
+    """Find the finite value furthest from 0 in each of so many columns between two steps; NaN where nothing was logged."""
+    highest = column_maxima(series, first, last, columns)
+    lowest = -column_maxima(Series(series.steps, -series.values), first, last, columns)
+    return np.where(-lowest > highest, lowest, highest)
+
+
 def _column_numbers(series: Series, first: int, last: int, columns: int) -> npt.NDArray[np.int64]:
     width = max((last - first + 1) / columns, 1e-9)
     return np.clip(((series.steps - first) / width).astype(np.int64), 0, columns - 1)

@@ -2,37 +2,95 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 
-from clip_callbacks.html_report.axes import label_log_axis, label_step_axis, natural_order, shorten, without_common_parts
-from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_maxima
+from clip_callbacks.core.metric_names import GRADIENT_MEAN, GRADIENT_STD, GRADIENT_ZEROS, UPDATE_RATIO, WEIGHT_NORM
+from clip_callbacks.html_report.axes import (
+    SHORT_LOG_AXIS_RATIO,
+    label_log_axis,
+    label_step_axis,
+    natural_order,
+    shorten,
+    without_common_parts,
+)
+from clip_callbacks.html_report.downsampling import MAX_COLUMNS, column_extremes, column_maxima
 from clip_callbacks.html_report.rendering import Chart, Theme
-from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.runs import OptimizerLog
+from clip_callbacks.html_report.series import Series, Values
 
 MAX_BLOCKS = 40
 """The number of rows of a heat map."""
+LINEAR_SHARES = (1e-4, 0.1)
+"""Bounds of the part of a scale for either sign that is linear, as shares of the largest value: between them it is the median."""
+BELOW_AND_ABOVE_ZERO = LinearSegmentedColormap.from_list(
+    "below_and_above_zero", ("#163f73", "#3a86c8", "#eef1f5", "#d97706", "#7a3f00")
+)
+"""Colors of values of either sign: blue below 0, orange above."""
+
+NARROW_BAR_RATIO = 20
+"""On a phone, a color bar whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
+
+Scale = Literal["log", "either sign", "share"]
 
 
-def heat_map(blocks: dict[str, Series], key: str, metric: str, run: str) -> Chart:
+@dataclass(frozen=True)
+class BlockMetric:
+    """A metric of blocks that has a heat map.
+
+    Args:
+        key: Identifier of the plot, without the number of the optimizer.
+        name: Name of the metric, for the title.
+        label: Name for the color bar, which may be short.
+        scale: Scale of the colors: "log" for values above 0, "either sign", or "share" from 0 to 1.
+        prefix: Prefix of the metric; empty for the norms of gradients, which other code may have logged.
+    """
+
+    key: str
+    name: str
+    label: str
+    scale: Scale
+    prefix: str = ""
+
+    def of(self, log: OptimizerLog) -> dict[str, Series]:
+        """Return the metric of each block for which it was logged."""
+        blocks = log.with_prefix(self.prefix) if self.prefix else log.blocks()
+        return {name: series for name, series in blocks.items() if series}
+
+
+BLOCK_METRICS = (
+    BlockMetric("blocks", "gradient norm", "gradient norm", "log"),
+    BlockMetric("updates", "update-to-weight ratio", "update ratio", "log", UPDATE_RATIO),
+    BlockMetric("weights", "weight norm", "weight norm", "log", WEIGHT_NORM),
+    BlockMetric("means", "mean of the gradient", "mean", "either sign", GRADIENT_MEAN),
+    BlockMetric("deviations", "standard deviation of the gradient", "deviation", "log", GRADIENT_STD),
+    BlockMetric("zeros", "share of zeros in the gradient", "share of zeros", "share", GRADIENT_ZEROS),
+)
+
+
+def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: str) -> Chart:
     """Make a plot with one row per block; of more than forty blocks those with the largest values are shown.
 
     Args:
         blocks: The metric of each block, with at least one point.
-        key: Identifier of the plot.
-        metric: Name of the metric, for the title and the color bar.
+        metric: The metric.
+        number: Number of the optimizer on the page.
         run: Name of the run, for the title.
     """
-    largest = sorted(blocks, key=lambda name: -float(np.quantile(blocks[name].values, 0.99)))[:MAX_BLOCKS]
+    largest = sorted(blocks, key=lambda name: -float(np.quantile(np.abs(blocks[name].values), 0.99)))[:MAX_BLOCKS]
     names = sorted(largest, key=natural_order)
     first = min(int(blocks[name].steps[0]) for name in names)
     last = max(int(blocks[name].steps[-1]) for name in names)
     columns = max(1, min(MAX_COLUMNS // 2, max(len(blocks[name]) for name in names)))
-    cells = np.array([column_maxima(blocks[name], first, last, columns) for name in names])
-    positive = np.isfinite(cells) & (cells > 0)
-    cells[~positive] = np.nan
-    bottom, top = (float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))) if positive.any() else (0.1, 1.0)
+    reduce = column_extremes if metric.scale == "either sign" else column_maxima
+    cells = np.array([reduce(blocks[name], first, last, columns) for name in names])
+    key = f"{metric.key}-{number}"
+    colors = _colors(cells, metric.scale)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -40,23 +98,18 @@ def heat_map(blocks: dict[str, Series], key: str, metric: str, run: str) -> Char
             cells,
             aspect="auto",
             interpolation="nearest",
-            norm=LogNorm(min(bottom, top / 2), top),
-            cmap="viridis",
             extent=(first - 0.5, last + 0.5, len(names) - 0.5, -0.5),
             gid=f"{key}-image",
+            **colors,
         )
         axes.grid(visible=False)
         labels = [shorten(name, 22 if theme.narrow else 44) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
         bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if theme.narrow else "right", shrink=0.9, aspect=30)
-        bar.set_label(f"{metric}{' ' if theme.narrow else chr(10)}(log scale)", fontsize=8)
-        label_log_axis(bar.ax.xaxis if theme.narrow else bar.ax.yaxis)
-        bar.outline.set_edgecolor(theme.faint)
+        _label_colors(bar, metric, theme)
         label_step_axis(axes)
 
-    caption = (
-        "One row per block. The color is the largest value in each column of the plot; a gap means that nothing or 0 was logged."
-    )
+    caption = f"One row per block. {_CAPTIONS[metric.scale]}"
     if without_common_parts(names) != names:
         caption += " Parts that all block names begin or end with are left out."
     if len(blocks) > MAX_BLOCKS:
@@ -65,9 +118,51 @@ def heat_map(blocks: dict[str, Series], key: str, metric: str, run: str) -> Char
     height = 1.1 + 0.22 * len(names)
     return Chart(
         key,
-        f"{metric[0].upper()}{metric[1:]} of each block: {run}",
+        f"{metric.name[0].upper()}{metric.name[1:]} of each block: {run}",
         caption,
-        f"Heat map of the {metric} of each block over optimizer steps. Medians: {medians}.",
+        f"Heat map of the {metric.name} of each block over optimizer steps. Medians: {medians}.",
         draw,
         (max(height, 1.8), max(height + 0.5, 2.2)),
     )
+
+
+_CAPTIONS: dict[Scale, str] = {
+    "log": "The color is the largest value in each column of the plot; a gap means that nothing or 0 was logged.",
+    "either sign": "The color is the value furthest from 0 in each column of the plot: blue below 0, orange above. The scale is "
+    "logarithmic, and linear near 0.",
+    "share": "The color is the largest value in each column of the plot: 1 means that all entries were exactly zero.",
+}
+
+
+def _colors(cells: Values, scale: Scale) -> dict[str, Any]:
+    """Return the color map and its scale for ``imshow``; on a logarithmic scale, values that have no logarithm become gaps."""
+    if scale == "share":
+        return {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
+    if scale == "either sign":
+        sizes = np.abs(cells[np.isfinite(cells) & (cells != 0)])
+        if not len(sizes):
+            return {"cmap": BELOW_AND_ABOVE_ZERO, "norm": SymLogNorm(LINEAR_SHARES[1], vmin=-1.0, vmax=1.0)}
+        top = float(sizes.max())
+        # a spike must not leave the means of all other steps without color
+        linear = float(np.clip(np.median(sizes), LINEAR_SHARES[0] * top, LINEAR_SHARES[1] * top))
+        return {"cmap": BELOW_AND_ABOVE_ZERO, "norm": SymLogNorm(linear, vmin=-top, vmax=top)}
+    positive = np.isfinite(cells) & (cells > 0)
+    cells[~positive] = np.nan
+    bottom, top = (float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))) if positive.any() else (0.1, 1.0)
+    return {"cmap": "viridis", "norm": LogNorm(min(bottom, top / 2), top)}
+
+
+def _label_colors(bar: Colorbar, metric: BlockMetric, theme: Theme) -> None:
+    axis = bar.ax.xaxis if theme.narrow else bar.ax.yaxis
+    note = ""
+    if metric.scale == "log":
+        note = "(log scale)"
+        label_log_axis(axis, NARROW_BAR_RATIO if theme.narrow else SHORT_LOG_AXIS_RATIO)
+    elif metric.scale == "either sign":
+        top, linear = float(bar.norm.vmax or 1.0), bar.norm.linthresh  # type: ignore[attr-defined]
+        ticks = [-top, -linear, 0.0, linear, top]
+        note = "(linear near 0)"
+        bar.set_ticks(ticks, labels=[f"{float(f'{tick:.2g}'):g}" for tick in ticks])
+        bar.minorticks_off()
+    bar.set_label(f"{metric.label}{' ' if theme.narrow else chr(10)}{note}".rstrip(), fontsize=8)
+    bar.outline.set_edgecolor(theme.faint)

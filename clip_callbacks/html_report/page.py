@@ -17,15 +17,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from clip_callbacks.html_report.axes import PlottedRun
-from clip_callbacks.html_report.bad_steps import MIN_NORMS_FOR_SPIKES, BadStep, bad_steps
+from clip_callbacks.html_report.bad_steps import BadStep, bad_steps
 from clip_callbacks.html_report.charts import MAX_PLOTTED_RUNS, RUN_COLORS, make_charts
-from clip_callbacks.html_report.diagnosis import Finding, diagnose, out_of_control
+from clip_callbacks.html_report.diagnosis import diagnose, out_of_control
+from clip_callbacks.html_report.finding import Finding
+from clip_callbacks.html_report.losses import TrainingLoss, training_loss
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.rendering import Chart
 from clip_callbacks.html_report.runs import OptimizerLog, Run, UnusableLogError
+from clip_callbacks.html_report.spikes import MIN_POINTS_FOR_SPIKES
 from clip_callbacks.html_report.third_party_norms import suggestion_conditions, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
+from clip_callbacks.stats.loss_advice import LossAdvice, advise_on_losses
 
 MISSING = "-"
 """Text of a table cell without a value."""
@@ -40,6 +44,7 @@ class Section:
         findings: Findings on the optimizer.
         caution: Reason why the norms are no basis for a suggestion; None if there is none.
         advice: Suggested max_norm; None if no norm was logged, or the norms are no basis for one.
+        loss_advice: Suggested loss_above; None if too few training losses were logged, or they are no basis for one.
         bad_steps: Rows of the table of bad steps, in the order of the steps.
         bad_count: Number of all bad steps.
     """
@@ -48,6 +53,7 @@ class Section:
     findings: list[Finding]
     caution: str | None
     advice: Advice | None
+    loss_advice: LossAdvice | None
     bad_steps: list[BadStep]
     bad_count: int
 
@@ -79,13 +85,20 @@ class Section:
     def no_bad_steps(self) -> str:
         """Sentences that stand in place of an empty table of bad steps."""
         skipped = "No step was skipped." if self.log.norm.is_ours else "The log does not tell whether steps were skipped."
-        if len(self.log.total_norm) < MIN_NORMS_FOR_SPIKES:
+        if len(self.log.total_norm) < MIN_POINTS_FOR_SPIKES:
             return f"{skipped} Too few norms were logged to find spikes."
-        return f"{skipped} No logged norm is a spike."
+        loss = self.plotted.loss
+        if loss is None or len(loss.logged) < MIN_POINTS_FOR_SPIKES:
+            return f"{skipped} No logged norm is a spike."
+        return f"{skipped} No logged norm is a spike. Neither is a logged value of {loss.name}."
 
     def yaml(self, *, adaptive: bool = False) -> str:
         """Return the suggestion as YAML for LightningCLI."""
         return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
+
+    def loss_yaml(self) -> str:
+        """Return the suggested loss_above as YAML for LightningCLI."""
+        return yaml.safe_dump(self.loss_advice.configuration(), sort_keys=False) if self.loss_advice else ""
 
 
 LOCAL_NORMS_CONDITION = (
@@ -132,11 +145,13 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
     sections: list[Section] = []
     for log in [log for run in runs for log in run.optimizer_logs]:
         found = log.run.losses(tuple(losses))
-        rows, count = bad_steps(log)
+        loss = training_loss(log, found, is_named=bool(losses))
+        rows, count = bad_steps(log, loss)
         color, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
         advice = _advice(log, caution)
-        plotted = PlottedRun(log, found, color, advice.max_norm if advice else math.nan)
-        sections.append(Section(plotted, diagnose(log, found), caution, advice, rows, count))
+        plotted = PlottedRun(log, found, color, advice.max_norm if advice else math.nan, loss)
+        loss_advice = _loss_advice(loss) if loss and not out_of_control(found) else None
+        sections.append(Section(plotted, diagnose(log, found, loss), caution, advice, loss_advice, rows, count))
     return sections
 
 
@@ -154,6 +169,19 @@ def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
         return None
     local = (LOCAL_NORMS_CONDITION,) if log.has_local_norms else ()
     return replace(advice, reasons=(*advice.reasons, *local, *suggestion_conditions(log)))
+
+
+def _loss_advice(loss: TrainingLoss) -> LossAdvice | None:
+    """Suggest a loss_above; None if too few losses were logged."""
+    gaps = np.diff(loss.logged.steps)
+    spikes = [*loss.known, *loss.spikes.points.steps]
+    return advise_on_losses(
+        torch.from_numpy(np.array(loss.logged.values)),
+        torch.from_numpy(np.isin(loss.logged.steps, spikes)),
+        metric=loss.name,
+        is_ours=loss.is_ours,
+        steps_between=float(np.median(gaps)) if len(gaps) else math.nan,
+    )
 
 
 def write_report(
@@ -211,6 +239,7 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
         sections=sections,
         runs=len({section.log.run.name for section in sections}),
         headings=HEADINGS,
+        suggestions="Suggested max_norm" + (" and loss_above" if any(section.loss_advice for section in sections) else ""),
         charts=drawn,
         notes=notes,
         style=Markup(style),

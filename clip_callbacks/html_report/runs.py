@@ -23,13 +23,15 @@ from clip_callbacks.core.metric_names import (
     SKIPPED_STEPS,
     TOTAL_NORM,
     UPDATE_RATIO,
+    WEIGHT_NORM,
 )
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import Series, Steps, Values
+from clip_callbacks.html_report.spikes import Spikes, norm_spikes
 
 ROUNDING_FACTOR = 1.001
 """A clipped norm may exceed its limit by this factor through rounding alone."""
-OWN_PREFIXES = ("grad/", "grad_", "update_ratio/")
+OWN_PREFIXES = ("grad/", "grad_", UPDATE_RATIO, WEIGHT_NORM)
 """Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
 LOSS_WORDS = {
     "loss",
@@ -178,6 +180,11 @@ class OptimizerLog:
         positive = finite.values > 0
         return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
 
+    @cached_property
+    def norm_spikes(self) -> Spikes:
+        """Logged norms that are far above those of neighbouring steps."""
+        return norm_spikes(self.total_norm)
+
     @property
     def steps_between_norms(self) -> float:
         """Median number of steps from one logged norm to the next; NaN with fewer than two norms."""
@@ -228,7 +235,7 @@ class OptimizerLog:
 
     def _counted_from_first_step(self, key: str) -> Series:
         counts = self.metric(key).finite
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and self._first_step else counts
+        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.first_step else counts
 
     @property
     def skips(self) -> tuple[Steps, Values]:
@@ -241,10 +248,10 @@ class OptimizerLog:
     def step_count(self) -> int:
         """Number of optimizer steps that the log covers."""
         last = max(int(series.steps[-1]) for series in self.run.metrics.values())
-        return 1 + last - max(self._first_step, int(self._counts_finished_steps))
+        return 1 + last - max(self.first_step, int(self._counts_finished_steps))
 
     @cached_property
-    def _first_step(self) -> int:
+    def first_step(self) -> int:
         """The first step that the log covers.
 
         The norm tells the interval of logging, since other metrics also come at the ends of epochs. But the first steps may have

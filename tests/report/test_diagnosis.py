@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.html_report.bad_steps import bad_steps, spikes
+from clip_callbacks.html_report.bad_steps import bad_steps
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.page import make_sections
 from clip_callbacks.html_report.runs import Run
@@ -173,7 +173,7 @@ def test_spikes_are_told_by_the_norms_around_them():
     falling = np.geomspace(10, 0.1, 400) * np.random.default_rng(0).lognormal(0, 0.05, 400)
     falling[300] *= 8
     run = Run("run", "", {"grad/total_norm": Series.of(np.arange(400), falling)})
-    found, times = spikes(run.optimizer_logs[0])
+    found, times = run.optimizer_logs[0].norm_spikes
     assert found.steps.tolist() == [300]
     assert times[0] == pytest.approx(8, rel=0.2)
 

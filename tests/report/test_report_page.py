@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from clip_callbacks import GradientClipping, GradientNormMonitor
 from clip_callbacks.cli import main
 from tests.helpers.browser import needs_browser
+from tests.helpers.logs import write_guarded
 from tests.helpers.training import Poisoned, Regression, data, make_trainer
 
 pytestmark = needs_browser
@@ -24,12 +25,13 @@ of_each_kind = pytest.mark.parametrize(
         pytest.param(390, False, marks=pytest.mark.slow),
     ],
 )
-PLOTS = {"norm", "loss", "coefficient", "histogram", "what_if", "blocks-1", "blocks-2"}
+BLOCK_PLOTS = {f"{key}-3" for key in ("blocks", "updates", "weights", "means", "deviations", "zeros", "vanished")}
+PLOTS = {"norm", "loss", "loss_limit", "coefficient", "histogram", "what_if", "blocks-1", "blocks-2"} | BLOCK_PLOTS
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Two runs with the same metrics, one of them with bad steps."""
+    """Two runs with the same metrics, one of them with bad steps, and one with loss spikes and statistics of gradients."""
     folder = tmp_path_factory.mktemp("logs")
     for name, module in (("clean", Regression()), ("poisoned", Poisoned({4: math.nan, 30: math.inf, 33: 1e4}))):
         torch.manual_seed(0)
@@ -41,13 +43,14 @@ def logs(tmp_path_factory):
         else:
             with pytest.warns(RuntimeWarning, match="Non-finite"):
                 trainer.fit(module, data(20))
+    write_guarded(folder / "statistics")
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(logs):
     path = logs / "report.html"
-    assert main(["report", str(logs), "-o", str(path), "--title", "Two runs"]) == 0
+    assert main(["report", str(logs), "-o", str(path), "--title", "Three runs"]) == 0
     return path.as_uri()
 
 
@@ -86,7 +89,7 @@ def cells(opened_page, table):
 def test_it_renders_without_an_error_and_asks_nobody_for_anything(wide, page):
     assert wide.errors == []
     assert [url for url in wide.requests if not url.startswith("data:")] == [page]
-    assert wide.page.title() == "Two runs: clean, poisoned"
+    assert wide.page.title() == "Three runs: clean, poisoned, statistics"
     assert wide.page.query_selector_all("script") == []
 
 
@@ -94,7 +97,7 @@ def test_the_figures_in_the_table_are_those_of_the_log(wide, logs):
     import pandas as pd
 
     headings, *rows = cells(wide, "#runs-table")
-    assert [row[0] for row in rows] == ["clean", "poisoned"]
+    assert [row[0] for row in rows] == ["clean", "poisoned", "statistics"]
     for row in rows:
         frame = pd.read_csv(logs / row[0] / "metrics.csv")
         shown = dict(zip((" ".join(heading.split()) for heading in headings), row, strict=True))
@@ -104,7 +107,7 @@ def test_the_figures_in_the_table_are_those_of_the_log(wide, logs):
         for percent in (50, 90, 99):
             assert shown[f"norm p{percent}"] == f"{np.percentile(norms, percent):.3g}"
         assert shown["largest norm"] == f"{norms.max():.3g}"
-        assert shown["last max_norm"] == "3"
+        assert shown["last max_norm"] == ("1" if row[0] == "statistics" else "3")
         assert shown["skipped steps"] == f"{frame['grad/skipped_steps'].max():.0f}"
         fractions = frame[frame["grad/clip_fraction"].notna()]  # a skipped step has none: it is counted with the next one
         clipped = np.average(fractions["grad/clip_fraction"], weights=np.diff(fractions["step"], prepend=-1))
@@ -173,6 +176,38 @@ def test_every_logged_point_is_in_the_plots(wide, logs):
         assert points(wide, f"clip_fraction-{name}") > 20
     assert len(drawn(wide, "skips-poisoned").query_selector_all("use")) == 2
     assert wide.page.query_selector_all("[id$='-skips-clean']") == []
+
+
+def test_losses_are_drawn_with_their_limit_and_their_spikes(wide, logs):
+    import pandas as pd
+
+    frame = pd.read_csv(logs / "statistics" / "metrics.csv")
+    assert points(wide, "guarded_loss-statistics") == frame["grad/loss"].notna().sum()
+    assert points(wide, "loss_limit-statistics") == np.isfinite(frame["grad/loss_limit"]).sum()
+    for kind, count in (("skipped_spikes", 1), ("spikes", 2)):
+        # the end of another mark's identifier is that of this one, too
+        marks = wide.page.query_selector_all(f".wide-plot [id$='wide-{kind}-statistics']")
+        assert [len(it.query_selector_all("use")) for it in marks] == [count]
+
+
+def test_blocks_without_learning_have_a_strip(wide):
+    path = drawn(wide, "vanished-middle").query_selector_all("path")
+    assert len(path) == 4, "one for each epoch"
+    assert wide.page.query_selector_all("[id*='vanished-head'], [id*='vanished-encoder']") == []
+    assert wide.page.query_selector_all("#vanished-1, #vanished-2") == [], "the other runs have none"
+
+
+def test_spikes_of_the_loss_are_in_the_table_of_bad_steps(wide):
+    rows = {row[0]: row[1:] for row in cells(wide, "[aria-label='Bad steps of statistics'] table")}
+    assert rows["40"] == [
+        "skipped as a spike",
+        "90",
+        "epoch 2, batch 0, rank 0",
+        "loss 9.5 above its limit 3.25; largest gradients: head.weight",
+    ]
+    assert rows["41"][0] == "spike, reported, not skipped"
+    assert rows["41"][3] == "loss 6.5 above its limit 3.25; norm 1 within its limit 5; largest gradients: head.weight"
+    assert rows["60"][0] == "loss spike"
 
 
 def test_heat_maps_show_the_norms_of_the_blocks(wide, logs):

@@ -26,6 +26,16 @@ def empty(window: int, blocks: int) -> LimitState:
     return {"recent": unused, "sorted": unused.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
 
 
+def holding(values: Tensor) -> LimitState:
+    """Return a window for each block that holds given values.
+
+    Args:
+        values: Values from the oldest to the newest, float64, shape ``(window, B)``; inf at the places before the oldest that were
+            never used.
+    """
+    return {"recent": values, "sorted": values.sort(0).values, "count": values.isfinite().sum(0)}
+
+
 def add(values: Tensor, is_new: Tensor, state: LimitState) -> LimitState:
     """Return the window after a new value for each block; when the window is full, the oldest value leaves it.
 

@@ -1,0 +1,122 @@
+"""Findings on the blocks of a run: shares of the norm, update-to-weight ratios, blocks that learn nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from clip_callbacks.core.metric_names import GRADIENT_ZEROS
+from clip_callbacks.html_report.finding import Finding, listed
+from clip_callbacks.html_report.runs import OptimizerLog
+from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.vanished import silent_blocks, vanished_blocks
+
+DOMINANT_SHARE = 0.9
+"""A block whose norm is a larger share of the total norm decides alone how all blocks are clipped."""
+VANISHING_SHARE = 1e-4
+"""A block whose norm is a smaller share of the total norm hardly learns."""
+USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
+"""Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
+FLOAT32_HALF_SPACING = 2.0**-25
+"""Least half of the distance between neighbouring float32 numbers, relative to them: smaller updates are rounded away."""
+MANY_ZEROS = 0.5
+"""Least share of exact zeros in a gradient that is reported."""
+TYPICAL_RATIO = "About 1e-3 is typical."
+ROUNDED_AWAY = "Rounding removes updates below about 0.2% of a weight in bfloat16, 0.02% in float16 and 0.000003% in float32."
+ZERO_CAUSES = "units that are never active (ReLU), a path that is detached or unused, a part of the loss with weight 0"
+SMALL_CURE = 'Keep the weights in float32 (precision "bf16-mixed" instead of "bf16-true"), or raise the learning rate.'
+
+
+def find_in_blocks(log: OptimizerLog) -> Iterator[Finding]:
+    """List the findings on the blocks of an optimizer."""
+    yield from _vanished(log)
+    yield from _shares(log)
+    yield from _zeros(log)
+    yield from _update_ratios(log)
+
+
+def _shares(log: OptimizerLog) -> Iterator[Finding]:
+    norms = {name: series for name, series in log.blocks().items() if series}
+    if len(norms) < 2:  # noqa: PLR2004
+        return
+    shares = {}
+    for name, series in norms.items():
+        total = log.total_norm.at(series.steps)
+        ratio = series.values / np.where(total > 0, total, np.nan)
+        shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
+    largest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
+    if shares[largest] > DOMINANT_SHARE:
+        yield Finding(
+            "note",
+            f"The norm of {largest} alone is {min(shares[largest], 1.0):.0%} of {log.norm.title} in the median step: a global "
+            'max_norm clips all other blocks because of it. scope="layer" clips each block by its own norm.',
+        )
+    silent = silent_blocks(log)
+    if vanishing := [name for name, share in shares.items() if share < VANISHING_SHARE and name not in silent]:
+        yield Finding(
+            "warn",
+            f"Hardly any gradient reaches {listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total norm.",
+        )
+
+
+def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
+    low, high = USUAL_UPDATE_RATIOS
+    medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
+    if fast := [name for name, value in medians.items() if value > high]:
+        yield Finding(
+            "note",
+            f"The update-to-weight ratio of {listed(fast)} is above {high:g}: the learning rate is high for them. {TYPICAL_RATIO}",
+        )
+    silent = silent_blocks(log)
+    if slow := [name for name, value in medians.items() if value < low and name not in silent]:
+        text = f"The update-to-weight ratio of {listed(slow)} is below {low:g}: they hardly change. {TYPICAL_RATIO} {ROUNDED_AWAY}"
+        lost = [name for name in slow if medians[name] < FLOAT32_HALF_SPACING]
+        if lost:
+            text += f" That of {listed(lost)} is below {FLOAT32_HALF_SPACING:.0e}: such updates change nothing."
+        yield Finding("warn" if lost else "note", text)
+
+
+def _vanished(log: OptimizerLog) -> Iterator[Finding]:
+    """Name the blocks that learned nothing for a while, grouped by what the log tells of the cause."""
+    found, zeros, silent = vanished_blocks(log), log.with_prefix(GRADIENT_ZEROS), silent_blocks(log)
+    of_cause: dict[str, list[str]] = {}
+    for name, block in found.items():
+        if block.epochs:
+            cause = _cause(name in silent, zeros.get(name, Series.empty()))
+            epochs = f"{block.epochs} epoch{'' if block.epochs == 1 else 's'}"
+            of_cause.setdefault(cause, []).append(f"{name} ({block.share:.0%} of its entries, in {epochs})")
+    for cause, names in of_cause.items():
+        yield Finding("warn", f"Learned nothing for an epoch or longer: {listed(names)}. {cause}")
+    if unexplained := [name for name, block in found.items() if not block.epochs]:
+        yield Finding(
+            "note",
+            f"The norm of {listed(unexplained)} is exactly 0 at all logged steps. The log does not tell whether the gradient was "
+            "zero or whether there was none: frozen and unused parameters have none, and then nothing is wrong.",
+        )
+
+
+def _cause(is_silent: bool, zeros: Series) -> str:
+    """Return a sentence about the likely causes, as far as the log tells them."""
+    if is_silent or (zeros and np.median(zeros.values) >= MANY_ZEROS):
+        return f"The gradient was exactly zero. Likely causes: {ZERO_CAUSES}."
+    if zeros:
+        return f"The gradient was not zero, but the updates were too small to change the weights. {ROUNDED_AWAY} {SMALL_CURE}"
+    return (
+        f"Either the gradient was exactly zero ({ZERO_CAUSES}), or the updates were too small to change the weights. "
+        f"{ROUNDED_AWAY} {SMALL_CURE}"
+    )
+
+
+def _zeros(log: OptimizerLog) -> Iterator[Finding]:
+    explained = vanished_blocks(log)
+    medians = {name: float(np.median(series.values)) for name, series in log.with_prefix(GRADIENT_ZEROS).items() if series}
+    many = {name: share for name, share in medians.items() if share >= MANY_ZEROS and name not in explained}
+    if many:
+        names = listed([f"{name} ({share:.0%})" for name, share in many.items()])
+        yield Finding(
+            "note",
+            f"At least half of the gradient of {names} is exactly zero in the median step. That is normal for embeddings and "
+            "experts, of which a batch uses only some; elsewhere it hints at units that are never active.",
+        )

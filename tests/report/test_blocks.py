@@ -1,0 +1,156 @@
+"""Blocks in the report: heat maps of their statistics, and blocks that learn nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from clip_callbacks.html_report.charts import make_charts
+from clip_callbacks.html_report.downsampling import column_extremes
+from clip_callbacks.html_report.heat_map import BLOCK_METRICS, heat_map
+from clip_callbacks.html_report.page import make_sections
+from clip_callbacks.html_report.rendering import Theme
+from clip_callbacks.html_report.runs import Run
+from clip_callbacks.html_report.series import Series
+from clip_callbacks.html_report.vanished import vanished_blocks, vanished_chart
+from tests.helpers.logs import read, said, table, write, write_guarded
+
+MEANS, ZEROS = (next(metric for metric in BLOCK_METRICS if metric.key == key) for key in ("means", "zeros"))
+
+
+def image(chart):
+    figure = Figure()
+    chart.draw(figure, Theme())
+    (drawn,) = figure.axes[0].images
+    return drawn
+
+
+def series(values):
+    return Series.of(np.arange(len(values)), values)
+
+
+def test_each_metric_of_blocks_has_its_heat_map(tmp_path):
+    (section,) = make_sections([read(write_guarded(tmp_path))], ())
+    keys = [chart.key for chart in make_charts([section.plotted])]
+    blocks = ["blocks-1", "updates-1", "weights-1", "means-1", "deviations-1", "zeros-1", "vanished-1"]
+    assert keys == ["norm", "loss", "loss_limit", "coefficient", "histogram", "what_if", *blocks]
+
+
+def test_means_of_either_sign_have_colors_centered_on_0():
+    drawn = image(heat_map({"a": series([-1e-3, 2e-3, 0.0]), "b": series([0.0, -4e-3, 1e-5])}, MEANS, 1, "run"))
+    middle = drawn.norm(0.0)
+    assert middle == pytest.approx(0.5)
+    assert drawn.norm(-4e-3) == pytest.approx(0.0)
+    assert drawn.norm(2e-3) - middle == pytest.approx(middle - drawn.norm(-2e-3))
+    np.testing.assert_array_equal(drawn.get_array(), [[-1e-3, 2e-3, 0.0], [0.0, -4e-3, 1e-5]])
+    assert drawn.norm(1e-5) > middle + 0.001, "what is small beside the largest can still be told from 0"
+
+
+def test_a_spike_leaves_the_other_means_their_colors():
+    values = np.where(np.arange(100) % 2, 1e-3, -1e-3)
+    values[50] = 1.0
+    norm = image(heat_map({"a": series(values)}, MEANS, 1, "run")).norm
+    assert norm(1e-3) - norm(-1e-3) > 0.2
+
+
+def test_means_that_are_all_0_can_be_drawn():
+    assert image(heat_map({"a": series([0.0, 0.0])}, MEANS, 1, "run")).norm(0.0) == pytest.approx(0.5)
+
+
+def test_shares_of_zeros_have_a_fixed_scale_and_keep_0():
+    drawn = image(heat_map({"a": series([0.0, 0.25])}, ZEROS, 1, "run"))
+    assert (drawn.norm.vmin, drawn.norm.vmax) == (0.0, 1.0)
+    np.testing.assert_array_equal(drawn.get_array(), [[0.0, 0.25]])
+
+
+def test_a_column_shows_the_value_furthest_from_0():
+    values = np.array([1.0, -3.0, 2.0, 0.5, -0.25, 0.0])
+    np.testing.assert_array_equal(column_extremes(series(values), 0, 5, 3), [-3.0, 2.0, -0.25])
+    assert np.isnan(column_extremes(series([1.0]), 0, 9, 2)[1])
+
+
+# ---- blocks without learning -----------------------------------------------------------------------------------------------------
+
+
+def vanishing(**metrics):
+    """A run of 60 steps in three epochs, with the norms and shares of some blocks."""
+    norms = {"grad/total_norm": series(np.ones(60)), "grad_norm/fine": series(np.ones(60))}
+    epochs = {"grad/total_norm_p50": Series.of([19, 39, 59], [1.0] * 3)}
+    (log,) = Run("run", "", norms | epochs | {key.replace("__", "/"): value for key, value in metrics.items()}).optimizer_logs
+    return log
+
+
+def test_epochs_in_which_a_block_was_named_are_stretches():
+    log = vanishing(grad_vanished__late=Series.of([39, 59], [0.6, 0.9]), grad_vanished__early=Series.of([19], [1.0]))
+    found = vanished_blocks(log)
+    assert list(found) == ["early", "late"]
+    assert (found["early"].spans, found["early"].share, found["early"].epochs) == (((0, 19),), 1.0, 1)
+    assert (found["late"].spans, found["late"].share, found["late"].epochs) == (((20, 39), (40, 59)), 0.9, 2)
+
+
+def test_norms_of_exactly_0_are_told_of_with_what_they_leave_open():
+    log = vanishing(
+        grad_norm__silent=series(np.zeros(60)), grad_norm__once=series([0.0] * 59 + [1e-30]), grad_norm__new=series([0.0] * 9)
+    )
+    found = vanished_blocks(log)
+    assert list(found) == ["silent"]
+    assert (found["silent"].spans, found["silent"].epochs) == (((0, 59),), 0)
+    chart = vanished_chart(log, 1)
+    assert "The log does not tell whether its gradient was zero or whether it had none" in chart.caption
+    assert "steps 0 to 59" in chart.summary
+
+
+def test_a_healthy_run_has_no_strip():
+    assert vanished_chart(vanishing(), 1) is None
+    everything_zero = {"grad/total_norm": series(np.zeros(60)), "grad_norm/a": series(np.zeros(60))}
+    assert vanished_chart(Run("run", "", everything_zero).optimizer_logs[0], 1) is None, "then it is no block that stands out"
+
+
+def frame_of(**columns):
+    named = {key.replace("__", "/"): value for key, value in columns.items()}
+    ends = np.where(np.arange(100) % 50 == 49, 1.0, math.nan)
+    return table(100, **{"grad_norm/fine": 0.5, "grad_norm/lost": 0.1, "grad_vanished/lost": ends} | named)
+
+
+@pytest.mark.parametrize(
+    ("columns", "cause"),
+    [
+        ({"grad_zeros__lost": 1.0}, "The gradient was exactly zero. Likely causes: units that are never active (ReLU)"),
+        ({"grad_norm__lost": 0.0}, "The gradient was exactly zero. Likely causes"),
+        ({"grad_zeros__lost": 0.0}, "The gradient was not zero, but the updates were too small to change the weights."),
+        ({}, "Either the gradient was exactly zero"),
+    ],
+)
+def test_findings_give_the_causes_that_the_log_admits(columns, cause, tmp_path):
+    text = said(read(write(tmp_path, frame_of(**columns))))
+    assert f"Learned nothing for an epoch or longer: lost (100% of its entries, in 2 epochs). {cause}" in text
+    assert ('"bf16-mixed" instead of "bf16-true"' in text) == ("too small" in text)
+
+
+def test_a_norm_of_0_alone_is_a_note(tmp_path):
+    frame = table(100, **{"grad_norm/fine": 0.5, "grad_norm/frozen": 0.0, "update_ratio/frozen": 0.0, "grad_zeros/frozen": 1.0})
+    (section,) = make_sections([read(write(tmp_path, frame))], ())
+    (finding,) = [finding for finding in section.findings if "frozen" in finding.text]
+    assert finding.severity == "note"
+    assert "frozen and unused parameters have none, and then nothing is wrong" in finding.text
+
+
+def test_many_zeros_are_a_note_that_names_the_usual_reasons(tmp_path):
+    frame = table(100, **{"grad_zeros/embedding": 0.97, "grad_zeros/head": 0.1})
+    (section,) = make_sections([read(write(tmp_path, frame))], ())
+    (finding,) = [finding for finding in section.findings if "exactly zero" in finding.text]
+    assert finding.severity == "note"
+    assert "At least half of the gradient of embedding (97%) is exactly zero in the median step." in finding.text
+
+
+@pytest.mark.parametrize(("ratio", "severity"), [(1e-3, None), (1e-6, "note"), (1e-9, "warn"), (0.0, "warn")])
+def test_tiny_updates_are_held_against_the_rounding_of_each_dtype(ratio, severity, tmp_path):
+    (section,) = make_sections([read(write(tmp_path, table(100, **{"update_ratio/slow": ratio})))], ())
+    found = [finding for finding in section.findings if "slow" in finding.text]
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    if severity:
+        assert "Rounding removes updates below about 0.2% of a weight in bfloat16" in found[0].text
+        assert ("such updates change nothing" in found[0].text) == (severity == "warn")

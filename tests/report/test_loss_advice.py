@@ -1,0 +1,134 @@
+"""The suggested loss_above, tested on streams of losses whose spikes are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+import clip_callbacks
+from clip_callbacks import RobustZScoreLimit
+from clip_callbacks.core.limits import BlockNorms
+from clip_callbacks.html_report.page import make_sections
+from clip_callbacks.stats.loss_advice import MAX_JUDGED_LOSSES, MIN_LOSSES, advise_on_losses, limits_at
+from tests.helpers.logs import read, run_main, table, write
+
+COUNT = 3000
+
+
+def drawn(distribution, seed=0, count=COUNT):
+    return distribution.rvs(count, random_state=np.random.default_rng(seed))
+
+
+def advised(losses, spikes=(), **options):
+    is_spike = torch.zeros(len(losses), dtype=torch.bool)
+    is_spike[list(spikes)] = True
+    return advise_on_losses(torch.as_tensor(losses, dtype=torch.float64), is_spike, **options)
+
+
+STEPS = np.arange(COUNT)
+STREAMS = {
+    "gaussian": drawn(stats.norm(2.0, 0.3)),
+    "student": 5 + drawn(stats.t(5)),
+    "drifting": 3 + 8 * np.exp(-STEPS / 300) + 0.2 * drawn(stats.norm()),
+    "negative": -STEPS / 100 + drawn(stats.norm()),
+    "shrinking": np.exp(-STEPS / 400) * drawn(stats.lognorm(0.3)),
+    "quiet": 3 + 0.01 * drawn(stats.norm()),
+}
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_limits_of_all_steps_at_once_are_those_of_one_step_after_the_other(scale):
+    losses = torch.from_numpy(np.exp(0.3 * drawn(stats.norm(), count=300)))
+    limit, state = RobustZScoreLimit(12.0, window=64, warmup=25, scale=scale), None  # no loss is above it, so that none is cut
+    state, expected = limit.init(1), []
+    for loss in losses:
+        now, state = limit.step(BlockNorms(loss.reshape(1), are_losses=True), state)
+        expected.append(now)
+    places = torch.arange(300)
+    torch.testing.assert_close(limits_at(losses, places, limit), torch.cat(expected))
+    torch.testing.assert_close(limits_at(losses, places[::7], limit), torch.cat(expected)[::7])
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_ordinary_losses_are_not_skipped_and_spikes_are(name):
+    losses = STREAMS[name].copy()
+    places = np.arange(500, COUNT, 500)
+    losses[places] += np.maximum(30 * np.std(np.diff(losses)), np.abs(losses[places]))
+    advice = advised(losses, places)
+    assert advice.ordinary_skips <= 0.001 * COUNT
+    assert advice.skips == len(places) + advice.ordinary_skips
+    assert advice.limit.scale == ("log" if name == "shrinking" else "linear")
+    assert (advice.limit.floor == 0.01) == (name == "quiet")
+    assert advice.outcome.startswith(f"would have skipped {advice.skips} of 3,000 steps (5 spikes and {advice.ordinary_skips} ")
+
+
+def test_heavier_tails_need_a_larger_z():
+    zs = [advised(drawn(distribution, count=5000)).limit.z for distribution in (stats.norm(), stats.t(4), stats.expon())]
+    assert zs[0] == 4.0
+    assert zs[0] < min(zs[1:])
+
+
+def test_losses_that_no_limit_fits_give_no_suggestion():
+    assert advised(np.where(STEPS % 20 == 0, 100.0, 1.0) + 0.1 * drawn(stats.norm())) is None
+
+
+def test_a_short_run_gives_no_suggestion():
+    losses = drawn(stats.norm(), count=MIN_LOSSES)
+    assert advised(losses[1:]) is None
+    assert advised(losses) is not None
+
+
+def test_the_reasons_say_what_the_log_leaves_open():
+    losses = drawn(stats.norm(2.0, 0.1), count=2 * MAX_JUDGED_LOSSES)
+    reasons = " ".join(advised(losses, metric="train_loss", is_ours=False, steps_between=50.0).reasons)
+    assert "About one loss in 50 steps was logged, but the guard sees all" in reasons
+    assert "spans 128 steps instead of 6,400" in reasons
+    assert "The module logged train_loss. The guard judges the loss that training_step returns" in reasons
+    assert "10,000 of 20,000 logged losses, evenly spread over the run, were judged." in reasons
+    reasons = " ".join(advised(losses[:1000]).reasons)
+    assert not any(part in reasons for part in ("About one loss", "The module logged", "evenly spread"))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_configuration_is_that_of_the_limit(name):
+    advice = advised(STREAMS[name])
+    assert eval(advice.call, vars(clip_callbacks)) == advice.limit
+    (guard,) = yaml.safe_load(yaml.safe_dump(advice.configuration()))["trainer"]["callbacks"]
+    given = guard["init_args"]["loss_above"]
+    assert guard["class_path"] == "clip_callbacks.NonFiniteGuard"
+    assert getattr(clip_callbacks, given["class_path"].rpartition(".")[2])(**given["init_args"]) == advice.limit
+    facts = advice.facts()
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+def test_the_command_and_the_page_give_it(tmp_path, capsys):
+    losses = 2 + 0.02 * drawn(stats.norm(), count=400)
+    losses[300] = 5.0
+    path = write(tmp_path, table(400, train_loss=losses))
+    code, out, _ = run_main(capsys, "suggest", path)
+    assert code == 0
+    assert "loss_above=RobustZScoreLimit(z=4.0, floor=0.01, scale='linear') would have skipped 1 of 400 steps (1 spike" in out
+    (guard,) = yaml.safe_load(out[out.rindex("trainer:") :])["trainer"]["callbacks"]
+    assert guard["init_args"]["loss_above"]["init_args"] == {"z": 4.0, "floor": 0.01, "scale": "linear"}
+    facts = json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]
+    assert facts["max_norm"] > 0
+    assert (facts["loss_above"]["skips"], facts["loss_above"]["metric"]) == (1, "train_loss")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_out_of_control_and_one_without_a_loss_get_none(tmp_path, capsys):
+    grown = table(200, train_loss=np.concatenate([[7.0], np.full(199, 50.0)]))
+    frames = {"grown": grown, "silent": table(200).drop(columns="train_loss"), "calm": table(200)}
+    sections = make_sections([read(write(tmp_path / name, frame)) for name, frame in frames.items()], ())
+    by_name = {section.log.name: section for section in sections}
+    assert [by_name[name].loss_advice for name in ("grown", "silent")] == [None, None]
+    assert by_name["calm"].loss_advice is not None
+    assert run_main(capsys, "report", tmp_path / "calm", "-o", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Suggested max_norm and loss_above" in page
+    assert "YAML of loss_above for calm" in page

@@ -150,7 +150,9 @@ class RobustZScoreLimit(Limit):
         limits = torch.where(is_warm, median + z.clamp(max=MAX_WIDENING_OF_TAIL * self.z) * deviation, math.inf)
         # a norm of 0 is that of a block without a gradient, while a loss of 0 is one like any other
         is_new = torch.ones_like(is_warm) if blocks.are_losses else values > 0
-        is_far = values > median + self._widened(upper_tail.FAR, state) * deviation
+        far, extreme = (median + self._widened(z, state) * deviation for z in (upper_tail.FAR, upper_tail.EXTREME))
+        # A spike says nothing about the tail of ordinary values: spikes in one of a hundred steps would hide those that follow.
+        is_far = (values > far) & (values <= limits.maximum(extreme))
         tail = upper_tail.add(state["tail"], is_far, state["count"] - self.warmup)
         after = norm_window.add(torch.minimum(values, limits), is_new, state)
         return limits, after | {"tail": torch.where(is_new & is_warm, tail, state["tail"])}

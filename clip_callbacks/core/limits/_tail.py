@@ -11,6 +11,9 @@ from torch import Tensor
 FAR = 2.5
 """Robust standard deviations above the median from which a value counts for the tail; 0.6 % of normal values lie beyond them."""
 
+EXTREME = 6.0
+"""Robust standard deviations above the median up to which a value counts for the tail even if it is above the limit."""
+
 FIRST_SHARE = 0.02
 """Share before any value is known, that of Student's t with 5 degrees of freedom: a limit that is too high at first is safer."""
 

@@ -19,7 +19,7 @@ PATIENCE = timedelta(seconds=60)
 LIFETIME = 32
 """How many functions, after which a pool is made anew: trainings leave process groups behind, whose threads wake all the time.
 
-Those of 32 trainings take 2 % of a core; a new pool takes as long as two trainings, which import and look up everything again.
+Those of 32 trainings take 2 % of a core. The first training of each kind takes a pool twice as long as later ones.
 """
 
 HANGS, ENDED = "hangs", "has ended"

@@ -17,7 +17,6 @@ import pytest
 from tests.helpers import browser, installed
 from tests.helpers.browser import Opened
 from tests.helpers.forked import seldom_collect
-from tests.helpers.ranks import Ranks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -156,37 +155,3 @@ def opened() -> Iterator[Callable[..., AbstractContextManager[Opened]]]:
     """Open a page, by its address, in one Chromium for all tests of a module."""
     with browser.chromium() as running:
         yield partial(browser.opened, running)
-
-
-@pytest.fixture(scope="session")
-def one_rank() -> Iterator[Ranks]:
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture
-def run(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Callable[..., list[Any]]:
-    """Run a function, by default a training, on as many ranks as a strategy of ``tests.helpers.parallel`` has."""
-    from tests.helpers import parallel
-
-    pools = {1: one_rank, 2: two_ranks, 4: four_ranks}
-
-    def on_all(name: str, *args: Any, function: Callable[..., Any] = parallel.result, **kwargs: Any) -> list[Any]:
-        return pools[parallel.STRATEGIES[name][0]].run(function, name, *args, **kwargs)
-
-    return on_all

@@ -16,11 +16,12 @@ import pytest
 
 from tests.helpers import browser, installed
 from tests.helpers.browser import Opened
-from tests.helpers.ranks import Ranks
+from tests.helpers.forked import seldom_collect
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+gc.disable()  # until all tests are collected: imports and tests are kept anyway
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of Lightning's own calls
 installed.ask_quickly()  # before Lightning is imported
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -57,6 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return next((name for name, places in TOGETHER.items() if nodeid.startswith(places)), nodeid)
 
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            """Forget what is done: xdist would count all of it again after each test."""
+            super().mark_test_complete(node, item_index, duration)
+            work, scope = self.assigned_work[node], self._split_scope(self.registered_collections[node][item_index])
+            if all(work[scope].values()):
+                del work[scope]
+
     return Scheduling(config, log)
 
 
@@ -78,9 +86,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()  # thousands of tests need not be looked through again and again
-    gc.set_threshold(100_000, 20, 100)  # what fits leave in circles is small, and a tenth of the time would go into looking for it
+    seldom_collect()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -148,37 +155,3 @@ def opened() -> Iterator[Callable[..., AbstractContextManager[Opened]]]:
     """Open a page, by its address, in one Chromium for all tests of a module."""
     with browser.chromium() as running:
         yield partial(browser.opened, running)
-
-
-@pytest.fixture(scope="session")
-def one_rank() -> Iterator[Ranks]:
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture
-def run(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Callable[..., list[Any]]:
-    """Run a function, by default a training, on as many ranks as a strategy of ``tests.helpers.parallel`` has."""
-    from tests.helpers import parallel
-
-    pools = {1: one_rank, 2: two_ranks, 4: four_ranks}
-
-    def on_all(name: str, *args: Any, function: Callable[..., Any] = parallel.result, **kwargs: Any) -> list[Any]:
-        return pools[parallel.STRATEGIES[name][0]].run(function, name, *args, **kwargs)
-
-    return on_all

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -226,6 +227,7 @@ SILENCED = {
 
 
 def main(file: str, log: str) -> None:
+    gc.disable()  # what is imported is kept
     installed.ask_quickly()
     for name in HEAVY:
         importlib.import_module(name)

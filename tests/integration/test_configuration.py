@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from clip_callbacks import (
@@ -257,6 +255,9 @@ def test_options_of_bundles_and_of_rollbacks_on_the_command_line(monkeypatch, ca
 
 
 def test_options_of_bundles_and_of_rollbacks_with_hydra():
+    import hydra
+    from omegaconf import OmegaConf
+
     bundles = {"_target_": "clip_callbacks.Bundles", "folder": "bad", "weights": "full"}
     rollback = {"_target_": "clip_callbacks.Rollback", "every_n_steps": 50}
     written = [{"_target_": "clip_callbacks.NonFiniteGuard", "bundles": it, "rollback": rollback} for it in (bundles, "bad")]
@@ -319,6 +320,9 @@ def test_printed_config_can_be_read_back(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/hydra").glob("*.yaml")), ids=lambda path: path.name)
 def test_hydra_files_make_a_trainer_that_trains(path, tmp_path):
+    import hydra
+    from omegaconf import OmegaConf
+
     config = OmegaConf.load(path)
     made = hydra.utils.instantiate(config.trainer, max_epochs=1, enable_progress_bar=False, default_root_dir=str(tmp_path))
     assert isinstance(made, Trainer)

@@ -9,7 +9,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -165,6 +164,8 @@ def test_hydra_sweeps_over_a_limit(tmp_path):
 
 
 def test_hydra_files_of_callbacks(monkeypatch):
+    import hydra
+
     with hydra.initialize_config_dir(str(EXAMPLES / "hydra_template/configs"), version_base="1.3"):
         config = hydra.compose("train.yaml", ["callbacks=local_norms", "callbacks.clip.rules.0.max_norm=0.5"])
         assert not hydra.compose("train.yaml", ["callbacks=none", "model=gru", "logger=tensorboard"]).callbacks

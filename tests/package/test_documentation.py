@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch
 import pytest
 import torch
@@ -26,7 +25,6 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from markdown_it import MarkdownIt
-from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -224,6 +222,9 @@ def test_code_within_lines_can_be_evaluated(path, scope):
 
 @of("yaml")
 def test_yaml_is_parsed_by_the_cli(block, tmp_path, monkeypatch):
+    import hydra
+    from omegaconf import OmegaConf
+
     monkeypatch.chdir(tmp_path)
     written = yaml.safe_load(block.source)
     if "_target_" in block.source:

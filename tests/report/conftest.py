@@ -32,3 +32,12 @@ def fitted(tmp_path_factory):
 def undrawn(monkeypatch):
     """Leave the plots of a page blank: drawing them takes nearly all the time of a test that checks other parts of the page."""
     monkeypatch.setattr("clip_callbacks.html_report.rendering.Chart.svg", lambda chart, *, narrow: "")
+
+
+@pytest.fixture
+def drawn_wide(monkeypatch):
+    """Draw the plots of a page in their wide form only, where a test asks whether they can be drawn at all."""
+    from clip_callbacks.html_report.rendering import Chart
+
+    svg = Chart.svg
+    monkeypatch.setattr(Chart, "svg", lambda chart, *, narrow: "" if narrow else svg(chart, narrow=False))

@@ -225,6 +225,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monk
     assert sorted(child.name for child in tmp_path.iterdir()) == ["log", "page.html"]
 
 
+@pytest.mark.usefixtures("drawn_wide")
 def test_runs_whose_metrics_have_other_names_stand_side_by_side(tmp_path, capsys):
     first = table(50)
     second = table(80, seed=1).rename(columns={"train_loss": "train_bits"})
@@ -238,6 +239,7 @@ def test_runs_whose_metrics_have_other_names_stand_side_by_side(tmp_path, capsys
     assert "b · Adam" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.usefixtures("drawn_wide")
 def test_names_cannot_inject_markup(tmp_path, capsys):
     name = '<script>alert("x")</script>'
     frame = table(30, **{f"grad_norm/{name}": 1.0, "train_loss<b>": 1.0})
@@ -250,6 +252,7 @@ def test_names_cannot_inject_markup(tmp_path, capsys):
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.usefixtures("drawn_wide")
 def test_an_empty_run_without_finite_norms_has_a_page(tmp_path, capsys):
     frame = table(30, **{"grad/total_norm": math.nan, "train_loss": math.nan})
     path = write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))
@@ -259,6 +262,7 @@ def test_an_empty_run_without_finite_norms_has_a_page(tmp_path, capsys):
     assert "no suggestion: no finite norm" in run_main(capsys, "suggest", path)[1]
 
 
+@pytest.mark.usefixtures("drawn_wide")
 def test_a_fit_of_regression_needs_no_option(trainer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer(GradientClipping(0.1), logger=CSVLogger("lightning_logs", "")).fit(Regression(), data())
@@ -281,6 +285,7 @@ def test_a_suggestion_after_local_norms_says_for_which_norm_it_is(trainer, tmp_p
     assert ("which is why clipped_norm is above max_norm" in (tmp_path / "report.html").read_text()) is is_local
 
 
+@pytest.mark.usefixtures("drawn_wide")
 @pytest.mark.parametrize("command", ["suggest", "report"])
 def test_a_log_of_one_step_is_enough(command, tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("step,grad/total_norm,grad/skipped_steps\n49,1.5,0\n")

@@ -34,7 +34,8 @@ Run = Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]]
 
 def everything() -> list[Callback]:
     """All options that read gradients or weights once more, and a guard that compares each step with recent ones."""
-    return [NonFiniteGuard(skip_above=RobustZScoreLimit(6.0)), GradientNormMonitor(**dict.fromkeys(OPTIONS, True))]
+    guard = NonFiniteGuard(skip_above=RobustZScoreLimit(6.0), loss_above=RobustZScoreLimit(4.0, scale="linear"))
+    return [guard, GradientNormMonitor(**dict.fromkeys(OPTIONS, True))]
 
 
 def runs(

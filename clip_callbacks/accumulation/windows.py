@@ -67,6 +67,7 @@ class Windows:
         self._discarded: dict[int, Discarded] = {}
         self._before_pass: dict[int, GradientFingerprints] = {}
         self._are_several = False
+        self._is_weightless = False
         self.kept: KeptBatch | None = None
         self.acts_on_backward = rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
@@ -153,9 +154,14 @@ class Windows:
         """
         if self._rescaler.acts_on_backward:
             if self._rescaler.has_zero_weight:
-                self._remove_newest()  # its loss does not count, and may be NaN
+                self._remove_weightless()
             self._rescaler.after_backward()
         return False
+
+    def _remove_weightless(self) -> None:
+        """Remove the last micro-batch, which has weight 0: its loss does not count, and may be NaN."""
+        self._is_weightless = True
+        self._remove_newest()
 
     def _remove_newest(self) -> None:
         """Remove the last micro-batch from all windows that have it."""
@@ -173,6 +179,10 @@ class Windows:
             return 1.0
         return self._rescaler.scale(context, 1.0)
 
+    def has_loss(self, context: OptimizerContext) -> bool:
+        """Return whether any backward pass of an optimizer's window went through Lightning."""
+        return self._is_weightless or bool(self._micro_batches[context.index])
+
     def loss(self, context: OptimizerContext, scale: float) -> Tensor:
         """Return the loss that an optimizer's gradient belongs to: the weighted mean over the micro-batches of its window.
 
@@ -183,12 +193,15 @@ class Windows:
             scale: Result of :meth:`scale`.
 
         Returns:
-            The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if no backward pass went through Lightning.
+            The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
         """
         window = self._micro_batches[context.index]
-        if not window:
-            # weights that are 0 on this rank only add nothing to the mean over all ranks
-            return torch.full((1,), 0.0 if self._rescaler.acts_on_backward else math.nan, device="cpu")
+        if not window and self._is_weightless:
+            # weights of 0, on this rank only: they add nothing to the mean over all ranks
+            return torch.zeros(1, device="cpu")
+        if not window or (self._rescaler.acts_on_backward and len(window) == MAX_MICRO_BATCHES):
+            # no loss is known, or not all of those that the scale is made for
+            return torch.full((1,), math.nan, device="cpu")
         total = weighted_sum([each.loss for each in window], [each.weight for each in window])
         factor = self._rescaler.loss_factor(len(window), scale)
         return total if factor == 1.0 else total * factor
@@ -233,6 +246,7 @@ class Windows:
     def clear(self, context: OptimizerContext) -> None:
         """End the window of an optimizer: its step is decided."""
         self.in_window, self.has_step = False, True
+        self._is_weightless = False
         self._newest = None
         self._open.discard(context.index)
         self._discarded.pop(context.index, None)
@@ -324,7 +338,9 @@ class InspectedWindows(Windows):
         newest = tuple(window[-1] for window in self._micro_batches.values() if window)[:1]
         losses = [each.loss for each in newest if not has_zero_weight]
         is_dropped = self._inspected.after_backward(losses, lambda context: report(context, newest))
-        if is_dropped or has_zero_weight:
+        if has_zero_weight:
+            self._remove_weightless()
+        elif is_dropped:
             self._remove_newest()
         if is_dropped:
             self._rescaler.drop_micro_batch()

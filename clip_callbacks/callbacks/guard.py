@@ -51,8 +51,10 @@ class NonFiniteGuard(GradientCallback):
     were.
 
     Args:
-        policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "warn" of them and take the
-            step; "ignore" them and take the step.
+        policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step;
+            "warn" of bad steps, with the same report as under "skip", and take them, so that the guard changes nothing. Under DDP
+            "warn" judges the gradients alone, since losses differ between ranks. After ``max_consecutive`` bad batches in a row it
+            only counts those that follow.
         max_consecutive: Number of bad batches in a row at which an error is raised on all ranks, or a rollback begins; at least
             1. Many bad steps in one batch, as with truncated backpropagation, are one bad batch.
         level: Unit that is dropped: the whole "window" of an optimizer step, or under accumulation only the bad "microbatch", so
@@ -75,8 +77,8 @@ class NonFiniteGuard(GradientCallback):
             not finite. This keeps the batches of a window until its step. Not in manual optimization.
         deferred: If True, steps of a fused optimizer are decided on the device without a host sync: a bad one is skipped at once,
             the host learns of it one step later, and its report holds norms of the parameters instead of counts. An error is raised
-            where that is impossible. None: wherever the gradients are on a device, the policy is "skip", "warn" or "ignore", all
-            gradients get one factor, and no step-interval schedule has to be held.
+            where that is impossible. None: wherever the gradients are on a device, the policy is "skip" or "ignore", all gradients
+            get one factor, and no step-interval schedule has to be held.
         bundles: Folder in which each bad step is kept, to be run again by ``clip-callbacks replay``, or a
             :class:`~clip_callbacks.Bundles` with a folder and further options.
         rollback: A :class:`~clip_callbacks.Rollback` returns to the last good weights after ``max_consecutive`` bad batches in a

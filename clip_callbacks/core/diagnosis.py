@@ -201,7 +201,7 @@ class Spike:
         return [name for name, (value, limit) in pairs.items() if value is not None and limit is not None and value > limit]
 
     def facts(self) -> dict[str, Any]:
-        """Return the spike for a line of the journal, whose keys are fixed; thresholds that there are none of are left out."""
+        """Return the spike for a line of the journal, whose keys are fixed; missing thresholds are left out."""
         numbers = {"total_norm": self.total_norm, "limit": self.limit, "loss": self.loss, "loss_limit": self.loss_limit}
         known = {key: number for key, number in numbers.items() if number is not None}
         largest = [{"name": name, "norm": norm} for name, norm in self.largest]

@@ -1,4 +1,4 @@
-"""Checks of losses for NaN and infinity.
+"""Sums of losses, and checks of them for NaN and infinity.
 
 An infinite float16 loss is taken as finite: it may be an effect of the loss scale, and the gradients will show whether it is.
 """

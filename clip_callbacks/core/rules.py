@@ -22,7 +22,8 @@ RESERVED_NAMES = {
     *("total_norm", "clipped_norm", "clip_coef", "max_norm", "clip_fraction", "clip_fraction_epoch", "skipped_steps"),
     *("total_norm_p50", "total_norm_p90", "total_norm_p99", "amp_scale", "accumulation_scale", "noise_scale"),
     *("shadow_clip_fraction", "shadow_clip_fraction_epoch"),
-    *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks", "spikes", "loss", "loss_limit"),
+    *("overflowed_steps", "zeroed_steps", "dropped_micro_batches", "rollbacks", "spikes"),
+    *("reported_steps", "loss", "loss_limit"),
 }
 """Names that no rule may have. The metrics of a rule are called "grad/<name>/…", and some loggers make a folder of each part of a
 name: "grad/total_norm" cannot be a metric and a folder."""

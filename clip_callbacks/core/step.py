@@ -198,9 +198,7 @@ def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:
     norms = step.norms
     zero_nonfinite_(step.gradients, norms.parameter_norms)
     # Without the losses: a non-finite one would mark the new norms as non-finite, and adaptive limits are shown such norms as 0.
-    return measure_step(
-        step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale, loss=norms.loss
-    )
+    return measure_step(step.table, step.plan, state, norms.norm_type, scale=step.scale, loss_scale=step.loss_scale)
 
 
 def _skip(step: MeasuredStep) -> StepRecord:

@@ -66,7 +66,7 @@ class StepMeasurer:
         spikes = self._guard.spike_limits(step)
         plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), spikes)
         states, loss = self._clipper.limit_states(index), None
-        if spikes is not NO_SPIKE_LIMITS:
+        if spikes != NO_SPIKE_LIMITS:
             states = (*states, *self._guard.limit_states(index))
             if spikes.loss_above is not None:
                 loss = self._loss(step)
@@ -94,7 +94,7 @@ class StepMeasurer:
         One number is averaged over the ranks, in the collective of the norms if there is one.
         """
         loss = self._windows.loss(step.optimizer, step.scale)
-        if not step.micro_batches:
+        if not self._windows.has_loss(step.optimizer):
             self._warn_once(
                 "The loss of an optimizer step is not known, so that `loss_above` cannot judge it: no backward pass of its window "
                 "went through Lightning. Call self.manual_backward(loss) instead of loss.backward()."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from clip_callbacks.core.actions import Action
 from clip_callbacks.core.diagnosis import MAX_LISTED, Diagnosis, Spike
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
 from clip_callbacks.guard.counts import BadStepCounts, Counters
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _ADVICE = "Lower the learning rate, clip harder, or look at the stage named above."
+
+_DONE = {
+    Action.CLIP: "the step is taken",
+    Action.SKIP: "the step is skipped",
+    Action.ZERO: "non-finite entries become 0",
+}
+"""Action on a bad step, in words."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ class BadStepLog:
         self._last_diagnosis: Diagnosis | None = None
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
-    def nonfinite(self, step: StepContext, diagnosis: Diagnosis, counters: Counters, before: Mapping[int, Tensor]) -> None:
+    def nonfinite(
+        self, step: StepContext, diagnosis: Diagnosis, counters: Counters, before: Mapping[int, Tensor], action: Action
+    ) -> None:
         """Report non-finite gradients.
 
         Args:
@@ -83,6 +93,7 @@ class BadStepLog:
             diagnosis: Results of its examination.
             counters: Counters of the optimizer, which have counted the step.
             before: Tensors as a skip restores them, by the ``id`` of the live ones.
+            action: Action on the step.
 
         Raises:
             NonFiniteGradientError: Under the policy "raise", or at the end of a streak without a rollback.
@@ -92,10 +103,7 @@ class BadStepLog:
         facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
-        done = self._done
-        if policy == "zero":
-            done = "non-finite entries become 0"
-        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), done, _ADVICE, bundle, lost)
+        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._warn_or_end(step, message, counters)
@@ -116,7 +124,7 @@ class BadStepLog:
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
-            self._done,
+            _DONE[Action.CLIP if self._options.takes_bad_steps else Action.SKIP],
             advice=f"Lower the learning rate, or raise {' and '.join(spike.exceeded)}: what stays at this level is no spike.",
             bundle=self._journal.record(step, facts, before),
         )
@@ -190,11 +198,6 @@ class BadStepLog:
                 f"They are restored to their values from before {unit}."
             )
 
-    @property
-    def _done(self) -> str:
-        """The action on a bad step, for messages."""
-        return "the step is taken" if self._options.takes_bad_steps else "the step is skipped"
-
     def can_roll_back(self, streak: int) -> bool:
         """Return whether a streak of this length ends in a rollback."""
         options = self._options.rollback
@@ -210,10 +213,12 @@ class BadStepLog:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
         number, streak = counters.in_a_row, counters.streak
+        if self._options.takes_bad_steps and streak > self._options.max_consecutive:
+            return  # a run that has diverged would warn at each step, without an end
         if not self._ends_streak(streak):
-            end = ""
-            if not self._options.takes_bad_steps:
-                end = f", {self._options.max_consecutive} stop the run"
+            end = f", {self._options.max_consecutive} stop the run"
+            if self._options.takes_bad_steps:
+                end = "" if streak < self._options.max_consecutive else ", those that follow are only counted"
             self._warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_roll_back(streak):
             self._warn(message.text(f": {number}. {self._request_rollback(step)}"))

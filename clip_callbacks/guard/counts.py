@@ -9,6 +9,7 @@ from typing import Any
 from clip_callbacks.core.metric_names import (
     DROPPED_MICRO_BATCHES,
     OVERFLOWED_STEPS,
+    REPORTED_STEPS,
     ROLLBACKS,
     SKIPPED_STEPS,
     SPIKES,
@@ -28,6 +29,7 @@ class Counters:
         zeroed: Number of steps taken after non-finite entries were set to 0.
         overflowed: Number of steps that a GradScaler skipped.
         spikes: Number of finite steps above a threshold, skipped or not.
+        reported: Number of steps that were reported as non-finite under the policy "warn".
         streak: Number of bad batches in a row, up to ``last_bad``.
         steps_in_streak: Number of bad steps in these batches; a batch has many with truncated backpropagation.
         last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NO_STEP`` before the first.
@@ -38,6 +40,7 @@ class Counters:
     zeroed: int = 0
     overflowed: int = 0
     spikes: int = 0
+    reported: int = 0
     streak: int = 0
     steps_in_streak: int = 0
     last_bad: int = NO_STEP
@@ -110,6 +113,11 @@ class BadStepCounts:
         """Number of finite steps above a threshold, over all optimizers."""
         return sum(counters.spikes for counters in self.of.values())
 
+    @property
+    def reported(self) -> int:
+        """Number of steps that were reported as non-finite under the policy "warn", over all optimizers."""
+        return sum(counters.reported for counters in self.of.values())
+
     def metrics(self, index: int) -> dict[str, float]:
         """Return the counts by the names of metrics: steps of one optimizer, and the rest for all optimizers together.
 
@@ -122,6 +130,7 @@ class BadStepCounts:
             OVERFLOWED_STEPS: float(counters.overflowed),
             ZEROED_STEPS: float(counters.zeroed),
             SPIKES: float(counters.spikes),
+            REPORTED_STEPS: float(counters.reported),
             DROPPED_MICRO_BATCHES: float(self.dropped_micro_batches),
             ROLLBACKS: float(self.rollbacks),
         }

@@ -17,6 +17,7 @@ from clip_callbacks.core.metric_names import (
     LOSS,
     LOSS_LIMIT,
     OVERFLOWED_STEPS,
+    REPORTED_STEPS,
     ROLLBACKS,
     SKIPPED_STEPS,
     SPIKES,
@@ -269,10 +270,11 @@ class Guard(Unguarded):
                 action = Action.SKIP
             counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
             counters.zeroed += action is Action.ZERO
+            counters.reported += policy == "warn"
             # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
-            self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer))
+            self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer), action)
         if policy == "warn":
             return taken
         if action is Action.ZERO:
@@ -392,7 +394,7 @@ class Guard(Unguarded):
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         options = self._options
-        if options.policy not in {"skip", "ignore", "warn"} or options.drops_micro_batches:
+        if options.policy not in {"skip", "ignore"} or options.drops_micro_batches:
             return "the guard must know of bad gradients before the step is taken (its policy or its level)"
         if options.rollback is not None:
             return "rollback=Rollback(...), which must know of a good step before it is taken"
@@ -423,6 +425,7 @@ class Guard(Unguarded):
             DROPPED_MICRO_BATCHES: self.drops_micro_batches,
             ROLLBACKS: self._options.rollback is not None,
             SPIKES: self._options.limits != NO_SPIKE_LIMITS,
+            REPORTED_STEPS: self._options.policy == "warn",
         }
         return [SKIPPED_STEPS, *(name for name, is_so in can_be.items() if is_so)]
 
@@ -435,6 +438,8 @@ class Guard(Unguarded):
         steps = sum(context.history.steps for context in contexts)
         counted = (
             ("taken with non-finite entries set to 0", self.counts.zeroed),
+            ("with non-finite gradients or losses, reported", self.counts.reported),
+            ("spikes", self.counts.spikes),
             ("skipped by the GradScaler", self.counts.overflowed),
             ("dropped micro-batches", self.counts.dropped_micro_batches),
             ("rollbacks", self.counts.rollbacks),

@@ -206,7 +206,7 @@ class GuardOptions:
             level=self.level,
             hold_schedulers=False,
             deferred=self.deferred,
-            skip_above=self.skip_above,
+            skip_above=None if self.both else self.skip_above,
             in_search=True,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.replay.module_calls import ModuleCall
 from clip_callbacks.replay.ranges import ValueRange
-from clip_callbacks.replay.recorded_step import NORM, ExceededLimit
+from clip_callbacks.replay.recorded_step import LOSS, NORM, ExceededLimit
 
 
 @dataclass
@@ -104,5 +104,13 @@ class WindowResult:
         return not self.is_finite or self.exceeds(exceeded)
 
     def exceeds(self, exceeded: Sequence[ExceededLimit], share: float = 1.0) -> bool:
-        """Return whether each of these limits is exceeded by a share of the window's value."""
-        return bool(exceeded) and all(self.value_of(each.quantity) * share > each.limit for each in exceeded)
+        """Return whether each of these limits is exceeded by a share of the window's value.
+
+        Losses with the bits of the recorded ones exceed the limit as those did, where the run has weighted them, or averaged them
+        over ranks.
+        """
+        if not exceeded:
+            return False
+        has_same_losses = share == 1.0 and all(micro.has_same_loss for micro in self.micro_batches)
+        is_above = {each.quantity: self.value_of(each.quantity) * share > each.limit for each in exceeded}
+        return all(above or (quantity == LOSS and has_same_losses) for quantity, above in is_above.items())

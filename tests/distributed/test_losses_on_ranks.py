@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, NonFiniteGuard, RobustZScoreLimit
+from clip_callbacks import AccumulationRescaling, GradientClipping, NonFiniteGuard, RobustZScoreLimit
 from tests.distributed.test_logs_and_checkpoints import counted
 from tests.helpers import parallel
 from tests.helpers.agreement import KINDS, assert_one_answer, is_variant
@@ -44,14 +45,56 @@ def test_a_lifted_loss_on_one_rank_is_a_spike_for_all(run, name, norm_type):
     torch.testing.assert_close(ours["losses"], single["metrics"]["grad/loss"])
 
 
-def accumulated(name):
-    callbacks = [NonFiniteGuard(loss_above=1e9), AccumulationRescaling(BatchSize())]
-    return float(parallel.result(name, *callbacks, steps=4, accumulate_grad_batches=2)["metrics"]["grad/loss"])
+class Recorded(parallel.Divided):
+    """Keeps the loss and the weight of each micro-batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.kept.append((loss.item(), positives(batch)))
+        return loss
 
 
-def test_a_weighted_window_is_that_of_one_process(run):
-    first, second = run("ddp", function=accumulated)
-    assert first == second == pytest.approx(accumulated("single"), rel=1e-5)
+def positives(batch):
+    """A weight that differs between ranks; some are 0."""
+    return float((batch[1] > 0.6).sum())
+
+
+def weighted(name):
+    module = Recorded()
+    module.kept = []
+    callbacks = [NonFiniteGuard(loss_above=1e9), AccumulationRescaling(positives)]
+    found = parallel.result(name, *callbacks, module=module, steps=6, accumulate_grad_batches=2)
+    return float(found["metrics"]["grad/loss"]), module.kept[-2:]
+
+
+def test_a_window_is_weighted_over_all_ranks(run):
+    (first, ours), (second, theirs) = run("ddp", function=weighted)
+    assert first == second
+    window = [*ours, *theirs]
+    weights = [weight for _, weight in window]
+    assert len(set(weights)) > 1, "an unweighted mean would do"
+    assert first == pytest.approx(math.fsum(loss * weight for loss, weight in window) / math.fsum(weights), rel=1e-5)
+
+
+def alone_weightless(name):
+    """On the first rank every micro-batch has weight 0; the second one has the loss."""
+    import warnings
+
+    callbacks = [NonFiniteGuard(loss_above=1e9), AccumulationRescaling(of_other_rank)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = parallel.result(name, *callbacks, steps=4, accumulate_grad_batches=2)
+    return float(found["metrics"]["grad/loss"]), [str(warning.message) for warning in caught]
+
+
+def of_other_rank(batch):
+    return float(dist.get_rank())
+
+
+def test_a_rank_without_weight_takes_the_loss_of_the_others(run):
+    (first, texts), (second, _) = run("ddp", function=alone_weightless)
+    assert first == second > 0
+    assert not [text for text in texts if "manual_backward" in text]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

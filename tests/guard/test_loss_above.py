@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from clip_callbacks import (
     AccumulationRescaling,
     EmaLimit,
+    FixedLimit,
     GradientClipping,
     GradientNormMonitor,
     LabelTokens,
@@ -22,6 +23,7 @@ from clip_callbacks import (
     Rollback,
     WarmupLimit,
 )
+from clip_callbacks.guard.options import GuardOptions
 from tests.helpers.matrix import matrix
 from tests.helpers.tagging import Tagger, loader, sentences
 from tests.helpers.training import (
@@ -234,34 +236,60 @@ def test_norm_and_loss_together(tmp_path, both, deferred):
     assert guard.spikes == sum(norm and loss if both else norm or loss for norm, loss in is_large) == (1 if both else 3)
 
 
-WARNED = ("automatic", "manual", "on the device", "16-mixed")
+class Multiplied(Lifted):
+    """The last loss but one is NaN, and its gradients with it."""
+
+    def loss(self, batch, batch_idx):
+        return super().loss(batch, batch_idx) * {BATCHES - 2: math.nan}.get(batch_idx, 1.0)
 
 
-@pytest.mark.parametrize("way", WARNED)
-def test_warn_reports_and_changes_nothing(tmp_path, way):
-    offsets = {5: 50.0, 7: math.nan, 8: 1e6}
-    options = {"loss_above": 40.0, "skip_above": 1e3, "max_consecutive": 1, "policy": "warn", "bundles": tmp_path / "bundles"}
+@pytest.mark.parametrize("way", ["automatic", "manual", "16-mixed", "16-mixed fused"])
+def test_warn_reports_and_changes_nothing(tmp_path, way, monkeypatch):
+    """Except that a GradScaler skips what is not finite, whatever the policy."""
+    monkeypatch.setitem(globals(), "Lifted", Multiplied)
+    offsets = {5: 50.0, 7: 1e6}
+    options = {"loss_above": 40.0, "skip_above": 1e3, "max_consecutive": 2, "policy": "warn", "bundles": tmp_path / "bundles"}
     with pytest.warns(RuntimeWarning) as caught:
         ours, guard, _ = fitted(tmp_path, {"offsets": offsets}, way, data(BATCHES), options, logger=CSVLogger(tmp_path))
     theirs, _, _ = fitted(tmp_path, {"offsets": offsets}, way, data(BATCHES), {"policy": "ignore"})
-    assert_same_bits([it.nan_to_num() for it in weights(ours)], [it.nan_to_num() for it in weights(theirs)])
-    texts = [str(warning.message).splitlines()[0] for warning in caught if "step is taken" in str(warning.message)]
-    assert [text.partition(" at ")[0] for text in texts] == ["Spike", "Non-finite gradients", "Spike"]
-    assert (guard.spikes, guard.skipped_steps) == (2, 0)
+    assert_same_bits([it.nan_to_num(7.0) for it in weights(ours)], [it.nan_to_num(7.0) for it in weights(theirs)])
+    is_scaled = way.startswith("16")
+    assert bool(weights(ours)[0].isnan().any()) is not is_scaled
+    texts = [text for warning in caught if (text := str(warning.message)).startswith(("Spike", "Non-finite"))]
+    assert [text.partition(" at ")[0] for text in texts] == ["Spike", "Spike", "Non-finite gradients"]
+    assert ["step is taken" in text for text in texts] == [True, True, not is_scaled]
+    assert "Stage: the loss is non-finite" in texts[2]
+    assert (guard.spikes, guard.skipped_steps) == (2, int(is_scaled))
     lines = [json.loads(line) for line in (tmp_path / "lightning_logs/version_0/nonfinite_steps.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["policy"]) for line in lines] == [(5, "warn"), (7, "warn"), (8, "warn")]
-    assert len(list((tmp_path / "bundles").iterdir())) == 3
+    assert [(line["step"], line["policy"]) for line in lines][:3] == [(5, "warn"), (7, "warn"), (8, "warn")]
+    assert len(list((tmp_path / "bundles").iterdir())) == len(lines)
+
+
+def test_a_run_that_has_diverged_is_not_warned_of_without_end(tmp_path):
+    offsets = dict.fromkeys(range(3, BATCHES), math.nan)
+    options = {"policy": "warn", "max_consecutive": 3}
+    with pytest.warns(RuntimeWarning) as caught:
+        _, guard, fit = fitted(tmp_path, {"offsets": offsets}, "automatic", data(BATCHES), options)
+    texts = [text for warning in caught if (text := str(warning.message)).startswith("Non-finite gradients")]
+    assert len(texts) == 3
+    assert "those that follow are only counted" in texts[2]
+    assert fit.callback_metrics["grad/reported_steps"] == BATCHES - 3
+    assert guard.skipped_steps == 0
+
+
+def test_a_report_is_made_before_the_step_is_taken(tmp_path):
+    """Afterwards the weights are ruined, and would be blamed."""
+    with pytest.raises(ValueError, match="`deferred` cannot be True here: the guard must know of bad gradients before"):
+        fitted(tmp_path, {}, "on the device", data(2), {"policy": "warn"})
 
 
 def test_a_spike_that_is_taken_enters_the_limits_of_clipping(tmp_path):
-    states = {}
-    for deferred in (False, True):
-        clipping = GradientClipping(RobustZScoreLimit(warmup=2))
-        module, guard = lifted(fused=True), NonFiniteGuard("warn", loss_above=40.0, deferred=deferred)
-        make_trainer(tmp_path, guard, clipping).fit(module, data(BATCHES))
-        assert guard.spikes == 2
-        ((states[deferred],),) = (limit_states(clipping),)
-    assert states[False]["count"].item() == states[True]["count"].item() == BATCHES
+    clipping = GradientClipping(RobustZScoreLimit(warmup=2))
+    guard = NonFiniteGuard("warn", loss_above=40.0)
+    make_trainer(tmp_path, guard, clipping).fit(lifted(), data(BATCHES))
+    assert guard.spikes == 2
+    (state,) = limit_states(clipping)
+    assert state["count"].item() == BATCHES
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
@@ -328,7 +356,8 @@ def test_a_search_of_lbfgs_is_judged_by_where_it_begins(tmp_path):
     assert_same_bits(before[5], before[6])
 
 
-def test_a_loss_that_lightning_does_not_know_of_is_said_once(tmp_path):
+@pytest.mark.parametrize("rescales", [False, True])
+def test_a_loss_that_lightning_does_not_know_of_is_said_once(tmp_path, rescales):
     class Aside(Lifted):
         def training_step(self, batch, batch_idx):
             self.optimizers().zero_grad()
@@ -336,11 +365,58 @@ def test_a_loss_that_lightning_does_not_know_of_is_said_once(tmp_path):
             self.optimizers().step()
 
     torch.manual_seed(0)
-    guard = NonFiniteGuard(loss_above=40.0)
+    guard = NonFiniteGuard(loss_above=-1.0)
+    callbacks = [guard, AccumulationRescaling()] if rescales else [guard]
     with pytest.warns(UserWarning, match="The loss of an optimizer step") as caught:
-        make_trainer(tmp_path, guard).fit(Aside({5: 100.0}, is_manual=True), data(8))
+        make_trainer(tmp_path, *callbacks).fit(Aside({5: 100.0}, is_manual=True), data(8))
     assert len([warning for warning in caught if "Call self.manual_backward" in str(warning.message)]) == 1
     assert guard.spikes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_of_other_dtypes(tmp_path, dtype):
+    class Cast(Lifted):
+        def loss(self, batch, batch_idx):
+            return super().loss(batch, batch_idx).to(dtype)
+
+    guard = NonFiniteGuard(loss_above=40.0)
+    make_trainer(tmp_path, guard, accumulate_grad_batches=2).fit(Cast({4: 100.0, 5: 100.0}), data(BATCHES))
+    assert guard.spikes == 1
+
+
+def test_batches_without_a_loss_do_not_count(tmp_path):
+    class Leaving(Lifted):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in {2, 5} else super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    guard, module = NonFiniteGuard(loss_above=1e9), Leaving({})
+    fit = make_trainer(tmp_path, guard, accumulate_grad_batches=3, logger=CSVLogger(tmp_path))
+    fit.fit(module, data(6))
+    expected = [sum(module.losses[at : at + 2]) / 2 for at in (0, 2)]
+    torch.testing.assert_close(torch.tensor(list(logged(tmp_path).values())), torch.tensor(expected))
+
+
+def test_a_window_of_another_length_has_a_mean_too(tmp_path):
+    """The number of micro-batches changes within a window."""
+
+    class Changing(Lifted):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.trainer.accumulate_grad_batches = 4
+
+    for callbacks in ([], [AccumulationRescaling()]):
+        torch.manual_seed(0)
+        module, guard = Changing({}), NonFiniteGuard(loss_above=1e9)
+        fit = make_trainer(tmp_path, guard, *callbacks, accumulate_grad_batches=2)
+        fit.fit(module, data(4))
+        assert float(fit.callback_metrics["grad/loss"]) == pytest.approx(sum(module.losses) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_search_for_the_learning_rate_judges_no_loss(both):
+    limits = GuardOptions(skip_above=5.0, loss_above=1.0, both=both).for_search().limits
+    assert limits == ((None, None, False) if both else (FixedLimit(5.0), None, False))
 
 
 @pytest.mark.parametrize("policy", ["raise", "zero", "ignore"])

@@ -76,7 +76,7 @@ FAULTS = [
     Fault("publishing/publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1", "fit_loop.epoch_loop._batches_that_stepped", "publishing"),
     Fault("publishing/publisher.py", "                values |= counts", "                pass", "publishing"),
     Fault("trainer/nonfinite_metrics.py", "callback.check_finite:", "True:", "guard"),
-    Fault("guard/guard.py", 'if options.policy not in {"skip", "ignore", "warn"} or options', "if options", "guard"),
+    Fault("guard/guard.py", 'if options.policy not in {"skip", "ignore"} or options', "if options", "guard"),
     Fault("guard/buffers_in_manual.py", "self._foreign_is_last = not is_ours", "self._foreign_is_last = True", "guard"),
     Fault("guard/buffers_in_manual.py", "self._window.keep_from(self._common.at_step)", "self._window.keep_from(self._common.last)", "guard"),
     Fault("guard/counts.py", "self.streak += not self.streak or batch != tuple(self.last_batch)", "self.streak += 1", "guard"),

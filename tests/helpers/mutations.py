@@ -59,6 +59,15 @@ FAULTS = [
     Fault("accumulation/window.py", "return weight * divisor / self.divisor", "return weight", "accumulation"),
     Fault("accumulation/weights.py", "0.0 <= number < math.inf", "-1.0 <= number < math.inf", "accumulation"),
     Fault("stats/sketch.py", "torch.lerp(lower, upper, ranks.frac())", "lower", "publishing"),
+    # losses
+    Fault("core/spikes.py", "            return norm.logical_and(loss)", "            return norm.logical_or(loss)", "guard"),
+    Fault("core/spikes.py", "torch.where(counts.reshape(()), value, before[key])", "value", "guard"),
+    Fault("core/reduction.py", "own / math.prod(sizes)", "own", "distributed"),
+    Fault("accumulation/rescaler.py", "return 1.0 if self._is_manual or not count else 1.0 / count", "return 1.0", "guard"),
+    Fault("engine/engine.py", "self._guard.checks_losses and not self._guard.takes_bad_steps", "self._guard.checks_losses", "distributed"),
+    Fault("core/limits/_tail.py", "h = CAUTION * 2.0 *", "h = 0.0 *", "limits"),
+    # statistics
+    Fault("stats/vanishing.py", "is_zero = (reached > 0) & ~learns", "is_zero = ~learns", "publishing"),
     Fault("stats/gradient_statistics.py", "    sums[:, 2].index_add_(0, blocks, counts * (means - sums[blocks, 1]).square())\n", "", "publishing"),
     Fault("stats/gradient_statistics.py", "moments[:, [0, 2, 3]] *=", "moments[:, [0, 2, 3]] +=", "distributed"),
     Fault("bundles/bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),

@@ -19,6 +19,7 @@ from clip_callbacks import (
     GradientNormMonitor,
     NonFiniteGuard,
     QuantileLimit,
+    RobustZScoreLimit,
     Rollback,
 )
 from clip_callbacks.core.tensor_table import TensorTable
@@ -31,6 +32,7 @@ OPTIONS = {
     GradientClipping: [{}, {"max_norm": QuantileLimit(window=10), "scope": "unit", "shadow": [QuantileLimit(0.5)]}],
     NonFiniteGuard: [
         *({}, {"trace_forward": True}, {"skip_above": QuantileLimit(0.9, warmup=5)}, {"rollback": Rollback(every_n_steps=1)}),
+        *({"loss_above": RobustZScoreLimit(warmup=2, scale="linear")}, {"policy": "warn"}),
         *({"level": "microbatch"}, {"bundles": lambda: Bundles("bad", weights="full")}),
     ],
     GradientNormMonitor: [{}, {"log_update_ratio": True, "log_statistics": True, "log_contributions": True, "top_k": 2}],

@@ -132,6 +132,16 @@ CHANGES = {
         [NonFiniteGuard(skip_above=50.0)],
         FORGOTTEN.format("the state of RobustZScoreLimit, which was skip_above"),
     ),
+    "a threshold of the loss on another scale": (
+        [NonFiniteGuard(loss_above=RobustZScoreLimit())],
+        [NonFiniteGuard(loss_above=RobustZScoreLimit(scale="linear"))],
+        "Reset: loss_above (RobustZScoreLimit(linear)). Discarded: the state of RobustZScoreLimit, which was loss_above.",
+    ),
+    "a threshold of the loss that stays": (
+        [NonFiniteGuard(loss_above=RobustZScoreLimit(), skip_above=50.0)],
+        [NonFiniteGuard("warn", loss_above=RobustZScoreLimit(5.0))],
+        "",
+    ),
     "no threshold": (
         [NonFiniteGuard(skip_above=RobustZScoreLimit())],
         [NonFiniteGuard()],

@@ -42,6 +42,7 @@ LIMITS = [
     lambda s: ZScoreLimit(1.0, warmup=4, clip_to="threshold"),
     lambda s: RobustZScoreLimit(window=30, warmup=2),
     lambda s: RobustZScoreLimit(1.0, window=5, warmup=5, floor=0.0),
+    lambda s: RobustZScoreLimit(1.0, window=20, warmup=4, scale="linear"),
     lambda s: EmaLimit(warmup=3, max_norm=0.7 * s),
     lambda s: EmaLimit(1.5, decay=0.9, warmup=0),
     lambda s: TightestLimit(0.7 * s, QuantileLimit(0.5, window=10), RatioLimit(0.5 * s)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -160,20 +161,45 @@ def zscore_limits(limit, norms):
 
 @per_block
 def robust_limits(limit, norms):
+    return robust_limits_of(limit, norms, lambda norm: norm > 0)
+
+
+def robust_limits_of(limit, values, enters):
+    """Of one block, whose values enter the window if ``enters`` says so."""
     found = []
     seen: list[float] = []
-    for norm in norms:
-        now = math.inf
+    share, judged = 0.02, 0
+    for value in values:
+        now = far = math.inf
         if len(seen) >= limit.warmup:
             median = quantile(seen, 0.5)
-            deviation = quantile([abs(x - median) for x in seen], 0.5)
-            z, freedom = limit.z, 0.37 * (len(seen) - 1)
-            wide = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-            now = math.exp(median + min(wide, 1.5 * z) * max(1.4826 * deviation, limit.floor))
+            deviation = 1.4826 * quantile([abs(x - median) for x in seen], 0.5)
+            wide = widened(limit.z, len(seen))
+            if limit.scale == "log":
+                now = math.exp(median + wide * max(deviation, limit.floor))
+            else:
+                deviation = max(deviation, limit.floor * abs(median))
+                now = median + min(wide * heavier(limit.z, share), 3 * limit.z) * deviation
+                far = median + widened(2.5, len(seen)) * deviation
         found.append(now)
-        if norm > 0:
-            seen = [*seen, math.log(min(norm, now))][-limit.window :]
+        if enters(value):
+            if far < math.inf:
+                share += ((value > far) - share) / min(judged + 101, 1000)
+                judged += 1
+            entering = min(value, now)
+            seen = [*seen, math.log(entering) if limit.scale == "log" else entering][-limit.window :]
     return found
+
+
+def widened(z, count):
+    freedom = 0.37 * (count - 1)
+    return min(z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2), 1.5 * z)
+
+
+def heavier(z, share):
+    """Ratio of a quantile of Tukey's h distribution to the normal one, h from the share beyond 2.5."""
+    normal = min(max(-NormalDist().inv_cdf(share), 1.0), 2.5)
+    return math.exp(1.2 * 2 * math.log(2.5 / normal) / normal**2 * z**2 / 2)
 
 
 def ema_limits(limit, history, p, weights):

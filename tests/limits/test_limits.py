@@ -43,6 +43,7 @@ DEFAULTS = [
     ZScoreLimit(clip_to="threshold"),
     RobustZScoreLimit(),
     RobustZScoreLimit(3.0, window=50, floor=0.0),
+    RobustZScoreLimit(4.0, floor=0.01, scale="linear"),
     EmaLimit(),
     TightestLimit(QuantileLimit(0.9), ZScoreLimit(), 3.0),
     WarmupLimit(RobustZScoreLimit(), steps=100, warmup_limit=1.0),
@@ -257,4 +258,4 @@ def test_labels_consist_of_characters_that_every_logger_accepts():
     assert len(set(each)) == len(each)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.") for name in each)
     assert each[4] == "QuantileLimit"
-    assert each[12] == "TightestLimit-QuantileLimit-quantile_0.9-ZScoreLimit-FixedLimit-3"
+    assert each[13] == "TightestLimit-QuantileLimit-quantile_0.9-ZScoreLimit-FixedLimit-3"

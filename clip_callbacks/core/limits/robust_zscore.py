@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+import clip_callbacks.core.limits._tail as upper_tail
 import clip_callbacks.core.limits._window as norm_window
 from clip_callbacks.core.arguments import as_choice, as_count, as_finite
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
@@ -25,23 +26,23 @@ Scale: TypeAlias = Literal["log", "linear"]
 MAX_WIDENING = 1.5
 """Largest ratio of the z-score in use to the one asked for, for the uncertainty of a small window."""
 
+MAX_WIDENING_OF_TAIL = 3.0
+"""Largest ratio of the z-score in use to the one asked for, for a heavy tail too."""
+
 
 @dataclass(frozen=True)
 class RobustZScoreLimit(Limit):
-    r"""A limit z robust standard deviations above the median of the block's last norms, on a logarithmic scale.
+    r"""A limit z robust standard deviations above the median of the block's last values, on a logarithmic or a linear scale.
+
+    With ``scale="log"``, for norms, which are heavy-tailed:
 
     .. math::
         \ell_b = \exp\bigl(m + z' \cdot \max(1.4826 \cdot \text{MAD}, \text{floor})\bigr)
 
     with the median m and the median absolute deviation (MAD) of the logarithms of the block's last n norms, at most ``window``,
-    without this step's; or, with ``scale="linear"``, of the values themselves, which may then be losses of any sign:
-
-    .. math::
-        \ell_b = m + z' \cdot \max(1.4826 \cdot \text{MAD}, \text{floor} \cdot |m|)
-
-    The logarithm is there because gradient norms are heavy-tailed. The MAD of few norms is uncertain, so
-    that :math:`z'` is larger than z, as quantiles of Student's t distribution are larger than those of the normal distribution,
-    with :math:`\nu = 0.37 (n - 1)` degrees of freedom (0.37 is the efficiency of the MAD):
+    without this step's. The MAD of few norms is uncertain, so that :math:`z'` is larger than z, as quantiles of Student's t
+    distribution are larger than those of the normal distribution, with :math:`\nu = 0.37 (n - 1)` degrees of freedom (0.37 is the
+    efficiency of the MAD):
 
     .. math::
         z' = z + \frac{z^3 + z}{4 \nu} + \frac{5 z^5 + 16 z^3 + 3 z}{96 \nu^2}
@@ -51,21 +52,36 @@ class RobustZScoreLimit(Limit):
     So the share of lognormal norms that is clipped is about what the normal distribution promises, for any scale and spread: 0.6 %
     with z = 2.5, and 0.13 % with z = 3. Up to half of the norms in the window may be spikes.
 
-    A norm enters the window as it is clipped. After a lasting jump of the norms the limit follows within one or two windows.
+    With ``scale="linear"``, for losses, which may have any sign, m and MAD are those of the values themselves:
+
+    .. math::
+        \ell_b = m + z'' \cdot \max(1.4826 \cdot \text{MAD}, \text{floor} \cdot |m|), \qquad
+        z'' = \min\bigl(z' \cdot \exp(h z^2 / 2),\ 3 z\bigr)
+
+    where h is the weight of the upper tail, as in Tukey's h distribution, 0 for a normal one. It is estimated from the share p of
+    the values, in about the last 1000, that lie more than 2.5 robust standard deviations above the median of their time:
+    :math:`h = 1.2 \cdot 2 \ln(2.5 / q) / q^2` with :math:`q = -\Phi^{-1}(p)`, between 1 and 2.5. At first p is 2 %, as if of 100
+    values, which takes tails for heavy until some hundred values are known.
+
+    A value enters the window as it is clipped. After a lasting jump the limit follows within one or two windows; on the linear
+    scale :math:`z''` then stays near 3 z for about 1000 steps.
 
     The state takes ``16 * window`` bytes for each block.
 
     Source: the "modified z-score" of Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993; the expansion of Student's t
-    from Abramowitz and Stegun, equation 26.7.5. The logarithm, the floor and the use of Student's t are additions of this package.
+    from Abramowitz and Stegun, equation 26.7.5; the h distribution of Tukey, "Exploratory Data Analysis", 1977. The logarithm, the
+    floor, the use of Student's t and the estimate of h are additions of this package.
 
     Args:
-        z: Number of standard deviations above the median at which a spike begins, above 0.
-        window: Number of norms that are kept for each block, at least 2.
-        warmup: Number of norms of a block before it has a limit, at least 2 and at most ``window``.
-        floor: Least standard deviation of the logarithms, 0 or more: with 0.05 and z = 2.5, norms up to 13 % above the median are
-            never spikes, however equal the norms are. On the linear scale, the least standard deviation as a share of the median.
+        z: Number of standard deviations above the median at which a spike begins, above 0. For losses take 4.
+        window: Number of values that are kept for each block, at least 2.
+        warmup: Number of values of a block before it has a limit, at least 2 and at most ``window``.
+        floor: Least standard deviation, 0 or more. On the logarithmic scale it is one of logarithms: with 0.05 and z = 2.5, norms
+            up to 13 % above the median are never spikes, however equal the norms are. On the linear scale it is a share of the
+            median; for losses, which vary less than norms, take 0.01.
         scale: "log" for norms, and for losses above 0: a loss of 0 or below is never above the limit, and leaves no trace. "linear"
-            for losses of any sign.
+            for losses of any sign. Scaled values give scaled limits on both; on the linear scale with a floor of 0, shifted values
+            also give shifted limits.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -104,31 +120,45 @@ class RobustZScoreLimit(Limit):
         return True
 
     def init(self, blocks: int) -> LimitState:
-        """Return an empty window for each block."""
-        return norm_window.empty(self.window, blocks)
+        """Return an empty window for each block and, on the linear scale, the first share of values far above the median."""
+        window = norm_window.empty(self.window, blocks)
+        return window if self.scale == "log" else window | {"tail": upper_tail.empty(blocks)}
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        values = blocks.norms.double()
+        return self._of_logarithms(blocks, state) if self.scale == "log" else self._of_values(blocks, state)
+
+    def _of_logarithms(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
+        norms = blocks.norms.double()
+        median, deviation = self._measured(state)
+        limits = (median + self._widened(self.z, state) * deviation.clamp(min=self.floor)).exp()
+        limits = torch.where(state["count"] >= self.warmup, limits, math.inf)
+        # The logarithm of a number of 0 or below is -inf or NaN, which never enters: such a number is not new.
+        return limits, norm_window.add(torch.minimum(norms, limits).log(), norms > 0, state)
+
+    def _of_values(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
+        values, is_warm = blocks.norms.double(), state["count"] >= self.warmup
+        median, deviation = self._measured(state)
+        deviation = deviation.maximum(self.floor * median.abs())
+        z = self._widened(self.z, state) * upper_tail.widening(state["tail"], self.z)
+        limits = torch.where(is_warm, median + z.clamp(max=MAX_WIDENING_OF_TAIL * self.z) * deviation, math.inf)
+        # a norm of 0 is that of a block without a gradient, while a loss of 0 is one like any other
+        is_new = torch.ones_like(is_warm) if blocks.are_losses else values > 0
+        is_far = values > median + self._widened(upper_tail.FAR, state) * deviation
+        tail = upper_tail.add(state["tail"], is_far, state["count"] - self.warmup)
+        after = norm_window.add(torch.minimum(values, limits), is_new, state)
+        return limits, after | {"tail": torch.where(is_new & is_warm, tail, state["tail"])}
+
+    def _measured(self, state: LimitState) -> tuple[Tensor, Tensor]:
+        """Return the median and the robust standard deviation of each window, shape ``(B,)``."""
+        # inf and NaN for an empty window: they are computed on all the same, and selected away
         median = norm_window.quantile(state, 0.5)
-        spread = MAD_TO_SIGMA * norm_window.deviation(state, median)
-        # Median and deviation of an empty window are inf and NaN. They are computed all the same, and selected away.
-        limits = median + self._widened(norm_window.held(state)) * self._at_least(spread, median)
-        limits = torch.where(state["count"] >= self.warmup, limits.exp() if self.scale == "log" else limits, math.inf)
-        entering = torch.minimum(values, limits)
-        # A norm of 0 belongs to a block without a gradient, while a loss of 0 is one like any other, if not to a logarithm.
-        takes_all = blocks.are_losses and self.scale == "linear"
-        is_new = torch.ones_like(values, dtype=torch.bool) if takes_all else values > 0
-        # the logarithm of a value that does not enter may be -inf or NaN
-        return limits, norm_window.add(entering.log() if self.scale == "log" else entering, is_new, state)
+        return median, MAD_TO_SIGMA * norm_window.deviation(state, median)
 
-    def _at_least(self, spread: Tensor, median: Tensor) -> Tensor:
-        """Return the standard deviation in use, shape ``(B,)``: the floor is a share of the values, on either scale."""
-        return spread.clamp(min=self.floor) if self.scale == "log" else spread.maximum(self.floor * median.abs())
-
-    def _widened(self, count: Tensor) -> Tensor:
-        """Return z' for a deviation that is estimated from ``count`` norms, int64, shape ``(B,)``."""
-        # as of two norms at least: fewer have no degree of freedom, and this would divide by 0
-        z, freedom = self.z, MAD_EFFICIENCY * (count - 1).clamp(min=1).double()
+    @staticmethod
+    def _widened(z: float, state: LimitState) -> Tensor:
+        """Return the z-score in use for a deviation that is estimated from so few values, shape ``(B,)``."""
+        # as of two values at least: fewer have no degree of freedom, and this would divide by 0
+        freedom = MAD_EFFICIENCY * (norm_window.held(state) - 1).clamp(min=1).double()
         widened = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom.square())
         return widened.clamp(max=MAX_WIDENING * z)

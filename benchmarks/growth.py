@@ -71,7 +71,7 @@ def over_steps(marks: Sequence[int]) -> Series:
     """Mean seconds of a step with all that a run remembers of it, over the steps up to each mark since half of it."""
     parameters = with_gradients(50, 64)
     tensors, history = TensorTable.of(parameters), RunHistory()
-    plan = Plan.of(tensors, [ClipRule(1e9)], (), None)
+    plan = Plan.of(tensors, [ClipRule(1e9)], ())
     state = plan.init()
     means, start, first = [], 0.0, 1
     begins, ends = {mark // 2 + 1 for mark in marks}, set(marks)

@@ -119,5 +119,5 @@ def _loss_threshold(stage: Stage, measured: Measurement, state: LimitState) -> t
     limits, after = stage.limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
     limit = limits.reshape(()).to(loss.dtype) if isinstance(limits, Tensor) else torch.full_like(loss, limits).reshape(())
     # selected on the device: in a deferred step the host does not know whether the loss counts
-    after = {key: torch.where(counts, value, before[key]) for key, value in after.items()}
+    after = {key: torch.where(counts.reshape(()), value, before[key]) for key, value in after.items()}
     return Threshold(loss.reshape(()), limit, counts.logical_and(loss > limit).reshape(())), after

@@ -19,6 +19,7 @@ from clip_callbacks.replay.recorded_step import RecordedStep
 from clip_callbacks.replay.result import MicroBatchResult, WindowResult
 from clip_callbacks.replay.starting_weights import StartingWeights, check_names_and_shapes
 from clip_callbacks.replay.stored_batches import set_tracker
+from clip_callbacks.trainer.grad_scaler import grad_scaler
 
 STEPPED_BEFORE = (
     "optimizers that step earlier in the window of the bad step also step in the replay: losses may differ from those of the run"
@@ -45,6 +46,7 @@ class ReplayCallback(Callback):
         self._module, self._rows, self._recorded, self._weights = module, rows, recorded, weights
         self._recorder: ModuleRecorder | None = None
         self._gradients_before: list[Tensor | None] = []
+        self._losses: list[float] = []
         self.result = WindowResult()
 
     def set_progress(self, trainer: Trainer) -> None:
@@ -108,6 +110,7 @@ class ReplayCallback(Callback):
         assert self._recorder
         micro = self.result.micro_batches[-1]
         micro.loss, micro.operations = loss.detach().cpu().clone(), self._recorder.operations(loss)
+        self._losses.append(float(micro.loss.sum()))
         self._recorder.is_backward = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,8 +125,9 @@ class ReplayCallback(Callback):
         """
         if trainer.optimizers.index(_unwrapped(optimizer)) == self._recorded.optimizer:
             self._record_gradients(trainer)
-            if self._is_last_batch and (pl_module.automatic_optimization or self.result.fails(self._recorded.limit)):
+            if self._is_last_batch and (pl_module.automatic_optimization or self.result.fails(self._recorded.exceeded)):
                 self._finish()
+        self._losses.clear()
         if STEPPED_BEFORE not in self.result.notes:
             self.result.notes.append(STEPPED_BEFORE)
 
@@ -156,6 +160,13 @@ class ReplayCallback(Callback):
             if values := ValueRange.of(parameter.grad):
                 micro.gradients[without_wrappers(names.get(id(parameter), "a parameter of no module"))] = values
         micro.norm, self.result.total_norm = math.sqrt(added), math.sqrt(total)
+        self.result.loss = self._loss_of_window(trainer)
+
+    def _loss_of_window(self, trainer: Trainer) -> float:
+        total, scaler = math.fsum(self._losses), grad_scaler(trainer)
+        if self._module.automatic_optimization:  # Lightning has divided each loss by the number of micro-batches
+            total *= trainer.accumulate_grad_batches / max(1, len(self._losses))
+        return total if scaler is None else total / scaler.get_scale()
 
     def _finish(self) -> None:
         self.detach()

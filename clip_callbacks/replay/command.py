@@ -102,11 +102,11 @@ def _investigate(
 
 def _bisect(report: ReplayReport, runner: ReplayRunner, row: dict[str, Any]) -> ReplayReport:
     """Add the smallest failing part of a micro-batch to the report."""
-    size, limit = batch_size(row["batch"]), runner.recorded.limit
+    size, exceeded = batch_size(row["batch"]), runner.recorded.exceeded
     if size is None:
         return replace(report, notes=(*report.notes, "the batch holds no tensors that could be divided into samples"))
     whole = runner.run([row])
-    if not whole.fails(limit):
+    if not whole.fails(exceeded):
         note = "the micro-batch alone does not fail, only together with the rest of its window: it was not bisected"
         return replace(report, notes=(*report.notes, note))
     failure = _signature(whole.micro_batches[0], report.explosion_factor)
@@ -120,8 +120,8 @@ def _bisect(report: ReplayReport, runner: ReplayRunner, row: dict[str, Any]) -> 
         results[tuple(samples)] = micro = part.micro_batches[0]
         if not report.result.is_finite:
             return not micro.is_finite and _signature(micro, report.explosion_factor) == failure
-        # the loss is taken as a mean: in the whole batch the samples have this share of the norm
-        return limit is not None and part.total_norm * len(samples) / size > limit
+        # the loss is taken as a mean: in the whole batch the samples have this share of it, and of the norm
+        return part.exceeds(exceeded, len(samples) / size)
 
     bisection = bisect(size, fails)
     return replace(report, bisection=bisection, shown=results.get(bisection.samples, report.shown))

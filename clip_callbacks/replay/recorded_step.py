@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from clip_callbacks.bundles.bundle import FACTS, Bundle, UnusableBundleError
 
@@ -10,6 +12,23 @@ MAX_COUNT = 2**62
 """Upper bound of the steps, epochs and other counts in a bundle."""
 MAX_TEXT_LENGTH = 1000
 """Number of characters that a name or path in a bundle may have."""
+
+
+class ExceededLimit(NamedTuple):
+    """A limit that a spike has exceeded.
+
+    Args:
+        quantity: "norm of all gradients", or "loss of the window".
+        value: Its value in the training run.
+        limit: Its limit at that step.
+    """
+
+    quantity: str
+    value: float
+    limit: float
+
+
+NORM, LOSS = "norm of all gradients", "loss of the window"
 
 
 @dataclass(frozen=True)
@@ -27,8 +46,7 @@ class RecordedStep:
         max_steps: ``max_steps`` of the Trainer.
         max_epochs: ``max_epochs`` of the Trainer.
         loss_scale: Scale of the GradScaler; None without a GradScaler.
-        total_norm: Norm of all gradients of a spike; None if the step was non-finite.
-        limit: Norm above which the step was a spike; None if the step was non-finite.
+        exceeded: Limits that a spike has exceeded; empty if the step was non-finite.
         script: Path of the script that was run.
         module: Name of the module's class.
         state: Dtype and shape of each tensor of the module's ``state_dict``, by name.
@@ -45,8 +63,7 @@ class RecordedStep:
     max_steps: int
     max_epochs: int | None
     loss_scale: float | None
-    total_norm: float | None
-    limit: float | None
+    exceeded: tuple[ExceededLimit, ...]
     script: str
     module: str
     state: dict[str, tuple[str, tuple[int, ...]]]
@@ -55,7 +72,7 @@ class RecordedStep:
     @property
     def kind(self) -> str:
         """Kind of the bad step: "nonfinite" or "spike"."""
-        return "nonfinite" if self.limit is None else "spike"
+        return "spike" if self.exceeded else "nonfinite"
 
     @classmethod
     def of(cls, bundle: Bundle) -> RecordedStep:
@@ -65,7 +82,6 @@ class RecordedStep:
             UnusableBundleError: If a value is missing, or has the wrong type.
         """
         facts, report = bundle.facts, bundle.facts["report"]
-        is_spike = facts["kind"] == "spike"
         try:
             trainer, module = facts["trainer"], facts["module"]
             return cls(
@@ -79,8 +95,7 @@ class RecordedStep:
                 max_steps=_count(trainer["max_steps"], -1),
                 max_epochs=None if trainer["max_epochs"] is None else _count(trainer["max_epochs"], -1),
                 loss_scale=None if trainer["loss_scale"] is None else float(trainer["loss_scale"]),
-                total_norm=float(report["total_norm"]) if is_spike else None,
-                limit=float(report["limit"]) if is_spike else None,
+                exceeded=_exceeded(report) if facts["kind"] == "spike" else (),
                 script=_text(module["script"]),
                 module=_text(module["class"]),
                 state={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in module["state"].items()},
@@ -91,6 +106,15 @@ class RecordedStep:
                 f"{bundle.path / FACTS} must describe the step, the Trainer and the module as NonFiniteGuard writes them, got "
                 f"{type(error).__name__}: {error}."
             ) from None
+
+
+def _exceeded(report: Mapping[str, Any]) -> tuple[ExceededLimit, ...]:
+    numbers = [(NORM, "total_norm", "limit"), (LOSS, "loss", "loss_limit")]
+    limits = [ExceededLimit(name, float(report[value]), float(report[limit])) for name, value, limit in numbers if limit in report]
+    if not limits:
+        raise KeyError("limit")
+    # a spike may have exceeded one of two limits; whoever has changed the numbers of a bundle asks for all of them
+    return tuple(each for each in limits if each.value > each.limit) or tuple(limits)
 
 
 def _count(value: object, minimum: int = 0) -> int:

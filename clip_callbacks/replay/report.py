@@ -52,7 +52,7 @@ class ReplayReport:
     @property
     def is_reproduced(self) -> bool:
         """Whether the step is bad again."""
-        return self.result.fails(self.recorded.limit)
+        return self.result.fails(self.recorded.exceeded)
 
     @property
     def suspects(self) -> list[SuspectModule]:
@@ -63,7 +63,7 @@ class ReplayReport:
     def heading(self) -> list[str]:
         """Lines that say what was run."""
         recorded = self.recorded
-        kind = "non-finite step" if recorded.limit is None else "spike"
+        kind = "spike" if recorded.exceeded else "non-finite step"
         lines = [
             f"Bundle {self.bundle}: {kind} of {recorded.module} ({recorded.place})",
             f"Recorded on {recorded.device} with precision {recorded.precision}",
@@ -99,13 +99,17 @@ class ReplayReport:
     def conclusion(self) -> str:
         """The last line: whether the step was reproduced, and if it was not, possible reasons."""
         if self.is_reproduced and self.result.is_finite:
-            return "Reproduced: the norm of all gradients is above the limit again."
+            quantities = " and the ".join(each.quantity for each in self.recorded.exceeded)
+            return f"Reproduced: the {quantities} {'is' if len(self.recorded.exceeded) == 1 else 'are'} above the limit again."
         if self.is_reproduced:
             return "Reproduced: a loss or gradient is non-finite again."
-        if self.recorded.limit is None:
-            found = "every loss and gradient is finite"
-        else:
-            found = f"the norm of all gradients is {self.result.total_norm:.4g}, not above {self.recorded.limit:.4g}"
+        found = "every loss and gradient is finite"
+        below = [each for each in self.recorded.exceeded if not self.result.exceeds([each])]
+        if below:
+            values = [
+                f"the {each.quantity} is {self.result.value_of(each.quantity):.4g}, not above {each.limit:.4g}" for each in below
+            ]
+            found = " and ".join(values)
         reasons = self._cures() or self._possible_reasons()
         return f"Not reproduced: {found}. {' '.join(f'{reason}.' for reason in reasons)}"
 
@@ -155,12 +159,16 @@ class ReplayReport:
 
     def _large_gradients(self) -> list[str]:
         recorded = self.recorded
-        if recorded.limit is None:
+        if not recorded.exceeded:
             return []
         sizes = {name: values.largest for name, values in self.shown.gradients.items()}
         largest = sorted(sizes, key=lambda name: 0.0 if math.isnan(sizes[name]) else -sizes[name])[:MAX_PARAMETERS]
         return [
-            f"Norm of all gradients: {self.result.total_norm:.4g} (recorded {recorded.total_norm:.4g}, limit {recorded.limit:.4g})",
+            *(
+                f"{each.quantity.capitalize()}: {self.result.value_of(each.quantity):.4g} (recorded {each.value:.4g}, limit "
+                f"{each.limit:.4g})"
+                for each in recorded.exceeded
+            ),
             f"Parameters with the largest gradients: {', '.join(f'{name} (up to {sizes[name]:.3g})' for name in largest)}",
         ]
 
@@ -192,7 +200,8 @@ class ReplayReport:
             "device": self.device,
             "precision": self.precision,
             "total_norm": _finite_or_none(self.result.total_norm),
-            "limit": recorded.limit,
+            "loss": _finite_or_none(self.result.loss),
+            "exceeded": [each._asdict() for each in recorded.exceeded],
             "micro_batches": [_facts(micro) for micro in self.result.micro_batches],
             "suspects": [suspect.facts() for suspect in self.suspects],
             "findings": self.findings,

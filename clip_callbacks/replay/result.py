@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.replay.module_calls import ModuleCall
 from clip_callbacks.replay.ranges import ValueRange
+from clip_callbacks.replay.recorded_step import NORM, ExceededLimit
 
 
 @dataclass
@@ -67,11 +69,14 @@ class WindowResult:
     Args:
         micro_batches: Results of the micro-batches, in order.
         total_norm: Norm of the gradients with which the optimizer of the bad step would have stepped.
+        loss: Loss of the window, without the loss scale: the mean over its micro-batches; in manual optimization the sum over the
+            backward passes since the last optimizer step.
         notes: Remarks on what differs from the training run.
     """
 
     micro_batches: list[MicroBatchResult] = field(default_factory=list)
     total_norm: float = math.nan
+    loss: float = math.nan
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -86,10 +91,18 @@ class WindowResult:
         nonfinite = next((index for index in indices if not self.micro_batches[index].is_finite), None)
         return nonfinite if nonfinite is not None else max(indices, key=lambda index: self.micro_batches[index].norm)
 
-    def fails(self, limit: float | None) -> bool:
+    def value_of(self, quantity: str) -> float:
+        """Return the value of a quantity that may have a limit."""
+        return self.total_norm if quantity == NORM else self.loss
+
+    def fails(self, exceeded: Sequence[ExceededLimit]) -> bool:
         """Return whether the step is bad: non-finite, or a spike.
 
         Args:
-            limit: Norm of all gradients above which a step is a spike; None if the recorded step was non-finite.
+            exceeded: Limits that the recorded spike has exceeded; empty if the recorded step was non-finite.
         """
-        return not self.is_finite or (limit is not None and self.total_norm > limit)
+        return not self.is_finite or self.exceeds(exceeded)
+
+    def exceeds(self, exceeded: Sequence[ExceededLimit], share: float = 1.0) -> bool:
+        """Return whether each of these limits is exceeded by a share of the window's value."""
+        return bool(exceeded) and all(self.value_of(each.quantity) * share > each.limit for each in exceeded)

@@ -14,9 +14,12 @@ from clip_callbacks import (
     GradientNormMonitor,
     NonFiniteGuard,
     RatioLimit,
+    RobustZScoreLimit,
+    WarmupLimit,
     clip_step,
 )
 from clip_callbacks.core.actions import Action
+from clip_callbacks.core.rules import SpikeLimits
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.buffer_copies import BufferCopies
 from clip_callbacks.trainer.buffer_tracker import BufferTracker
@@ -169,6 +172,28 @@ def test_a_step_that_is_not_deferred_waits_once(fake_cuda, rules):
     with Transfers() as transfers, pytest.raises((DataDependentOutputException, RuntimeError)):
         step(fused, rules=rules, fused=fused, loss_scale=torch.full((), 1024.0, device="cuda"))
     assert transfers.waits == [True]  # then the host goes on with numbers, which fake tensors do not have
+
+
+BOTH = SpikeLimits(RobustZScoreLimit(), WarmupLimit(RobustZScoreLimit(scale="linear"), steps=1, warmup_limit=9.0), both=True)
+
+
+def test_the_loss_of_a_deferred_step_is_not_read_on_the_host(fake_cuda):
+    fused, loss = on_fake_cuda(), torch.ones(1, device="cuda")
+    with Transfers() as transfers:
+        report = step(
+            TensorTable.of(fused), fused=fused, action=Action.ON_DEVICE, deferred=True, spikes=BOTH, loss=loss, losses=[loss]
+        )
+        fused.step()
+        report.to_host()
+    assert not any(transfers.waits)
+    assert report.thresholds.loss.value.device.type == report.skipped.device.type == "cuda"
+
+
+def test_the_loss_is_read_with_the_norms(fake_cuda):
+    fused, loss = on_fake_cuda(), torch.ones(1, device="cuda")
+    with Transfers() as transfers, pytest.raises((DataDependentOutputException, RuntimeError)):
+        step(fused, fused=fused, spikes=BOTH, loss=loss, losses=[loss])
+    assert transfers.waits == [True]
 
 
 def test_buffers_are_put_back_unread(fake_cuda):

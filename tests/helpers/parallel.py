@@ -69,7 +69,7 @@ class Divided(LightningModule):
     Args:
         division: Words: "fsdp", "tp", "offload", "groups" for a parameter group per mesh.
         poison: What the losses of batches are multiplied by, by (rank, number of the batch); "no gradient" makes them NaN, and
-            their gradients exactly 0.
+            their gradients exactly 0; "lifted" makes them large, and their gradients exactly 0.
     """
 
     def __init__(self, division="", *, poison=None, optimizer=torch.optim.SGD, **options):
@@ -98,6 +98,8 @@ class Divided(LightningModule):
         self.number += 1
         if factor == "no gradient":
             return loss * 0.0 + math.nan
+        if factor == "lifted":
+            return loss * 0.0 + 1e4
         return loss * factor
 
     def configure_optimizers(self):

@@ -6,7 +6,7 @@ import torch
 
 from clip_callbacks import ClipRule
 from clip_callbacks.core.actions import Action
-from clip_callbacks.core.rules import Plan
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, Plan
 from clip_callbacks.core.step import apply_step, measure_step
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -17,9 +17,9 @@ def record_of(report):
 
 
 @torch.no_grad()
-def step(parameters, *, rules=None, action=Action.CLIP, fused=None, **options):
+def step(parameters, *, rules=None, action=Action.CLIP, fused=None, spikes=NO_SPIKE_LIMITS, **options):
     """Measure and apply a first step, with options that only the engine has, and return its record."""
     table = TensorTable.of(parameters)
-    plan = Plan.of(table, [ClipRule(1.0)] if rules is None else rules, (), None)
+    plan = Plan.of(table, [ClipRule(1.0)] if rules is None else rules, (), spikes)
     measured = measure_step(table, plan, plan.init(), **options)
     return apply_step(measured, plan.init(), action, fused=fused)[0]

@@ -170,6 +170,21 @@ def test_a_spike_is_told_with_its_norm_and_what_explodes(trainer, tmp_path, caps
     assert suspects(replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"), "--explodes", "1e5")[1]) == {}
 
 
+def test_a_spike_of_the_loss_is_told_with_its_loss(trainer, tmp_path, capsys):
+    """The norm has a threshold, too, which the step did not exceed."""
+    torch.manual_seed(0)
+    thresholds = {"skip_above": 1e12, "loss_above": 1e-3}
+    bundle = fitted(trainer, tmp_path, Net("spike"), samples(8), options={"accumulate_grad_batches": 2}, **thresholds)
+    code, found = replayed(capsys, bundle, *config(tmp_path, Net, kind="spike"))
+    assert code == 0
+    (exceeded,) = found["exceeded"]
+    assert exceeded["quantity"] == "loss of the window"
+    assert exceeded["limit"] == pytest.approx(1e-3)
+    assert found["loss"] == pytest.approx(exceeded["value"], rel=1e-6)
+    assert any(line.startswith("Loss of the window: ") and "limit 0.001)" in line for line in found["findings"])
+    assert found["conclusion"] == "Reproduced: the loss of the window is above the limit again."
+
+
 class LossAlone(Net):
     def training_step(self, batch, batch_idx):
         out = self.net(batch[0])

@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
     seeds: int
 
 
-FULL, QUICK = Sizes(layers=2, width=48, steps=800, seeds=3), Sizes(layers=1, width=16, steps=60, seeds=1)
+FULL, QUICK = Sizes(layers=2, width=48, steps=800, seeds=3), Sizes(layers=1, width=32, steps=60, seeds=1)
 
 
 class Block(nn.Module):

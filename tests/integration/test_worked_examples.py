@@ -461,9 +461,10 @@ def test_damage_and_spikes_are_those_of_the_healthy_batches(example):
     assert [run.count(poisoned=bad, skipped=True) for bad in (True, False)] == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:Spike at:RuntimeWarning")
 def test_a_threshold_on_the_loss_skips_the_poisoned_batch_alone(example):
     module = example("spikes")
-    sizes, text = module.Sizes(layers=1, width=16, steps=70, seeds=1), (EXAMPLES / "spikes.py").read_bytes()
+    sizes, text = module.Sizes(layers=1, width=32, steps=70, seeds=1), (EXAMPLES / "spikes.py").read_bytes()
     limit = RobustZScoreLimit(3.0, window=25, floor=0.01)
     each = NonFiniteGuard(loss_above=limit), GradientClipping(None)
     guarded, unguarded = (module.train(callback, 0, sizes, (text, text), {60}) for callback in each)

@@ -1,6 +1,6 @@
 """What helps against loss spikes? A small GPT at a high learning rate, with the targets of one batch in 200 shuffled.
 
-    python examples/spikes.py            # a table, two pictures and steps.csv in logs/spikes; half an hour on one core
+    python examples/spikes.py            # two tables, and two pictures in logs/spikes; seven minutes on one core
     python examples/spikes.py --quick    # seconds
 
 The GPT reads the source text of Python's standard library, character by character, and is trained with AdamW. Its learning rate is
@@ -11,10 +11,9 @@ from healthy ones, and what remains of the damage.
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from clip_callbacks import GradientClipping, NonFiniteGuard, RobustZScoreLimit, Rollback
+from clip_callbacks import BlockNorms, GradientClipping, Limit, NonFiniteGuard, RobustZScoreLimit, Rollback
 
 Batch = tuple[Tensor, Tensor]
 Watched = GradientClipping | NonFiniteGuard
@@ -35,8 +34,8 @@ CONTEXT, PIECES, HEADS = 32, 16, 4
 """Characters in a piece of text, pieces in a batch, heads of attention."""
 RATE, WARMUP, DECAY = 0.03, 50, 0.2
 """Learning rate of AdamW, number of steps in which it rises to that, and share of the steps at the end in which it falls to 0."""
-EVERY, AFTER = 200, 20
-"""Number of batches of which one is poisoned, and number of steps after it in which its damage is measured."""
+EVERY, AFTER = 200, 10
+"""Number of batches of which one is poisoned, and number of steps before and after it that its damage is measured in."""
 
 NORM_LIMIT = RobustZScoreLimit(z=4.0)
 LOSS_LIMIT = RobustZScoreLimit(z=4.0, floor=0.01, scale="linear")
@@ -145,11 +144,16 @@ class Run(NamedTuple):
         before = losses.unfold(0, min(window, len(losses) - 1), 1)[:-1]
         return int((losses[-len(before) :] > before.mean(1) + 6.0 * before.std(1)).sum())
 
+    def excess(self, clean: Run) -> Tensor:
+        """Return the loss of each step above that of the run without poison; NaN where the batch was poisoned."""
+        return (torch.tensor(self.losses) - torch.tensor(clean.losses)).masked_fill(torch.tensor(self.poisoned), torch.nan)
+
     def damage(self, clean: Run) -> float:
-        """Return the mean loss in the steps after poisoned batches, minus that of the run without poison on the same batches."""
+        """Return the mean rise of the excess from the steps before a poisoned batch to those after it, ``AFTER`` of each."""
+        excess = self.excess(clean)
         places = [step for step, bad in enumerate(self.poisoned) if bad]
-        after = [step for place in places for step in range(place + 1, min(place + 1 + AFTER, len(self.losses)))]
-        return fmean(self.losses[step] - clean.losses[step] for step in after)
+        rises = [excess[place + 1 :][:AFTER].nanmean() - excess[:place][-AFTER:].nanmean() for place in places]
+        return float(torch.stack(rises).nanmean())  # NaN at the first step and the last one, which have no steps on one side
 
 
 def poisoned_steps(steps: int, seed: int) -> set[int]:
@@ -176,9 +180,7 @@ def batches(text: bytes, steps: int, seed: int, poisoned: set[int]) -> list[Batc
     return list(zip(inputs, targets, strict=True))
 
 
-def train(
-    callback: GradientClipping | NonFiniteGuard, seed: int, sizes: Sizes, texts: tuple[bytes, bytes], poisoned: set[int]
-) -> Run:
+def train(callback: Watched, seed: int, sizes: Sizes, texts: tuple[bytes, bytes], poisoned: set[int]) -> Run:
     """Train with a callback on batches of which some are poisoned, and return what happened."""
     steps = Steps(callback)
     torch.manual_seed(seed)
@@ -195,20 +197,46 @@ Runs = dict[str, list[Run]]
 """A run for each seed, by method."""
 
 
+def shares(runs: list[Run]) -> list[str]:
+    """Return how many poisoned batches were skipped, and how many healthy ones."""
+    texts = []
+    for poisoned in (True, False):
+        skipped, taken = (sum(run.count(poisoned=poisoned, skipped=skipped) for run in runs) for skipped in (True, False))
+        texts.append(f"{skipped} of {skipped + taken}")
+    return texts
+
+
 def row(method: str, runs: list[Run], clean: list[Run]) -> tuple[str | float, ...]:
     """Return a row of the table: means and sums over the seeds."""
-    count = lambda **kind: sum(run.count(**kind) for run in runs)  # noqa: E731
-    recognised, missed = (count(poisoned=True, skipped=skipped) for skipped in (True, False))
-    alarms, healthy = count(poisoned=False, skipped=True), count(poisoned=False, skipped=False)
     return (
         method,
         fmean(run.validation for run in runs),
-        " ".join(f"{run.validation:.2f}" for run in runs),
+        " ".join(f"{run.validation:.3f}" for run in runs),
         "" if method == CLEAN else fmean(run.damage(each) for run, each in zip(runs, clean, strict=True)),
         sum(run.spikes() for run in runs),
-        f"{recognised} of {recognised + missed}",
-        f"{alarms} of {alarms + healthy}",
+        *shares(runs),
     )
+
+
+def exceeded(limit: Limit, values: Sequence[float], *, are_losses: bool) -> list[bool]:
+    """Return which values are above a limit that has seen those before."""
+    state, found = limit.init(1), []
+    for value in values:
+        now, state = limit.step(BlockNorms(torch.tensor([value]), are_losses=are_losses), state)
+        found.append(value > float(now))
+    return found
+
+
+def row_of_z(z: float, runs: list[Run]) -> list[str | float]:
+    """Return what thresholds on norm, loss and both would have skipped in runs in which nothing was done."""
+    found: list[list[Run]] = [[], [], []]
+    for run in runs:
+        norm = exceeded(replace(NORM_LIMIT, z=z), run.norms, are_losses=False)
+        loss = exceeded(replace(LOSS_LIMIT, z=z), run.losses, are_losses=True)
+        both = [a and b for a, b in zip(norm, loss, strict=True)]
+        for kind, skipped in zip(found, (norm, loss, both), strict=True):
+            kind.append(run._replace(skipped=skipped))
+    return [z, *(text for kind in found for text in shares(kind))]
 
 
 def steps_picture(run: Run) -> Figure:
@@ -231,7 +259,7 @@ def methods_picture(found: Runs) -> Figure:
     for name, runs in found.items():
         axes[1].plot([run.validation for run in runs], [places[name]] * len(runs), "o", color=COLORS[name])
         if name != CLEAN:
-            above = [healthy_excess(run, clean) for run, clean in zip(runs, found[CLEAN], strict=True)]
+            above = [run.excess(clean) for run, clean in zip(runs, found[CLEAN], strict=True)]
             mean = torch.stack(above).nanmean(0).unfold(0, 20, 1).nanmean(1)
             axes[0].plot(range(20, len(mean) + 20), mean, color=COLORS[name], label=name, linewidth=1.2)
     axes[0].axhline(0.0, color=GREY, linewidth=0.8)
@@ -241,23 +269,6 @@ def methods_picture(found: Runs) -> Figure:
     axes[1].set_yticks(list(places.values()), list(places))
     axes[1].invert_yaxis()
     return figure
-
-
-def healthy_excess(run: Run, clean: Run) -> Tensor:
-    """Return the loss of each step above that of the run without poison; NaN where the batch was poisoned."""
-    excess = torch.tensor(run.losses) - torch.tensor(clean.losses)
-    return excess.masked_fill(torch.tensor(run.poisoned), torch.nan)
-
-
-def write(found: Runs, file: Path) -> None:
-    """Write every step of every run as CSV."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("method", "seed", "step", "poisoned", "skipped", "loss", "total_norm"))
-        for method, runs in found.items():
-            for seed, run in enumerate(runs):
-                rows = zip(run.poisoned, run.skipped, run.losses, run.norms, strict=True)
-                writer.writerows((method, seed, step, *each) for step, each in enumerate(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -270,9 +281,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             poisoned = set() if method == CLEAN else poisoned_steps(sizes.steps, seed)
             runs.append(train(METHODS.get(method, METHODS["nothing"])(), seed, sizes, texts, poisoned))
             print(f"seed {seed}, {method}: validation loss {runs[-1].validation:.3f}", flush=True)
-    write(found, arguments.output / "steps.csv")
     headers = ("", "validation loss", "of each seed", f"damage in {AFTER} steps", "spikes", "poisoned skipped", "healthy skipped")
     print(tabulate([row(method, runs, found[CLEAN]) for method, runs in found.items()], headers, floatfmt=".3f"))
+    print("\nThresholds with other z where nothing is done: poisoned batches above them, and healthy ones")
+    rows = [row_of_z(z, found["nothing"]) for z in (2.5, 3.0, 4.0, 5.0, 6.0)]
+    print(tabulate(rows, ("z", "norm", "", "loss", "", "both", "")))
     save(steps_picture(found["nothing"][0]), arguments.output / "steps.png")
     save(methods_picture(found), arguments.output / "methods.png")
 

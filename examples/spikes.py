@@ -4,9 +4,10 @@
     python examples/spikes.py --quick    # seconds
 
 The GPT reads the source text of Python's standard library, character by character, and is trained with AdamW. Its learning rate is
-so high that training recovers badly from a bad batch. Each method is trained with the same seeds and the same batches, and one more
-run for each seed has no poisoned batch: it shows what there is to gain. The table says how well each method tells poisoned batches
-from healthy ones, and what remains of the damage.
+too high for this network, so that steps on bad batches do harm. Each method is trained with the same seeds and the same batches,
+and one more run for each seed has no poisoned batch: it shows what there is to gain. The first table says how much the loss rises
+after poisoned batches, how many of them each method skips, and how many healthy ones; the second one what other thresholds would
+have found.
 """
 
 from __future__ import annotations
@@ -243,10 +244,10 @@ def steps_picture(run: Run) -> Figure:
     """Draw loss and total norm of an unprotected run, with the steps on poisoned batches."""
     figure, axes = sheet(columns=2)
     poisoned = [step for step, bad in enumerate(run.poisoned) if bad]
-    for axis, values, name in zip(axes, (run.losses, run.norms), ("training loss (nats)", "total norm (log scale)"), strict=True):
+    for axis, values, name in zip(axes, (run.losses, run.norms), ("training loss (nats)", "total norm"), strict=True):
         axis.plot(values, color=GREY, linewidth=0.6)
         axis.plot(poisoned, [values[step] for step in poisoned], "o", color=RED, label="poisoned batch")
-        axis.set(xlabel="optimizer step", ylabel=name, title="Nothing done: what each step shows")
+        axis.set(xlabel="optimizer step", ylabel=name, title=f"Nothing is done: {name} of each step")
         axis.legend(fontsize=8)
     axes[1].set_yscale("log")
     return figure
@@ -261,9 +262,11 @@ def methods_picture(found: Runs) -> Figure:
         if name != CLEAN:
             above = [run.excess(clean) for run, clean in zip(runs, found[CLEAN], strict=True)]
             mean = torch.stack(above).nanmean(0).unfold(0, 20, 1).nanmean(1)
-            axes[0].plot(range(20, len(mean) + 20), mean, color=COLORS[name], label=name, linewidth=1.2)
+            # dashed where two runs may be equal, because both thresholds found the same batches
+            style = "--" if name == "skip by both" else "-"
+            axes[0].plot(range(20, len(mean) + 20), mean, style, color=COLORS[name], label=name, linewidth=1.2)
     axes[0].axhline(0.0, color=GREY, linewidth=0.8)
-    axes[0].set(xlabel="optimizer step", ylabel="training loss (nats)", title="Loss above that of the run without poison")
+    axes[0].set(xlabel="optimizer step", ylabel="training loss (nats)", title="Above the run without poison, mean of the seeds")
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="validation loss at the end (nats)", title="One point for each seed")
     axes[1].set_yticks(list(places.values()), list(places))

@@ -1,4 +1,4 @@
-"""Compare the limits on five tasks: ``python -m benchmarks.limits``."""
+"""Compare the limits on six tasks: ``python -m benchmarks.limits``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.limits import invariance, language, normalizer_free, streams, temporal_order
+from benchmarks.limits import invariance, language, normalizer_free, spikes, streams, temporal_order
 from benchmarks.limits.common import Section
 from benchmarks.timing import RESULTS, machine, publish
 
@@ -20,6 +20,7 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[bool], Section]]] = {
     "c": ("temporal_order", temporal_order.section),
     "d": ("normalizer_free", normalizer_free.section),
     "e": ("language", language.section),
+    "f": ("spikes", spikes.section),
 }
 
 TITLE = "# What the limits do to training"

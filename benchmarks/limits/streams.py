@@ -84,11 +84,11 @@ def ordinary(kind: str, sizes: Sizes, dice: torch.Generator) -> Tensor:
     return (0.5 * normal + drift * torch.linspace(0.0, 1.0, sizes.steps, dtype=torch.float64)[:, None]).exp()
 
 
-def clipped(limit: Limit, norms: Tensor) -> Tensor:
-    """Which norms of each stream a limit clips, bool, shape ``(steps, streams)``; streams are blocks."""
+def clipped(limit: Limit, norms: Tensor, *, are_losses: bool = False) -> Tensor:
+    """Which norms, or losses, of each stream are above a limit, bool, shape ``(steps, streams)``; streams are blocks."""
     state, found = limit.init(norms.shape[1]), []
     for now in norms:
-        limits, state = limit.step(BlockNorms(now), state)
+        limits, state = limit.step(BlockNorms(now, are_losses=are_losses), state)
         found.append(now > limits)
     return torch.stack(found)
 

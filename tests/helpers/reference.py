@@ -170,7 +170,7 @@ def robust_limits_of(limit, values, enters):
     seen: list[float] = []
     share, judged = 0.02, 0
     for value in values:
-        now = far = math.inf
+        now = far = extreme = math.inf
         if len(seen) >= limit.warmup:
             median = quantile(seen, 0.5)
             deviation = 1.4826 * quantile([abs(x - median) for x in seen], 0.5)
@@ -180,11 +180,11 @@ def robust_limits_of(limit, values, enters):
             else:
                 deviation = max(deviation, limit.floor * abs(median))
                 now = median + min(wide * heavier(limit.z, share), 3 * limit.z) * deviation
-                far = median + widened(2.5, len(seen)) * deviation
+                far, extreme = (median + widened(z, len(seen)) * deviation for z in (2.5, 6.0))
         found.append(now)
         if enters(value):
             if far < math.inf:
-                share += ((value > far) - share) / min(judged + 101, 1000)
+                share += ((far < value <= max(now, extreme)) - share) / min(judged + 101, 1000)
                 judged += 1
             entering = min(value, now)
             seen = [*seen, math.log(entering) if limit.scale == "log" else entering][-limit.window :]

@@ -11,6 +11,9 @@ from torch import Tensor
 FAR = 2.5
 """Robust standard deviations above the median from which a value counts for the tail; 0.6 % of normal values lie beyond them."""
 
+EXTREME = 6.0
+"""Robust standard deviations above the median up to which a value counts for the tail even if it is above the limit."""
+
 FIRST_SHARE = 0.02
 """Share before any value is known, that of Student's t with 5 degrees of freedom: a limit that is too high at first is safer."""
 
@@ -53,6 +56,6 @@ def widening(share: Tensor, z: float) -> Tensor:
         z: Number of standard deviations of a normal distribution.
     """
     # With q above FAR the tail would be lighter than a normal one, which a limit has no use for; below 1, most values are far.
-    normal = (-torch.special.ndtri(share)).clamp(1.0, FAR)
+    normal: Tensor = (-torch.special.ndtri(share)).clamp(1.0, FAR)
     h = CAUTION * 2.0 * (FAR / normal).log() / normal.square()
     return (0.5 * z**2 * h).exp()

@@ -59,12 +59,18 @@ class RobustZScoreLimit(Limit):
         z'' = \min\bigl(z' \cdot \exp(h z^2 / 2),\ 3 z\bigr)
 
     where h is the weight of the upper tail, as in Tukey's h distribution, 0 for a normal one. It is estimated from the share p of
-    the values, in about the last 1000, that lie more than 2.5 robust standard deviations above the median of their time:
-    :math:`h = 1.2 \cdot 2 \ln(2.5 / q) / q^2` with :math:`q = -\Phi^{-1}(p)`, between 1 and 2.5. At first p is 2 %, as if of 100
-    values, which takes tails for heavy until some hundred values are known.
+    the values, in about the last 1000, that lie more than 2.5 robust standard deviations above the median of their time, and not
+    above both the limit and 6 standard deviations: :math:`h = 1.2 \cdot 2 \ln(2.5 / q) / q^2` with :math:`q = -\Phi^{-1}(p)`,
+    between 1 and 2.5. At first p is 2 %, as if of 100 values, which takes tails for heavy until some hundred values are known.
 
-    A value enters the window as it is clipped. After a lasting jump the limit follows within one or two windows; on the linear
-    scale :math:`z''` then stays near 3 z for about 1000 steps.
+    So the share of ordinary losses above the limit is, measured after 500 steps, at most 1.6 times the share of a normal
+    distribution beyond z, for normal losses and those with Student's t of 10 or 5 degrees of freedom, falling and slowly rising
+    ones, if z is at most 3.5; with 3 degrees of freedom it is at most twice that share if z is at most 3. With z = 4 it is about
+    2.8 times with 5 degrees of freedom and 16 times with 3, where :math:`z'` alone would give 80 and 250 times. Of jumps by 8
+    standard deviations in normal losses, 96 % are found with z = 4. More than 4 is rarely useful, because :math:`z''` grows faster
+    than z.
+
+    A value enters the window as it is clipped. After a lasting jump the limit follows within one or two windows.
 
     The state takes ``16 * window`` bytes for each block.
 
@@ -144,7 +150,9 @@ class RobustZScoreLimit(Limit):
         limits = torch.where(is_warm, median + z.clamp(max=MAX_WIDENING_OF_TAIL * self.z) * deviation, math.inf)
         # a norm of 0 is that of a block without a gradient, while a loss of 0 is one like any other
         is_new = torch.ones_like(is_warm) if blocks.are_losses else values > 0
-        is_far = values > median + self._widened(upper_tail.FAR, state) * deviation
+        far, extreme = (median + self._widened(z, state) * deviation for z in (upper_tail.FAR, upper_tail.EXTREME))
+        # A spike says nothing about the tail of ordinary values: spikes in one of a hundred steps would hide those that follow.
+        is_far = (values > far) & (values <= limits.maximum(extreme))
         tail = upper_tail.add(state["tail"], is_far, state["count"] - self.warmup)
         after = norm_window.add(torch.minimum(values, limits), is_new, state)
         return limits, after | {"tail": torch.where(is_new & is_warm, tail, state["tail"])}

@@ -99,6 +99,7 @@ examples: $(VENV)/.installed
 		"examples/optimizers.py --quick --output logs/quick_examples/optimizers" \
 		"examples/recurrent.py --quick --output logs/quick_examples/recurrent" \
 		"examples/nan_questions.py --quick --output logs/quick_examples/nan_questions" \
+		"examples/spikes.py --quick --output logs/quick_examples/spikes" \
 		"-m benchmarks.ranks --sets 50 --rounds 5" \
 		"-m benchmarks.after_nan" \
 		"-m benchmarks.rules --set 50 --steps 200 --budget-s 0.1" \

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clip_callbacks import AccumulationRescaling, ClipRule, clip_step
+from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, NonFiniteGuard, RobustZScoreLimit, clip_step
 from tests.helpers.matrix import examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -417,3 +417,67 @@ def test_optimizers_prints_its_table(quick, tmp_path):
     rows = [line for line in printed.splitlines() if line.endswith("True")]
     assert len(rows) == 6
     assert_pictures(tmp_path, "scales.png")
+
+
+# I. Loss spikes
+
+
+def test_the_gpt_is_causal_and_learns_from_the_next_character(example):
+    module = example("spikes")
+    torch.manual_seed(0)
+    model = module.GPT(layers=2, width=16)
+    inputs, targets = module.pieces(bytes(range(32, 127)) * 2, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    logits, changed = model(inputs), inputs.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % module.SYMBOLS
+    moved = (model(changed) - logits).abs().amax(dim=(0, 2)) > 0
+    assert not moved[:20].any()
+    assert moved[20:].all()
+    torch.testing.assert_close(model.loss((inputs, targets)), nn.functional.cross_entropy(logits.mT, targets))
+
+
+def test_poison_shuffles_the_targets_of_its_batch_and_changes_nothing_else(example):
+    module = example("spikes")
+    text = bytes(range(32, 127)) * 20
+    clean, poisoned = (module.batches(text, 5, 0, places) for places in (set(), {3}))
+    for step, ((inputs, targets), (same, maybe_shuffled)) in enumerate(zip(clean, poisoned, strict=True)):
+        assert torch.equal(inputs, same)
+        assert torch.equal(targets, maybe_shuffled) == (step != 3)
+        assert torch.equal(targets.flatten().sort().values, maybe_shuffled.flatten().sort().values)
+    places = [module.poisoned_steps(800, seed) for seed in range(20)]
+    assert all(sorted(step // module.EVERY for step in each) == [0, 1, 2, 3] for each in places)
+    assert len(set(map(frozenset, places))) > 1
+
+
+def test_damage_and_spikes_are_those_of_the_healthy_batches(example):
+    module = example("spikes")
+    losses = [2.0 + 0.1 * (step % 2) for step in range(60)]
+    clean = module.Run(losses, losses, [False] * 60, [False] * 60, 2.0)
+    assert clean.spikes(10) == 0
+    worse = [loss + (3.0 if step == 20 else 0.5 * (step in {21, 22, 50})) for step, loss in enumerate(losses)]
+    run = module.Run(worse, losses, [step == 20 for step in range(60)], [step in {20, 50} for step in range(60)], 2.0)
+    assert run.damage(clean) == pytest.approx(2 * 0.5 / module.AFTER)
+    assert run.spikes(10) == 2, "those of the steps 21 and 50: step 22 compares with a window that holds step 21"
+    assert [run.count(poisoned=bad, skipped=True) for bad in (True, False)] == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Spike at:RuntimeWarning")
+def test_a_threshold_on_the_loss_skips_the_poisoned_batch_alone(example):
+    module = example("spikes")
+    sizes, text = module.Sizes(layers=1, width=32, steps=70, seeds=1), (EXAMPLES / "spikes.py").read_bytes()
+    limit = RobustZScoreLimit(3.0, window=25, floor=0.01)
+    each = NonFiniteGuard(loss_above=limit), GradientClipping(None)
+    guarded, unguarded = (module.train(callback, 0, sizes, (text, text), {60}) for callback in each)
+    assert [step for step, skipped in enumerate(guarded.skipped) if skipped] == [60]
+    assert guarded.losses[:61] == unguarded.losses[:61]
+    assert guarded.norms[:61] == unguarded.norms[:61]
+    assert not any(unguarded.skipped)
+    assert guarded.losses[60] > max(guarded.losses[50:60]) > guarded.losses[61]
+
+
+@pytest.mark.slow
+def test_spikes_prints_its_table(quick, tmp_path):
+    printed = quick("spikes")
+    rows = [line for line in printed.splitlines() if line.endswith((" of 59", " of 60"))]
+    assert len(rows) >= 7
+    assert_pictures(tmp_path, "methods.png", "steps.png")

@@ -92,24 +92,21 @@ def largest(state: LimitState) -> Tensor:
     return state["sorted"].gather(0, (held(state) - 1).clamp(min=0).unsqueeze(0)).squeeze(0)
 
 
-def deviation(state: LimitState, median: Tensor) -> Tensor:
-    """Return the median absolute deviation of each block's values, shape ``(B,)``; undefined for a block without values.
+def median_and_deviation(state: LimitState) -> tuple[Tensor, Tensor]:
+    """Return the median and the median absolute deviation (MAD) of each block's values, each of shape ``(B,)``.
 
-    The h values that are nearest to the median are neighbours in sorted order. So the h-th smallest distance is the least, over all
-    runs of h neighbours, of the larger distance that an end of the run has.
-
-    Args:
-        state: The window.
-        median: Median of each block's values, shape ``(B,)``.
+    Both are undefined for a block without values. The h values that are nearest to the median are neighbours in sorted order. So
+    the h-th smallest distance is the least, over all runs of h neighbours, of the larger distance that an end of the run has.
     """
     ordered, count = state["sorted"], held(state)
+    # the places of the middle value, counted from 1: twice the same, or those of the two middle ones of an even number
+    ranks = torch.stack([(count + 1) // 2, count // 2 + 1])
+    lower, upper = ordered.gather(0, (ranks - 1).clamp(min=0)).unbind()
+    median = lower + 0.5 * (upper - lower)
+    # both ranks at once, shape (2, window, B): small operations cost their number, not their size
     starts = torch.arange(len(ordered), device=ordered.device).unsqueeze(1)
-
-    def smallest(rank: Tensor) -> Tensor:
-        ends = starts + rank - 1
-        # a run that ends beyond the values held is none
-        last = torch.where(ends < count, ordered.gather(0, ends.clamp(0, len(ordered) - 1)), math.inf)
-        return torch.maximum(last - median, median - ordered).amin(0)
-
-    # the middle distance, or the mean of the two middle ones of an even number
-    return 0.5 * (smallest((count + 1) // 2) + smallest(count // 2 + 1))
+    ends = starts + (ranks - 1).unsqueeze(1)
+    ending = ordered.expand(2, *ordered.shape).gather(1, ends.clamp(0, len(ordered) - 1))
+    # a run that ends beyond the values held is none
+    reach = torch.where(ends < count, ending, math.inf) - median
+    return median, 0.5 * torch.maximum(reach, median - ordered).amin(1).sum(0)

@@ -137,7 +137,8 @@ class RobustZScoreLimit(Limit):
     def _of_logarithms(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         norms = blocks.norms.double()
         median, deviation = self._measured(state)
-        limits = (median + self._widened(self.z, state) * deviation.clamp(min=self.floor)).exp()
+        (z,) = _widened(state, self.z)
+        limits = (median + z * deviation.clamp(min=self.floor)).exp()
         limits = torch.where(state["count"] >= self.warmup, limits, math.inf)
         # The logarithm of a number of 0 or below is -inf or NaN, which never enters: such a number is not new.
         return limits, norm_window.add(torch.minimum(norms, limits).log(), norms > 0, state)
@@ -146,13 +147,13 @@ class RobustZScoreLimit(Limit):
         values, is_warm = blocks.norms.double(), state["count"] >= self.warmup
         median, deviation = self._measured(state)
         deviation = deviation.maximum(self.floor * median.abs())
-        z = self._widened(self.z, state) * upper_tail.widening(state["tail"], self.z)
-        limits = torch.where(is_warm, median + z.clamp(max=MAX_WIDENING_OF_TAIL * self.z) * deviation, math.inf)
+        z, far, extreme = _widened(state, self.z, upper_tail.FAR, upper_tail.EXTREME)
+        z = (z * upper_tail.widening(state["tail"], self.z)).clamp(max=MAX_WIDENING_OF_TAIL * self.z)
+        limits = torch.where(is_warm, median + z * deviation, math.inf)
         # a norm of 0 is that of a block without a gradient, while a loss of 0 is one like any other
         is_new = torch.ones_like(is_warm) if blocks.are_losses else values > 0
-        far, extreme = (median + self._widened(z, state) * deviation for z in (upper_tail.FAR, upper_tail.EXTREME))
         # A spike says nothing about the tail of ordinary values: spikes in one of a hundred steps would hide those that follow.
-        is_far = (values > far) & (values <= limits.maximum(extreme))
+        is_far = (values > median + far * deviation) & (values <= limits.maximum(median + extreme * deviation))
         tail = upper_tail.add(state["tail"], is_far, state["count"] - self.warmup)
         after = norm_window.add(torch.minimum(values, limits), is_new, state)
         return limits, after | {"tail": torch.where(is_new & is_warm, tail, state["tail"])}
@@ -160,13 +161,13 @@ class RobustZScoreLimit(Limit):
     def _measured(self, state: LimitState) -> tuple[Tensor, Tensor]:
         """Return the median and the robust standard deviation of each window, shape ``(B,)``."""
         # inf and NaN for an empty window: they are computed on all the same, and selected away
-        median = norm_window.quantile(state, 0.5)
-        return median, MAD_TO_SIGMA * norm_window.deviation(state, median)
+        median, deviation = norm_window.median_and_deviation(state)
+        return median, MAD_TO_SIGMA * deviation
 
-    @staticmethod
-    def _widened(z: float, state: LimitState) -> Tensor:
-        """Return the z-score in use for a deviation that is estimated from so few values, shape ``(B,)``."""
-        # as of two values at least: fewer have no degree of freedom, and this would divide by 0
-        freedom = MAD_EFFICIENCY * (norm_window.held(state) - 1).clamp(min=1).double()
-        widened = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom.square())
-        return widened.clamp(max=MAX_WIDENING * z)
+
+def _widened(state: LimitState, *zs: float) -> list[Tensor]:
+    """Return the z-scores in use for a deviation that is estimated from so few values, each of shape ``(B,)``."""
+    # as of two values at least: fewer have no degree of freedom, and this would divide by 0
+    inverse = (MAD_EFFICIENCY * (norm_window.held(state) - 1).clamp(min=1).double()).reciprocal()
+    terms = [(z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96) for z in zs]
+    return [(z + inverse * (first + inverse * second)).clamp(max=MAX_WIDENING * z) for z, first, second in terms]

@@ -143,22 +143,22 @@ class NonFiniteGuard(GradientCallback):
     @property
     def skipped_steps(self) -> int:
         """Number of optimizer steps skipped so far, over all optimizers."""
-        return self._collected_counts.skipped
+        return self._collected_counts.total("skipped")
 
     @property
     def zeroed_steps(self) -> int:
         """Number of steps taken after non-finite entries were set to 0."""
-        return self._collected_counts.zeroed
+        return self._collected_counts.total("zeroed")
 
     @property
     def overflowed_steps(self) -> int:
         """Number of steps that a GradScaler skipped for an overflow."""
-        return self._collected_counts.overflowed
+        return self._collected_counts.total("overflowed")
 
     @property
     def spikes(self) -> int:
         """Number of finite steps above ``skip_above`` or ``loss_above``, skipped or only reported."""
-        return self._collected_counts.spikes
+        return self._collected_counts.total("spikes")
 
     @property
     def rollbacks(self) -> int:

@@ -93,30 +93,13 @@ class BadStepCounts:
         self.rollbacks = int(saved.get("rollbacks", 0))
         self.dropped_micro_batches = int(saved.get("dropped_micro_batches", 0))
 
-    @property
-    def skipped(self) -> int:
-        """Number of steps skipped, over all optimizers."""
-        return sum(counters.skipped for counters in self.of.values())
+    def total(self, kind: str) -> int:
+        """Return a count of steps over all optimizers.
 
-    @property
-    def zeroed(self) -> int:
-        """Number of steps taken after non-finite entries were set to 0, over all optimizers."""
-        return sum(counters.zeroed for counters in self.of.values())
-
-    @property
-    def overflowed(self) -> int:
-        """Number of steps that a GradScaler skipped, over all optimizers."""
-        return sum(counters.overflowed for counters in self.of.values())
-
-    @property
-    def spikes(self) -> int:
-        """Number of finite steps above a threshold, over all optimizers."""
-        return sum(counters.spikes for counters in self.of.values())
-
-    @property
-    def reported(self) -> int:
-        """Number of steps that were reported as non-finite under the policy "warn", over all optimizers."""
-        return sum(counters.reported for counters in self.of.values())
+        Args:
+            kind: Name of the attribute of :class:`Counters`.
+        """
+        return sum(getattr(counters, kind) for counters in self.of.values())
 
     def metrics(self, index: int) -> dict[str, float]:
         """Return the counts by the names of metrics: steps of one optimizer, and the rest for all optimizers together.

@@ -37,7 +37,7 @@ from clip_callbacks.guard.resource import ResourceScope
 from clip_callbacks.guard.restore import SkippedStepRestorer
 from clip_callbacks.guard.rollback import NoRestorer, RunRestorer
 from clip_callbacks.guard.run_state import HasLimitStates
-from clip_callbacks.guard.thresholds import SpikeThreshold
+from clip_callbacks.guard.thresholds import SpikeThresholds
 from clip_callbacks.guard.unguarded import CLIP, Resolution, Unguarded
 from clip_callbacks.trainer.compat import DATALOADER_ITER_FETCHER, is_instance
 from clip_callbacks.trainer.grad_scaler import grad_scaler
@@ -49,10 +49,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-THRESHOLDS = ("skip_above", "loss_above")
-"""Names of the guard's thresholds, and the keys of their states, in the order of a plan."""
-
-
 def check_saved(saved: Mapping[str, Any]) -> None:
     """Check that a saved state of a guard can be loaded.
 
@@ -60,8 +56,7 @@ def check_saved(saved: Mapping[str, Any]) -> None:
         LookupError, TypeError, ValueError: If it is damaged.
     """
     BadStepCounts(saved)
-    for name in THRESHOLDS:
-        SpikeThreshold(name, None, saved.get(name, {}))
+    SpikeThresholds(NO_SPIKE_LIMITS, saved)
     if "skipped_batches" in saved:
         SchedulerHold(is_on=False).load_state(saved["skipped_batches"])
 
@@ -88,10 +83,7 @@ class Guard(Unguarded):
         self.drops_micro_batches = options.drops_micro_batches
         self.deferral = options.deferred
         self.counts = BadStepCounts(saved)
-        self.thresholds = [
-            SpikeThreshold(name, limit, saved.get(name, {}))
-            for name, limit in zip(THRESHOLDS, (options.limits.skip_above, options.limits.loss_above), strict=True)
-        ]
+        self.thresholds = SpikeThresholds(options.limits, saved)
         self.schedules = SchedulerHold(options.hold_schedulers)
         if "skipped_batches" in saved:
             self.schedules.load_state(saved["skipped_batches"])
@@ -120,15 +112,14 @@ class Guard(Unguarded):
         for context in contexts:
             self.counts.of.setdefault(context.index, Counters())
             self._carried.setdefault(context.index, CarriedTensors(module))
-        for threshold in self.thresholds:
-            threshold.attach(contexts, renewed=renewed, resumed=resumed)
+        self.thresholds.attach(contexts, renewed=renewed, resumed=resumed)
         # The resources before remove their hooks first, so that no step is watched twice.
         before = self.restorer.hand_over() if renewed else {}
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self.restorer = SkippedStepRestorer(scope)
         # One restorer serves the whole fit: where optimizers change, it adapts the copy that it has.
         if self._options.rollback is not None and not renewed:
-            all_limits = (*limits, *self.thresholds)
+            all_limits = (*limits, self.thresholds)
             self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
         self.rollback.attach(contexts, self.restorer)
@@ -140,13 +131,10 @@ class Guard(Unguarded):
 
     @override
     def mismatch(self) -> StateMismatch:
-        mismatch = StateMismatch()
-        for threshold in self.thresholds:
-            mismatch.add(threshold.mismatch)
-        return mismatch
+        return self.thresholds.mismatch
 
     def _skipped_steps(self) -> int:
-        return self.counts.skipped + self.counts.overflowed
+        return self.counts.total("skipped") + self.counts.total("overflowed")
 
     @property
     def checks_losses(self) -> bool:  # type: ignore[override]
@@ -211,14 +199,11 @@ class Guard(Unguarded):
 
     @override
     def limit_states(self, index: int) -> ClipState:
-        return tuple(state for threshold in self.thresholds for state in threshold.limit_states(index))
+        return self.thresholds.limit_states(index)
 
     @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        rest = list(states)
-        for threshold in self.thresholds:
-            if threshold.limit is not None:
-                threshold.save_limit_states(index, (rest.pop(0),))
+        self.thresholds.save_limit_states(index, states)
 
     @override
     def resolve(self, step: StepContext, measured: MeasuredStep) -> Resolution:
@@ -437,10 +422,10 @@ class Guard(Unguarded):
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
         steps = sum(context.history.steps for context in contexts)
         counted = (
-            ("taken with non-finite entries set to 0", self.counts.zeroed),
-            ("with non-finite gradients or losses, reported", self.counts.reported),
-            ("spikes", self.counts.spikes),
-            ("skipped by the GradScaler", self.counts.overflowed),
+            ("taken with non-finite entries set to 0", self.counts.total("zeroed")),
+            ("with non-finite gradients or losses, reported", self.counts.total("reported")),
+            ("spikes", self.counts.total("spikes")),
+            ("skipped by the GradScaler", self.counts.total("overflowed")),
             ("dropped micro-batches", self.counts.dropped_micro_batches),
             ("rollbacks", self.counts.rollbacks),
         )
@@ -449,8 +434,7 @@ class Guard(Unguarded):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""
-        limits = {threshold.name: threshold.state_dict() for threshold in self.thresholds}
-        return self.counts.state_dict() | limits | {"skipped_batches": self.schedules.state()}
+        return self.counts.state_dict() | self.thresholds.state_dict() | {"skipped_batches": self.schedules.state()}
 
     @override
     def detach(self) -> None:

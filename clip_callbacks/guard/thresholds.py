@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
 from clip_callbacks.core.limits import MaxNorm
-from clip_callbacks.core.rules import ClipRule, ClipState
+from clip_callbacks.core.rules import ClipRule, ClipState, SpikeLimits
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 
@@ -66,3 +66,46 @@ class SpikeThreshold:
     def state_dict(self) -> dict[int, Any]:
         """Return all states, for a checkpoint."""
         return {index: state.dump() for index, state in self._states.items()}
+
+
+class SpikeThresholds:
+    """Both thresholds of a guard, in the order of a plan.
+
+    Args:
+        limits: The limits.
+        saved: State of the guard from a checkpoint.
+    """
+
+    def __init__(self, limits: SpikeLimits, saved: Mapping[str, Any]) -> None:
+        self._each = [
+            SpikeThreshold("skip_above", limits.skip_above, saved.get("skip_above", {})),
+            SpikeThreshold("loss_above", limits.loss_above, saved.get("loss_above", {})),
+        ]
+
+    @property
+    def mismatch(self) -> StateMismatch:
+        """Parts of the checkpoint that do not fit the present limits."""
+        mismatch = StateMismatch()
+        for threshold in self._each:
+            mismatch.add(threshold.mismatch)
+        return mismatch
+
+    def attach(self, contexts: Sequence[OptimizerContext], *, renewed: bool, resumed: Collection[int]) -> None:
+        """Prepare the states for each optimizer, as :meth:`SpikeThreshold.attach` does."""
+        for threshold in self._each:
+            threshold.attach(contexts, renewed=renewed, resumed=resumed)
+
+    def limit_states(self, index: int) -> ClipState:
+        """Return the states of an optimizer, of those thresholds that have a limit."""
+        return tuple(state for threshold in self._each for state in threshold.limit_states(index))
+
+    def save_limit_states(self, index: int, states: ClipState) -> None:
+        """Store the states for the next step."""
+        rest = list(states)
+        for threshold in self._each:
+            if threshold.limit is not None:
+                threshold.save_limit_states(index, (rest.pop(0),))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all states, for a checkpoint."""
+        return {threshold.name: threshold.state_dict() for threshold in self._each}

@@ -55,7 +55,7 @@ class VanishedBlock:
         name: Name of the block.
         share: Share of its entries whose gradient was exactly zero throughout, or whose weights the updates did not change.
         is_zero: If True, most of these entries had a gradient of exactly zero; if False, updates too small to change them.
-        dtype: Data type of the block's largest parameter.
+        dtype: Data type of the largest of the block's parameters that do not learn.
         rate: Learning rate of that parameter; NaN if the optimizer chooses it.
         size: Median size of that parameter's weights; NaN if it is not known or does not matter.
     """
@@ -277,7 +277,9 @@ class VanishingDetector:
         zero = (sums(sizes * is_zero) / sums(sizes * (is_zero | learns))).nan_to_num(0.0)
         small = (1.0 - zero) * (sums(stalled) / sums(with_gradient)).nan_to_num(0.0)
         shares, is_mostly_zero = (zero + small).tolist(), (zero >= small).tolist()
-        largest = {blocks.index[place]: place for place in sizes.argsort().tolist()}  # the last place of a block stays
+        # One of the parameters that did not learn describes its block. Frozen ones have no part in it: their data type may be any.
+        did_not_learn = torch.where(blocks.spread(zero >= small, outside=False), is_zero, stalled > 0)
+        largest = {blocks.index[place]: place for place in (sizes * did_not_learn).argsort().tolist()}  # a block's last place stays
         rates = self._rates()
         return [
             self._vanished(name, shares[block], largest[block], rates[largest[block]], is_zero=is_mostly_zero[block])
@@ -286,7 +288,7 @@ class VanishingDetector:
         ]
 
     def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
-        """Describe a block by its largest parameter, which is at a place of the table."""
+        """Describe a block by its parameter at a place of the table."""
         assert self._sample is not None
         size = math.nan if is_zero else self._sample.typical_size(place)
         dtype, rate = self._table.tensors[place].dtype, math.nan if rate is None else float(rate)

@@ -248,7 +248,7 @@ def _norm_suggestion_text(section: Section) -> str:
 
 def _loss_suggestion_text(section: Section) -> str:
     if section.loss_advice is None:
-        return ""
+        return section.no_loss_advice and f"{section.log.name}: {section.no_loss_advice}"
     return f"{section.log.name}: {section.loss_advice.describe()}\n\n{section.loss_yaml()}".rstrip()
 
 

@@ -34,8 +34,8 @@ class GradientNormMonitor(GradientCallback):
     had a gradient of exactly 0 in every step, although the backward pass reached their parameters; or their weights were bit for
     bit unchanged, although they had gradients and a learning rate above 0. An epoch of more than 1,000 healthy steps is judged
     every 1,000 steps, epochs of fewer than 100 together. ``grad_vanished/<block>`` at the end of an epoch is the share of these
-    entries. Frozen, unused and rarely used parameters do not count. A check reads 256 entries of each weight and gradient, on some
-    of the logging steps, and needs 2 KiB of memory for each parameter.
+    entries, the largest one if the epoch was judged several times. Frozen, unused and rarely used parameters do not count. A check
+    reads 256 entries of each weight and gradient, on some of the logging steps, and needs 2 KiB of memory for each parameter.
 
     Args:
         scope: The gradient entries that share one norm: "global", "group", "layer" or "parameter". ("unit" would be thousands of

@@ -1,4 +1,4 @@
-"""Findings on the blocks of a run: shares of the norm, update-to-weight ratios, blocks that learn nothing."""
+"""Findings on the blocks of a run: shares of the norm, update-to-weight ratios, blocks that do not learn."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from clip_callbacks.core.metric_names import GRADIENT_ZEROS
 from clip_callbacks.html_report.finding import Finding, listed
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.vanished import silent_blocks, vanished_blocks
+from clip_callbacks.stats.vanishing import MIN_STEPS
+from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, describe_rounding, least_update
 
 DOMINANT_SHARE = 0.9
 """A block whose norm is a larger share of the total norm decides alone how all blocks are clipped."""
@@ -19,14 +22,9 @@ VANISHING_SHARE = 1e-4
 """A block whose norm is a smaller share of the total norm hardly learns."""
 USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
 """Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
-FLOAT32_HALF_SPACING = 2.0**-25
-"""Least half of the distance between neighbouring float32 numbers, relative to them: smaller updates are rounded away."""
 MANY_ZEROS = 0.5
 """Least share of exact zeros in a gradient that is reported."""
 TYPICAL_RATIO = "About 1e-3 is typical."
-ROUNDED_AWAY = "Rounding removes updates below about 0.2% of a weight in bfloat16, 0.02% in float16 and 0.000003% in float32."
-ZERO_CAUSES = "units that are never active (ReLU), a path that is detached or unused, a part of the loss with weight 0"
-SMALL_CURE = 'Keep the weights in float32 (precision "bf16-mixed" instead of "bf16-true"), or raise the learning rate.'
 
 
 def find_in_blocks(log: OptimizerLog) -> Iterator[Finding]:
@@ -71,24 +69,25 @@ def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
         )
     silent = silent_blocks(log)
     if slow := [name for name, value in medians.items() if value < low and name not in silent]:
-        text = f"The update-to-weight ratio of {listed(slow)} is below {low:g}: they hardly change. {TYPICAL_RATIO} {ROUNDED_AWAY}"
-        lost = [name for name in slow if medians[name] < FLOAT32_HALF_SPACING]
+        text = f"The update-to-weight ratio of {listed(slow)} is below {low:g}: they hardly change."
+        text += f" {TYPICAL_RATIO} {describe_rounding()}"
+        lost = [name for name in slow if medians[name] < least_update(torch.float32)]
         if lost:
-            text += f" That of {listed(lost)} is below {FLOAT32_HALF_SPACING:.0e}: such updates change nothing."
+            text += f" That of {listed(lost)} is below {least_update(torch.float32):.0e}: such updates change nothing."
         yield Finding("warn" if lost else "note", text)
 
 
 def _vanished(log: OptimizerLog) -> Iterator[Finding]:
-    """Name the blocks that learned nothing for a while, grouped by what the log tells of the cause."""
+    """Name the blocks that did not learn for a while, grouped by what the log tells of the cause."""
     found, zeros, silent = vanished_blocks(log), log.with_prefix(GRADIENT_ZEROS), silent_blocks(log)
     of_cause: dict[str, list[str]] = {}
     for name, block in found.items():
         if block.epochs:
             cause = _cause(name in silent, zeros.get(name, Series.empty()))
-            epochs = f"{block.epochs} epoch{'' if block.epochs == 1 else 's'}"
-            of_cause.setdefault(cause, []).append(f"{name} ({block.share:.0%} of its entries, in {epochs})")
+            epochs = "an epoch" if block.epochs == 1 else f"{block.epochs} epochs"
+            of_cause.setdefault(cause, []).append(f"{name} ({block.share:.0%} of its entries, at the end of {epochs})")
     for cause, names in of_cause.items():
-        yield Finding("warn", f"Learned nothing for an epoch or longer: {listed(names)}. {cause}")
+        yield Finding("warn", f"Did not learn for {MIN_STEPS} steps or more: {listed(names)}. {cause}")
     if unexplained := [name for name, block in found.items() if not block.epochs]:
         yield Finding(
             "note",
@@ -100,13 +99,11 @@ def _vanished(log: OptimizerLog) -> Iterator[Finding]:
 def _cause(is_silent: bool, zeros: Series) -> str:
     """Return a sentence about the likely causes, as far as the log tells them."""
     if is_silent or (zeros and np.median(zeros.values) >= MANY_ZEROS):
-        return f"The gradient was exactly zero. Likely causes: {ZERO_CAUSES}."
+        return f"The gradient was exactly zero. {ZERO_CAUSES}"
+    lost = " ".join(describe_lost_updates())
     if zeros:
-        return f"The gradient was not zero, but the updates were too small to change the weights. {ROUNDED_AWAY} {SMALL_CURE}"
-    return (
-        f"Either the gradient was exactly zero ({ZERO_CAUSES}), or the updates were too small to change the weights. "
-        f"{ROUNDED_AWAY} {SMALL_CURE}"
-    )
+        return f"The gradient was not zero, but the updates were too small to change the weights. {lost}"
+    return f"Either the gradient was exactly zero, or the updates were too small to change the weights. {ZERO_CAUSES} {lost}"
 
 
 def _zeros(log: OptimizerLog) -> Iterator[Finding]:

@@ -229,7 +229,7 @@ def _end_of_run(log: OptimizerLog) -> Iterator[Finding]:
     last, streak, policy = entries[-1], entries[-1].get("streak"), str(entries[-1].get("policy"))
     if policy == "raise":
         yield Finding("bad", f'NonFiniteGuard(policy="raise") ended the run at optimizer step {last["step"]:,}.')
-    elif policy not in {"ignore", "rollback"} and isinstance(streak, int) and streak > 1:
+    elif policy not in {"ignore", "rollback", "warn"} and isinstance(streak, int) and streak > 1:
         yield Finding(
             "bad",
             f"The log ends with {streak} bad batches in a row, the last at optimizer step {last['step']:,}. NonFiniteGuard ends a "

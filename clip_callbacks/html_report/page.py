@@ -29,7 +29,7 @@ from clip_callbacks.html_report.runs import OptimizerLog, Run, UnusableLogError
 from clip_callbacks.html_report.spikes import MIN_POINTS_FOR_SPIKES
 from clip_callbacks.html_report.third_party_norms import suggestion_conditions, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
-from clip_callbacks.stats.loss_advice import LossAdvice, advise_on_losses
+from clip_callbacks.stats.loss_advice import MIN_LOSSES, NONE_FITS, LossAdvice, advise_on_losses
 
 MISSING = "-"
 """Text of a table cell without a value."""
@@ -99,6 +99,14 @@ class Section:
     def loss_yaml(self) -> str:
         """Return the suggested loss_above as YAML for LightningCLI."""
         return yaml.safe_dump(self.loss_advice.configuration(), sort_keys=False) if self.loss_advice else ""
+
+    @property
+    def no_loss_advice(self) -> str:
+        """Say why no loss_above is suggested although enough losses were logged; empty otherwise."""
+        loss = self.plotted.loss
+        if self.loss_advice or loss is None or len(loss.logged) < MIN_LOSSES or out_of_control(self.plotted.losses):
+            return ""
+        return f"No suggestion of a loss_above: {NONE_FITS}"
 
 
 LOCAL_NORMS_CONDITION = (

@@ -1,4 +1,4 @@
-"""Blocks that learned nothing for a while: named by the monitor at the end of an epoch, or with a norm of exactly 0 throughout."""
+"""Blocks that did not learn for a while: named by the monitor at the end of an epoch, or with a norm of exactly 0 throughout."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from clip_callbacks.html_report.axes import label_step_axis, natural_order, shor
 from clip_callbacks.html_report.rendering import Chart, Theme
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
+from clip_callbacks.stats.vanishing import MAX_STEPS, MIN_STEPS
 
 MIN_NORMS_FOR_SILENCE = 10
 """A norm of exactly 0 at fewer logged steps says little about a block."""
 MAX_ROWS = 40
 """The number of blocks in the plot."""
 VANISHED_COLOR, SILENT_COLOR = "#d1495b", "#7f8b99"
-"""Colors of epochs in which a block learned nothing, and of norms that are 0 throughout; legible on either page."""
+"""Colors of epochs at whose end a block was named, and of norms that are 0 throughout; legible on either page."""
 BAR_HEIGHT = 0.7
 """Height of a bar, as a share of its row."""
 
 
 @dataclass(frozen=True)
 class Vanished:
-    """A block that learned nothing for a while.
+    """A block that did not learn for a while.
 
     Args:
-        spans: First and last optimizer step of each stretch.
-        share: Largest share of its entries that learned nothing; 1 for a norm of 0.
-        epochs: Number of epochs in which the monitor named it; 0 if only its norm tells.
+        spans: First and last optimizer step of each stretch: an epoch at whose end the monitor named it, or all logged steps. The
+            steps that the monitor has judged may be a part of the epoch, or reach back into earlier ones: the log does not tell.
+        share: Largest share of its entries that did not learn; 1 for a norm of 0.
+        epochs: Number of epochs at whose end the monitor named it; 0 if only its norm tells.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -40,7 +42,7 @@ class Vanished:
 
 
 def vanished_blocks(log: OptimizerLog) -> dict[str, Vanished]:
-    """Find the blocks that learned nothing for a while, by name in natural order."""
+    """Find the blocks that did not learn for a while, by name in natural order."""
     named = {name: series for name, series in log.with_prefix(VANISHED).items() if series}
     ends = _epoch_ends(log, named)
     found = {
@@ -74,7 +76,7 @@ def _epochs(series: Series, ends: np.ndarray, first: int) -> Iterator[tuple[int,
 
 
 def vanished_chart(log: OptimizerLog, number: int) -> Chart | None:
-    """Make a plot with one row for each block that learned nothing for a while; None if there is none.
+    """Make a plot with one row for each block that did not learn for a while; None if there is none.
 
     Args:
         log: The log of the optimizer.
@@ -109,8 +111,10 @@ def _caption(found: dict[str, Vanished], names: list[str]) -> str:
     caption = ""
     if any(found[name].epochs for name in names):
         caption += (
-            "Red: epochs in which at least half of the block's entries had a gradient of exactly zero, or updates too small to "
-            "change the weights. "
+            "Red: epochs at whose end GradientNormMonitor named the block, because more than half of its entries had a gradient of "
+            f"exactly zero, or updates too small to change the weights, for at least {MIN_STEPS} steps. In a long epoch these may "
+            f"be {MAX_STEPS:,} of its steps; of epochs that were judged together, with fewer than {MIN_STEPS} steps each, only the "
+            "last one is red. "
         )
     if not all(found[name].epochs for name in names):
         caption += (

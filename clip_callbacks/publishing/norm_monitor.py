@@ -49,7 +49,7 @@ class NormMonitor(Monitor):
         self._blocks: dict[int, BlockHistory] = {}
         self._last_logged = {int(index): step for index, step in saved.get("last_logged", {}).items()}
         self._vanishing = {int(index): self._new_detector(named) for index, named in saved.get("vanished", {}).items()}
-        self._vanished: dict[int, list[VanishedBlock]] = {}
+        self._vanished: dict[int, dict[str, VanishedBlock]] = {}  # of the current epoch, by the block's name
         self._before: dict[int, StateBeforeWrite] = {}
         for index, values in saved.get("norms", {}).items():
             self._norms[int(index)] = NormHistory()
@@ -129,14 +129,19 @@ class NormMonitor(Monitor):
         self._blocks[context.index].end_epoch()
         if self._vanishing[context.index].is_due:
             self._judge(context)
-        vanished = sorted(self._vanished.pop(context.index, ()), key=lambda block: -block.share)[: self.options.top_k]
-        return metrics | {VANISHED + block.name: block.share for block in vanished}
+        found = self._vanished.pop(context.index, {}).values()
+        largest_shares = sorted(found, key=lambda block: -block.share)[: self.options.top_k]
+        return metrics | {VANISHED + block.name: block.share for block in largest_shares}
 
     def _judge(self, context: OptimizerContext) -> None:
         """Find the blocks that did not learn in the span, and warn of those that are new."""
         detector = self._vanishing[context.index]
         steps = detector.steps
-        found = self._vanished[context.index] = detector.judge()
+        found = detector.judge()
+        of_epoch = self._vanished.setdefault(context.index, {})
+        for block in found:  # a long epoch has several spans, of which the worst counts
+            known = of_epoch.setdefault(block.name, block)
+            of_epoch[block.name] = max(known, block, key=lambda each: each.share)
         if new := detector.name_new(found):
             text = describe(new, steps, context.history.steps)
             rank_zero_warn(f"GradientNormMonitor{context.suffix}: {text}", category=RuntimeWarning)

@@ -5,30 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+import clip_callbacks.core.limits._tail as loss_tail
 import clip_callbacks.core.limits._window as loss_window
 from clip_callbacks.core.limits import BlockNorms, RobustZScoreLimit
-from clip_callbacks.core.limits.robust_zscore import MAD_TO_SIGMA, Scale
+from clip_callbacks.core.limits.robust_zscore import Scale
 
 MIN_LOSSES = 100
 """Least number of losses that a suggestion is made from: fewer tell too little of the ordinary ones."""
 MAX_JUDGED_LOSSES = 10_000
 """Largest number of losses, evenly spread over the run, whose limit is computed: it bounds time and memory."""
-ZS = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
-"""The z that are tried, in this order."""
+ZS = (4.0, 5.0)
+"""The z that are tried on each scale, in this order. A larger one hardly finds more spikes than a fixed number would."""
+FLOOR = 0.01
+"""Floor of the limit: losses vary less than norms, and this one is above the rounding of bfloat16 (0.4 %)."""
 MAX_ORDINARY_SHARE = 0.001
 """Largest share of ordinary losses that may be above the suggestion."""
 LOG_SCALE_RATIO = 10.0
 """Least ratio of the largest to the smallest level of positive losses for which their noise is taken to shrink with them."""
 LEVEL_LOSSES = 101
 """Number of losses in a row whose median is the level of the losses there."""
-FLOORS = (RobustZScoreLimit.floor, 0.01)
-"""Floors of the limit: the default and, for losses that vary less, one that the rounding of bfloat16 (0.4 %) does not reach."""
+NONE_FITS = (
+    f"more than {MAX_ORDINARY_SHARE:.1%} of the losses that are no spikes in hindsight are above each limit that was tried "
+    f"(RobustZScoreLimit with z={ZS[0]:g} and {ZS[1]:g} on the linear scale and, for losses above 0, on the logarithmic one)."
+)
+"""Reason why there is no suggestion, for enough losses."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,8 @@ class LossAdvice:
 
     @property
     def _arguments(self) -> dict[str, float | str]:
-        """Return the arguments of the limit, floor and scale only if they are not the defaults."""
-        chosen: dict[str, float | str] = {"z": self.limit.z}
-        if self.limit.floor != RobustZScoreLimit.floor:
-            chosen["floor"] = self.limit.floor
+        """Return the arguments of the limit, the scale only if it is not the default."""
+        chosen: dict[str, float | str] = {"z": self.limit.z, "floor": self.limit.floor}
         if self.limit.scale != RobustZScoreLimit.scale:
             chosen["scale"] = self.limit.scale
         return chosen
@@ -103,10 +108,10 @@ def advise_on_losses(
 ) -> LossAdvice | None:
     """Suggest a loss_above for NonFiniteGuard from the training losses of a run, in the order of its steps.
 
-    The suggestion is a :class:`~clip_callbacks.RobustZScoreLimit` with the smallest z of 4, 5, 6, 8, 10 and 12 that at most 0.1 %
-    of the ordinary losses exceed. Its scale is logarithmic if all losses are above 0 and their level (the running median of 101
-    losses) changes at least tenfold, since their noise then mostly shrinks with them, and linear otherwise. Its floor is the
-    default of 5 % or, where the losses vary less than that around their level, 1 %.
+    The suggestion is a :class:`~clip_callbacks.RobustZScoreLimit` with a floor of 1 % and the smaller z of 4 and 5 that at most
+    0.1 % of the ordinary losses exceed. Its scale is linear, for losses of any sign. If all losses are above 0, it may be
+    logarithmic: it is so if their level (the running median of 101 losses) changes at least tenfold, since their noise then mostly
+    shrinks with them; and otherwise if no z fits on the linear scale, as for losses whose logarithms are normally distributed.
 
     The limit of each loss is that of a window with the losses before it. In the guard, spikes enter the window as the limit cuts
     them; the median and the MAD hardly notice the difference.
@@ -119,34 +124,42 @@ def advise_on_losses(
         steps_between: Number of optimizer steps from one logged loss to the next.
 
     Returns:
-        The advice; None with fewer than 100 losses, or if ordinary losses are above every limit that is tried.
+        The advice; None with fewer than 100 losses, or if more than 0.1 % of the ordinary ones are above each limit that is
+            tried.
 
     Example::
 
         >>> losses = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> advise_on_losses(losses, torch.zeros(1000, dtype=torch.bool)).call
-        "RobustZScoreLimit(z=4.0, scale='linear')"
+        "RobustZScoreLimit(z=4.0, floor=0.01, scale='linear')"
     """
     values = losses.detach().double().flatten().cpu()
     if len(values) < MIN_LOSSES:
         return None
     judged = torch.linspace(0, len(values) - 1, min(len(values), MAX_JUDGED_LOSSES)).long()
     level = _level(values, judged)
-    variation = MAD_TO_SIGMA * float(((values[judged] - level) / level).abs().nan_to_num(math.inf).median())
-    floor = FLOORS[variation < FLOORS[0]]
-    scale: Scale = "log" if bool((values > 0).all()) and float(level.max()) >= LOG_SCALE_RATIO * float(level.min()) else "linear"
     ordinary = is_spike[judged].logical_not()
-    for z in ZS:
-        limit = RobustZScoreLimit(z, floor=floor, scale=scale)
+    scales = _scales(values, level)
+    for scale, z in product(scales, ZS):
+        limit = RobustZScoreLimit(z, floor=FLOOR, scale=scale)
         above = values[judged] > limits_at(values, judged, limit)
         ordinary_skips = int((above & ordinary).sum())
         if ordinary_skips <= MAX_ORDINARY_SHARE * len(judged):
             reasons = [
-                *_choices(limit, level, variation),
+                *_choices(limit, level, is_first_scale=scale == scales[0]),
                 *_conditions(metric, len(values), limit.window, is_ours=is_ours, steps_between=steps_between),
             ]
             return LossAdvice(metric, limit, len(judged), int(above.sum()), ordinary_skips, tuple(reasons))
     return None
+
+
+def _scales(losses: Tensor, level: Tensor) -> tuple[Scale, ...]:
+    """Return the scales to try, the likelier one first."""
+    if not bool((losses > 0).all()):
+        return ("linear",)
+    if float(level.max()) >= LOG_SCALE_RATIO * float(level.min()):
+        return ("log", "linear")
+    return ("linear", "log")
 
 
 def limits_at(losses: Tensor, places: Tensor, limit: RobustZScoreLimit) -> Tensor:
@@ -154,13 +167,37 @@ def limits_at(losses: Tensor, places: Tensor, limit: RobustZScoreLimit) -> Tenso
 
     Args:
         losses: Losses in the order of the steps, float64, shape ``(n,)``.
-        places: Indices of the losses whose limits are wanted, int64, shape ``(m,)``.
+        places: Indices of the losses whose limits are wanted, in ascending order, int64, shape ``(m,)``. On the linear scale, the
+            upper tail is estimated from these losses alone.
         limit: The limit.
     """
     numbers = losses.log() if limit.scale == "log" else losses
     before = pad(numbers, (limit.window, 0), value=math.inf).unfold(0, limit.window, 1)[places].T
     # each place is a block of its own, so that one step of the limit does for all
-    return limit.step(BlockNorms(losses[places], are_losses=True), loss_window.holding(before))[0]
+    blocks = BlockNorms(losses[places], are_losses=True)
+    window = loss_window.holding(before) | {"count": places}
+    tail = loss_tail.empty(len(places))
+    if limit.scale == "log":
+        return limit.step(blocks, window)[0]
+    # A loss counts for the tail or not according to its limit, which depends on the tail of those before it. Each round gives one
+    # more loss its limit at least, and all others theirs after a few rounds.
+    while True:
+        limits, after = limit.step(blocks, window | {"tail": tail})
+        known, tail = tail, _shares_before(after["tail"] > tail, places, limit.warmup)
+        if torch.equal(tail, known):
+            return limits
+
+
+def _shares_before(is_far: Tensor, places: Tensor, warmup: int) -> Tensor:
+    """Return the share of losses far above the median that a limit knows at each place, float64, shape ``(m,)``."""
+    # from a share of 0, a loss that is far above the median leads to its weight
+    weights = loss_tail.add(torch.zeros(len(places), dtype=torch.float64), torch.ones_like(is_far), places - warmup)
+    weights = weights.masked_fill(places < warmup, 0.0)
+    share, shares = loss_tail.FIRST_SHARE, []
+    for weight, far in zip(weights.tolist(), is_far.tolist(), strict=True):
+        shares.append(share)
+        share += weight * (far - share)
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def _level(losses: Tensor, places: Tensor) -> Tensor:
@@ -170,17 +207,18 @@ def _level(losses: Tensor, places: Tensor) -> Tensor:
     return padded.unfold(0, LEVEL_LOSSES, 1)[places].median(1).values
 
 
-def _choices(limit: RobustZScoreLimit, level: Tensor, variation: float) -> Iterator[str]:
-    """Give the reasons for z, scale and floor."""
-    tried = ", ".join(f"{z:g}" for z in ZS)
+def _choices(limit: RobustZScoreLimit, level: Tensor, *, is_first_scale: bool) -> Iterator[str]:
+    """Give the reasons for z and scale."""
+    tried = " and ".join(f"{z:g}" for z in ZS)
     yield (
         f"z={limit.z:g} is the smallest of {tried} for which at most {MAX_ORDINARY_SHARE:.1%} of the losses that are no spikes in "
         "hindsight are above the limit."
     )
-    if limit.scale == "log":
+    if not is_first_scale:
+        other, this = ("linear", "logarithmic") if limit.scale == "log" else ("logarithmic", "linear")
+        yield f"The scale is {this}, because on the {other} one more of them are above the limit with any of these z."
+    elif limit.scale == "log":
         yield f"The scale is logarithmic, because the level of the losses ranges from {level.min():.3g} to {level.max():.3g}."
-    if limit.floor != FLOORS[0]:
-        yield f"The losses vary by {variation:.1%} around their level, less than the default floor of {FLOORS[0]:.0%}."
 
 
 def _conditions(metric: str, count: int, window: int, *, is_ours: bool, steps_between: float) -> Iterator[str]:

@@ -26,6 +26,7 @@ from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.norm_history import MAX_WAITING_STEPS
+from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, dtype_name
 from clip_callbacks.stats.weight_sample import WeightSample
 
 MIN_STEPS = 100
@@ -55,7 +56,7 @@ class VanishedBlock:
         name: Name of the block.
         share: Share of its entries whose gradient was exactly zero throughout, or whose weights the updates did not change.
         is_zero: If True, most of these entries had a gradient of exactly zero; if False, updates too small to change them.
-        dtype: Data type of the block's largest parameter.
+        dtype: Data type of the largest of the block's parameters that do not learn.
         rate: Learning rate of that parameter; NaN if the optimizer chooses it.
         size: Median size of that parameter's weights; NaN if it is not known or does not matter.
     """
@@ -74,7 +75,7 @@ class VanishedBlock:
             return f"{self.name}: the gradient of {which} was exactly 0 in every step"
         size = f", the weights are about {self.size:.2g}" if self.size == self.size else ""
         rate = f", the learning rate is {self.rate:.2g}" if self.rate == self.rate else ""
-        return f"{self.name}: the updates left {self.share:.0%} of the {_dtype_name(self.dtype)} weights unchanged{rate}{size}"
+        return f"{self.name}: the updates left {self.share:.0%} of the {dtype_name(self.dtype)} weights unchanged{rate}{size}"
 
 
 class VanishingDetector:
@@ -277,7 +278,9 @@ class VanishingDetector:
         zero = (sums(sizes * is_zero) / sums(sizes * (is_zero | learns))).nan_to_num(0.0)
         small = (1.0 - zero) * (sums(stalled) / sums(with_gradient)).nan_to_num(0.0)
         shares, is_mostly_zero = (zero + small).tolist(), (zero >= small).tolist()
-        largest = {blocks.index[place]: place for place in sizes.argsort().tolist()}  # the last place of a block stays
+        # One of the parameters that did not learn describes its block. Frozen ones have no part in it: their data type may be any.
+        did_not_learn = torch.where(blocks.spread(zero >= small, outside=False), is_zero, stalled > 0)
+        largest = {blocks.index[place]: place for place in (sizes * did_not_learn).argsort().tolist()}  # a block's last place stays
         rates = self._rates()
         return [
             self._vanished(name, shares[block], largest[block], rates[largest[block]], is_zero=is_mostly_zero[block])
@@ -286,7 +289,7 @@ class VanishingDetector:
         ]
 
     def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
-        """Describe a block by its largest parameter, which is at a place of the table."""
+        """Describe a block by its parameter at a place of the table."""
         assert self._sample is not None
         size = math.nan if is_zero else self._sample.typical_size(place)
         dtype, rate = self._table.tensors[place].dtype, math.nan if rate is None else float(rate)
@@ -321,30 +324,7 @@ def describe(blocks: Sequence[VanishedBlock], steps: int, last: int) -> str:
     if len(blocks) > MAX_LINES:
         lines.append(f"  and {len(blocks) - MAX_LINES} more")
     if any(block.is_zero for block in blocks):
-        lines.append(
-            "Likely causes of gradients that are exactly 0: a ReLU that is 0 for every input; a loss with weight 0, masked out "
-            "everywhere or fitted perfectly; an input that is always 0; a saturated activation, clamp or softmax; an expert that "
-            "receives no token; gradients that underflow, after many layers or in float16 without a GradScaler."
-        )
-    lines += [_lost_updates(dtype) for dtype in dict.fromkeys(block.dtype for block in blocks if not block.is_zero)]
+        lines.append(ZERO_CAUSES)
+    lines += describe_lost_updates(dict.fromkeys(block.dtype for block in blocks if not block.is_zero))
     lines.append("Each block is named once; `grad_vanished/<block>` shows it at the end of each epoch.")
     return "\n".join(lines)
-
-
-def _lost_updates(dtype: torch.dtype) -> str:
-    """Say which updates are rounded away in a data type.
-
-    Half the distance between neighbouring numbers is eps / 2 of a weight just above a power of 2, and eps / 4 just below one.
-    """
-    lost = torch.finfo(dtype).eps / 4
-    cures = "Raise the learning rate, unless the training has converged, or the next normalization removes what the block adds."
-    if dtype in {torch.bfloat16, torch.float16}:
-        cures = (
-            'Keep the weights in float32 (precision="bf16-mixed" instead of "bf16-true"), raise the learning rate, or use an '
-            "optimizer with float32 master weights, Kahan summation or stochastic rounding."
-        )
-    return f"In {_dtype_name(dtype)}, updates smaller than {lost:.1g} of a weight are rounded away. {cures}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Blocks that do not learn, on several ranks: all find the same ones, and rank zero warns."""
+"""Blocks that do not learn where ranks hold parts of the parameters: all ranks find the same ones, those of one process."""
 
 from __future__ import annotations
 

@@ -141,6 +141,28 @@ def test_blocks_that_updates_do_not_change_are_named_with_dtype_and_learning_rat
     assert "exactly 0" not in text
 
 
+class Quantized(nn.Module):
+    """A layer with a frozen weight, larger than the parameters that train."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.codes = nn.Parameter(torch.ones(64, 64).to(dtype), requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, inputs):
+        return inputs * self.scale
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_a_frozen_weight_does_not_describe_its_block(trainer, dtype, scope):
+    module = Regression(net=nn.Sequential(Quantized(dtype), nn.Linear(4, 1)), optimizer=torch.optim.SGD, lr=1e-15)
+    made, (text,) = fit(trainer, module, scope=scope)
+    assert vanished(made)
+    assert "the updates left 100% of the float32 weights unchanged, the learning rate is 1e-15" in text
+    assert str(dtype).removeprefix("torch.") not in text
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_smaller_update_than_the_message_says_changes_a_weight(dtype):
     weights = torch.rand(10_000).to(dtype).double() + 0.01
@@ -433,6 +455,17 @@ def test_a_long_epoch_is_judged_before_its_end(trainer, monkeypatch):
     made, (text,) = fit(trainer, dead_relu()[0], batches=70, log_every_n_steps=4)
     assert "as the 32 optimizer steps up to step 32 show" in text
     assert vanished(made), "the last span of the epoch is too short, and the one before it counts"
+
+
+def test_the_worst_span_of_a_long_epoch_is_logged(trainer, monkeypatch):
+    class Waking(ZeroLossWeight):
+        def loss(self, batch, batch_idx):
+            return Regression.loss(self, batch, batch_idx) + (batch_idx >= 40) * self.head(batch[0]).square().mean()
+
+    monkeypatch.setattr(vanishing, "MAX_STEPS", 30)
+    made, (text,) = fit(trainer, Waking(), batches=100)
+    assert "up to step 32 show" in text
+    assert vanished(made) == {"head": 1.0}, "the head learned in the two spans that followed"
 
 
 def test_without_logging_steps_nothing_is_judged(trainer):

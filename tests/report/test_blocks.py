@@ -1,4 +1,4 @@
-"""Blocks in the report: heat maps of their statistics, and blocks that learn nothing."""
+"""Blocks in the report: heat maps of their statistics, and blocks that do not learn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from clip_callbacks.html_report.charts import make_charts
@@ -16,6 +17,7 @@ from clip_callbacks.html_report.rendering import Theme
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.vanished import vanished_blocks, vanished_chart
+from clip_callbacks.stats.vanishing import VanishedBlock, describe
 from tests.helpers.logs import read, said, table, write, write_guarded
 
 MEANS, ZEROS = (next(metric for metric in BLOCK_METRICS if metric.key == key) for key in ("means", "zeros"))
@@ -91,6 +93,23 @@ def test_epochs_in_which_a_block_was_named_are_stretches():
     assert (found["late"].spans, found["late"].share, found["late"].epochs) == (((20, 39), (40, 59)), 0.9, 2)
 
 
+def test_the_strip_says_what_the_monitor_has_judged():
+    log = vanishing(grad_vanished__late=Series.of([39, 59], [0.6, 0.9]))
+    caption = vanished_chart(log, 1).caption
+    assert "more than half of its entries" in caption
+    assert "for at least 100 steps. In a long epoch these may be 1,000 of its steps" in caption
+    assert "of epochs that were judged together, with fewer than 100 steps each, only the last one is red" in caption
+
+
+def test_the_page_and_the_warning_give_the_same_causes(tmp_path):
+    page = said(read(write(tmp_path, frame_of())))
+    blocks = [VanishedBlock("zero", 1.0, True, torch.float32, 0.1, 1.0)]
+    blocks += [VanishedBlock(str(dtype), 1.0, False, dtype, 0.1, 1.0) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    causes = [line for line in describe(blocks, 100, 100).splitlines() if line.startswith(("Likely", "In "))]
+    assert len(causes) == 3
+    assert " ".join(causes) in page
+
+
 def test_norms_of_exactly_0_are_told_of_with_what_they_leave_open():
     log = vanishing(
         grad_norm__silent=series(np.zeros(60)), grad_norm__once=series([0.0] * 59 + [1e-30]), grad_norm__new=series([0.0] * 9)
@@ -118,7 +137,10 @@ def frame_of(**columns):
 @pytest.mark.parametrize(
     ("columns", "cause"),
     [
-        ({"grad_zeros__lost": 1.0}, "The gradient was exactly zero. Likely causes: units that are never active (ReLU)"),
+        (
+            {"grad_zeros__lost": 1.0},
+            "The gradient was exactly zero. Likely causes of gradients that are exactly 0: a ReLU that is 0 for every input",
+        ),
         ({"grad_norm__lost": 0.0}, "The gradient was exactly zero. Likely causes"),
         ({"grad_zeros__lost": 0.0}, "The gradient was not zero, but the updates were too small to change the weights."),
         ({}, "Either the gradient was exactly zero"),
@@ -126,7 +148,9 @@ def frame_of(**columns):
 )
 def test_findings_give_the_causes_that_the_log_admits(columns, cause, tmp_path):
     text = said(read(write(tmp_path, frame_of(**columns))))
-    assert f"Learned nothing for an epoch or longer: lost (100% of its entries, in 2 epochs). {cause}" in text
+    assert f"Did not learn for 100 steps or more: lost (100% of its entries, at the end of 2 epochs). {cause}" in text
+    for dtype, lost in (("bfloat16", "0.002"), ("float16", "0.0002"), ("float32", "3e-08")):
+        assert (dtype in text and f"smaller than {lost}" in text) == ("too small" in text)
     assert ('"bf16-mixed" instead of "bf16-true"' in text) == ("too small" in text)
 
 
@@ -152,5 +176,8 @@ def test_tiny_updates_are_held_against_the_rounding_of_each_dtype(ratio, severit
     found = [finding for finding in section.findings if "slow" in finding.text]
     assert [finding.severity for finding in found] == ([severity] if severity else [])
     if severity:
-        assert "Rounding removes updates below about 0.2% of a weight in bfloat16" in found[0].text
+        assert (
+            "In bfloat16, updates smaller than 0.002 of a weight are rounded away, in float16 those smaller than 0.0002"
+            in found[0].text
+        )
         assert ("such updates change nothing" in found[0].text) == (severity == "warn")

@@ -54,6 +54,24 @@ def test_limits_of_all_steps_at_once_are_those_of_one_step_after_the_other(scale
     torch.testing.assert_close(limits_at(losses, places[::7], limit), torch.cat(expected)[::7])
 
 
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("z", [3.0, 5.0, 12.0])
+@pytest.mark.parametrize("distribution", [stats.norm(), stats.t(2)], ids=["normal", "student"])
+def test_the_tail_is_that_of_the_judged_losses_before(distribution, z, every):
+    losses = torch.from_numpy(drawn(distribution, count=600))
+    limit = RobustZScoreLimit(z, window=64, warmup=25, scale="linear")
+    tail, expected = limit.init(1)["tail"], []
+    for place in range(0, 600, every):
+        before = losses[max(0, place - 64) : place]
+        unused = torch.full((64 - len(before),), torch.inf, dtype=torch.float64)
+        state = {"recent": torch.cat([before, unused])[:, None], "sorted": torch.cat([before.sort().values, unused])[:, None]}
+        loss = BlockNorms(losses[place : place + 1], are_losses=True)
+        now, after = limit.step(loss, state | {"count": torch.tensor([place]), "tail": tail})
+        tail = after["tail"]
+        expected.append(now)
+    torch.testing.assert_close(limits_at(losses, torch.arange(0, 600, every), limit), torch.cat(expected))
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_ordinary_losses_are_not_skipped_and_spikes_are(name):
     losses = STREAMS[name].copy()
@@ -63,14 +81,24 @@ def test_ordinary_losses_are_not_skipped_and_spikes_are(name):
     assert advice.ordinary_skips <= 0.001 * COUNT
     assert advice.skips == len(places) + advice.ordinary_skips
     assert advice.limit.scale == ("log" if name == "shrinking" else "linear")
-    assert (advice.limit.floor == 0.01) == (name == "quiet")
+    assert advice.limit.floor == 0.01
     assert advice.outcome.startswith(f"would have skipped {advice.skips} of 3,000 steps (5 spikes and {advice.ordinary_skips} ")
 
 
-def test_heavier_tails_need_a_larger_z():
-    zs = [advised(drawn(distribution, count=5000)).limit.z for distribution in (stats.norm(), stats.t(4), stats.expon())]
-    assert zs[0] == 4.0
-    assert zs[0] < min(zs[1:])
+def test_the_scale_follows_from_the_tail():
+    calls = [advised(drawn(distribution, count=5000)).limit for distribution in (stats.norm(), stats.t(4), stats.expon())]
+    assert [(limit.z, limit.scale) for limit in calls] == [(4.0, "linear")] * 3
+    heavier = drawn(stats.lognorm(1.0), count=5000)
+    advice = advised(heavier)
+    assert (advice.limit.z, advice.limit.scale) == (4.0, "log")
+    assert "because on the linear one more of them are above the limit with any of these z" in " ".join(advice.reasons)
+    assert advised(heavier - 1.0) is None, "the logarithmic scale is for losses above 0"
+
+
+def test_a_larger_z_is_taken_where_four_is_too_small():
+    losses = drawn(stats.norm(), count=5000)
+    losses[200::400] = 5.5
+    assert advised(losses).limit.z == 5.0
 
 
 def test_losses_that_no_limit_fits_give_no_suggestion():
@@ -118,6 +146,19 @@ def test_the_command_and_the_page_give_it(tmp_path, capsys):
     facts = json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]
     assert facts["max_norm"] > 0
     assert (facts["loss_above"]["skips"], facts["loss_above"]["metric"]) == (1, "train_loss")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_no_limit_fits_is_told_of(tmp_path, capsys):
+    losses = np.where(np.arange(400) % 100 < 20, 100.0, 1.0) + 0.1 * drawn(stats.norm(), count=400)  # each jump lasts: no spike
+    path = write(tmp_path, table(400, train_loss=losses))
+    code, out, _ = run_main(capsys, "suggest", path)
+    assert code == 0
+    assert "No suggestion of a loss_above: more than 0.1% of the losses that are no spikes in hindsight" in out
+    assert json.loads(run_main(capsys, "suggest", "--json", path)[1])[tmp_path.name]["loss_above"] is None
+    assert run_main(capsys, "report", path, "-o", tmp_path / "page.html")[0] == 0
+    assert "No suggestion of a loss_above" in (tmp_path / "page.html").read_text()
+    assert "No suggestion of a loss_above" not in run_main(capsys, "suggest", write(tmp_path / "short", table(50)))[1]
 
 
 @pytest.mark.usefixtures("undrawn")

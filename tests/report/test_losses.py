@@ -211,6 +211,7 @@ def test_the_end_of_a_run_by_the_guard_is_a_problem(trainer, tmp_path):
         ({"policy": "skip", "streak": 10}, "The log ends with 10 bad batches in a row"),
         ({"policy": "skip", "streak": 1}, None),
         ({"policy": "ignore", "streak": 10}, None),
+        ({"policy": "warn", "streak": 10}, None),
         ({"policy": "skip", "streak": 10, "step": 50}, None),
     ],
 )

@@ -57,7 +57,8 @@ class Limit(ABC):
     All limits of this package keep four rules, which are good for yours too:
 
     - The state takes in a norm as the limit would clip it, or with another bound, so that one spike cannot lift the limit far.
-    - A norm of 0, of a block without a gradient, leaves the state of the block unchanged.
+    - A norm of 0, of a block without a gradient, leaves the state of the block unchanged. A loss of 0 is one like
+      any other.
     - State tensors keep their shapes, so that a step costs the same at any time.
     - Nothing is read on the host (``float()``, ``.item()``, ``if tensor:``), because on a GPU that waits for the device.
 
@@ -105,8 +106,9 @@ class Limit(ABC):
             state: State from :meth:`init` or from the last step; it must not be changed.
 
         Returns:
-            The largest allowed norms, above 0, in the unit of the gradients: a tensor of shape ``(B,)``, or one entry or a number
-            for all blocks; inf where there is no limit yet. And the new state, with equal keys, shapes and dtypes.
+            The largest allowed norms, above 0, in the unit of the gradients, or losses, of any sign: a tensor of shape ``(B,)``, or
+            one entry or a number for all blocks; inf where there is no limit yet. And the new state, with equal keys, shapes and
+            dtypes.
         """
 
 

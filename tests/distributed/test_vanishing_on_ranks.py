@@ -12,7 +12,7 @@ from clip_callbacks import GradientNormMonitor
 from clip_callbacks.stats import vanishing
 from tests.helpers import parallel
 from tests.helpers.matrix import matrix
-from tests.publishing.test_vanishing import SPANS, STEPS, WARNING, vanished
+from tests.helpers.vanishing import SPANS, STEPS, WARNING, vanished
 
 
 def divided(name, is_zero):

@@ -1,8 +1,7 @@
-"""Blocks that do not learn: which are named, which are not, and what that costs."""
+"""Blocks that do not learn: which are named, when, and what that costs."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 
@@ -17,49 +16,13 @@ from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats import vanishing
 from clip_callbacks.stats.weight_sample import WeightSample
 from tests.helpers.operations import SYNCS, Transfers
-from tests.helpers.training import SAFELY, Poisoned, Regression, TwoNetworks, data
+from tests.helpers.training import Regression, TwoNetworks, data
+from tests.helpers.vanishing import STEPS, WARNING, dead_relu, fit, two_layers, vanished
 
-STEPS = 24
-"""As many as the shortest span that is judged, in these tests: each other length is shorter in proportion, too."""
-
-SPANS = {"MIN_STEPS": STEPS, "MIN_STEPS_BETWEEN_CHECKS": 2}
-
-WARNING = "do(es)? not learn"
-
-
-@pytest.fixture(autouse=True)
-def short_spans(monkeypatch):
-    for name, value in SPANS.items():
-        monkeypatch.setattr(vanishing, name, value)
-
-
-def vanished(fit):
-    prefix = "grad_vanished/"
-    return {key.removeprefix(prefix): float(value) for key, value in fit.callback_metrics.items() if key.startswith(prefix)}
-
-
-def fit(trainer, module, *callbacks, batches=STEPS, loader=None, scope="layer", ckpt_path=None, **options):
-    """Train, and return the Trainer and the texts of the warnings."""
-    made = trainer(GradientNormMonitor(scope), *callbacks, **({"log_every_n_steps": 4} | options))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message=f"(?s).*{WARNING}")
-        resumed = {"ckpt_path": ckpt_path, **SAFELY} if ckpt_path else {}
-        made.fit(module, loader or data(batches), **resumed)
-    return made, [str(each.message) for each in caught if re.search(WARNING, str(each.message))]
-
-
-def two_layers(activation):
-    return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 1))
+pytestmark = pytest.mark.usefixtures("short_spans")
 
 
 # Blocks that vanish
-
-
-def dead_relu():
-    net = two_layers(nn.ReLU())
-    nn.init.constant_(net[0].bias, -1e4)
-    # the input of the second layer is 0, and the gradient of its bias is not
-    return Regression(net=net, lr=1e-3), {"net.0": 1.0, "net.2": 8 / 9}
 
 
 def saturated():
@@ -209,226 +172,6 @@ def test_shares_are_those_of_all_entries(trainer, monkeypatch, scope, lr):
         stalled = sum(float((optimizer.has_gradient[p] & ~optimizer.changed[p]).sum()) for p in parameters)
         expected[block] = stalled / sum(float(optimizer.has_gradient[p].sum()) for p in parameters)
     assert vanished(made) == pytest.approx({block: share for block, share in expected.items() if share > 0.5})
-
-
-# Blocks that do not
-
-
-def frozen():
-    module = Regression(lr=1e-3)
-    module.net[0].requires_grad_(False)
-    return module, {}
-
-
-class UnusedHead(Regression):
-    def __init__(self):
-        super().__init__(lr=1e-3)
-        self.head = nn.Linear(4, 3)
-
-
-def unused_head():
-    return UnusedHead(), {}
-
-
-class TwoPhases(UnusedHead):
-    """The head trains in the first steps only, and keeps a gradient of zeros then."""
-
-    def loss(self, batch, batch_idx):
-        loss = super().loss(batch, batch_idx)
-        return loss + self.head(batch[0]).square().mean() if self.trainer.current_epoch == 0 else loss
-
-    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
-        optimizer.zero_grad(set_to_none=False)
-
-
-def two_phases():
-    return TwoPhases(), {"max_epochs": 3}
-
-
-class Frozen(UnusedHead):
-    """The head is frozen after the first epoch, and keeps a gradient of zeros then."""
-
-    optimizer_zero_grad = TwoPhases.optimizer_zero_grad
-
-    def loss(self, batch, batch_idx):
-        return super().loss(batch, batch_idx) + self.head(batch[0]).square().mean()
-
-    def on_train_epoch_start(self):
-        self.head.requires_grad_(self.current_epoch == 0)
-
-
-def frozen_later():
-    return Frozen(), {"max_epochs": 3}
-
-
-class Tokens(Regression):
-    """An embedding of 50 rows, of which each batch has at most four, and none the last ones."""
-
-    def __init__(self, *, sparse=False):
-        super().__init__(net=nn.Linear(8, 1), lr=1e-3)
-        self.embedding = nn.Embedding(50, 8, sparse=sparse)
-
-    def loss(self, batch, batch_idx):
-        tokens = (batch[0][:, 0].abs() * 17).long().clamp(max=45)
-        return super().loss([self.embedding(tokens), batch[1]], batch_idx)
-
-
-def embedding():
-    return Tokens(), {}
-
-
-def sparse_embedding():
-    return Tokens(sparse=True), {}
-
-
-class Experts(Regression):
-    """The second expert gets tokens in one step only."""
-
-    def __init__(self):
-        super().__init__(lr=1e-3, net=nn.Linear(4, 1))
-        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-
-    def loss(self, batch, batch_idx):
-        inputs, targets = batch
-        chosen = torch.full((len(inputs),), batch_idx == 7)
-        found = torch.zeros_like(inputs)
-        for number, expert in enumerate(self.experts):
-            found = found.index_add(0, (chosen == bool(number)).nonzero()[:, 0], expert(inputs[chosen == bool(number)]))
-        return super().loss([found, targets], batch_idx)
-
-
-def experts():
-    return Experts(), {}
-
-
-class Adapted(Regression):
-    def __init__(self):
-        super().__init__(net=nn.Linear(4, 1), lr=1e-3)
-        self.net.requires_grad_(False)
-        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 1, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def loss(self, batch, batch_idx):
-        return nn.functional.mse_loss(self.net(batch[0]) + self.up(self.down(batch[0])), batch[1])
-
-
-def low_rank_adapter():
-    return Adapted(), {}
-
-
-class Residual(Regression):
-    def __init__(self):
-        super().__init__(lr=1e-3)
-        self.branch, self.scale = nn.Linear(4, 4), nn.Parameter(torch.zeros(()))
-
-    def loss(self, batch, batch_idx):
-        return super().loss([batch[0] + self.scale * self.branch(batch[0]), batch[1]], batch_idx)
-
-
-def branch_of_zero():
-    return Residual(), {}
-
-
-class Gan(TwoNetworks):
-    """The generator steps in one batch of five."""
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        if batch_idx % 5 == 0:
-            self.toggle_optimizer(first)
-            first.zero_grad()
-            self.manual_backward(self.discriminator(self.generator(batch[0])).square().mean())
-            first.step()
-            self.untoggle_optimizer(first)
-        self.toggle_optimizer(second)
-        second.zero_grad()
-        self.manual_backward((self.discriminator(batch[0]) - 1).square().mean())
-        second.step()
-        self.untoggle_optimizer(second)
-
-
-def gan():
-    return Gan(), {"batches": 5 * STEPS}
-
-
-def learning_rate_of_zero():
-    return Regression(lr=0.0), {}
-
-
-def learning_rate_tensor_of_zero():
-    return Regression(torch.optim.Adam, lr=torch.tensor(0.0), fused=True), {"precision": "bf16-true"}
-
-
-def short_epoch():
-    return dead_relu()[0], {"batches": STEPS - 1}
-
-
-class MasterWeights(torch.optim.SGD):
-    """Keeps weights in float32, to which updates too small for bfloat16 are added."""
-
-    def step(self, closure=None):
-        loss = closure()
-        for parameter in self.param_groups[0]["params"]:
-            master = self.state[parameter].setdefault("master", parameter.detach().float())
-            master -= self.param_groups[0]["lr"] * parameter.grad
-            parameter.data.copy_(master)
-        return loss
-
-
-def master_weights():
-    return Regression(MasterWeights, lr=1e-8), {"precision": "bf16-true"}
-
-
-def small_but_rounded_up():
-    return Regression(torch.optim.AdamW, lr=1e-2), {"precision": "bf16-true"}
-
-
-LEARNS = [
-    frozen,
-    frozen_later,
-    unused_head,
-    two_phases,
-    embedding,
-    sparse_embedding,
-    experts,
-    low_rank_adapter,
-    branch_of_zero,
-    gan,
-    learning_rate_of_zero,
-    learning_rate_tensor_of_zero,
-    short_epoch,
-    master_weights,
-    small_but_rounded_up,
-]
-
-
-@pytest.mark.parametrize("make", LEARNS)
-def test_no_alarm(trainer, make):
-    module, options = make()
-    made, texts = fit(trainer, module, **options)
-    assert not texts
-    assert not vanished(made)
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters()), "all hooks are removed"
-
-
-class UsedInBadSteps(Poisoned):
-    """The head has gradients in bad steps only, two of which are checks."""
-
-    def __init__(self):
-        super().__init__({3: math.nan, 15: math.nan}, optimizer=torch.optim.AdamW, lr=1e-3, fused=True)
-        self.head = nn.Linear(4, 3)
-
-    def loss(self, batch, batch_idx):
-        loss = super().loss(batch, batch_idx)
-        return loss + self.head(batch[0]).square().mean() if batch_idx in self.factors else loss
-
-
-@pytest.mark.filterwarnings("ignore:Non-finite gradients")
-@pytest.mark.parametrize("deferred", [False, True])
-def test_gradients_of_skipped_steps_do_not_count(trainer, deferred):
-    made, texts = fit(trainer, UsedInBadSteps(), NonFiniteGuard(deferred=deferred), batches=STEPS + 12)
-    assert not texts
-    assert not vanished(made)
 
 
 # When blocks are judged

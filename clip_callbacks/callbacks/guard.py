@@ -52,7 +52,7 @@ class NonFiniteGuard(GradientCallback):
 
     Args:
         policy: "skip" the step; "raise" an error; "zero" the non-finite entries and take the step; "ignore" them and take the step;
-            "warn" of bad steps, with the same report as under "skip", and take them, so that the guard changes nothing. Under DDP
+            "warn" of bad steps, with the same report as under "skip", and take every step as without the guard. Under DDP
             "warn" judges the gradients alone, since losses differ between ranks. After ``max_consecutive`` bad batches in a row it
             only counts those that follow.
         max_consecutive: Number of bad batches in a row at which an error is raised on all ranks, or a rollback begins; at least
@@ -67,10 +67,11 @@ class NonFiniteGuard(GradientCallback):
             QuantileLimit(0.1), which most steps exceed.
         loss_above: Number or Limit. A finite step is a spike, too, if the loss of its window is above it: the mean over the window
             and all ranks that the gradient belongs to, weighted as AccumulationRescaling weights it, without the loss scale. In
-            manual optimization it is the sum of the losses, like the gradient, and backward passes have to go through
-            ``manual_backward``. The number may have any sign; a limit must take losses, as
-            :class:`~clip_callbacks.RobustZScoreLimit` does, which compares with the median of the last losses. It takes in a
-            spike as clipped. Not judged in a search for the learning rate.
+            manual optimization it is the sum of the losses since the gradients were None, like the gradient: backward passes have
+            to go through ``manual_backward``, and ``zero_grad`` has to set gradients to None, as is its default. The number may
+            have any sign; a limit must take losses, as :class:`~clip_callbacks.RobustZScoreLimit` does, which compares with the
+            median of the last losses. It takes in a spike as clipped. Not judged in a search for the learning rate. A warning says
+            if more than a tenth of the steps are spikes: then a kind of batch is left out, such as those of one of two tasks.
         both: If True, a step is a spike only if it is above both ``skip_above`` and ``loss_above``; else above one of them.
         hold_schedulers: If True, step-interval learning-rate schedules do not advance at a skipped step.
         trace_forward: If True, a batch whose loss is not finite is run again under hooks, to name the first module whose output is

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 from clip_callbacks.core.reduction import shard_of
-from clip_callbacks.core.spikes import Threshold, Thresholds
+from clip_callbacks.core.spikes import Thresholds
 from clip_callbacks.core.tensor_table import TensorTable, learns
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
@@ -162,7 +162,7 @@ class Spike:
     Args:
         total_norm: The norm of all gradients.
         limit: The threshold of the norm; None if there is none, or none yet.
-        loss: The loss of the window; None without a threshold of the loss.
+        loss: The loss of the window; None without a threshold of the loss, or if it is not known.
         loss_limit: The threshold of the loss; None if there is none, or none yet.
         largest: The parameters with the largest norms, each with its norm, largest first.
     """
@@ -188,9 +188,9 @@ class Spike:
         loss = thresholds.loss
         return cls(
             float(total),
-            _finite_limit(thresholds.norm),
-            None if loss is None else float(loss.value),
-            _finite_limit(loss),
+            None if thresholds.norm is None else _finite(thresholds.norm.limit),
+            None if loss is None else _finite(loss.value),
+            None if loss is None else _finite(loss.limit),
             tuple((names[place], numbers[place]) for place in places),
         )
 
@@ -220,11 +220,10 @@ class Spike:
         return "Largest gradients: " + ", ".join(f"{name} {norm:.4g}" for name, norm in self.largest[:4])
 
 
-def _finite_limit(threshold: Threshold | None) -> float | None:
-    # inf in the warm-up of an adaptive limit, which JSON has no number for
-    if threshold is None or not math.isfinite(limit := float(threshold.limit)):
-        return None
-    return limit
+def _finite(tensor: Tensor) -> float | None:
+    # inf in the warm-up of an adaptive limit, or NaN of a loss that is not known: JSON has no numbers for them
+    number = float(tensor)
+    return number if math.isfinite(number) else None
 
 
 _STAGES: dict[FaultStage, str] = {

@@ -102,8 +102,7 @@ def _norm_threshold(stage: Stage, measured: Measurement, state: LimitState) -> t
     outcome, after = apply_limit(stage, measured.total, measured, state)
     total = measured.total.reshape(())
     # The norm is compared with the limit itself: at a fixed limit, the 1e-6 makes the coefficient less than 1 already.
-    limit = outcome.limits
-    limit = limit.reshape(()) if isinstance(limit, Tensor) else torch.full_like(total, limit)
+    limit = _as_tensor(outcome.limits, total)
     # NaN fails both comparisons and inf the second one: a non-finite step is the affair of the policy
     return Threshold(total, limit, (total > limit).logical_and(total < math.inf)), after
 
@@ -117,7 +116,16 @@ def _loss_threshold(stage: Stage, measured: Measurement, state: LimitState) -> t
     counts = loss.isfinite().logical_and(measured.finite.to(loss.device))
     before = {key: value.to(loss.device) for key, value in state.items()}
     limits, after = stage.limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
-    limit = limits.reshape(()).to(loss.dtype) if isinstance(limits, Tensor) else torch.full_like(loss, limits).reshape(())
+    limit = _as_tensor(limits, loss.reshape(()))
     # selected on the device: in a deferred step the host does not know whether the loss counts
     after = {key: torch.where(counts.reshape(()), value, before[key]) for key, value in after.items()}
     return Threshold(loss.reshape(()), limit, counts.logical_and(loss > limit).reshape(())), after
+
+
+def _as_tensor(limit: Tensor | float, value: Tensor) -> Tensor:
+    """Return a limit as a 0-dim tensor of the dtype and device of the number that it limits."""
+    if isinstance(limit, Tensor):
+        return limit.reshape(()).to(value.dtype)
+    # a number beyond the dtype limits nothing, and torch refuses it
+    largest = torch.finfo(value.dtype).max
+    return torch.full_like(value, min(max(limit, -largest), largest))

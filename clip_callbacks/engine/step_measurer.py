@@ -49,6 +49,7 @@ class StepMeasurer:
         self._publisher = publisher
         self._bypassing_steps = bypassing_steps
         self._scaler = grad_scaler(trainer)
+        self._is_manual = not trainer.lightning_module.automatic_optimization
         self._are_ranks = trainer.world_size > 1
         self._checks_losses = components.guard.checks_losses
         self._warned: set[str] = set()
@@ -94,7 +95,7 @@ class StepMeasurer:
         One number is averaged over the ranks, in the collective of the norms if there is one.
         """
         loss = self._windows.loss(step.optimizer, step.scale)
-        if not self._windows.has_loss(step.optimizer):
+        if self._is_manual and not self._windows.has_loss(step.optimizer):
             self._warn_once(
                 "The loss of an optimizer step is not known, so that `loss_above` cannot judge it: no backward pass of its window "
                 "went through Lightning. Call self.manual_backward(loss) instead of loss.backward()."

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _ADVICE = "Lower the learning rate, clip harder, or look at the stage named above."
 
+MAX_SPIKE_SHARE = 0.1
+"""Share of spikes among the last steps above which a warning says that they are no exceptions."""
+
 _DONE = {
     Action.CLIP: "the step is taken",
     Action.SKIP: "the step is skipped",
@@ -81,6 +84,7 @@ class BadStepLog:
         self._journal = journal
         self._rollback = rollback
         self._last_diagnosis: Diagnosis | None = None
+        self._has_warned_of_share = False
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
     def nonfinite(
@@ -129,6 +133,13 @@ class BadStepLog:
             bundle=self._journal.record(step, facts, before),
         )
         self._warn_or_end(step, message, counters)
+        if counters.spike_share > MAX_SPIKE_SHARE and not self._has_warned_of_share:
+            self._has_warned_of_share = True
+            self._warn(
+                f"About {counters.spike_share:.0%} of the last steps were spikes, the last at {step}: these are no exceptions, and "
+                f"if they are skipped, a whole kind of batch is left out of training. Raise {' and '.join(spike.exceeded)}, or set "
+                "`both=True` with thresholds of the norm and of the loss."
+            )
 
     def discarded(self, step: StepContext, counters: Counters) -> None:
         """Report an accumulation window without usable gradients.

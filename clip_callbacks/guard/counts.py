@@ -16,6 +16,9 @@ from clip_callbacks.core.metric_names import (
     ZEROED_STEPS,
 )
 
+MEMORY = 200
+"""Number of steps over which the share of spikes is a running mean."""
+
 NO_STEP = -2
 """Step number before the first bad step: neither the number of a step nor the one before it."""
 
@@ -30,6 +33,8 @@ class Counters:
         overflowed: Number of steps that a GradScaler skipped.
         spikes: Number of finite steps above a threshold, skipped or not.
         reported: Number of steps that were reported as non-finite under the policy "warn".
+        spike_share: Share of spikes among the last steps, a running mean up to ``last_spike``.
+        last_spike: Number of the last spike, counted over this optimizer's steps of the run.
         streak: Number of bad batches in a row, up to ``last_bad``.
         steps_in_streak: Number of bad steps in these batches; a batch has many with truncated backpropagation.
         last_bad: Number of the last bad step, counted over this optimizer's steps of the run; ``NO_STEP`` before the first.
@@ -41,6 +46,8 @@ class Counters:
     overflowed: int = 0
     spikes: int = 0
     reported: int = 0
+    spike_share: float = 0.0
+    last_spike: int = 0
     streak: int = 0
     steps_in_streak: int = 0
     last_bad: int = NO_STEP
@@ -67,6 +74,16 @@ class Counters:
         self.steps_in_streak += 1
         self.last_bad, self.last_batch = number, batch
         return True
+
+    def add_spike(self, number: int) -> None:
+        """Count a spike.
+
+        Args:
+            number: Number of the step.
+        """
+        self.spikes += 1
+        self.spike_share = self.spike_share * (1.0 - 1.0 / MEMORY) ** (number - self.last_spike) + 1.0 / MEMORY
+        self.last_spike = number
 
     @property
     def in_a_row(self) -> str:

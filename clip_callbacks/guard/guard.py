@@ -293,8 +293,9 @@ class Guard(Unguarded):
 
     def _count_spike(self, step: StepContext, norms: Tensor, total: Tensor, thresholds: Thresholds) -> None:
         counters = self.counts.of[step.optimizer.index]
-        if counters.add(step.optimizer.history.steps, step.batch):
-            counters.spikes += 1
+        number = step.optimizer.history.steps
+        if counters.add(number, step.batch):
+            counters.add_spike(number)
             counters.skipped += not self._options.takes_bad_steps
         spike = Spike.of(step.optimizer.table.names, norms, total, thresholds)
         self._log.spike(step, spike, counters, self.restorer.before(step.optimizer))

@@ -23,7 +23,10 @@ HALF_CURES = (
     "with float32 master weights, Kahan summation or stochastic rounding."
 )
 
-WIDE_CURES = "Raise the learning rate, unless the training has converged, or the next normalization removes what the block adds."
+WIDE_CURES = (
+    "Raise the learning rate, unless the training has converged, weights are held at a bound (clamped, projected, or set to 0 by a "
+    "proximal step), or the next normalization removes what the block adds."
+)
 
 
 def least_update(dtype: torch.dtype) -> float:

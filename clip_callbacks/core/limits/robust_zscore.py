@@ -84,7 +84,8 @@ class RobustZScoreLimit(Limit):
         warmup: Number of values of a block before it has a limit, at least 2 and at most ``window``.
         floor: Least standard deviation, 0 or more. On the logarithmic scale it is one of logarithms: with 0.05 and z = 2.5, norms
             up to 13 % above the median are never spikes, however equal the norms are. On the linear scale it is a share of the
-            median; for losses, which vary less than norms, take 0.01.
+            median; for losses, which vary less than norms, take 0.01. While the deviation is 0 on the linear scale, because most
+            losses are equal and the floor is 0 or their median, there is no limit.
         scale: "log" for norms, and for losses above 0: a loss of 0 or below is never above the limit, and leaves no trace. "linear"
             for losses of any sign. Scaled values give scaled limits on both; on the linear scale with a floor of 0, shifted values
             also give shifted limits.
@@ -149,7 +150,8 @@ class RobustZScoreLimit(Limit):
         deviation = deviation.maximum(self.floor * median.abs())
         z, far, extreme = _widened(state, self.z, upper_tail.FAR, upper_tail.EXTREME)
         z = (z * upper_tail.widening(state["tail"], self.z)).clamp(max=MAX_WIDENING_OF_TAIL * self.z)
-        limits = torch.where(is_warm, median + z * deviation, math.inf)
+        # Losses that are all 0, or mostly, have no deviation, not even a floor: whatever is above 0 would be a spike.
+        limits = torch.where(is_warm & (deviation > 0), median + z * deviation, math.inf)
         # a norm of 0 is that of a block without a gradient, while a loss of 0 is one like any other
         is_new = torch.ones_like(is_warm) if blocks.are_losses else values > 0
         # A spike says nothing about the tail of ordinary values: spikes in one of a hundred steps would hide those that follow.

@@ -197,3 +197,35 @@ def test_a_saved_state_continues_bit_for_bit():
 def test_a_scale_is_one_of_two():
     with pytest.raises(ValueError, match="`scale` must be one of log, linear, got 'logarithmic'"):
         RobustZScoreLimit(scale="logarithmic")
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+@pytest.mark.parametrize(("window", "warmup"), [(5, 2), (20, 7), (128, 25)])
+def test_one_block_on_the_host_has_the_limit_of_many(scale, floor, window, warmup):
+    """One block is judged with numbers of Python, several with operations of torch."""
+    limit = RobustZScoreLimit(3.0, window=window, warmup=warmup, floor=floor, scale=scale)
+    dice = torch.Generator().manual_seed(window)
+    values = torch.randn(3 * window + 40, generator=dice, dtype=torch.float64)
+    if scale == "log":
+        values = values.exp()
+    values[::37] *= 50.0
+    values[::23] = 0.0
+    values[40:60] = 1.0
+    for are_losses in (False, True):
+        one, two = limit.init(1), limit.init(2)
+        for value in values:
+            (ours,), one = limit.step(BlockNorms(value.reshape(1), are_losses=are_losses), one)
+            theirs, two = limit.step(BlockNorms(value.expand(2).clone(), are_losses=are_losses), two)
+            torch.testing.assert_close(ours, theirs[0])
+            torch.testing.assert_close(one, {key: each[..., :1] for key, each in two.items()})
+
+
+def test_a_limit_beyond_float64_is_inf():
+    """The power of e that the logarithms lead to has no number."""
+    limit = RobustZScoreLimit(4.0, warmup=2)
+    state = limit.init(1)
+    for norm in (1e-300, 1e300, 1.0):
+        (found,), state = limit.step(BlockNorms(torch.tensor([norm], dtype=torch.float64)), state)
+    assert state["count"].item() == 3
+    assert found.item() == math.inf

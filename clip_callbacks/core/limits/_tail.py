@@ -5,6 +5,9 @@ A window of some hundred values tells little about its tail. So the share of val
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
@@ -60,3 +63,14 @@ def widening(share: Tensor, z: float) -> Tensor:
     h = CAUTION * 2.0 * (FAR / normal).log() / normal.square()
     widening: Tensor = (0.5 * z**2 * h).exp()
     return widening
+
+
+def widening_of_one(share: float, z: float) -> float:
+    """Return what :func:`widening` returns, of one block on the host."""
+    normal = min(max(-NormalDist().inv_cdf(share), 1.0), FAR)
+    return math.exp(0.5 * z**2 * (CAUTION * 2.0 * math.log(FAR / normal) / normal**2))
+
+
+def add_of_one(share: float, is_far: bool, judged: int) -> float:
+    """Return what :func:`add` returns, of one block on the host."""
+    return share + 1.0 / min(max(judged, 0) + FIRST_COUNT + 1, MEMORY) * (is_far - share)

@@ -12,6 +12,7 @@ from torch import Tensor
 import clip_callbacks.core.limits._tail as upper_tail
 import clip_callbacks.core.limits._window as norm_window
 from clip_callbacks.core.arguments import as_choice, as_count, as_finite
+from clip_callbacks.core.limits._window_of_one import WindowOfOne
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
 
 MAD_TO_SIGMA = 1.4826
@@ -25,6 +26,9 @@ Scale: TypeAlias = Literal["log", "linear"]
 
 MAX_WIDENING = 1.5
 """Largest ratio of the z-score in use to the one asked for, for the uncertainty of a small window."""
+
+FROM_FAR_TO_EXTREME = upper_tail.FAR, upper_tail.EXTREME
+"""Robust standard deviations above the median between which a value counts for the tail."""
 
 MAX_WIDENING_OF_TAIL = 3.0
 """Largest ratio of the z-score in use to the one asked for, for a heavy tail too."""
@@ -133,7 +137,34 @@ class RobustZScoreLimit(Limit):
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
+        if type(blocks.norms) is Tensor and blocks.norms.is_cpu and len(blocks.norms) == 1:
+            return self._of_one(float(blocks.norms), state, is_loss=blocks.are_losses)
         return self._of_logarithms(blocks, state) if self.scale == "log" else self._of_values(blocks, state)
+
+    def _of_one(self, value: float, state: LimitState, *, is_loss: bool) -> tuple[Tensor, LimitState]:
+        """Do the arithmetic of the other two methods with numbers, for one block on the host, in a tenth of the time."""
+        window, is_log, limit = WindowOfOne(state), self.scale == "log", math.inf
+        tail = 0.0 if is_log else float(state["tail"])
+        if window.count >= self.warmup:
+            median, deviation = window.median_and_deviation()
+            deviation *= MAD_TO_SIGMA
+            z = _widened_of_one(window.held, self.z)
+            if is_log:
+                limit = _exp(median + z * max(deviation, self.floor))
+            else:
+                deviation = max(deviation, self.floor * abs(median))
+                z = min(z * upper_tail.widening_of_one(tail, self.z), MAX_WIDENING_OF_TAIL * self.z)
+                if deviation > 0:
+                    limit = median + z * deviation
+                far, extreme = (median + _widened_of_one(window.held, each) * deviation for each in FROM_FAR_TO_EXTREME)
+                tail = upper_tail.add_of_one(tail, far < value <= max(limit, extreme), window.count - self.warmup)
+        limits = torch.tensor([limit], dtype=torch.float64, device="cpu")
+        if value <= 0 and (is_log or not is_loss):
+            return limits, state
+        entering = min(value, limit)
+        if is_log:
+            return limits, window.after(math.log(entering))
+        return limits, window.after(entering) | {"tail": torch.tensor([tail], dtype=torch.float64, device="cpu")}
 
     def _of_logarithms(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         norms = blocks.norms.double()
@@ -148,7 +179,7 @@ class RobustZScoreLimit(Limit):
         values, is_warm = blocks.norms.double(), state["count"] >= self.warmup
         median, deviation = self._measured(state)
         deviation = deviation.maximum(self.floor * median.abs())
-        z, far, extreme = _widened(state, self.z, upper_tail.FAR, upper_tail.EXTREME)
+        z, far, extreme = _widened(state, self.z, *FROM_FAR_TO_EXTREME)
         z = (z * upper_tail.widening(state["tail"], self.z)).clamp(max=MAX_WIDENING_OF_TAIL * self.z)
         # Losses that are all 0, or mostly, have no deviation, not even a floor: whatever is above 0 would be a spike.
         limits = torch.where(is_warm & (deviation > 0), median + z * deviation, math.inf)
@@ -171,5 +202,22 @@ def _widened(state: LimitState, *zs: float) -> list[Tensor]:
     """Return the z-scores in use for a deviation that is estimated from so few values, each of shape ``(B,)``."""
     # as of two values at least: fewer have no degree of freedom, and this would divide by 0
     inverse = (MAD_EFFICIENCY * (norm_window.held(state) - 1).clamp(min=1).double()).reciprocal()
-    terms = [(z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96) for z in zs]
+    terms = [(z, *_expansion(z)) for z in zs]
     return [(z + inverse * (first + inverse * second)).clamp(max=MAX_WIDENING * z) for z, first, second in terms]
+
+
+def _widened_of_one(held: int, z: float) -> float:
+    inverse, (first, second) = 1.0 / (MAD_EFFICIENCY * max(held - 1, 1)), _expansion(z)
+    return min(z + inverse * (first + inverse * second), MAX_WIDENING * z)
+
+
+def _expansion(z: float) -> tuple[float, float]:
+    """Return the coefficients of 1 / nu and of its square in the expansion of Student's t."""
+    return (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+
+
+def _exp(power: float) -> float:
+    try:
+        return math.exp(power)
+    except OverflowError:  # where torch returns inf
+        return math.inf

@@ -179,7 +179,8 @@ def robust_limits_of(limit, values, enters):
                 now = math.exp(median + wide * max(deviation, limit.floor))
             else:
                 deviation = max(deviation, limit.floor * abs(median))
-                now = median + min(wide * heavier(limit.z, share), 3 * limit.z) * deviation
+                if deviation > 0:
+                    now = median + min(wide * heavier(limit.z, share), 3 * limit.z) * deviation
                 far, extreme = (median + widened(z, len(seen)) * deviation for z in (2.5, 6.0))
         found.append(now)
         if enters(value):

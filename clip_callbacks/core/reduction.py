@@ -135,9 +135,7 @@ class Reduction:
         if math.isinf(norm_type):
             # unweighted, since copies do not change a maximum
             return self._largest(parts).to(local)
-        sets = len(local) // max(1, len(self.counts))
-        counts = self.counts if sets <= 1 else self.counts.repeat(sets)
-        return self._summed(parts.pow(norm_type) * counts).pow(1.0 / norm_type).to(local)
+        return self._summed(self._powers(parts, norm_type)).pow(1.0 / norm_type).to(local)
 
     def norms_and_mean(self, local: Tensor, norm_type: float, value: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce norms as :meth:`norms` does, and average a number over the ranks, by the same collective.
@@ -161,9 +159,8 @@ class Reduction:
             places[place] = own[0]
             norms, numbers = self._largest(torch.cat([parts, places])).split([len(parts), len(places)])  # type: ignore[no-untyped-call]
             return norms.to(local), numbers.mean().reshape(1).to(local)
-        sets = len(local) // max(1, len(self.counts))
-        powers = parts.pow(norm_type) * self.counts.repeat(sets)
-        sums, mean = self._summed(torch.cat([powers, own / math.prod(sizes)])).split([len(parts), 1])  # type: ignore[no-untyped-call]
+        together = torch.cat([self._powers(parts, norm_type), own / math.prod(sizes)])
+        sums, mean = self._summed(together).split([len(parts), 1])  # type: ignore[no-untyped-call]
         return sums.pow(1.0 / norm_type).to(local), mean.to(local)
 
     def norms_in_float64(self, local: Tensor, norm_type: float) -> Tensor:
@@ -190,6 +187,12 @@ class Reduction:
             dist.all_gather(found, parts, group)
             parts = torch.cat(found)
         return parts.cpu()
+
+    def _powers(self, parts: Tensor, norm_type: float) -> Tensor:
+        """Return p-th powers of norms, of one set or several, with 0 in place of copies that do not count."""
+        sets = len(parts) // max(1, len(self.counts))
+        counts = self.counts if sets <= 1 else self.counts.repeat(sets)
+        return parts.pow(norm_type) * counts
 
     def _summed(self, values: Tensor) -> Tensor:
         # along one dimension of the mesh after the other, in place: callers pass a tensor of their own

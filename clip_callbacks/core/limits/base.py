@@ -60,7 +60,8 @@ class Limit(ABC):
     - A norm of 0, of a block without a gradient, leaves the state of the block unchanged. A loss of 0 is one like
       any other.
     - State tensors keep their shapes, so that a step costs the same at any time.
-    - Nothing is read on the host (``float()``, ``.item()``, ``if tensor:``), because on a GPU that waits for the device.
+    - Nothing is read from a device (``float()``, ``.item()``, ``if tensor:``), because that waits for the device. Tensors on a CPU
+      may be read.
 
     Example::
 

@@ -331,10 +331,11 @@ def test_the_state_is_in_the_checkpoint(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
-def test_a_loss_that_is_bad_leaves_no_trace_in_the_threshold(tmp_path):
+@pytest.mark.parametrize("way", ["automatic", "on the device"])
+def test_a_loss_that_is_bad_leaves_no_trace_in_the_threshold(tmp_path, way):
     guards = []
     for offsets, left_out in (({4: math.nan, 6: math.inf}, ()), ({}, (4, 6))):
-        guards.append(fitted(tmp_path, {"offsets": offsets}, "automatic", without(*left_out), {"loss_above": STEADY})[1])
+        guards.append(fitted(tmp_path, {"offsets": offsets}, way, without(*left_out), {"loss_above": STEADY})[1])
     assert [(guard.spikes, guard.skipped_steps) for guard in guards] == [(0, 2), (0, 0)]
     states = [it.state_dict()["loss_above"][0]["state"] for it in guards]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

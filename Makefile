@@ -82,7 +82,8 @@ types: $(VENV)/.installed
 # accumulation and frozen (test_worked_examples.py), lightning_cli, plain_loop, gan, transformer and hydra_template (test_places.py)
 examples: $(VENV)/.installed
 	$(BIN)/python -m tests.helpers.run_scripts \
-		"-m benchmarks.trainer --rounds 2 --steps 4" \
+		"-m benchmarks --quick" \
+		"-m benchmarks.trainer --networks 20 --steps 8" \
 		"-m benchmarks.monitor --widths 16 --rounds 2 --steps 4" \
 		"-m benchmarks.report --steps 2000" \
 		"-m benchmarks.limits --quick" \
@@ -142,6 +143,7 @@ lightning-tests: $(VENV)/.installed
 check: test lint types examples docs wheel-test lightest-clients
 
 benchmarks: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --output budgets.md
 	$(BIN)/python -m benchmarks.step --output step_cpu_float32.md
 	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from benchmarks import rivals
 from benchmarks.gradient_sets import SETS, Holder
+from benchmarks.lockstep import Pause, PausedFit
 from benchmarks.timing import Ratio, interleaved, machine, publish, rounds_for, table
-from clip_callbacks import ClipRule, ParameterTable, clip_grad_norm_, clip_step
+from benchmarks.trainer import all_callbacks, silence
+from clip_callbacks import ClipRule, GradientClipping, ParameterTable, clip_grad_norm_, clip_step
 
-REFERENCE = "torch clip_grad_norm_"
+REFERENCE, FLOOR = "torch clip_grad_norm_", "one bare read"
 OURS = "clip_step, global"
 LOCAL = "clip_step, per parameter"
+AMONG_FITS = "clip_step, global, between fits"
+NO_HOOK, HOOK, HOOKS = "hooks of no callback", "hook of GradientClipping", "hooks of all four callbacks"
+LOCAL_HOOK = "hook of GradientClipping, per parameter"
 WITH_ADAMW = "fused AdamW after torch's clip"
 COLUMNS = {"nothing to clip": 1e3, "clipping": 0.5}
 """Thresholds, as multiples of the total norm."""
@@ -30,7 +39,7 @@ def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
     held = ParameterTable(fused)
     runs: dict[str, Callable[[], object]] = {
         REFERENCE: rivals.torch_clip(holder, max_norm),
-        "one bare read": rivals.bare_read(holder),
+        FLOOR: rivals.bare_read(holder),
         "one copy of the same bytes": rivals.copy(holder),
         OURS: lambda: clip_step(named, max_norm=max_norm),
         LOCAL: lambda: clip_step(named, rules=local),
@@ -40,6 +49,50 @@ def ours(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
     if not parameters[0].is_cpu:
         runs["clip_step, deferred"] = lambda: clip_step(held, max_norm=max_norm, fused=fused, deferred=True)
     return runs
+
+
+def in_a_trainer(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
+    """The hooks for complete gradients in real fits, as Lightning calls them; between them caches are as cold as in any fit."""
+    named = ParameterTable(holder.named_parameters())
+    local = partial(GradientClipping, max_norm / len(named) ** 0.5, scope="parameter")
+    made: dict[str, Callable[[], list[Callback]]] = {
+        NO_HOOK: list,
+        HOOK: lambda: [GradientClipping(max_norm)],
+        HOOKS: lambda: all_callbacks(max_norm),
+        LOCAL_HOOK: lambda: [local()],
+    }
+
+    def fit(make: Callable[[], list[Callback]], first: Pause, last: Pause) -> None:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        Trainer(max_epochs=-1, callbacks=[first, *make(), last], accelerator=accelerator, devices=1, **quiet).fit(Endless(holder))
+
+    accelerator = "cpu" if holder.gradients[0].is_cpu else "gpu"
+    return {
+        REFERENCE: rivals.torch_clip(holder, max_norm),
+        AMONG_FITS: lambda: clip_step(named, max_norm=max_norm),
+        **{name: PausedFit(partial(fit, make)) for name, make in made.items()},
+    }
+
+
+class Endless(LightningModule):
+    """Trains the smallest parameter of a holder by a rate of 0: the gradients of a step come from elsewhere."""
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__()
+        self.holder = holder
+        self.smallest = min(holder.parameters(), key=torch.Tensor.numel)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """A sum."""
+        return self.smallest.sum()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Numbers, since no batch is used."""
+        return DataLoader(range(1000), batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD, which keeps no state."""
+        return torch.optim.SGD(self.holder.parameters(), lr=0.0)
 
 
 def theirs(holder: Holder, max_norm: float) -> dict[str, Callable[[], object]]:
@@ -70,13 +123,24 @@ def with_optimizer(holder: Holder, max_norm: float) -> dict[str, Callable[[], ob
     return {WITH_ADAMW: after_torch, "fused AdamW alone": fused.step, "fused AdamW applying clip_step": with_clip_step}
 
 
-def measure(holder: Holder, runs: dict[str, Callable[[], object]], *, budget_s: float) -> dict[str, list[float]]:
+def measure(holder: Holder, runs: Mapping[str, Callable[[], object]], *, budget_s: float) -> dict[str, list[float]]:
     """Seconds of each candidate, round by round."""
     device = holder.gradients[0].device
     synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    first = interleaved(runs, holder.refill, rounds=1, synchronize=synchronize)
+    paused = [run for run in runs.values() if isinstance(run, PausedFit)]
+
+    def prepare() -> None:
+        for fit in paused:
+            fit.prepare()
+        holder.refill()
+
+    first = interleaved(runs, prepare, rounds=1, synchronize=synchronize)
     rounds = rounds_for(2 * sum(times[0] for times in first.values()), budget_s)
-    return interleaved(runs, holder.refill, rounds=rounds, synchronize=synchronize)
+    times = interleaved(runs, prepare, rounds=rounds, synchronize=synchronize)
+    for fit in paused:
+        fit.end()
+    holder.refill()
+    return times
 
 
 def section(name: str, device: str, dtype: torch.dtype, budget_s: float) -> str:
@@ -86,9 +150,10 @@ def section(name: str, device: str, dtype: torch.dtype, budget_s: float) -> str:
     milliseconds = []
     for column, factor in COLUMNS.items():
         max_norm = factor * holder.total_norm
-        for group, reference in ((ours, REFERENCE), (theirs, REFERENCE), (with_optimizer, WITH_ADAMW)):
+        for group in (ours, in_a_trainer, theirs, with_optimizer):
             times = measure(holder, group(holder, max_norm), budget_s=budget_s)
-            for candidate in times.keys() - ({REFERENCE} if group is theirs else set()):
+            reference = WITH_ADAMW if group is with_optimizer else REFERENCE
+            for candidate in times.keys() - (set() if group in (ours, with_optimizer) else {REFERENCE}):
                 rows.setdefault(candidate, []).append(Ratio.of(times[candidate], times[reference]))
             if group is ours:
                 rows.setdefault("per-parameter scope against global scope", []).append(Ratio.of(times[LOCAL], times[OURS]))
@@ -96,6 +161,7 @@ def section(name: str, device: str, dtype: torch.dtype, budget_s: float) -> str:
     order = [
         *ours(holder, 1.0),
         "per-parameter scope against global scope",
+        *[AMONG_FITS, NO_HOOK, HOOK, HOOKS, LOCAL_HOOK],
         *list(theirs(holder, 1.0))[1:],
         *with_optimizer(holder, 1.0),
     ]
@@ -108,13 +174,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds for each third of a column")
+    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds for each quarter of a column")
     parser.add_argument("--sets", nargs="*", default=list(SETS), help="beginnings of the names of gradient sets")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--output", help="file in benchmarks/results to write")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    silence()
     names = [name for name in SETS if name.startswith(tuple(arguments.sets))]
     dtype = getattr(torch, arguments.dtype)
     title = f"# One step's clipping, {arguments.device}, {arguments.dtype}\n\n{machine(arguments.device)}\n"

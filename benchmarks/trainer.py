@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Any
 
 import torch
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.timing import Ratio, machine, publish, table
+from benchmarks.gradient_sets import gpt2_small
+from benchmarks.lockstep import BLOCK, WARM_UP, Added, Fit, Pause, seconds_per_step
+from benchmarks.timing import machine, publish, table
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 
-WARM_UP = 20
-"""Steps at the beginning of a fit that do not count; of a shorter fit half of them."""
-
 BARE, REFERENCE, BY_HAND = "no clipping", "Trainer(gradient_clip_val=c)", "by hand: grad_norm + log_dict + isfinite + clip"
+OURS, OURS_BY_LAYER, FAMILY = "GradientClipping(c)", "GradientClipping(c), scope layer", "all four callbacks"
+FUSED_BARE, FUSED_REFERENCE, FUSED_OURS = (f"fused AdamW, {name}" for name in (BARE, "gradient_clip_val=c", OURS))
+FLOOR = "one bare read of the gradients"
+
+NOTHING_TO_CLIP, CLIPPING = 1e6, 1e-12
+"""Values of c that no gradient exceeds, and that each one does."""
 
 
 class Network(LightningModule):
@@ -35,47 +40,59 @@ class Network(LightningModule):
     def __init__(self, width: int, layers: int, *, fused: bool = False) -> None:
         super().__init__()
         self.net = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
-        self.fused = fused
+        self.width, self.fused = width, fused
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """A regression to nothing."""
         loss: Tensor = self.net(batch[0]).square().mean()
         return loss
 
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of eight, again and again."""
+        return DataLoader(TensorDataset(torch.randn(8000, self.width)), batch_size=8)
+
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the tables are about what comes before it."""
         return torch.optim.AdamW(self.parameters(), lr=1e-5, fused=self.fused)
 
 
-class ByHand(Network):
+class Parameters(LightningModule):
+    """The parameters of a large network without its layers: forward and backward pass take a read and a write of them."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], *, fused: bool = False) -> None:
+        super().__init__()
+        self.held = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        self.fused = fused
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """A sum."""
+        return torch.stack([parameter.sum() for parameter in self.held]).sum()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Numbers, since no batch is used."""
+        return DataLoader(range(1000), batch_size=1)
+
+    def configure_optimizers(self) -> Optimizer:
+        """SGD, which keeps no state: several of these networks are in memory at a time."""
+        return torch.optim.SGD(self.parameters(), lr=1e-5, fused=self.fused)
+
+
+class Read(Callback):
+    """Reads the gradients once, and uses nothing of it: the floor."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Read them."""
+        torch._foreach_norm([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
+
+
+class ByHand(Callback):
     """What many write into their module."""
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the norms of all layers; look for NaN; clip."""
-        self.log_dict(grad_norm(self, 2))
-        if all(torch.isfinite(parameter.grad).all() for parameter in self.parameters() if parameter.grad is not None):
-            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-
-
-class Clock(Callback):
-    """Seconds per step after the first ones. It is in every run."""
-
-    def __init__(self, steps: int) -> None:
-        self.start = self.end = 0.0
-        self.steps, self.warm_up = steps, min(WARM_UP, steps // 2)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin when the caches are warm."""
-        if trainer.global_step == self.warm_up:
-            self.start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Note the time."""
-        self.end = time.perf_counter()
-
-    def per_step_s(self) -> float:
-        """Mean seconds of a step."""
-        return (self.end - self.start) / (self.steps - self.warm_up)
+        pl_module.log_dict(grad_norm(pl_module, 2))
+        if all(torch.isfinite(parameter.grad).all() for parameter in pl_module.parameters() if parameter.grad is not None):
+            nn.utils.clip_grad_norm_(pl_module.parameters(), 1.0)
 
 
 def all_callbacks(max_norm: float) -> list[Callback]:
@@ -83,101 +100,128 @@ def all_callbacks(max_norm: float) -> list[Callback]:
     return [AccumulationRescaling(), NonFiniteGuard(), GradientClipping(max_norm), GradientNormMonitor()]
 
 
-def candidates(
-    width: int, layers: int, max_norm: float
-) -> dict[str, Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]]]:
-    """Module, callbacks and Trainer options of each run."""
-    plain, fused = partial(Network, width, layers), partial(Network, width, layers, fused=True)
+Candidate = tuple[LightningModule, list[Callback], dict[str, Any]]
+"""Module, callbacks and Trainer options of a fit."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and the steps that are timed on it."""
+
+    name: str
+    make: Callable[..., LightningModule]
+    steps: int = WARM_UP + 10 * BLOCK
+
+
+NETWORKS = (
+    Case("50 tensors of 16 x 16 and 16", partial(Network, 16, 25)),
+    Case("20 tensors of 512 x 512 and 512", partial(Network, 512, 10)),
+    Case("148 tensors of GPT-2 small", partial(Parameters, gpt2_small()), steps=24),
+)
+
+
+def candidates(make: Callable[..., LightningModule], max_norm: float) -> dict[str, Callable[[], Candidate]]:
+    """What is compared."""
+    fused = partial(make, fused=True)
     return {
-        BARE: lambda _: (plain(), [], {}),
-        REFERENCE: lambda _: (plain(), [], {"gradient_clip_val": max_norm}),
-        "GradientClipping(c)": lambda _: (plain(), [GradientClipping(max_norm)], {}),
-        "GradientClipping(c), scope layer": lambda _: (plain(), [GradientClipping(max_norm, scope="layer")], {}),
-        "all four callbacks": lambda _: (plain(), all_callbacks(max_norm), {}),
-        BY_HAND: lambda _: (ByHand(width, layers), [], {}),
-        "fused AdamW, no clipping": lambda _: (fused(), [], {}),
-        "fused AdamW, gradient_clip_val=c": lambda _: (fused(), [], {"gradient_clip_val": max_norm}),
-        "fused AdamW, GradientClipping(c)": lambda _: (fused(), [GradientClipping(max_norm)], {}),
+        BARE: lambda: (make(), [], {}),
+        FLOOR: lambda: (make(), [Read()], {}),
+        REFERENCE: lambda: (make(), [], {"gradient_clip_val": max_norm}),
+        OURS: lambda: (make(), [GradientClipping(max_norm)], {}),
+        OURS_BY_LAYER: lambda: (make(), [GradientClipping(max_norm, scope="layer")], {}),
+        FAMILY: lambda: (make(), all_callbacks(max_norm), {}),
+        BY_HAND: lambda: (make(), [ByHand()], {}),
+        FUSED_BARE: lambda: (fused(), [], {}),
+        FUSED_REFERENCE: lambda: (fused(), [], {"gradient_clip_val": max_norm}),
+        FUSED_OURS: lambda: (fused(), [GradientClipping(max_norm)], {}),
     }
 
 
-def seconds_per_step(
-    make: Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]],
-    width: int,
-    steps: int,
-    folder: str,
-    *,
-    batch_size: int = 8,
-) -> float:
-    """One fit."""
-    torch.manual_seed(0)
-    module, callbacks, options = make(folder)
-    clock = Clock(steps)
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=[*callbacks, clock],
-        logger=CSVLogger(folder),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(module, DataLoader(TensorDataset(torch.randn(batch_size * steps, width)), batch_size=batch_size))
-    return clock.per_step_s()
-
-
-def section(name: str, width: int, layers: int, max_norm: float, rounds: int, steps: int) -> str:
-    """The table of one network."""
-    runs = candidates(width, layers, max_norm)
-    times: dict[str, list[float]] = {key: [] for key in runs}
+@contextmanager
+def fits(candidates: Mapping[str, Callable[[], Candidate]], **options: Any) -> Iterator[dict[str, Fit]]:
+    """Fits for :func:`~benchmarks.lockstep.seconds_per_step`, with a logger each."""
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, rounds):
-            order = list(runs.items())
-            Random(number).shuffle(order)
-            for key, make in order:
-                seconds = seconds_per_step(make, width, steps, folder)
-                if number >= 0:
-                    times[key].append(seconds)
+
+        def fit(make: Callable[[], Candidate], pause: Pause) -> None:
+            torch.manual_seed(0)
+            module, callbacks, own = make()
+            quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+            trainer = Trainer(max_epochs=-1, callbacks=[*callbacks, pause], logger=CSVLogger(folder), **quiet, **options, **own)
+            trainer.fit(module)
+
+        yield {name: partial(fit, make) for name, make in candidates.items()}
+
+
+def measure(case: Case, max_norm: float, *, steps: int | None = None, only: Collection[str] = ()) -> dict[str, list[float]]:
+    """Seconds of each step of each candidate on one network.
+
+    Args:
+        case: The network.
+        max_norm: The threshold c.
+        steps: Steps of each fit; None takes as many as the network needs.
+        only: Names of candidates; if empty, all.
+    """
+    chosen = {name: make for name, make in candidates(case.make, max_norm).items() if not only or name in only}
+    with fits(chosen) as running:
+        return seconds_per_step(running, steps or case.steps)
+
+
+def section(case: Case, max_norm: float, steps: int | None) -> str:
+    """The table of one network and one threshold."""
+    times = measure(case, max_norm, steps=steps)
+    plain, fused = Added(times, BARE), Added(times, FUSED_BARE)
     rows = []
-    for key, seconds in times.items():
-        bare = times["fused AdamW, no clipping" if "fused" in key else BARE]
-        base = times["fused AdamW, gradient_clip_val=c" if "fused" in key else REFERENCE]
-        added = [1e6 * (a - b) for a, b in zip(seconds, bare, strict=True)]
-        reference = sorted(a - b for a, b in zip(base, bare, strict=True))[rounds // 2]
-        by_hand = sorted(a - b for a, b in zip(times[BY_HAND], times[BARE], strict=True))[rounds // 2]
-        median = sorted(added)[rounds // 2]
+    for name in times:
+        is_fused = name.startswith("fused")
+        added, reference = (fused, FUSED_REFERENCE) if is_fused else (plain, REFERENCE)
+        lower, upper = added.spread(name)
         rows.append(
-            [key, Ratio.of(seconds, bare), f"{median:.0f}", f"{1e-6 * median / reference:.2f}", f"{1e-6 * median / by_hand:.3f}"]
+            [
+                name,
+                f"{1 + added.seconds(name) / added.bare_s:.3f}",
+                f"{1e6 * added.seconds(name):.0f} ({1e6 * lower:.0f} to {1e6 * upper:.0f})",
+                f"{added.ratio(name, reference):.2f}",
+                "" if is_fused else f"{added.ratio(name, BY_HAND):.3f}",
+            ]
         )
-    headers = ["", "step against no clipping: median (quartiles)", "added, us", "added / gradient_clip_val's", "added / by hand's"]
-    return f"### {name}\n\n{table(rows, headers)}"
+    title = f"{case.name}, {'nothing to clip' if max_norm == NOTHING_TO_CLIP else 'clipping every step'}"
+    lengths = f"A step without clipping takes {1e3 * plain.bare_s:.2f} ms, on a fused optimizer {1e3 * fused.bare_s:.2f} ms."
+    headers = [
+        "",
+        "step / step without clipping",
+        "added, us: median (quartiles)",
+        "added / gradient_clip_val's",
+        "added / by hand's",
+    ]
+    return f"### {title}\n\n{lengths}\n\n{table(rows, headers)}"
+
+
+def silence() -> None:
+    """Keep the logs of many Trainers out of the tables."""
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--steps", type=int, help="steps of each fit, the first of which do not count")
+    parser.add_argument("--networks", nargs="*", default=["50", "20", "148"], help="beginnings of the names of networks")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", help="file in benchmarks/results to write")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    title = f"# A step in a Trainer, CPU\n\n{machine('cpu')}\n"
+    torch.set_num_threads(arguments.threads)
+    silence()
     note = (
-        "Fits interleaved in one process, CSVLogger, `log_every_n_steps` at its default of 50: the logging step is in the mean. "
-        "GradientClipping logs all its metrics, gradient_clip_val none. Made by `python -m benchmarks.trainer`.\n"
+        "Fits in lockstep in one process, CSVLogger, `log_every_n_steps` at its default of 50: the logging step is in the mean. "
+        "Our callbacks log all their metrics, gradient_clip_val none. Made by `python -m benchmarks.trainer`."
     )
-    networks = (
-        ("50 tensors of 16 x 16 and 16, nothing to clip", 16, 25, 1e6),
-        ("50 tensors of 16 x 16 and 16, clipping every step", 16, 25, 1e-12),
-        ("20 tensors of 512 x 512 and 512, clipping every step", 512, 10, 1e-12),
-    )
-    sections = [section(*network, arguments.rounds, arguments.steps) for network in networks]
-    publish("\n".join([title, note, *(text + "\n" for text in sections)]).rstrip(), arguments.output)
+    parts = [f"# A step in a Trainer, CPU\n\n{machine('cpu')}\n\n{note}"]
+    for case in NETWORKS:
+        if case.name.startswith(tuple(arguments.networks)):
+            parts += [section(case, max_norm, arguments.steps) for max_norm in (NOTHING_TO_CLIP, CLIPPING)]
+    publish("\n\n".join(parts), arguments.output)
 
 
 if __name__ == "__main__":

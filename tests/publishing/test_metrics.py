@@ -8,11 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.publishing.publisher import Publisher
 from tests.helpers.training import GradientTape, Poisoned, Regression, TwoNetworks, data
 
 ALWAYS = ["grad/total_norm", "grad/clipped_norm", "grad/clip_coef", "grad/max_norm", "grad/clip_fraction", "grad/skipped_steps"]
@@ -140,6 +142,46 @@ def test_metrics_are_current_in_validation_inside_an_epoch(trainer, tmp_path):
     assert [step for step, _ in seen] == [3, 6, 9]
     assert seen[-1][1] == float(callback.last_report.total_norm)
     assert len({norm for _, norm in seen}) == 3
+
+
+class StoppingAt(Callback):
+    """Asks for the end of training in a batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.should_stop = batch_idx == self.batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_every_n_steps": 1},
+        {"log_every_n_steps": 3, "max_epochs": 2},
+        {"log_every_n_steps": 2, "accumulate_grad_batches": 3},
+        {"log_every_n_steps": 0},
+        {"log_every_n_steps": 50},
+        {"fast_dev_run": 3, "log_every_n_steps": 50},
+        {"log_every_n_steps": 2, "val_check_interval": 3},
+    ],
+)
+@pytest.mark.parametrize("stop", [None, 4])
+def test_logging_steps_are_those_of_lightning(trainer, monkeypatch, options, stop):
+    """Which answers the same question in a property of its own, that takes long."""
+    ours, theirs = [], []
+    answer = Publisher.is_logging_step.fget
+
+    def compared(publisher):
+        ours.append(answer(publisher))
+        theirs.append(bool(publisher._trainer._logger_connector.should_update_logs or publisher._trainer.fast_dev_run))
+        return ours[-1]
+
+    monkeypatch.setattr(Publisher, "is_logging_step", property(compared))
+    callbacks = [GradientClipping(1.0), GradientNormMonitor(), StoppingAt(stop)]
+    trainer(*callbacks, min_epochs=2, **options).fit(Regression(), data(8), data(2))
+    assert ours == theirs
+    assert len(ours) >= 4
 
 
 @pytest.mark.parametrize(

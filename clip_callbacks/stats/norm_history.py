@@ -17,7 +17,7 @@ MAX_WAITING_STEPS = 128
 """Largest number of steps that wait until their norms are processed together: most steps cost one list append."""
 
 HistoryState: TypeAlias = "Tensor | Mapping[str, Any]"
-"""All norms, float64 of shape ``(steps,)``; if there were too many, the length of a segment, and the sketches of the segments."""
+"""All norms, float64 of shape ``(steps,)``; if there were too many, the length and the number of segments, and their sketches."""
 
 
 class NormHistory:
@@ -86,7 +86,7 @@ class NormHistory:
         self._flush()
         if not self._segments:
             return self._exact
-        return {"length": self._length, "segments": [segment.state() for segment in self._segments]}
+        return {"length": self._length, "segments": len(self._segments), **NormSketch.joined(self._segments).state()}
 
     def load(self, state: HistoryState) -> None:
         """Continue from a state of :meth:`state`, or from any number of norms, as earlier releases saved them."""
@@ -97,14 +97,13 @@ class NormHistory:
         self._length = int(state["length"])
         if self._length < 1:
             raise ValueError(f"the length of a segment must be at least 1, got {self._length}")
-        for saved in state["segments"]:
-            segment = NormSketch()
-            segment.load(saved)
-            self._segments.append(segment)
+        joined = NormSketch(int(state["segments"]))
+        joined.load(state)
+        self._segments = [joined.rows([place]) for place in range(joined.blocks)]
 
     def _flush(self) -> None:
         if self._waiting:
-            self._add(torch.cat([total.double() for total in self._waiting]).cpu())
+            self._add(torch.cat(self._waiting).to("cpu", torch.float64))
             self._waiting.clear()
 
     def _add(self, norms: Tensor) -> None:

@@ -133,6 +133,13 @@ class NormSketch:
         """Discard all norms."""
         self._counts = None
 
+    @classmethod
+    def joined(cls, sketches: Sequence[NormSketch]) -> NormSketch:
+        """Return a sketch with the blocks of several sketches, each of which has norms."""
+        joined = cls(sum(sketch.blocks for sketch in sketches))
+        joined._counts = torch.cat([sketch._counts for sketch in sketches if sketch._counts is not None])
+        return joined
+
     def rows(self, places: Sequence[int | None]) -> NormSketch:
         """Return a sketch of other blocks.
 

@@ -54,9 +54,8 @@ def assert_same_state(left, right):
     if isinstance(left, torch.Tensor):
         assert torch.equal(left, right)
         return
-    assert left["length"] == right["length"]
-    for one, other in zip(left["segments"], right["segments"], strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in ("blocks", "bins", "counts"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(torch.as_tensor(left[key]), torch.as_tensor(right[key])) for key in left)
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -135,6 +134,14 @@ def test_a_span_in_random_order_is_no_growth():
     found = filled(torch.rand(3000).exp().tolist(), 4).values()
     medians = [quarter.median().item() for quarter in found.tensor_split(4)]
     assert max(medians) < 1.1 * min(medians)
+
+
+def test_norms_of_two_dtypes_wait_together():
+    """A step whose norm float32 cannot hold has a float64 one."""
+    history = NormHistory()
+    history.add(torch.tensor([0.1]))
+    history.add(torch.tensor([1e300], dtype=torch.float64))
+    assert history.values().tolist() == [torch.tensor(0.1).item(), 1e300]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -83,7 +83,7 @@ def every_callback() -> list[Callback]:
         AccumulationRescaling(),
         NonFiniteGuard(skip_above=RobustZScoreLimit(6.0), loss_above=RobustZScoreLimit(6.0, scale="linear")),
         GradientClipping(QuantileLimit(0.9), shadow=[ZScoreLimit(2.0), 1.0], summary=False),
-        GradientNormMonitor("parameter", **dict.fromkeys(options, True), summary=False),
+        GradientNormMonitor("parameter", summary=False, **dict.fromkeys(options, True)),
         GradientNoiseScale(),
     ]
 

@@ -100,9 +100,11 @@ class StepRecord:
         limits: Tensor | float = math.inf
         if self.outcomes:
             limits = self.outcomes[0].limits
-        if isinstance(limits, Tensor):
-            return limits.amin()
-        return _constant(limits, self.total.dtype)
+        if not isinstance(limits, Tensor):
+            return _constant(limits, self.total.dtype)
+        if limits.numel() == 1:
+            return limits.reshape(())
+        return limits.amin()
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ class NormHistory:
 
     def _begin_segment(self) -> None:
         """Make room for norms after the last segment, which is full."""
-        if len(self._segments) == self._max_segments:
+        if len(self._segments) >= self._max_segments:
             for first, second in zip(self._segments[::2], self._segments[1::2], strict=False):
                 first.merge(second)
             self._segments = self._segments[::2]

@@ -43,6 +43,8 @@ WARM_UP_BLOCKS = 2
 MAX_GROWTH_MIB = 1.0
 """Largest growth of the resident memory after the warm-up, beyond that of a Trainer without callbacks."""
 
+QUICK_STEPS = 400
+
 WINDOW = 2
 """Number of micro-batches in an accumulation window."""
 
@@ -209,11 +211,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200_000)
-    parser.add_argument("--quick", action="store_true", help="2,000 steps")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     parser.add_argument("--objects", action="store_true", help="count Python objects by type, and print those that grow")
     parser.add_argument("--output", help="file in benchmarks/results to write")
     arguments = parser.parse_args()
-    steps = 2000 if arguments.quick else arguments.steps
+    steps = QUICK_STEPS if arguments.quick else arguments.steps
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found = {
@@ -224,7 +226,8 @@ def main() -> None:
     note = (
         f"One epoch of {steps:,} optimizer steps with windows of {WINDOW} micro-batches, two parameters and a BatchNorm1d, "
         f'TensorBoardLogger, in one process, first "{BARE}", then "{FAMILY}". Times are medians of a block; the state is what a '
-        "checkpoint holds of all callbacks. Made by `python -m benchmarks.long_run`."
+        "checkpoint holds of all callbacks. Above 1,024 steps norms are counted in bins of 2 %: it grows with the range of the "
+        "norms, and not with their number. Made by `python -m benchmarks.long_run`."
     )
     parts = [f"# A long run, CPU\n\n{machine('cpu')}\n\n{note}", table(rows_of(found), headers), conclusion(found)]
     if arguments.objects:

@@ -18,7 +18,7 @@ from clip_callbacks.core.actions import Action
 from clip_callbacks.core.rules import Plan
 from clip_callbacks.core.step import apply_step, measure_step
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.stats.norm_history import RunHistory
+from clip_callbacks.stats.run_history import RunHistory
 
 mpl.use("agg")
 from matplotlib import pyplot as plt

@@ -25,7 +25,7 @@ from clip_callbacks.core.remeasurement import total_norm_in_float64
 from clip_callbacks.core.spikes import NO_THRESHOLDS, Thresholds
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, since that makes the record of a step take three times as long; nobody changes a record
 class StepRecord:
     """The norms of one optimizer step, and the decisions about it; :class:`~clip_callbacks.StepReport` shows it to users.
 
@@ -61,41 +61,50 @@ class StepRecord:
     thresholds: Thresholds = NO_THRESHOLDS
     outcome: StepOutcome = StepOutcome.TAKEN
 
-    @cached_property
+    @property
     def total_norm(self) -> Tensor:
         """Norm of all gradients before clipping, 0-dim."""
         return self.total.reshape(())
 
-    @cached_property
+    @property
     def clipped_norm(self) -> Tensor:
         """Norm of all gradients after norm clipping, before ``clip_value`` clamps entries, 0-dim."""
-        if self.factors is None:
-            return self.total_norm
-        if self._is_global:
-            # one factor scales the norm itself: no norm of norms with roundings of its own
-            return self.total_norm * self.clip_coef
-        # several factors: the norm is added up anew, in float64, as torch has no counterpart whose bits it could share
-        norms = self.parameter_norms if self.unit_norms is None or self.factors.numel() == 1 else self.unit_norms
-        return total_norm_in_float64(norms.double() * self.factors, self.norm_type)[0].to(self.total.dtype)
+        return self._clipping(self.total_norm)[0]
 
-    @cached_property
+    @property
     def clip_coef(self) -> Tensor:
         """Ratio clipped_norm / total_norm, 0-dim; for one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
-        if self.factors is None:
-            return _constant(1.0, self.total.dtype)
-        if self._is_global:
-            # the coefficient itself, which the ratio of both norms may miss in the last bit
-            return self.outcomes[0].coefficients.reshape(())
-        # 0 / 0 would be NaN: without gradients nothing is clipped
-        return torch.where(self.total_norm > 0, self.clipped_norm / self.total_norm, 1.0)
+        return self._clipping(self.total_norm)[1]
 
-    @cached_property
+    def _clipping(self, total_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Return clipped_norm and clip_coef."""
+        factors = self.factors
+        if factors is None:
+            return total_norm, _constant(1.0, self.total.dtype)
+        # A rule for a part of the parameters has one coefficient but more factors: they are 1 outside its block.
+        if len(self.outcomes) == 1 and factors.numel() == 1:
+            # one factor scales the norm itself, without the roundings that a norm of norms or their ratio would have
+            coefficient = self.outcomes[0].coefficients.reshape(())
+            return total_norm * coefficient, coefficient
+        # several factors: the norm is added up anew, in float64, as torch has no counterpart whose bits it could share
+        norms = self.parameter_norms
+        if self.unit_norms is not None and factors.numel() > 1:
+            norms = self.unit_norms
+        clipped_norm = total_norm_in_float64(norms.double() * factors, self.norm_type)[0].to(self.total.dtype)
+        # 0 / 0 would be NaN: without gradients nothing is clipped
+        return clipped_norm, torch.where(total_norm > 0, clipped_norm / total_norm, 1.0)
+
+    @property
     def max_norm(self) -> Tensor:
         """Limit of the first rule, 0-dim; the lowest one if its blocks have several, inf without a limit."""
-        if not self.outcomes:
-            return _constant(math.inf, self.total.dtype)
-        limits = self.outcomes[0].limits
-        return limits.amin() if isinstance(limits, Tensor) else _constant(limits, self.total.dtype)
+        limits: Tensor | float = math.inf
+        if self.outcomes:
+            limits = self.outcomes[0].limits
+        if not isinstance(limits, Tensor):
+            return _constant(limits, self.total.dtype)
+        if limits.numel() == 1:
+            return limits.reshape(())
+        return limits.amin()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -198,13 +207,16 @@ class StepRecord:
             clipping: If False, only the total norm is returned.
         """
         # some loggers refuse NaN, some store inf as a number, and a single NaN spoils the mean of an epoch
-        if not math.isfinite(self.total.tolist()[0]):
+        if self.outcome is not StepOutcome.TAKEN and not math.isfinite(self.total.tolist()[0]):
             return {}
+        total_norm = self.total.reshape(())
         if not clipping:
-            return {TOTAL_NORM: self.total_norm}
-        metrics = {TOTAL_NORM: self.total_norm, CLIPPED_NORM: self.clipped_norm, CLIP_COEF: self.clip_coef}
-        if math.isfinite(float(self.max_norm)):  # it is inf without a limit, or in the warm-up of one
-            metrics[MAX_NORM] = self.max_norm
+            return {TOTAL_NORM: total_norm}
+        clipped_norm, clip_coef = self._clipping(total_norm)
+        metrics = {TOTAL_NORM: total_norm, CLIPPED_NORM: clipped_norm, CLIP_COEF: clip_coef}
+        max_norm = self.max_norm
+        if math.isfinite(max_norm):  # it is inf without a limit, or in the warm-up of one
+            metrics[MAX_NORM] = max_norm
         return metrics
 
     def rule_metrics(self) -> dict[str, Tensor]:
@@ -221,12 +233,6 @@ class StepRecord:
                 # the share of the norm that is left, since a rule with several blocks has several coefficients
                 metrics[RULE_CLIP_COEF.format(outcome.name)] = torch.where(before > 0, after / before, 1.0)
         return metrics
-
-    @property
-    def _is_global(self) -> bool:
-        """Whether there was one rule, with one coefficient for all gradients."""
-        # A rule for a part of the parameters has one coefficient but more factors: they are 1 outside its block.
-        return len(self.outcomes) == 1 and self.factors is not None and self.factors.numel() == 1
 
 
 def as_skipped(record: StepRecord, outcome: StepOutcome) -> StepRecord:

@@ -332,10 +332,9 @@ class StepEngine:
             self.windows.kept = self._guard.keep_batch(kept.batch, kept.batch_idx)
 
     def _record(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
-        """Record the report of a step in the history, the publisher and the monitors."""
+        """Record the report of a step in the history and the monitors."""
         context = step.optimizer
         context.record(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
-        self._publisher.note_step(context)
         for monitor in self._monitors:
             monitor.end_step(context, report, noise)
         self.last_report = report
@@ -437,7 +436,6 @@ class StepEngine:
         if context is None:
             # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
             self.collect_pending()
-            self._publisher.reset()
             return self._optimizers.replace_contexts(optimizer)
         if context.is_outdated:
             self._renew()

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.core.limit_state import StateMismatch
-from clip_callbacks.stats.norm_history import RunHistory
+from clip_callbacks.stats.run_history import RunHistory
 from clip_callbacks.stats.sketch import NormSketch
 
 State: TypeAlias = Mapping[str, Any]

@@ -31,6 +31,9 @@ from clip_callbacks.trainer.step_context import StepContext
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+MAX_SEGMENTS = 16
+"""Largest number of segments of a run whose norms are told apart, for a suggestion that sees whether the norm grew."""
+
 
 class NormMonitor(Monitor):
     """Records the norms of blocks, makes metrics of them, and warns of blocks that do not learn.
@@ -52,7 +55,7 @@ class NormMonitor(Monitor):
         self._vanished: dict[int, dict[str, VanishedBlock]] = {}  # of the current epoch, by the block's name
         self._before: dict[int, StateBeforeWrite] = {}
         for index, values in saved.get("norms", {}).items():
-            self._norms[int(index)] = NormHistory()
+            self._norms[int(index)] = NormHistory(MAX_SEGMENTS)
             self._norms[int(index)].load(values)
         for index, counted in saved.get("blocks", {}).items():
             self._blocks[int(index)] = self._new_blocks()
@@ -76,7 +79,7 @@ class NormMonitor(Monitor):
             self.options.selection.check(list(dict.fromkeys([*names, *held])))
         for context in contexts:
             self._selected[context.index] = self.options.selection.among(context.table.names)
-            self._norms.setdefault(context.index, NormHistory())
+            self._norms.setdefault(context.index, NormHistory(MAX_SEGMENTS))
             self._blocks.setdefault(context.index, self._new_blocks()).attach(context.table)
             self._vanishing.setdefault(context.index, self._new_detector()).attach(context.table, context.optimizer)
 
@@ -181,10 +184,10 @@ class NormMonitor(Monitor):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # The norms of the run take 8 bytes a step; the sketches of the epoch's blocks stay as large as they are. A span of
-        # `VanishingDetector` begins anew after a resume: only the names of blocks that were warned of are kept.
+        # No entry grows with the number of steps. A span of `VanishingDetector` begins anew after a resume: only the names of
+        # blocks that were warned of are kept.
         return {
-            "norms": {index: history.values() for index, history in self._norms.items()},
+            "norms": {index: history.state() for index, history in self._norms.items()},
             "blocks": {index: history.state_dict() for index, history in self._blocks.items()},
             "last_logged": dict(self._last_logged),
             "vanished": {index: list(detector.named) for index, detector in self._vanishing.items()},

@@ -58,9 +58,6 @@ class Publisher:
         self._monitors = monitors
         self._clips = clips
         self._shows = shows
-        self._stepped: set[int] = set()
-        self._unlogged: set[int] = set()
-        self._logged_at: dict[int, int] = {}
         self._callback_metrics: dict[str, Any] = {}
         self._progress_bar_metrics: dict[str, Any] = {}
 
@@ -72,30 +69,22 @@ class Publisher:
     @property
     def is_logging_step(self) -> bool:
         """Return whether Lightning logs at the end of this batch."""
-        trainer = self._trainer
-        return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
-
-    def reset(self) -> None:
-        """Discard what is known of reports to publish: the optimizers have changed."""
-        self._stepped.clear()
-        self._unlogged.clear()
-        self._logged_at.clear()
-
-    def note_step(self, context: OptimizerContext) -> None:
-        """Mark an optimizer as one with a new report."""
-        self._stepped.add(context.index)
-        self._unlogged.add(context.index)
+        # what Lightning's `should_update_logs` answers in a fit, after a dozen calls by which it finds out that this is one
+        trainer: Any = self._trainer  # whose options mypy does not find
+        every = trainer.log_every_n_steps
+        if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
+            return True
+        return bool(trainer.fast_dev_run or (every and trainer.should_stop))
 
     def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext], *, is_logging_step: bool) -> None:
         """Publish a batch's reports in ``callback_metrics`` and the progress bar and, on logging steps, to the loggers."""
         for context in contexts:
-            has_stepped = context.index in self._stepped
+            is_offered, context.is_offered = context.is_offered, True
             # In manual optimization the step may have been taken in an earlier batch than the one that logs.
-            if is_logging_step and context.index in self._unlogged and (has_stepped or not module.automatic_optimization):
+            if is_logging_step and not context.is_logged and not (is_offered and module.automatic_optimization):
                 self._log_step(context)
-            elif has_stepped:
+            elif not is_offered:
                 self._offer_step(context)
-        self._stepped.clear()
 
     def end_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
         """Publish percentiles, clip fractions and counts, at the x-value of Lightning's own epoch metrics."""
@@ -108,7 +97,7 @@ class Publisher:
                 values |= monitor.end_epoch(context)
             counts = self._counts(context)
             self._offer(as_floats(context.named(values | counts)))
-            if self._logged_at.get(context.index) != step:  # otherwise the loggers have counts of this step already
+            if context.logged_at != step:  # otherwise the loggers have counts of this step already
                 values |= counts
             self._log(as_floats(context.named(values)), step)
 
@@ -117,7 +106,7 @@ class Publisher:
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
         for context in contexts:
             counts = self._counts(context)
-            if any(counts.values()) and self._logged_at.get(context.index) != step:
+            if any(counts.values()) and context.logged_at != step:
                 # the error may be the logger's own: it must stay the one that the user sees
                 with suppress(Exception):
                     self._log(as_floats(context.named(counts)), step)
@@ -127,11 +116,13 @@ class Publisher:
 
     def _offer_step(self, context: OptimizerContext) -> None:
         """Publish the tensors of a report in ``callback_metrics``; nothing is computed between logging steps."""
-        if context.report is not None:
-            metrics = context.named(context.report.metrics(clipping=self._clips))
-            self._callback_metrics.update(metrics)
-            if self._shows:
-                self._show(context, as_floats(metrics))
+        assert context.report is not None
+        metrics = context.report.metrics(clipping=self._clips)
+        if context.suffix:
+            metrics = context.named(metrics)
+        self._callback_metrics.update(metrics)
+        if self._shows:
+            self._show(context, as_floats(metrics))
 
     def _values(self, context: OptimizerContext) -> dict[str, float]:
         """Return the finite metrics of an optimizer's last step."""
@@ -163,8 +154,7 @@ class Publisher:
         self._log(context.named(metrics), step)
         log_histograms(self._trainer, context.named(histograms), step)
         context.history.begin_log()
-        self._logged_at[context.index] = step
-        self._unlogged.discard(context.index)
+        context.is_logged, context.logged_at = True, step
 
     def _offer(self, values: Mapping[str, float]) -> None:
         """Publish metrics in ``callback_metrics``, for ModelCheckpoint and EarlyStopping."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clip_callbacks.core.decisions import Outcome
 from clip_callbacks.core.metric_names import PERCENTILES
-from clip_callbacks.stats.norm_history import Spans
+from clip_callbacks.stats.run_history import ClipCounts
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 MIN_STEPS_FOR_TABLE = 100
@@ -70,8 +70,8 @@ def _rows_of_limits(context: OptimizerContext) -> list[list[str]]:
     rows = []
     for prefix, counted, outcomes in (("", history.rules, rules), ("would clip: ", history.shadows, shadows)):
         limits = {outcome.name: _number(_lowest(outcome.limits)) for outcome in outcomes if outcome.name}
-        for name, spans in counted.items():
-            rows.append([f"- {prefix}{name}", "", "", _percent(spans), *[""] * len(PERCENTILES), limits.get(name, "")])
+        for name, counts in counted.items():
+            rows.append([f"- {prefix}{name}", "", "", _percent(counts), *[""] * len(PERCENTILES), limits.get(name, "")])
     return rows
 
 
@@ -81,10 +81,10 @@ def _lowest(limits: Tensor | float) -> float:
     return float(limits.amin())
 
 
-def _percent(spans: Spans) -> str:
-    if not spans.run.steps:
+def _percent(counts: ClipCounts) -> str:
+    if not counts.steps:
         return ""
-    return f"{spans.run.fraction:.1%}"
+    return f"{counts.fraction:.1%}"
 
 
 def _number(value: float) -> str:

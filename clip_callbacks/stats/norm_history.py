@@ -1,36 +1,49 @@
-"""Percentiles of total_norm and clip fractions over a run."""
+"""Norms of a span of steps in bounded memory: as they were while there are few, then as quantiles within 1 %."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torchmetrics import CatMetric
 
-from clip_callbacks.core.metric_names import (
-    CLIP_FRACTION,
-    CLIP_FRACTION_EPOCH,
-    PERCENTILES,
-    RULE_CLIP_FRACTION,
-    RULE_CLIP_FRACTION_EPOCH,
-    SHADOW_CLIP_FRACTION,
-    SHADOW_CLIP_FRACTION_EPOCH,
-)
-from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.sketch import NormSketch
 
+MAX_EXACT_STEPS = 1024
+"""Largest number of norms that are kept as they were, in 8 KiB."""
+
 MAX_WAITING_STEPS = 128
-"""Largest number of steps that wait until their norms are added to the metric together: most steps cost one list append."""
+"""Largest number of steps that wait until their norms are processed together: most steps cost one list append."""
+
+HistoryState: TypeAlias = "Tensor | Mapping[str, Any]"
+"""All norms, float64 of shape ``(steps,)``; if there were too many, the length and the number of segments, and their sketches."""
 
 
 class NormHistory:
-    """Total norms of finite steps since the last reset: 8 bytes per step, with exact percentiles."""
+    """Total norms of finite steps since the last reset, in bounded memory.
 
-    def __init__(self) -> None:
-        self._norms = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
+    Up to 1,024 norms are kept as they were, and percentiles are exact. When there are more, all of them are counted in a
+    :class:`~clip_callbacks.stats.sketch.NormSketch`, and percentiles are within 1 %.
+
+    To keep their order, the steps are divided into successive segments of equal length, each with a sketch of its own. When the
+    last segment is full, each two become one, and segments are twice as long.
+
+    Args:
+        max_segments: Largest number of segments.
+    """
+
+    def __init__(self, max_segments: int = 1) -> None:
+        self._max_segments = max_segments
         self._waiting: list[Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard all norms."""
+        self._waiting.clear()
+        self._exact = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._segments: list[NormSketch] = []
+        self._length = max(MAX_EXACT_STEPS // self._max_segments, 1)
 
     def add(self, total: Tensor) -> None:
         """Add one finite norm, shape ``(1,)``."""
@@ -38,183 +51,86 @@ class NormHistory:
         if len(self._waiting) >= MAX_WAITING_STEPS:
             self._flush()
 
-    def reset(self) -> None:
-        """Discard all norms."""
-        self._norms.reset()
-        self._waiting.clear()
-
     def values(self) -> Tensor:
-        """Return all norms, float64 of shape ``(steps,)``."""
+        """Return all norms, float64 of shape ``(steps,)``.
+
+        Those of more than 1,024 steps are each within 2 %, about in their order: only within a segment it is lost.
+        """
         self._flush()
-        return self._norms.compute().reshape(-1) if self._norms.update_count else torch.empty(0, dtype=torch.float64)
+        if not self._segments:
+            return self._exact
+        # at random places within a segment, since in ascending order they would look like growth
+        return torch.cat([_shuffled(segment.representatives()) for segment in self._segments])
 
-    def percentiles(self, percents: tuple[int, ...]) -> Tensor | None:
+    def percentiles(self, percents: Sequence[int]) -> Tensor | None:
         """Return percentiles with linear interpolation, shape ``(len(percents),)``; None without a step."""
-        values = self.values()
-        if not len(values):
+        self._flush()
+        shares = [percent / 100 for percent in percents]
+        if self._segments:
+            return self.sketch().quantiles(shares)[:, 0]
+        if not len(self._exact):
             return None
-        return torch.quantile(values, torch.tensor(percents, dtype=values.dtype, device=values.device) / 100)
+        return torch.quantile(self._exact, torch.tensor(shares, dtype=torch.float64, device="cpu"))
 
-    def load(self, values: Tensor) -> None:
-        """Replace all norms by those of an earlier run."""
+    def sketch(self) -> NormSketch:
+        """Return a sketch of all norms."""
+        self._flush()
+        sketch = NormSketch()
+        sketch.add(self._exact[:, None])
+        for segment in self._segments:
+            sketch.merge(segment)
+        return sketch
+
+    def state(self) -> HistoryState:
+        """Return all norms, or what is left of them, for a checkpoint."""
+        self._flush()
+        if not self._segments:
+            return self._exact
+        return {"length": self._length, "segments": len(self._segments), **NormSketch.joined(self._segments).state()}
+
+    def load(self, state: HistoryState) -> None:
+        """Continue from a state of :meth:`state`, or from any number of norms, as earlier releases saved them."""
         self.reset()
-        if len(values):
-            self._norms.update(values)
+        if isinstance(state, Tensor):
+            self._add(state.to("cpu", torch.float64).reshape(-1))
+            return
+        self._length = int(state["length"])
+        if self._length < 1:
+            raise ValueError(f"the length of a segment must be at least 1, got {self._length}")
+        joined = NormSketch(int(state["segments"]))
+        joined.load(state)
+        self._segments = [joined.rows([place]) for place in range(joined.blocks)]
 
     def _flush(self) -> None:
         if self._waiting:
-            self._norms.update(torch.cat([total.double() for total in self._waiting]))
+            self._add(torch.cat(self._waiting).to("cpu", torch.float64))
             self._waiting.clear()
 
+    def _add(self, norms: Tensor) -> None:
+        if not self._segments:
+            self._exact = torch.cat([self._exact, norms])
+            if len(self._exact) <= MAX_EXACT_STEPS:
+                return
+            norms, self._exact = self._exact, self._exact[:0].clone()
+            self._segments.append(NormSketch())
+        while len(norms):
+            room = self._length - int(self._segments[-1].count)
+            self._segments[-1].add(norms[:room, None])
+            norms = norms[room:]
+            if len(norms):
+                self._begin_segment()
 
-class StepCounts:
-    """Numbers of steps and of clipped steps."""
-
-    def __init__(self) -> None:
-        self.steps = self.clipped = 0
-
-    @property
-    def fraction(self) -> float:
-        """Return the fraction of the steps that were clipped; 0 without steps."""
-        return self.clipped / self.steps if self.steps else 0.0
-
-    def reset(self) -> None:
-        """Set both counts to 0."""
-        self.steps = self.clipped = 0
-
-
-class Spans:
-    """Numbers of steps and of clipped steps over three spans.
-
-    Attributes:
-        since_logged: Counts since the last logged step.
-        epoch: Counts of this epoch.
-        run: Counts of the whole run.
-    """
-
-    def __init__(self) -> None:
-        self.since_logged, self.epoch, self.run = StepCounts(), StepCounts(), StepCounts()
-
-    def add(self, *, clipped: bool) -> None:
-        """Count one step."""
-        for counts in (self.since_logged, self.epoch, self.run):
-            counts.steps += 1
-            counts.clipped += clipped
-
-    def state(self) -> list[int]:
-        """Return all counts as a list."""
-        return [number for counts in (self.since_logged, self.epoch, self.run) for number in (counts.steps, counts.clipped)]
-
-    def load(self, state: list[int]) -> None:
-        """Continue from the counts of :meth:`state`."""
-        for counts, place in ((self.since_logged, 0), (self.epoch, 2), (self.run, 4)):
-            counts.steps, counts.clipped = state[place : place + 2]
+    def _begin_segment(self) -> None:
+        """Make room for norms after the last segment, which is full."""
+        if len(self._segments) >= self._max_segments:
+            for first, second in zip(self._segments[::2], self._segments[1::2], strict=False):
+                first.merge(second)
+            self._segments = self._segments[::2]
+            self._length *= 2
+        if int(self._segments[-1].count) >= self._length:
+            self._segments.append(NormSketch())
 
 
-class RunHistory:
-    """Norms and counts of one optimizer's steps, for its metrics.
-
-    Attributes:
-        epoch_norms: Total norms of the epoch's healthy steps.
-        run_norms: Total norms of the run's healthy steps before this epoch.
-        clips: Counts of healthy steps and of clipped ones.
-        rules: Counts of healthy steps and of those clipped by a rule, for each rule with a name.
-        shadows: Counts of healthy steps and of those that a shadow limit would have clipped, for each shadow limit.
-        steps: Number of optimizer steps so far, including bad ones.
-        last: Report of the last healthy step of this fit.
-    """
-
-    def __init__(self) -> None:
-        self.epoch_norms = NormHistory()
-        self.run_norms = NormSketch()
-        self.clips = Spans()
-        self.rules: dict[str, Spans] = {}
-        self.shadows: dict[str, Spans] = {}
-        self.steps = 0
-        self.last: StepRecord | None = None
-
-    def add(self, report: StepRecord) -> None:
-        """Record a healthy step."""
-        self.last = report
-        self.epoch_norms.add(report.total)
-        self.clips.add(clipped=report.clipped)
-        for outcomes, counted in ((report.outcomes, self.rules), (report.shadows, self.shadows)):
-            for outcome in outcomes:
-                if outcome.name:
-                    counted.setdefault(outcome.name, Spans()).add(clipped=outcome.clips)
-
-    def fractions(self) -> dict[str, float]:
-        """Return the clip fractions since the last logged step, overall, by named rule, by shadow limit; empty without one."""
-        if not self.clips.since_logged.steps:
-            return {}
-        rules = {RULE_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.rules.items()}
-        shadows = {SHADOW_CLIP_FRACTION.format(name): spans.since_logged.fraction for name, spans in self.shadows.items()}
-        return {CLIP_FRACTION: self.clips.since_logged.fraction} | rules | shadows
-
-    def epoch_metrics(self, *, clipping: bool) -> dict[str, float]:
-        """Return the percentiles of total_norm and the clip fractions of this epoch; empty without a healthy step.
-
-        Args:
-            clipping: If True, the fraction over all rules is included.
-        """
-        percentiles = self.epoch_norms.percentiles(tuple(PERCENTILES))
-        if percentiles is None:
-            return {}
-        fractions = {}
-        if clipping:
-            fractions[CLIP_FRACTION_EPOCH] = self.clips.epoch.fraction
-        fractions |= {RULE_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.rules.items()}
-        fractions |= {SHADOW_CLIP_FRACTION_EPOCH.format(name): spans.epoch.fraction for name, spans in self.shadows.items()}
-        return dict(zip(PERCENTILES.values(), percentiles.tolist(), strict=True)) | fractions
-
-    def run_percentiles(self) -> list[float]:
-        """Return the percentiles of total_norm over the run, each within 1 %; NaN without a healthy step."""
-        norms = self.run_norms.rows([0])
-        norms.add(self.epoch_norms.values()[:, None])
-        return [share.item() for share in norms.quantiles([percent / 100 for percent in PERCENTILES])]
-
-    def keep_only(self, rules: Sequence[str], shadows: Sequence[str]) -> None:
-        """Discard the counts of rules and shadow limits that only an earlier run had.
-
-        Args:
-            rules: Names of the rules to keep.
-            shadows: Names of the shadow limits to keep.
-        """
-        self.rules = {name: spans for name, spans in self.rules.items() if name in rules}
-        self.shadows = {name: spans for name, spans in self.shadows.items() if name in shadows}
-
-    def begin_log(self) -> None:
-        """Set the counts since the last logged step to 0."""
-        for spans in self._all:
-            spans.since_logged.reset()
-
-    def end_epoch(self) -> None:
-        """Add the norms of the epoch to those of the run, and set its counts to 0."""
-        self.run_norms.add(self.epoch_norms.values()[:, None])
-        self.epoch_norms.reset()
-        for spans in self._all:
-            spans.epoch.reset()
-
-    @property
-    def _all(self) -> list[Spans]:
-        return [self.clips, *self.rules.values(), *self.shadows.values()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all norms and counts, as tensors and numbers."""
-        named = {kind: {name: spans.state() for name, spans in counted.items()} for kind, counted in self._named.items()}
-        norms = {"norms": self.epoch_norms.values(), "run_norms": self.run_norms.state()}
-        return {"steps": self.steps, "counts": self.clips.state()} | norms | named
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of :meth:`state_dict`."""
-        self.steps = int(state["steps"])
-        self.epoch_norms.load(state["norms"])
-        self.run_norms.load(state["run_norms"])
-        self.clips.load(state["counts"])
-        for kind, counted in self._named.items():
-            for name, counts in state[kind].items():
-                counted.setdefault(name, Spans()).load(counts)
-
-    @property
-    def _named(self) -> dict[str, dict[str, Spans]]:
-        return {"rules": self.rules, "shadows": self.shadows}
+def _shuffled(values: Tensor) -> Tensor:
+    order = torch.randperm(len(values), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return values[order]

@@ -7,10 +7,14 @@ represented by :math:`2 \gamma^i / (\gamma + 1)`, with a relative error of at mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+SketchState: TypeAlias = Mapping[str, Tensor]
+"""The bins of a sketch that are not empty, as three tensors of equal length."""
 
 RELATIVE_ERROR = 0.01
 """Largest relative error of a quantile: alpha."""
@@ -104,9 +108,37 @@ class NormSketch:
         lower, upper = _at_ranks(up_to, ranks.floor()), _at_ranks(up_to, ranks.ceil())
         return torch.where(counts > 0, torch.lerp(lower, upper, ranks.frac()), answers)
 
+    def representatives(self) -> Tensor:
+        """Return as many norms as the first block has, float64 of shape ``(steps,)``, in ascending order.
+
+        The norms of a bin are spread evenly over it. Each is within 2 %, the width of a bin.
+        """
+        if self._counts is None:
+            return torch.empty(0, dtype=torch.float64)
+        counts = self._counts[0].long()
+        bins = torch.arange(BIN_COUNT, device="cpu").repeat_interleave(counts)
+        place_in_bin = torch.arange(len(bins), device="cpu") - (counts.cumsum(0) - counts)[bins]
+        powers = bins + (FIRST_POWER - 2) + (place_in_bin.double() + 0.5) / counts[bins]
+        return torch.where(bins > 0, torch.exp(powers * math.log(GAMMA)), 0.0)
+
+    def merge(self, other: NormSketch) -> None:
+        """Add all norms of a sketch of as many blocks."""
+        if other._counts is None:
+            return
+        if self._counts is None:
+            self._counts = torch.zeros_like(other._counts)
+        self._counts += other._counts
+
     def reset(self) -> None:
         """Discard all norms."""
         self._counts = None
+
+    @classmethod
+    def joined(cls, sketches: Sequence[NormSketch]) -> NormSketch:
+        """Return a sketch with the blocks of several sketches, each of which has norms."""
+        joined = cls(sum(sketch.blocks for sketch in sketches))
+        joined._counts = torch.cat([sketch._counts for sketch in sketches if sketch._counts is not None])
+        return joined
 
     def rows(self, places: Sequence[int | None]) -> NormSketch:
         """Return a sketch of other blocks.
@@ -122,13 +154,13 @@ class NormSketch:
                     sketch._counts[row] = self._counts[place]
         return sketch
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> SketchState:
         """Return the block, the index and the count of each bin that is not empty; the ends of a bin never change."""
         counts = torch.zeros(self.blocks, 0, dtype=torch.int32) if self._counts is None else self._counts
         blocks, bins = counts.nonzero().unbind(1)
         return {"blocks": blocks.to(torch.int32), "bins": bins.to(torch.int16), "counts": counts[blocks, bins]}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: SketchState) -> None:
         """Continue from a state of :meth:`state`, of a sketch of as many blocks."""
         self.reset()
         if len(state["counts"]):

@@ -166,9 +166,14 @@ class VanishingDetector:
         """Record a healthy step."""
         if self._blocks is None:
             return
-        self._sample_weights().confirm()
-        self._present |= self._maybe_present
-        self._maybe_present = set()
+        sample = self._sample
+        if sample is None:
+            sample = self._sample_weights()
+        if sample.is_pending:
+            sample.confirm()
+        if self._maybe_present:
+            self._present |= self._maybe_present
+            self._maybe_present = set()
         self._norms.append(report.parameter_norms)
         self.steps += 1
         if len(self._norms) >= MAX_WAITING_STEPS:

@@ -30,12 +30,15 @@ class WeightSample:
     Args:
         table: The N parameters.
         places: Positions of the parameters to sample; others of a kind that cannot be sampled are passed over.
+
+    Attributes:
+        is_pending: True between :meth:`note_gradients` and :meth:`confirm` or :meth:`discard`.
     """
 
     @torch.no_grad()
     def __init__(self, table: TensorTable, places: Sequence[int]) -> None:
         self._table = table
-        self._is_pending = self._has_new_gradients = False
+        self.is_pending = self._has_new_gradients = False
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for place in places:
             shard = table.shards[place]
@@ -52,20 +55,19 @@ class WeightSample:
             rates: Learning rate of each parameter: a number, a tensor, or None if the optimizer chooses it. With 0, nothing is
                 recorded.
         """
-        self._is_pending = True  # also without entries to sample: ranks must agree on the number of checks
+        self.is_pending = True  # also without entries to sample: ranks must agree on the number of checks
         for part in self._parts:
             part.note_gradients(gradients, rates)
 
     def confirm(self) -> None:
-        """Take the recorded gradients for those of a healthy step."""
-        if self._is_pending:
-            self._is_pending, self._has_new_gradients = False, True
-            for part in self._parts:
-                part.has_gradient |= part.pending
+        """Take the recorded gradients for those of a healthy step; call it only while they are pending."""
+        self.is_pending, self._has_new_gradients = False, True
+        for part in self._parts:
+            part.has_gradient |= part.pending
 
     def discard(self) -> None:
         """Discard the recorded gradients: their step was skipped."""
-        self._is_pending = False
+        self.is_pending = False
 
     def compare(self) -> bool:
         """Compare the weights with those at the beginning, if it is after a step whose gradients were confirmed.

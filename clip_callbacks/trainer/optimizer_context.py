@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
-from clip_callbacks.stats.norm_history import RunHistory
+from clip_callbacks.stats.run_history import RunHistory
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class OptimizerContext:
         steps: The number of steps taken or skipped in this fit.
         report: The report of the last step; None before the first. Among closure calls of LBFGS it is the first one's, unless a
             later one is bad.
+        is_offered: False if ``callback_metrics`` are still without this report.
+        is_logged: False if the loggers are still without this report.
+        logged_at: The x-value of the last logged step of this fit; None before the first.
     """
 
     def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str, reduce: Reduce) -> None:
@@ -46,6 +49,8 @@ class OptimizerContext:
         self.history = RunHistory()
         self.steps = 0
         self.report: StepRecord | None = None
+        self.is_offered = self.is_logged = True
+        self.logged_at: int | None = None
         self._reduce = reduce
         self._step_number: int | None = None
         self.rebuild_table(module)
@@ -97,10 +102,12 @@ class OptimizerContext:
             is_healthy: If True, the norms enter the history.
         """
         self.report = report
+        self.is_offered = self.is_logged = False
+        history = self.history
         self.steps += is_new
-        self.history.steps += is_new
+        history.steps += is_new
         if is_healthy:
-            self.history.add(report)
+            history.add(report)
 
     def continue_history(self, history: RunHistory) -> None:
         """Continue the history of the optimizer that this one replaces."""

@@ -80,7 +80,7 @@ FAULTS = [
     Fault("guard/counts.py", "if self.last_bad != number - 1 or not self.streak:", "if not self.streak:", "guard"),
     Fault("trainer/learning_rates.py", "if id(value) not in done:", "if True:", "guard"),
     Fault("accumulation/microbatches.py", "            self._buffers.restore()\n", "", "accumulation"),
-    Fault("stats/norm_history.py", "self.clipped / self.steps if", "self.clipped / (self.steps + 1) if", "publishing"),
+    Fault("stats/run_history.py", "return clipped / steps if", "return clipped / (steps + 1) if", "publishing"),
     Fault("publishing/publisher.py", "for key, value in values.items() if math.isfinite(value)}", "for key, value in values.items()}", "publishing"),
     Fault("publishing/publisher.py", "fit_loop.epoch_loop._batches_that_stepped - 1", "fit_loop.epoch_loop._batches_that_stepped", "publishing"),
     Fault("publishing/publisher.py", "                values |= counts", "                pass", "publishing"),

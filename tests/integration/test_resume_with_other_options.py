@@ -298,10 +298,13 @@ DAMAGES = [
     (GradientClipping, lambda state: state["guard"].update(counters={"first": {}}), "invalid literal for int"),
     (GradientClipping, lambda state: state["history"][0].pop("steps"), "KeyError: 'steps'"),
     (GradientClipping, lambda state: state["history"][0].update(counts=[1]), "not enough values"),
+    (GradientClipping, lambda state: state["history"][0].update(norms=[1.0]), "TypeError"),
     (GradientClipping, lambda state: state.update(history=[1]), "AttributeError"),
     (NonFiniteGuard, lambda state: state["counters"][0].update(skips=3), "unexpected keyword argument 'skips'"),
     (NonFiniteGuard, lambda state: state.update(skipped_batches=(1, 2)), "not enough values"),
     (GradientNormMonitor, lambda state: state["blocks"][0].update(clipped=None), "AttributeError"),
+    (GradientNormMonitor, lambda state: state.update(norms={0: {"length": 64}}), "KeyError: 'segments'"),
+    (GradientNormMonitor, lambda state: state.update(norms={0: {"length": 0, "segments": []}}), "must be at least 1, got 0"),
     (GradientNoiseScale, lambda state: state["noise"].update({0: [1.0]}), "must be a mapping"),
     (FaultInjection, lambda state: state.pop("last_step"), "KeyError: 'last_step'"),
 ]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clip_callbacks import AccumulationRescaling, ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
+from clip_callbacks.publishing.norm_monitor import NormMonitor
+from clip_callbacks.publishing.publisher import Publisher
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from tests.helpers.training import GradientTape, Poisoned, Regression, TwoNetworks, data
 
 ALWAYS = ["grad/total_norm", "grad/clipped_norm", "grad/clip_coef", "grad/max_norm", "grad/clip_fraction", "grad/skipped_steps"]
@@ -140,6 +145,81 @@ def test_metrics_are_current_in_validation_inside_an_epoch(trainer, tmp_path):
     assert [step for step, _ in seen] == [3, 6, 9]
     assert seen[-1][1] == float(callback.last_report.total_norm)
     assert len({norm for _, norm in seen}) == 3
+
+
+@pytest.mark.parametrize("max_norm", [1e6, 1e-6])
+@pytest.mark.parametrize("members", [(), (GradientNormMonitor,)])
+def test_a_step_is_recorded_and_published_in_few_calls_of_python(trainer, monkeypatch, max_norm, members):
+    """Each costs a microsecond or two between a backward pass and the next one, and the hooks of a step are made of them."""
+    counts = {"record": [], "end_batch": [], "end_step": []}
+
+    def counted(kind, name):
+        function = getattr(kind, name)
+
+        def run(*arguments, **options):
+            calls = 0
+
+            def count(_, event, __):
+                nonlocal calls
+                calls += event == "call"
+
+            before = sys.getprofile()
+            sys.setprofile(count)
+            try:
+                return function(*arguments, **options)
+            finally:
+                sys.setprofile(before)
+                counts[name].append(calls)
+
+        monkeypatch.setattr(kind, name, run)
+
+    counted(OptimizerContext, "record")
+    counted(NormMonitor, "end_step")
+    counted(Publisher, "end_batch")
+    trainer(GradientClipping(max_norm), *(make() for make in members), log_every_n_steps=50).fit(Regression(), data(12))
+    assert counts["record"][1:] == [3] * 11
+    assert counts["end_batch"][1:] == [5] * 11
+    assert counts["end_step"][1:] == [4] * (11 * len(members))
+
+
+class StoppingAt(Callback):
+    """Asks for the end of training in a batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.should_stop = batch_idx == self.batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_every_n_steps": 1},
+        {"log_every_n_steps": 3, "max_epochs": 2},
+        {"log_every_n_steps": 2, "accumulate_grad_batches": 3},
+        {"log_every_n_steps": 0},
+        {"log_every_n_steps": 50},
+        {"fast_dev_run": 3, "log_every_n_steps": 50},
+        {"log_every_n_steps": 2, "val_check_interval": 3},
+    ],
+)
+@pytest.mark.parametrize("stop", [None, 4])
+def test_logging_steps_are_those_of_lightning(trainer, monkeypatch, options, stop):
+    """Which answers the same question in a property of its own, that takes long."""
+    ours, theirs = [], []
+    answer = Publisher.is_logging_step.fget
+
+    def compared(publisher):
+        ours.append(answer(publisher))
+        theirs.append(bool(publisher._trainer._logger_connector.should_update_logs or publisher._trainer.fast_dev_run))
+        return ours[-1]
+
+    monkeypatch.setattr(Publisher, "is_logging_step", property(compared))
+    callbacks = [GradientClipping(1.0), GradientNormMonitor(), StoppingAt(stop)]
+    trainer(*callbacks, min_epochs=2, **options).fit(Regression(), data(8), data(2))
+    assert ours == theirs
+    assert len(ours) >= 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
-from clip_callbacks.stats.norm_history import RunHistory
+from clip_callbacks.stats.run_history import RunHistory
 from tests.helpers.twins import TWINS, regression
 
 SWITCHES = ("logger", "enable_progress_bar", "enable_model_summary")

@@ -1,7 +1,7 @@
 r"""Norms of large CPU tensors for which torch has no fast kernel, read chunk by chunk in the cache.
 
 Only for p = 2 does torch reduce with vector instructions, and only to the dtype of the tensor. For any other finite order it adds
-one power at a time to one running sum: this takes four (p = 1) to forty times as long, and over ten million entries a float32 sum is
+one power at a time to one running sum: it takes four (p = 1) to forty times as long, and over ten million entries a float32 sum is
 off by per cent. Half-precision tensors it converts as a whole into new memory. Here each chunk is converted, raised and added up by
 vector instructions, and the sums of the chunks are added in float64:
 
@@ -49,13 +49,17 @@ def norms_of_each(tensors: list[Tensor], norm_type: float) -> tuple[Tensor, ...]
     dtype = accumulation_dtype(tensors[0].dtype)
     if not has_slow_kernel(tensors[0], norm_type):
         return torch._foreach_norm(tensors, norm_type, dtype=dtype)
-    large = [_is_large(tensor) for tensor in tensors]
-    small = [tensor for tensor, is_large in zip(tensors, large, strict=True) if not is_large]
-    norms = iter(torch._foreach_norm(small, norm_type, dtype=dtype) if small else ())
+    norms: list[Tensor | None] = [None] * len(tensors)
+    small = [place for place, tensor in enumerate(tensors) if not is_large(tensor)]
+    if small:
+        for place, norm in zip(
+            small, torch._foreach_norm([tensors[place] for place in small], norm_type, dtype=dtype), strict=True
+        ):
+            norms[place] = norm
     workspace = Workspace(max(tensor.numel() for tensor in tensors), dtype or tensors[0].dtype)
     return tuple(
-        _large_norm(tensor.detach(), norm_type, workspace) if is_large else next(norms)
-        for tensor, is_large in zip(tensors, large, strict=True)
+        _large_norm(tensor.detach(), norm_type, workspace) if norm is None else norm
+        for tensor, norm in zip(tensors, norms, strict=True)
     )
 
 
@@ -67,7 +71,8 @@ def has_slow_kernel(tensor: Tensor, norm_type: float) -> bool:
     return norm_type > 0 and (norm_type != FAST_ORDER or tensor.dtype in HALF_DTYPES)
 
 
-def _is_large(tensor: Tensor) -> bool:
+def is_large(tensor: Tensor) -> bool:
+    """Return whether a tensor has so many entries that reading it by chunks pays."""
     # subclasses of Tensor may have no more functions than those that has_arithmetic tries
     return tensor.numel() >= MIN_ENTRIES and type(tensor) in {Tensor, nn.Parameter}
 
@@ -140,14 +145,16 @@ def _factors(entries: Tensor, norm_type: float, first: Tensor, second: Tensor) -
     """
     if entries.dtype is not first.dtype:
         entries = first.copy_(entries)
+    if norm_type % 2.0:
+        entries = torch.abs(entries, out=first)
     if (2.0 * norm_type) % 1.0:
         # 0 and inf come out right: exp2(p log2(0)) = exp2(-inf) = 0
-        return torch.abs(entries, out=first).log2_().mul_(norm_type).exp2_(), None
+        return entries.log2_().mul_(norm_type).exp2_(), None
     order = int(norm_type)
     if order != norm_type:
-        order, entries = int(2.0 * norm_type), torch.abs(entries, out=first).sqrt_()
+        order, entries = int(2.0 * norm_type), entries.sqrt_()
     if order == 1:
-        return torch.abs(entries, out=first), None
+        return entries, None
     # the power of half the order by squaring, from the highest binary digit down
     power = entries
     for digit in f"{order // 2:b}"[1:]:
@@ -156,7 +163,7 @@ def _factors(entries: Tensor, norm_type: float, first: Tensor, second: Tensor) -
             power = power.mul_(entries)
     if order % 2 == 0:
         return power, power
-    return torch.mul(power, power, out=second), torch.abs(entries, out=first)
+    return torch.mul(power, power, out=second), entries
 
 
 def chunks(tensor: Tensor) -> Sequence[Tensor]:
@@ -167,7 +174,7 @@ def chunks(tensor: Tensor) -> Sequence[Tensor]:
         parts: tuple[Tensor, ...] = ordered.view(-1).split(CHUNK_ENTRIES)  # type: ignore[no-untyped-call]
         return parts
     if tensor.numel() <= CHUNK_ENTRIES:
-        return [tensor.reshape(-1)]
+        return [tensor.contiguous().view(-1)]
     return [chunk for part in row_chunks(tensor) for chunk in chunks(part.squeeze(0))]
 
 

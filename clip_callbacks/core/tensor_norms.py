@@ -19,10 +19,10 @@ from torch import Tensor
 
 from clip_callbacks.core.buckets import Buckets
 from clip_callbacks.core.piecewise_norms import (
-    MIN_ENTRIES,
     accumulation_dtype,
     chunks,
     has_slow_kernel,
+    is_large,
     large_row_norms,
     largest_entry,
     norms_of_each,
@@ -76,7 +76,7 @@ def row_norms(rows: Tensor, norm_type: float) -> Tensor:
     Returns:
         Norms of shape ``(r,)`` on the device of the tensor; float64 if it is of double precision, else float32.
     """
-    if rows.ndim > 1 and rows.numel() >= MIN_ENTRIES and has_slow_kernel(rows, norm_type):
+    if rows.ndim > 1 and is_large(rows) and has_slow_kernel(rows, norm_type):
         return large_row_norms(rows, norm_type)
     dtype = accumulation_dtype(rows.dtype)
     norms: Tensor

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from clip_callbacks.core.piecewise_norms import accumulation_dtype, norms_of_each
 
 MAX_SMALL_ENTRIES = 4096
 """Largest number of entries of a tensor that goes into a bucket: above it the arithmetic outweighs the call."""
@@ -37,7 +41,7 @@ class Buckets:
     buckets: tuple[tuple[int, ...], ...]
     others: tuple[int, ...]
     order: Tensor
-    _outputs: dict[torch.dtype, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict, repr=False)
+    _outputs: dict[torch.dtype, _Output] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Buckets | None:
@@ -65,28 +69,43 @@ class Buckets:
         # argsort inverts the permutation, so that one index restores the order of the tensors
         return cls(buckets, tuple(others), torch.tensor(read, device="cpu").argsort())
 
-    def norms(self, tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> Tensor:
-        """Norm of each tensor, shape ``(n,)``, in the order of the tensors; with the bits of ``torch._foreach_norm``."""
-        # a single bucket is in order already
-        if len(self.buckets) == 1 and not self.others:
-            return _stacked_norms([tensors[place] for place in self.buckets[0]], norm_type, dtype, out=None)
-        # written into a buffer that is kept between steps, which saves an allocation and a concatenation
-        norms, parts = self._output(dtype or tensors[0].dtype.to_real())
-        for bucket, part in zip(self.buckets, parts, strict=False):
-            _stacked_norms([tensors[place] for place in bucket], norm_type, dtype, out=part)
+    def norms(self, tensors: list[Tensor], norm_type: float) -> Tensor:
+        """Norm of each tensor, shape ``(n,)``, in the order of the tensors; with the bits of :func:`norms_of_each`."""
+        dtype = tensors[0].dtype
+        output = self._outputs.get(dtype) or self._make_output(dtype)
+        for take, part in output.buckets:
+            stack = torch.stack(take(tensors))
+            torch.linalg.vector_norm(stack, norm_type, dim=tuple(range(1, stack.ndim)), dtype=output.accumulated, out=part)
         if self.others:
-            alone = [tensors[place] for place in self.others]
-            torch.stack(torch._foreach_norm(alone, norm_type, dtype=dtype), out=parts[-1])
+            torch.stack(norms_of_each([tensors[place] for place in self.others], norm_type), out=output.others)
         # a copy, so that the buffer may be written again at the next step
-        return norms[self.order]
+        return output.norms.index_select(0, self.order)
 
-    def _output(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Buffer for the norms of one dtype, in the order of reading, and its view for each read."""
-        if dtype not in self._outputs:
-            norms = torch.empty(len(self.order), dtype=dtype, device="cpu")
-            sizes = [len(read) for read in (*self.buckets, self.others)]
-            self._outputs[dtype] = norms, norms.split(sizes)  # type: ignore[no-untyped-call]
+    def _make_output(self, dtype: torch.dtype) -> _Output:
+        """Plan where the norms of tensors of one dtype are written."""
+        accumulated = accumulation_dtype(dtype)
+        norms = torch.empty(len(self.order), dtype=accumulated or dtype.to_real(), device="cpu")
+        *parts, others = norms.split([*map(len, self.buckets), len(self.others)])  # type: ignore[no-untyped-call]
+        takers = [itemgetter(*bucket) for bucket in self.buckets]
+        self._outputs[dtype] = _Output(norms, accumulated, list(zip(takers, parts, strict=True)), others)
         return self._outputs[dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class _Output:
+    """Where the norms of tensors of one dtype are written, which saves an allocation and a concatenation at each step.
+
+    Args:
+        norms: All norms, in the order of reading.
+        accumulated: The dtype to accumulate in; None for the tensors' own.
+        buckets: For each bucket a function that takes its tensors from all, and the part of ``norms`` for theirs.
+        others: The part of ``norms`` for the tensors that are read one by one.
+    """
+
+    norms: Tensor
+    accumulated: torch.dtype | None
+    buckets: list[tuple[itemgetter[Any], Tensor]]
+    others: Tensor
 
 
 def _is_dense_in_order(tensor: Tensor) -> bool:
@@ -98,11 +117,7 @@ def _is_dense_in_order(tensor: Tensor) -> bool:
 
 
 def _split_into_buckets(tensors: Sequence[Tensor], places: list[int]) -> tuple[tuple[int, ...], ...]:
-    count = MAX_BUCKET_ENTRIES // tensors[places[0]].numel()
-    return tuple(tuple(places[start : start + count]) for start in range(0, len(places), count))
-
-
-def _stacked_norms(tensors: list[Tensor], norm_type: float, dtype: torch.dtype | None, *, out: Tensor | None) -> Tensor:
-    dimensions = tuple(range(1, 1 + tensors[0].ndim))
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(tensors), norm_type, dim=dimensions, dtype=dtype, out=out)
-    return norms
+    """Divide tensors of one shape into buckets of equal size, so that each has at least two."""
+    largest = MAX_BUCKET_ENTRIES // tensors[places[0]].numel()
+    count = -(-len(places) // largest)
+    return tuple(tuple(places[i * len(places) // count : (i + 1) * len(places) // count]) for i in range(count))

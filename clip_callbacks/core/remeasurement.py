@@ -63,7 +63,7 @@ def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: f
     """Places of unreliable norms; None if nothing is to be measured again."""
     bound = smallest_reliable_norm(norm_type, norms.dtype)
     # most steps end here, before anything is looked up for single gradients
-    if gradients.is_uniform and _are_reliable(total, bound) and (not local or _are_reliable(norms, bound)):
+    if gradients.is_uniform and bound <= total.tolist()[0] < math.inf and (not local or _are_reliable(norms, bound)):
         return None
     # Each norm has the bound of its own dtype. A norm of 0 is below any: it may come from an underflow, and one more pass tells.
     bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]

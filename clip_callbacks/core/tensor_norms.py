@@ -3,23 +3,31 @@ r"""Norm of each tensor, by one read of all tensors.
 .. math::
     \lVert g \rVert_p = \Bigl(\sum_j |g_j|^p\Bigr)^{1/p}, \qquad \lVert g \rVert_\infty = \max_j |g_j|
 
-Half-precision tensors accumulate in float32, others in their own precision, with the kernels of
-``torch.nn.utils.clip_grad_norm_`` in the same order, so that float32 norms have the same bits.
+Half-precision tensors accumulate in float32, others in their own precision. Norms of float32 tensors have the bits of
+``torch.nn.utils.clip_grad_norm_``, which calls the same kernels in the same order. There is one exception: norms of CPU tensors of
+2^13 entries and more, of other orders than 2 and infinity, whose powers torch adds up in one running sum. They are read by
+:mod:`clip_callbacks.core.piecewise_norms`, and are closer to the true norm.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.core.buckets import Buckets
-
-CHUNK_ENTRIES = 1 << 18
-"""Number of entries that are converted to a wider dtype at a time: 1 MiB in float32, which stays in a cache."""
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+from clip_callbacks.core.piecewise_norms import (
+    accumulation_dtype,
+    chunks,
+    has_slow_kernel,
+    is_large,
+    large_row_norms,
+    largest_entry,
+    norms_of_each,
+    row_chunks,
+)
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = False, buckets: Buckets | None = None) -> Tensor:
@@ -36,47 +44,12 @@ def tensor_norms(tensors: list[Tensor], norm_type: float, *, is_uniform: bool = 
     """
     if buckets:
         try:
-            return buckets.norms(tensors, norm_type, _accumulation_dtype(tensors[0]))
+            return buckets.norms(tensors, norm_type)
         except RuntimeError:  # parameters were given other shapes or dtypes since the buckets were planned
             is_uniform = False
     if is_uniform:
-        return torch.stack(_uniform_norms(tensors, norm_type))
+        return torch.stack(norms_of_each(tensors, norm_type))
     return _mixed_norms(tensors, norm_type)
-
-
-def _uniform_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    """Norms of tensors of one dtype on one device."""
-    dtype = _accumulation_dtype(tensors[0])
-    if dtype and tensors[0].is_cpu and any(tensor.numel() > CHUNK_ENTRIES for tensor in tensors):
-        return _norms_in_chunks(tensors, norm_type, dtype)
-    return list(torch._foreach_norm(tensors, norm_type, dtype=dtype))
-
-
-def _norms_in_chunks(tensors: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[Tensor]:
-    """Norms of half-precision CPU tensors, of which torch would convert each as a whole into new memory.
-
-    Converting chunk by chunk takes an eighth of the time.
-    """
-    chunks = [_chunks(tensor) for tensor in tensors]
-    norms = iter(torch._foreach_norm([chunk for each in chunks for chunk in each], norm_type, dtype=dtype))
-    parts = [[next(norms) for _ in each] for each in chunks]
-    # a tensor of one chunk keeps the bits of its one kernel
-    return [each[0] if len(each) == 1 else total_norm(torch.stack(each), norm_type).reshape(()) for each in parts]
-
-
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Slices of a tensor along its first dimension, which are views whatever its strides."""
-    if tensor.numel() <= CHUNK_ENTRIES:
-        return (tensor,)
-    # a row longer than a chunk is a chunk by itself: torch does not split by 0
-    rows = max(1, CHUNK_ENTRIES * len(tensor) // tensor.numel())
-    chunks: tuple[Tensor, ...] = tensor.split(rows)  # type: ignore[no-untyped-call]
-    return chunks
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype to accumulate in; None for the tensor's own."""
-    return torch.float32 if tensor.dtype in HALF_DTYPES else None
 
 
 def _mixed_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
@@ -87,7 +60,7 @@ def _mixed_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     # read by kind, but kept in the order of the tensors: the total norm is added up in it
     norms: list[Tensor] = [tensors[0]] * len(tensors)
     for places in kinds.values():
-        for place, norm in zip(places, _uniform_norms([tensors[i] for i in places], norm_type), strict=True):
+        for place, norm in zip(places, norms_of_each([tensors[i] for i in places], norm_type), strict=True):
             norms[place] = norm
     dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
     return torch.stack([norm.to(tensors[0].device, dtype) for norm in norms])
@@ -103,22 +76,21 @@ def row_norms(rows: Tensor, norm_type: float) -> Tensor:
     Returns:
         Norms of shape ``(r,)`` on the device of the tensor; float64 if it is of double precision, else float32.
     """
-    dtype = _accumulation_dtype(rows)
+    if rows.ndim > 1 and is_large(rows) and has_slow_kernel(rows, norm_type):
+        return large_row_norms(rows, norm_type)
+    dtype = accumulation_dtype(rows.dtype)
+    norms: Tensor
     if len(rows) == 1:
-        norm: Tensor = torch.linalg.vector_norm(rows, norm_type, dtype=dtype)
-        return norm.reshape(1)
-    dimensions = tuple(range(1, rows.ndim))
-    # only on a CPU does torch convert half precision as a whole, as in _norms_in_chunks
-    if dtype is None or not rows.is_cpu or rows.numel() <= CHUNK_ENTRIES:
-        norms: Tensor = torch.linalg.vector_norm(rows, norm_type, dim=dimensions, dtype=dtype)
-        return norms
-    return torch.cat([torch.linalg.vector_norm(chunk, norm_type, dim=dimensions, dtype=dtype) for chunk in _chunks(rows)])
+        norms = torch.linalg.vector_norm(rows, norm_type, dtype=dtype).reshape(1)
+    else:
+        norms = torch.linalg.vector_norm(rows, norm_type, dim=tuple(range(1, rows.ndim)), dtype=dtype)
+    return norms
 
 
 def row_norms_in_float64(rows: Tensor, norm_type: float) -> Tensor:
     """Norm of each row in float64, each scaled by its largest entry, as in :func:`norms_in_float64`; a second, slow read."""
     wide = torch.complex128 if rows.is_complex() else torch.float64
-    return torch.cat([_scaled_row_norms(chunk.detach().flatten(1).to(wide), norm_type) for chunk in _chunks(rows)])
+    return torch.cat([_scaled_row_norms(chunk.detach().flatten(1).to(wide), norm_type) for chunk in row_chunks(rows)])
 
 
 def _scaled_row_norms(rows: Tensor, norm_type: float) -> Tensor:
@@ -150,20 +122,8 @@ def _norm_in_float64(tensor: Tensor, norm_type: float) -> Tensor:
     scale = torch.where(torch.isfinite(peak), peak, 1.0)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
     # chunk by chunk, because a float64 copy of the whole tensor would take up to four times its memory
-    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(CHUNK_ENTRIES)  # type: ignore[no-untyped-call]
-    parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks])
+    parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks(tensor.detach())])
     return total_norm(parts, norm_type)[0] * scale
-
-
-def largest_entry(tensor: Tensor) -> Tensor:
-    """Largest absolute value of the entries, 0-dim; NaN if an entry is NaN.
-
-    On a CPU ``aminmax`` takes a tenth of the time of ``vector_norm(x, inf)``.
-    """
-    if tensor.is_complex():
-        return tensor.abs().amax()
-    smallest, largest = torch.aminmax(tensor)
-    return torch.maximum(-smallest, largest)
 
 
 def reliable_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
@@ -205,6 +165,7 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+@cache
 def smallest_reliable_norm(norm_type: float, dtype: torch.dtype) -> float:
     """The norm below which p-th powers of entries may have lost digits to underflow: (tiny / eps)^(1/p).
 

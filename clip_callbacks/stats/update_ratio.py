@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.measurement import block_norms
-from clip_callbacks.core.tensor_norms import HALF_DTYPES, reliable_norms, unread_norms
+from clip_callbacks.core.piecewise_norms import HALF_DTYPES
+from clip_callbacks.core.tensor_norms import reliable_norms, unread_norms
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
 
 

@@ -14,7 +14,8 @@ from clip_callbacks.core.buckets import MAX_BUCKET_ENTRIES, MAX_SMALL_ENTRIES, B
 from clip_callbacks.core.coefficients import EPS, coefficients
 from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.measurement import MeasurementSpec, measure
-from clip_callbacks.core.tensor_norms import CHUNK_ENTRIES, norms_in_float64, tensor_norms
+from clip_callbacks.core.piecewise_norms import CHUNK_ENTRIES
+from clip_callbacks.core.tensor_norms import norms_in_float64, tensor_norms
 from clip_callbacks.core.tensor_table import TensorTable
 from tests.helpers import reference
 from tests.helpers.matrix import examples

@@ -74,9 +74,9 @@ class AccumulationRescaling(GradientCallback):
             self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
 
-    def _begin_batch(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compute the weight of the batch, after callbacks before this one may have changed it."""
-        super()._begin_batch(batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._engine:
             self._part.begin_batch(batch, batch_idx)
 

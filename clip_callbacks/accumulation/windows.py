@@ -69,7 +69,8 @@ class Windows:
         self._are_several = False
         self._is_weightless = False
         self.kept: KeptBatch | None = None
-        self.acts_on_backward = rescaler.acts_on_backward
+        # without a part that works on windows their factor is 1, and nothing is done about single backward passes
+        self.acts_on_backward = self._rescales = rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
@@ -103,8 +104,10 @@ class Windows:
         self.in_window = self.has_backward = True
         if self._rescaler.acts_on_backward:
             self._rescaler.before_backward(loss)
+        if type(loss) is not Tensor:
+            loss = shard_of(loss)
         # Detached, so that no graph outlives its backward pass; not read, because that would wait for the device.
-        self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept, self._rescaler.loss_weight)
+        self._newest = micro_batch = MicroBatch(loss.detach(), self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
@@ -170,13 +173,24 @@ class Windows:
             if window and window[-1] is self._newest:
                 window.pop()
 
-    def scale(self, context: OptimizerContext) -> float | None:
-        """Return the factor that makes an optimizer's gradients a mean; None if all weights of its window are 0.
+    def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
+        """Return the window that an optimizer steps with. Collective with weights on several ranks.
 
-        Collective with weights on several ranks.
+        Args:
+            context: The optimizer.
+
+        Returns:
+            The micro-batches; the factor that makes their gradients a mean; the reason for which their gradients must be discarded,
+            or None.
         """
-        if not self._rescaler.acts_on_backward:
-            return 1.0
+        micro_batches, reason = tuple(self._micro_batches[context.index]), self._discarded.get(context.index)
+        scale = self._scale(context) if self._rescales else 1.0
+        if scale is None:  # all weights of the window are 0
+            return micro_batches, 1.0, reason or Discarded.WEIGHTLESS
+        return micro_batches, scale, reason
+
+    def _scale(self, context: OptimizerContext) -> float | None:
+        """Return the factor that makes an optimizer's gradients a mean; None if all weights of its window are 0."""
         return self._rescaler.scale(context, 1.0)
 
     def has_loss(self, context: OptimizerContext) -> bool:
@@ -190,7 +204,7 @@ class Windows:
 
         Args:
             context: The optimizer.
-            scale: Result of :meth:`scale`.
+            scale: The factor from :meth:`of_step`.
 
         Returns:
             The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
@@ -205,19 +219,6 @@ class Windows:
         total = weighted_sum([each.loss for each in window], [each.weight for each in window])
         factor = self._rescaler.loss_factor(len(window), scale)
         return total if factor == 1.0 else total * factor
-
-    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
-        """Return why the gradients of an optimizer's window must be discarded; None if they need not be.
-
-        Args:
-            context: The optimizer.
-            scale: Result of :meth:`scale`.
-        """
-        if context.index in self._discarded:
-            return self._discarded[context.index]
-        if scale is None:
-            return Discarded.WEIGHTLESS
-        return None
 
     def discard_others(self, step: StepContext, outcome: StepOutcome) -> None:
         """Discard the windows of optimizers that share parameters and a micro-batch with a skipped step.
@@ -238,10 +239,6 @@ class Windows:
         if self._sharing.get(context.index):
             return "it shares parameters with other optimizers, whose windows a skipped step discards"
         return None
-
-    def micro_batches(self, context: OptimizerContext) -> tuple[MicroBatch, ...]:
-        """Return the micro-batches since an optimizer's last step."""
-        return tuple(self._micro_batches[context.index])
 
     def clear(self, context: OptimizerContext) -> None:
         """End the window of an optimizer: its step is decided."""
@@ -313,7 +310,7 @@ class InspectedWindows(Windows):
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool) -> None:
         super().__init__(trainer, module, rescaler)
-        self.acts_on_backward = True
+        self.acts_on_backward = self._rescales = True
         self._inspected = MicroBatches(module, drops=drops, parallel=data_parallel(trainer))
 
     @override
@@ -348,14 +345,15 @@ class InspectedWindows(Windows):
         return is_dropped
 
     @override
-    def scale(self, context: OptimizerContext) -> float | None:
-        return self._rescaler.scale(context, self._inspected.scale)
+    def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
+        micro_batches, scale, reason = super().of_step(context)
+        if self._inspected.is_lost:
+            reason = Discarded.DROPPED
+        return micro_batches, scale, reason
 
     @override
-    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
-        if self._inspected.is_lost:
-            return Discarded.DROPPED
-        return super().discarded(context, scale)
+    def _scale(self, context: OptimizerContext) -> float | None:
+        return self._rescaler.scale(context, self._inspected.scale)
 
     @override
     def end(self, report: StepRecord | None) -> WindowNorms | None:

@@ -73,7 +73,11 @@ class Publisher:
     def is_logging_step(self) -> bool:
         """Return whether Lightning logs at the end of this batch."""
         trainer = self._trainer
-        return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+        # The rule of Trainer._logger_connector.should_update_logs, which takes ten calls to find out that a fit is going on.
+        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every_n_steps and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every_n_steps == 0:
+            return True
+        return bool(every_n_steps and trainer.should_stop) or bool(getattr(trainer, "fast_dev_run", False))
 
     def reset(self) -> None:
         """Discard what is known of reports to publish: the optimizers have changed."""

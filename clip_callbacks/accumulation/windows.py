@@ -51,7 +51,8 @@ class Windows:
         in_window: True after a backward pass, until the next step of any optimizer.
         has_backward: True after a backward pass in this batch.
         has_step: True after a step in this batch.
-        acts_on_backward: If True, backward passes need the current parameters of all optimizers.
+        acts_on_backward: If True, :meth:`after_backward` has something to do, and backward passes need the current parameters of
+            all optimizers.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
@@ -69,8 +70,7 @@ class Windows:
         self._are_several = False
         self._is_weightless = False
         self.kept: KeptBatch | None = None
-        # without a part that works on windows their factor is 1, and nothing is done about single backward passes
-        self.acts_on_backward = self._rescales = rescaler.acts_on_backward
+        self._rescales, self.acts_on_backward = rescaler.rescales, rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
@@ -89,20 +89,23 @@ class Windows:
         }
         self._rescaler.attach(changed)
 
-    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
         """Begin a batch, before its forward pass.
 
         Args:
             batch: The batch.
+            batch_idx: The number of the batch in its epoch.
             kept: The batch again, if it is kept until its step because it may have to be run again.
         """
         self.kept = kept
         self.has_backward = self.has_step = False
+        if self._rescales:
+            self._rescaler.begin_batch(batch_idx)
 
     def before_backward(self, loss: Tensor) -> None:
         """Record the loss until the step."""
         self.in_window = self.has_backward = True
-        if self._rescaler.acts_on_backward:
+        if self._rescaler.rescales:
             self._rescaler.before_backward(loss)
         if type(loss) is not Tensor:
             loss = shard_of(loss)
@@ -155,10 +158,9 @@ class Windows:
         Returns:
             True if the micro-batch was dropped.
         """
-        if self._rescaler.acts_on_backward:
-            if self._rescaler.has_zero_weight:
-                self._remove_weightless()
-            self._rescaler.after_backward()
+        if self._rescaler.has_zero_weight:
+            self._remove_weightless()
+        self._rescaler.after_backward()
         return False
 
     def _remove_weightless(self) -> None:
@@ -184,14 +186,17 @@ class Windows:
             or None.
         """
         micro_batches, reason = tuple(self._micro_batches[context.index]), self._discarded.get(context.index)
-        scale = self._scale(context) if self._rescales else 1.0
+        scale: float | None = 1.0
+        if self._rescales:
+            scale = self._rescaler.scale(context, self._scale_of_kept)
         if scale is None:  # all weights of the window are 0
             return micro_batches, 1.0, reason or Discarded.WEIGHTLESS
         return micro_batches, scale, reason
 
-    def _scale(self, context: OptimizerContext) -> float | None:
-        """Return the factor that makes an optimizer's gradients a mean; None if all weights of its window are 0."""
-        return self._rescaler.scale(context, 1.0)
+    @property
+    def _scale_of_kept(self) -> float:
+        """The factor from a mean over all micro-batches to the mean over those that were not dropped."""
+        return 1.0
 
     def has_loss(self, context: OptimizerContext) -> bool:
         """Return whether any backward pass of an optimizer's window went through Lightning."""
@@ -213,7 +218,7 @@ class Windows:
         if not window and self._is_weightless:
             # weights of 0, on this rank only: they add nothing to the mean over all ranks
             return torch.zeros(1, device="cpu")
-        if not window or (self._rescaler.acts_on_backward and len(window) == MAX_MICRO_BATCHES):
+        if not window or (self._rescaler.rescales and len(window) == MAX_MICRO_BATCHES):
             # no loss is known, or not all of those that the scale is made for
             return torch.full((1,), math.nan, device="cpu")
         total = weighted_sum([each.loss for each in window], [each.weight for each in window])
@@ -319,8 +324,8 @@ class InspectedWindows(Windows):
         self._inspected.attach(contexts)
 
     @override
-    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
-        super().begin_batch(batch, kept)
+    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
+        super().begin_batch(batch, batch_idx, kept)
         self._inspected.begin_batch(batch)
 
     @override
@@ -351,9 +356,10 @@ class InspectedWindows(Windows):
             reason = Discarded.DROPPED
         return micro_batches, scale, reason
 
+    @property
     @override
-    def _scale(self, context: OptimizerContext) -> float | None:
-        return self._rescaler.scale(context, self._inspected.scale)
+    def _scale_of_kept(self) -> float:
+        return self._inspected.scale
 
     @override
     def end(self, report: StepRecord | None) -> WindowNorms | None:

@@ -89,6 +89,15 @@ class GradientCallback(StatefulCallback):
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
+    def _hide_hooks(self, engine: StepEngine) -> None:
+        """Hide the hooks of batches that have nothing to do in the fit."""
+        idle = set(BATCH_HOOKS)
+        if self._driver is self:
+            idle = {"on_before_zero_grad"}
+            if not engine.ends_passes:
+                idle.add("on_after_backward")
+        hide_hooks(self, idle, GradientCallback)
+
     def _release_parts(self) -> None:
         """Save the state of a fit that is over, and release its parts."""
         self._save_results()
@@ -116,7 +125,7 @@ class GradientCallback(StatefulCallback):
         # only now: if the engine refuses an option, the loaded states are still there
         for callback in self._driven:
             callback._clear_saved()
-            hide_hooks(callback, {"on_before_zero_grad"} if callback is self else BATCH_HOOKS, GradientCallback)
+            callback._hide_hooks(engine)
         self._has_loaded, self._unclaimed_states = False, ()
         if resumption:
             # attaching limits to their blocks has found further states that do not fit

@@ -120,6 +120,11 @@ class StepEngine:
         self._observe = overriding(monitors, Monitor, "end_step")
 
     @property
+    def ends_passes(self) -> bool:
+        """Whether :meth:`after_backward` may have something to do in this fit. In manual optimization optimizers may be added."""
+        return self.windows.acts_on_backward or self._propagates_losses or not self._is_automatic
+
+    @property
     def contexts(self) -> Sequence[OptimizerContext]:
         """The contexts of the optimizers in this fit."""
         return self._optimizers.contexts
@@ -185,7 +190,7 @@ class StepEngine:
             self._bypassing_steps.begin_batch(self._optimizers.contexts)
         for begin in self._at_batch:
             begin(in_window=self.windows.in_window)
-        self.windows.begin_batch(batch, kept)
+        self.windows.begin_batch(batch, batch_idx, kept)
 
     def before_backward(self, loss: Tensor) -> None:
         """Keep the loss until the step."""

@@ -27,7 +27,7 @@ from clip_callbacks.core.step import MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_record import StepRecord, as_skipped
 from clip_callbacks.engine.components import Components
 from clip_callbacks.engine.deferred import DeferredSteps
-from clip_callbacks.engine.optimizers import Optimizers
+from clip_callbacks.engine.optimizers import Changes, Optimizers
 from clip_callbacks.engine.scaler_report import report_to_scaler
 from clip_callbacks.engine.step_measurer import StepMeasurer
 from clip_callbacks.guard.resource import overriding
@@ -108,7 +108,8 @@ class StepEngine:
         # than its own gradients do.
         self._propagates_losses = trainer.world_size > 1 and self._guard.checks_losses and not self._guard.takes_bad_steps
         self._nan_propagator = LossNanPropagator()
-        self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
+        changes = Changes(self.collect_pending, self._publisher.reset)
+        self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks, changes)
         self._steps = step_counter(trainer, module)
         # a part that does nothing at some point is not called there
         guard, monitors = (self._guard,), self._monitors
@@ -175,17 +176,14 @@ class StepEngine:
         self._guard.start_fit()
 
     def _is_clipped(self, optimizer: Optimizer) -> bool:
-        context = self._optimizers.find(optimizer)
-        return context is not None and self._clipper.limits_norms_of(context.index)
+        return any(self._clipper.limits_norms_of(each.index) for each in self.contexts if each.optimizer is optimizer)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores, and the batch if it may be run again."""
         kept = None
         if self._guard.keeps_batches:
             kept = self._guard.keep_batch(batch, batch_idx)
-        for context in self._optimizers.contexts:
-            if context.is_outdated:  # BaseFinetuning adds parameters at the start of an epoch
-                self._renew()
+        self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
         if not self._bypassing_steps.is_over:
             self._bypassing_steps.begin_batch(self._optimizers.contexts)
         for begin in self._at_batch:
@@ -195,9 +193,9 @@ class StepEngine:
     def before_backward(self, loss: Tensor) -> None:
         """Keep the loss until the step."""
         if self._optimizers.may_materialize:  # by the forward pass that has just run
-            self._update_materialized()
-        if self.windows.acts_on_backward and self._optimizers.outdated:
-            self._renew()
+            self._optimizers.update_materialized()
+        if self.windows.acts_on_backward:
+            self._optimizers.update()
         self.windows.before_backward(loss)
         if self._propagates_losses and not self._rescaler.has_zero_weight:
             self._nan_propagator.begin_pass(loss, self._optimizers.contexts)
@@ -226,11 +224,11 @@ class StepEngine:
         finally:
             torch._C._set_grad_enabled(is_enabled)
         if later is not None and later.compares_gradients:
-            later.record_gradients(self._context(optimizer).table)
+            later.record_gradients(self._optimizers.context_of(optimizer).table)
 
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, clip or skip the gradients of one optimizer; record the report. Call it under ``torch.no_grad()``."""
-        context = self._context(optimizer)
+        context = self._optimizers.context_of(optimizer)
         if not self._bypassing_steps.is_over:
             self._bypassing_steps.record_step(context)
         if self._deferred.is_in_use:
@@ -454,33 +452,6 @@ class StepEngine:
         """Return the states of the optimizers' histories, by the number of the optimizer."""
         self.collect_pending()
         return {context.index: context.history_state() | {"norm_type": self._norm_type} for context in self.contexts}
-
-    # --- optimizers that change in the middle of a fit
-
-    def _context(self, optimizer: Optimizer) -> OptimizerContext:
-        """Return the context of an optimizer, rebuilt if the optimizer or its parameters have changed since the last step."""
-        if self._optimizers.may_materialize:
-            self._update_materialized()
-        for context in self._optimizers.contexts:
-            if context.optimizer is optimizer:
-                if context.is_outdated:
-                    self._renew()
-                return context
-        # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
-        self.collect_pending()
-        self._publisher.reset()
-        return self._optimizers.replace_contexts(optimizer)
-
-    def _update_materialized(self) -> None:
-        """Rebuild the tables of lazy parameters that a forward pass has given shapes."""
-        if self._optimizers.materialized:
-            self.collect_pending()
-            self._optimizers.update_materialized()
-
-    def _renew(self) -> None:
-        """Rebuild the contexts of optimizers that hold other parameters than before."""
-        self.collect_pending()  # pending reports belong to the tables before
-        self._optimizers.renew()
 
 
 def _is_bad_loss(outputs: Any) -> bool:

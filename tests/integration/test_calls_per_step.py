@@ -1,4 +1,4 @@
-"""A healthy step is a straight line: how many Python functions the callbacks call in it, and what they read without asking twice."""
+"""A healthy step is a straight line: how many Python functions the callbacks call in it, and what they read in few calls."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class OfAnyRate(Regression):
 @pytest.mark.parametrize(
     ("module", "before", "options", "steps"),
     [
-        pytest.param(lambda: Regression(), [], {"accumulate_grad_batches": 2}, 12, id="accumulation"),
+        pytest.param(Regression, [], {"accumulate_grad_batches": 2}, 12, id="accumulation"),
         pytest.param(lambda: Manual(torch.ones(12, 1)), [], {}, 12, id="manual"),
         pytest.param(OfAnyRate, [SearchesLater(num_training_steps=3)], {}, 24, id="search-in-mid-fit"),
     ],

@@ -55,6 +55,9 @@ class Windows:
             all optimizers.
     """
 
+    _scale_of_kept: float = 1.0
+    """The factor from a mean over all micro-batches to the mean over those that were not dropped."""
+
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
         self._trainer = trainer
         self._module = module
@@ -192,11 +195,6 @@ class Windows:
         if scale is None:  # all weights of the window are 0
             return micro_batches, 1.0, reason or Discarded.WEIGHTLESS
         return micro_batches, scale, reason
-
-    @property
-    def _scale_of_kept(self) -> float:
-        """The factor from a mean over all micro-batches to the mean over those that were not dropped."""
-        return 1.0
 
     def has_loss(self, context: OptimizerContext) -> bool:
         """Return whether any backward pass of an optimizer's window went through Lightning."""
@@ -357,8 +355,7 @@ class InspectedWindows(Windows):
         return micro_batches, scale, reason
 
     @property
-    @override
-    def _scale_of_kept(self) -> float:
+    def _scale_of_kept(self) -> float:  # type: ignore[override]
         return self._inspected.scale
 
     @override

@@ -419,16 +419,8 @@ class Guard(Unguarded):
     @override
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
         steps = sum(context.history.steps for context in contexts)
-        counted = (
-            ("taken with non-finite entries set to 0", self.counts.total("zeroed")),
-            ("with non-finite gradients or losses, reported", self.counts.total("reported")),
-            ("spikes", self.counts.total("spikes")),
-            ("skipped by the GradScaler", self.counts.total("overflowed")),
-            ("dropped micro-batches", self.counts.dropped_micro_batches),
-            ("rollbacks", self.counts.rollbacks),
-        )
-        parts = [f"{what}: {count}" for what, count in counted if count]
-        return [f"NonFiniteGuard: optimizer steps: {steps}, {', '.join(parts)}."] if parts else []
+        counted = self.counts.described()
+        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."] if counted else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""

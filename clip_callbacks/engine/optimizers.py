@@ -29,8 +29,8 @@ class Changes:
         replace: Function that is called before optimizers are replaced.
     """
 
-    begin: Callable[[], None]
-    replace: Callable[[], None]
+    begin: Callable[[], None] = lambda: None
+    replace: Callable[[], None] = lambda: None
 
 
 class Optimizers:
@@ -176,7 +176,8 @@ class Optimizers:
             monitor.attach(changed, names, renewed=renewed)
 
     def detach(self) -> None:
-        """Remove fused factors that no step has used from the optimizers."""
+        """Remove fused factors that no step has used from the optimizers, and hold the engine no longer."""
+        self._changes = Changes()
         for context in self.contexts:
             detach_fused_factors(context.optimizer)
 

@@ -33,8 +33,10 @@ class NoRescaling:
         module: The module to train.
     """
 
+    rescales = False
+    """If True, it counts micro-batches, and its factors may differ from 1."""
     acts_on_backward = False
-    """If True, its methods for backward passes are called."""
+    """If True, :meth:`after_backward` has something to do, and backward passes need the current parameters of all optimizers."""
     has_zero_weight = False
     """If True, the last micro-batch has weight 0, so that its loss does not count."""
 
@@ -47,7 +49,7 @@ class NoRescaling:
 
     @property
     def loss_weight(self) -> float:
-        """Return the factor for the last loss in the sum over its window."""
+        """The factor for the last loss in the sum over its window."""
         # Lightning has divided it by the number of micro-batches; in manual optimization the user divides losses, or does not
         return 1.0 if self._is_manual else float(self._trainer.accumulate_grad_batches)
 
@@ -60,6 +62,9 @@ class NoRescaling:
         """
         # the mean in an epoch's short last window too, although Lightning divides the gradients of that one by too much
         return 1.0 if self._is_manual or not count else 1.0 / count
+
+    def begin_batch(self, batch_idx: int) -> None:
+        """Set gradients to zero after a step if Lightning will not."""
 
     def before_backward(self, loss: Tensor) -> None:
         """Count the micro-batch, and multiply its loss by its weight."""
@@ -117,7 +122,7 @@ class Rescaler(NoRescaling):
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
         super().__init__(trainer, module)
-        self.acts_on_backward = True
+        self.rescales = True
         if weight and not module.automatic_optimization and not divide:
             raise ValueError(
                 f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: "
@@ -136,7 +141,9 @@ class Rescaler(NoRescaling):
         self._manual: dict[int, ManualWindow] = {}
         self._contexts: dict[int, OptimizerContext] = {}
         self._has_stepped = False
-        self._last_weight = self._last_factor = 1.0
+        self._last_weight = self._loss_weight = 1.0
+        self.has_zero_weight = False
+        self.acts_on_backward = self._weights is not None or self._divides_manually
         self._hooks: list[RemovableHandle] = []
 
     @override
@@ -149,13 +156,16 @@ class Rescaler(NoRescaling):
                 self._manual[context.index] = window = known.get(context.optimizer) or ManualWindow(context)
                 window.context = context
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Compute the weight of the batch; set gradients to zero after a step if Lightning will not."""
+    @override
+    def begin_batch(self, batch_idx: int) -> None:
         # Lightning does so at batches whose number is divisible by N. If N has changed, that is not the batch after the step.
         if self._has_stepped and batch_idx % self._trainer.accumulate_grad_batches:
             for context in self._contexts.values():
                 drop_gradients(context.table)
             self.begin_window()
+
+    def weigh(self, batch: Any, batch_idx: int) -> None:
+        """Compute the weight of a batch, if there are weights."""
         if self._weights:
             self._weights.ask(batch, batch_idx)
 
@@ -166,16 +176,18 @@ class Rescaler(NoRescaling):
 
     @override
     def before_backward(self, loss: Tensor) -> None:
-        self.detach()  # hooks of the last backward pass, if it has raised
+        if self._hooks:  # of the last backward pass, if it has raised
+            self.detach()
         weight = 1.0
         if self._weights:
             weight = self._weights.read(self._trainer)
-        self._last_weight = weight
-        factor = self._factor_of_manual_loss(weight)
-        if not self._is_manual:
+        self._last_weight, self.has_zero_weight = weight, not weight
+        if self._is_manual:
+            factor = self._factor_of_manual_loss(weight)
+        else:
             factor = self._window.loss_weight(self._trainer.accumulate_grad_batches, weight)
             self._window.add(weight)
-        self._last_factor = factor
+        self._loss_weight = factor
         if factor != 1.0:
             # a hook of the tensor, because no return value of on_before_backward replaces the loss
             self._hooks += [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
@@ -195,7 +207,8 @@ class Rescaler(NoRescaling):
 
     @override
     def after_backward(self) -> None:
-        self.detach()
+        if self._hooks:
+            self.detach()
         for window in self._manual.values():
             window.after_backward(self._last_weight)
 
@@ -205,14 +218,9 @@ class Rescaler(NoRescaling):
         return self._window.divisor
 
     @property
-    def has_zero_weight(self) -> bool:  # type: ignore[override]
-        """Return whether the last micro-batch has weight 0, so that its loss does not count."""
-        return not self._last_weight
-
-    @property
     def loss_weight(self) -> float:
-        """Return the factor for the last loss, that of its gradient."""
-        return self._last_factor
+        """The factor for the last loss, which is that of its gradient."""
+        return self._loss_weight
 
     @override
     def loss_factor(self, count: int, scale: float) -> float:
@@ -227,12 +235,11 @@ class Rescaler(NoRescaling):
     def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
         if not self._is_manual:
             self._has_stepped = True
-            return self._scale_of(self._window)
-        if self._divides_manually:
-            return self._scale_of(self._manual[context.index].window)
-        return 1.0
-
-    def _scale_of(self, window: Window) -> float | None:
+            window = self._window
+        elif self._divides_manually:
+            window = self._manual[context.index].window
+        else:
+            return 1.0
         if self._weights is None:
             return window.scale()
         # One collective for each window: gradients are averaged over ranks, so that the weights of all ranks count.

@@ -51,8 +51,12 @@ class Windows:
         in_window: True after a backward pass, until the next step of any optimizer.
         has_backward: True after a backward pass in this batch.
         has_step: True after a step in this batch.
-        acts_on_backward: If True, backward passes need the current parameters of all optimizers.
+        acts_on_backward: If True, :meth:`after_backward` has something to do, and backward passes need the current parameters of
+            all optimizers.
     """
+
+    _scale_of_kept: float = 1.0
+    """The factor from a mean over all micro-batches to the mean over those that were not dropped."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling) -> None:
         self._trainer = trainer
@@ -69,7 +73,7 @@ class Windows:
         self._are_several = False
         self._is_weightless = False
         self.kept: KeptBatch | None = None
-        self.acts_on_backward = rescaler.acts_on_backward
+        self._rescales, self.acts_on_backward = rescaler.rescales, rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
 
     def attach(self, changed: Sequence[OptimizerContext], contexts: Sequence[OptimizerContext]) -> None:
@@ -88,23 +92,28 @@ class Windows:
         }
         self._rescaler.attach(changed)
 
-    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
         """Begin a batch, before its forward pass.
 
         Args:
             batch: The batch.
+            batch_idx: The number of the batch in its epoch.
             kept: The batch again, if it is kept until its step because it may have to be run again.
         """
         self.kept = kept
         self.has_backward = self.has_step = False
+        if self._rescales:
+            self._rescaler.begin_batch(batch_idx)
 
     def before_backward(self, loss: Tensor) -> None:
         """Record the loss until the step."""
         self.in_window = self.has_backward = True
-        if self._rescaler.acts_on_backward:
+        if self._rescaler.rescales:
             self._rescaler.before_backward(loss)
+        if type(loss) is not Tensor:
+            loss = shard_of(loss)
         # Detached, so that no graph outlives its backward pass; not read, because that would wait for the device.
-        self._newest = micro_batch = MicroBatch(shard_of(loss).detach(), self.kept, self._rescaler.loss_weight)
+        self._newest = micro_batch = MicroBatch(loss.detach(), self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:
@@ -152,10 +161,9 @@ class Windows:
         Returns:
             True if the micro-batch was dropped.
         """
-        if self._rescaler.acts_on_backward:
-            if self._rescaler.has_zero_weight:
-                self._remove_weightless()
-            self._rescaler.after_backward()
+        if self._rescaler.has_zero_weight:
+            self._remove_weightless()
+        self._rescaler.after_backward()
         return False
 
     def _remove_weightless(self) -> None:
@@ -170,14 +178,23 @@ class Windows:
             if window and window[-1] is self._newest:
                 window.pop()
 
-    def scale(self, context: OptimizerContext) -> float | None:
-        """Return the factor that makes an optimizer's gradients a mean; None if all weights of its window are 0.
+    def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
+        """Return the window that an optimizer steps with. Collective with weights on several ranks.
 
-        Collective with weights on several ranks.
+        Args:
+            context: The optimizer.
+
+        Returns:
+            The micro-batches; the factor that makes their gradients a mean; the reason for which their gradients must be discarded,
+            or None.
         """
-        if not self._rescaler.acts_on_backward:
-            return 1.0
-        return self._rescaler.scale(context, 1.0)
+        micro_batches, reason = tuple(self._micro_batches[context.index]), self._discarded.get(context.index)
+        scale: float | None = 1.0
+        if self._rescales:
+            scale = self._rescaler.scale(context, self._scale_of_kept)
+        if scale is None:  # all weights of the window are 0
+            return micro_batches, 1.0, reason or Discarded.WEIGHTLESS
+        return micro_batches, scale, reason
 
     def has_loss(self, context: OptimizerContext) -> bool:
         """Return whether any backward pass of an optimizer's window went through Lightning."""
@@ -190,7 +207,7 @@ class Windows:
 
         Args:
             context: The optimizer.
-            scale: Result of :meth:`scale`.
+            scale: The factor from :meth:`of_step`.
 
         Returns:
             The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
@@ -199,25 +216,12 @@ class Windows:
         if not window and self._is_weightless:
             # weights of 0, on this rank only: they add nothing to the mean over all ranks
             return torch.zeros(1, device="cpu")
-        if not window or (self._rescaler.acts_on_backward and len(window) == MAX_MICRO_BATCHES):
+        if not window or (self._rescaler.rescales and len(window) == MAX_MICRO_BATCHES):
             # no loss is known, or not all of those that the scale is made for
             return torch.full((1,), math.nan, device="cpu")
         total = weighted_sum([each.loss for each in window], [each.weight for each in window])
         factor = self._rescaler.loss_factor(len(window), scale)
         return total if factor == 1.0 else total * factor
-
-    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
-        """Return why the gradients of an optimizer's window must be discarded; None if they need not be.
-
-        Args:
-            context: The optimizer.
-            scale: Result of :meth:`scale`.
-        """
-        if context.index in self._discarded:
-            return self._discarded[context.index]
-        if scale is None:
-            return Discarded.WEIGHTLESS
-        return None
 
     def discard_others(self, step: StepContext, outcome: StepOutcome) -> None:
         """Discard the windows of optimizers that share parameters and a micro-batch with a skipped step.
@@ -238,10 +242,6 @@ class Windows:
         if self._sharing.get(context.index):
             return "it shares parameters with other optimizers, whose windows a skipped step discards"
         return None
-
-    def micro_batches(self, context: OptimizerContext) -> tuple[MicroBatch, ...]:
-        """Return the micro-batches since an optimizer's last step."""
-        return tuple(self._micro_batches[context.index])
 
     def clear(self, context: OptimizerContext) -> None:
         """End the window of an optimizer: its step is decided."""
@@ -313,7 +313,7 @@ class InspectedWindows(Windows):
 
     def __init__(self, trainer: Trainer, module: LightningModule, rescaler: NoRescaling, *, drops: bool) -> None:
         super().__init__(trainer, module, rescaler)
-        self.acts_on_backward = True
+        self.acts_on_backward = self._rescales = True
         self._inspected = MicroBatches(module, drops=drops, parallel=data_parallel(trainer))
 
     @override
@@ -322,8 +322,8 @@ class InspectedWindows(Windows):
         self._inspected.attach(contexts)
 
     @override
-    def begin_batch(self, batch: Any, kept: KeptBatch | None) -> None:
-        super().begin_batch(batch, kept)
+    def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
+        super().begin_batch(batch, batch_idx, kept)
         self._inspected.begin_batch(batch)
 
     @override
@@ -348,14 +348,15 @@ class InspectedWindows(Windows):
         return is_dropped
 
     @override
-    def scale(self, context: OptimizerContext) -> float | None:
-        return self._rescaler.scale(context, self._inspected.scale)
-
-    @override
-    def discarded(self, context: OptimizerContext, scale: float | None) -> Discarded | None:
+    def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
+        micro_batches, scale, reason = super().of_step(context)
         if self._inspected.is_lost:
-            return Discarded.DROPPED
-        return super().discarded(context, scale)
+            reason = Discarded.DROPPED
+        return micro_batches, scale, reason
+
+    @property
+    def _scale_of_kept(self) -> float:  # type: ignore[override]
+        return self._inspected.scale
 
     @override
     def end(self, report: StepRecord | None) -> WindowNorms | None:

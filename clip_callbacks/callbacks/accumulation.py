@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from clip_callbacks.accumulation.rescaler import Rescaler
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
+from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.trainer.checks import CallbackFacts
+from clip_callbacks.trainer.idle_hooks import hide_hooks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -74,16 +76,21 @@ class AccumulationRescaling(GradientCallback):
             self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
 
-    def _begin_batch(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compute the weight of the batch, after callbacks before this one may have changed it."""
-        super()._begin_batch(batch, batch_idx)
-        if self._engine:
-            self._part.begin_batch(batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._part:
+            self._part.weigh(batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin a new window."""
-        if self._engine:
+        if self._part:
             self._part.begin_window()
+
+    def _hide_hooks(self, engine: StepEngine) -> None:
+        super()._hide_hooks(engine)
+        if self._driver is not self and self.weight is None:
+            hide_hooks(self, {"on_train_batch_start"}, AccumulationRescaling)
 
     def _parts_state(self) -> dict[str, Any]:
         return {}

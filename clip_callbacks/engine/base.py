@@ -17,6 +17,7 @@ from clip_callbacks.engine.engine import StepEngine
 from clip_callbacks.engine.learning_rate_search import LearningRateSearch
 from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_about
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
+from clip_callbacks.trainer.idle_hooks import BATCH_HOOKS, hide_hooks, show_hooks, without_hidden
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,6 +28,7 @@ class GradientCallback(StatefulCallback):
 
     It holds options and, between fits, the state of the last fit. For each fit it makes parts, which the engine of the fit owns.
     The first gradient callback of the Trainer is the driver: only its hooks call the engine, so that each step is processed once.
+    During the fit the others have no hooks of batches, unless their class overrides them.
     """
 
     _kind: ClassVar[Kind]
@@ -38,6 +40,7 @@ class GradientCallback(StatefulCallback):
         self._driver: GradientCallback | None = None
         self._driven: tuple[GradientCallback, ...] = ()
         self._own_engine: StepEngine | None = None
+        self._has_loaded = False
         self._search: LearningRateSearch | None = None
         self._part: Any = None
         self._unclaimed_states: tuple[State, ...] = ()
@@ -86,15 +89,25 @@ class GradientCallback(StatefulCallback):
         self._driver = driver
         return self._make_parts(trainer, module, saved)
 
+    def _hide_hooks(self, engine: StepEngine) -> None:
+        """Hide the hooks of batches that have nothing to do in the fit."""
+        idle = set(BATCH_HOOKS)
+        if self._driver is self:
+            idle = {"on_before_zero_grad"}
+            if not engine.ends_passes:
+                idle.add("on_after_backward")
+        hide_hooks(self, idle, GradientCallback)
+
     def _release_parts(self) -> None:
         """Save the state of a fit that is over, and release its parts."""
         self._save_results()
-        self._driver = self._part = self._batch = None
+        self._driver = self._part = None
 
     def _reset(self, trainer: Trainer, module: LightningModule) -> None:
         """Reset this callback before a fit."""
         self._discard_engine()  # a fit may have raised without teardown
-        self._driver = self._batch = None
+        show_hooks(self)
+        self._driver = None
         self._unclaimed_states = ()
         self._begin_run(trainer, module)
 
@@ -112,7 +125,8 @@ class GradientCallback(StatefulCallback):
         # only now: if the engine refuses an option, the loaded states are still there
         for callback in self._driven:
             callback._clear_saved()
-        self._unclaimed_states = ()
+            callback._hide_hooks(engine)
+        self._has_loaded, self._unclaimed_states = False, ()
         if resumption:
             # attaching limits to their blocks has found further states that do not fit
             for part in (components.clipper, components.guard):
@@ -153,10 +167,8 @@ class GradientCallback(StatefulCallback):
         Returns:
             True if a checkpoint was loaded.
         """
-        for callback in self._driven:  # no generator expression: this runs in each batch
-            if callback._is_loaded:
-                break
-        else:
+        self._has_loaded = False
+        if not any(callback._is_loaded for callback in self._driven):
             return False
         for callback in self._driven:
             if is_new and not callback._is_loaded:
@@ -172,11 +184,6 @@ class GradientCallback(StatefulCallback):
         if self._own_engine:
             self._own_engine.start_fit(self._later_callbacks(trainer))
 
-    def _begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Begin a batch."""
-        if self._own_engine:
-            self._own_engine.begin_batch(batch, batch_idx)
-
     def _apply_loaded_states_in_batch(self) -> None:
         """Apply a state that is loaded after the hooks of a batch's start, and begin the batch again.
 
@@ -185,13 +192,10 @@ class GradientCallback(StatefulCallback):
         if self._batch is None:
             return
         trainer, module, batch, batch_idx = self._batch
-        if not self._apply_loaded_states(trainer, module):
-            return
-        self._start_fit(trainer)
-        # callbacks whose hook is still to come begin the batch themselves
-        for callback in self._driven:
-            if callback._batch is not None:
-                callback._begin_batch(batch, batch_idx)
+        if self._apply_loaded_states(trainer, module):
+            self._start_fit(trainer)
+            assert self._own_engine is not None
+            self._own_engine.begin_batch(batch, batch_idx)
 
     def _copy_for_search(self) -> GradientCallback | None:
         """Return a copy for a search for the learning rate; None if the callback is not needed there."""
@@ -218,7 +222,10 @@ class GradientCallback(StatefulCallback):
 
     def _discard_engine(self) -> None:
         """Detach and drop the engine, if this callback drives one."""
-        engine, self._own_engine, self._driven = self._own_engine, None, ()  # first, in case that detaching raises
+        engine, driven = self._own_engine, self._driven
+        self._own_engine, self._driven, self._batch = None, (), None  # first, in case that detaching raises
+        for callback in driven:
+            show_hooks(callback)
         if engine:
             engine.detach()
 
@@ -256,10 +263,11 @@ class GradientCallback(StatefulCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores."""
         # LearningRateFinder and BatchSizeFinder restore their checkpoint in mid-fit
-        if self._apply_loaded_states(trainer, pl_module):
+        if self._has_loaded and self._apply_loaded_states(trainer, pl_module):
             self._start_fit(trainer)
-        self._batch = (trainer, pl_module, batch, batch_idx)
-        self._begin_batch(batch, batch_idx)
+        if self._own_engine:
+            self._batch = (trainer, pl_module, batch, batch_idx)
+            self._own_engine.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weight the loss, and keep it until the step."""
@@ -322,6 +330,7 @@ class GradientCallback(StatefulCallback):
         """
         super().load_state_dict(state_dict)
         if self._driver:
+            self._driver._has_loaded = True
             self._driver._apply_loaded_states_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -337,7 +346,7 @@ class GradientCallback(StatefulCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the engine and its parts, which belong to one fit."""
         own = {"_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None, "_batch": None}
-        return super().__getstate__() | own
+        return without_hidden(super().__getstate__()) | own | {"_has_loaded": False}
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:

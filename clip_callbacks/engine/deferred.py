@@ -52,13 +52,14 @@ class DeferredSteps:
 
     Attributes:
         is_in_use: True once a step was deferred.
+        possible: The numbers of the optimizers whose steps can be deferred.
     """
 
     def __init__(self, parts: Iterable[DeferrablePart], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False
-        self._possible: dict[int, bool] = {}
+        self.possible: set[int] = set()
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
 
@@ -71,14 +72,16 @@ class DeferredSteps:
         reason = self._reason_against(context)
         if reason and self._wanted:
             raise ValueError(f"`deferred` cannot be True here: {reason}. Set deferred=None or False, which costs one host sync.")
-        self._possible[context.index] = reason is None
+        # on a CPU there is no host sync to save
+        if reason is None and (self._wanted or (self._wanted is None and not context.table.tensors[0].is_cpu)):
+            self.possible.add(context.index)
+        else:
+            self.possible.discard(context.index)
 
     def applies_to(self, context: OptimizerContext) -> bool:
         """Return whether the next step of an optimizer is decided on the device."""
-        if not self._possible[context.index] or self._wanted is False:
+        if context.index not in self.possible:
             return False
-        if self._wanted is None and context.table.tensors[0].is_cpu:
-            return False  # there is no host sync to save
         # fused SGD allocates momentum buffers with empty_like in its first step: skipped through found_inf, that step would leave
         # uninitialized memory in them
         return is_fused(context.optimizer) and not starts_momentum(context.optimizer)

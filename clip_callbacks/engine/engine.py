@@ -30,8 +30,10 @@ from clip_callbacks.engine.deferred import DeferredSteps
 from clip_callbacks.engine.optimizers import Optimizers
 from clip_callbacks.engine.scaler_report import report_to_scaler
 from clip_callbacks.engine.step_measurer import StepMeasurer
-from clip_callbacks.guard.unguarded import Resolution
+from clip_callbacks.guard.resource import overriding
+from clip_callbacks.guard.unguarded import Resolution, Unguarded
 from clip_callbacks.publishing.charts import lay_out_charts
+from clip_callbacks.publishing.monitor import Monitor
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
@@ -44,6 +46,7 @@ from clip_callbacks.trainer.nan_propagation import LossNanPropagator
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
+from clip_callbacks.trainer.step_counter import step_counter
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -84,7 +87,6 @@ class StepEngine:
         self._summary = components.summary
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
-        self._no_grad = torch.no_grad()  # one for all steps: making it, or using it as a decorator, takes three calls
         self.last_report: StepRecord | None = None
 
         self._check_trainer()
@@ -106,7 +108,21 @@ class StepEngine:
         # than its own gradients do.
         self._propagates_losses = trainer.world_size > 1 and self._guard.checks_losses and not self._guard.takes_bad_steps
         self._nan_propagator = LossNanPropagator()
-        self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks)
+        self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks, self.collect_pending)
+        self._steps = step_counter(trainer, module)
+        # a part that does nothing at some point is not called there
+        guard, monitors = (self._guard,), self._monitors
+        self._at_batch = overriding(guard, Unguarded, "begin_batch")
+        self._at_step = overriding(guard, Unguarded, "begin_step")
+        self._after_step = overriding(guard, Unguarded, "end_step")
+        self._after_batch = overriding(guard, Unguarded, "end_batch")
+        self._after_window = overriding((self.windows,), Windows, "end")
+        self._observe = overriding(monitors, Monitor, "end_step")
+
+    @property
+    def ends_passes(self) -> bool:
+        """Whether :meth:`after_backward` may have something to do in this fit. In manual optimization optimizers may be added."""
+        return self.windows.acts_on_backward or self._propagates_losses or not self._is_automatic
 
     @property
     def contexts(self) -> Sequence[OptimizerContext]:
@@ -159,24 +175,26 @@ class StepEngine:
         self._guard.start_fit()
 
     def _is_clipped(self, optimizer: Optimizer) -> bool:
-        context = self._optimizers.find(optimizer)
-        return context is not None and self._clipper.limits_norms_of(context.index)
+        return any(self._clipper.limits_norms_of(each.index) for each in self.contexts if each.optimizer is optimizer)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores, and the batch if it may be run again."""
-        kept = self._guard.keep_batch(batch, batch_idx)
-        if self._optimizers.outdated:  # BaseFinetuning adds parameters at the start of an epoch
-            self._renew()
-        self._bypassing_steps.begin_batch(self._optimizers.contexts)
-        self._guard.begin_batch(in_window=self.windows.in_window)
-        self.windows.begin_batch(batch, kept)
+        kept = None
+        if self._guard.keeps_batches:
+            kept = self._guard.keep_batch(batch, batch_idx)
+        self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
+        if not self._bypassing_steps.is_over:
+            self._bypassing_steps.begin_batch(self._optimizers.contexts)
+        for begin in self._at_batch:
+            begin(in_window=self.windows.in_window)
+        self.windows.begin_batch(batch, batch_idx, kept)
 
     def before_backward(self, loss: Tensor) -> None:
         """Keep the loss until the step."""
         if self._optimizers.may_materialize:  # by the forward pass that has just run
-            self._update_materialized()
-        if self.windows.acts_on_backward and self._optimizers.outdated:
-            self._renew()
+            self._optimizers.update_materialized()
+        if self.windows.acts_on_backward:
+            self._optimizers.update()
         self.windows.before_backward(loss)
         if self._propagates_losses and not self._rescaler.has_zero_weight:
             self._nan_propagator.begin_pass(loss, self._optimizers.contexts)
@@ -187,7 +205,7 @@ class StepEngine:
             self._nan_propagator.end_pass()
         if len(self._optimizers.contexts) > 1:  # with one optimizer, every pass belongs to its window
             self._guard.end_pass(*self.windows.end_pass())
-        if self.windows.after_backward(self._report_micro_batch):
+        if self.windows.acts_on_backward and self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 
     def _report_micro_batch(self, context: OptimizerContext, newest: tuple[MicroBatch, ...]) -> None:
@@ -198,18 +216,20 @@ class StepEngine:
         later = self._later_hooks
         if later is not None and later.runs_after_module:
             return
-        self.step(optimizer)
+        is_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as torch.no_grad() does, which takes four calls of Python
+        try:
+            self.step(optimizer)
+        finally:
+            torch._C._set_grad_enabled(is_enabled)
         if later is not None and later.compares_gradients:
-            later.record_gradients(self._context(optimizer).table)
+            later.record_gradients(self._optimizers.context_of(optimizer).table)
 
     def step(self, optimizer: Optimizer) -> None:
-        """Rescale, measure, clip or skip the gradients of one optimizer; record the report."""
-        with self._no_grad:
-            self._step(optimizer)
-
-    def _step(self, optimizer: Optimizer) -> None:
-        context = self._context(optimizer)
-        self._bypassing_steps.record_step(context)
+        """Rescale, measure, clip or skip the gradients of one optimizer; record the report. Call it under ``torch.no_grad()``."""
+        context = self._optimizers.context_of(optimizer)
+        if not self._bypassing_steps.is_over:
+            self._bypassing_steps.record_step(context)
         if self._deferred.is_in_use:
             # the report of the step before; here all ranks come by, so that an error may be raised
             self._deferred.collect(context, self._receive)
@@ -219,7 +239,8 @@ class StepEngine:
             self._abandon(step)
             return
 
-        self._guard.begin_step(step)
+        for begin in self._at_step:
+            begin(step)
         # measure | resolve | apply: gradients are read once, then the guard decides, and one function writes
         if step.mode is StepMode.DISCARDED:
             resolution, report = SKIP_DISCARDED, self._discard(step)
@@ -252,22 +273,21 @@ class StepEngine:
             # every training_step of the window returned None: the optimizer is called without gradients
             return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
         # LBFGS calls its closure, and with it this hook, several times while global_step stays
-        is_new = context.begins_step(trainer.global_step)
-        scale = self.windows.scale(context)
-        discarded = self.windows.discarded(context, scale)
-        if scale is None:
-            scale = 1.0
+        is_new = context.begins_step(self._steps.completed)
+        micro_batches, scale, discarded = self.windows.of_step(context)
         if is_new and self._guard.is_stale:
             # another optimizer's step of this batch has led to a rollback
             discarded = Discarded.STALE
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
-        elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
-            # no host sync: the fused optimizer skips by its found_inf
+        elif context.index in self._deferred.possible and self._is_deferred(context):
             mode = StepMode.ON_DEVICE
-        micro_batches = self.windows.micro_batches(context)
         return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)
+
+    def _is_deferred(self, context: OptimizerContext) -> bool:
+        """Return whether the next step of an optimizer needs no host sync: the fused optimizer skips by its ``found_inf``."""
+        return self._deferred.applies_to(context) and not self._guard.needs_host(context)
 
     def _abandon(self, step: StepContext) -> None:
         """Clear the window of a step that is not taken."""
@@ -320,11 +340,14 @@ class StepEngine:
     def _finish(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         """Restore the state before a skipped step, and record the report."""
         context = step.optimizer
-        noise = self.windows.end(report)
+        noise = None
+        for end_window in self._after_window:
+            noise = end_window(report)
         if not step.is_new and context.report is not None and context.report.outcome.is_skipped:
             # a later closure call of LBFGS may be good, but the step began with a bad one and is skipped as a whole
             report = as_skipped(report, context.report.outcome)
-        self._guard.end_step(step, report, is_called=is_called)
+        for end in self._after_step:
+            end(step, report, is_called=is_called)
         if step.is_new or report.outcome.is_skipped:  # of closure calls the first one counts, or a bad one
             self._record(step, report, noise)
         if isinstance(context.optimizer, LBFGS) and (kept := self.windows.kept):
@@ -335,19 +358,21 @@ class StepEngine:
         """Record the report of a step in the history and the monitors."""
         context = step.optimizer
         context.record(report, is_new=step.is_new, is_healthy=report.outcome is StepOutcome.TAKEN)
-        for monitor in self._monitors:
-            monitor.end_step(context, report, noise)
+        for observe in self._observe:
+            observe(context, report, noise)
         self.last_report = report
 
     def end_batch(self, outputs: Any) -> None:
         """Advance schedules; publish the metrics of the batch's steps."""
-        self._bypassing_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
-        if self.windows.is_idle:
+        if not self._bypassing_steps.is_over:
+            self._bypassing_steps.end_batch(may_train=self.windows.has_backward or not self._is_automatic)
+        if not self.windows.has_backward and self.windows.is_idle:
             # forward passes that no step follows, as when SWA recomputes batch statistics, may still have made buffers non-finite
             is_bad = self._is_automatic and _is_bad_loss(outputs)
             self._guard.restore_pass(is_bad=is_bad)
-        self._guard.end_batch()
-        is_logging_step = self._publisher.is_logging_step  # asked once: the Trainer computes it
+        for end in self._after_batch:
+            end()
+        is_logging_step = self._publisher.is_logging_step
         if is_logging_step:  # all ranks log at the same steps, so that all of them may raise here
             self._collect_and_raise()
         self._publisher.end_batch(self._module, self._optimizers.contexts, is_logging_step=is_logging_step)
@@ -425,32 +450,6 @@ class StepEngine:
         """Return the states of the optimizers' histories, by the number of the optimizer."""
         self.collect_pending()
         return {context.index: context.history_state() | {"norm_type": self._norm_type} for context in self.contexts}
-
-    # --- optimizers that change in the middle of a fit
-
-    def _context(self, optimizer: Optimizer) -> OptimizerContext:
-        """Return the context of an optimizer, rebuilt if the optimizer or its parameters have changed since the last step."""
-        if self._optimizers.may_materialize:
-            self._update_materialized()
-        context = self._optimizers.find(optimizer)
-        if context is None:
-            # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
-            self.collect_pending()
-            return self._optimizers.replace_contexts(optimizer)
-        if context.is_outdated:
-            self._renew()
-        return context
-
-    def _update_materialized(self) -> None:
-        """Rebuild the tables of lazy parameters that a forward pass has given shapes."""
-        if self._optimizers.materialized:
-            self.collect_pending()
-            self._optimizers.update_materialized()
-
-    def _renew(self) -> None:
-        """Rebuild the contexts of optimizers that hold other parameters than before."""
-        self.collect_pending()  # pending reports belong to the tables before
-        self._optimizers.renew()
 
 
 def _is_bad_loss(outputs: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
@@ -29,6 +29,7 @@ class Optimizers:
         windows: The accumulation windows.
         deferred: The steps that are decided on the device.
         callbacks: Facts about the callbacks, for the checks.
+        collect_reports: Function that is called before a table changes: pending reports belong to the table before.
 
     Attributes:
         contexts: The contexts of the optimizers.
@@ -46,6 +47,7 @@ class Optimizers:
         windows: Windows,
         deferred: DeferredSteps,
         callbacks: Sequence[CallbackFacts],
+        collect_reports: Callable[[], None],
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -53,37 +55,45 @@ class Optimizers:
         self._windows = windows
         self._deferred = deferred
         self._facts = callbacks
+        self._collect_reports = collect_reports
         self.contexts = make_contexts(trainer, module, components.histories)
         for monitor in components.monitors:
             monitor.check(trainer, self.contexts)
         names = [name for name, _ in module.named_parameters()]
         self._attach(self.contexts, names, renewed=False)
 
-    def find(self, optimizer: Optimizer) -> OptimizerContext | None:
-        """Return the context of an optimizer; None if the optimizer is new."""
+    def context_of(self, optimizer: Optimizer) -> OptimizerContext:
+        """Return the context of an optimizer, up to date if the optimizer or its parameters have changed since the last step.
+
+        Raises:
+            RuntimeError: If it is none of the Trainer's optimizers.
+        """
+        if self.may_materialize:
+            self.update_materialized()
         for context in self.contexts:
             if context.optimizer is optimizer:
+                if context.is_outdated:
+                    self._renew()
                 return context
-        return None
+        # strategy.optimizers was replaced in mid-fit, as by setup_optimizers
+        return self._replace_contexts(optimizer)
 
-    @property
-    def outdated(self) -> list[OptimizerContext]:
-        """The contexts of optimizers that hold other parameters than before."""
-        return [context for context in self.contexts if context.is_outdated]
-
-    @property
-    def materialized(self) -> list[OptimizerContext]:
-        """The contexts with lazy parameters that a forward pass has given shapes."""
-        return [context for context in self.contexts if context.has_materialized_parameters]
+    def update(self) -> None:
+        """Rebuild the tables of optimizers that hold other parameters than before, if there are any."""
+        for context in self.contexts:
+            if context.is_outdated:
+                self._renew()
 
     def update_materialized(self) -> None:
-        """Rebuild the tables of lazy parameters that have shapes now.
+        """Rebuild the tables of lazy parameters that a forward pass has given shapes, if there are any.
 
         The parameters are the same tensors as before, so that windows and saved states of the guard stay as they are.
         """
-        if self.outdated:
-            self.renew()
-        materialized = self.materialized
+        if not any(context.has_materialized_parameters for context in self.contexts):
+            return
+        self.update()
+        self._collect_reports()
+        materialized = [context for context in self.contexts if context.has_materialized_parameters]
         for context in materialized:
             context.rebuild_table(self._module)
         self._attach_parts_with_blocks(materialized, _parameter_names(materialized), renewed=True)
@@ -94,14 +104,15 @@ class Optimizers:
     def _update_may_materialize(self) -> None:
         self.may_materialize = any(context.has_lazy_parameters for context in self.contexts)
 
-    def renew(self) -> None:
+    def _renew(self) -> None:
         """Rebuild the tables of optimizers that hold other parameters than before."""
-        outdated = self.outdated
+        self._collect_reports()
+        outdated = [context for context in self.contexts if context.is_outdated]
         for context in outdated:
             context.rebuild_table(self._module)
         self._attach(outdated, _parameter_names(outdated), renewed=True)
 
-    def replace_contexts(self, optimizer: Optimizer) -> OptimizerContext:
+    def _replace_contexts(self, optimizer: Optimizer) -> OptimizerContext:
         """Make new contexts after optimizers of the Trainer were replaced in mid-fit; histories continue by number.
 
         Args:
@@ -109,10 +120,8 @@ class Optimizers:
 
         Returns:
             The context of this optimizer.
-
-        Raises:
-            RuntimeError: If it is none of the Trainer's optimizers.
         """
+        self._collect_reports()
         check_optimizers([optimizer], grad_scaler(self._trainer), self._facts)
         for context in self.contexts:
             detach_fused_factors(context.optimizer)  # factors for a step that the replaced optimizer will not take
@@ -152,9 +161,14 @@ class Optimizers:
             monitor.attach(changed, names, renewed=renewed)
 
     def detach(self) -> None:
-        """Remove fused factors that no step has used from the optimizers."""
+        """Remove fused factors that no step has used from the optimizers, and hold the engine no longer."""
+        self._collect_reports = _no_reports
         for context in self.contexts:
             detach_fused_factors(context.optimizer)
+
+
+def _no_reports() -> None:
+    """Collect nothing: the fit is over."""
 
 
 def _parameter_names(contexts: Sequence[OptimizerContext]) -> list[str]:

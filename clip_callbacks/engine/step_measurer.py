@@ -11,10 +11,12 @@ from clip_callbacks.accumulation.windows import Windows
 from clip_callbacks.core.reduction import mean_over_ranks
 from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipState, Plan
 from clip_callbacks.core.step import MeasuredStep, measure_step
+from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.components import Components
 from clip_callbacks.publishing.publisher import Publisher
 from clip_callbacks.trainer.bypassing_steps import BypassingSteps
 from clip_callbacks.trainer.grad_scaler import grad_scaler, loss_scale
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext, StepMode
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class StepMeasurer:
         self._clipper, self._guard = components.clipper, components.guard
         self._norm_type = components.norm_type
         # monitors that read gradients before they are clipped: asked once, not at each step
+        self._plans: dict[tuple[int, bool], tuple[TensorTable, Plan, ClipState]] = {}
         self._readers = [monitor for monitor in components.monitors if monitor.reads_before_write]
         self._windows = windows
         self._publisher = publisher
@@ -56,28 +59,24 @@ class StepMeasurer:
 
     def measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
         """Measure the gradients; return the measurement, and the states of all limits that apply."""
-        context, index = step.optimizer, step.optimizer.index
-        if len(context.table) and not context.table.has_gradients and not self._bypassing_steps.is_bypassed(context):
-            self._warn_once("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?")
+        context, table = step.optimizer, step.optimizer.table
+        # one look in a healthy step: all parameters are asked only where the first one has no gradient
+        if table.tensors and table.tensors[0].grad is None and not table.has_gradients:
+            self._warn_of_no_gradients(context)
         if self._readers and step.is_new and self._publisher.is_logging_step:
             # monitors show the gradients before they are clipped
             for monitor in self._readers:
                 monitor.before_write(step)
-        # the guard's thresholds are further limits of the plan, so that one measurement serves all; their states come last
-        spikes = self._guard.spike_limits(step)
-        plan = Plan.of(context.table, self._clipper.rules_of(index), self._clipper.shadows_of(index), spikes)
-        states, loss = self._clipper.limit_states(index), None
-        if spikes != NO_SPIKE_LIMITS:
-            states = (*states, *self._guard.limit_states(index))
-            if spikes.loss_above is not None:
-                loss = self._loss(step)
-        losses = None
+        plan, states = self._plan(step)
+        loss = losses = None
+        if plan.loss_above is not None:
+            loss = self._loss(step)
         # Ranks with copies of the parameters must decide alike, and their losses differ: those are propagated into the gradients
         # (`LossNanPropagator`). The reduction of sharded norms takes the losses along.
-        if self._checks_losses and (not self._are_ranks or context.table.reduction):
+        if self._checks_losses and (not self._are_ranks or table.reduction):
             losses = step.losses
         measured = measure_step(
-            context.table,
+            table,
             plan,
             states,
             self._norm_type,
@@ -88,6 +87,41 @@ class StepMeasurer:
             loss=loss,
         )
         return measured, states
+
+    def _plan(self, step: StepContext) -> tuple[Plan, ClipState]:
+        """Return the plan of a step, and the states of its limits.
+
+        Rules change only together with the table of their parameters, so that the plan of a table holds until there is another.
+        """
+        key = (step.optimizer.index, step.is_new)
+        bound = self._plans.get(key)
+        if bound is None or bound[0] is not step.optimizer.table:
+            bound = self._plans[key] = self._bound(step)
+        _, plan, states = bound
+        if plan.remembers:
+            states = self._states(step.optimizer.index, plan)
+        return plan, states
+
+    def _bound(self, step: StepContext) -> tuple[TensorTable, Plan, ClipState]:
+        """Bind the limits to the parameters of an optimizer."""
+        index, table, spikes = step.optimizer.index, step.optimizer.table, NO_SPIKE_LIMITS
+        # The guard's thresholds are further limits of the plan, so that one measurement serves all. A line search may try points of
+        # any norm, so that a step of LBFGS is judged at the point where it begins.
+        if step.is_new:
+            spikes = self._guard.spike_limits
+        plan = Plan.of(table, self._clipper.rules_of(index), self._clipper.shadows_of(index), spikes)
+        return table, plan, self._states(index, plan)
+
+    def _states(self, index: int, plan: Plan) -> ClipState:
+        """Return the states of the rules, of the shadows, and of the guard's thresholds if these are in the plan."""
+        states = self._clipper.limit_states(index)
+        if plan.skip_above is not None or plan.loss_above is not None:
+            states = (*states, *self._guard.limit_states(index))
+        return states
+
+    def _warn_of_no_gradients(self, context: OptimizerContext) -> None:
+        if not self._bypassing_steps.is_bypassed(context):
+            self._warn_once("No parameter has a gradient at the optimizer step: total_norm is 0. Was backward called?")
 
     def _loss(self, step: StepContext) -> Tensor:
         """Return the loss of a step's window without the loss scale, shape ``(1,)``: over all ranks, unless the norms are reduced.

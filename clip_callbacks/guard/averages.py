@@ -34,6 +34,8 @@ class _Averages(Resource):
         scope: The Trainer, the module, and the number of skipped steps.
     """
 
+    idle_until_skip = frozenset({"begin_batch", "begin_step", "end_batch"})
+
     def __init__(self, scope: ResourceScope) -> None:
         self._trainer, self._module = scope.trainer, scope.module
         self._hold = AveragingHold(scope.trainer, scope.skipped_steps)
@@ -120,6 +122,8 @@ class _Averages(Resource):
 
 class _AveragesInManual(_Averages):
     """Averages in manual optimization, where a batch may hold several steps: they are due if one of these was taken."""
+
+    idle_until_skip = frozenset({"begin_step", "end_batch"})
 
     def __init__(self, scope: ResourceScope) -> None:
         super().__init__(scope)

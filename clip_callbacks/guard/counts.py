@@ -140,6 +140,18 @@ class BadStepCounts:
         for counters in self.of.values():
             counters.streak = counters.steps_in_streak = 0
 
+    def described(self) -> str:
+        """Return the counts that are not 0, over all optimizers, in words."""
+        counted = (
+            ("taken with non-finite entries set to 0", self.total("zeroed")),
+            ("with non-finite gradients or losses, reported", self.total("reported")),
+            ("spikes", self.total("spikes")),
+            ("skipped by the GradScaler", self.total("overflowed")),
+            ("dropped micro-batches", self.dropped_micro_batches),
+            ("rollbacks", self.rollbacks),
+        )
+        return ", ".join(f"{what}: {count}" for what, count in counted if count)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all counts as plain numbers."""
         return {

@@ -82,6 +82,9 @@ class CarriedTensors:
 
     Args:
         module: The module in training.
+
+    Attributes:
+        suspects: The tensors that are suspected now.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -89,7 +92,7 @@ class CarriedTensors:
         self._cleared: set[str] = set()
         # Quantized weights packed into floats look like NaN from the start: only frozen parameters that change are suspected.
         self._frozen = {id(tensor): version_of(tensor) for tensor in module.parameters() if not tensor.requires_grad}
-        self._suspects = self._found()
+        self.suspects = self._found()
 
     def _found(self) -> tuple[NonFiniteTensor, ...]:
         """Return those that hold NaN now; frozen parameters only if they were written to or replaced since the fit began."""
@@ -98,21 +101,19 @@ class CarriedTensors:
         return (*nan_attributes(self._module), *nonfinite_among(written))
 
     def begin_batch(self) -> None:
-        """Drop suspects that hold NaN no longer, before the forward pass of a batch."""
-        if self._suspects:
-            self._suspects = self._among(self._suspects)
+        """Drop suspects that hold NaN no longer, before the forward pass of a batch. Call it only if there are any."""
+        self.suspects = self._among(self.suspects)
 
     def examine(self) -> tuple[tuple[NonFiniteTensor, ...], tuple[NonFiniteTensor, ...]]:
         """Return what holds NaN now, after the forward passes of a bad step, and what held NaN before them."""
-        before = self._suspects
-        self._suspects = tuple(each for each in self._found() if each.name not in self._cleared)
-        return self._suspects, before
+        before = self.suspects
+        self.suspects = tuple(each for each in self._found() if each.name not in self._cleared)
+        return self.suspects, before
 
     def end_good_step(self) -> None:
-        """Clear the suspects: the step was good although its forward passes may have read them."""
-        if self._suspects:
-            self._cleared |= {each.name for each in self._among(self._suspects)}
-            self._suspects = ()
+        """Clear the suspects: the step was good although its forward passes may have read them. Call it only if there are any."""
+        self._cleared |= {each.name for each in self._among(self.suspects)}
+        self.suspects = ()
 
     def _among(self, suspects: tuple[NonFiniteTensor, ...]) -> tuple[NonFiniteTensor, ...]:
         """Return the suspects that hold NaN now."""

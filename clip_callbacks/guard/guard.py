@@ -24,7 +24,7 @@ from clip_callbacks.core.metric_names import (
     ZEROED_STEPS,
 )
 from clip_callbacks.core.nonfinite import all_finite
-from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipState, SpikeLimits
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipState
 from clip_callbacks.core.spikes import Thresholds
 from clip_callbacks.core.step import ACTIONS, MeasuredStep
 from clip_callbacks.core.step_record import StepRecord
@@ -75,13 +75,16 @@ class Guard(Unguarded):
         restorer: Restorer of skipped steps; there is one while the guard decides.
     """
 
-    restorer: SkippedStepRestorer  # a plain attribute: a healthy step asks for it three times
+    restorer: SkippedStepRestorer
 
     def __init__(self, trainer: Trainer, options: GuardOptions, saved: Mapping[str, Any]) -> None:
         self._options = options
         self._trainer = trainer
+        self._rolls_back = options.rollback is not None
         self.drops_micro_batches = options.drops_micro_batches
         self.deferral = options.deferred
+        self.spike_limits = options.limits
+        self.keeps_batches = options.bundles is not None or options.trace_forward
         self.counts = BadStepCounts(saved)
         self.thresholds = SpikeThresholds(options.limits, saved)
         self.schedules = SchedulerHold(options.hold_schedulers)
@@ -90,7 +93,6 @@ class Guard(Unguarded):
         self.journal = Journal(options.bundles)
         # until `attach`, since a copy of the run needs the optimizers
         self.rollback = NoRestorer()
-        self._keeps_batches = options.bundles is not None or options.trace_forward
         self._carried: dict[int, CarriedTensors] = {}
         self._log = BadStepLog(options, self.counts, self.journal, self.rollback)
 
@@ -118,7 +120,7 @@ class Guard(Unguarded):
         scope = ResourceScope(self._trainer, module, contexts, self.schedules, self._skipped_steps, before)
         self.restorer = SkippedStepRestorer(scope)
         # One restorer serves the whole fit: where optimizers change, it adapts the copy that it has.
-        if self._options.rollback is not None and not renewed:
+        if self._options.rollback and not renewed:
             all_limits = (*limits, self.thresholds)
             self.rollback = RunRestorer(self._trainer, module, all_limits, self.schedules, self._options.rollback)
             self._log = BadStepLog(self._options, self.counts, self.journal, self.rollback)
@@ -146,11 +148,6 @@ class Guard(Unguarded):
         """Whether steps are taken, whatever their gradients are."""
         return self._options.takes_bad_steps
 
-    @property
-    def is_stale(self) -> bool:  # type: ignore[override]
-        """Whether there was a rollback in this batch, so that gradients of the batch belong to other weights."""
-        return self.rollback.is_fresh
-
     @override
     def start_fit(self) -> None:
         self.journal.start_fit(self._trainer)
@@ -161,8 +158,6 @@ class Guard(Unguarded):
 
         With a ``training_step`` that takes the iterator nothing is kept, because hooks are given the batch before.
         """
-        if not self._keeps_batches:
-            return None
         kept = self.journal.keep(batch, batch_idx)
         if kept is None and self._options.trace_forward:
             kept = KeptBatch(batch, batch_idx)
@@ -172,12 +167,15 @@ class Guard(Unguarded):
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
-        self.restorer.begin_batch(in_window=in_window)
+        for begin_batch in self.restorer.at_batch:
+            begin_batch(in_window=in_window)
         for carried in self._carried.values():
-            carried.begin_batch()
+            if carried.suspects:
+                carried.begin_batch()
         # without a rollback, a healthy batch does not even call the stand-in
-        if self._options.rollback is not None:
+        if self._rolls_back:
             self.rollback.begin_batch(in_window=in_window)
+            self.is_stale = False
 
     @override
     def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
@@ -185,17 +183,10 @@ class Guard(Unguarded):
 
     @override
     def begin_step(self, step: StepContext) -> None:
-        self.restorer.begin_step(step)
-        if self._options.rollback is not None:
+        for begin_step in self.restorer.at_step[step.optimizer.index]:
+            begin_step(step)
+        if self._rolls_back:
             self.rollback.begin_step()
-
-    @override
-    def spike_limits(self, step: StepContext) -> SpikeLimits:
-        """Return the limits above which a finite step is a spike.
-
-        A line search may try points of any norm, so that a step of LBFGS is decided at the point where it begins.
-        """
-        return self._options.limits if step.is_new else NO_SPIKE_LIMITS
 
     @override
     def limit_states(self, index: int) -> ClipState:
@@ -214,9 +205,9 @@ class Guard(Unguarded):
             return CLIP if step.loss_scale is None else Resolution(Action.ON_DEVICE)
         if not measured.norms.is_finite:
             return self._resolve_nonfinite(step)
-        if _is_skipped_already(step):
+        if not step.is_new and _is_skipped_already(step):
             return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
-        if measured.is_spike:
+        if self.spike_limits is not NO_SPIKE_LIMITS and measured.is_spike:
             self._count_spike(step, measured.norms.parameter_norms, measured.norms.total, measured.thresholds)
             if not self._options.takes_bad_steps:
                 return Resolution(Action.SKIP, StepOutcome.SKIPPED, holds_scale=True)
@@ -328,14 +319,18 @@ class Guard(Unguarded):
     @override
     def end_step(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         # First of all, because it makes the weights and buffers of the copy those that `abort` restores.
-        if self._options.rollback is not None:
+        index = step.optimizer.index
+        if self._rolls_back:
             self.rollback.restore(step)
+            self.is_stale = self.rollback.is_fresh
         if report.outcome.is_skipped:
             self.restorer.abort(step, is_called=is_called)
         else:
-            self.restorer.commit(step)
-            self._carried[step.optimizer.index].end_good_step()
-        if self._options.rollback is not None:
+            for commit in self.restorer.at_commit[index]:
+                commit(step)
+            if (carried := self._carried[index]).suspects:
+                carried.end_good_step()
+        if self._rolls_back:
             self.rollback.end_step(step, report)
 
     @override
@@ -355,8 +350,8 @@ class Guard(Unguarded):
             self._resolve_nonfinite(step, report.parameter_norms)
         elif report.thresholds.exist and bool(report.thresholds.is_exceeded):
             self._count_spike(step, report.parameter_norms, report.total_norm, report.thresholds)
-        if report.outcome is StepOutcome.TAKEN:
-            self._carried[step.optimizer.index].end_good_step()
+        if report.outcome is StepOutcome.TAKEN and (carried := self._carried[step.optimizer.index]).suspects:
+            carried.end_good_step()
 
     @override
     def restore_pass(self, *, is_bad: bool) -> None:
@@ -370,8 +365,10 @@ class Guard(Unguarded):
 
     @override
     def end_batch(self) -> None:
-        self.restorer.end_batch()
-        self.rollback.end_batch()
+        for end_batch in self.restorer.after_batch:
+            end_batch()
+        if self._rolls_back:
+            self.rollback.end_batch()
 
     @override
     def needs_host(self, context: OptimizerContext) -> bool:
@@ -422,16 +419,8 @@ class Guard(Unguarded):
     @override
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
         steps = sum(context.history.steps for context in contexts)
-        counted = (
-            ("taken with non-finite entries set to 0", self.counts.total("zeroed")),
-            ("with non-finite gradients or losses, reported", self.counts.total("reported")),
-            ("spikes", self.counts.total("spikes")),
-            ("skipped by the GradScaler", self.counts.total("overflowed")),
-            ("dropped micro-batches", self.counts.dropped_micro_batches),
-            ("rollbacks", self.counts.rollbacks),
-        )
-        parts = [f"{what}: {count}" for what, count in counted if count]
-        return [f"NonFiniteGuard: optimizer steps: {steps}, {', '.join(parts)}."] if parts else []
+        counted = self.counts.described()
+        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."] if counted else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""
@@ -455,6 +444,6 @@ def _is_in_line_search(step: StepContext) -> bool:
 
 
 def _is_skipped_already(step: StepContext) -> bool:
-    """Return whether an earlier pass of this step was bad: SAM needs two, and a good second one is of no use then."""
+    """Return whether the first pass of this step was bad: SAM needs two, and a good second one is of no use then."""
     report = step.optimizer.report
-    return not step.is_new and not _is_in_line_search(step) and report is not None and report.outcome.is_skipped
+    return not _is_in_line_search(step) and report is not None and report.outcome.is_skipped

@@ -52,6 +52,8 @@ class OptimizerBookkeeping(Resource):
         context: The optimizer.
     """
 
+    idle_until_skip = frozenset({"commit"})
+
     def __init__(self, trainer: Trainer, context: OptimizerContext) -> None:
         self._trainer = trainer
         self._context = context

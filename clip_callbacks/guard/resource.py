@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -24,8 +24,11 @@ class Resource:
     The methods are called in this order: ``begin_batch`` before each batch; with several optimizers ``begin_window`` after the
     first backward pass of a window, and ``end_pass`` after each; then ``begin_step``; then either ``commit`` or ``abort``, or
     ``abort_on_device`` if the host does not know which; then ``end_batch``. ``restore_pass`` and ``restore_window`` are called
-    after forward passes that led to no step.
+    after forward passes that led to no step. A healthy step calls only the methods that a resource overrides.
     """
+
+    idle_until_skip: frozenset[str] = frozenset()
+    """Names of overridden methods that have nothing to do before the first skipped step of a fit; they are called from then on."""
 
     def begin_batch(self, *, in_window: bool) -> None:
         """Prepare for a batch, before its forward pass.
@@ -160,6 +163,17 @@ class ResourceScope:
     def resource_before(self, index: int, kind: type[Kind]) -> Kind | None:
         """Return the previous resource of a kind of one optimizer, if it had one."""
         return next((resource for resource in self.before.get(index, ()) if isinstance(resource, kind)), None)
+
+
+def overriding(parts: Iterable[Any], base: type[Any], method: str) -> tuple[Callable[..., Any], ...]:
+    """Return a method of all parts whose class overrides it, so that a part that does nothing at some point is not called there.
+
+    Args:
+        parts: The parts, of one kind.
+        base: The class in which the method does nothing.
+        method: The name of the method.
+    """
+    return tuple(getattr(part, method) for part in parts if getattr(type(part), method) is not getattr(base, method))
 
 
 MakeResources = Callable[[ResourceScope], dict[int, Resource]]

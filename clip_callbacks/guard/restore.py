@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import Tensor
 
 from clip_callbacks.guard.averages import averages
 from clip_callbacks.guard.line_search import line_searches
 from clip_callbacks.guard.optimizer_bookkeeping import optimizer_bookkeeping
-from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope
+from clip_callbacks.guard.resource import MakeResources, Resource, ResourceScope, overriding
 from clip_callbacks.guard.rewritten_parameters import rewritten_parameters
 from clip_callbacks.guard.schedules import held_schedules
 from clip_callbacks.guard.written_buffers import written_buffers
@@ -35,6 +35,13 @@ class SkippedStepRestorer:
     Args:
         scope: The Trainer, the module and the optimizers to make resources for.
         makers: Makers of the kinds of state; None takes all.
+
+    Attributes:
+        at_batch: Methods that prepare for a batch, before its forward pass. Their argument ``in_window`` is True if there was a
+            backward pass since the last step.
+        at_step: Methods that prepare for a step of each optimizer, before it has any effect.
+        at_commit: Methods that accept what the window of each optimizer has changed, because the step is about to be taken.
+        after_batch: Methods that finish a batch.
     """
 
     def __init__(self, scope: ResourceScope, makers: Sequence[MakeResources] | None = None) -> None:
@@ -43,23 +50,29 @@ class SkippedStepRestorer:
             context.index: [kind[context.index] for kind in kinds if context.index in kind] for context in scope.contexts
         }
         self._each = [resource for resources in self._resources.values() for resource in resources]
-        # A healthy step calls only the resources that have something to do, since most override few of the methods.
-        self._at_batch = _overriding(self._each, "begin_batch")
-        self._after_pass = _overriding(self._each, "end_pass")
-        self._after_batch = _overriding(self._each, "end_batch")
-        self._at_window, self._at_step, self._at_commit = (
-            {index: _overriding(resources, method) for index, resources in self._resources.items()}
-            for method in ("begin_window", "begin_step", "commit")
+        self._has_skipped = bool(scope.before)  # resources that were made anew in mid-fit: there may have been a skip
+        self._bind()
+
+    def _bind(self) -> None:
+        """Collect the methods that have something to do, at each point of a step."""
+
+        def bound(resources: Iterable[Resource], method: str) -> tuple[Callable[..., None], ...]:
+            awake = [resource for resource in resources if self._has_skipped or method not in resource.idle_until_skip]
+            return overriding(awake, Resource, method)
+
+        def bound_of_each(method: str) -> dict[int, tuple[Callable[..., None], ...]]:
+            return {index: bound(resources, method) for index, resources in self._resources.items()}
+
+        self.at_batch, self._after_pass, self.after_batch = (
+            bound(self._each, method) for method in ("begin_batch", "end_pass", "end_batch")
         )
+        self._at_window, self.at_step, self.at_commit = map(bound_of_each, ("begin_window", "begin_step", "commit"))
 
-    def begin_batch(self, *, in_window: bool) -> None:
-        """Prepare for a batch, before its forward pass.
-
-        Args:
-            in_window: If True, a window is open: there was a backward pass since the last step.
-        """
-        for resource in self._at_batch:
-            resource.begin_batch(in_window=in_window)
+    def _note_skip(self) -> None:
+        """From the first skip on, call the methods that were idle until then."""
+        if not self._has_skipped:
+            self._has_skipped = True
+            self._bind()
 
     def end_pass(self, reached: Collection[int], begun: Collection[int]) -> None:
         """Note the end of a backward pass; called with several optimizers only.
@@ -69,20 +82,10 @@ class SkippedStepRestorer:
             begun: Indices of those among them whose window the pass has begun.
         """
         for index in begun:
-            for resource in self._at_window[index]:
-                resource.begin_window()
-        for resource in self._after_pass:
-            resource.end_pass(reached)
-
-    def begin_step(self, step: StepContext) -> None:
-        """Prepare for a step, before it has any effect."""
-        for resource in self._at_step[step.optimizer.index]:
-            resource.begin_step(step)
-
-    def commit(self, step: StepContext) -> None:
-        """Accept what the window has changed, because the step is about to be taken."""
-        for resource in self._at_commit[step.optimizer.index]:
-            resource.commit(step)
+            for begin_window in self._at_window[index]:
+                begin_window()
+        for end_pass in self._after_pass:
+            end_pass(reached)
 
     def abort(self, step: StepContext, *, is_called: bool) -> None:
         """Restore what the window has changed, because the step is skipped.
@@ -91,6 +94,7 @@ class SkippedStepRestorer:
             step: The step.
             is_called: If True, the optimizer is called nevertheless, without gradients.
         """
+        self._note_skip()
         for resource in self._resources[step.optimizer.index]:
             resource.abort(step, is_called=is_called)
 
@@ -101,6 +105,7 @@ class SkippedStepRestorer:
             step: The step that is not taken.
             is_called: If True, the optimizer is called nevertheless, without gradients.
         """
+        self._note_skip()
         for resource in self._resources[step.optimizer.index]:
             resource.abandon(step, is_called=is_called)
 
@@ -113,11 +118,6 @@ class SkippedStepRestorer:
         """
         for resource in self._resources[step.optimizer.index]:
             resource.abort_on_device(skipped)
-
-    def end_batch(self) -> None:
-        """Finish a batch."""
-        for resource in self._after_batch:
-            resource.end_batch()
 
     def restore_pass(self, *, is_bad: bool) -> list[str]:
         """Restore what the forward pass of a batch without a step has made non-finite.
@@ -182,8 +182,3 @@ class SkippedStepRestorer:
         """Remove all hooks."""
         for resource in self._each:
             resource.detach()
-
-
-def _overriding(resources: Sequence[Resource], method: str) -> list[Resource]:
-    """Return the resources whose class overrides a method."""
-    return [resource for resource in resources if getattr(type(resource), method) is not getattr(Resource, method)]

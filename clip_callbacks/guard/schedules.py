@@ -30,9 +30,14 @@ class _HeldSchedules(Resource):
         hold: Hold on the learning-rate schedules.
     """
 
+    idle_until_skip = frozenset({"begin_batch", "end_batch"})
+
     def __init__(self, trainer: Trainer, hold: SchedulerHold) -> None:
         self._trainer = trainer
+        self._strategy = trainer.strategy  # asked at each step, because StochasticWeightAveraging may add a schedule in mid-fit
         self._hold = hold
+        if hold.skipped_batches:  # before a resume
+            self.idle_until_skip = frozenset()
 
     @override
     def begin_batch(self, *, in_window: bool) -> None:
@@ -42,11 +47,13 @@ class _HeldSchedules(Resource):
     @override
     def commit(self, step: StepContext) -> None:
         # After an earlier skip the batch number no longer tells whether a schedule is due.
-        self._hold.decide(self._trainer, skipped=False)
+        if self._strategy.lr_scheduler_configs:
+            self._hold.decide(self._trainer, skipped=False)
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        self._hold.decide(self._trainer, skipped=True)
+        if self._strategy.lr_scheduler_configs:
+            self._hold.decide(self._trainer, skipped=True)
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:

@@ -57,6 +57,10 @@ class Unguarded:
     """Whether steps are taken, whatever their gradients are."""
     is_stale = False
     """Whether there was a rollback in this batch, so that gradients of the batch belong to other weights."""
+    keeps_batches = False
+    """Whether a batch is kept until its step, because it may have to be run again."""
+    spike_limits: SpikeLimits = NO_SPIKE_LIMITS
+    """The limits above which a finite step is a spike."""
 
     def attach(
         self,
@@ -83,7 +87,7 @@ class Unguarded:
         """Find the files that bad steps are written to."""
 
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
-        """Return a reference to a batch, to be kept until its step, if it may have to be run again."""
+        """Return a reference to a batch, to be kept until its step; None if it cannot be run again. Needs ``keeps_batches``."""
         return None
 
     def begin_batch(self, *, in_window: bool) -> None:
@@ -103,10 +107,6 @@ class Unguarded:
 
     def begin_step(self, step: StepContext) -> None:
         """Prepare for a step, before it has any effect."""
-
-    def spike_limits(self, step: StepContext) -> SpikeLimits:
-        """Return the limits above which a finite step is a spike."""
-        return NO_SPIKE_LIMITS
 
     def limit_states(self, index: int) -> ClipState:
         """Return the states of those limits for an optimizer."""

@@ -147,13 +147,13 @@ class BufferTracker:
 
     def begin_window(self) -> None:
         """Find changed buffers at the beginning of an accumulation window."""
-        self._windows += 1
-        if self._windows > 1:
+        self._windows = windows = self._windows + 1
+        if windows > 1 and self._slots:
             self.find_changed()
-        compares = self.compares_every_window
+        compares = windows <= COMPARED_WINDOWS + 1
         if compares:
             self._compare()
-        if compares or self._windows % SEARCH_EVERY_N_WINDOWS == 0:
+        if compares or windows % SEARCH_EVERY_N_WINDOWS == 0:
             self._search_new()
             self._await_lazy()
 

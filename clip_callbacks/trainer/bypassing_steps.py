@@ -47,6 +47,9 @@ class BypassingSteps:
 
     Args:
         module: The module in training.
+
+    Attributes:
+        is_over: True once every optimizer has stepped with a hook: nothing is watched any more.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -59,7 +62,7 @@ class BypassingSteps:
         self._samples: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._state_sizes: dict[int, int] = {}
         self._active: set[int] = set()
-        self._is_over = False
+        self.is_over = False
 
     def record_step(self, context: OptimizerContext) -> None:
         """Record a step with a hook.
@@ -75,8 +78,8 @@ class BypassingSteps:
         Args:
             contexts: The optimizers of the fit.
         """
-        if self._is_over or len(self._seen) >= len(contexts):
-            self._is_over = True
+        if self.is_over or len(self._seen) >= len(contexts):
+            self.is_over = True
             return
         self._contexts = contexts
         watched = {index: self._watched(index) for index in self._waiting}
@@ -132,12 +135,12 @@ class BypassingSteps:
 
     def end_epoch(self) -> None:
         """Warn, once in a fit, of optimizers that have trained without a recorded step."""
-        if self._is_over:
+        if self.is_over:
             return
         found = sorted(self._waiting & (self._bypassed | self._moved))
         self._samples, self._active = {}, set()
         if found:
-            self._is_over = True
+            self.is_over = True
             rank_zero_warn(f"{self._subject(found)} was seen, but parameters have changed. {ADVICE}", category=RuntimeWarning)
 
     @property

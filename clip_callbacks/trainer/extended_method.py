@@ -1,6 +1,6 @@
-"""A method of the module in training, extended for one fit.
+"""A method of the module in training or of a plugin, extended for one fit.
 
-Trap: Lightning gives a callback no hook after the module's own, and none inside ``clip_gradients``. The method is therefore
+Trap: Lightning gives a callback no hook after the module's own, and none where gradients are clipped. The method is therefore
 replaced on the instance; Lightning itself is not patched. The replacement must survive copies of the module in mid-fit, so a copy
 of it is the original method.
 """
@@ -8,37 +8,34 @@ of it is the original method.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+from typing import Any
 
 
 class ExtendedMethod:
-    """Calls a function after each call of a module's method, with the same arguments.
+    """Calls a function after each call of a method, with the same arguments.
 
     Args:
-        module: The module.
+        owner: The module or plugin.
         name: The name of the method.
         after: The function to call after it.
     """
 
-    def __init__(self, module: LightningModule, name: str, after: Callable[..., None]) -> None:
-        self._module = module
+    def __init__(self, owner: Any, name: str, after: Callable[..., None]) -> None:
+        self._owner = owner
         self._name = name
-        self._instance_attribute = vars(module).get(name)
-        self._extended = _Extended(getattr(module, name), after)
-        setattr(module, name, self._extended)
+        self._instance_attribute = vars(owner).get(name)
+        self._extended = _Extended(getattr(owner, name), after)
+        setattr(owner, name, self._extended)
 
     def detach(self) -> None:
-        """Restore the module's own method. If other code has wrapped the extension, only the added call is removed."""
+        """Restore the owner's own method. If other code has wrapped the extension, only the added call is removed."""
         self._extended.after = _do_nothing
-        if vars(self._module).get(self._name) is not self._extended:
+        if vars(self._owner).get(self._name) is not self._extended:
             return
         if self._instance_attribute is None:
-            delattr(self._module, self._name)
+            delattr(self._owner, self._name)
         else:
-            setattr(self._module, self._name, self._instance_attribute)
+            setattr(self._owner, self._name, self._instance_attribute)
 
 
 class _Extended:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -32,7 +33,7 @@ class LaterHooks:
     Args:
         module: The module in training.
         later: The callbacks of other packages that come later in the Trainer's list.
-        run_step: Function that runs the engine's step for an optimizer.
+        run_step: Function that runs the engine's step for an optimizer; called under ``torch.no_grad()``.
 
     Attributes:
         runs_after_module: True if the engine's step runs after the module's hook, and not in the callback's.
@@ -55,7 +56,8 @@ class LaterHooks:
 
     def _after_all_hooks(self, optimizer: Optimizer) -> None:
         if self.runs_after_module:
-            self._run_step(optimizer)
+            with torch.no_grad():
+                self._run_step(optimizer)
         elif self._recorded is not None:
             table, before = self._recorded
             self._recorded = None

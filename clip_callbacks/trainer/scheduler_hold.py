@@ -23,6 +23,9 @@ class SchedulerHold:
 
     Args:
         is_on: If True, schedules are held.
+
+    Attributes:
+        skipped_batches: The number of batches of the epoch whose steps were skipped.
     """
 
     def __init__(self, is_on: bool) -> None:
@@ -31,7 +34,7 @@ class SchedulerHold:
         self._plateaus: list[tuple[LRSchedulerConfig, int]] = []
         self._epoch = -1
         # batches of the epoch: skipped, seen before the window of the last step, seen
-        self._skipped_batches = self._window_start = self._seen = 0
+        self.skipped_batches = self._window_start = self._seen = 0
         self._is_counted = False
 
     def decide(self, trainer: Trainer, *, skipped: bool) -> None:
@@ -41,17 +44,18 @@ class SchedulerHold:
             trainer: The Trainer.
             skipped: True if the step of this batch is skipped. LBFGS may call with False first and then with True.
         """
-        self.release()
+        if self._altered:
+            self.release()
         self._count(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
         if skipped and not self._is_counted:
-            self._skipped_batches += self._seen - self._window_start
+            self.skipped_batches += self._seen - self._window_start
             self._is_counted = True
-        if not self._is_on or not self._skipped_batches:
+        if not self._is_on or not self.skipped_batches:
             return
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 self._altered.append((config, config.interval, config.frequency))
-                is_due = not skipped and (self._seen - self._skipped_batches) % config.frequency == 0
+                is_due = not skipped and (self._seen - self.skipped_batches) % config.frequency == 0
                 # every batch number is divisible by 1, and no update asks for an interval named "held"
                 if is_due:
                     config.frequency = 1
@@ -67,13 +71,13 @@ class SchedulerHold:
     @property
     def batches_before_window(self) -> int:
         """Batches of the epoch that schedules had counted when the window of the last step began."""
-        return self._window_start - self._skipped_batches
+        return self._window_start - self.skipped_batches
 
     def batches_counted_in(self, epoch: int) -> int:
         """Return the number of batches of an epoch that schedules have counted, without a window that is still open."""
         if epoch != self._epoch:
             return 0
-        return self._seen - self._skipped_batches
+        return self._seen - self.skipped_batches
 
     def hold_for_rollback(self, trainer: Trainer, batches: int) -> None:
         """Hold all step-interval schedules for this batch, whose step is skipped, and set the count for a rollback.
@@ -86,7 +90,7 @@ class SchedulerHold:
         """
         self.release()
         self.release_plateaus()
-        self._skipped_batches = self._seen - batches
+        self.skipped_batches = self._seen - batches
         for config in [config for config in trainer.lr_scheduler_configs if config.interval == "step"]:
             if config.reduce_on_plateau:
                 self._plateaus.append((config, config.frequency))
@@ -98,17 +102,17 @@ class SchedulerHold:
     def _count(self, epoch: int, batches: int) -> None:
         """Count the batches seen so far in the epoch; those since the last step are its window."""
         if epoch != self._epoch:
-            self._epoch, self._skipped_batches, self._seen = epoch, 0, 0
+            self._epoch, self.skipped_batches, self._seen = epoch, 0, 0
         if batches != self._seen:
             self._window_start, self._seen, self._is_counted = self._seen, batches, False
 
     def state(self) -> tuple[int, int, int]:
         """Return the epoch, and its skipped and seen batches, for a checkpoint in mid-epoch."""
-        return self._epoch, self._skipped_batches, self._seen
+        return self._epoch, self.skipped_batches, self._seen
 
     def load_state(self, state: tuple[int, int, int]) -> None:
         """Continue from a return value of :meth:`state`."""
-        self._epoch, self._skipped_batches, self._seen = map(int, state)
+        self._epoch, self.skipped_batches, self._seen = map(int, state)
 
     def release(self) -> None:
         """Restore intervals and frequencies of schedules."""

@@ -1,7 +1,8 @@
 """A second clip of the gradients beside GradientClipping, by Lightning's ``clip_gradients``.
 
 Trap: ``gradient_clip_val`` is refused at fit start, but may be set later, and a module may call ``self.clip_gradients`` itself. In
-automatic optimization Lightning calls this method at each step, with the Trainer's value; without a value it does nothing.
+automatic optimization Lightning calls this method at each step, with the Trainer's value. Only if there is a value does it reach
+``clip_grad_by_norm`` or ``clip_grad_by_value`` of the precision plugin: these are extended, so that a healthy step calls neither.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class SecondClip:
         self._module = module
         self._is_clipped = is_clipped
         self._has_warned = False
-        self._method = ExtendedMethod(module, "clip_gradients", self._check)
+        plugin = module.trainer.precision_plugin
+        self._methods = [ExtendedMethod(plugin, name, self._warn) for name in ("clip_grad_by_norm", "clip_grad_by_value")]
 
-    def _check(self, optimizer: Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any) -> None:
+    def _warn(self, optimizer: Optimizer, gradient_clip_val: float, *_: Any, **__: Any) -> None:
         # in manual optimization the module passes the LightningOptimizer that wraps torch's
-        if not gradient_clip_val or self._has_warned or not self._is_clipped(getattr(optimizer, "optimizer", optimizer)):
+        if self._has_warned or not self._is_clipped(getattr(optimizer, "optimizer", optimizer)):
             return
         self._has_warned = True
         if self._module.trainer.gradient_clip_val:
@@ -53,5 +55,6 @@ class SecondClip:
         )
 
     def detach(self) -> None:
-        """Restore the module's own method."""
-        self._method.detach()
+        """Restore the plugin's own methods."""
+        for method in self._methods:
+            method.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -74,6 +75,8 @@ class Discarded(Enum):
     """The gradients were computed with weights that a rollback in this batch has replaced."""
 
 
+_LOSS = attrgetter("loss")
+
 _REASONS = {
     Discarded.DROPPED: "Every micro-batch of the window was dropped",
     Discarded.WEIGHTLESS: "Every micro-batch of the window has weight 0",
@@ -83,7 +86,7 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: one is made at each step, and a frozen one takes three times as long to make
 class StepContext:
     """The context of one optimizer step.
 
@@ -110,7 +113,7 @@ class StepContext:
     @property
     def losses(self) -> list[Tensor]:
         """Losses of the window, one entry each, multiplied by the loss scale."""
-        return [each.loss for each in self.micro_batches]
+        return list(map(_LOSS, self.micro_batches))
 
     @property
     def factor(self) -> float | Tensor:

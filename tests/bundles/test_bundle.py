@@ -82,11 +82,11 @@ def test_batches_are_kept_by_reference_until_their_step_and_no_longer(trainer, t
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             windows, (context,) = guard._engine.windows, guard._engine.contexts
-            kept.append([id(it.kept.batch) for it in windows.micro_batches(context)])
+            kept.append([id(it.kept.batch) for it in windows.of_step(context)[0]])
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (batch_idx + 1) % 4 == 0:
-                assert not guard._engine.windows.micro_batches(guard._engine.contexts[0])
+                assert not guard._engine.windows.of_step(guard._engine.contexts[0])[0]
 
     class Keeps(Regression):
         def loss(self, batch, batch_idx):

@@ -73,7 +73,7 @@ FAULTS = [
     Fault("bundles/bundle.py", 'if hash_of(file) != known.get("sha256"):', "if False:", "bundles"),
     # the callbacks
     Fault("trainer/tensor_copies.py", "torch.where(flag.to(flat.device), self.kept, flat, out=flat)", "torch.where(flag.to(flat.device), flat, self.kept, out=flat)", "guard"),
-    Fault("trainer/scheduler_hold.py", "self._skipped_batches += self._seen - self._window_start", "self._skipped_batches += 1", "guard"),
+    Fault("trainer/scheduler_hold.py", "self.skipped_batches += self._seen - self._window_start", "self.skipped_batches += 1", "guard"),
     Fault("guard/line_search.py", "[tensor.detach().clone() for tensor in", "[tensor.detach() for tensor in", "guard"),
     Fault("trainer/grad_scaler.py", "finite.logical_not().float()", "finite.float()", "integration"),
     Fault("guard/bad_steps.py", "streak >= self._options.max_consecutive", "streak > self._options.max_consecutive", "guard"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.core.fused import set_fused_factors
+from clip_callbacks.core.fused import accepts_factors, set_fused_factors
 from clip_callbacks.core.gradients import Gradients
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -18,26 +18,48 @@ MAX_GRAD_SCALE = torch.finfo(torch.float32).max
 """Largest ``grad_scale`` that a fused optimizer takes; the smallest factor is its reciprocal."""
 
 
-def write(gradients: Gradients, factors: Tensor | None, scale: float, fused: Optimizer | None, *, by_unit: bool = False) -> None:
-    """Multiply gradients by factors that the host knows, or have a fused optimizer do it.
+def write(
+    gradients: Gradients,
+    factors: Tensor | None,
+    scale: float,
+    optimizer: Optimizer | None,
+    clip_value: float | None = None,
+    *,
+    by_unit: bool = False,
+) -> None:
+    """Multiply gradients by factors that the host knows, or have a fused optimizer do it; then clamp their entries.
 
     Args:
         gradients: The gradients of one step.
         factors: The factors, as for :func:`scale_`.
         scale: A factor for all gradients.
-        fused: The fused optimizer that steps next, which takes one factor for all; None writes here.
+        optimizer: The optimizer that steps next, which may be a fused one.
+        clip_value: Bound for every entry; None for no bound.
         by_unit: If True, several factors are those of units.
     """
-    # a fused kernel takes one factor for all gradients of its optimizer
-    if fused is not None and (factors is None or factors.numel() == 1):
-        factor = scale if factors is None else scale * factors.reshape(-1).tolist()[0]
-        # otherwise a number or its reciprocal is beyond float32, which the kernels compute in
-        if 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
-            if factor != 1.0:
-                # the kernel divides; torch.full runs on the device, where torch.tensor would copy from the host and wait
-                set_fused_factors(fused, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
-            return
-    scale_(gradients, factors, scale, by_unit=by_unit)
+    changes = factors is not None or scale != 1.0
+    # entries are clamped after the product, so that a kernel cannot make it later
+    if changes and (clip_value is not None or not _leave_to_kernel(gradients, factors, scale, optimizer)):
+        scale_(gradients, factors, scale, by_unit=by_unit)
+    if clip_value is not None:
+        clamp_(gradients.tensors, clip_value)
+
+
+def _leave_to_kernel(gradients: Gradients, factors: Tensor | None, scale: float, optimizer: Optimizer | None) -> bool:
+    """Set the factor of a fused optimizer's next step; return whether it can take it."""
+    # a kernel takes one factor for all gradients of its optimizer
+    if (factors is not None and factors.numel() > 1) or not accepts_factors(optimizer, gradients):
+        return False
+    factor = scale
+    if factors is not None:
+        factor *= factors.reshape(-1).tolist()[0]
+    # beyond these, the number or its reciprocal leaves the range of float32, which the kernels compute in
+    if not 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
+        return False
+    if factor != 1.0:
+        # the kernel divides; torch.full runs on the device, where torch.tensor would copy from the host and wait
+        set_fused_factors(optimizer, torch.full((), 1.0 / factor, dtype=torch.float32, device=gradients.device))
+    return True
 
 
 def write_deferred(
@@ -100,9 +122,12 @@ def _multiply_(gradients: Gradients, factor: Tensor) -> None:
     On a CPU a 0-dim tensor takes a quarter of the time of a number. On another device a number needs no copy.
     """
     # a factor on the device stays there: the host must not read it
-    is_there = not factor.is_cpu or _on_cpu(gradients)
-    factor = factor.reshape(()) if factor.ndim else factor
-    torch._foreach_mul_(gradients.tensors, factor if is_there else float(factor))
+    if factor.is_cpu and not _on_cpu(gradients):
+        torch._foreach_mul_(gradients.tensors, float(factor))
+    elif factor.ndim:
+        torch._foreach_mul_(gradients.tensors, factor.reshape(()))
+    else:
+        torch._foreach_mul_(gradients.tensors, factor)
 
 
 def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
@@ -140,7 +165,9 @@ def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
 
 
 def _on_cpu(gradients: Gradients) -> bool:
-    return gradients.tensors[0].is_cpu if gradients.is_uniform else all(tensor.is_cpu for tensor in gradients.tensors)
+    if gradients.table.is_uniform:
+        return gradients.tensors[0].is_cpu
+    return all(tensor.is_cpu for tensor in gradients.tensors)
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float) -> None:

@@ -114,7 +114,7 @@ class Partition:
             return per_block
         if self.is_total:
             # every part has a block: one gather, and no fill for the parts outside
-            return per_block[self.member_blocks.to(per_block.device)]
+            return per_block.index_select(0, self.member_blocks.to(per_block.device))
         spread = per_block.new_full((len(self.index),), outside)
         # reshaped, because the coefficient of a single block is 0-dim
         spread[self.members.to(per_block.device)] = per_block.reshape(-1)[self.member_blocks.to(per_block.device)]

@@ -92,7 +92,7 @@ def clip_step(
     scale = as_finite(scale, "scale")
     if nonfinite not in POLICIES:  # on healthy steps too, which ask for no policy
         as_policy(nonfinite, "nonfinite")
-    with torch.no_grad():  # a decorator costs three more calls
+    with torch.set_grad_enabled(False):  # half the calls of torch.no_grad
         table = table_of(parameters)
         shadows = [one if isinstance(one, ClipRule) else _rules(one, None)[0] for one in shadow] if shadow else ()
         plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import coefficients, ones_like
-from clip_callbacks.core.limits import BlockNorms, FixedLimit, LimitState
+from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitState
 from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Outcome:
     """Norms, limits and coefficients of one stage in one step.
 
@@ -70,7 +70,10 @@ def decide(
     after: list[LimitState] = []
     factors: Tensor | None = None
     for stage, before in zip(stages, state, strict=True):
-        norms = _norms_after(factors, stage.partition, measured)
+        if factors is None and stage.partition.is_whole:
+            norms = measured.total
+        else:
+            norms = _norms_after(factors, stage.partition, measured)
         outcome, new = apply_limit(stage, norms, measured, before)
         outcomes.append(outcome)
         after.append(new)
@@ -105,12 +108,13 @@ def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, .
 
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
     """Return the norms of blocks after the stages before, whose coefficients are the factors."""
-    # The norm of the whole gradient is known already. In a deferred step the rules before have one factor for all gradients, which
-    # scales it; otherwise factors may differ between parameters, and the norm is added up from theirs.
-    if partition.is_whole and (factors is None or measured.is_deferred):
-        return measured.total if factors is None else measured.total * factors
-    norms = measured.norms if factors is None else measured.norms * factors
-    return block_norms(norms, partition, measured.norm_type)
+    if factors is None:
+        return block_norms(measured.norms, partition, measured.norm_type)
+    # In a deferred step the rules before have one factor for all gradients, which scales the total norm; otherwise factors may
+    # differ between parameters, and the norm of a block is added up from theirs.
+    if partition.is_whole and measured.is_deferred:
+        return measured.total * factors
+    return block_norms(measured.norms * factors, partition, measured.norm_type)
 
 
 def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: LimitState) -> tuple[Outcome, LimitState]:
@@ -128,17 +132,27 @@ def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: Limit
     limit = stage.limit
     if limit is None:
         return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
-    # not isinstance, because a subclass may have a `step` of its own
-    if type(limit) is FixedLimit:  # the usual limit needs neither norms nor a state: steps with it skip all of the rest
-        return _outcome(stage, norms, limit.max_norm, measured), state
+    limits: Tensor | float
+    # the usual limit needs neither norms nor a state; not isinstance, because a subclass may have a `step` of its own
+    if type(limit) is FixedLimit:
+        limits = limit.max_norm
+    else:
+        limits, state = _step_limit(stage, limit, norms, measured, state)
+    each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
+    return Outcome(stage.partition, norms, limits, each, clips, stage.name), state
 
+
+def _step_limit(
+    stage: Stage, limit: Limit, norms: Tensor, measured: Measurement, state: LimitState
+) -> tuple[Tensor | float, LimitState]:
+    """Return the limits of the blocks of one stage, and the state of its limit after the step."""
     weights = None
     if limit.uses_weights and measured.weights is not None:
         # added up like the gradients' norms, so that both are norms of the same block in the same order p
         weights = block_norms(measured.weights, stage.partition, measured.norm_type)
     shown = norms
     # A limit is promised finite norms. Its state after a non-finite step is discarded (`_state_after`), so that any number does.
-    if measured.is_deferred or not measured.is_finite:
+    if not measured.is_finite:  # or not known to be
         shown = norms.nan_to_num(0.0, 0.0, 0.0)
     # States are on the CPU after a resume or a step of the host; a deferred step needs them on its device.
     before = {key: value.to(norms.device) for key, value in state.items()} if state else state
@@ -146,12 +160,7 @@ def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: Limit
     if isinstance(limits, Tensor):
         # limits are mostly float64, as their states are; the division runs in the dtype of the norms, as under a fixed limit
         limits = limits.to(norms.dtype).expand_as(norms)
-    return _outcome(stage, norms, limits, measured), _state_after(measured, before, after)
-
-
-def _outcome(stage: Stage, norms: Tensor, limits: Tensor | float, measured: Measurement) -> Outcome:
-    each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
-    return Outcome(stage.partition, norms, limits, each, clips, name=stage.name)
+    return limits, _state_after(measured, before, after)
 
 
 def _state_after(measured: Measurement, before: LimitState, after: LimitState) -> LimitState:

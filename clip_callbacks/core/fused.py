@@ -7,7 +7,8 @@ stay as they are. The GradScaler hands over its loss scale in the same way.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,19 +30,23 @@ def is_fused(optimizer: Optimizer) -> bool:
 
     This is asked at every step, because a checkpoint of an unfused run, loaded into a fused optimizer, makes its groups unfused.
     """
-    return type(optimizer) in FUSED_OPTIMIZERS and all(group["fused"] for group in optimizer.param_groups)
+    return type(optimizer) in FUSED_OPTIMIZERS and all(map(itemgetter("fused"), optimizer.param_groups))
 
 
-def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> bool:
+def accepts_factors(optimizer: Optimizer | None, gradients: Gradients) -> TypeGuard[Optimizer]:
     """Return whether an optimizer's next step can apply a factor to these gradients, and has no others.
 
     Float64 gradients are excluded, because the kernels take the factor in float32.
     """
-    if optimizer is None or not is_fused(optimizer) or not gradients.exist or not gradients.table.is_held_by(optimizer):
+    table = gradients.table
+    if optimizer is None or not is_fused(optimizer) or not gradients.exist or not table.is_held_by(optimizer):
         return False
-    # of uniform tensors the first one tells of all: this runs at every step
-    some = gradients.table.shards[:1] if gradients.is_uniform else gradients.table.shards
-    return all(tensor.dtype is not torch.float64 and tensor.device.type in FUSED_DEVICES for tensor in some)
+    for tensor in table.shards:
+        if tensor.dtype is torch.float64 or tensor.device.type not in FUSED_DEVICES:
+            return False
+        if table.is_uniform:  # the first one tells of all
+            break
+    return True
 
 
 def starts_momentum(optimizer: Optimizer) -> bool:
@@ -73,7 +78,10 @@ def set_fused_factors(optimizer: Optimizer, grad_scale: Tensor | None, found_inf
 
 def clear_fused_factors(optimizer: Optimizer | None) -> None:
     """Remove factors whose step was not taken."""
-    if optimizer is not None and optimizer in _FACTORS:
+    # looked for on the optimizer first, which costs no call
+    if optimizer is None or ("grad_scale" not in optimizer.__dict__ and "found_inf" not in optimizer.__dict__):
+        return
+    if optimizer in _FACTORS:
         _FACTORS[optimizer].clear(optimizer)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,12 @@ from clip_callbacks.core.reduction import shard_of_gradient
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import Rows
 
+LAYOUT_OF = attrgetter("layout")
+"""Function that returns the layout of a tensor, without a frame of Python for each."""
 
-@dataclass(frozen=True, eq=False)
+
+# Not frozen, as all that each step makes anew: a frozen dataclass sets every field by a call.
+@dataclass(eq=False)
 class Gradients:
     """Gradients of one step: strided tensors with at least one entry. A sparse gradient is represented by its coalesced values.
 
@@ -49,7 +55,7 @@ class Gradients:
     @property
     def is_complete(self) -> bool:
         """Whether every parameter has one."""
-        return len(self.positions) == len(self.table)
+        return len(self.positions) == len(self.table.tensors)
 
     @cached_property
     def rows(self) -> list[Rows]:
@@ -66,7 +72,7 @@ class Gradients:
 
     def fill(self, values: Tensor) -> Tensor:
         """Extend values of the gradients that are there, shape ``(len(positions),)``, to shape ``(N,)``, with 0 elsewhere."""
-        if self.is_complete:
+        if len(self.positions) == len(self.table.tensors):
             return values
         return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
 
@@ -79,30 +85,27 @@ def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
         bucketed: If True, plan how to read small gradients together, which pays if the table is used more than once.
     """
     positions, parameters = table.nonempty
+    found: list[Any]
     if table.is_sharded:
         # Also of parameters whose shard on this rank is empty: redistributing a gradient may need all ranks.
         every = [shard_of_gradient(tensor) for tensor in table.tensors]
         found = [every[position] for position in positions]
     else:
         found = [parameter.grad for parameter in parameters]
-    tensors = [gradient for gradient in found if gradient is not None]
-    # sparse gradients are rare, so that most steps pay for one set and no more
-    if {gradient.layout for gradient in tensors} - {torch.strided}:
-        return _with_sparse(table, positions, found)
-    if len(tensors) == len(found):
-        return Gradients(table, positions, tensors, table.buckets if bucketed else None)
-    present = [position for position, gradient in zip(positions, found, strict=True) if gradient is not None]
-    return Gradients(table, present, tensors, None)  # buckets are planned for all of them
-
-
-def _with_sparse(table: TensorTable, positions: list[int], found: list[Tensor | None]) -> Gradients:
+    try:
+        # most steps end here: all gradients are there, and none is sparse
+        if {torch.strided}.issuperset(map(LAYOUT_OF, found)):
+            return Gradients(table, positions, found, table.buckets if bucketed else None)
+    except AttributeError:  # of a None
+        pass
     entries = [
         (position, gradient if gradient.layout is torch.strided else coalesced_values(table.tensors[position]))
         for position, gradient in zip(positions, found, strict=True)
         if gradient is not None
     ]
-    # torch has no maximum norm of an empty tensor
+    # torch has no maximum norm of an empty tensor, as the values of a sparse gradient may be
     entries = [(position, values) for position, values in entries if values.numel()]
+    # without buckets, which are planned for all gradients
     return Gradients(table, [position for position, _ in entries], [values for _, values in entries], None)
 
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 def are_finite(losses: Sequence[Tensor]) -> bool:
     """Return whether all losses are finite. This reads them on the host."""
-    return all(_is_finite(loss) for loss in losses)
+    for loss in losses:
+        number: Any = _number(loss).tolist()  # reads the memory, where item() would dispatch an operator
+        while isinstance(number, list):  # one entry, in any number of dimensions
+            (number,) = number
+        if not math.isfinite(number):
+            return False
+    return True
 
 
 def sum_of(losses: Sequence[Tensor]) -> Tensor:
@@ -39,13 +45,6 @@ def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _widened(loss: Tensor) -> Tensor:
     loss = loss.reshape(-1) if loss.numel() == 1 else loss.sum().reshape(1)
     return loss if loss.dtype is torch.float64 else loss.float()
-
-
-def _is_finite(loss: Tensor) -> bool:
-    number: Any = _number(loss).tolist()  # reads the memory, where item() would dispatch an operator
-    while isinstance(number, list):  # one entry, in any number of dimensions
-        (number,) = number
-    return math.isfinite(number)
 
 
 def _number(loss: Tensor) -> Tensor:

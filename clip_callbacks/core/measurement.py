@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ class MeasurementSpec:
     weights: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Measurement:
     """Norms of one step's gradients: on the host, or, for a deferred step, on the device of the gradients and unread.
 
@@ -95,13 +94,15 @@ class Measurement:
         total: Norm of all gradients, shape ``(1,)``.
         parameter_norms: Norm of each parameter's gradient, shape ``(N,)``.
         norm_type: The order p of all norms.
+        finite: Flag, 0-dim bool tensor, True if all gradients and losses are finite. In a deferred step a norm that overflows its
+            dtype counts as not finite.
+        is_finite: The same for the host; False in a deferred step, of which the host knows nothing.
         weights: Norms of the parameters themselves, or of their units, shaped as ``norms``; 0 where they are not needed. None if
             no limit needs any.
         scale: The factor by which the gradients are still to be multiplied. The norms are those of the scaled gradients.
         is_deferred: If True, the host must not read the norms now.
         counts: A flag, 0-dim bool, if limits may take a deferred step into their states; None if that depends on finite gradients
             alone.
-        loss_is_finite: True if all known losses of the step are finite; a 0-dim bool tensor if the step is deferred.
         loss: The loss of the window over all ranks, shape ``(1,)``, not finite if it is unknown; None if no limit needs it.
     """
 
@@ -109,32 +110,13 @@ class Measurement:
     total: Tensor
     parameter_norms: Tensor
     norm_type: float
+    finite: Tensor
+    is_finite: bool = False
     weights: Tensor | None = None
     scale: float | Tensor = 1.0
     is_deferred: bool = False
     counts: Tensor | None = None
-    loss_is_finite: bool | Tensor = True
     loss: Tensor | None = None
-
-    @cached_property
-    def is_finite(self) -> bool:
-        """Whether every entry of every gradient is finite, and every loss. This reads the total norm."""
-        # one number tells of every entry, since no norm and no sum loses a NaN or an inf
-        return bool(self.loss_is_finite) and math.isfinite(self.total.tolist()[0])
-
-    @cached_property
-    def finite(self) -> Tensor:
-        """Whether all gradients and losses are finite, 0-dim bool tensor.
-
-        For a deferred step it is not read, and a norm that overflows its dtype counts as not finite.
-        """
-        if self.is_deferred:
-            # one kernel, and False for a NaN too; torch.isfinite takes four
-            finite = self.total.reshape(()) < math.inf
-            if isinstance(self.loss_is_finite, Tensor):
-                finite = finite.logical_and(self.loss_is_finite)
-            return finite
-        return TRUE if self.is_finite else FALSE
 
 
 def measure(
@@ -165,23 +147,26 @@ def measure(
     table, reduction = gradients.table, gradients.table.reduction
     # with a reduction a rank without gradients goes on, since the others wait for it in the collective
     if not gradients.tensors and not reduction:
-        nothing = _nothing(gradients, norm_type, spec, scale, deferred=deferred)
-        return replace(nothing, loss_is_finite=are_finite(losses or ()), loss=None if loss is None else loss.cpu())
-    norms = shard_norms = _shard_norms(gradients, norm_type, spec)
-    weights = _shard_weight_norms(table, norm_type, spec)
+        return _nothing(gradients, norm_type, spec, scale, losses, loss)
+    if spec.by_unit:
+        norms = _shard_unit_norms(gradients, norm_type)
+    elif reduction:
+        norms = _shard_norms(gradients, norm_type)
+    else:
+        norms = tensor_norms(gradients.tensors, norm_type, is_uniform=table.is_uniform, buckets=gradients.buckets)
+    shard_norms = norms
+    weights = _shard_weight_norms(table, norm_type, spec) if spec.weights else None
     if reduction:
         norms, weights, losses, loss = _over_all_ranks(table, shard_norms, weights, losses, loss, norm_type, spec)
-    total = _total(norms, norm_type, spec)
+    if spec.by_unit:  # there may be so many units that a float32 sum would lose digits
+        total = total_norm(norms.double(), norm_type).to(norms.dtype)
+    else:
+        total = total_norm(norms, norm_type)
     # no second read: only the host could ask for it, so a norm that overflows makes a bad step
     if deferred:
-        measured = _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale)
-        if loss is not None:
-            measured = replace(measured, loss=loss.to(norms.device))
-        if losses:
-            measured = replace(measured, loss_is_finite=torch.isfinite(sum_of(losses)).reshape(()))
-        return measured
+        return _deferred(gradients, norms, total, norm_type, weights, scale, loss_scale, losses, loss)
 
-    norms, total, weights, divisor, loss_is_finite, loss = on_host(norms, total, weights, loss_scale, losses, loss)
+    norms, total, weights, divisor, is_loss_finite, loss = on_host(norms, total, weights, loss_scale, losses, loss)
     # before the norms are scaled: what overflows is a power of the entries as they are in memory
     norms, total = remeasure(gradients, shard_norms, norms, total, norm_type, local=spec.local, by_unit=spec.by_unit)
     # Only norms are scaled here. Gradients are multiplied once, by this factor and their coefficients together.
@@ -190,10 +175,14 @@ def measure(
         norms, total = cast_if_representable(norms.double() * scale, total.double() * scale, norms.dtype)
     if spec.by_unit:
         parameter_norms = block_norms(norms, table.partition("parameter", by_unit=True), norm_type)
-        return Measurement(norms, total, parameter_norms, norm_type, weights, scale, loss_is_finite=loss_is_finite, loss=loss)
-    if not reduction:  # with one they are laid out for all parameters already
-        norms = gradients.fill(norms)
-    return Measurement(norms, total, norms, norm_type, weights, scale, loss_is_finite=loss_is_finite, loss=loss)
+    elif reduction:  # laid out for all parameters already
+        parameter_norms = norms
+    else:
+        parameter_norms = norms = gradients.fill(norms)
+    # one number tells of every entry, since no norm and no sum loses a NaN or an inf
+    is_finite = is_loss_finite and math.isfinite(total.tolist()[0])
+    finite = TRUE if is_finite else FALSE
+    return Measurement(norms, total, parameter_norms, norm_type, finite, is_finite, weights, scale, loss=loss)
 
 
 def _deferred(
@@ -204,6 +193,8 @@ def _deferred(
     weights: Tensor | None,
     scale: float,
     loss_scale: Tensor | None,
+    losses: Sequence[Tensor] | None,
+    loss: Tensor | None,
 ) -> Measurement:
     """The measurement of a step that the device decides about. Nothing is read."""
     factor: float | Tensor = scale
@@ -214,17 +205,35 @@ def _deferred(
         norms, total = norms * factor, total * factor
     if not gradients.table.reduction:
         norms = gradients.fill(norms)
-    return Measurement(norms, total, norms, norm_type, weights, factor, is_deferred=True)
+    # one kernel, and False for a NaN too; torch.isfinite takes four
+    finite = total.reshape(()) < math.inf
+    if losses:
+        finite = finite.logical_and(torch.isfinite(sum_of(losses)).reshape(()))
+    if loss is not None:
+        loss = loss.to(norms.device)
+    return Measurement(norms, total, norms, norm_type, finite, weights=weights, scale=factor, is_deferred=True, loss=loss)
 
 
-def _nothing(gradients: Gradients, norm_type: float, spec: MeasurementSpec, scale: float, *, deferred: bool) -> Measurement:
+def _nothing(
+    gradients: Gradients,
+    norm_type: float,
+    spec: MeasurementSpec,
+    scale: float,
+    losses: Sequence[Tensor] | None,
+    loss: Tensor | None,
+) -> Measurement:
     """The measurement of a step without gradients."""
     # the CPU is named, here and wherever the host computes, because torch.set_default_device may have chosen another device
     norms = parameter_norms = torch.zeros(len(gradients.table), device="cpu")
     if spec.by_unit:
         norms = torch.zeros(len(gradients.table.units), device="cpu")
+    total = torch.zeros(1, device="cpu")
     weights = torch.zeros_like(norms) if spec.weights else None
-    return Measurement(norms, torch.zeros(1, device="cpu"), parameter_norms, norm_type, weights, scale, is_deferred=deferred)
+    is_finite = are_finite(losses or ())
+    if loss is not None:
+        loss = loss.cpu()
+    finite = TRUE if is_finite else FALSE
+    return Measurement(norms, total, parameter_norms, norm_type, finite, is_finite, weights, scale, loss=loss)
 
 
 def _over_all_ranks(
@@ -268,22 +277,13 @@ def _over_all_ranks(
     return reduced["norms"], reduced.get("weights"), losses, loss
 
 
-def _shard_norms(gradients: Gradients, norm_type: float, spec: MeasurementSpec) -> Tensor:
-    """Norms of this rank's shards of the gradients.
-
-    Returns:
-        By unit, norms of all units, ``(U,)``. Where ranks hold parts, norms for all parameters, ``(N,)``, with 0 where this rank
-        has no gradient. Else norms of the gradients that are there, ``(n,)``.
-    """
-    if spec.by_unit:
-        return _shard_unit_norms(gradients, norm_type)
+def _shard_norms(gradients: Gradients, norm_type: float) -> Tensor:
+    """Norms of this rank's shards of all parameters' gradients, ``(N,)``; 0 where this rank has no gradient."""
     table = gradients.table
     if gradients.tensors:
-        norms = tensor_norms(gradients.tensors, norm_type, is_uniform=gradients.is_uniform, buckets=gradients.buckets)
+        norms = tensor_norms(gradients.tensors, norm_type, is_uniform=table.is_uniform, buckets=gradients.buckets)
     else:
         norms = torch.zeros(0, device=_device(table))
-    if not table.reduction:
-        return norms
     # The dtype is that of the table, which all ranks share: this rank alone may have no float64 gradient.
     return gradients.fill(norms.to(_dtype(table)))
 
@@ -305,20 +305,11 @@ def _shard_unit_norms(gradients: Gradients, norm_type: float) -> Tensor:
     return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
 
 
-def _total(norms: Tensor, norm_type: float, spec: MeasurementSpec) -> Tensor:
-    """The norm of all gradients."""
-    if spec.by_unit:  # there may be so many units that a float32 sum would lose digits
-        return total_norm(norms.double(), norm_type).to(norms.dtype)
-    return total_norm(norms, norm_type)
-
-
-def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor | None:
-    """Norms of this rank's shards of the parameters, ``(N,)``, or of their units, ``(U,)``; None if no limit needs any.
+def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor:
+    """Norms of this rank's shards of the parameters, ``(N,)``, or of their units, ``(U,)``.
 
     They are 0 where no limit needs them, and for frozen parameters, which must change nothing even if the optimizer holds them.
     """
-    if not spec.weights:
-        return None
     dtype, device = _dtype(table), _device(table)
     places = [position for position in spec.weights if learns(table.tensors[position]) and count_entries(table.shards[position])]
     shards = [table.shards[position].detach() for position in places]
@@ -375,7 +366,9 @@ def on_host(
     # on a CPU nothing waits, and each number is read where it is
     if norms.is_cpu:
         divisor = 1.0 if loss_scale is None else float(loss_scale)
-        return norms, total, weights, divisor, are_finite(losses or ()), None if loss is None else loss.cpu()
+        if loss is not None:
+            loss = loss.cpu()
+        return norms, total, weights, divisor, not losses or are_finite(losses), loss
     # one tensor, since each copy would wait for the device
     parts = {"norms": norms, "total": total}
     if weights is not None:

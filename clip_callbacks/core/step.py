@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clip_callbacks.core.actions import Action, StepOutcome
-from clip_callbacks.core.apply import clamp_, drop_gradients, write, write_deferred, zero_nonfinite_
+from clip_callbacks.core.apply import drop_gradients, write, write_deferred, zero_nonfinite_
 from clip_callbacks.core.decisions import Outcome, decide, describe, shadow
 from clip_callbacks.core.fused import accepts_factors, clear_fused_factors
 from clip_callbacks.core.gradients import Gradients, gradients_of
@@ -24,7 +24,7 @@ ACTIONS: dict[Policy, Action] = {"skip": Action.SKIP, "zero": Action.ZERO, "igno
 """The action of each policy on gradients that are not finite. "raise" has none."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MeasuredStep:
     """The norms of one step, and all that :func:`apply_step` needs to act on them.
 
@@ -54,7 +54,7 @@ class MeasuredStep:
     @property
     def is_spike(self) -> bool:
         """Whether a finite step is a spike. This must not be read of a deferred step."""
-        return self.thresholds.exist and bool(self.thresholds.is_exceeded)
+        return self.thresholds is not NO_THRESHOLDS and bool(self.thresholds.is_exceeded)
 
 
 def measure_step(
@@ -84,10 +84,16 @@ def measure_step(
         losses: The losses of the step. A non-finite one makes the step bad, whatever its gradients are. None, on all ranks alike,
             if losses are not checked.
         loss: The loss of the window, as for :func:`~clip_callbacks.core.measurement.measure`; needed if the plan limits it.
+
+    Raises:
+        ValueError: If the step is deferred although it has more than one factor.
     """
     gradients = gradients_of(table)
     # without gradients there is nothing on a device to wait for: the host decides
     deferred = deferred and gradients.exist
+    # A fused kernel takes one `grad_scale` for all gradients, and a product with several factors reads them on the host (`apply`).
+    if deferred and plan.spec.local:
+        raise ValueError(ONE_FACTOR)
     norms = measure(
         gradients, norm_type, scale=scale, loss_scale=loss_scale, spec=plan.spec, deferred=deferred, losses=losses, loss=loss
     )
@@ -117,32 +123,32 @@ def apply_step(
         ValueError: If the device cannot decide about a deferred step.
     """
     clear_fused_factors(fused)  # an earlier step may have set some and never been taken
-    if step.norms.is_deferred:
+    norms = step.norms
+    if norms.is_deferred:
         return _apply_on_device(step, state, action, clip_value, fused)
     # of the gradients as they came: after zeroing, a second measurement finds them finite
-    finite, outcome = step.norms.finite, StepOutcome.TAKEN
-    if not step.norms.is_finite:
+    finite, outcome = norms.finite, StepOutcome.TAKEN
+    if not norms.is_finite:
         if action is Action.SKIP:
             # the state of before: nothing learns from a non-finite step, not even the thresholds
             return _skip(step), state
         outcome = StepOutcome.IGNORED
     if action is Action.ZERO:
         step, outcome = _without_nonfinite(step, state), StepOutcome.ZEROED
+        norms = step.norms
         if step.is_spike:  # nobody could choose the action with the finite entries alone in view
             action = Action.SKIP
-    rule_state, shadow_state, _ = step.plan.parts(state)
+    plan = step.plan
+    rule_state, shadow_state, _ = plan.parts(state)
     if action is Action.SKIP:
         # only the thresholds learn from a spike: else a lasting higher level would be skipped forever
         return replace(_skip(step), finite=finite), (*rule_state, *shadow_state, *step.threshold_states)
 
-    gradients, norms = step.gradients, step.norms
     shadows: tuple[Outcome, ...] = ()
     if shadow_state:
-        shadows, shadow_state = shadow(step.plan.shadows, norms, shadow_state)
-    outcomes, factors, rule_state = decide(step.plan.rules, norms, rule_state)
-    write(gradients, factors, float(norms.scale), _usable(fused, gradients, clip_value), by_unit=step.plan.by_unit)
-    if clip_value is not None:
-        clamp_(gradients.tensors, clip_value)
+        shadows, shadow_state = shadow(plan.shadows, norms, shadow_state)
+    outcomes, factors, rule_state = decide(plan.rules, norms, rule_state)
+    write(step.gradients, factors, float(norms.scale), fused, clip_value, by_unit=plan.by_unit)
     if outcome is StepOutcome.TAKEN:  # limits never learn from a bad step, not even from one whose bad entries were zeroed
         state = (*rule_state, *shadow_state, *step.threshold_states)
     return _record(step, outcomes, factors, finite, FALSE, shadows, outcome), state
@@ -152,14 +158,12 @@ def _apply_on_device(
     step: MeasuredStep, state: ClipState, action: Action, clip_value: float | None, fused: Optimizer | None
 ) -> tuple[StepRecord, ClipState]:
     """Leave the decision to the device: a fused optimizer applies the factor, and skips the step if gradients are not finite."""
+    if clip_value is not None:
+        raise ValueError(ONE_FACTOR)
     gradients, norms = step.gradients, step.norms
-    usable = _usable(fused, gradients, clip_value)
-    # A fused kernel takes one `grad_scale` for all gradients, and a product with several factors reads them on the host (`apply`).
-    if step.plan.spec.local or clip_value is not None:
-        raise ValueError(
-            '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
-            "Set deferred=False, which costs one host sync."
-        )
+    usable = None
+    if accepts_factors(fused, gradients):
+        usable = fused
     skipped = None
     if action is Action.ON_DEVICE:
         skipped = norms.finite.logical_not()
@@ -180,17 +184,15 @@ def _apply_on_device(
     return record, (*rule_state, *shadow_state, *step.threshold_states)
 
 
+ONE_FACTOR = (
+    '`deferred` needs rules of scope "global" for all parameters and no `clip_value`: one factor for all gradients. '
+    "Set deferred=False, which costs one host sync."
+)
+
 NOT_DEFERRABLE = (
     '`deferred` needs nonfinite="skip" and a fused optimizer of torch.optim as `fused`, or "ignore" and no `skip_above`, {}: '
     "without the host only a fused optimizer can skip a step. Set deferred=False, which costs one host sync."
 )
-
-
-def _usable(fused: Optimizer | None, gradients: Gradients, clip_value: float | None) -> Optimizer | None:
-    """Return the fused optimizer if its kernel can multiply these gradients, else None."""
-    if clip_value is not None or not accepts_factors(fused, gradients):  # entries are clamped after the product
-        return None
-    return fused
 
 
 def _without_nonfinite(step: MeasuredStep, state: ClipState) -> MeasuredStep:

@@ -137,7 +137,12 @@ class TensorTable:
     @property
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient; always true where ranks hold parts, since all must take part in collectives."""
-        return self.reduction is not None or any(tensor.grad is not None for tensor in self.tensors)
+        if self.reduction is not None:
+            return True
+        for tensor in self.tensors:  # noqa: SIM110 (mostly the first one has one: a generator would cost two more calls)
+            if tensor.grad is not None:
+                return True
+        return False
 
     def partition(self, scope: Scope, selection: Selection = EVERYTHING, *, by_unit: bool = False) -> Partition:
         r"""Divide the parameters, or their output rows, into the blocks of one scope.
@@ -259,7 +264,9 @@ class TensorTable:
 
         The answer is cached until the optimizer holds more or fewer parameters, since fused optimizers are asked at every step.
         """
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        count = 0
+        for group in optimizer.param_groups:
+            count += len(group["params"])
         known = self._covered.get(optimizer)
         # a count is cheap to compare; where parameters of an optimizer are replaced, the engine makes a new table
         if known is None or known[0] != count:

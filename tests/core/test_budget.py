@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,20 @@ def test_local_scopes_read_once_and_write_once(scope):
 def test_two_rules_read_and_write_as_often_as_one():
     counts = count(hundred_tensors(1.0), rules=[ClipRule(5.0), ClipRule(0.1, "parameter")])
     assert reads(counts) == counts["aten._foreach_mul_"] == 1
+
+
+@pytest.mark.parametrize(("limit", "scope", "most"), [(1e6, "global", 50), (1e-3, "global", 57), (1e-3, "parameter", 65)])
+def test_python_calls_of_a_step(limit, scope, most):
+    """In a real step each function is called after others have used the caches: their number tells more than a time."""
+    table, rules = hundred_tensors(1.0), [ClipRule(limit, scope)]
+    _, state = clip_step(table, rules=rules)
+    for parameter in table.tensors:
+        parameter.grad.fill_(1.0)
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    clip_step(table, state, rules=rules)
+    sys.setprofile(None)
+    assert len(calls) <= most, calls
 
 
 class Counting(Regression):

@@ -76,6 +76,39 @@ def test_a_table_gives_the_same_step_as_what_it_is_made_of():
 # ---- max_norm and rules --------------------------------------------------------------------------------------------------------
 
 
+def norms_of(tensors):
+    return [float(tensor.grad.norm()) for tensor in tensors if tensor.grad is not None]
+
+
+def test_a_table_keeps_no_factors_of_other_steps_nor_of_its_copies():
+    """The factors of a step are written into a buffer that a table keeps, with a view of each entry."""
+    rules = [[ClipRule(limit, "parameter")] for limit in (1.0, 0.5, 0.25)]
+    table = ParameterTable([weight(3.0, 4.0), weight(6.0, 8.0), weight(0.0, 0.1)])
+    first, _ = clip_step(table, rules=rules[0])
+    coefficients = first.coefficients.clone()
+    twin = copy.deepcopy(table)
+    for each, rule, limit in ((table, rules[1], 0.5), (twin, rules[2], 0.25), (table, rules[2], 0.25)):
+        tensors = each._table.tensors
+        tensors[0].grad, tensors[1].grad, tensors[2].grad = torch.tensor([3.0, 4.0]), None, torch.tensor([0.0, 0.1])
+        clip_step(each, rules=rule)
+        assert norms_of(tensors) == pytest.approx([limit, 0.1], rel=1e-4)
+    assert torch.equal(first.coefficients, coefficients), "a report keeps what it showed"
+    for tensor in table._table.tensors:  # norms, and with them the factors, are now in double precision
+        tensor.grad, tensor.data = None, tensor.data.double()
+        tensor.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    clip_step(table, rules=rules[0])
+    assert norms_of(table._table.tensors) == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("scope", ["unit", "parameter"])
+def test_a_deferred_step_with_more_than_one_factor_is_refused_before_it_is_measured(scope):
+    """Also if a parameter has no gradient."""
+    tensors = [weight(3.0, 4.0), nn.Parameter(torch.zeros(3, 2))]
+    optimizer = torch.optim.AdamW(tensors, fused=True)
+    with pytest.raises(ValueError, match="one factor for all gradients"):
+        clip_step(optimizer, rules=[ClipRule(1.0, scope)], fused=optimizer, deferred=True)
+
+
 @pytest.mark.parametrize("max_norm", [2.0, None, FixedLimit(2.0), QuantileLimit(0.5), math.inf])
 def test_max_norm_is_one_global_rule(max_norm):
     plain, ruled = weight(3.0, 4.0), weight(3.0, 4.0)

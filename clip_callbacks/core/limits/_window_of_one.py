@@ -93,10 +93,11 @@ class WindowOfOne:
         if held % 2:
             return median, deviation
         # of an even number, the mean of the two middle distances: the next value is a neighbour of the run
-        beyond = min(
-            median - ordered[first - 1] if first else math.inf,
-            ordered[first + middle + 1] - median if first + middle + 1 < held else math.inf,
-        )
+        beyond, following = math.inf, first + middle + 1
+        if first:
+            beyond = median - ordered[first - 1]
+        if following < held:
+            beyond = min(beyond, ordered[following] - median)
         return median, 0.5 * (deviation + beyond)
 
 

@@ -99,11 +99,13 @@ class _QuantileOfOne(LimitOfOne):
         self._limit, self._window = limit, window
 
     def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
-        own, window, after = self._limit, self._window, self
+        window, after = self._window, self
         if value > 0:
             window = window.added(min(value, MAX_RATIO_TO_LARGEST * window.largest()))
-            after = _QuantileOfOne(own, window)
-        return window.quantile(own.quantile) if not own.warmup or window.count > own.warmup else math.inf, after
+            after = _QuantileOfOne(self._limit, window)
+        if window.count <= self._limit.warmup:
+            return math.inf, after
+        return window.quantile(self._limit.quantile), after
 
     def state(self) -> LimitState:
         return self._window.state()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.decisions import apply_limit
-from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state
+from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, of_one
 from clip_callbacks.core.measurement import FALSE, TRUE, Measurement
 from clip_callbacks.core.rules import ClipState, Plan, Stage
 
@@ -109,10 +109,10 @@ def _threshold(
     """Evaluate one limit: of the loss if there is one, else of the total norm. On the host the state keeps its form."""
     limit = stage.limit
     if limit is not None and not measured.is_deferred:
-        of_one = limit.of_one(held) if isinstance(held, dict) else held
-        if of_one is not None:
-            threshold, after = _on_host(of_one, measured, loss)
-            return threshold, after if of_one is held else after.state()
+        numbers = of_one(limit, held) if isinstance(held, dict) else held
+        if numbers is not None:
+            threshold, after = _on_host(numbers, measured, loss)
+            return threshold, after if numbers is held else after.state()
     if loss is None:
         return _norm_threshold(stage, measured, held)
     assert limit is not None, "a limit of losses is a number, or one that takes losses"

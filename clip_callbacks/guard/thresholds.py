@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
-from clip_callbacks.core.limits import Limit, MaxNorm
+from clip_callbacks.core.limits import Limit, MaxNorm, of_one
 from clip_callbacks.core.rules import ClipRule, ClipState, SpikeLimits
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
@@ -56,8 +56,8 @@ class SpikeThreshold:
     def _in_numbers(self, named: NamedLimitState) -> NamedLimitState:
         """Return the state in the form that a step on the host is fastest with, if the limit has one."""
         state = named.tensors
-        of_one = self.limit.of_one(state) if state and isinstance(self.limit, Limit) else None
-        return named if of_one is None else replace(named, state=of_one)
+        numbers = of_one(self.limit, state) if state and isinstance(self.limit, Limit) else None
+        return named if numbers is None else replace(named, state=numbers)
 
     def held(self, index: int) -> NamedLimitState:
         """Return what holds the state of an optimizer until the next call of :meth:`attach`."""

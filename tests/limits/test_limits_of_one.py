@@ -20,6 +20,7 @@ from clip_callbacks import (
     WarmupLimit,
     ZScoreLimit,
 )
+from clip_callbacks.core.limits import of_one
 from clip_callbacks.core.limits._window_of_one import WindowOfOne
 from clip_callbacks.core.measurement import FALSE, Measurement
 from clip_callbacks.core.rules import Plan, SpikeLimits
@@ -31,7 +32,7 @@ from tests.helpers.operations import Operations
 from tests.helpers.training import Regression, assert_same_bits, data
 
 MADE = {name: make(1.0) for name, make in MAKERS.items()}
-IN_NUMBERS = {name: limit for name, limit in MADE.items() if limit.of_one(limit.init(1)) is not None}
+IN_NUMBERS = {name: limit for name, limit in MADE.items() if of_one(limit, limit.init(1)) is not None}
 WITH_STATE = [pytest.param(limit, id=name) for name, limit in IN_NUMBERS.items() if limit.init(1)]
 ALL = [pytest.param(limit, id=name) for name, limit in IN_NUMBERS.items()]
 
@@ -62,12 +63,12 @@ def test_all_limits_that_need_only_norms_have_numbers():
         "WarmupLimit",
     }
     both = TightestLimit(ZScoreLimit(), 1.0)
-    assert both.of_one(both.init(1)) is not None
+    assert of_one(both, both.init(1)) is not None
 
 
 @pytest.mark.parametrize("limit", [*ALL, TightestLimit(ZScoreLimit(warmup=2), 1.0, QuantileLimit(0.5, window=10))])
 def test_numbers_follow_the_tensors(limit):
-    one, two = limit.of_one(limit.init(1)), limit.init(2)
+    one, two = of_one(limit, limit.init(1)), limit.init(2)
     for value in stream():
         ours, one = one.step(value)
         # of the order in which two equal blocks together have the norm of one
@@ -80,12 +81,12 @@ def test_numbers_follow_the_tensors(limit):
 @pytest.mark.parametrize("limit", WITH_STATE)
 def test_a_state_comes_back_bit_for_bit(limit):
     """However often the form changes, as in a resume or where the device decides some steps: nothing depends on it."""
-    state, one = limit.init(1), limit.of_one(limit.init(1))
+    state, one = limit.init(1), of_one(limit, limit.init(1))
     for value in stream():
         _, one = one.step(value)
         _, state = limit.step(BlockNorms(torch.tensor([value], dtype=torch.float64)), state)
         same_states(one.state(), state)
-        again = limit.of_one(state).state()
+        again = of_one(limit, state).state()
         assert list(again) == list(limit.init(1))
         same_states(again, state)
         assert {key: (each.dtype, each.shape) for key, each in again.items()} == {
@@ -100,7 +101,7 @@ def test_a_state_comes_back_bit_for_bit(limit):
 @pytest.mark.parametrize("limit", WITH_STATE)
 def test_a_step_changes_nothing(limit):
     """A step that is skipped leaves the limit of before in use."""
-    one = limit.of_one(limit.init(1))
+    one = of_one(limit, limit.init(1))
     for value in stream(60):
         before = one.state()
         first, after = one.step(value)
@@ -135,8 +136,8 @@ def test_a_subclass_with_a_step_of_its_own_has_no_numbers():
             return 2.0 * limits[:1], {key: each[:1] for key, each in after.items()}
 
     limit, plain = Doubled(warmup=2), ZScoreLimit(warmup=2)
-    assert limit.of_one(limit.init(1)) is None
-    assert WarmupLimit(limit, steps=1, warmup_limit=1.0).of_one({"steps": torch.tensor(0)} | limit.init(1)) is None
+    assert of_one(limit, limit.init(1)) is None
+    assert of_one(WarmupLimit(limit, steps=1, warmup_limit=1.0), {"steps": torch.tensor(0)} | limit.init(1)) is None
     one, other = limit.init(1), plain.init(1)
     for norm in (1.0, 2.0, 3.0):
         doubled, one = limit.step(BlockNorms(torch.tensor([norm])), one)
@@ -145,7 +146,7 @@ def test_a_subclass_with_a_step_of_its_own_has_no_numbers():
 
 
 def test_a_limit_of_weights_has_no_numbers():
-    assert all(limit.of_one(limit.init(1)) is None for limit in MADE.values() if limit.uses_weights)
+    assert all(of_one(limit, limit.init(1)) is None for limit in MADE.values() if limit.uses_weights)
 
 
 BOTH = SpikeLimits(RobustZScoreLimit(), RobustZScoreLimit(4.0, scale="linear"))
@@ -161,7 +162,7 @@ def measured(norm, loss=None):
 
 
 def test_a_healthy_step_with_thresholds_dispatches_nothing():
-    plan, states = plan_of(BOTH), tuple(limit.of_one(limit.init(1)) for limit in BOTH[:2])
+    plan, states = plan_of(BOTH), tuple(of_one(limit, limit.init(1)) for limit in BOTH[:2])
     for loss in torch.rand(40).tolist():
         _, states = evaluate(plan, measured(1.0 + loss, loss), states)
     step = measured(1.5, 0.5)
@@ -174,7 +175,7 @@ def test_a_healthy_step_with_thresholds_dispatches_nothing():
 def test_states_keep_their_form():
     """Tensors of a plain loop come back as tensors, numbers of a guard as numbers, with equal thresholds."""
     plan, limits = plan_of(BOTH), BOTH[:2]
-    numbers, tensors = tuple(limit.of_one(limit.init(1)) for limit in limits), tuple(limit.init(1) for limit in limits)
+    numbers, tensors = tuple(of_one(limit, limit.init(1)) for limit in limits), tuple(limit.init(1) for limit in limits)
     for loss in [*torch.rand(40).tolist(), math.nan, 1e6]:
         ours, numbers = evaluate(plan, measured(2.0, loss), numbers)
         theirs, tensors = evaluate(plan, measured(2.0, loss), tensors)

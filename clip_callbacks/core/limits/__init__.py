@@ -1,6 +1,6 @@
 """Limits: the largest allowed norm of each block in a step. One file for each limit, or for several similar ones."""
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, MaxNorm, as_state
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, MaxNorm, as_state, of_one
 from clip_callbacks.core.limits.ema import EmaLimit
 from clip_callbacks.core.limits.fixed import FixedLimit, as_limit, as_loss_limit
 from clip_callbacks.core.limits.label import kind, label, labels
@@ -34,4 +34,5 @@ __all__ = [
     "kind",
     "label",
     "labels",
+    "of_one",
 ]

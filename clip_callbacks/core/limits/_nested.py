@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, of_one
 
 
 def init_each(limits: Mapping[str, Limit], blocks: int) -> LimitState:
@@ -47,7 +47,7 @@ def each_of_one(limits: Mapping[str, Limit], state: LimitState) -> dict[str, Lim
         limits: The inner limits by name.
         state: Joined states of one block on the CPU.
     """
-    found = {name: limit.of_one(_part(state, name)) for name, limit in limits.items()}
+    found = {name: of_one(limit, _part(state, name)) for name, limit in limits.items()}
     known = {name: each for name, each in found.items() if each is not None}
     return known if len(known) == len(found) else None
 

@@ -101,8 +101,8 @@ class Limit(ABC):
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Drop the numbers of a base class whose step a subclass replaces: they would go on with the old one."""
         super().__init_subclass__(**arguments)
-        if "step" in vars(cls) and "of_one" not in vars(cls):
-            cls.of_one = Limit.of_one  # type: ignore[method-assign]
+        if "step" in vars(cls) and "_of_one" not in vars(cls):
+            cls._of_one = Limit._of_one  # type: ignore[method-assign]
 
     @property
     def uses_weights(self) -> bool:
@@ -125,12 +125,8 @@ class Limit(ABC):
         """
         return {}
 
-    def of_one(self, state: LimitState) -> LimitOfOne | None:
-        """Return the limit in numbers of Python, for a single block on the host; None if there is no such form of it.
-
-        Args:
-            state: State of one block on the CPU, from :meth:`init` or from the last step; not changed.
-        """
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
+        """Return the limit in numbers of Python; None if there is no such form of it."""
         return None
 
     @abstractmethod
@@ -150,6 +146,16 @@ class Limit(ABC):
         """
 
 
+def of_one(limit: Limit, state: LimitState) -> LimitOfOne | None:
+    """Return a limit of a single block on the host in numbers of Python; None if the limit has no such form.
+
+    Args:
+        limit: The limit.
+        state: Its state for one block, on the CPU; not changed.
+    """
+    return limit._of_one(state)
+
+
 def as_state(held: LimitState | LimitOfOne) -> LimitState:
     """Return a state in tensors, whichever form it is held in."""
     return held if isinstance(held, dict) else held.state()
@@ -160,7 +166,7 @@ def step_of_one(limit: Limit, blocks: BlockNorms, state: LimitState) -> tuple[Te
     norms = blocks.norms
     if type(norms) is not Tensor or not norms.is_cpu or len(norms) != 1:
         return None
-    before = limit.of_one(state)
+    before = of_one(limit, state)
     if before is None:
         return None
     value, after = before.step(norms.tolist()[0], are_losses=blocks.are_losses)

@@ -69,15 +69,15 @@ class EmaLimit(Limit):
         """Return means of inf, which stand for no mean yet, and a step count of 0."""
         return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64), "steps": step_count()}
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
         return _EmaOfOne(self, float(state["mean"]), int(state["steps"]))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        of_one = step_of_one(self, blocks, state)
-        if of_one is not None:
-            return of_one
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms, mean = blocks.norms.double(), state["mean"]
         has_gradient = norms > 0
         is_warming_up = state["steps"] < self.warmup

@@ -39,7 +39,7 @@ class FixedLimit(Limit):
         """True, because it does not depend on the norms."""
         return True
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the number, for a single block on the host."""
         return _NumberOfOne(self.max_norm)
 
@@ -64,7 +64,7 @@ class FixedLossLimit(Limit):
         """Whether losses may be given in place of norms: True."""
         return True
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the number, for a single block on the host."""
         return _NumberOfOne(self.loss)
 

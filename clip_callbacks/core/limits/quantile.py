@@ -69,15 +69,15 @@ class QuantileLimit(Limit):
         """Return an empty window for each block."""
         return norm_window.empty(self.window, blocks)
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
         return _QuantileOfOne(self, WindowOfOne.of(state))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        of_one = step_of_one(self, blocks, state)
-        if of_one is not None:
-            return of_one
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms = blocks.norms.double()
         # the largest of an empty window is inf: the first norm has no bound
         entering = torch.minimum(norms, MAX_RATIO_TO_LARGEST * norm_window.largest(state))

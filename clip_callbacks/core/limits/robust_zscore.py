@@ -136,16 +136,16 @@ class RobustZScoreLimit(Limit):
         window = norm_window.empty(self.window, blocks)
         return window if self.scale == "log" else window | {"tail": upper_tail.empty(blocks)}
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
         window = WindowOfOne.of(state)
         return _LogarithmsOfOne(self, window) if self.scale == "log" else _ValuesOfOne(self, window, float(state["tail"]))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        of_one = step_of_one(self, blocks, state)
-        if of_one is not None:
-            return of_one
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         return self._of_logarithms(blocks, state) if self.scale == "log" else self._of_values(blocks, state)
 
     def _of_logarithms(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:

@@ -82,7 +82,7 @@ class TightestLimit(Limit):
         """Return the members' states, each key preceded by the member's number and a dot."""
         return init_each(self._by_number, blocks)
 
-    def of_one(self, state: LimitState) -> LimitOfOne | None:
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
         """Return the limit in numbers of Python, for a single block on the host; None if a member has no such form."""
         members = each_of_one(self._by_number, state)
         return None if members is None else _TightestOfOne(members)

@@ -69,7 +69,7 @@ class WarmupLimit(Limit):
         """Return a step count of 0, and the states of both limits."""
         return {"steps": step_count()} | init_each(self._both, blocks)
 
-    def of_one(self, state: LimitState) -> LimitOfOne | None:
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
         """Return the limit in numbers of Python, for a single block on the host; None if either limit has no such form."""
         both = each_of_one(self._both, state)
         return None if both is None else _WarmupOfOne(self.steps, both, int(state["steps"]))

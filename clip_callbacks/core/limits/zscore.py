@@ -86,15 +86,15 @@ class ZScoreLimit(Limit):
         nothing = torch.zeros(blocks, dtype=torch.float64)
         return {"mean": nothing, "variance": nothing.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
 
-    def of_one(self, state: LimitState) -> LimitOfOne:
+    def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
         return _ZScoreOfOne(self, float(state["mean"]), float(state["variance"]), int(state["count"]))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        of_one = step_of_one(self, blocks, state)
-        if of_one is not None:
-            return of_one
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms, mean, variance, count = blocks.norms.double(), state["mean"], state["variance"], state["count"]
         threshold = mean + self.z * variance.sqrt()
         is_warm = count >= self.warmup

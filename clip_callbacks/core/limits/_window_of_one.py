@@ -20,7 +20,7 @@ class WindowOfOne:
 
     Args:
         recent: Values in order of age, inf at the places that were never used; not changed.
-        ordered: The same in order of size; not changed.
+        ordered: Values in order of size, those of ``recent``; not changed.
         count: Number of values that have entered so far.
 
     Attributes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import coefficients, ones_like
-from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitState
+from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitOfOne, LimitState, as_state
 from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
 
@@ -67,7 +67,7 @@ def decide(
         step.
     """
     outcomes: list[Outcome] = []
-    after: list[LimitState] = []
+    after: list[LimitState | LimitOfOne] = []
     factors: Tensor | None = None
     for stage, before in zip(stages, state, strict=True):
         if factors is None and stage.partition.is_whole:
@@ -117,33 +117,35 @@ def _norms_after(factors: Tensor | None, partition: Partition, measured: Measure
     return block_norms(measured.norms * factors, partition, measured.norm_type)
 
 
-def apply_limit(stage: Stage, norms: Tensor, measured: Measurement, state: LimitState) -> tuple[Outcome, LimitState]:
+def apply_limit(
+    stage: Stage, norms: Tensor, measured: Measurement, held: LimitState | LimitOfOne
+) -> tuple[Outcome, LimitState | LimitOfOne]:
     """Evaluate the limit of one stage.
 
     Args:
         stage: The stage.
         norms: Norms of its blocks, shape ``(B,)``.
         measured: Norms of the step.
-        state: State of the limit before the step; not changed.
+        held: State of the limit before the step; not changed.
 
     Returns:
         The outcome of the stage, and the state of its limit after the step.
     """
     limit = stage.limit
     if limit is None:
-        return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), state
+        return Outcome(stage.partition, norms, math.inf, ones_like(norms), clips=False, name=stage.name), held
     limits: Tensor | float
     # the usual limit needs neither norms nor a state; not isinstance, because a subclass may have a `step` of its own
     if type(limit) is FixedLimit:
         limits = limit.max_norm
     else:
-        limits, state = _step_limit(stage, limit, norms, measured, state)
+        limits, held = _step_limit(stage, limit, norms, measured, held)
     each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
-    return Outcome(stage.partition, norms, limits, each, clips, stage.name), state
+    return Outcome(stage.partition, norms, limits, each, clips, stage.name), held
 
 
 def _step_limit(
-    stage: Stage, limit: Limit, norms: Tensor, measured: Measurement, state: LimitState
+    stage: Stage, limit: Limit, norms: Tensor, measured: Measurement, held: LimitState | LimitOfOne
 ) -> tuple[Tensor | float, LimitState]:
     """Return the limits of the blocks of one stage, and the state of its limit after the step."""
     weights = None
@@ -155,7 +157,7 @@ def _step_limit(
     if not measured.is_finite:  # or not known to be
         shown = norms.nan_to_num(0.0, 0.0, 0.0)
     # States are on the CPU after a resume or a step of the host; a deferred step needs them on its device.
-    before = {key: value.to(norms.device) for key, value in state.items()} if state else state
+    before = {key: value.to(norms.device) for key, value in as_state(held).items()}
     limits, after = limit.step(BlockNorms(shown, measured.norm_type, weights), before)
     if isinstance(limits, Tensor):
         # limits are mostly float64, as their states are; the division runs in the dtype of the norms, as under a fixed limit

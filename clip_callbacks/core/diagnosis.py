@@ -220,9 +220,9 @@ class Spike:
         return "Largest gradients: " + ", ".join(f"{name} {norm:.4g}" for name, norm in self.largest[:4])
 
 
-def _finite(tensor: Tensor) -> float | None:
+def _finite(value: Tensor | float) -> float | None:
     # inf in the warm-up of an adaptive limit, or NaN of a loss that is not known: JSON has no numbers for them
-    number = float(tensor)
+    number = float(value)
     return number if math.isfinite(number) else None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
-from clip_callbacks.core.limits import LimitState, kind
+from clip_callbacks.core.limits import LimitOfOne, LimitState, as_state, kind
 from clip_callbacks.core.rules import ClipRule, Stage
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import UnitNames
@@ -23,14 +23,14 @@ class NamedLimitState:
     Args:
         kind: Kind of the limit, as :func:`~clip_callbacks.core.limits.kind` returns it; empty without a limit.
         names: Names of the blocks; empty if the limit has no state.
-        state: State of the limit.
+        state: State of the limit, in tensors or, of a single block on the host, in numbers of Python.
         members: Names of the parameters in each block, where the block's name does not tell: under the scopes "global" and "group".
         scope: Scope of the blocks; empty if the limit has no state.
     """
 
     kind: str
     names: Sequence[str]
-    state: LimitState
+    state: LimitState | LimitOfOne
     members: list[list[str]] | None = None
     scope: str = ""
 
@@ -52,11 +52,16 @@ class NamedLimitState:
         members = _members(table, stage.partition) if rule.scope in {"global", "group"} else None
         return cls(limit_kind, stage.partition.names, state, members, rule.scope)
 
+    @property
+    def tensors(self) -> LimitState:
+        """The state in tensors."""
+        return as_state(self.state)
+
     def dump(self) -> dict[str, Any]:
         """Return the state for a checkpoint, made of tensors, strings, lists, tuples, dictionaries and None."""
         # names of parameters and counts of rows, in place of one string for each of perhaps millions of rows
         names = self.names.parts() if isinstance(self.names, UnitNames) else list(self.names)
-        return {"kind": self.kind, "names": names, "state": self.state, "members": self.members, "scope": self.scope}
+        return {"kind": self.kind, "names": names, "state": self.tensors, "members": self.members, "scope": self.scope}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> NamedLimitState:
@@ -138,18 +143,18 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
     """
     if not fresh.state:
         return CarriedState(fresh, ())
-    state, missing, is_first = dict(fresh.state), set(range(len(fresh.names))), True
+    state, missing, is_first = dict(fresh.tensors), set(range(len(fresh.names))), True
     for source in sources:
         if source is None or not _is_compatible(source, fresh):
             continue
         # The usual case: a resume with equal blocks, whose state is taken as a whole.
         if is_first and list(source.names) == list(fresh.names) and source.members == fresh.members:
-            return CarriedState(replace(fresh, state=dict(source.state)), ())
+            return CarriedState(replace(fresh, state=dict(source.tensors)), ())
         pairs = [(new, old) for new, old in _matching_blocks(fresh, source) if new in missing]
         if not pairs:
             continue
         new, old = (torch.tensor(positions, device="cpu") for positions in zip(*pairs, strict=True))
-        for key, value in source.state.items():
+        for key, value in source.tensors.items():
             # a source may be on the device of deferred steps, and a fresh state on torch's default device
             if value.ndim:
                 state[key] = state[key].cpu().index_copy(-1, new, value.cpu().index_select(-1, old))
@@ -164,9 +169,10 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
 def _is_compatible(source: NamedLimitState, fresh: NamedLimitState) -> bool:
     """Return whether both are states of one kind of limit, with tensors that differ at most in the last dimension, the blocks."""
     # The kind leaves out a limit's numbers, which may have changed: what is remembered are norms and counts.
-    if source.kind != fresh.kind or source.state.keys() != fresh.state.keys():
+    old_state, new_state = source.tensors, fresh.tensors
+    if source.kind != fresh.kind or old_state.keys() != new_state.keys():
         return False
-    pairs = [(source.state[key], value) for key, value in fresh.state.items()]
+    pairs = [(old_state[key], value) for key, value in new_state.items()]
     # A window of another length has another shape, and begins anew: its order of age could not be continued.
     return all(
         old.shape[:-1] == new.shape[:-1]

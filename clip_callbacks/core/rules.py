@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
-from clip_callbacks.core.limits import FixedLimit, Limit, LimitState, MaxNorm, as_limit
+from clip_callbacks.core.limits import FixedLimit, Limit, LimitOfOne, LimitState, MaxNorm, as_limit
 from clip_callbacks.core.measurement import MeasurementSpec
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -28,8 +28,9 @@ RESERVED_NAMES = {
 """Names that no rule may have. The metrics of a rule are called "grad/<name>/…", and some loggers make a folder of each part of a
 name: "grad/total_norm" cannot be a metric and a folder."""
 
-ClipState: TypeAlias = tuple[LimitState, ...]
-"""States of all limits of a step: one for each rule, then one for each shadow, then those of ``skip_above`` and ``loss_above``."""
+ClipState: TypeAlias = tuple[LimitState | LimitOfOne, ...]
+"""States of all limits of a step: one for each rule, then one for each shadow, then those of ``skip_above`` and ``loss_above``. A
+guard holds the latter in numbers of Python where it can."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class Plan:
 
     @cached_property
     def _shapes(self) -> tuple[dict[str, torch.Size], ...]:
-        return tuple({key: value.shape for key, value in state.items()} for state in self.init())
+        return tuple({key: value.shape for key, value in stage.init().items()} for stage in self.stages)
 
     def init(self) -> ClipState:
         """Return the states before the first step."""
@@ -262,6 +263,8 @@ class Plan:
             )
         # A healthy step of rules without memory ends here: there is nothing to compare.
         for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self.remembers else ():
+            if not isinstance(held, dict):  # never a user's: it was made for this stage
+                continue
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
                 raise ValueError(
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.core.decisions import apply_limit
-from clip_callbacks.core.limits import BlockNorms, LimitState
-from clip_callbacks.core.measurement import FALSE, Measurement
+from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, of_one
+from clip_callbacks.core.measurement import FALSE, TRUE, Measurement
 from clip_callbacks.core.rules import ClipState, Plan, Stage
 
 
@@ -21,18 +21,19 @@ class Threshold:
     """The limit of one number of a step, and whether the number is above it.
 
     Args:
-        value: The total norm, or the loss of the window, 0-dim.
-        limit: Its limit, 0-dim; inf in the warm-up of a limit.
+        value: The total norm, or the loss of the window: a number, or a 0-dim tensor in a deferred step.
+        limit: Its limit, a number or a 0-dim tensor; inf in the warm-up of a limit.
         is_exceeded: True if the step is finite and the number is above the limit, 0-dim bool.
     """
 
-    value: Tensor
-    limit: Tensor
+    value: Tensor | float
+    limit: Tensor | float
     is_exceeded: Tensor
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Threshold:
         """Return the threshold with a function applied to each tensor."""
-        return Threshold(function(self.value), function(self.limit), function(self.is_exceeded))
+        value, limit = (function(each) if isinstance(each, Tensor) else each for each in (self.value, self.limit))
+        return Threshold(value, limit, function(self.is_exceeded))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +55,15 @@ class Thresholds:
         """Whether there is any threshold."""
         return self.norm is not None or self.loss is not None
 
-    @cached_property
+    @property
     def is_exceeded(self) -> Tensor:
         """Whether the step is a spike, 0-dim bool; it must not be read of a deferred step."""
-        norm, loss = (FALSE if each is None else each.is_exceeded for each in (self.norm, self.loss))
         if self.norm is None or self.loss is None:
-            return norm if self.loss is None else loss
+            only = self.loss if self.norm is None else self.norm
+            return FALSE if only is None else only.is_exceeded
+        norm, loss = self.norm.is_exceeded, self.loss.is_exceeded
+        if norm is loss:  # one of the two flags of the host: most steps exceed neither
+            return norm
         if self.both:
             return norm.logical_and(loss)
         return norm.logical_or(loss)
@@ -88,18 +92,49 @@ def evaluate(plan: Plan, measured: Measurement, states: ClipState) -> tuple[Thre
         The thresholds, and the limits' states after the step, which take in a spike as the limits would clip it.
     """
     norm = loss = None
-    before, after = list(states), []
+    before, after = iter(states), []
     if plan.skip_above is not None:
-        norm, state = _norm_threshold(plan.skip_above, measured, before.pop(0))
+        norm, state = _threshold(plan.skip_above, measured, next(before), None)
         after.append(state)
     if plan.loss_above is not None:
-        loss, state = _loss_threshold(plan.loss_above, measured, before.pop(0))
+        assert measured.loss is not None, "measured for a plan with this stage"
+        loss, state = _threshold(plan.loss_above, measured, next(before), measured.loss)
         after.append(state)
     return Thresholds(norm, loss, plan.both), tuple(after)
 
 
-def _norm_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tuple[Threshold, LimitState]:
-    outcome, after = apply_limit(stage, measured.total, measured, state)
+def _threshold(
+    stage: Stage, measured: Measurement, held: LimitState | LimitOfOne, loss: Tensor | None
+) -> tuple[Threshold, LimitState | LimitOfOne]:
+    """Evaluate one limit: of the loss if there is one, else of the total norm. On the host the state keeps its form."""
+    limit = stage.limit
+    if limit is not None and not measured.is_deferred:
+        numbers = of_one(limit, held) if isinstance(held, dict) else held
+        if numbers is not None:
+            threshold, after = _on_host(numbers, measured, loss)
+            return threshold, after if numbers is held else after.state()
+    if loss is None:
+        return _norm_threshold(stage, measured, held)
+    assert limit is not None, "a limit of losses is a number, or one that takes losses"
+    return _loss_threshold(limit, measured, loss, as_state(held))
+
+
+def _on_host(limit: LimitOfOne, measured: Measurement, loss: Tensor | None) -> tuple[Threshold, LimitOfOne]:
+    """Evaluate a limit in numbers of Python."""
+    tensor = measured.total if loss is None else loss
+    value: float = tensor.tolist()[0]
+    # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
+    counts = measured.is_finite and math.isfinite(value)
+    found, after = limit.step(value if counts else 0.0, are_losses=loss is not None)
+    # rounded as the number that it limits
+    found = found if tensor.dtype is torch.float64 else c_float(found).value
+    return Threshold(value, found, TRUE if counts and value > found else FALSE), after if counts else limit
+
+
+def _norm_threshold(
+    stage: Stage, measured: Measurement, held: LimitState | LimitOfOne
+) -> tuple[Threshold, LimitState | LimitOfOne]:
+    outcome, after = apply_limit(stage, measured.total, measured, held)
     total = measured.total.reshape(())
     # The norm is compared with the limit itself: at a fixed limit, the 1e-6 makes the coefficient less than 1 already.
     limit = _as_tensor(outcome.limits, total)
@@ -107,19 +142,16 @@ def _norm_threshold(stage: Stage, measured: Measurement, state: LimitState) -> t
     return Threshold(total, limit, (total > limit).logical_and(total < math.inf)), after
 
 
-def _loss_threshold(stage: Stage, measured: Measurement, state: LimitState) -> tuple[Threshold, LimitState]:
+def _loss_threshold(limit: Limit, measured: Measurement, loss: Tensor, state: LimitState) -> tuple[Threshold, LimitState]:
     """Evaluate the limit of the loss: no coefficients, since a loss has any sign, and is not clipped."""
-    assert stage.limit is not None
-    assert measured.loss is not None, "measured for a plan with this stage"
-    loss = measured.loss
     # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
     counts = loss.isfinite().logical_and(measured.finite.to(loss.device))
     before = {key: value.to(loss.device) for key, value in state.items()}
-    limits, after = stage.limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
-    limit = _as_tensor(limits, loss.reshape(()))
+    limits, after = limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
+    found = _as_tensor(limits, loss.reshape(()))
     # selected on the device: in a deferred step the host does not know whether the loss counts
     after = {key: torch.where(counts.reshape(()), value, before[key]) for key, value in after.items()}
-    return Threshold(loss.reshape(()), limit, counts.logical_and(loss > limit).reshape(())), after
+    return Threshold(loss.reshape(()), found, counts.logical_and(loss > found).reshape(())), after
 
 
 def _as_tensor(limit: Tensor | float, value: Tensor) -> Tensor:

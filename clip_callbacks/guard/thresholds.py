@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
-from clip_callbacks.core.limits import MaxNorm
+from clip_callbacks.core.limits import Limit, MaxNorm, of_one
 from clip_callbacks.core.rules import ClipRule, ClipState, SpikeLimits
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
@@ -44,7 +45,7 @@ class SpikeThreshold:
             carried = None
             if self.limit is not None:
                 carried = carry_over(NamedLimitState.fresh(ClipRule(self.limit), context.table), [known])
-                self._states[context.index] = carried.state
+                self._states[context.index] = self._in_numbers(carried.state)
                 if context.index in resumed:
                     carried.report_missing(whose, self.mismatch)
             # Within one fit blocks come and go with their parameters: only what a checkpoint brings and nobody takes is a mismatch.
@@ -52,16 +53,15 @@ class SpikeThreshold:
             if known is not None and known.state and not is_used and not renewed:
                 self.mismatch.unexpected.append(f"the state of {known.kind}, which was {whose}")
 
-    def limit_states(self, index: int) -> ClipState:
-        """Return the state of an optimizer, in a tuple; empty without a limit."""
-        if self.limit is None:
-            return ()
-        return (self._states[index].state,)
+    def _in_numbers(self, named: NamedLimitState) -> NamedLimitState:
+        """Return the state in the form that a step on the host is fastest with, if the limit has one."""
+        state = named.tensors
+        numbers = of_one(self.limit, state) if state and isinstance(self.limit, Limit) else None
+        return named if numbers is None else replace(named, state=numbers)
 
-    def save_limit_states(self, index: int, states: ClipState) -> None:
-        """Store the state for the next step."""
-        for state in states:
-            self._states[index].state = state
+    def held(self, index: int) -> NamedLimitState:
+        """Return what holds the state of an optimizer until the next call of :meth:`attach`."""
+        return self._states[index]
 
     def state_dict(self) -> dict[int, Any]:
         """Return all states, for a checkpoint."""
@@ -81,6 +81,7 @@ class SpikeThresholds:
             SpikeThreshold("skip_above", limits.skip_above, saved.get("skip_above", {})),
             SpikeThreshold("loss_above", limits.loss_above, saved.get("loss_above", {})),
         ]
+        self._held: dict[int, list[NamedLimitState]] = {}
 
     @property
     def mismatch(self) -> StateMismatch:
@@ -94,17 +95,17 @@ class SpikeThresholds:
         """Prepare the states for each optimizer, as :meth:`SpikeThreshold.attach` does."""
         for threshold in self._each:
             threshold.attach(contexts, renewed=renewed, resumed=resumed)
+        limited = [threshold for threshold in self._each if threshold.limit is not None]
+        self._held = {context.index: [threshold.held(context.index) for threshold in limited] for context in contexts}
 
     def limit_states(self, index: int) -> ClipState:
         """Return the states of an optimizer, of those thresholds that have a limit."""
-        return tuple(state for threshold in self._each for state in threshold.limit_states(index))
+        return tuple([held.state for held in self._held[index]])
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
         """Store the states for the next step."""
-        rest = list(states)
-        for threshold in self._each:
-            if threshold.limit is not None:
-                threshold.save_limit_states(index, (rest.pop(0),))
+        for held, state in zip(self._held[index], states, strict=True):
+            held.state = state
 
     def state_dict(self) -> dict[str, Any]:
         """Return all states, for a checkpoint."""

@@ -1,6 +1,6 @@
 """Limits: the largest allowed norm of each block in a step. One file for each limit, or for several similar ones."""
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, MaxNorm, as_state, of_one
 from clip_callbacks.core.limits.ema import EmaLimit
 from clip_callbacks.core.limits.fixed import FixedLimit, as_limit, as_loss_limit
 from clip_callbacks.core.limits.label import kind, label, labels
@@ -18,6 +18,7 @@ __all__ = [
     "EmaLimit",
     "FixedLimit",
     "Limit",
+    "LimitOfOne",
     "LimitState",
     "LinearLimit",
     "MaxNorm",
@@ -29,7 +30,9 @@ __all__ = [
     "ZScoreLimit",
     "as_limit",
     "as_loss_limit",
+    "as_state",
     "kind",
     "label",
     "labels",
+    "of_one",
 ]

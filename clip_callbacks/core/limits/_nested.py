@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, of_one
 
 
 def init_each(limits: Mapping[str, Limit], blocks: int) -> LimitState:
@@ -38,6 +38,23 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
         # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
         found[name] = values.expand_as(blocks.norms) if isinstance(values, Tensor) else torch.full_like(blocks.norms, values)
     return found, _joined(after)
+
+
+def each_of_one(limits: Mapping[str, Limit], state: LimitState) -> dict[str, LimitOfOne] | None:
+    """Return the inner limits in numbers of Python, by name; None if one of them has no such form.
+
+    Args:
+        limits: The inner limits by name.
+        state: Joined states of one block on the CPU.
+    """
+    found = {name: of_one(limit, _part(state, name)) for name, limit in limits.items()}
+    known = {name: each for name, each in found.items() if each is not None}
+    return known if len(known) == len(found) else None
+
+
+def joined_state(limits: Mapping[str, LimitOfOne]) -> LimitState:
+    """Return the joined states of inner limits."""
+    return _joined({name: limit.state() for name, limit in limits.items()})
 
 
 def _joined(states: Mapping[str, LimitState]) -> LimitState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,6 +47,29 @@ class BlockNorms:
         return total_norm_in_float64(self.norms, self.norm_type)
 
 
+class LimitOfOne(ABC):
+    """A limit of a single block on the host, with its state, in numbers of Python. It never changes: a step returns another one.
+
+    Small operations of torch cost microseconds each, whatever their size, and a limit needs up to fifty of them. A step in numbers
+    takes a few microseconds, and the tensors of the state are made only where they are needed, as for a checkpoint.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        """Return the limit of this step, and the limit with the state after it: what :meth:`Limit.step` returns, in numbers.
+
+        Args:
+            value: Norm of the block, or a loss; finite.
+            are_losses: If True, the value is a loss.
+        """
+
+    @abstractmethod
+    def state(self) -> LimitState:
+        """Return the state as :meth:`Limit.step` returns it, in new tensors."""
+
+
 # No dataclass, though most limits are: where one is the type of an argument, jsonargparse refuses `class_path` and `init_args`.
 class Limit(ABC):
     """Base class of limits, which compute the largest allowed norm of each block from the norms of this step and of past ones.
@@ -75,6 +98,12 @@ class Limit(ABC):
         (tensor([2.5000], dtype=torch.float64), {})
     """
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Drop the numbers of a base class whose step a subclass replaces: they would go on with the old one."""
+        super().__init_subclass__(**arguments)
+        if "step" in vars(cls) and "_of_one" not in vars(cls):
+            cls._of_one = Limit._of_one  # type: ignore[method-assign]
+
     @property
     def uses_weights(self) -> bool:
         """If True, ``step`` is given the norms of the parameters too, which costs one read of the parameters."""
@@ -96,6 +125,10 @@ class Limit(ABC):
         """
         return {}
 
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
+        """Return the limit in numbers of Python; None if there is no such form of it."""
+        return None
+
     @abstractmethod
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor | float, LimitState]:
         """Return the limits of this step, and the state after it.
@@ -111,6 +144,33 @@ class Limit(ABC):
             one entry or a number for all blocks; inf where there is no limit yet. And the new state, with equal keys, shapes and
             dtypes.
         """
+
+
+def of_one(limit: Limit, state: LimitState) -> LimitOfOne | None:
+    """Return a limit of a single block on the host in numbers of Python; None if the limit has no such form.
+
+    Args:
+        limit: The limit.
+        state: Its state for one block, on the CPU; not changed.
+    """
+    return limit._of_one(state)
+
+
+def as_state(held: LimitState | LimitOfOne) -> LimitState:
+    """Return a state in tensors, whichever form it is held in."""
+    return held if isinstance(held, dict) else held.state()
+
+
+def step_of_one(limit: Limit, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState] | None:
+    """Take the step of a single block on the host with numbers; return None for other blocks, or if the limit has no such form."""
+    norms = blocks.norms
+    if type(norms) is not Tensor or not norms.is_cpu or len(norms) != 1:
+        return None
+    before = of_one(limit, state)
+    if before is None:
+        return None
+    value, after = before.step(norms.tolist()[0], are_losses=blocks.are_losses)
+    return torch.tensor([value], dtype=torch.float64, device="cpu"), state if after is before else after.state()
 
 
 def step_count() -> Tensor:

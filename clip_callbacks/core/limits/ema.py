@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.arguments import as_count, as_finite, as_max_norm
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_count
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, step_count, step_of_one
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,15 @@ class EmaLimit(Limit):
         """Return means of inf, which stand for no mean yet, and a step count of 0."""
         return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64), "steps": step_count()}
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the limit in numbers of Python, for a single block on the host."""
+        return _EmaOfOne(self, float(state["mean"]), int(state["steps"]))
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms, mean = blocks.norms.double(), state["mean"]
         has_gradient = norms > 0
         is_warming_up = state["steps"] < self.warmup
@@ -85,3 +92,30 @@ class EmaLimit(Limit):
         # A norm of 0 in the warm-up would make the mean 0, and a limit of 0 would keep it there for good.
         after = torch.where(has_gradient, torch.where(is_warming_up, least, running), mean)
         return limits, {"mean": after, "steps": state["steps"] + 1}
+
+
+class _EmaOfOne(LimitOfOne):
+    """The arithmetic of :meth:`EmaLimit.step` with numbers."""
+
+    __slots__ = ("_limit", "_mean", "_steps")
+
+    def __init__(self, limit: EmaLimit, mean: float, steps: int) -> None:
+        self._limit, self._mean, self._steps = limit, mean, steps
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        own, mean, is_warming_up = self._limit, self._mean, self._steps < self._limit.warmup
+        limit = own.factor * mean
+        if is_warming_up:
+            # the norm of the only block is that of all blocks together
+            limit = value * (float(own.max_norm) / value) if value > 0 else math.inf
+        if value > 0:
+            seen = min(value, limit)
+            if is_warming_up:
+                mean = min(mean, seen)
+            else:
+                mean = own.decay * mean + (1.0 - own.decay) * seen if mean < math.inf else seen
+        return limit, _EmaOfOne(own, mean, self._steps + 1)
+
+    def state(self) -> LimitState:
+        mean = torch.tensor([self._mean], dtype=torch.float64, device="cpu")
+        return {"mean": mean, "steps": torch.tensor(self._steps, device="cpu")}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from clip_callbacks.core.arguments import as_finite, as_max_norm
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, MaxNorm
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, MaxNorm
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class FixedLimit(Limit):
         """True, because it does not depend on the norms."""
         return True
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the number, for a single block on the host."""
+        return _NumberOfOne(self.max_norm)
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
         """Return the limit of all blocks as one number, and the state, which is empty."""
         # A number and no tensor: as in torch, 1e-6 is added to the norm only under a number (`coefficients`).
@@ -60,9 +64,28 @@ class FixedLossLimit(Limit):
         """Whether losses may be given in place of norms: True."""
         return True
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the number, for a single block on the host."""
+        return _NumberOfOne(self.loss)
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[float, LimitState]:
         """Return the threshold, and the state, which is empty."""
         return self.loss, state
+
+
+class _NumberOfOne(LimitOfOne):
+    """A limit that never changes."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: float) -> None:
+        self._number = number
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        return self._number, self
+
+    def state(self) -> LimitState:
+        return {}
 
 
 def as_loss_limit(loss_above: float | Limit) -> Limit:

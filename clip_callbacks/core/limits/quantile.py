@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 import clip_callbacks.core.limits._window as norm_window
 from clip_callbacks.core.arguments import as_count, as_finite
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits._window_of_one import WindowOfOne
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, step_of_one
 
 MAX_RATIO_TO_LARGEST = 10.0
 """Largest ratio of a norm that enters the window to the largest one in it; a larger norm enters as that."""
@@ -67,8 +69,15 @@ class QuantileLimit(Limit):
         """Return an empty window for each block."""
         return norm_window.empty(self.window, blocks)
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the limit in numbers of Python, for a single block on the host."""
+        return _QuantileOfOne(self, WindowOfOne.of(state))
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms = blocks.norms.double()
         # the largest of an empty window is inf: the first norm has no bound
         entering = torch.minimum(norms, MAX_RATIO_TO_LARGEST * norm_window.largest(state))
@@ -79,3 +88,24 @@ class QuantileLimit(Limit):
             # `>`, because the norm of this step is counted already
             limits = torch.where(after["count"] > self.warmup, limits, torch.inf)
         return limits, after
+
+
+class _QuantileOfOne(LimitOfOne):
+    """The arithmetic of :meth:`QuantileLimit.step` with numbers."""
+
+    __slots__ = ("_limit", "_window")
+
+    def __init__(self, limit: QuantileLimit, window: WindowOfOne) -> None:
+        self._limit, self._window = limit, window
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        window, after = self._window, self
+        if value > 0:
+            window = window.added(min(value, MAX_RATIO_TO_LARGEST * window.largest()))
+            after = _QuantileOfOne(self._limit, window)
+        if window.count <= self._limit.warmup:
+            return math.inf, after
+        return window.quantile(self._limit.quantile), after
+
+    def state(self) -> LimitState:
+        return self._window.state()

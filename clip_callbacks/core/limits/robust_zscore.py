@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -13,7 +14,7 @@ import clip_callbacks.core.limits._tail as upper_tail
 import clip_callbacks.core.limits._window as norm_window
 from clip_callbacks.core.arguments import as_choice, as_count, as_finite
 from clip_callbacks.core.limits._window_of_one import WindowOfOne
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, step_of_one
 
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution, divided by its median absolute deviation (MAD)."""
@@ -135,36 +136,17 @@ class RobustZScoreLimit(Limit):
         window = norm_window.empty(self.window, blocks)
         return window if self.scale == "log" else window | {"tail": upper_tail.empty(blocks)}
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the limit in numbers of Python, for a single block on the host."""
+        window = WindowOfOne.of(state)
+        return _LogarithmsOfOne(self, window) if self.scale == "log" else _ValuesOfOne(self, window, float(state["tail"]))
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
-        if type(blocks.norms) is Tensor and blocks.norms.is_cpu and len(blocks.norms) == 1:
-            return self._of_one(float(blocks.norms), state, is_loss=blocks.are_losses)
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         return self._of_logarithms(blocks, state) if self.scale == "log" else self._of_values(blocks, state)
-
-    def _of_one(self, value: float, state: LimitState, *, is_loss: bool) -> tuple[Tensor, LimitState]:
-        """Do the arithmetic of the other two methods with numbers, for one block on the host, in a tenth of the time."""
-        window, is_log, limit = WindowOfOne(state), self.scale == "log", math.inf
-        tail = 0.0 if is_log else float(state["tail"])
-        if window.count >= self.warmup:
-            median, deviation = window.median_and_deviation()
-            deviation *= MAD_TO_SIGMA
-            z = _widened_of_one(window.held, self.z)
-            if is_log:
-                limit = _exp(median + z * max(deviation, self.floor))
-            else:
-                deviation = max(deviation, self.floor * abs(median))
-                z = min(z * upper_tail.widening_of_one(tail, self.z), MAX_WIDENING_OF_TAIL * self.z)
-                if deviation > 0:
-                    limit = median + z * deviation
-                far, extreme = (median + _widened_of_one(window.held, each) * deviation for each in FROM_FAR_TO_EXTREME)
-                tail = upper_tail.add_of_one(tail, far < value <= max(limit, extreme), window.count - self.warmup)
-        limits = torch.tensor([limit], dtype=torch.float64, device="cpu")
-        if value <= 0 and (is_log or not is_loss):
-            return limits, state
-        entering = min(value, limit)
-        if is_log:
-            return limits, window.after(math.log(entering))
-        return limits, window.after(entering) | {"tail": torch.tensor([tail], dtype=torch.float64, device="cpu")}
 
     def _of_logarithms(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         norms = blocks.norms.double()
@@ -206,11 +188,62 @@ def _widened(state: LimitState, *zs: float) -> list[Tensor]:
     return [(z + inverse * (first + inverse * second)).clamp(max=MAX_WIDENING * z) for z, first, second in terms]
 
 
+class _LogarithmsOfOne(LimitOfOne):
+    """The arithmetic of :meth:`RobustZScoreLimit._of_logarithms` with numbers."""
+
+    __slots__ = ("_limit", "_window")
+
+    def __init__(self, limit: RobustZScoreLimit, window: WindowOfOne) -> None:
+        self._limit, self._window = limit, window
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        own, window, limit = self._limit, self._window, math.inf
+        if window.count >= own.warmup:
+            median, deviation = window.median_and_deviation()
+            limit = _exp(median + _widened_of_one(window.held, own.z) * max(MAD_TO_SIGMA * deviation, own.floor))
+        if value <= 0:
+            return limit, self
+        return limit, _LogarithmsOfOne(own, window.added(math.log(min(value, limit))))
+
+    def state(self) -> LimitState:
+        return self._window.state()
+
+
+class _ValuesOfOne(LimitOfOne):
+    """The arithmetic of :meth:`RobustZScoreLimit._of_values` with numbers."""
+
+    __slots__ = ("_limit", "_tail", "_window")
+
+    def __init__(self, limit: RobustZScoreLimit, window: WindowOfOne, tail: float) -> None:
+        self._limit, self._window, self._tail = limit, window, tail
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        own, window, tail, limit = self._limit, self._window, self._tail, math.inf
+        if window.count >= own.warmup:
+            median, deviation = window.median_and_deviation()
+            deviation = max(MAD_TO_SIGMA * deviation, own.floor * abs(median))
+            held, most = window.held, MAX_WIDENING_OF_TAIL * own.z
+            if deviation > 0:
+                z = _widened_of_one(held, own.z) * upper_tail.widening_of_one(tail, own.z)
+                limit = median + min(z, most) * deviation
+            far = median + _widened_of_one(held, upper_tail.FAR) * deviation
+            # most values are not far, and need no look at the other bound
+            is_far = far < value <= max(limit, median + _widened_of_one(held, upper_tail.EXTREME) * deviation)
+            tail = upper_tail.add_of_one(tail, is_far, window.count - own.warmup)
+        if value <= 0 and not are_losses:
+            return limit, self
+        return limit, _ValuesOfOne(own, window.added(min(value, limit)), tail)
+
+    def state(self) -> LimitState:
+        return self._window.state() | {"tail": torch.tensor([self._tail], dtype=torch.float64, device="cpu")}
+
+
 def _widened_of_one(held: int, z: float) -> float:
     inverse, (first, second) = 1.0 / (MAD_EFFICIENCY * max(held - 1, 1)), _expansion(z)
     return min(z + inverse * (first + inverse * second), MAX_WIDENING * z)
 
 
+@cache
 def _expansion(z: float) -> tuple[float, float]:
     """Return the coefficients of 1 / nu and of its square in the expansion of Student's t."""
     return (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.limits._nested import init_each, step_each
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits._nested import each_of_one, init_each, joined_state, step_each
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState
 from clip_callbacks.core.limits.fixed import as_limit
 
 
@@ -80,8 +82,32 @@ class TightestLimit(Limit):
         """Return the members' states, each key preceded by the member's number and a dot."""
         return init_each(self._by_number, blocks)
 
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
+        """Return the limit in numbers of Python, for a single block on the host; None if a member has no such form."""
+        members = each_of_one(self._by_number, state)
+        return None if members is None else _TightestOfOne(members)
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the lowest limit of each block, and the members' states after the step."""
         found, after = step_each(self._by_number, blocks, state)
         # members differ in dtype, and stack promotes to the widest
         return torch.stack(list(found.values())).amin(0), after
+
+
+class _TightestOfOne(LimitOfOne):
+    """The arithmetic of :meth:`TightestLimit.step` with numbers."""
+
+    __slots__ = ("_members",)
+
+    def __init__(self, members: dict[str, LimitOfOne]) -> None:
+        self._members = members
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        lowest, after = math.inf, {}
+        for name, member in self._members.items():
+            limit, after[name] = member.step(value, are_losses=are_losses)
+            lowest = min(lowest, limit)
+        return lowest, _TightestOfOne(after)
+
+    def state(self) -> LimitState:
+        return joined_state(self._members)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.arguments import as_count
-from clip_callbacks.core.limits._nested import init_each, step_each
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState, step_count
+from clip_callbacks.core.limits._nested import each_of_one, init_each, joined_state, step_each
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, step_count
 from clip_callbacks.core.limits.fixed import as_limit
 
 
@@ -69,9 +69,33 @@ class WarmupLimit(Limit):
         """Return a step count of 0, and the states of both limits."""
         return {"steps": step_count()} | init_each(self._both, blocks)
 
+    def _of_one(self, state: LimitState) -> LimitOfOne | None:
+        """Return the limit in numbers of Python, for a single block on the host; None if either limit has no such form."""
+        both = each_of_one(self._both, state)
+        return None if both is None else _WarmupOfOne(self.steps, both, int(state["steps"]))
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
         found, after = step_each(self._both, blocks, state)
         # selected on the device: an `if` would read the count on the host
         limits = torch.where(state["steps"] < self.steps, found["warmup_limit"], found["limit"])
         return limits, {"steps": state["steps"] + 1} | after
+
+
+class _WarmupOfOne(LimitOfOne):
+    """The arithmetic of :meth:`WarmupLimit.step` with numbers."""
+
+    __slots__ = ("_both", "_done", "_steps")
+
+    def __init__(self, steps: int, both: dict[str, LimitOfOne], done: int) -> None:
+        self._steps, self._both, self._done = steps, both, done
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        found, after = {}, {}
+        for name, each in self._both.items():
+            found[name], after[name] = each.step(value, are_losses=are_losses)
+        limit = found["warmup_limit" if self._done < self._steps else "limit"]
+        return limit, _WarmupOfOne(self._steps, after, self._done + 1)
+
+    def state(self) -> LimitState:
+        return {"steps": torch.tensor(self._done, device="cpu")} | joined_state(self._both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.arguments import as_count, as_finite
-from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitState
+from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, step_of_one
 
 Target: TypeAlias = Literal["reciprocal", "mean", "threshold"]
 """Norm that a spike is clipped to."""
@@ -85,8 +86,15 @@ class ZScoreLimit(Limit):
         nothing = torch.zeros(blocks, dtype=torch.float64)
         return {"mean": nothing, "variance": nothing.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
 
+    def _of_one(self, state: LimitState) -> LimitOfOne:
+        """Return the limit in numbers of Python, for a single block on the host."""
+        return _ZScoreOfOne(self, float(state["mean"]), float(state["variance"]), int(state["count"]))
+
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""
+        single = step_of_one(self, blocks, state)
+        if single is not None:
+            return single
         norms, mean, variance, count = blocks.norms.double(), state["mean"], state["variance"], state["count"]
         threshold = mean + self.z * variance.sqrt()
         is_warm = count >= self.warmup
@@ -109,3 +117,37 @@ class ZScoreLimit(Limit):
         of_spikes = mean if self.clip_to == "mean" else mean + self.z**2 * variance / (norms - mean)
         # A norm at the mean divides by 0, and below it the sign changes. Neither is a spike, so that neither is selected.
         return torch.where(norms > threshold, of_spikes, threshold)
+
+
+class _ZScoreOfOne(LimitOfOne):
+    """The arithmetic of :meth:`ZScoreLimit.step` with numbers."""
+
+    __slots__ = ("_count", "_limit", "_mean", "_variance")
+
+    def __init__(self, limit: ZScoreLimit, mean: float, variance: float, count: int) -> None:
+        self._limit, self._mean, self._variance, self._count = limit, mean, variance, count
+
+    def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
+        own, mean, variance, count = self._limit, self._mean, self._variance, self._count
+        is_warm = count >= own.warmup
+        limit = self._of(value) if is_warm else math.inf
+        if value <= 0:
+            return limit, self
+        bound = limit if is_warm or not count else MAX_RATIO_TO_MEAN * mean
+        seen = min(value, bound)
+        weight = 1.0 - own.decay if is_warm else 1.0 / (count + 1)
+        new_mean = mean + weight * (seen - mean)
+        square = (seen - new_mean) * (seen - (new_mean if is_warm else mean))
+        return limit, _ZScoreOfOne(own, new_mean, variance + weight * (square - variance), count + 1)
+
+    def _of(self, value: float) -> float:
+        """Return the limit of a value after the warm-up."""
+        own, mean = self._limit, self._mean
+        threshold = mean + own.z * math.sqrt(self._variance)
+        if value <= threshold or own.clip_to == "threshold":
+            return threshold
+        return mean if own.clip_to == "mean" else mean + own.z**2 * self._variance / (value - mean)
+
+    def state(self) -> LimitState:
+        mean, variance = (torch.tensor([number], dtype=torch.float64, device="cpu") for number in (self._mean, self._variance))
+        return {"mean": mean, "variance": variance, "count": torch.tensor([self._count], device="cpu")}

@@ -42,9 +42,16 @@ TOGETHER = {
         "tests/report/test_missing_packages.py",
     ),
     "fresh": ("tests/package/test_fresh_interpreter.py",),
-    "services": ("tests/publishing/test_loggers.py", "tests/publishing/test_histograms.py", "tests/report/"),
+    "services": (
+        "tests/publishing/test_loggers.py",
+        "tests/publishing/test_histograms.py",
+        "tests/report/test_command.py",
+        "tests/report/test_reading.py",
+        "tests/report/test_third_party_norms.py",
+    ),
+    "page": ("tests/report/test_report_page.py",),
 }
-"""Tests that share a worker: a fork server and its pools of ranks; a fresh interpreter; one fit's logs, MLflow and W&B."""
+"""Tests that share a worker: a fork server and its pools of ranks; a fresh interpreter; one fit's logs, MLflow and W&B; a page."""
 
 POOLS = {"one_rank", "two_ranks", "four_ranks"}
 

@@ -13,9 +13,9 @@ from tests.helpers.mlflow_store import three_loggers
 from tests.helpers.training import Poisoned, data
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fitted(tmp_path_factory):
-    """One fit with bad steps, in three loggers."""
+    """One fit with bad steps, in three loggers: to be read, or copied."""
     from tests.helpers.training import make_trainer
 
     folder = tmp_path_factory.mktemp("fit")

@@ -275,6 +275,7 @@ def test_two_runs_of_one_kind_of_log_are_never_one(tmp_path, capsys):
     assert len(read_runs([str(tmp_path), str(tmp_path / "a"), str(tmp_path)])[0]) == 2, "named twice, read once"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_read_stays_as_it_is(fitted, tmp_path, capsys):
     import hashlib
     import shutil

@@ -168,10 +168,15 @@ def mlflow_server(tmp_path_factory) -> Iterator[str]:
 
 
 def inspected(logger: WandbLogger, *options: str) -> str:
-    """What W&B's own command line finds in the file that an offline run leaves: a line of JSON for each record."""
+    """What W&B finds in the file that an offline run leaves: a line of JSON for each record.
+
+    This is what ``wandb leet inspect`` starts, after an interpreter has imported W&B for a second.
+    """
+    from wandb.util import get_core_path
+
     (file,) = Path(logger.experiment.dir).parent.glob("*.wandb")
     logger.experiment.finish()
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--run-file", file, file.parents[1], "--json"]
     deadline = time.monotonic() + STARTING_S
     while '"type":"exit"' not in (whole := _output(command)).replace(" ", ""):  # another process writes the file
         assert time.monotonic() < deadline

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
 import pytest
@@ -33,29 +33,25 @@ def covering(cells: Sequence[tuple[Any, ...]], at_least: int = 2) -> list[tuple[
     Returns:
         Cells, in the order of ``cells``. Each two members that stand together in any cell stand together in a chosen one.
     """
-    features = [_members(cell) + _pairs(cell) for cell in cells]
-    counts = Counter(member for cell in cells for member in _members(cell))
-    needed = {member: min(at_least, count) for member, count in counts.items()}
-    needed |= {pair: 1 for cell in cells for pair in _pairs(cell)}
+    numbers: dict[Any, int] = {}  # of members and pairs: there are thousands, which would be hashed again and again
+    members = [[numbers.setdefault(member, len(numbers)) for member in enumerate(cell)] for cell in cells]
+    pairs = [[numbers.setdefault(pair, len(numbers)) for pair in combinations(own, 2)] for own in members]
+    features = [[*own, *theirs] for own, theirs in zip(members, pairs, strict=True)]
+    needed = [1] * len(numbers)
+    for member, count in Counter(chain.from_iterable(members)).items():
+        needed[member] = min(at_least, count)
     queue = [(-len(each), place) for place, each in enumerate(features)]  # in order: a heap
     chosen = []
     while queue:
         worth, place = heappop(queue)
-        now = -sum(needed[feature] > 0 for feature in features[place])
+        now = -sum([needed[feature] > 0 for feature in features[place]])
         if now > worth:  # others have covered some of it: worth only falls, so that nobody else need be looked at again
             heappush(queue, (now, place))
         elif now < 0:
-            needed |= {feature: needed[feature] - 1 for feature in features[place]}
+            for feature in features[place]:
+                needed[feature] -= 1
             chosen.append(place)
     return [cells[place] for place in sorted(chosen)]
-
-
-def _members(cell: tuple[Any, ...]) -> list[Any]:
-    return list(enumerate(cell))
-
-
-def _pairs(cell: tuple[Any, ...]) -> list[Any]:
-    return list(combinations(enumerate(cell), 2))
 
 
 def matrix(

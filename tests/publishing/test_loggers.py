@@ -176,11 +176,11 @@ def inspected(logger: WandbLogger, *options: str) -> str:
 
     (file,) = Path(logger.experiment.dir).parent.glob("*.wandb")
     logger.experiment.finish()
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--run-file", file, file.parents[1], "--json"]
+    command, of_file = [get_core_path(), "leet", "inspect", "--no-observability", "--json"], ["--run-file", file, file.parents[1]]
     deadline = time.monotonic() + STARTING_S
-    while '"type":"exit"' not in (whole := _output(command)).replace(" ", ""):  # another process writes the file
+    while '"type":"exit"' not in (whole := _output([*command, *of_file])).replace(" ", ""):  # another process writes the file
         assert time.monotonic() < deadline
-    return _output([*command, *options]) if options else whole
+    return _output([*command, *options, *of_file]) if options else whole
 
 
 def _output(command: list[Any]) -> str:

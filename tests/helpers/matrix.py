@@ -34,8 +34,8 @@ def covering(cells: Sequence[tuple[Any, ...]], at_least: int = 2) -> list[tuple[
         Cells, in the order of ``cells``. Each two members that stand together in any cell stand together in a chosen one.
     """
     numbers: dict[Any, int] = {}  # of members and pairs: there are thousands, which would be hashed again and again
-    members = [[numbers.setdefault(member, len(numbers)) for member in enumerate(cell)] for cell in cells]
-    pairs = [[numbers.setdefault(pair, len(numbers)) for pair in combinations(own, 2)] for own in members]
+    members = [[numbers.setdefault(("member", *each), len(numbers)) for each in enumerate(cell)] for cell in cells]
+    pairs = [[numbers.setdefault(("pair", *each), len(numbers)) for each in combinations(own, 2)] for own in members]
     features = [[*own, *theirs] for own, theirs in zip(members, pairs, strict=True)]
     needed = [1] * len(numbers)
     for member, count in Counter(chain.from_iterable(members)).items():

@@ -96,7 +96,7 @@ class Measurement:
         norm_type: The order p of all norms.
         finite: Flag, 0-dim bool tensor, True if all gradients and losses are finite. In a deferred step a norm that overflows its
             dtype counts as not finite.
-        is_finite: The same for the host; False in a deferred step, of which the host knows nothing.
+        is_finite: True if the host knows that all gradients and losses are finite: never in a deferred step.
         weights: Norms of the parameters themselves, or of their units, shaped as ``norms``; 0 where they are not needed. None if
             no limit needs any.
         scale: The factor by which the gradients are still to be multiplied. The norms are those of the scaled gradients.

@@ -78,7 +78,9 @@ class Watch(Callback):
         self.sizes.append(dict(containers(ours)))
         gc.collect()
         kinds = [type(each) for each in gc.get_objects()]
-        self.objects.append(Counter(kind for kind in kinds if kind is torch.Tensor or kind.__module__.startswith("clip_callbacks")))
+        self.objects.append(
+            Counter(kind for kind in kinds if kind is torch.Tensor or str(kind.__module__).startswith("clip_callbacks"))
+        )
 
 
 class Normalized(Regression):

@@ -22,7 +22,7 @@ from clip_callbacks import (
 )
 from clip_callbacks.core.limits import of_one
 from clip_callbacks.core.limits._window_of_one import WindowOfOne
-from clip_callbacks.core.measurement import FALSE, Measurement
+from clip_callbacks.core.measurement import FALSE, TRUE, Measurement
 from clip_callbacks.core.rules import Plan, SpikeLimits
 from clip_callbacks.core.spikes import evaluate
 from clip_callbacks.core.tensor_table import TensorTable
@@ -158,7 +158,7 @@ def plan_of(limits):
 
 def measured(norm, loss=None):
     total = torch.tensor([norm])
-    return Measurement(total, total, total, 2.0, loss=None if loss is None else torch.tensor([loss]))
+    return Measurement(total, total, total, 2.0, TRUE, is_finite=True, loss=None if loss is None else torch.tensor([loss]))
 
 
 def test_a_healthy_step_with_thresholds_dispatches_nothing():

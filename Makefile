@@ -83,8 +83,10 @@ types: $(VENV)/.installed
 examples: $(VENV)/.installed
 	$(BIN)/python -m tests.helpers.run_scripts \
 		"-m benchmarks --quick" \
+		"-m benchmarks.norms --sets 50 --dtypes bfloat16 --budget-s 0.1" \
+		"-m benchmarks.long_run --quick" \
 		"-m benchmarks.trainer --networks 20 --steps 8" \
-		"-m benchmarks.monitor --widths 16 --rounds 2 --steps 4" \
+		"-m benchmarks.monitor --widths 16 --steps 8" \
 		"-m benchmarks.report --steps 2000" \
 		"-m benchmarks.limits --quick" \
 		"-W ignore examples/distributed.py --strategy fsdp2 --devices 2 --steps 12 --poison" \
@@ -148,6 +150,8 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step --dtype bfloat16 --output step_cpu_bfloat16.md
 	$(BIN)/python -m benchmarks.trainer --output trainer_cpu.md
 	$(BIN)/python -m benchmarks.monitor --output monitor_cpu.md
+	$(BIN)/python -m benchmarks.norms --output norms_cpu.md
+	$(BIN)/python -m benchmarks.long_run --output long_run_cpu.md
 	$(BIN)/python -m benchmarks.importing --output importing_cpu.md
 	$(BIN)/python -m benchmarks.growth --output growth_cpu.md
 	$(BIN)/python -m benchmarks.ranks --output ranks_cpu.md

@@ -6,22 +6,21 @@ Each figure is made as in the benchmark that the table names, which shows more o
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 
-from benchmarks import importing, step, transactions
+from benchmarks import importing, monitor, norms, step, transactions
 from benchmarks.gradient_sets import SETS, Holder
 from benchmarks.growth import over_steps
-from benchmarks.lockstep import Added, means_of_blocks, seconds_per_step
-from benchmarks.monitor import ALONE, EVERYTHING, everything
+from benchmarks.lockstep import Added
 from benchmarks.rules import Operations
 from benchmarks.timing import machine, publish, table
 from benchmarks.trainer import (
@@ -39,11 +38,9 @@ from benchmarks.trainer import (
     REFERENCE,
     Case,
     Network,
-    fits,
     measure,
     silence,
 )
-from clip_callbacks import GradientNormMonitor
 
 GPT2, RESNET, TINY, SMALL = SETS
 TIGHT = (1.01, 1.02, 1.05)
@@ -120,17 +117,19 @@ def trainers(share: float, networks: Sequence[Case]) -> Iterator[Budget]:
 
 def monitors(share: float) -> Iterator[Budget]:
     """Time a fit with every option of the monitor and both thresholds, over the monitor alone (benchmarks.monitor)."""
-    network = partial(Network, 512, 5)
-    chosen: dict[str, Callable[[], Any]] = {
-        ALONE: lambda: (network(), [GradientNormMonitor()], {}),
-        EVERYTHING: lambda: (network(), everything(), {}),
-    }
-    with fits(chosen) as running:
-        times = seconds_per_step(running, max(16, int(550 * share)))
-    blocks = [means_of_blocks(times[name]) for name in (EVERYTHING, ALONE)]
-    yield Budget(
-        "monitor with every option and a guard with two adaptive thresholds, over the monitor alone", 1.02, _ratio(*blocks)
-    )
+    network = partial(Network, 512, 5, batch_size=monitor.BATCH_SIZE)
+    figure = monitor.ratios(network, max(16, int(550 * share)))[monitor.EVERYTHING].median
+    yield Budget("monitor with every option and a guard with two adaptive thresholds, over the monitor alone", 1.02, figure)
+
+
+def orders(budget_s: float, sets: Sequence[str]) -> Iterator[Budget]:
+    """Time other orders of the norm than 2 over order 2, and half precision over torch's clip (benchmarks.norms)."""
+    holder = Holder(SETS[sets[0]], "cpu", torch.float32)
+    runs = norms.candidates(holder, [1.0, 2.0, 3.0, math.inf])
+    times = step.measure(holder, {name: run for name, run in runs.items() if not name.startswith("torch")}, budget_s=budget_s)
+    for order in ("1", "3", "inf"):
+        figure, floor = (_ratio(times[name], times["ours 2"]) for name in (f"ours {order}", norms.READ))
+        yield Budget(f"a step with p = {order} over one with p = 2, nothing to clip, {sets[0]}", 1.3, figure, floor)
 
 
 def good_steps(share: float) -> Iterator[Budget]:
@@ -213,6 +212,7 @@ def main() -> None:
         counted(),
         functions(3.0 * share, sets),
         trainers(share, networks),
+        orders(2.0 * share, sets),
         monitors(share),
         good_steps(share),
         over_time(share),

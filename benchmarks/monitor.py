@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from random import Random
+from statistics import median
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 
+from benchmarks.lockstep import BLOCK, WARM_UP, means_of_blocks, seconds_per_step
 from benchmarks.timing import Ratio, machine, publish, table
-from benchmarks.trainer import WARM_UP, Network, seconds_per_step
+from benchmarks.trainer import Candidate, Network, fits, silence
 from clip_callbacks import GradientNormMonitor, NonFiniteGuard, RobustZScoreLimit
 
 BUDGET = 1.02
@@ -29,8 +27,6 @@ NETWORKS = {16: ("50 tensors of 16 x 16 and 16", 25), 512: ("10 tensors of 512 x
 
 BATCH_SIZE = 64
 
-Run = Callable[[str], tuple[LightningModule, list[Callback], dict[str, Any]]]
-
 
 def everything() -> list[Callback]:
     """All options that read gradients or weights once more, and a guard that compares each step with recent ones."""
@@ -38,66 +34,59 @@ def everything() -> list[Callback]:
     return [guard, GradientNormMonitor(**dict.fromkeys(OPTIONS, True))]
 
 
-def runs(
-    network: Callable[[], LightningModule], callbacks: Mapping[str, Callable[[], list[Callback]]], **options: Any
-) -> dict[str, Run]:
-    """Module, callbacks and Trainer options of each run, as ``seconds_per_step`` takes them."""
+def times_of(
+    network: Callable[[], LightningModule], callbacks: Mapping[str, Callable[[], list[Callback]]], steps: int, **options: Any
+) -> dict[str, list[float]]:
+    """Seconds of each step of fits in lockstep.
 
-    def run(make: Callable[[], list[Callback]]) -> Run:
-        return lambda _: (network(), make(), options)
+    Args:
+        network: Function that makes the module.
+        callbacks: For each fit, a function that makes its callbacks.
+        steps: Steps of each fit.
+        options: Options of the Trainers.
+    """
 
-    return {name: run(make) for name, make in callbacks.items()}
+    def candidate(make: Callable[[], list[Callback]]) -> Callable[[], Candidate]:
+        return lambda: (network(), make(), {})
 
-
-def interleaved_fits(candidates: Mapping[str, Run], width: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of each candidate in each round, in a new order each time; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, rounds):
-            order = list(candidates.items())
-            Random(number).shuffle(order)
-            for name, make in order:
-                seconds = seconds_per_step(make, width, steps, folder, batch_size=BATCH_SIZE)
-                if number >= 0:
-                    times[name].append(seconds)
-    return times
+    with fits({name: candidate(make) for name, make in callbacks.items()}, **options) as running:
+        return seconds_per_step(running, steps)
 
 
-def median(values: list[float]) -> float:
-    """The middle value."""
-    return sorted(values)[len(values) // 2]
+def ratios(network: Callable[[], LightningModule], steps: int) -> dict[str, Ratio]:
+    """The time of a step with everything on, and of a second fit of the same as the first, over GradientNormMonitor() alone."""
+    times = times_of(network, {ALONE: alone, AGAIN: alone, EVERYTHING: everything}, steps)
+    blocks = {name: means_of_blocks(each) for name, each in times.items()}
+    return {name: Ratio.of(each, blocks[ALONE]) for name, each in blocks.items()}
 
 
-def per_step(network: Callable[[], LightningModule], width: int, rounds: int, steps: int) -> str:
+def per_step(network: Callable[[], LightningModule], steps: int) -> str:
     """The table of mean times of a step at the default log_every_n_steps."""
-    alone: Callable[[], list[Callback]] = lambda: [GradientNormMonitor()]  # noqa: E731
-    times = interleaved_fits(runs(network, {ALONE: alone, AGAIN: alone, EVERYTHING: everything}), width, rounds, steps)
-    rows = [[name, f"{1e6 * median(times[name]):.0f}", ratio_to_alone(times, name)] for name in times]
-    return table(rows, ["`log_every_n_steps=50`", "a step, us", "against the first row: median (quartiles)"])
+    # three decimals, since the budget is two hundredths
+    rows = [[name, f"{ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})"] for name, ratio in ratios(network, steps).items()]
+    return table(rows, ["`log_every_n_steps=50`", "a step against the first row: median (quartiles)"])
 
 
-def ratio_to_alone(times: Mapping[str, list[float]], name: str) -> str:
-    """Median and quartiles with three decimals, since the budget is two hundredths."""
-    ratio = Ratio.of(times[name], times[ALONE])
-    return f"{ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})"
-
-
-def per_logging_step(network: Callable[[], LightningModule], width: int, rounds: int, steps: int) -> str:
-    """The table of times of a single logging step: fits that log every step, against one that never does."""
-    makers: dict[str, Callable[[], list[Callback]]] = {ALONE: lambda: [GradientNormMonitor()]}
+def per_logging_step(network: Callable[[], LightningModule], steps: int) -> str:
+    """The table of times of a single logging step: fits that log at every step, against one that never does."""
+    makers: dict[str, Callable[[], list[Callback]]] = {ALONE: alone}
     makers |= {option: partial(_with_option, option) for option in OPTIONS}
     makers[EVERYTHING] = everything
-    candidates = runs(network, makers, log_every_n_steps=1)
-    candidates |= runs(network, {"never": makers[ALONE]}, log_every_n_steps=10 * steps)
-    times = interleaved_fits(candidates, width, rounds, steps)
-    rows = []
-    for name in makers:
-        added = [1e6 * (a - b) for a, b in zip(times[name], times["never"], strict=True)]
-        more = [1e6 * (a - b) for a, b in zip(times[name], times[ALONE], strict=True)]
-        in_steps = [(a - b) / c for a, b, c in zip(times[name], times["never"], times["never"], strict=True)]
-        rows.append([name, f"{median(added):.0f}", f"{median(more):.0f}", f"{median(in_steps):.2f}"])
+    times = times_of(network, makers, steps, log_every_n_steps=1)
+    # not in lockstep with the others: it has other options
+    never = median(times_of(network, {"never": alone}, steps, log_every_n_steps=10 * steps)["never"])
+    medians = {name: median(each) for name, each in times.items()}
+    rows = [
+        [name, f"{1e6 * (time - never):.0f}", f"{1e6 * (time - medians[ALONE]):.0f}", f"{time / never - 1:.2f}"]
+        for name, time in medians.items()
+    ]
     headers = ["one logging step", "added to a step that does not log, us", "more than the first row, us", "added, in steps"]
     return table(rows, headers)
+
+
+def alone() -> list[Callback]:
+    """The monitor without options."""
+    return [GradientNormMonitor()]
 
 
 def _with_option(option: str) -> list[Callback]:
@@ -107,26 +96,23 @@ def _with_option(option: str) -> list[Callback]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=WARM_UP + 100, help="of a fit; the first ones do not count")
+    parser.add_argument("--steps", type=int, default=WARM_UP + 10 * BLOCK, help="of a fit; the first ones do not count")
     parser.add_argument("--widths", type=int, nargs="+", default=list(NETWORKS), choices=NETWORKS, help="of the networks")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", help="file in benchmarks/results to write")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    silence()
     note = (
-        f"Fits interleaved in one process, CSVLogger, AdamW, batches of {BATCH_SIZE}. Budget of a step with everything on: "
+        f"Fits in lockstep in one process, CSVLogger, AdamW, batches of {BATCH_SIZE}. Budget of a step with everything on: "
         f"{BUDGET} times that of GradientNormMonitor() alone. Made by `python -m benchmarks.monitor`.\n"
     )
     parts = [f"# What GradientNormMonitor logs on request, CPU\n\n{machine('cpu')}\n", note]
     for width in arguments.widths:
         name, layers = NETWORKS[width]
-        network = partial(Network, width, layers)
-        parts.append(f"### {name}\n\n{per_step(network, width, arguments.rounds, arguments.steps)}\n")
-        parts.append(per_logging_step(network, width, arguments.rounds, min(arguments.steps, 2 * WARM_UP)) + "\n")
+        network = partial(Network, width, layers, batch_size=BATCH_SIZE)
+        parts.append(f"### {name}\n\n{per_step(network, arguments.steps)}\n")
+        parts.append(per_logging_step(network, min(arguments.steps, 2 * WARM_UP)) + "\n")
     publish("\n".join(parts).rstrip(), arguments.output)
 
 

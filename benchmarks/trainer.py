@@ -37,10 +37,10 @@ NOTHING_TO_CLIP, CLIPPING = 1e6, 1e-12
 class Network(LightningModule):
     """Linear layers: two tensors each."""
 
-    def __init__(self, width: int, layers: int, *, fused: bool = False) -> None:
+    def __init__(self, width: int, layers: int, *, fused: bool = False, batch_size: int = 8) -> None:
         super().__init__()
         self.net = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
-        self.width, self.fused = width, fused
+        self.width, self.fused, self.batch_size = width, fused, batch_size
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """A regression to nothing."""
@@ -48,8 +48,8 @@ class Network(LightningModule):
         return loss
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of eight, again and again."""
-        return DataLoader(TensorDataset(torch.randn(8000, self.width)), batch_size=8)
+        """A thousand batches."""
+        return DataLoader(TensorDataset(torch.randn(1000 * self.batch_size, self.width)), batch_size=self.batch_size)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the tables are about what comes before it."""

@@ -17,11 +17,10 @@ from statistics import median
 
 import torch
 
-from benchmarks import importing, monitor, norms, step, transactions
+from benchmarks import importing, monitor, norms, rules, step, transactions
 from benchmarks.gradient_sets import SETS, Holder
 from benchmarks.growth import over_steps
 from benchmarks.lockstep import Added
-from benchmarks.rules import Operations
 from benchmarks.timing import machine, publish, table
 from benchmarks.trainer import (
     BARE,
@@ -30,6 +29,7 @@ from benchmarks.trainer import (
     FAMILY,
     FLOOR,
     FUSED_BARE,
+    FUSED_FAMILY,
     FUSED_OURS,
     FUSED_REFERENCE,
     NETWORKS,
@@ -66,7 +66,7 @@ class Budget:
     def row(self) -> list[str]:
         """The line as it is printed."""
         digits = 3 if self.bound in TIGHT else 2
-        holds = "holds" if round(self.figure, digits) <= self.bound else "**missed**"
+        holds = "holds" if self.figure <= self.bound else "**missed**"
         floor = "" if self.floor is None else f"{self.floor:.2f}"
         return [self.work, f"{self.bound:g}", f"{self.figure:.{digits}f}", floor, holds]
 
@@ -97,7 +97,7 @@ def _ratio(times: list[float], references: list[float]) -> float:
 
 def trainers(share: float, networks: Sequence[Case]) -> Iterator[Budget]:
     """Time what callbacks add to a step of a real Trainer, over what gradient_clip_val adds (benchmarks.trainer)."""
-    only = (BARE, FLOOR, REFERENCE, OURS, FAMILY, FUSED_BARE, FUSED_REFERENCE, FUSED_OURS)
+    only = (BARE, FLOOR, REFERENCE, OURS, FAMILY, FUSED_BARE, FUSED_REFERENCE, FUSED_OURS, FUSED_FAMILY)
     for case in networks:
         for max_norm, bounds in {NOTHING_TO_CLIP: (0.8, 1.0), CLIPPING: (1.0, 1.15)}.items():
             times = measure(case, max_norm, steps=max(16, int(case.steps * share)), only=only)
@@ -107,6 +107,7 @@ def trainers(share: float, networks: Sequence[Case]) -> Iterator[Budget]:
             yield Budget(f"GradientClipping {place}", bounds[0], plain.ratio(OURS, REFERENCE), floor)
             yield Budget(f"GradientClipping {place}, fused optimizer", bounds[0], fused.ratio(FUSED_OURS, FUSED_REFERENCE))
             yield Budget(f"all four callbacks {place}", bounds[1], plain.ratio(FAMILY, REFERENCE), floor)
+            yield Budget(f"all four callbacks {place}, fused optimizer", bounds[1], fused.ratio(FUSED_FAMILY, FUSED_REFERENCE))
     times = measure(NETWORKS[0], NOTHING_TO_CLIP, steps=max(16, int(200 * share)), only=(BARE, FAMILY, BY_HAND))
     yield Budget(
         "all four callbacks in a Trainer over `grad_norm` + `log_dict` + isfinite loop + clip",
@@ -130,6 +131,10 @@ def orders(budget_s: float, sets: Sequence[str]) -> Iterator[Budget]:
     for order in ("1", "3", "inf"):
         figure, floor = (_ratio(times[name], times["ours 2"]) for name in (f"ours {order}", norms.READ))
         yield Budget(f"a step with p = {order} over one with p = 2, nothing to clip, {sets[0]}", 1.3, figure, floor)
+    holder = Holder(SETS[sets[0]], "cpu", torch.bfloat16)
+    times = step.measure(holder, norms.candidates(holder, [2.0]), budget_s=budget_s)
+    figure, floor = (_ratio(times[name], times["torch 2"]) for name in ("ours 2", norms.READ))
+    yield Budget(f"bfloat16, nothing to clip, over torch's clip of three digits, {sets[0]}", 1.0, figure, floor)
 
 
 def good_steps(share: float) -> Iterator[Budget]:
@@ -146,10 +151,13 @@ def good_steps(share: float) -> Iterator[Budget]:
 
 
 def over_time(share: float) -> Iterator[Budget]:
-    """Time a late step over an early one (benchmarks.growth)."""
+    """Time a late step over an early one (benchmarks.growth, benchmarks.rules)."""
     marks = [100, max(1000, int(1e5 * share))]
     (means,) = over_steps(marks).values()
     yield Budget(f"a step and its record, at step {marks[-1]:g} over step {marks[0]}", 1.1, means[-1] / means[0])
+    steps = max(100, int(20_000 * share))
+    limit, (early, late) = max(rules.over_steps(steps).items(), key=lambda item: item[1][1] / item[1][0])
+    yield Budget(f"the limit that grows most: {limit}, at step {steps:g} over its first steps", 1.1, late / early)
 
 
 def imports(rounds: int) -> Iterator[Budget]:
@@ -172,7 +180,7 @@ def counted() -> Iterator[Budget]:
         named = step.ParameterTable(holder.named_parameters())
         step.clip_step(named, max_norm=max_norm)
         holder.refill()
-        with Operations(1000) as operations:
+        with rules.Operations(1000) as operations:
             step.clip_step(named, max_norm=max_norm)
         yield Budget(f"operations dispatched for 100 dense tensors, {case}", bound, operations.counts["all"])
 

@@ -110,21 +110,18 @@ class Watch(Callback):
         self._times = array("d", [0.0]) * self.block
         self._start = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin an accumulation window."""
-        if batch_idx % WINDOW == 0:
-            self._start = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End a window and, once in a while, a block."""
         if batch_idx % WINDOW < WINDOW - 1:
             return
         steps = trainer.global_step
+        # from the end of one window to the end of the next: all hooks are in it
         self._times[(steps - 1) % self.block] = time.perf_counter() - self._start
         if steps % self.block == 0:
             size = state_bytes(trainer)
             gc.collect()
             self.rows.append(Row(steps, resident_mib(), 1e6 * median(self._times), size, self._objects()))
+        self._start = time.perf_counter()
 
     def _objects(self) -> Counter[str]:
         if not self.counts_objects:
@@ -179,9 +176,8 @@ def conclusion(found: dict[str, list[Row]]) -> str:
     """What has grown after the warm-up."""
     growth = {}
     for name, rows in found.items():
-        # medians of several blocks, since the allocator's pages and the logger's queue come and go
-        half = (len(rows) - WARM_UP_BLOCKS) // 2
-        first, last = rows[WARM_UP_BLOCKS : WARM_UP_BLOCKS + half], rows[-half:]
+        # medians of three blocks, since the allocator's pages and the logger's queue come and go
+        first, last = rows[WARM_UP_BLOCKS : WARM_UP_BLOCKS + 3], rows[-3:]
         growth[name] = tuple(
             median(getattr(row, key) for row in last) - median(getattr(row, key) for row in first)
             for key in ("resident_mib", "step_us")
@@ -192,7 +188,7 @@ def conclusion(found: dict[str, list[Row]]) -> str:
     lines = [f"- {name}: {mib:+.2f} MiB, {us:+.0f} µs a step" for name, (mib, us) in growth.items()]
     return "\n".join(
         [
-            "From the first half of the blocks after the warm-up to the second one, medians:\n",
+            "From the first three blocks after the warm-up to the last three, medians:\n",
             *lines,
             f"- added by the callbacks: {added:+.2f} MiB (at most {MAX_GROWTH_MIB:g}: {holds})",
             f"- states in a checkpoint after the warm-up: {min(sizes):,} to {max(sizes):,} bytes",

@@ -148,20 +148,26 @@ def units(holder: Holder, held: ParameterTable, budget_s: float) -> str:
     return table([[name, Ratio.of(times[name], times[reference])] for name in runs], ["AGC", f"time / {reference}"])
 
 
-def growth(steps: int) -> str:
+def over_steps(steps: int) -> dict[str, tuple[float, float]]:
     """Microseconds of each limit's own work, at its first steps and at its last ones."""
-    rows = []
+    times_of = {}
+    few = min(1000, steps // 2)
     for limit in LIMITS:
         state, norms, times = limit.init(1), torch.rand(1024, 1) + 0.5, []
         blocks = [BlockNorms(row, weights=torch.ones(1)) for row in norms]
-        few = min(1000, steps // 2)
         for step in range(steps):
             start = time.perf_counter()
             _, state = limit.step(blocks[step % len(blocks)], state)
             if step < few or step >= steps - few:
                 times.append(time.perf_counter() - start)
-        early, late = 1e6 * median(times[10:few]), 1e6 * median(times[few:])
-        rows.append([label(limit), f"{early:.3g}", f"{late:.3g}", f"{late / early:.2f}"])
+        times_of[label(limit)] = 1e6 * median(times[10:few]), 1e6 * median(times[few:])
+    return times_of
+
+
+def growth(steps: int) -> str:
+    """The table of these times."""
+    few = min(1000, steps // 2)
+    rows = [[name, f"{early:.3g}", f"{late:.3g}", f"{late / early:.2f}"] for name, (early, late) in over_steps(steps).items()]
     return table(rows, ["limit, one block", f"first {few} steps, µs", f"last {few} of {steps:g}, µs", "ratio"])
 
 

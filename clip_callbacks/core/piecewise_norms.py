@@ -8,8 +8,9 @@ vector instructions, and the sums of the chunks are added in float64:
 .. math::
     \lVert g \rVert_p = \Bigl(\sum_{\text{chunks}} \sum_j |g_j|^p\Bigr)^{1/p}
 
-Powers are taken by squaring. Whatever lies between :math:`|g_j|` and :math:`|g_j|^p` neither overflows nor underflows before
-:math:`|g_j|^p` does, so that norms are reliable in the same range as those of torch's kernels.
+Powers of integer and half-integer orders are taken by squaring, others as :math:`2^{p \log_2 |g_j|}`, with an error of at most
+1e-5. Whatever lies between :math:`|g_j|` and :math:`|g_j|^p` neither overflows nor underflows before :math:`|g_j|^p` does, so that
+norms are reliable in the same range as those of torch's kernels.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _chunk_row_norms(rows: Tensor, norm_type: float, workspace: Workspace) -> Te
         norms = _large_norm(rows, norm_type, workspace).reshape(1)
     elif math.isinf(norm_type):
         smallest, largest = torch.aminmax(rows, dim=1)
-        norms = torch.maximum(smallest.neg_(), largest).to(workspace.dtype)
+        norms = torch.maximum(smallest.neg_(), largest).abs_().to(workspace.dtype)
     elif norm_type == FAST_ORDER:
         norms = torch.linalg.vector_norm(workspace.like(rows)[0].copy_(rows), norm_type, dim=1)
     else:
@@ -199,4 +200,4 @@ def largest_entry(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.abs().amax()
     smallest, largest = torch.aminmax(tensor)
-    return torch.maximum(-smallest, largest)
+    return torch.maximum(-smallest, largest).abs_()  # no -0.0

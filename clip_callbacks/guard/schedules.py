@@ -34,7 +34,6 @@ class _HeldSchedules(Resource):
 
     def __init__(self, trainer: Trainer, hold: SchedulerHold) -> None:
         self._trainer = trainer
-        self._strategy = trainer.strategy  # asked at each step, because StochasticWeightAveraging may add a schedule in mid-fit
         self._hold = hold
         if hold.skipped_batches:  # before a resume
             self.idle_until_skip = frozenset()
@@ -46,14 +45,13 @@ class _HeldSchedules(Resource):
 
     @override
     def commit(self, step: StepContext) -> None:
-        # After an earlier skip the batch number no longer tells whether a schedule is due.
-        if self._strategy.lr_scheduler_configs:
-            self._hold.decide(self._trainer, skipped=False)
+        # After an earlier skip the batch number no longer tells whether a schedule is due. Batches are counted without schedules
+        # too, because a callback may add one in mid-epoch.
+        self._hold.decide(self._trainer, skipped=False)
 
     @override
     def abort(self, step: StepContext, *, is_called: bool) -> None:
-        if self._strategy.lr_scheduler_configs:
-            self._hold.decide(self._trainer, skipped=True)
+        self._hold.decide(self._trainer, skipped=True)
 
     @override
     def abort_on_device(self, skipped: Tensor) -> None:

@@ -100,6 +100,8 @@ class NormHistory:
         joined = NormSketch(int(state["segments"]))
         joined.load(state)
         self._segments = [joined.rows([place]) for place in range(joined.blocks)]
+        while len(self._segments) > self._max_segments:
+            self._merge_pairs()
 
     def _flush(self) -> None:
         if self._waiting:
@@ -123,12 +125,16 @@ class NormHistory:
     def _begin_segment(self) -> None:
         """Make room for norms after the last segment, which is full."""
         if len(self._segments) >= self._max_segments:
-            for first, second in zip(self._segments[::2], self._segments[1::2], strict=False):
-                first.merge(second)
-            self._segments = self._segments[::2]
-            self._length *= 2
+            self._merge_pairs()
         if int(self._segments[-1].count) >= self._length:
             self._segments.append(NormSketch())
+
+    def _merge_pairs(self) -> None:
+        """Make one segment of each two."""
+        for first, second in zip(self._segments[::2], self._segments[1::2], strict=False):
+            first.merge(second)
+        self._segments = self._segments[::2]
+        self._length *= 2
 
 
 def _shuffled(values: Tensor) -> Tensor:

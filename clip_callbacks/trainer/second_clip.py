@@ -34,19 +34,19 @@ class SecondClip:
         plugin = module.trainer.precision_plugin
         self._methods = [ExtendedMethod(plugin, name, self._warn) for name in ("clip_grad_by_norm", "clip_grad_by_value")]
 
-    def _warn(self, optimizer: Optimizer, gradient_clip_val: float, *_: Any, **__: Any) -> None:
+    def _warn(self, optimizer: Optimizer, clip_val: float, *_: Any, **__: Any) -> None:
         # in manual optimization the module passes the LightningOptimizer that wraps torch's
         if self._has_warned or not self._is_clipped(getattr(optimizer, "optimizer", optimizer)):
             return
         self._has_warned = True
         if self._module.trainer.gradient_clip_val:
             what = (
-                f"trainer.gradient_clip_val was set to {gradient_clip_val!r} after the setup of the fit, beside GradientClipping, "
+                f"trainer.gradient_clip_val was set to {clip_val!r} after the setup of the fit, beside GradientClipping, "
                 "whose metrics describe the gradients before that clip. Leave it at None, or remove GradientClipping"
             )
         else:
             what = (
-                f"{type(self._module).__name__} calls self.clip_gradients(gradient_clip_val={gradient_clip_val!r}) beside "
+                f"{type(self._module).__name__} calls self.clip_gradients(gradient_clip_val={clip_val!r}) beside "
                 "GradientClipping, which measures, clips and logs the result of that call. Remove the call, or GradientClipping"
             )
         rank_zero_warn(

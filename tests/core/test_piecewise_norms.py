@@ -178,3 +178,10 @@ def test_subclasses_are_read_by_torch():
 def test_gradients_that_require_gradients():
     entries = torch.randn(MIN_ENTRIES, requires_grad=True) * 2.0
     assert norms_of_each([entries], 1.0)[0] == norms_of_each([entries.detach()], 1.0)[0]
+
+
+def test_the_largest_entry_of_zeros_has_no_sign():
+    """Torch's maximum norm is 0, too, and 1 / -0 would be -inf."""
+    for zeros in (torch.zeros(MIN_ENTRIES), -torch.zeros(MIN_ENTRIES)):
+        (norm,), rows = tensor_norms([zeros], math.inf), row_norms(zeros.reshape(2, -1), math.inf)
+        assert not any(value.signbit() for value in (norm, *rows))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from clip_callbacks import GradientClipping, NonFiniteGuard
@@ -52,3 +55,32 @@ def test_schedules_advance_if_they_are_not_held(trainer):
     trainer(guard).fit(module, data(6, size=0.1))
     assert net[1].num_batches_tracked == 5
     assert len({rate for rate, _ in module.rates}) == 3
+
+
+class Later(Callback):
+    """Adds a schedule in the middle of an epoch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 6:
+            schedule = StepLR(trainer.optimizers[0], 1, 0.5)
+            trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(schedule, interval="step", frequency=4))
+
+
+class WithoutSchedule(Recorded):
+    """Has none to begin with."""
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()["optimizer"]
+
+
+def test_a_schedule_that_is_added_later_is_held_for_one_batch(trainer):
+    """The batches before count, although there was nothing to hold."""
+    changes = []
+    for poison in (set(), {6}):
+        module = WithoutSchedule(SCHEDULES["Step"], poison=poison)
+        trainer(Later(), GradientClipping(1.0)).fit(module, DataLoader(list(data(14, size=0.1)), batch_size=None))
+        rates = [rate for rate, _ in module.rates]
+        changes.append([place for place in range(1, len(rates)) if rates[place] != rates[place - 1]])
+    assert changes[0]
+    # one batch later, of which the skipped one is not among the rates
+    assert changes[1] == changes[0]

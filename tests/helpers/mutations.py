@@ -101,6 +101,14 @@ FAULTS = [
     Fault("trainer/bypassing_steps.py", "return len(written) > len(others)", "return bool(written)", "integration"),
     Fault("guard/options.py", "hold_schedulers=False,\n            deferred", "deferred", "integration"),
     Fault("engine/engine.py", "loss_scale=step.loss_scale.clone())", "loss_scale=step.loss_scale)", "guard"),
+    # a straight line
+    Fault("trainer/idle_hooks.py", " and getattr(type(callback), name) in inherited", "", "integration"),
+    Fault("guard/restore.py", "            self._has_skipped = True\n            self._bind()\n", "            self._bind()\n", "guard"),
+    Fault("engine/step_measurer.py", "bound is None or bound[0] is not step.optimizer.table", "bound is None", "integration"),
+    Fault("core/piecewise_norms.py", "    if norm_type % 2.0:\n", "    if norm_type % 1.0:\n", "core"),
+    Fault("core/limits/_window_of_one.py", "        if held % 2:\n", "        if not held % 2:\n", "limits"),
+    Fault("core/spikes.py", "counts and value > found", "value > found", "limits"),
+    Fault("stats/norm_history.py", "        self._length *= 2\n", "", "publishing"),
     # resumed, copied, launched
     Fault("clipping/limit_memory.py", "if not found.missing_blocks:", "if True:", "limits"),
     Fault("core/limit_state.py", "        and old.dtype == new.dtype\n", "", "limits"),

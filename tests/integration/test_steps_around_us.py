@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from clip_callbacks import ClipRule, GradientClipping, GradientNormMonitor, NonFiniteGuard
@@ -358,6 +359,20 @@ def test_a_module_that_clips_itself_is_told_of_once(trainer, options):
     assert len(said) == 1
     assert "clipped twice: ByHand calls self.clip_gradients(gradient_clip_val=0.5) beside GradientClipping" in said[0]
     assert "clip_gradients" not in vars(module)
+
+
+class ByKeyword(Precision):
+    """A plugin that names the argument."""
+
+    def clip_gradients(self, optimizer, clip_val=0.0, gradient_clip_algorithm="norm"):
+        if clip_val:
+            self.clip_grad_by_norm(optimizer, clip_val=clip_val)
+
+
+def test_a_plugin_that_clips_by_keyword_is_told_of(trainer):
+    said = said_of(trainer(GradientClipping(0.1), max_epochs=2, plugins=[ByKeyword()]), ByHand(clipping_itself))
+    assert len(said) == 1
+    assert "gradient_clip_val=0.5" in said[0]
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])

@@ -200,3 +200,32 @@ def test_a_checkpoint_holds_tensors(trainer):
         assert held.keys() == keys
         assert all(isinstance(each, torch.Tensor) for each in held.values())
         assert held["count"].item() == 5
+
+
+class Halved:
+    """A mixin that is no limit."""
+
+    def step(self, blocks, state):
+        limits, after = super().step(blocks, state)
+        return 0.5 * limits, after
+
+
+class HalvedZScore(Halved, ZScoreLimit):
+    """A limit whose step comes from the mixin."""
+
+
+class HalvedAgain(HalvedZScore):
+    """And one that inherits it."""
+
+
+class HalvedLater(ZScoreLimit):
+    """Its step is set once the class is there."""
+
+
+HalvedLater.step = Halved.step
+
+
+@pytest.mark.parametrize("kind", [HalvedZScore, HalvedAgain, HalvedLater])
+def test_a_step_from_a_mixin_counts(kind):
+    assert of_one(kind(warmup=2), kind(warmup=2).init(1)) is None
+    assert of_one(ZScoreLimit(), ZScoreLimit().init(1)) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -98,12 +98,6 @@ class Limit(ABC):
         (tensor([2.5000], dtype=torch.float64), {})
     """
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Drop the numbers of a base class whose step a subclass replaces: they would go on with the old one."""
-        super().__init_subclass__(**arguments)
-        if "step" in vars(cls) and "_of_one" not in vars(cls):
-            cls._of_one = Limit._of_one  # type: ignore[method-assign]
-
     @property
     def uses_weights(self) -> bool:
         """If True, ``step`` is given the norms of the parameters too, which costs one read of the parameters."""
@@ -153,7 +147,13 @@ def of_one(limit: Limit, state: LimitState) -> LimitOfOne | None:
         limit: The limit.
         state: Its state for one block, on the CPU; not changed.
     """
-    return limit._of_one(state)
+    # of a class, or a mixin, that replaces the step alone, the numbers would go on with the old one
+    for kind in type(limit).__mro__:
+        if "_of_one" in vars(kind):
+            return limit._of_one(state)
+        if "step" in vars(kind):
+            return None
+    return None
 
 
 def as_state(held: LimitState | LimitOfOne) -> LimitState:

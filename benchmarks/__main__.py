@@ -261,7 +261,8 @@ def main() -> None:
     )
     text = table(rows, ["work", "budget", "measured", "floor", ""])
     missed = [row[0] for row in rows if row[-1] != "holds"]
-    text += "".join(f"\n- {work}: {why}" for work, why in REASONS.items() if any(each.startswith(work) for each in missed))
+    reasons = [f"- {work}: {why}" for work, why in REASONS.items() if any(each.startswith(work) for each in missed)]
+    text += "\n\n" + "\n".join(reasons)
     publish(f"# Budgets\n\nWhat a step may cost, and what it does cost.\n\n{machine('cpu')}\n\n{note}\n\n{text}", arguments.output)
 
 

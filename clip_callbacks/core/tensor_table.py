@@ -137,12 +137,7 @@ class TensorTable:
     @property
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient; always true where ranks hold parts, since all must take part in collectives."""
-        if self.reduction is not None:
-            return True
-        for tensor in self.tensors:  # noqa: SIM110 (mostly the first one has one: a generator would cost two more calls)
-            if tensor.grad is not None:
-                return True
-        return False
+        return self.reduction is not None or any(tensor.grad is not None for tensor in self.tensors)
 
     def partition(self, scope: Scope, selection: Selection = EVERYTHING, *, by_unit: bool = False) -> Partition:
         r"""Divide the parameters, or their output rows, into the blocks of one scope.

@@ -40,7 +40,6 @@ class GradientCallback(StatefulCallback):
         self._driver: GradientCallback | None = None
         self._driven: tuple[GradientCallback, ...] = ()
         self._own_engine: StepEngine | None = None
-        self._has_loaded = False
         self._search: LearningRateSearch | None = None
         self._part: Any = None
         self._unclaimed_states: tuple[State, ...] = ()
@@ -126,7 +125,7 @@ class GradientCallback(StatefulCallback):
         for callback in self._driven:
             callback._clear_saved()
             callback._hide_hooks(engine)
-        self._has_loaded, self._unclaimed_states = False, ()
+        self._unclaimed_states = ()
         if resumption:
             # attaching limits to their blocks has found further states that do not fit
             for part in (components.clipper, components.guard):
@@ -167,8 +166,10 @@ class GradientCallback(StatefulCallback):
         Returns:
             True if a checkpoint was loaded.
         """
-        self._has_loaded = False
-        if not any(callback._is_loaded for callback in self._driven):
+        for callback in self._driven:  # no generator expression: this runs in each batch
+            if callback._is_loaded:
+                break
+        else:
             return False
         for callback in self._driven:
             if is_new and not callback._is_loaded:
@@ -263,7 +264,7 @@ class GradientCallback(StatefulCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores."""
         # LearningRateFinder and BatchSizeFinder restore their checkpoint in mid-fit
-        if self._has_loaded and self._apply_loaded_states(trainer, pl_module):
+        if self._apply_loaded_states(trainer, pl_module):
             self._start_fit(trainer)
         if self._own_engine:
             self._batch = (trainer, pl_module, batch, batch_idx)
@@ -330,7 +331,6 @@ class GradientCallback(StatefulCallback):
         """
         super().load_state_dict(state_dict)
         if self._driver:
-            self._driver._has_loaded = True
             self._driver._apply_loaded_states_in_batch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -346,7 +346,7 @@ class GradientCallback(StatefulCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy without the engine and its parts, which belong to one fit."""
         own = {"_driver": None, "_driven": (), "_own_engine": None, "_part": None, "_search": None, "_batch": None}
-        return without_hidden(super().__getstate__()) | own | {"_has_loaded": False}
+        return without_hidden(super().__getstate__()) | own
 
 
 def gradient_callbacks(trainer: Trainer) -> list[GradientCallback]:

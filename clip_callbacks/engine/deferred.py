@@ -52,14 +52,13 @@ class DeferredSteps:
 
     Attributes:
         is_in_use: True once a step was deferred.
-        possible: The numbers of the optimizers whose steps can be deferred.
     """
 
     def __init__(self, parts: Iterable[DeferrablePart], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False
-        self.possible: set[int] = set()
+        self._possible: set[int] = set()
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
 
@@ -74,13 +73,13 @@ class DeferredSteps:
             raise ValueError(f"`deferred` cannot be True here: {reason}. Set deferred=None or False, which costs one host sync.")
         # on a CPU there is no host sync to save
         if reason is None and (self._wanted or (self._wanted is None and not context.table.tensors[0].is_cpu)):
-            self.possible.add(context.index)
+            self._possible.add(context.index)
         else:
-            self.possible.discard(context.index)
+            self._possible.discard(context.index)
 
     def applies_to(self, context: OptimizerContext) -> bool:
         """Return whether the next step of an optimizer is decided on the device."""
-        if context.index not in self.possible:
+        if context.index not in self._possible:
             return False
         # fused SGD allocates momentum buffers with empty_like in its first step: skipped through found_inf, that step would leave
         # uninitialized memory in them

@@ -281,13 +281,10 @@ class StepEngine:
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
-        elif context.index in self._deferred.possible and self._is_deferred(context):
+        elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
+            # no host sync: the fused optimizer skips by its found_inf
             mode = StepMode.ON_DEVICE
         return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)
-
-    def _is_deferred(self, context: OptimizerContext) -> bool:
-        """Return whether the next step of an optimizer needs no host sync: the fused optimizer skips by its ``found_inf``."""
-        return self._deferred.applies_to(context) and not self._guard.needs_host(context)
 
     def _abandon(self, step: StepContext) -> None:
         """Clear the window of a step that is not taken."""

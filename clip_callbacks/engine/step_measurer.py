@@ -45,8 +45,8 @@ class StepMeasurer:
         self._trainer = trainer
         self._clipper, self._guard = components.clipper, components.guard
         self._norm_type = components.norm_type
-        # monitors that read gradients before they are clipped: asked once, not at each step
         self._plans: dict[tuple[int, bool], tuple[TensorTable, Plan, ClipState]] = {}
+        # monitors that read gradients before they are clipped: asked once, not at each step
         self._readers = [monitor for monitor in components.monitors if monitor.reads_before_write]
         self._windows = windows
         self._publisher = publisher

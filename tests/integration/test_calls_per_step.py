@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.helpers.accumulation import Manual
+from tests.helpers.searching import InEpochOne, OfAnyRate
 from tests.helpers.training import Regression, data
 
 STEP = 20
@@ -52,10 +52,10 @@ def family(max_norm):
 @pytest.mark.parametrize(
     ("made", "max_norm", "most"),
     [
-        pytest.param(one, 1e6, 85, id="GradientClipping-nothing-to-clip"),
-        pytest.param(one, 1e-6, 92, id="GradientClipping-clips"),
-        pytest.param(family, 1e6, 101, id="all-nothing-to-clip"),
-        pytest.param(family, 1e-6, 108, id="all-clip"),
+        pytest.param(one, 1e6, 87, id="GradientClipping-nothing-to-clip"),
+        pytest.param(one, 1e-6, 94, id="GradientClipping-clips"),
+        pytest.param(family, 1e6, 103, id="all-nothing-to-clip"),
+        pytest.param(family, 1e-6, 110, id="all-clip"),
     ],
 )
 def test_calls_of_a_healthy_step(trainer, tmp_path, made, max_norm, most):
@@ -83,30 +83,12 @@ class Compared(Callback):
         self.logged.add(is_logging_step)
 
 
-class SearchesLater(LearningRateFinder):
-    """Searches for the learning rate before the second epoch, and restores a checkpoint then."""
-
-    def on_fit_start(self, *_):
-        pass
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 1:
-            self.lr_find(trainer, pl_module)
-
-
-class OfAnyRate(Regression):
-    lr = 0.05
-
-    def configure_optimizers(self):
-        return self.make_optimizer(self.parameters(), lr=self.lr)
-
-
 @pytest.mark.parametrize(
     ("module", "before", "options", "steps"),
     [
         pytest.param(Regression, [], {"accumulate_grad_batches": 2}, 12, id="accumulation"),
         pytest.param(lambda: Manual(torch.ones(12, 1)), [], {}, 12, id="manual"),
-        pytest.param(OfAnyRate, [SearchesLater(num_training_steps=3)], {}, 24, id="search-in-mid-fit"),
+        pytest.param(OfAnyRate, [InEpochOne(num_training_steps=3)], {}, 24, id="search-in-mid-fit"),
     ],
 )
 def test_counters_are_those_of_lightning(trainer, tmp_path, module, before, options, steps):

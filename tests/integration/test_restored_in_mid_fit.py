@@ -8,11 +8,11 @@ from copy import deepcopy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder
 
 from clip_callbacks import AccumulationRescaling, BatchSize, GradientClipping, GradientNormMonitor, NonFiniteGuard, ZScoreLimit
 from tests.helpers.accumulation import Manual, Recorder
-from tests.helpers.training import Poisoned, Regression, data, limit_states
+from tests.helpers.searching import InEpochOne, OfAnyRate
+from tests.helpers.training import Poisoned, data, limit_states
 
 
 class Restore(Callback):
@@ -70,23 +70,9 @@ def test_the_window_under_way_stays_the_mean_that_it_is(trainer, make, rescaling
 
 
 def test_a_search_for_the_learning_rate_in_a_later_epoch_is_survived(trainer):
-    class Later(LearningRateFinder):
-        def on_fit_start(self, *_):
-            return
-
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                self.lr_find(trainer, pl_module)
-
-    class Net(Regression):
-        lr = 0.01
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=self.lr)
-
     fit = trainer(
-        GradientClipping(ZScoreLimit()), NonFiniteGuard(), GradientNormMonitor(), Later(num_training_steps=5), max_epochs=3
+        GradientClipping(ZScoreLimit()), NonFiniteGuard(), GradientNormMonitor(), InEpochOne(num_training_steps=5), max_epochs=3
     )
-    fit.fit(Net(), data(8))
+    fit.fit(OfAnyRate(), data(8))
     assert fit.current_epoch == 3
     assert all(tensor.isfinite().all() for tensor in fit.lightning_module.parameters())

@@ -22,6 +22,7 @@ from clip_callbacks import (
     NonFiniteGuard,
     ZScoreLimit,
 )
+from tests.helpers.searching import InEpochOne, Later
 from tests.helpers.training import Poisoned, assert_same_bits, data, numbers, weights
 
 
@@ -43,23 +44,6 @@ class Hooked(Net):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         for parameter in self.parameters():
             parameter.grad *= 2.0
-
-
-class Later(LearningRateFinder):
-    """Searches when training has begun, or before the second epoch, where Lightning 2.6 tries one rate at most."""
-
-    epoch = 0
-
-    def on_fit_start(self, *_: Any) -> None:
-        return
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch:
-            self.lr_find(trainer, pl_module)
-
-
-class InEpochOne(Later):
-    epoch = 1
 
 
 SEARCH = {"min_lr": 1e-3, "max_lr": 10.0, "num_training": 20, "early_stop_threshold": None, "update_attr": False}

@@ -117,7 +117,6 @@ def _ratio(times: list[float], references: list[float]) -> float:
 
 def trainers(share: float, networks: Sequence[Case]) -> Iterator[Budget]:
     """Time what callbacks add to a step of a real Trainer, over what gradient_clip_val adds (benchmarks.trainer)."""
-    # no more candidates and steps than ten minutes allow
     only = (BARE, FLOOR, REFERENCE, OURS, FAMILY, FUSED_BARE, FUSED_REFERENCE, FUSED_OURS, FUSED_FAMILY)
     for case in networks:
         for max_norm, bounds in {NOTHING_TO_CLIP: (0.8, 1.0), CLIPPING: (1.0, 1.15)}.items():
@@ -140,7 +139,7 @@ def trainers(share: float, networks: Sequence[Case]) -> Iterator[Budget]:
 def monitors(share: float) -> Iterator[Budget]:
     """Time a fit with every option of the monitor and both thresholds, over the monitor alone (benchmarks.monitor)."""
     network = partial(Network, 512, 5, batch_size=monitor.BATCH_SIZE)
-    figure = monitor.ratios(network, max(16, int(550 * share)))[monitor.EVERYTHING].median
+    figure = monitor.ratios(network, max(16, int(450 * share)))[monitor.EVERYTHING].median
     yield Budget("monitor with every option and a guard with two adaptive thresholds, over the monitor alone", 1.02, figure)
 
 
@@ -234,7 +233,7 @@ def main() -> None:
     torch.set_num_threads(1)
     silence()
     share = QUICK_SHARE if arguments.quick else 1.0
-    rounds = 0 if arguments.quick else 5
+    rounds = 0 if arguments.quick else 4
     sets = (TINY,) if arguments.quick else tuple(SETS)
     networks = NETWORKS[:1] if arguments.quick else NETWORKS
     parts: tuple[Iterator[Budget], ...] = (

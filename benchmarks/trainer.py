@@ -112,7 +112,7 @@ class Case:
 
     name: str
     make: Callable[..., LightningModule]
-    steps: int = WARM_UP + 10 * BLOCK
+    steps: int = WARM_UP + 8 * BLOCK
 
 
 NETWORKS = (

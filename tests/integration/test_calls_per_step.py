@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+import clip_callbacks
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.helpers.accumulation import Manual
 from tests.helpers.searching import InEpochOne, OfAnyRate
@@ -16,7 +19,8 @@ from tests.helpers.training import Regression, data
 
 STEP = 20
 """The step whose calls are counted: past every warm-up, and no logging step."""
-PACKAGE = "/clip_callbacks/"
+PACKAGE = str(Path(clip_callbacks.__file__).parent) + os.sep
+"""Where this package's files are; a clone of the repository may have the same name, with an environment in it."""
 
 
 class CallCounter(Callback):
@@ -26,7 +30,7 @@ class CallCounter(Callback):
         self.calls, self.depth = [], 0
 
     def profile(self, frame, event, _):
-        if event == "call" and (self.depth or PACKAGE in frame.f_code.co_filename):
+        if event == "call" and (self.depth or frame.f_code.co_filename.startswith(PACKAGE)):
             self.calls.append("  " * self.depth + f"{frame.f_code.co_filename.rpartition('/')[2]} {frame.f_code.co_qualname}")
             self.depth += 1
         elif event == "return" and self.depth:

@@ -11,6 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOGS := logs/char_rnn
 LIGHTNING ?= 2.5.0 $(shell sed -n s/^lightning==//p constraints.txt)
 ALONE := .venv-wheel
+LIGHTNINGS := lightning pytorch-lightning
+INSTALL_ALONE = $(ALONE)/venv/bin/python -m pip --disable-pip-version-check install --quiet $$(grep ^torch== constraints.txt) \
+	numpy hypothesis pytest pytest-timeout pytest-xdist
 CLIENTS ?=
 LIGHTEST := gluonts transformers
 LIGHTNING_PARTS ?= callbacks checkpointing loops tuner
@@ -18,20 +21,26 @@ QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guar
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
-.PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-test clients lightest-clients lightning-tests \
-	benchmarks clean
+.PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-environment wheel-test clients lightest-clients \
+	lightning-tests benchmarks clean
+
+# what is imported is compiled then: pip would compile all of twenty thousand files, most of which nobody imports
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --editable
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples]"
+	$(INSTALL) ".[cli,examples]"
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.examples
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[cli,examples,bench,test,dev]"
-	touch $@
+# at once: to find out what is wanted takes pip as long as to install it
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) ".[cli,examples,bench,test,docs,dev]"
+	touch $(VENV)/.examples $@
 
-# with what only the documentation needs: nothing is installed any more while targets that use it run side by side
-environment: $(VENV)/.docs
+# and have what the tests import compiled, which both of their workers would do
+environment: $(VENV)/.installed
+	$(BIN)/python -m pytest --collect-only --quiet > /dev/null
 
 demo: $(VENV)/.examples
 	rm -rf $(LOGS)
@@ -47,8 +56,8 @@ demo: $(VENV)/.examples
 
 # several processes at once: each has one thread
 test test-% slow coverage mutations examples wheel-test: export OMP_NUM_THREADS := 1
-# and what they import is compiled once, also where the environment says that nothing is to be kept
-test test-% slow coverage mutations examples wheel-test: export PYTHONDONTWRITEBYTECODE :=
+# what is imported is compiled once, also where the environment says that nothing is to be kept
+export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.installed
 	$(PYTEST)
@@ -110,12 +119,8 @@ examples: $(VENV)/.installed
 		"-m benchmarks.rollback --sets 50 --budget-s 0.1"
 	$(BIN)/clip-callbacks report logs/quick -o logs/quick/report.html --png logs/quick/png
 
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
-	touch $@
-
 # python -m mkdocs: its hooks are imported from here
-docs: $(VENV)/.docs
+docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 dist: $(VENV)/.installed
@@ -123,12 +128,20 @@ dist: $(VENV)/.installed
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-# the wheel alone in an empty environment, with the oldest Lightning that is admitted and with the newest; the rest of the checkout is not seen
-wheel-test: dist
-	rm -rf $(ALONE) && mkdir $(ALONE) && cp -r tests pyproject.toml $(ALONE) && $(PYTHON) -m venv $(ALONE)/venv
+# the environment of the wheel, as yet without it: with the oldest Lightning that is admitted
+$(ALONE)/fresh:
+	rm -rf $(ALONE) && $(PYTHON) -m venv $(ALONE)/venv
+	$(INSTALL_ALONE) $(foreach package,$(LIGHTNINGS),$(package)==$(firstword $(LIGHTNING)))
+	touch $@
+
+wheel-environment: $(ALONE)/fresh
+
+# the wheel alone in an environment that was empty, with the oldest Lightning and with the newest; the rest of the checkout is not seen
+wheel-test: dist $(ALONE)/fresh
+	rm $(ALONE)/fresh
+	cp -r tests pyproject.toml $(ALONE)
 	for lightning in $(LIGHTNING); do \
-		$(ALONE)/venv/bin/python -m pip --disable-pip-version-check install --quiet $$(grep ^torch== constraints.txt) \
-			lightning==$$lightning pytorch-lightning==$$lightning numpy hypothesis pytest pytest-timeout pytest-xdist dist/*.whl && \
+		$(INSTALL_ALONE) $(foreach package,$(LIGHTNINGS),$(package)==$$lightning) dist/*.whl && \
 		(cd $(ALONE) && venv/bin/python -m pytest $(QUICK) -q -m "not slow and not ranks" --numprocesses 2) || exit 1; \
 	done
 

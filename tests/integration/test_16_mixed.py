@@ -19,47 +19,55 @@ from tests.helpers.training import Regression, data, scaled, weights
 # 16-mixed
 
 
+PATHS = ({"fused": False}, {"fused": True}, {"fused": True, "deferred": True})
+"""The unfused path, and the two that must equal it."""
+
+
 @ALL
-@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_16_mixed_fused_equals_unfused_over_many_steps(trainer, tmp_path, name, deferred, steps):
+def test_16_mixed_fused_equals_unfused_over_many_steps(trainer, tmp_path, name, steps):
     """The loss scale falls at first, and grows again several times."""
     from lightning.pytorch.loggers import CSVLogger
 
     pandas = pytest.importorskip("pandas")
-    results = []
-    for fused in (True, False):
-        logger = CSVLogger(tmp_path, version=f"{fused}")
+
+    def run(fused, deferred=False):
+        logger = CSVLogger(tmp_path, version=f"{fused} {deferred}")
         module = network(name, fused=fused)
-        family = [GradientClipping(0.5), NonFiniteGuard(deferred=deferred and fused)]
+        family = [GradientClipping(0.5), NonFiniteGuard(deferred=deferred)]
         fit = trainer(
             *family, logger=logger, max_steps=steps, max_epochs=-1, **scaled(init_scale=2.0**20, growth_interval=steps // 4)
         )
         fit.fit(module, data(20, size=1.0))
-        table = pandas.read_csv(tmp_path / "lightning_logs" / f"{fused}" / "metrics.csv")
-        results.append((weights(module), table, fit.precision_plugin.scaler.get_scale(), family[1].overflowed_steps))
-    (ours, log, scale, overflows), (theirs, other_log, other_scale, other_overflows) = results
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # many float16 forward passes amplify roundings of 1e-7
-    norms, other_norms = (torch.tensor(table["grad/total_norm"].dropna().to_numpy()) for table in (log, other_log))
-    torch.testing.assert_close(norms, other_norms, rtol=1e-3, atol=0.0)
-    assert (scale, overflows) == (other_scale, other_overflows)
-    assert (log["grad/clip_coef"].dropna() < 1).any()
+        table = pandas.read_csv(f"{logger.log_dir}/metrics.csv")
+        return weights(module), table, fit.precision_plugin.scaler.get_scale(), family[1].overflowed_steps
+
+    (theirs, other_log, other_scale, other_overflows), *fused_runs = [run(**path) for path in PATHS]
+    for ours, log, scale, overflows in fused_runs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # many float16 forward passes amplify roundings of 1e-7
+        norms, other_norms = (torch.tensor(table["grad/total_norm"].dropna().to_numpy()) for table in (log, other_log))
+        torch.testing.assert_close(norms, other_norms, rtol=1e-3, atol=0.0)
+        assert (scale, overflows) == (other_scale, other_overflows)
+        assert (log["grad/clip_coef"].dropna() < 1).any()
 
 
 @ALL
-@pytest.mark.parametrize("deferred", [False, True])
-def test_the_scaler_sees_overflows_and_momentum_survives_the_first(trainer, name, deferred):
-    guard = NonFiniteGuard(max_consecutive=1, deferred=deferred)
-    module = network(name)
-    fit = trainer(guard, GradientClipping(0.5), max_epochs=2, **scaled(init_scale=2.0**30))
-    fit.fit(module, data(size=1.0))
-    assert 0 < guard.overflowed_steps < 24
-    assert fit.precision_plugin.scaler.get_scale() == 2.0 ** (30 - guard.overflowed_steps)
-    assert guard.skipped_steps == 0
-    assert all(torch.isfinite(tensor).all() for tensor in [*weights(module), *state_of(fit)])
-    other = network(name, fused=False)
-    trainer(NonFiniteGuard(), GradientClipping(0.5), max_epochs=2, **scaled(init_scale=2.0**30)).fit(other, data(size=1.0))
-    torch.testing.assert_close(weights(module), weights(other), rtol=1e-4, atol=1e-5)
+def test_the_scaler_sees_overflows_and_momentum_survives_the_first(trainer, name):
+    def run(guard, *, fused):
+        module = network(name, fused=fused)
+        fit = trainer(guard, GradientClipping(0.5), max_epochs=2, **scaled(init_scale=2.0**30))
+        fit.fit(module, data(size=1.0))
+        return module, fit
+
+    other, _ = run(NonFiniteGuard(), fused=False)
+    for deferred in (False, True):
+        guard = NonFiniteGuard(max_consecutive=1, deferred=deferred)
+        module, fit = run(guard, fused=True)
+        assert 0 < guard.overflowed_steps < 24
+        assert fit.precision_plugin.scaler.get_scale() == 2.0 ** (30 - guard.overflowed_steps)
+        assert guard.skipped_steps == 0
+        assert all(torch.isfinite(tensor).all() for tensor in [*weights(module), *state_of(fit)])
+        torch.testing.assert_close(weights(module), weights(other), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["layer", "parameter"])

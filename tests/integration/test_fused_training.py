@@ -24,7 +24,7 @@ def test_equal_to_the_unfused_path(trainer, name, deferred, batches):
     for fused in (True, False):
         family = [GradientClipping(0.5), AccumulationRescaling(), NonFiniteGuard(deferred=deferred and fused)]
         module = network(name, fused=fused)
-        fit = trainer(*family, accumulate_grad_batches=batches, max_epochs=4, log_every_n_steps=3)
+        fit = trainer(*family, accumulate_grad_batches=batches, max_epochs=2, log_every_n_steps=3)
         fit.fit(module, data(10))
         metrics = {key: value for key, value in fit.callback_metrics.items() if key.startswith("grad/")}
         results.append((weights(module), state_of(fit), metrics))

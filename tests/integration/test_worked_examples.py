@@ -398,7 +398,7 @@ def test_recurrent_prints_its_tables(quick, tmp_path):
 @pytest.mark.filterwarnings("ignore:Non-finite gradients:RuntimeWarning")
 def test_who_notices_the_scale_of_a_gradient(example, name):
     module = example("optimizers")
-    row, runs = module.compare(module.WAYS[name], 20)
+    row, runs = module.compare(module.WAYS[name], 10)
     if name in {"Adagrad", "RMSprop", "Adam"}:
         assert row["x 0.1"] == pytest.approx(1.0, abs=1e-3), "eps beside the gradients' size"
         assert row["x 10"] == pytest.approx(1.0, abs=1e-3)
@@ -410,7 +410,7 @@ def test_who_notices_the_scale_of_a_gradient(example, name):
     assert row["clipped, x 10 / x 1"] == pytest.approx(1.0, abs=1e-3), "below every norm a threshold sets the scale"
     assert row["skipped"] == 1
     assert row["as if never drawn"]
-    assert len(runs[1.0].losses) == 20
+    assert len(runs[1.0].losses) == 10
 
 
 @pytest.mark.slow

@@ -213,12 +213,16 @@ def test_one_block_on_the_host_has_the_limit_of_many(scale, floor, window, warmu
     values[::23] = 0.0
     values[40:60] = 1.0
     for are_losses in (False, True):
-        one, two = limit.init(1), limit.init(2)
+        one, two, steps = limit.init(1), limit.init(2), []
         for value in values:
-            (ours,), one = limit.step(BlockNorms(value.reshape(1), are_losses=are_losses), one)
+            ours, one = limit.step(BlockNorms(value.reshape(1), are_losses=are_losses), one)
             theirs, two = limit.step(BlockNorms(value.expand(2).clone(), are_losses=are_losses), two)
-            torch.testing.assert_close(ours, theirs[0])
-            torch.testing.assert_close(one, {key: each[..., :1] for key, each in two.items()})
+            steps.append(({"limit": ours, **one}, {"limit": theirs, **two}))
+        alone, of_many = (
+            {key: torch.stack([torch.as_tensor(step[key]) for step in each]) for key in each[0]}
+            for each in zip(*steps, strict=True)
+        )
+        torch.testing.assert_close(alone, {key: each[..., :1] for key, each in of_many.items()})
 
 
 def test_a_limit_beyond_float64_is_inf():

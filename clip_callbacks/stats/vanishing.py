@@ -25,6 +25,7 @@ from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.core.wording import plural
 from clip_callbacks.stats.norm_history import MAX_WAITING_STEPS
 from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, dtype_name
 from clip_callbacks.stats.weight_sample import WeightSample
@@ -73,9 +74,12 @@ class VanishedBlock:
         if self.is_zero:
             which = "all entries" if self.share == 1.0 else f"{self.share:.0%} of the entries"
             return f"{self.name}: the gradient of {which} was exactly 0 in every step"
-        size = f", the weights are about {self.size:.2g}" if self.size == self.size else ""
-        rate = f", the learning rate is {self.rate:.2g}" if self.rate == self.rate else ""
-        return f"{self.name}: the updates left {self.share:.0%} of the {dtype_name(self.dtype)} weights unchanged{rate}{size}"
+        text = f"{self.name}: the updates left {self.share:.0%} of the {dtype_name(self.dtype)} weights unchanged"
+        if not math.isnan(self.rate):
+            text += f", the learning rate is {self.rate:.2g}"
+        if not math.isnan(self.size):
+            text += f", the weights are about {self.size:.2g}"
+        return text
 
 
 class VanishingDetector:
@@ -296,9 +300,12 @@ class VanishingDetector:
     def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
         """Describe a block by its parameter at a place of the table."""
         assert self._sample is not None
-        size = math.nan if is_zero else self._sample.typical_size(place)
-        dtype, rate = self._table.tensors[place].dtype, math.nan if rate is None else float(rate)
-        return VanishedBlock(name, share, is_zero, dtype, rate, size)
+        size = math.nan
+        if not is_zero:
+            size = self._sample.typical_size(place)
+        if rate is None:
+            rate = math.nan
+        return VanishedBlock(name, share, is_zero, self._table.tensors[place].dtype, float(rate), size)
 
     def _has_master_weights(self, place: int) -> bool:
         assert self._optimizer is not None
@@ -323,8 +330,8 @@ def describe(blocks: Sequence[VanishedBlock], steps: int, last: int) -> str:
         steps: The number of optimizer steps in the span.
         last: The number of optimizer steps in the run, up to the end of the span.
     """
-    count = "1 block does" if len(blocks) == 1 else f"{len(blocks)} blocks do"
-    lines = [f"{count} not learn, as the {steps} optimizer steps up to step {last} show:"]
+    do = plural(len(blocks), "1 block does", f"{len(blocks)} blocks do")
+    lines = [f"{do} not learn, as the {steps} optimizer steps up to step {last} show:"]
     lines += [f"  {block}" for block in blocks[:MAX_LINES]]
     if len(blocks) > MAX_LINES:
         lines.append(f"  and {len(blocks) - MAX_LINES} more")

@@ -13,6 +13,7 @@ from torch import Tensor
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.diagnosis import MAX_LISTED, Diagnosis, Spike
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.core.wording import listed
 from clip_callbacks.guard.counts import BadStepCounts, Counters
 from clip_callbacks.guard.examination import may_be_source
 from clip_callbacks.guard.journal import Journal
@@ -104,7 +105,7 @@ class BadStepLog:
         """
         policy = self._options.policy
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
+        facts = {**step.facts, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
@@ -124,7 +125,7 @@ class BadStepLog:
         Raises:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
-        facts = {**step.place, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
+        facts = {**step.facts, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
@@ -152,7 +153,7 @@ class BadStepLog:
         what = f"{step.why_discarded} at {step}"
         facts = {"policy": self._options.policy, "streak": counters.streak, "stage": stage, "message": what}
         # no bundle: the gradients were not at fault, or the step that was has one
-        self._journal.note({**step.place, **facts})
+        self._journal.note({**step.facts, **facts})
         self._warn_or_end(step, _Message(what), counters)
 
     def all_dropped(self, step: StepContext, counters: Counters) -> None:
@@ -176,7 +177,7 @@ class BadStepLog:
         # kept for the error of a window whose micro-batches are all dropped: by then no bad gradient is left to examine
         self._last_diagnosis = diagnosis
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.place, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
+        facts = {**step.facts, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, before, is_window=False, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
@@ -203,9 +204,8 @@ class BadStepLog:
         """
         if names:
             place = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, rank {trainer.global_rank}"
-            listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
             self._warn(
-                f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed}. "
+                f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed(names, MAX_LISTED)}. "
                 f"They are restored to their values from before {unit}."
             )
 
@@ -229,7 +229,9 @@ class BadStepLog:
         if not self._ends_streak(streak):
             end = f", {self._options.max_consecutive} stop the run"
             if self._options.takes_bad_steps:
-                end = "" if streak < self._options.max_consecutive else ", those that follow are only counted"
+                end = ""
+                if streak == self._options.max_consecutive:
+                    end = ", those that follow are only counted"
             self._warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_roll_back(streak):
             self._warn(message.text(f": {number}. {self._request_rollback(step)}"))
@@ -255,7 +257,7 @@ class BadStepLog:
         # of every optimizer, because the weights of all are replaced
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
-        self._journal.note({**step.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
+        self._journal.note({**step.facts, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
         rates = ""
         if rollback.factor != 1.0:
             rates = f", with {rollback.factor:.4g} times the learning rates of that time"

@@ -79,7 +79,7 @@ def named_tensors(entry: Mapping[str, Any]) -> list[str]:
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:
     stage, policy = str(entry.get("stage", "unknown")), str(entry.get("policy", "bad"))
-    place = ", ".join(f"{key} {entry[key]}" for key in ("epoch", "batch", "rank") if key in entry)
+    place = ", ".join(f"{key} {entry[key]}" for key in ("global_step", "epoch", "batch", "rank") if key in entry)
     outcome = POLICY_OUTCOMES.get(policy, policy)
     if stage == "spike":
         outcome = "skipped as a spike"

@@ -167,6 +167,10 @@ def _entry(line: str) -> Mapping[str, Any] | None:
     named = [entry.get(key) or [] for key in BAD_TENSOR_KEYS]
     if not all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named):
         return None
+    logged = entry.get("logged_step")
+    if isinstance(logged, int) and logged != entry["step"]:
+        # the page goes by the loggers' steps; with several optimizers in a batch, `trainer.global_step` runs ahead of them
+        return entry | {"step": logged, "global_step": entry["step"]}
     return entry
 
 

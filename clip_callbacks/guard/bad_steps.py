@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.diagnosis import MAX_LISTED, Diagnosis, Spike
@@ -88,16 +87,13 @@ class BadStepLog:
         self._has_warned_of_share = False
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
-    def nonfinite(
-        self, step: StepContext, diagnosis: Diagnosis, counters: Counters, before: Mapping[int, Tensor], action: Action
-    ) -> None:
+    def nonfinite(self, step: StepContext, diagnosis: Diagnosis, counters: Counters, action: Action) -> None:
         """Report non-finite gradients.
 
         Args:
             step: The step.
             diagnosis: Results of its examination.
             counters: Counters of the optimizer, which have counted the step.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
             action: Action on the step.
 
         Raises:
@@ -107,20 +103,19 @@ class BadStepLog:
         lost = self._lost_metrics(step, diagnosis)
         facts = {**step.facts, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
-        bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
+        bundle = self._journal.record(step, facts, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._warn_or_end(step, message, counters)
 
-    def spike(self, step: StepContext, spike: Spike, counters: Counters, before: Mapping[int, Tensor]) -> None:
+    def spike(self, step: StepContext, spike: Spike, counters: Counters) -> None:
         """Report a finite step whose norm or loss is above a threshold.
 
         Args:
             step: The step.
             spike: Norms and loss of the step, and the thresholds.
             counters: Counters of the optimizer, which have counted the step.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
 
         Raises:
             NonFiniteGradientError: At the end of a streak without a rollback.
@@ -131,7 +126,7 @@ class BadStepLog:
             spike.describe(),
             _DONE[Action.CLIP if self._options.takes_bad_steps else Action.SKIP],
             advice=f"Lower the learning rate, or raise {' and '.join(spike.exceeded)}: what stays at this level is no spike.",
-            bundle=self._journal.record(step, facts, before),
+            bundle=self._journal.record(step, facts),
         )
         self._warn_or_end(step, message, counters)
         if counters.spike_share > MAX_SPIKE_SHARE and not self._has_warned_of_share:
@@ -166,19 +161,18 @@ class BadStepLog:
             what = f"Non-finite gradients in every micro-batch at {step}"
             self._warn_or_end(step, _Message(what, self._last_diagnosis.describe(), advice=_ADVICE), counters)
 
-    def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis, before: Mapping[int, Tensor]) -> None:
+    def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis) -> None:
         """Report a micro-batch before it is dropped.
 
         Args:
             step: The step, with only this micro-batch in its window.
             diagnosis: Results of its examination.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
         """
         # kept for the error of a window whose micro-batches are all dropped: by then no bad gradient is left to examine
         self._last_diagnosis = diagnosis
         lost = self._lost_metrics(step, diagnosis)
         facts = {**step.facts, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
-        bundle = self._journal.record(step, facts, before, is_window=False, may_be_source=may_be_source(step, diagnosis))
+        bundle = self._journal.record(step, facts, is_window=False, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
 

@@ -150,7 +150,10 @@ class Guard(Unguarded):
 
     @override
     def start_fit(self) -> None:
-        self.journal.start_fit(self._trainer)
+        self.journal.start_fit(self._trainer, self._state_before)
+
+    def _state_before(self, context: OptimizerContext) -> dict[int, Tensor]:
+        return self.restorer.before(context)  # not a method of the restorer, since each `attach` makes a new one
 
     @override
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
@@ -250,7 +253,7 @@ class Guard(Unguarded):
             # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
-            self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer), action)
+            self._log.nonfinite(step, diagnosis, counters, action)
         if policy == "warn":
             return taken
         if action is Action.ZERO:
@@ -289,12 +292,12 @@ class Guard(Unguarded):
             counters.add_spike(number)
             counters.skipped += not self._options.takes_bad_steps
         spike = Spike.of(step.optimizer.table.names, norms, total, thresholds)
-        self._log.spike(step, spike, counters, self.restorer.before(step.optimizer))
+        self._log.spike(step, spike, counters)
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
         diagnosis = self._examine(step)
-        self._log.dropped_micro_batch(step, diagnosis, self.restorer.before(step.optimizer))
+        self._log.dropped_micro_batch(step, diagnosis)
 
     @override
     def count_dropped_micro_batch(self) -> None:

@@ -121,10 +121,13 @@ class BadStepLog:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
         facts = {**step.facts, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
+        action = Action.SKIP
+        if self._options.takes_bad_steps:
+            action = Action.CLIP
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
-            _DONE[Action.CLIP if self._options.takes_bad_steps else Action.SKIP],
+            _DONE[action],
             advice=f"Lower the learning rate, or raise {' and '.join(spike.exceeded)}: what stays at this level is no spike.",
             bundle=self._journal.record(step, facts),
         )

@@ -146,8 +146,9 @@ def _trainer_facts(step: StepContext) -> dict[str, Any]:
 def _loss_scale(step: StepContext) -> float | None:
     if step.loss_scale is not None:
         return float(step.loss_scale)
-    scaler = grad_scaler(step.trainer)
-    return scaler.get_scale() if scaler else None
+    if scaler := grad_scaler(step.trainer):
+        return scaler.get_scale()
+    return None
 
 
 def _weights_facts(trainer: Trainer, weights: Weights) -> dict[str, Any]:
@@ -222,8 +223,10 @@ def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
     """Return the identity of each leaf of a batch, and how often it was changed in place."""
     versions = []
     for leaf in tree_leaves(batch):
-        version = version_of(leaf) if isinstance(leaf, Tensor) else None
-        versions.append((id(leaf), version or 0))
+        version = 0
+        if isinstance(leaf, Tensor):
+            version = version_of(leaf) or 0
+        versions.append((id(leaf), version))
     return tuple(versions)
 
 

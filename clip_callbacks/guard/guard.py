@@ -232,11 +232,13 @@ class Guard(Unguarded):
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
         # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
-        taken = Resolution(Action.CLIP if step.loss_scale is None else Action.SKIP, StepOutcome.IGNORED, is_called=not scaler.skips)
+        action = Action.CLIP if step.loss_scale is None else Action.SKIP
+        taken = Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
         if policy == "ignore":
             return taken
 
-        action = taken.action if policy == "warn" else ACTIONS.get(policy, Action.SKIP)
+        if policy != "warn":
+            action = ACTIONS.get(policy, Action.SKIP)
         # Setting entries to 0 would not make the scaler call the optimizer: it goes by its flag and not by the gradients.
         if scaler.skips:
             action = Action.SKIP
@@ -395,7 +397,9 @@ class Guard(Unguarded):
     @override
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
         loss = report.thresholds.loss
-        metrics: dict[str, Tensor | float] = {} if loss is None else {LOSS: loss.value, LOSS_LIMIT: loss.limit}
+        metrics: dict[str, Tensor | float] = {}
+        if loss is not None:
+            metrics = {LOSS: loss.value, LOSS_LIMIT: loss.limit}
         return metrics | self.count_metrics(context)
 
     @override
@@ -421,9 +425,11 @@ class Guard(Unguarded):
 
     @override
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
-        steps = sum(context.history.steps for context in contexts)
         counted = self.counts.described()
-        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."] if counted else []
+        if not counted:
+            return []
+        steps = sum(context.history.steps for context in contexts)
+        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""

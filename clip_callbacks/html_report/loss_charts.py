@@ -46,7 +46,7 @@ def loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
     runs = list({each.log.run.name: each for each in plotted}.values())  # one loss for all optimizers of a run
     marked = [each for each in runs if each.loss and not each.loss.is_ours]
     lines = [
-        (each, plural(len(runs), key, f"{each.label}: {key}"), series, style)
+        (each, key if len(runs) == 1 else f"{each.label}: {key}", series, style)
         for each in runs
         for (key, series), style in zip(each.losses.items(), LOSS_LINE_STYLES * len(each.losses), strict=False)
     ]

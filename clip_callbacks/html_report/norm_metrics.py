@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
-from clip_callbacks.core.wording import listed, plural
+from clip_callbacks.core.wording import listed
 from clip_callbacks.stats.advice import EUCLIDEAN
 
 OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
@@ -91,7 +91,9 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[Norm
     """
     if wanted:
         found = [name for name in dict.fromkeys(wanted) if name in names]
-        return tuple(_wanted(name, plural(len(found), "", f"-{name}")) for name in found)
+        if len(found) == 1:
+            return (_wanted(found[0], suffix=""),)
+        return tuple(_wanted(name, suffix=f"-{name}") for name in found)
     own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN_TOTAL_NORM.match(name))]
     return tuple(sorted(own, key=lambda norm: norm.suffix)) or tuple(norms_of_others(names)[:1])
 

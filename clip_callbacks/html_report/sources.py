@@ -200,7 +200,9 @@ def _with_short_names(runs: list[Run]) -> list[Run]:
     seen: Counter[str] = Counter()
     unique = []
     for run in runs:
-        short = names[run.name]
+        name = short = names[run.name]
         seen[short] += 1
-        unique.append(replace(run, name=plural(seen[short], short, f"{short} ({seen[short]})")))
+        if seen[short] > 1:
+            name = f"{short} ({seen[short]})"
+        unique.append(replace(run, name=name))
     return unique

@@ -181,12 +181,13 @@ def _steps(text: str) -> tuple[int | None, int | None]:
     try:
         if not colon:
             raise ValueError
-        span = int(first) if first else None, int(last) if last else None
-        if None not in span and span[0] > span[1]:  # type: ignore[operator]
+        low = int(first) if first else None
+        high = int(last) if last else None
+        if low is not None and high is not None and low > high:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be A:B with whole numbers, A not above B, got {text!r}") from None
-    return span
+    return low, high
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -224,14 +225,13 @@ def _suggest(options: argparse.Namespace) -> int:
 
 
 def _facts(section: Section) -> dict[str, object]:
-    advice = section.advice.facts() if section.advice else {"max_norm": None}
-    return {
-        "metric": section.log.norm.name,
-        **advice,
-        "loss_above": section.loss_advice.facts() if section.loss_advice else None,
-        "caution": section.caution,
-        "notes": list(section.log.run.notes),
-    }
+    facts: dict[str, object] = {"metric": section.log.norm.name, "max_norm": None}
+    if section.advice:
+        facts |= section.advice.facts()
+    facts["loss_above"] = None
+    if section.loss_advice:
+        facts["loss_above"] = section.loss_advice.facts()
+    return facts | {"caution": section.caution, "notes": list(section.log.run.notes)}
 
 
 def _suggestion_text(section: Section) -> str:
@@ -241,8 +241,9 @@ def _suggestion_text(section: Section) -> str:
 def _norm_suggestion_text(section: Section) -> str:
     if section.advice is None:
         return f"{section.log.name}: no suggestion: {section.caution or 'no finite norm above 0 was logged.'}"
-    caution = f"\n  Caution: {section.caution}" if section.caution else ""
-    text = f"{section.log.name}: {section.advice.describe()}{caution}"
+    text = f"{section.log.name}: {section.advice.describe()}"
+    if section.caution:
+        text += f"\n  Caution: {section.caution}"
     return f"{text}\n\n{section.yaml()}\n# or the adaptive limit:\n{section.yaml(adaptive=True)}".rstrip()
 
 

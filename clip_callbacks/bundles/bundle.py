@@ -141,7 +141,9 @@ class Bundle:
 
     def optimizers(self) -> list[dict[str, Any]]:
         """Return the ``state_dict`` of each optimizer before the step; an empty list if the bundle has none."""
-        states = self._load(OPTIMIZERS) if OPTIMIZERS in self.facts["files"] else []
+        if OPTIMIZERS not in self.facts["files"]:
+            return []
+        states = self._load(OPTIMIZERS)
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
             raise UnusableBundleError(f"{self.path / OPTIMIZERS} must hold a list of state_dicts, got {_shape_of(states)}.")
         return states

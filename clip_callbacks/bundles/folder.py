@@ -110,9 +110,8 @@ class BundleFolder:
             raise
 
     def _rename(self, half: Path, name: str) -> Path:
-        number = 1
+        path, number = self.path / name, 1
         while True:
-            path = self.path / (name if number == 1 else f"{name}_{number}")
             if not path.exists():
                 try:
                     return half.rename(path)
@@ -120,6 +119,7 @@ class BundleFolder:
                     if not path.exists():  # if it exists now, another process was faster
                         raise
             number += 1
+            path = self.path / f"{name}_{number}"
 
 
 def _save(part: Any, file: Path) -> str | None:

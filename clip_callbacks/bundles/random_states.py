@@ -81,7 +81,9 @@ def _is_numpy(value: object) -> bool:
 def _state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state
 
 
 def _set_state(generator: Any, state: Any) -> None:

@@ -34,7 +34,7 @@ class PendingReport:
     def __init__(self, step: StepContext, report: StepRecord) -> None:
         self.step = step
         self._report = report.to_host()  # enqueued now, and complete when the event has occurred
-        _ = step.place  # a cached property: the Trainer will have moved on when the report is read
+        _ = step.facts  # a cached property: the Trainer will have moved on when the report is read
         self._event = DeviceEvent(report.total.device)
 
     def read(self) -> StepRecord:

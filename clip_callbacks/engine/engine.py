@@ -15,7 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from clip_callbacks.accumulation.windows import InspectedWindows, Windows
+from clip_callbacks.accumulation.inspected_windows import InspectedWindows
+from clip_callbacks.accumulation.windows import Windows
 from clip_callbacks.core.actions import Action, StepOutcome
 from clip_callbacks.core.apply import drop_gradients
 from clip_callbacks.core.measurement import FALSE

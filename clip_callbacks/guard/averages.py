@@ -86,7 +86,9 @@ class _Averages(Resource):
 
     @override
     def reason_against_deferral(self) -> str | None:
-        return "an average of the weights is to leave skipped steps out (WeightAveraging)" if self._hold.holds else None
+        if self._hold.holds:
+            return "an average of the weights is to leave skipped steps out (WeightAveraging)"
+        return None
 
     def _watch(self) -> None:
         self._watched, self._time = self._fingerprints(), self._now()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.diagnosis import MAX_LISTED, Diagnosis, Spike
 from clip_callbacks.core.nonfinite import NonFiniteGradientError
+from clip_callbacks.core.wording import listed
 from clip_callbacks.guard.counts import BadStepCounts, Counters
 from clip_callbacks.guard.examination import may_be_source
 from clip_callbacks.guard.journal import Journal
@@ -87,16 +87,13 @@ class BadStepLog:
         self._has_warned_of_share = False
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
-    def nonfinite(
-        self, step: StepContext, diagnosis: Diagnosis, counters: Counters, before: Mapping[int, Tensor], action: Action
-    ) -> None:
+    def nonfinite(self, step: StepContext, diagnosis: Diagnosis, counters: Counters, action: Action) -> None:
         """Report non-finite gradients.
 
         Args:
             step: The step.
             diagnosis: Results of its examination.
             counters: Counters of the optimizer, which have counted the step.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
             action: Action on the step.
 
         Raises:
@@ -104,33 +101,35 @@ class BadStepLog:
         """
         policy = self._options.policy
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
+        facts = {**step.facts, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
-        bundle = self._journal.record(step, facts, before, may_be_source=may_be_source(step, diagnosis))
+        bundle = self._journal.record(step, facts, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._warn_or_end(step, message, counters)
 
-    def spike(self, step: StepContext, spike: Spike, counters: Counters, before: Mapping[int, Tensor]) -> None:
+    def spike(self, step: StepContext, spike: Spike, counters: Counters) -> None:
         """Report a finite step whose norm or loss is above a threshold.
 
         Args:
             step: The step.
             spike: Norms and loss of the step, and the thresholds.
             counters: Counters of the optimizer, which have counted the step.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
 
         Raises:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
-        facts = {**step.place, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
+        facts = {**step.facts, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
+        action = Action.SKIP
+        if self._options.takes_bad_steps:
+            action = Action.CLIP
         message = _Message(
             f"Spike at {step}: {spike}",
             spike.describe(),
-            _DONE[Action.CLIP if self._options.takes_bad_steps else Action.SKIP],
+            _DONE[action],
             advice=f"Lower the learning rate, or raise {' and '.join(spike.exceeded)}: what stays at this level is no spike.",
-            bundle=self._journal.record(step, facts, before),
+            bundle=self._journal.record(step, facts),
         )
         self._warn_or_end(step, message, counters)
         if counters.spike_share > MAX_SPIKE_SHARE and not self._has_warned_of_share:
@@ -152,7 +151,7 @@ class BadStepLog:
         what = f"{step.why_discarded} at {step}"
         facts = {"policy": self._options.policy, "streak": counters.streak, "stage": stage, "message": what}
         # no bundle: the gradients were not at fault, or the step that was has one
-        self._journal.note({**step.place, **facts})
+        self._journal.note({**step.facts, **facts})
         self._warn_or_end(step, _Message(what), counters)
 
     def all_dropped(self, step: StepContext, counters: Counters) -> None:
@@ -165,19 +164,18 @@ class BadStepLog:
             what = f"Non-finite gradients in every micro-batch at {step}"
             self._warn_or_end(step, _Message(what, self._last_diagnosis.describe(), advice=_ADVICE), counters)
 
-    def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis, before: Mapping[int, Tensor]) -> None:
+    def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis) -> None:
         """Report a micro-batch before it is dropped.
 
         Args:
             step: The step, with only this micro-batch in its window.
             diagnosis: Results of its examination.
-            before: Tensors as a skip restores them, by the ``id`` of the live ones.
         """
         # kept for the error of a window whose micro-batches are all dropped: by then no bad gradient is left to examine
         self._last_diagnosis = diagnosis
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.place, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
-        bundle = self._journal.record(step, facts, before, is_window=False, may_be_source=may_be_source(step, diagnosis))
+        facts = {**step.facts, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
+        bundle = self._journal.record(step, facts, is_window=False, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
 
@@ -203,9 +201,8 @@ class BadStepLog:
         """
         if names:
             place = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, rank {trainer.global_rank}"
-            listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
             self._warn(
-                f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed}. "
+                f"Non-finite buffers after a forward pass that led to no step, at {place}: {listed(names, MAX_LISTED)}. "
                 f"They are restored to their values from before {unit}."
             )
 
@@ -229,7 +226,9 @@ class BadStepLog:
         if not self._ends_streak(streak):
             end = f", {self._options.max_consecutive} stop the run"
             if self._options.takes_bad_steps:
-                end = "" if streak < self._options.max_consecutive else ", those that follow are only counted"
+                end = ""
+                if streak == self._options.max_consecutive:
+                    end = ", those that follow are only counted"
             self._warn(message.text(f": {message.done} ({number}{end})."))
         elif self.can_roll_back(streak):
             self._warn(message.text(f": {number}. {self._request_rollback(step)}"))
@@ -255,7 +254,7 @@ class BadStepLog:
         # of every optimizer, because the weights of all are replaced
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
-        self._journal.note({**step.place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
+        self._journal.note({**step.facts, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
         rates = ""
         if rollback.factor != 1.0:
             rates = f", with {rollback.factor:.4g} times the learning rates of that time"

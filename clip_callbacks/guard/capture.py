@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from clip_callbacks.bundles.random_states import RandomStates
 from clip_callbacks.guard.options import Weights
 from clip_callbacks.trainer.fingerprints import version_of
 from clip_callbacks.trainer.grad_scaler import grad_scaler
+from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 NOT_SEEN = "training_step takes the dataloader's iterator, or calls loss.backward() and not self.manual_backward(loss)"
 """Reason why hooks have not seen the batches of a bad step."""
+
+StateBefore: TypeAlias = Callable[[OptimizerContext], Mapping[int, Tensor]]
 
 
 class BundleWriter:
@@ -38,25 +41,26 @@ class BundleWriter:
         folder: Folder for the bundles.
         weights: Content of a bundle: all weights and optimizer states, a reference to a checkpoint, or none.
         module: The module in training.
+        before: Returns tensors as they were before a step of an optimizer, by the ``id`` of the live ones.
     """
 
-    def __init__(self, folder: BundleFolder, weights: Weights, module: LightningModule) -> None:
+    def __init__(self, folder: BundleFolder, weights: Weights, module: LightningModule, before: StateBefore) -> None:
         self._folder = folder
         self._weights = weights
         self._module = module
+        self._before = before
         self._states = RandomStates(module)
 
     def keep(self, batch: Any, batch_idx: int) -> KeptBatch:
         """Keep a reference to a batch, with the states of the random number generators before it."""
         return KeptBatch(batch, batch_idx, self._states.capture(), _versions(batch))
 
-    def write(self, step: StepContext, report: Mapping[str, Any], before: Mapping[int, Tensor], *, is_window: bool) -> Bundle:
+    def write(self, step: StepContext, report: Mapping[str, Any], *, is_window: bool) -> Bundle:
         """Write the bundle of a bad step.
 
         Args:
             step: The step, with its micro-batches.
             report: Facts about the step, for JSON.
-            before: Tensors as they were before the step, by the ``id`` of the live ones.
             is_window: If False, the bundle is about one micro-batch and not about a whole window.
 
         Returns:
@@ -71,7 +75,7 @@ class BundleWriter:
         if not parts:
             missing[BATCHES] = NOT_SEEN
         if self._weights == "full":
-            parts |= self._state(step.trainer, before)
+            parts |= self._state(step)
         # asked with the size of this bundle, before a byte is written
         if obstacle := self._folder.fullness(sum(map(bytes_of, parts.values()))):
             raise OSError(obstacle)
@@ -102,11 +106,12 @@ class BundleWriter:
             return {}, facts
         return {BATCHES: rows}, facts
 
-    def _state(self, trainer: Trainer, before: Mapping[int, Tensor]) -> dict[str, Any]:
+    def _state(self, step: StepContext) -> dict[str, Any]:
+        before = self._before(step.optimizer)
         # `before` is keyed by the ids of the live tensors; without `keep_vars` torch returns detached aliases with other ids.
         live = self._module.state_dict(keep_vars=True)
         weights = {name: encoded(before.get(id(value), _data(value))) for name, value in live.items() if not is_lazy(value)}
-        return {WEIGHTS: {"module": weights}, OPTIMIZERS: [encoded(optimizer.state_dict()) for optimizer in trainer.optimizers]}
+        return {WEIGHTS: {"module": weights}, OPTIMIZERS: [encoded(each.state_dict()) for each in step.trainer.optimizers]}
 
     def _module_facts(self) -> dict[str, Any]:
         module = self._module
@@ -141,8 +146,9 @@ def _trainer_facts(step: StepContext) -> dict[str, Any]:
 def _loss_scale(step: StepContext) -> float | None:
     if step.loss_scale is not None:
         return float(step.loss_scale)
-    scaler = grad_scaler(step.trainer)
-    return scaler.get_scale() if scaler else None
+    if scaler := grad_scaler(step.trainer):
+        return scaler.get_scale()
+    return None
 
 
 def _weights_facts(trainer: Trainer, weights: Weights) -> dict[str, Any]:
@@ -217,8 +223,10 @@ def _versions(batch: Any) -> tuple[tuple[int, int], ...]:
     """Return the identity of each leaf of a batch, and how often it was changed in place."""
     versions = []
     for leaf in tree_leaves(batch):
-        version = version_of(leaf) if isinstance(leaf, Tensor) else None
-        versions.append((id(leaf), version or 0))
+        version = 0
+        if isinstance(leaf, Tensor):
+            version = version_of(leaf) or 0
+        versions.append((id(leaf), version))
     return tuple(versions)
 
 

@@ -150,7 +150,10 @@ class Guard(Unguarded):
 
     @override
     def start_fit(self) -> None:
-        self.journal.start_fit(self._trainer)
+        self.journal.start_fit(self._trainer, self._state_before)
+
+    def _state_before(self, context: OptimizerContext) -> dict[int, Tensor]:
+        return self.restorer.before(context)  # not a method of the restorer, since each `attach` makes a new one
 
     @override
     def keep_batch(self, batch: Any, batch_idx: int) -> KeptBatch | None:
@@ -229,11 +232,13 @@ class Guard(Unguarded):
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
         # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
-        taken = Resolution(Action.CLIP if step.loss_scale is None else Action.SKIP, StepOutcome.IGNORED, is_called=not scaler.skips)
+        action = Action.CLIP if step.loss_scale is None else Action.SKIP
+        taken = Resolution(action, StepOutcome.IGNORED, is_called=not scaler.skips)
         if policy == "ignore":
             return taken
 
-        action = taken.action if policy == "warn" else ACTIONS.get(policy, Action.SKIP)
+        if policy != "warn":
+            action = ACTIONS.get(policy, Action.SKIP)
         # Setting entries to 0 would not make the scaler call the optimizer: it goes by its flag and not by the gradients.
         if scaler.skips:
             action = Action.SKIP
@@ -250,7 +255,7 @@ class Guard(Unguarded):
             # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
-            self._log.nonfinite(step, diagnosis, counters, self.restorer.before(step.optimizer), action)
+            self._log.nonfinite(step, diagnosis, counters, action)
         if policy == "warn":
             return taken
         if action is Action.ZERO:
@@ -289,12 +294,12 @@ class Guard(Unguarded):
             counters.add_spike(number)
             counters.skipped += not self._options.takes_bad_steps
         spike = Spike.of(step.optimizer.table.names, norms, total, thresholds)
-        self._log.spike(step, spike, counters, self.restorer.before(step.optimizer))
+        self._log.spike(step, spike, counters)
 
     @override
     def drop_micro_batch(self, step: StepContext) -> None:
         diagnosis = self._examine(step)
-        self._log.dropped_micro_batch(step, diagnosis, self.restorer.before(step.optimizer))
+        self._log.dropped_micro_batch(step, diagnosis)
 
     @override
     def count_dropped_micro_batch(self) -> None:
@@ -392,7 +397,9 @@ class Guard(Unguarded):
     @override
     def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, Tensor | float]:
         loss = report.thresholds.loss
-        metrics: dict[str, Tensor | float] = {} if loss is None else {LOSS: loss.value, LOSS_LIMIT: loss.limit}
+        metrics: dict[str, Tensor | float] = {}
+        if loss is not None:
+            metrics = {LOSS: loss.value, LOSS_LIMIT: loss.limit}
         return metrics | self.count_metrics(context)
 
     @override
@@ -418,9 +425,11 @@ class Guard(Unguarded):
 
     @override
     def summary(self, contexts: Sequence[OptimizerContext]) -> list[str]:
-        steps = sum(context.history.steps for context in contexts)
         counted = self.counts.described()
-        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."] if counted else []
+        if not counted:
+            return []
+        steps = sum(context.history.steps for context in contexts)
+        return [f"NonFiniteGuard: optimizer steps: {steps}, {counted}."]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the states of both thresholds, and the position of held schedules in the epoch."""

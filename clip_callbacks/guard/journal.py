@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from clip_callbacks.bundles.folder import BundleFolder
 from clip_callbacks.core.metric_names import JOURNAL
-from clip_callbacks.guard.capture import BundleWriter
+from clip_callbacks.guard.capture import BundleWriter, StateBefore
 from clip_callbacks.guard.options import Bundles
 from clip_callbacks.trainer.step_context import KeptBatch, StepContext
 
@@ -48,8 +47,13 @@ class Journal:
         self._bundles: BundleWriter | None = None
         self._path: Path | None = None
 
-    def start_fit(self, trainer: Trainer) -> None:
-        """Find the log directory, and prepare for bundles unless their folder is full."""
+    def start_fit(self, trainer: Trainer, before: StateBefore) -> None:
+        """Find the log directory, and prepare for bundles unless their folder is full.
+
+        Args:
+            trainer: The Trainer.
+            before: Returns tensors as they were before a step of an optimizer, by the ``id`` of the live ones.
+        """
         logs = trainer.log_dir if trainer.loggers else None  # log_dir is a broadcast, so that every rank must read it
         # one file for all ranks, written by one of them, so that no lines mix
         if logs and trainer.is_global_zero:
@@ -60,7 +64,7 @@ class Journal:
         if full := folder.fullness():
             rank_zero_warn(f"{full}: no more will be written. Clear the folder, or choose another one.", stacklevel=2)
         else:
-            self._bundles = BundleWriter(folder, self._options.weights, trainer.lightning_module)
+            self._bundles = BundleWriter(folder, self._options.weights, trainer.lightning_module, before)
 
     def detach(self) -> None:
         """Hold the module and its batches no longer."""
@@ -72,21 +76,12 @@ class Journal:
             return self._bundles.keep(batch, batch_idx)
         return None
 
-    def record(
-        self,
-        step: StepContext,
-        facts: dict[str, Any],
-        before: Mapping[int, Tensor],
-        *,
-        is_window: bool = True,
-        may_be_source: bool = True,
-    ) -> str:
+    def record(self, step: StepContext, facts: dict[str, Any], *, is_window: bool = True, may_be_source: bool = True) -> str:
         """Write a line of the journal, and a bundle if the options ask for it.
 
         Args:
             step: The step.
             facts: Facts about the step, for JSON.
-            before: Tensors as they were before the step, by the ``id`` of the live ones.
             is_window: If False, the facts are about one micro-batch and not about a whole window.
             may_be_source: If False, the step did not become bad on this rank, and no bundle is written here.
 
@@ -97,7 +92,7 @@ class Journal:
         # The bundle first: the line of the journal names it.
         if self._bundles and may_be_source:
             try:
-                bundle = self._bundles.write(step, facts, before, is_window=is_window)
+                bundle = self._bundles.write(step, facts, is_window=is_window)
             except Exception as error:  # of any kind: a failing bundle must not end the training
                 self._bundles = None
                 message = f"The bundle of {step} cannot be written ({error}): training continues without further bundles."

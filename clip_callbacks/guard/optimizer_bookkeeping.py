@@ -168,7 +168,9 @@ def _with_wrapped(optimizer: Optimizer) -> dict[str, Optimizer]:
             for inner in _optimizers_in(attribute):
                 if id(inner) not in known:
                     known.add(id(inner))
-                    path = f"{prefix}{name}.{len(known)}." if f"{prefix}{name}." in found else f"{prefix}{name}."
+                    path = f"{prefix}{name}."
+                    if path in found:  # an attribute that holds several
+                        path += f"{len(known)}."
                     found[path] = inner
                     waiting.append((path, inner))
     return found

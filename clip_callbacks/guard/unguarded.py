@@ -126,7 +126,9 @@ class Unguarded:
         if step.mode is StepMode.ON_DEVICE:
             # Lightning does not unscale for fused optimizers, so that the scaler has not looked for overflows yet.
             return Resolution(Action.ON_DEVICE)
-        return CLIP if measured.norms.is_finite else Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
+        if not measured.norms.is_finite:
+            return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
+        return CLIP
 
     def discard(self, step: StepContext) -> None:
         """Count an accumulation window without usable gradients.

@@ -28,6 +28,8 @@ NO_LEGEND = "_nolegend_"
 """The label of a line that the legend leaves out."""
 LEGEND_ROW_INCHES = 0.18
 """Height of one row of a legend."""
+LEGEND_CHARACTERS = (120, 46)
+"""Characters that fit into a row of a legend on a wide and on a narrow screen."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class PlottedRun:
         return shorten(self.log.name, 28)
 
 
+def limit_color(plotted: Sequence[PlottedRun], each: PlottedRun, theme: Theme) -> str:
+    """Return the color of the limit of a run: that of the text if the plot shows one run, else that of the run."""
+    return theme.ink if len(plotted) == 1 else each.color
+
+
 def draw_line(axes: Axes, series: Series, color: str, label: str, gid: str, **options: object) -> None:
     """Draw a line over steps; long series as the median of each column of the plot, with a band from smallest to largest value."""
     reduced = downsample(series)
@@ -73,7 +80,7 @@ def label_step_axis(axes: Axes) -> None:
 def add_legend(axes: Axes, theme: Theme) -> None:
     """Add a legend above the axes; a thin space keeps labels with a leading underscore, which matplotlib would leave out."""
     handles = [handle for handle in axes.get_lines() if not str(handle.get_label()).startswith(("_child", NO_LEGEND))]
-    names = [f"\u200a{label}" if (label := str(handle.get_label())).startswith("_") else label for handle in handles]
+    names = [re.sub("^_", "\u200a_", str(handle.get_label())) for handle in handles]
     if names:
         columns = _legend_columns(names, narrow=theme.narrow)
         axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.8)
@@ -86,8 +93,7 @@ def heights_with_legend(wide: float, narrow: float, names: Sequence[str]) -> tup
 
 
 def _legend_columns(names: Sequence[str], *, narrow: bool) -> int:
-    characters = 46 if narrow else 120
-    return max(1, characters // (max(map(len, names)) + 8))
+    return max(1, LEGEND_CHARACTERS[narrow] // (max(map(len, names)) + 8))
 
 
 def label_log_axis(axis: Axis, short_ratio: float = SHORT_LOG_AXIS_RATIO) -> None:
@@ -101,9 +107,16 @@ def label_log_axis(axis: Axis, short_ratio: float = SHORT_LOG_AXIS_RATIO) -> Non
     if high > LOG_AXIS_MAX:
         high = LOG_AXIS_MAX
         axis.set_view_interval(low, high, ignore=True)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if 0 < high < short_ratio * low else (1.0,), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"))  # noqa: PLR2004
+    ticks: tuple[float, ...] = (1.0,)
+    if 0 < high < short_ratio * low:
+        ticks = (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=ticks, numticks=8))
+    axis.set_major_formatter(FuncFormatter(_tick_label))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _tick_label(value: float, _: int | None) -> str:
+    return f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"  # noqa: PLR2004
 
 
 def shorten(name: str, length: int) -> str:

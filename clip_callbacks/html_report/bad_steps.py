@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS
+from clip_callbacks.core.wording import listed
 from clip_callbacks.html_report.losses import TrainingLoss, number_in
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.spikes import NO_SPIKES, Spikes
@@ -61,10 +62,13 @@ def bad_steps(log: OptimizerLog, loss: TrainingLoss | None = None) -> tuple[list
         for step in logged.steps[~np.isfinite(logged.values)][:MAX_ROWS_PER_KIND]
     ]
     norms = log.norm_spikes.without([row.step for row in bad])  # the guard may have skipped a spike
-    losses = loss.spikes.without([row.step for row in bad]) if loss else NO_SPIKES
+    losses = NO_SPIKES
+    if loss:
+        losses = loss.spikes.without([row.step for row in bad])
     both = set(norms.points.steps.tolist()) & set(losses.points.steps.tolist())
     rows = [*bad[:MAX_ROWS_PER_KIND], *_norm_rows(log, norms, losses)]
-    rows += _loss_rows(log, loss.name, losses.without([row.step for row in rows])) if loss else []
+    if loss:
+        rows += _loss_rows(log, loss.name, losses.without([row.step for row in rows]))
     return sorted(rows, key=lambda row: row.step), len(bad) + len(norms.points) + len(losses.points) - len(both)
 
 
@@ -75,16 +79,19 @@ def named_tensors(entry: Mapping[str, Any]) -> list[str]:
 
 def _journal_row(entry: Mapping[str, Any]) -> BadStep:
     stage, policy = str(entry.get("stage", "unknown")), str(entry.get("policy", "bad"))
-    place = ", ".join(f"{key} {entry[key]}" for key in ("epoch", "batch", "rank") if key in entry)
+    place = ", ".join(f"{key} {entry[key]}" for key in ("global_step", "epoch", "batch", "rank") if key in entry)
     outcome = POLICY_OUTCOMES.get(policy, policy)
     if stage == "spike":
-        outcome = f"spike, {outcome}" if policy == "warn" else "skipped as a spike"
+        outcome = "skipped as a spike"
+        if policy == "warn":
+            outcome = f"spike, {POLICY_OUTCOMES[policy]}"
         details = _spike_details(entry)
     elif policy == "rollback":
         details = stage
     else:
-        listed = _listed_tensors(entry)
-        details = f'stage "{stage}"' + (listed and f"; not finite: {listed}")
+        details = f'stage "{stage}"'
+        if names := named_tensors(entry):
+            details += f"; not finite: {listed(names, MAX_TENSORS_PER_ROW)}"
     return BadStep(int(entry["step"]), outcome, number_in(entry, "total_norm"), place, details)
 
 
@@ -94,19 +101,17 @@ def _spike_details(entry: Mapping[str, Any]) -> str:
     for name, key, limit in (("loss", "loss", "loss_limit"), ("norm", "total_norm", "limit")):
         value, threshold = number_in(entry, key), number_in(entry, limit)
         if math.isfinite(value) and math.isfinite(threshold):
-            is_norm_alone = name == "norm" and "loss" not in entry  # its column shows the norm, and it is why the step is here
-            side = "above" if value > threshold else "within"
-            parts += [] if is_norm_alone else [f"{name} {value:.3g} {side} its limit {threshold:.3g}"]
+            side = "within"
+            if value > threshold:
+                side = "above"
+            # a norm alone is in its column, and is why the step is here
+            if name == "loss" or "loss" in entry:
+                parts.append(f"{name} {value:.3g} {side} its limit {threshold:.3g}")
         elif math.isfinite(value) and name == "loss":
             parts.append(f"loss {value:.3g}")
-    listed = _listed_tensors(entry)
-    return "; ".join([*parts, *([f"largest gradients: {listed}"] if listed else [])])
-
-
-def _listed_tensors(entry: Mapping[str, Any]) -> str:
-    names = named_tensors(entry)
-    more = f" and {len(names) - MAX_TENSORS_PER_ROW} more" if len(names) > MAX_TENSORS_PER_ROW else ""
-    return ", ".join(names[:MAX_TENSORS_PER_ROW]) + more
+    if names := named_tensors(entry):
+        parts.append(f"largest gradients: {listed(names, MAX_TENSORS_PER_ROW)}")
+    return "; ".join(parts)
 
 
 def _logged_skips(log: OptimizerLog) -> list[BadStep]:

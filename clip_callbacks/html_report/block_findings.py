@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from clip_callbacks.core.metric_names import GRADIENT_ZEROS
-from clip_callbacks.html_report.finding import Finding, listed
+from clip_callbacks.core.wording import listed, plural
+from clip_callbacks.html_report.finding import Finding, Severity
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.vanished import silent_blocks, vanished_blocks
@@ -24,6 +24,8 @@ USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
 """Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
 MANY_ZEROS = 0.5
 """Least share of exact zeros in a gradient that is reported."""
+MAX_NAMED_BLOCKS = 4
+"""The number of blocks that a finding names."""
 TYPICAL_RATIO = "About 1e-3 is typical."
 
 
@@ -43,9 +45,10 @@ def _shares(log: OptimizerLog) -> Iterator[Finding]:
     for name, series in norms.items():
         total = log.total_norm.at(series.steps)
         ratio = series.values / np.where(total > 0, total, np.nan)
-        shares[name] = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
-    largest = max(shares, key=lambda name: -1.0 if math.isnan(shares[name]) else shares[name])
-    if shares[largest] > DOMINANT_SHARE:
+        if np.isfinite(ratio).any():
+            shares[name] = float(np.nanmedian(ratio))
+    largest = max(shares, key=lambda name: shares[name], default=None)
+    if largest is not None and shares[largest] > DOMINANT_SHARE:
         yield Finding(
             "note",
             f"The norm of {largest} alone is {min(shares[largest], 1.0):.0%} of {log.norm.title} in the median step: a global "
@@ -55,7 +58,8 @@ def _shares(log: OptimizerLog) -> Iterator[Finding]:
     if vanishing := [name for name, share in shares.items() if share < VANISHING_SHARE and name not in silent]:
         yield Finding(
             "warn",
-            f"Hardly any gradient reaches {listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total norm.",
+            f"Hardly any gradient reaches {_listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total "
+            "norm.",
         )
 
 
@@ -65,16 +69,18 @@ def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
     if fast := [name for name, value in medians.items() if value > high]:
         yield Finding(
             "note",
-            f"The update-to-weight ratio of {listed(fast)} is above {high:g}: the learning rate is high for them. {TYPICAL_RATIO}",
+            f"The update-to-weight ratio of {_listed(fast)} is above {high:g}: the learning rate is high for them. {TYPICAL_RATIO}",
         )
     silent = silent_blocks(log)
     if slow := [name for name, value in medians.items() if value < low and name not in silent]:
-        text = f"The update-to-weight ratio of {listed(slow)} is below {low:g}: they hardly change."
+        text = f"The update-to-weight ratio of {_listed(slow)} is below {low:g}: they hardly change."
         text += f" {TYPICAL_RATIO} {describe_rounding()}"
+        severity: Severity = "note"
         lost = [name for name in slow if medians[name] < least_update(torch.float32)]
         if lost:
-            text += f" That of {listed(lost)} is below {least_update(torch.float32):.0e}: such updates change nothing."
-        yield Finding("warn" if lost else "note", text)
+            text += f" That of {_listed(lost)} is below {least_update(torch.float32):.0e}: such updates change nothing."
+            severity = "warn"
+        yield Finding(severity, text)
 
 
 def _vanished(log: OptimizerLog) -> Iterator[Finding]:
@@ -84,14 +90,14 @@ def _vanished(log: OptimizerLog) -> Iterator[Finding]:
     for name, block in found.items():
         if block.epochs:
             cause = _cause(name in silent, zeros.get(name, Series.empty()))
-            epochs = "an epoch" if block.epochs == 1 else f"{block.epochs} epochs"
+            epochs = plural(block.epochs, "an epoch", f"{block.epochs} epochs")
             of_cause.setdefault(cause, []).append(f"{name} ({block.share:.0%} of its entries, at the end of {epochs})")
     for cause, names in of_cause.items():
-        yield Finding("warn", f"Did not learn for {MIN_STEPS} steps or more: {listed(names)}. {cause}")
+        yield Finding("warn", f"Did not learn for {MIN_STEPS} steps or more: {_listed(names)}. {cause}")
     if unexplained := [name for name, block in found.items() if not block.epochs]:
         yield Finding(
             "note",
-            f"The norm of {listed(unexplained)} is exactly 0 at all logged steps. The log does not tell whether the gradient was "
+            f"The norm of {_listed(unexplained)} is exactly 0 at all logged steps. The log does not tell whether the gradient was "
             "zero or whether there was none: frozen and unused parameters have none, and then nothing is wrong.",
         )
 
@@ -106,12 +112,16 @@ def _cause(is_silent: bool, zeros: Series) -> str:
     return f"Either the gradient was exactly zero, or the updates were too small to change the weights. {ZERO_CAUSES} {lost}"
 
 
+def _listed(names: Sequence[str]) -> str:
+    return listed(names, MAX_NAMED_BLOCKS)
+
+
 def _zeros(log: OptimizerLog) -> Iterator[Finding]:
     explained = vanished_blocks(log)
     medians = {name: float(np.median(series.values)) for name, series in log.with_prefix(GRADIENT_ZEROS).items() if series}
     many = {name: share for name, share in medians.items() if share >= MANY_ZEROS and name not in explained}
     if many:
-        names = listed([f"{name} ({share:.0%})" for name, share in many.items()])
+        names = _listed([f"{name} ({share:.0%})" for name, share in many.items()])
         yield Finding(
             "note",
             f"At least half of the gradient of {names} is exactly zero in the median step. That is normal for embeddings and "

@@ -21,6 +21,7 @@ from clip_callbacks.html_report.axes import (
     heights_with_legend,
     label_log_axis,
     label_step_axis,
+    limit_color,
     or_none,
     shorten,
 )
@@ -40,18 +41,23 @@ HISTOGRAM_BINS = 60
 
 def make_charts(plotted: Sequence[PlottedRun]) -> list[Chart]:
     """Make all plots for which something was logged."""
+    charts: list[Chart] = []
     measured = [each for each in plotted if each.log.total_norm]
-    charts = [_norm_chart(measured)] if measured else []
-    charts += [loss_chart(plotted)] if any(each.losses for each in plotted) else []
-    guarded = [each for each in plotted if each.loss and each.loss.is_ours]
-    charts += [loss_limit_chart(guarded)] if guarded else []
-    clipping = [each for each in plotted if each.log.clip_coef]
-    charts += [_coefficient_chart(clipping)] if clipping else []
-    charts += [_histogram_chart(measured), _what_if_chart(measured)] if measured else []
+    if measured:
+        charts.append(_norm_chart(measured))
+    if any(each.losses for each in plotted):
+        charts.append(loss_chart(plotted))
+    if guarded := [each for each in plotted if each.loss and each.loss.is_ours]:
+        charts.append(loss_limit_chart(guarded))
+    if clipping := [each for each in plotted if each.log.clip_coef]:
+        charts.append(_coefficient_chart(clipping))
+    if measured:
+        charts += [_histogram_chart(measured), _what_if_chart(measured)]
     for number, each in enumerate(plotted, 1):
         blocks = ((metric, metric.of(each.log)) for metric in BLOCK_METRICS)
         charts += [heat_map(logged, metric, number, each.log.name) for metric, logged in blocks if logged]
-        charts += [strip] if (strip := vanished_chart(each.log, number)) else []
+        if strip := vanished_chart(each.log, number):
+            charts.append(strip)
     return charts
 
 
@@ -59,15 +65,13 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
     clips = any(each.log.clip_fraction for each in plotted)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        grid = figure.subplots(2 if clips else 1, sharex=True, height_ratios=[3.2, 1] if clips else None, squeeze=False)
-        norms, *strips = grid[:, 0]
+        height_ratios = [3.2, 1][: 1 + clips]
+        norms, *strips = figure.subplots(1 + clips, sharex=True, height_ratios=height_ratios, squeeze=False)[:, 0]
         for each in plotted:
             draw_line(norms, each.log.total_norm, each.color, each.label, f"total_norm-{each.log.name}")
-            _mark_steps(norms, each, theme.ink if len(plotted) == 1 else each.color, theme)
-            for strip in strips if each.log.clip_fraction else ():
-                share = each.log.clip_fraction
-                edges, values = column_means(share, min(MAX_COLUMNS // 4, len(share)))
-                strip.stairs(values, edges, color=each.color, fill=len(plotted) == 1, gid=f"clip_fraction-{each.log.name}")
+            _mark_steps(norms, each, limit_color(plotted, each, theme), theme)
+            for strip in strips:
+                _draw_clipped_share(strip, each, fill=len(plotted) == 1)
         for style, marker, label, is_there in (
             (DASHED, "", "max_norm", any(each.log.max_norm for each in plotted)),
             ("", ".", "clipped step", any(len(_clipped(each).steps) for each in plotted)),
@@ -111,7 +115,14 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
     )
 
 
-def _mark_steps(axes: Axes, each: PlottedRun, limit_color: str, theme: Theme) -> None:
+def _draw_clipped_share(axes: Axes, each: PlottedRun, *, fill: bool) -> None:
+    share = each.log.clip_fraction
+    if share:
+        edges, values = column_means(share, min(MAX_COLUMNS // 4, len(share)))
+        axes.stairs(values, edges, color=each.color, fill=fill, gid=f"clip_fraction-{each.log.name}")
+
+
+def _mark_steps(axes: Axes, each: PlottedRun, color_of_limit: str, theme: Theme) -> None:
     """Draw the limit, a dot on each clipped step and a cross above each skipped step."""
     name = each.log.name
     if each.log.max_norm:
@@ -119,7 +130,7 @@ def _mark_steps(axes: Axes, each: PlottedRun, limit_color: str, theme: Theme) ->
         axes.plot(
             limit.steps,
             limit.median,
-            color=limit_color,
+            color=color_of_limit,
             linestyle=DASHED,
             linewidth=1.4,
             zorder=3,

@@ -120,7 +120,9 @@ def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
         raise UnusableLogError(
             f"{path} must have a column {STEP_COLUMNS[0]!r}, as a CSVLogger writes it; it begins with {first!r}."
         )
-    notes = [f"The columns of {path.name} change in mid-run: it was read in {headers} parts."] if headers > 1 else []
+    notes = []
+    if headers > 1:
+        notes.append(f"The columns of {path.name} change in mid-run: it was read in {headers} parts.")
     if bad_rows:
         notes.append(f"{bad_rows} rows of {path.name} do not fit its header and are left out.")
     return columns, non_numeric, notes
@@ -134,7 +136,7 @@ def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int
     bad_rows = 0
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         for row in csv.reader(line.replace("\0", "") for line in file):
-            found = step_column(row) if step is None else step
+            found = step or step_column(row)
             if found in row and len(set(row)) == len(row):
                 if step:
                     yield step, header, rows, bad_rows

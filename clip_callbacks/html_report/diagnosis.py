@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.bad_steps import named_tensors
 from clip_callbacks.html_report.block_findings import find_in_blocks
 from clip_callbacks.html_report.finding import Finding, Severity
@@ -49,7 +50,7 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series], loss: TrainingLoss | 
     order: list[Severity] = ["bad", "warn", "good", "note"]
     found = [
         *_broken_loss(losses),
-        *([Finding("bad", caution)] if (caution := out_of_control(losses)) else []),
+        *_out_of_control(losses),
         *_origin(log),
         *_not_finite(log),
         *_clipping(log),
@@ -88,6 +89,11 @@ def out_of_control(losses: dict[str, Series]) -> str | None:
     )
 
 
+def _out_of_control(losses: dict[str, Series]) -> Iterator[Finding]:
+    if caution := out_of_control(losses):
+        yield Finding("bad", caution)
+
+
 def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
     for key, series in losses.items():
         broken = series.steps[~np.isfinite(series.values)]
@@ -124,8 +130,7 @@ def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
         f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at optimizer step {first:,}. Percentiles and plots "
         "leave them out."
     )
-    at_end = int((logged.steps > finite.steps[-1]).sum()) if finite else 0
-    if at_end > 1:
+    if finite and int((logged.steps > finite.steps[-1]).sum()) > 1:
         yield Finding("bad", f"{text} None is finite after optimizer step {finite.steps[-1]:,}: the weights may be NaN since then.")
     else:
         yield Finding("warn", text)
@@ -198,26 +203,33 @@ def _limit_in_words(limit: Series) -> str:
     if not limit:
         return "a max_norm that was not logged"
     lowest, highest = limit.values.min(), limit.values.max()
-    return f"max_norm {limit.last:.3g}" if highest <= 1.01 * lowest else f"a max_norm from {lowest:.3g} to {highest:.3g}"
+    if highest <= 1.01 * lowest:
+        return f"max_norm {limit.last:.3g}"
+    return f"a max_norm from {lowest:.3g} to {highest:.3g}"
 
 
 def _skips(log: OptimizerLog) -> Iterator[Finding]:
-    skipped = int(log.skipped_steps.last) if log.skipped_steps else 0
-    if not skipped:
+    if not log.skipped_steps or not log.skipped_steps.last:
         return
+    skipped = int(log.skipped_steps.last)
     share = skipped / log.step_count
     entries = log.bad_steps
     stages = Counter(str(entry.get("stage")) for entry in entries)
-    text = f"{skipped:,} of {log.step_count:,} steps {'was' if skipped == 1 else 'were'} skipped ({share:.2%})."
+    text = f"{skipped:,} of {log.step_count:,} steps {plural(skipped, 'was', 'were')} skipped ({share:.2%})."
     if stages:
         stage = stages.most_common(1)[0][0]
-        meaning = STAGE_MEANINGS.get(stage)
-        text += f' The most frequent stage is "{stage}"' + (f": {meaning}." if meaning else ".")
+        text += f' The most frequent stage is "{stage}"'
+        if stage in STAGE_MEANINGS:
+            text += f": {STAGE_MEANINGS[stage]}"
+        text += "."
         named = [entry for entry in entries if entry.get("stage") != "loss" and named_tensors(entry)]
         if named and stage != "loss":
             names = Counter(named_tensors(entry)[0] for entry in named)
             text += f" The tensor named first most often is {names.most_common(1)[0][0]}."
-    yield Finding("bad" if share > ALARMING_SKIPPED_SHARE else "warn", text)
+    severity: Severity = "warn"
+    if share > ALARMING_SKIPPED_SHARE:
+        severity = "bad"
+    yield Finding(severity, text)
 
 
 def _end_of_run(log: OptimizerLog) -> Iterator[Finding]:
@@ -242,7 +254,7 @@ def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
     warned = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
     for sentence in dict.fromkeys(sentence for _, sentence in warned):
         steps = [step for step, other in warned if other == sentence]
-        more = f" (in {len(steps)} epochs)" if len(steps) > 1 else ""
+        more = plural(len(steps), "", f" (in {len(steps)} epochs)")
         yield Finding("warn", f"From optimizer step {steps[0]:,} on{more}: {sentence}")
 
 

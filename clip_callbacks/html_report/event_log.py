@@ -57,7 +57,7 @@ def _read_file(path: Path, points: Points) -> str | None:
     from tensorboard.compat.proto.event_pb2 import Event
 
     known: dict[bytes, tuple[array[int], array[float]]] = {}
-    first = True
+    damage = NOT_AN_EVENT_FILE
     try:
         for content in _records(path):
             step, after_step = _parse_step(content)
@@ -69,9 +69,9 @@ def _read_file(path: Path, points: Points) -> str | None:
             _append_scalars(event, points)
             if _is_single_scalar(event, content, after_step):
                 known[content[after_step:-VALUE_BYTES]] = points[event.summary.value[0].tag]
-            first = False
+            damage = "damaged: it was read up to there"
     except DecodeError:
-        return f"{path.name} is {NOT_AN_EVENT_FILE if first else 'damaged: it was read up to there'}."
+        return f"{path.name} is {damage}."
     except _IncompleteFile as broken:
         return f"{path.name} is {broken}."
     except OSError as error:
@@ -108,7 +108,9 @@ def _parse_step(content: bytes) -> tuple[int, int]:
         step |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:  # noqa: PLR2004 (the last byte of a varint)
-            return (step, at) if step < FIRST_NEGATIVE_VARINT else (0, 0)
+            if step < FIRST_NEGATIVE_VARINT:
+                return step, at
+            return 0, 0
         shift += 7
     return 0, 0
 
@@ -138,9 +140,13 @@ def _records(path: Path) -> Iterator[bytes]:
     ) as bar:  # fmt: skip
         while at < size:
             start = at + HEADER_BYTES
-            end = start + RECORD_LENGTH.unpack_from(data, at)[0] if start <= size else size
+            end = size
+            if start <= size:
+                end = start + RECORD_LENGTH.unpack_from(data, at)[0]
             if end + FOOTER_BYTES > size:
-                raise _IncompleteFile("incomplete: it ends within a record and was read up to there" if at else NOT_AN_EVENT_FILE)
+                if not at:
+                    raise _IncompleteFile(NOT_AN_EVENT_FILE)
+                raise _IncompleteFile("incomplete: it ends within a record and was read up to there")
             yield data[start:end]
             at = end + FOOTER_BYTES
             if at - bar.n > PROGRESS_BYTES or at == size:

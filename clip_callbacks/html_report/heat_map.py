@@ -35,6 +35,10 @@ BELOW_AND_ABOVE_ZERO = LinearSegmentedColormap.from_list(
 
 NARROW_BAR_RATIO = 20
 """On a phone, a color bar whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
+BAR_LOCATIONS = ("right", "bottom")
+"""The side of a heat map on which its color bar is, on a wide and on a narrow screen."""
+LABEL_SEPARATORS = ("\n", " ")
+"""Text between the two parts of a color bar's label, on a wide and on a narrow screen."""
 
 Scale = Literal["log", "either sign", "share"]
 
@@ -59,7 +63,9 @@ class BlockMetric:
 
     def of(self, log: OptimizerLog) -> dict[str, Series]:
         """Return the metric of each block for which it was logged."""
-        blocks = log.with_prefix(self.prefix) if self.prefix else log.blocks()
+        blocks = log.blocks()
+        if self.prefix:
+            blocks = log.with_prefix(self.prefix)
         return {name: series for name, series in blocks.items() if series}
 
 
@@ -87,8 +93,7 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
     first = min(int(blocks[name].steps[0]) for name in names)
     last = max(int(blocks[name].steps[-1]) for name in names)
     columns = max(1, min(MAX_COLUMNS // 2, max(len(blocks[name]) for name in names)))
-    reduce = column_extremes if metric.scale == "either sign" else column_maxima
-    cells = np.array([reduce(blocks[name], first, last, columns) for name in names])
+    cells = np.array([_REDUCTIONS[metric.scale](blocks[name], first, last, columns) for name in names])
     key = f"{metric.key}-{number}"
     colors = _colors(cells, metric.scale)
 
@@ -103,9 +108,9 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
             **colors,
         )
         axes.grid(visible=False)
-        labels = [shorten(name, 22 if theme.narrow else 44) for name in without_common_parts(names)]
+        labels = [shorten(name, theme.name_length) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
-        bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if theme.narrow else "right", shrink=0.9, aspect=30)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, location=BAR_LOCATIONS[theme.narrow], shrink=0.9, aspect=30)
         _label_colors(bar, metric, theme)
         label_step_axis(axes)
 
@@ -126,6 +131,7 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
     )
 
 
+_REDUCTIONS = {"log": column_maxima, "either sign": column_extremes, "share": column_maxima}
 _CAPTIONS: dict[Scale, str] = {
     "log": "The color is the largest value in each column of the plot; a gap means that nothing or 0 was logged.",
     "either sign": "The color is the value furthest from 0 in each column of the plot: blue below 0, orange above. The scale is "
@@ -148,21 +154,25 @@ def _colors(cells: Values, scale: Scale) -> dict[str, Any]:
         return {"cmap": BELOW_AND_ABOVE_ZERO, "norm": SymLogNorm(linear, vmin=-top, vmax=top)}
     positive = np.isfinite(cells) & (cells > 0)
     cells[~positive] = np.nan
-    bottom, top = (float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))) if positive.any() else (0.1, 1.0)
+    bottom, top = 0.1, 1.0
+    if positive.any():
+        bottom, top = float(np.nanquantile(cells, 0.01)), float(np.nanmax(cells))
     return {"cmap": "viridis", "norm": LogNorm(min(bottom, top / 2), top)}
 
 
 def _label_colors(bar: Colorbar, metric: BlockMetric, theme: Theme) -> None:
-    axis = bar.ax.xaxis if theme.narrow else bar.ax.yaxis
     note = ""
     if metric.scale == "log":
         note = "(log scale)"
-        label_log_axis(axis, NARROW_BAR_RATIO if theme.narrow else SHORT_LOG_AXIS_RATIO)
+        if theme.narrow:
+            label_log_axis(bar.ax.xaxis, NARROW_BAR_RATIO)
+        else:
+            label_log_axis(bar.ax.yaxis, SHORT_LOG_AXIS_RATIO)
     elif metric.scale == "either sign":
         top, linear = float(bar.norm.vmax or 1.0), bar.norm.linthresh  # type: ignore[attr-defined]
         ticks = [-top, -linear, 0.0, linear, top]
         note = "(linear near 0)"
         bar.set_ticks(ticks, labels=[f"{float(f'{tick:.2g}'):g}" for tick in ticks])
         bar.minorticks_off()
-    bar.set_label(f"{metric.label}{' ' if theme.narrow else chr(10)}{note}".rstrip(), fontsize=8)
+    bar.set_label(f"{metric.label}{LABEL_SEPARATORS[theme.narrow]}{note}".rstrip(), fontsize=8)
     bar.outline.set_edgecolor(theme.faint)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.axes import (
     DASHED,
     LOG_AXIS_RATIO,
@@ -19,6 +20,7 @@ from clip_callbacks.html_report.axes import (
     heights_with_legend,
     label_log_axis,
     label_step_axis,
+    limit_color,
     or_none,
 )
 from clip_callbacks.html_report.downsampling import MAX_COLUMNS
@@ -53,7 +55,9 @@ def loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
         axes = figure.subplots()
         for each, label, series, style in lines:
             if finite := series.finite:
-                marker = "o" if len(finite) < MAX_MARKED_POINTS else None
+                marker = ""
+                if len(finite) < MAX_MARKED_POINTS:
+                    marker = "o"
                 draw_line(axes, finite, each.color, label, f"loss-{label}", linestyle=style, marker=marker, markersize=3)
             broken = series.steps[~np.isfinite(series.values)]
             if len(broken):
@@ -89,7 +93,7 @@ def loss_limit_chart(plotted: Sequence[PlottedRun]) -> Chart:
             draw_line(axes, each.loss.logged, each.color, each.label, f"guarded_loss-{each.log.name}")
             values.append(each.loss.logged.values)
             if each.loss.limit:
-                color = theme.ink if len(plotted) == 1 else each.color
+                color = limit_color(plotted, each, theme)
                 draw_line(axes, each.loss.limit, color, NO_LEGEND, f"loss_limit-{each.log.name}", linestyle=DASHED)
                 values.append(each.loss.limit.values)
         if any(each.loss and each.loss.limit for each in plotted):
@@ -121,11 +125,7 @@ def _spikes(each: PlottedRun) -> dict[str, Series]:
     """Return the steps and losses of the spikes to be marked, by the legend entry of their marks."""
     if each.loss is None:
         return {}
-    journal = [
-        (entry["step"], number_in(entry, "loss"), SEEN if entry.get("policy") == "warn" else SKIPPED)
-        for entry in each.log.bad_steps
-        if is_loss_spike(entry)
-    ]
+    journal = [(entry["step"], number_in(entry, "loss"), _kind(entry)) for entry in each.log.bad_steps if is_loss_spike(entry)]
     found = each.loss.spikes.highest(MAX_MARKED_SPIKES).points
     points = [*journal, *((step, loss, SEEN) for step, loss in zip(found.steps, found.values, strict=True))]
     marks = {}
@@ -134,6 +134,10 @@ def _spikes(each: PlottedRun) -> dict[str, Series]:
         if chosen:
             marks[kind] = Series.of(*zip(*sorted(chosen), strict=True))
     return marks
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    return SEEN if entry.get("policy") == "warn" else SKIPPED
 
 
 def _kinds(plotted: Sequence[PlottedRun]) -> list[str]:
@@ -162,7 +166,7 @@ def _meaning_of_marks(plotted: Sequence[PlottedRun]) -> str:
 
 def _spikes_in_words(plotted: Sequence[PlottedRun]) -> str:
     counts = [
-        f" {each.log.name}: {len(points)} {kind}{'' if len(points) == 1 else 's'}."
+        f" {each.log.name}: {len(points)} {plural(len(points), kind, f'{kind}s')}."
         for each in plotted
         for kind, points in _spikes(each).items()
     ]

@@ -80,7 +80,9 @@ def training_loss(log: OptimizerLog, losses: Mapping[str, Series], *, is_named: 
             (key for key in candidates if words[key] <= TRAINING_LOSS_WORDS),
             key=lambda key: (not words[key] & {"train", "training"}, len(key), key),
         )
-    return TrainingLoss(candidates[0], losses[candidates[0]].finite, Series.empty(), known) if candidates else None
+    if not candidates:
+        return None
+    return TrainingLoss(candidates[0], losses[candidates[0]].finite, Series.empty(), known)
 
 
 def is_loss_spike(entry: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ def read_mlflow(uri: str, norms: Sequence[str] = ()) -> list[Run]:
         from mlflow.tracking import MlflowClient
     except ImportError:
         raise UnusableLogError(f"MLflow must be installed to read {uri}: pip install mlflow.") from None
+    named = uri.removesuffix("#")
     uri, _, wanted = uri.partition("#")
     if uri.startswith(SQLITE) and not is_database(Path(uri.removeprefix(SQLITE))):
         raise UnusableLogError(f"{uri}: no such file, or not a database of MLflow.")
@@ -45,7 +46,7 @@ def read_mlflow(uri: str, norms: Sequence[str] = ()) -> list[Run]:
     except Exception as error:  # the stores raise errors of sockets, databases and versions
         raise UnusableLogError(f"{uri} cannot be read: {str(error).splitlines()[0][:200]}") from None
     if not runs:
-        source = f"{uri}{f'#{wanted}' if wanted else ''} ({len(active)} runs)"
+        source = f"{named} ({len(active)} runs)"
         raise UnusableLogError(missing_norm_message(source, {key for run in active for key in run.data.metrics}, norms))
     return runs
 

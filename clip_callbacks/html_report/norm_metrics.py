@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
+from clip_callbacks.core.wording import listed
 from clip_callbacks.stats.advice import EUCLIDEAN
 
 OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
@@ -58,16 +59,23 @@ class NormMetric:
     def block(self, name: str) -> str | None:
         """Return the block whose norm another metric is; None if that metric is something else."""
         if self.is_ours:
-            is_block = name.startswith(BLOCK_NORM) and name.endswith(self.suffix)
-            return name.removeprefix(BLOCK_NORM).removesuffix(self.suffix) if is_block else None
-        fork = STEP_SUFFIX if self.name.endswith(STEP_SUFFIX) else ""
+            if not (name.startswith(BLOCK_NORM) and name.endswith(self.suffix)):
+                return None
+            return name.removeprefix(BLOCK_NORM).removesuffix(self.suffix)
+        fork = ""
+        if self.name.endswith(STEP_SUFFIX):
+            fork = STEP_SUFFIX
         alone = self.name.removesuffix(fork)
         head = TOTAL_ENDING.sub("", alone)
         if name in {alone, alone + STEP_SUFFIX, alone + EPOCH_SUFFIX} or not (name.startswith(head) and name.endswith(fork)):
             return None
         rest = name.removeprefix(head).removesuffix(fork)
-        separators = "/" if self.norm_type is None else "/._-:|"  # Lightning's grad_norm lets the user choose the separator
-        return rest[1:] if rest[1:] and rest[0] in separators else None
+        separators = "/"
+        if self.norm_type is not None:  # Lightning's grad_norm lets the user choose the separator
+            separators = "/._-:|"
+        if not rest[1:] or rest[0] not in separators:
+            return None
+        return rest[1:]
 
 
 def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[NormMetric, ...]:
@@ -83,7 +91,9 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[Norm
     """
     if wanted:
         found = [name for name in dict.fromkeys(wanted) if name in names]
-        return tuple(_wanted(name, alone=len(found) == 1) for name in found)
+        if len(found) == 1:
+            return (_wanted(found[0], suffix=""),)
+        return tuple(_wanted(name, suffix=f"-{name}") for name in found)
     own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN_TOTAL_NORM.match(name))]
     return tuple(sorted(own, key=lambda norm: norm.suffix)) or tuple(norms_of_others(names)[:1])
 
@@ -102,14 +112,17 @@ def _preference(norm: NormMetric) -> tuple[bool, bool, bool, float, int, int, st
     return bool(words & EVALUATION_WORDS), order is None, order != EUCLIDEAN, order or 0.0, others, len(norm.name), norm.name
 
 
-def _wanted(name: str, *, alone: bool) -> NormMetric:
+def _wanted(name: str, suffix: str) -> NormMetric:
     if match := OWN_TOTAL_NORM.match(name):
         return NormMetric(name, match["suffix"] or "")
-    return _of_others(name, LIGHTNING_TOTAL_NORM.match(name), "" if alone else f"-{name}")
+    return _of_others(name, LIGHTNING_TOTAL_NORM.match(name), suffix)
 
 
 def _of_others(name: str, match: re.Match[str] | None, suffix: str = "") -> NormMetric:
-    return NormMetric(name, suffix, is_ours=False, norm_type=float(match["order"]) if match else None)
+    norm_type = None
+    if match:
+        norm_type = float(match["order"])
+    return NormMetric(name, suffix, is_ours=False, norm_type=norm_type)
 
 
 def _tells_all(name: str) -> bool:
@@ -144,13 +157,8 @@ def missing_norm_message(source: str, names: Collection[str], wanted: Sequence[s
     else:
         missing = f"{source} holds neither {TOTAL_NORM} nor another metric that is known by its name as the norm of all gradients."
     if candidates := norm_candidates(names):
-        return f"{missing} These metrics look like norms: {_listed(candidates)}. Choose one with --norm METRIC."
+        return f"{missing} These metrics look like norms: {listed(candidates, MAX_LISTED_METRICS)}. Choose one with --norm METRIC."
     advice = f"GradientClipping(None) in the Trainer logs {TOTAL_NORM} and does not clip."
     if not names:
         return f"{missing} {advice}"
-    return f"{missing} It holds {_listed(sorted(names))}: choose one with --norm METRIC. {advice}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED_METRICS} more" if len(names) > MAX_LISTED_METRICS else ""
-    return ", ".join(names[:MAX_LISTED_METRICS]) + more
+    return f"{missing} It holds {listed(sorted(names), MAX_LISTED_METRICS)}: choose one with --norm METRIC. {advice}"

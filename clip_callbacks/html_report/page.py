@@ -26,6 +26,7 @@ from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.rendering import Chart
 from clip_callbacks.html_report.runs import OptimizerLog, Run, UnusableLogError
+from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.spikes import MIN_POINTS_FOR_SPIKES
 from clip_callbacks.html_report.third_party_norms import suggestion_conditions, taken_after_clip
 from clip_callbacks.stats.advice import Advice, advise
@@ -66,17 +67,14 @@ class Section:
     def row(self) -> list[str]:
         """The row in the table of runs, one cell for each of ``HEADINGS``."""
         log, norms = self.log, self.log.total_norm
-        percentiles = [float(np.percentile(norms.values, percent)) for percent in (50, 90, 99)] if norms else [math.nan] * 3
-        share, skipped = log.clipped_share, log.skipped_steps
         losses = [f"{key} {series.values[-1]:.3g}".replace("nan", "NaN") for key, series in list(self.plotted.losses.items())[:2]]
         return [
             f"{log.step_count:,}",
-            *map(number, percentiles),
-            number(float(norms.values.max())) if norms else MISSING,
+            *map(number, _percentiles_and_largest(norms)),
             number(log.max_norm.last),
-            MISSING if math.isnan(share) else f"{share:.1%}",
-            f"{skipped.last:.0f}" if skipped else MISSING,
-            f"{self.advice.max_norm:g}" if self.advice else MISSING,
+            number(log.clipped_share, ".1%"),
+            number(log.skipped_steps.last, ".0f"),
+            number(self.plotted.suggested, "g"),
             f"{len(norms):,}",
             ", ".join(losses) or MISSING,
         ]
@@ -84,7 +82,9 @@ class Section:
     @property
     def no_bad_steps(self) -> str:
         """Sentences that stand in place of an empty table of bad steps."""
-        skipped = "No step was skipped." if self.log.norm.is_ours else "The log does not tell whether steps were skipped."
+        skipped = "No step was skipped."
+        if not self.log.norm.is_ours:
+            skipped = "The log does not tell whether steps were skipped."
         if len(self.log.total_norm) < MIN_POINTS_FOR_SPIKES:
             return f"{skipped} Too few norms were logged to find spikes."
         loss = self.plotted.loss
@@ -93,12 +93,16 @@ class Section:
         return f"{skipped} No logged norm is a spike. Neither is a logged value of {loss.name}."
 
     def yaml(self, *, adaptive: bool = False) -> str:
-        """Return the suggestion as YAML for LightningCLI."""
-        return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False) if self.advice else ""
+        """Return the suggestion as YAML for LightningCLI; empty without one."""
+        if self.advice is None:
+            return ""
+        return yaml.safe_dump(self.advice.configuration(adaptive=adaptive), sort_keys=False)
 
     def loss_yaml(self) -> str:
-        """Return the suggested loss_above as YAML for LightningCLI."""
-        return yaml.safe_dump(self.loss_advice.configuration(), sort_keys=False) if self.loss_advice else ""
+        """Return the suggested loss_above as YAML for LightningCLI; empty without one."""
+        if self.loss_advice is None:
+            return ""
+        return yaml.safe_dump(self.loss_advice.configuration(), sort_keys=False)
 
     @property
     def no_loss_advice(self) -> str:
@@ -130,9 +134,19 @@ HEADINGS = (
 """Headings of the table of runs, in two lines to keep the columns narrow."""
 
 
-def number(value: float) -> str:
-    """Format a number with three digits; NaN as a dash."""
-    return MISSING if math.isnan(value) else f"{value:.3g}"
+def number(value: float, digits: str = ".3g") -> str:
+    """Format a number, with three digits unless a format is given; NaN as a dash."""
+    if math.isnan(value):
+        return MISSING
+    return format(value, digits)
+
+
+def _percentiles_and_largest(norms: Series) -> list[float]:
+    """Return p50, p90, p99 and the largest norm; NaN without norms."""
+    percents = (50, 90, 99, 100)
+    if not norms:
+        return [math.nan] * len(percents)
+    return [float(np.percentile(norms.values, percent)) for percent in percents]
 
 
 def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
@@ -157,9 +171,11 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
         rows, count = bad_steps(log, loss)
         color, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
         advice = _advice(log, caution)
-        plotted = PlottedRun(log, found, color, advice.max_norm if advice else math.nan, loss)
-        loss_advice = _loss_advice(loss) if loss and not out_of_control(found) else None
-        sections.append(Section(plotted, diagnose(log, found, loss), caution, advice, loss_advice, rows, count))
+        suggested = math.nan
+        if advice:
+            suggested = advice.max_norm
+        plotted = PlottedRun(log, found, color, suggested, loss)
+        sections.append(Section(plotted, diagnose(log, found, loss), caution, advice, _loss_advice(loss, found), rows, count))
     return sections
 
 
@@ -175,20 +191,23 @@ def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
     )
     if advice is None or taken_after_clip(log) or (caution and not advice.is_from_stable_quarter):
         return None
-    local = (LOCAL_NORMS_CONDITION,) if log.has_local_norms else ()
-    return replace(advice, reasons=(*advice.reasons, *local, *suggestion_conditions(log)))
+    reasons = [*advice.reasons]
+    if log.has_local_norms:
+        reasons.append(LOCAL_NORMS_CONDITION)
+    return replace(advice, reasons=(*reasons, *suggestion_conditions(log)))
 
 
-def _loss_advice(loss: TrainingLoss) -> LossAdvice | None:
-    """Suggest a loss_above; None if too few losses were logged."""
-    gaps = np.diff(loss.logged.steps)
+def _loss_advice(loss: TrainingLoss | None, losses: dict[str, Series]) -> LossAdvice | None:
+    """Suggest a loss_above; None if too few losses were logged, or they are no basis for one."""
+    if loss is None or out_of_control(losses):
+        return None
     spikes = [*loss.known, *loss.spikes.points.steps]
     return advise_on_losses(
         torch.from_numpy(np.array(loss.logged.values)),
         torch.from_numpy(np.isin(loss.logged.steps, spikes)),
         metric=loss.name,
         is_ours=loss.is_ours,
-        steps_between=float(np.median(gaps)) if len(gaps) else math.nan,
+        steps_between=loss.logged.steps_between,
     )
 
 
@@ -222,7 +241,10 @@ def write_report(
     visible = list(sections[:MAX_PLOTTED_RUNS])
     charts = make_charts([section.plotted for section in visible])
     _write(path, _render(visible, charts, notes, title))
-    return [path, *(_write_pngs(charts, png) if png else ())]
+    written = [path]
+    if png:
+        written += _write_pngs(charts, png)
+    return written
 
 
 def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], title: str) -> str:
@@ -241,13 +263,16 @@ def _render(sections: list[Section], charts: list[Chart], notes: Sequence[str], 
         for chart in charts:
             drawn.append((chart, Markup(chart.svg(narrow=False)), Markup(chart.svg(narrow=True))))
             bar.update()
+    suggestions = "Suggested max_norm"
+    if any(section.loss_advice for section in sections):
+        suggestions += " and loss_above"
     style = files("clip_callbacks.html_report").joinpath("templates/report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
         runs=len({section.log.run.name for section in sections}),
         headings=HEADINGS,
-        suggestions="Suggested max_norm" + (" and loss_above" if any(section.loss_advice for section in sections) else ""),
+        suggestions=suggestions,
         charts=drawn,
         notes=notes,
         style=Markup(style),

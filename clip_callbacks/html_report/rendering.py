@@ -28,6 +28,9 @@ SVG_DPI = FigureCanvasSVG.fixed_dpi
 """The resolution at which one point is one unit of the SVG."""
 HEAT_MAP_DPI = 100
 """The resolution of the heat maps, which an SVG holds as images of pixels."""
+SCREENS = ("wide", "narrow")
+WIDTHS = (9.4, 4.3)
+"""Width in inches on a wide and on a narrow screen."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Theme:
     ink: str = INK
     faint: str = FAINT
     paper: str = PAPER
+
+    @property
+    def name_length(self) -> int:
+        """The number of characters of a name beside a plot."""
+        return 22 if self.narrow else 44
 
     @property
     def style(self) -> dict[Any, Any]:
@@ -104,7 +112,7 @@ class Chart:
         with self._layout(theme, FigureCanvasSVG, SVG_DPI) as figure:
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
             figure.savefig(buffer, format="svg", dpi=HEAT_MAP_DPI, metadata=metadata)
-        return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
+        return _inline(buffer.getvalue(), f"{self.key}-{SCREENS[narrow]}")
 
     def write_png(self, folder: Path) -> Path:
         """Write the plot into a folder as a PNG file, dark on white."""
@@ -120,7 +128,7 @@ class Chart:
 
         The layout is computed here once, because ``savefig`` with a layout engine would draw everything a second time for it.
         """
-        size = (4.3, self.heights[1]) if theme.narrow else (9.4, self.heights[0])
+        size = WIDTHS[theme.narrow], self.heights[theme.narrow]
         with mpl.rc_context(theme.style), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names may have letters that the font lacks
             figure = Figure(figsize=size, dpi=dpi)

@@ -26,7 +26,7 @@ from clip_callbacks.core.metric_names import (
     WEIGHT_NORM,
 )
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetric, find_norms, norms_of_others
-from clip_callbacks.html_report.series import Series, Steps, Values
+from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 from clip_callbacks.html_report.spikes import Spikes, norm_spikes
 
 ROUNDING_FACTOR = 1.001
@@ -100,9 +100,10 @@ class Run:
     def between(self, first: int | None, last: int | None) -> Run:
         """Return the run from one step to another, both included; None leaves that end open."""
         metrics = {key: part for key, series in self.metrics.items() if (part := series.between(first, last))}
-        bad_steps = tuple(
-            bad for bad in self.bad_steps if (first or 0) <= int(bad.get("step", 0)) <= (float("inf") if last is None else last)
-        )
+        low, high = first or 0, last
+        if high is None:
+            high = LAST_STEP
+        bad_steps = tuple(bad for bad in self.bad_steps if low <= int(bad.get("step", 0)) <= high)
         return replace(self, metrics=metrics, bad_steps=bad_steps)
 
     def with_norms(self, wanted: Sequence[str] = ()) -> Run:
@@ -119,7 +120,9 @@ class Run:
     @cached_property
     def optimizer_logs(self) -> list[OptimizerLog]:
         """The logs of the optimizers: one for each norm of all gradients."""
-        norms = find_norms(self.metrics) if self.norms is None else self.norms
+        norms = self.norms
+        if norms is None:
+            norms = find_norms(self.metrics)
         return [OptimizerLog(self, norm) for norm in norms if norm.name in self.metrics]
 
     def is_same_run_as(self, other: Run) -> bool:
@@ -162,7 +165,9 @@ class OptimizerLog:
     @property
     def name(self) -> str:
         """Name of the run, followed by that of the optimizer if there are several."""
-        return f"{self.run.name} · {self.suffix[1:]}" if self.suffix else self.run.name
+        if not self.suffix:
+            return self.run.name
+        return f"{self.run.name} · {self.suffix[1:]}"
 
     def metric(self, key: str) -> Series:
         """Return a metric by its name without the suffix; an empty series if it was not logged."""
@@ -177,8 +182,7 @@ class OptimizerLog:
     def total_norm(self) -> Series:
         """Norm of all gradients where it is finite and above 0."""
         finite = self.logged_norm.finite
-        positive = finite.values > 0
-        return finite if bool(positive.all()) else Series(finite.steps[positive], finite.values[positive])
+        return finite.where(finite.values > 0)
 
     @cached_property
     def norm_spikes(self) -> Spikes:
@@ -188,8 +192,7 @@ class OptimizerLog:
     @property
     def steps_between_norms(self) -> float:
         """Median number of steps from one logged norm to the next; NaN with fewer than two norms."""
-        gaps = np.diff(self.total_norm.steps)
-        return float(np.median(gaps)) if len(gaps) else math.nan
+        return self.total_norm.steps_between
 
     @property
     def has_every_step(self) -> bool:
@@ -235,7 +238,9 @@ class OptimizerLog:
 
     def _counted_from_first_step(self, key: str) -> Series:
         counts = self.metric(key).finite
-        return Series(counts.steps, counts.values - counts.values[0]) if counts and self.first_step else counts
+        if not counts or not self.first_step:
+            return counts
+        return Series(counts.steps, counts.values - counts.values[0])
 
     @property
     def skips(self) -> tuple[Steps, Values]:

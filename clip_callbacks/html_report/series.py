@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,13 +63,21 @@ class Series:
     @cached_property
     def finite(self) -> Series:
         """The points whose value is finite."""
-        is_finite = np.isfinite(self.values)
-        return self if bool(is_finite.all()) else Series(self.steps[is_finite], self.values[is_finite])
+        return self.where(np.isfinite(self.values))
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Series:
+        """Return the chosen points; the series itself if these are all."""
+        if bool(chosen.all()):
+            return self
+        return Series(self.steps[chosen], self.values[chosen])
 
     def between(self, first: int | None, last: int | None) -> Series:
         """Return the points from one step to another, both included; None leaves that end open."""
-        low = 0 if first is None else int(np.searchsorted(self.steps, first, "left"))
-        high = len(self) if last is None else int(np.searchsorted(self.steps, last, "right"))
+        low, high = 0, len(self)
+        if first is not None:
+            low = int(np.searchsorted(self.steps, first, "left"))
+        if last is not None:
+            high = int(np.searchsorted(self.steps, last, "right"))
         return Series(self.steps[low:high], self.values[low:high])
 
     def at(self, steps: Steps) -> Values:
@@ -88,22 +97,36 @@ class Series:
     @property
     def first_step(self) -> int:
         """The first step that the points cover: 0, or one logging interval before the first point if logging began later."""
+        if not self:
+            return 0
+        first = int(self.steps[0])
+        if len(self) == 1:
+            return first
+        gap = int(self.steps_between)
+        if 0 <= first < 2 * gap:
+            return 0
+        return first - gap + 1
+
+    @property
+    def steps_between(self) -> float:
+        """Median number of steps from one point to the next; NaN with fewer than two points."""
         if len(self) < 2:  # noqa: PLR2004
-            return int(self.steps[0]) if self else 0
-        gap = int(np.median(np.diff(self.steps)))
-        return 0 if 0 <= self.steps[0] < 2 * gap else int(self.steps[0]) - gap + 1
+            return math.nan
+        return float(np.median(np.diff(self.steps)))
 
     @property
     def interval_edges(self) -> Steps:
         """Edges of the intervals of steps that the points sum up, shape ``(n + 1,)``."""
-        return np.concatenate([[self.first_step], self.steps + 1]) if self else np.zeros(1, np.int64)
+        return np.concatenate([[self.first_step], self.steps + 1])
 
     @property
     def mean(self) -> float:
         """Mean over all steps of a metric whose points each sum up the steps since the point before; NaN without a point."""
-        return float(np.average(self.values, weights=np.diff(self.interval_edges))) if self else float("nan")
+        if not self:
+            return math.nan
+        return float(np.average(self.values, weights=np.diff(self.interval_edges)))
 
     @property
     def last(self) -> float:
         """The last finite value; NaN without one."""
-        return float(self.finite.values[-1]) if self.finite else float("nan")
+        return float(self.finite.values[-1]) if self.finite else math.nan

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS, JOURNAL
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
@@ -52,7 +53,7 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
         else:
             problems.append(missing_norm_message(run.source, run.metrics, norms))
     if not usable:
-        more = f" (and {len(problems) - 1} more logs that cannot be used)" if len(problems) > 1 else ""
+        more = plural(len(problems), "", f" (and {len(problems) - 1} more logs that cannot be used)")
         raise UnusableLogError(f"{problems[0]}{more}")
     kept, doubles = _without_duplicates(usable)
     notes += [f"Left out: {problem}" for problem in problems] + doubles
@@ -94,7 +95,9 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
 
 def _files_by_log(path: Path) -> list[list[Path]]:
     """Group files by log: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
-    files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
+    files = [path]
+    if not path.is_file():
+        files = sorted(child for child in path.rglob("*") if child.is_file())
     together: dict[tuple[Path, str], list[Path]] = {}
     units = []
     for file in files:
@@ -123,8 +126,10 @@ def _is_experiment(file: Path) -> bool:
 def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[list[Run], list[str]]:
     """Read the runs of one log below a path that the user named; return them with messages about unusable files."""
     first = files[0]
-    if first.is_dir() or first.suffix in DATABASE_SUFFIXES:
-        return read_mlflow(str(first.absolute()) if first.is_dir() else f"sqlite:///{first.absolute()}", norms), []
+    if first.is_dir():
+        return read_mlflow(str(first.absolute()), norms), []
+    if first.suffix in DATABASE_SUFFIXES:
+        return read_mlflow(f"sqlite:///{first.absolute()}", norms), []
     if first.suffix == JSON_SUFFIX:
         return read_states(files, run_folder(first, path))
     if EVENT_FILE_INFIX in first.name:
@@ -145,8 +150,9 @@ def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
     except OSError as error:
         return (), [f"{path.name} cannot be read: {error.strerror}."]
     entries = [_entry(line) for line in lines if line.strip()]
-    broken = entries.count(None)
-    notes = [f"{broken} lines of {path.name} cannot be read and are left out."] if broken else []
+    notes = []
+    if broken := entries.count(None):
+        notes.append(f"{broken} lines of {path.name} cannot be read and are left out.")
     return tuple(entry for entry in entries if entry is not None), notes
 
 
@@ -159,8 +165,13 @@ def _entry(line: str) -> Mapping[str, Any] | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
     named = [entry.get(key) or [] for key in BAD_TENSOR_KEYS]
-    is_well_formed = all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named)
-    return entry if is_well_formed else None
+    if not all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in named):
+        return None
+    logged = entry.get("logged_step")
+    if isinstance(logged, int) and logged != entry["step"]:
+        # the page goes by the loggers' steps; with several optimizers in a batch, `trainer.global_step` runs ahead of them
+        return entry | {"step": logged, "global_step": entry["step"]}
+    return entry
 
 
 def _without_duplicates(runs: list[Run]) -> tuple[list[Run], list[str]]:
@@ -185,11 +196,13 @@ def _with_short_names(runs: list[Run]) -> list[Run]:
     names = {name: str(Path(*part[-1:])) for name, part in parts.items()}
     for depth in range(2, 1 + max(map(len, parts.values()))):
         count = Counter(names.values())
-        names = {name: str(Path(*parts[name][-depth:])) if count[short] > 1 else short for name, short in names.items()}
+        names |= {name: str(Path(*parts[name][-depth:])) for name, short in names.items() if count[short] > 1}
     seen: Counter[str] = Counter()
     unique = []
     for run in runs:
-        short = names[run.name]
+        name = short = names[run.name]
         seen[short] += 1
-        unique.append(replace(run, name=short if seen[short] == 1 else f"{short} ({seen[short]})"))
+        if seen[short] > 1:
+            name = f"{short} ({seen[short]})"
+        unique.append(replace(run, name=name))
     return unique

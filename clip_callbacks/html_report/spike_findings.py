@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from clip_callbacks.html_report.finding import Finding
+from clip_callbacks.core.wording import plural
+from clip_callbacks.html_report.finding import Finding, Severity
 from clip_callbacks.html_report.losses import TrainingLoss, exceeds, is_loss_spike, number_in
 from clip_callbacks.html_report.runs import OptimizerLog
+from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.spikes import is_norm_spike
 
 
@@ -30,18 +32,18 @@ def _guarded(log: OptimizerLog, entries: Sequence[Mapping[str, Any]]) -> Finding
     highest = max(entries, key=lambda entry: number_in(entry, "loss"))
     at_norms = sum(_norm_stands_out(log, entry) for entry in entries)
     skipped = len(entries) - reported
+    severity: Severity = "warn"
     if not reported:
-        outcome = "skipped"
+        outcome, severity = "skipped", "note"
     elif not skipped:
         outcome = 'only reported (policy "warn"): the weights have taken these steps'
     else:
         outcome = f'found, {skipped} of them skipped and {reported} only reported (policy "warn")'
+    count = len(entries)
+    steps = plural(count, "1 step with a spike of the loss was", f"{count:,} steps with a spike of the loss were")
     loss, limit = number_in(highest, "loss"), number_in(highest, "loss_limit")
-    text = (
-        f"{_count(entries, 'step')} with a spike of the loss {'was' if len(entries) == 1 else 'were'} {outcome}. The highest loss "
-        f"was {loss:.3g} at optimizer step {highest['step']:,}, its limit {limit:.3g}."
-    )
-    return Finding("warn" if reported else "note", f"{text} {_norms_saw(at_norms, len(entries))}")
+    text = f"{steps} {outcome}. The highest loss was {loss:.3g} at optimizer step {highest['step']:,}, its limit {limit:.3g}."
+    return Finding(severity, f"{text} {_norms_saw(at_norms, count)}")
 
 
 def _norm_stands_out(log: OptimizerLog, entry: Mapping[str, Any]) -> bool:
@@ -54,35 +56,33 @@ def _norm_stands_out(log: OptimizerLog, entry: Mapping[str, Any]) -> bool:
 
 def _norms_saw(count: int, of: int) -> str:
     if not count:
-        return f"The norm showed {'nothing unusual' if of == 1 else 'none of them'}."
+        return f"The norm showed {plural(of, 'nothing unusual', 'none of them')}."
     if count == of:
-        return f"The norm was far above its usual size {'too' if of == 1 else 'at all of them too'}."
+        return f"The norm was far above its usual size {plural(of, 'too', 'at all of them too')}."
     return f"The norm was far above its usual size at {count} of them."
 
 
 def _logged_losses(log: OptimizerLog, loss: TrainingLoss) -> Finding:
     found = loss.spikes.points
     step, value, height = loss.spikes.worst
-    is_a = "is a spike" if len(found) == 1 else "are spikes"
     at_norms = int(np.isin(found.steps, log.norm_spikes.points.steps).sum())
     return Finding(
         "note",
-        f"{len(found):,} of {len(loss.logged):,} logged values of {loss.name} {is_a}, far above those of the steps before and "
-        f"after. The most extreme is {value:.3g} at optimizer step {step:,}, {height:.3g} robust standard deviations above them. "
-        f"{_norms_saw(at_norms, len(found))}",
+        f"{len(found):,} of {len(loss.logged):,} logged values of {loss.name} {_are_spikes(found)}, far above those of the steps "
+        f"before and after. The most extreme is {value:.3g} at optimizer step {step:,}, {height:.3g} robust standard deviations "
+        f"above them. {_norms_saw(at_norms, len(found))}",
     )
 
 
 def _logged_norms(log: OptimizerLog) -> Finding:
     found = log.norm_spikes.points
     step, norm, times = log.norm_spikes.worst
-    are = "is a spike" if len(found) == 1 else "are spikes"
     return Finding(
         "note",
-        f"{len(found):,} of {len(log.total_norm):,} logged norms {are}, far above the norms of neighbouring steps. The most "
-        f"extreme is {norm:.3g} at optimizer step {step:,}, {times:.3g} times the median of its neighbours.",
+        f"{len(found):,} of {len(log.total_norm):,} logged norms {_are_spikes(found)}, far above the norms of neighbouring steps. "
+        f"The most extreme is {norm:.3g} at optimizer step {step:,}, {times:.3g} times the median of its neighbours.",
     )
 
 
-def _count(entries: Sequence[object], noun: str) -> str:
-    return f"{len(entries):,} {noun}{'' if len(entries) == 1 else 's'}"
+def _are_spikes(found: Series) -> str:
+    return plural(len(found), "is a spike", "are spikes")

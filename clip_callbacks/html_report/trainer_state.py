@@ -26,8 +26,9 @@ def run_folder(file: Path, top: Path) -> Path:
         file: A ``trainer_state.json``.
         top: File or folder that the user named.
     """
-    is_part = CHECKPOINT.search(file.parent.name) and top not in {file, file.parent}
-    return file.parents[1] if is_part else file.parent
+    if CHECKPOINT.search(file.parent.name) and top not in {file, file.parent}:
+        return file.parents[1]
+    return file.parent
 
 
 def read_states(files: Sequence[Path], folder: Path) -> tuple[list[Run], list[str]]:
@@ -89,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
         state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
         raise UnusableLogError(f"{path} must be JSON, as the Trainer of transformers writes it: {error}.") from None
-    log = state.get("log_history") if isinstance(state, dict) else None
+    log = isinstance(state, dict) and state.get("log_history")
     if not isinstance(log, list):
         raise UnusableLogError(f"{path} must have a list 'log_history', as the Trainer of transformers writes it.")
     points: dict[str, tuple[list[int], list[float]]] = {}
@@ -100,7 +101,9 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
             misfits += 1
         elif SUMMARY_KEY not in entry:
             _take(entry, int(step), points)
-    notes = [f"{misfits} entries of {path.name} have no step and are left out."] if misfits else []
+    notes = []
+    if misfits:
+        notes.append(f"{misfits} entries of {path.name} have no step and are left out.")
     return {key: Series.of(steps, values) for key, (steps, values) in points.items()}, notes
 
 

@@ -19,6 +19,8 @@ MIN_NORMS_FOR_SILENCE = 10
 """A norm of exactly 0 at fewer logged steps says little about a block."""
 MAX_ROWS = 40
 """The number of blocks in the plot."""
+MAX_SPANS = 3
+"""The number of stretches of a block that its description names."""
 VANISHED_COLOR, SILENT_COLOR = "#d1495b", "#7f8b99"
 """Colors of epochs at whose end a block was named, and of norms that are 0 throughout; legible on either page."""
 BAR_HEIGHT = 0.7
@@ -72,7 +74,10 @@ def _epochs(series: Series, ends: np.ndarray, first: int) -> Iterator[tuple[int,
     """Yield the first and last step of each epoch at whose end a metric was logged."""
     for end in series.steps:
         earlier = ends[ends < end]
-        yield int(earlier[-1]) + 1 if len(earlier) else first, int(end)
+        begin = first
+        if len(earlier):
+            begin = int(earlier[-1]) + 1
+        yield begin, int(end)
 
 
 def vanished_chart(log: OptimizerLog, number: int) -> Chart | None:
@@ -93,9 +98,11 @@ def vanished_chart(log: OptimizerLog, number: int) -> Chart | None:
         for row, name in enumerate(names):
             block = found[name]
             bars = [(first - 0.5, end - first + 1) for first, end in block.spans]
-            color = VANISHED_COLOR if block.epochs else SILENT_COLOR
+            color = SILENT_COLOR
+            if block.epochs:
+                color = VANISHED_COLOR
             axes.broken_barh(bars, (row - BAR_HEIGHT / 2, BAR_HEIGHT), color=color, linewidth=0, gid=f"vanished-{name}")
-        labels = [shorten(name, 22 if theme.narrow else 44) for name in without_common_parts(names)]
+        labels = [shorten(name, theme.name_length) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
         axes.set(xlim=(log.first_step - 0.5, last + 0.5), ylim=(len(names) - 0.5, -0.5))
         axes.grid(visible=False, axis="y")
@@ -129,4 +136,7 @@ def _caption(found: dict[str, Vanished], names: list[str]) -> str:
 
 
 def _in_words(spans: tuple[tuple[int, int], ...]) -> str:
-    return "steps " + ", ".join(f"{first:,} to {last:,}" for first, last in spans[:3]) + (", …" if len(spans) > 3 else "")  # noqa: PLR2004
+    named = [f"{first:,} to {last:,}" for first, last in spans]
+    if len(named) > MAX_SPANS:
+        named[MAX_SPANS:] = ["…"]
+    return f"steps {', '.join(named)}"

@@ -24,7 +24,8 @@ from clip_callbacks.stats.block_history import BlockHistory, largest
 from clip_callbacks.stats.histogram import Histogram
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.stats.norm_history import NormHistory
-from clip_callbacks.stats.vanishing import VanishedBlock, VanishingDetector, describe
+from clip_callbacks.stats.vanished_block import VanishedBlock, describe
+from clip_callbacks.stats.vanishing import VanishingDetector
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import StepContext
 

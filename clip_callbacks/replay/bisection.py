@@ -80,13 +80,12 @@ def bisect(size: int, fails: Callable[[Sequence[int]], bool]) -> Bisection:
     samples, parts = list(range(size)), 2
     while len(samples) > 1:
         pieces = [samples[len(samples) * i // parts : len(samples) * (i + 1) // parts] for i in range(parts)]
-        # of two halves each is the other's rest
-        rests = [[sample for sample in samples if sample not in set(piece)] for piece in pieces] if parts > 2 else []  # noqa: PLR2004
-        piece = next((piece for piece in pieces if does_fail(piece)), None)
-        rest = None if piece else next((rest for rest in rests if does_fail(rest)), None)
-        if piece:
+        rests = []
+        if parts > 2:  # noqa: PLR2004 (of two halves each is the other's rest)
+            rests = [[sample for sample in samples if sample not in set(piece)] for piece in pieces]
+        if piece := next(filter(does_fail, pieces), None):
             samples, parts = piece, 2
-        elif rest:
+        elif rest := next(filter(does_fail, rests), None):
             samples, parts = rest, max(parts - 1, 2)
         elif parts < len(samples):
             parts = min(2 * parts, len(samples))

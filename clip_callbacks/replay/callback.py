@@ -156,17 +156,21 @@ class ReplayCallback(Callback):
             if (gradient := _on_host(parameter.grad)) is None:
                 continue
             total += float((gradient / scale).square().sum())
-            added += float(((gradient if before is None else gradient - before) / scale).square().sum())
+            if before is not None:
+                gradient = gradient - before
+            added += float((gradient / scale).square().sum())
             if values := ValueRange.of(parameter.grad):
                 micro.gradients[without_wrappers(names.get(id(parameter), "a parameter of no module"))] = values
         micro.norm, self.result.total_norm = math.sqrt(added), math.sqrt(total)
         self.result.loss = self._loss_of_window(trainer)
 
     def _loss_of_window(self, trainer: Trainer) -> float:
-        total, scaler = math.fsum(self._losses), grad_scaler(trainer)
+        total = math.fsum(self._losses)
         if self._module.automatic_optimization:  # Lightning has divided each loss by the number of micro-batches
             total *= trainer.accumulate_grad_batches / max(1, len(self._losses))
-        return total if scaler is None else total / scaler.get_scale()
+        if scaler := grad_scaler(trainer):
+            total /= scaler.get_scale()
+        return total
 
     def _finish(self) -> None:
         self.detach()

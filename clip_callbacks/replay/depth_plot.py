@@ -59,7 +59,9 @@ def _draw(axes: Axes, report: ReplayReport) -> None:
     calls = [call for call in micro.calls if call not in parents]
     activations, gradients = [call.outputs for call in calls], [call.grad_output for call in calls]
     heights = [height for values in (*activations, *gradients) if not math.isnan(height := _height(values))]
-    low, high = (min(heights) / 3, max(heights) * 3) if heights else (0.1, 10.0)
+    low, high = 0.1, 10.0
+    if heights:
+        low, high = min(heights) / 3, max(heights) * 3
     top = high * (high / low) ** 0.1
     axes.set_yscale("log")
     _draw_values(axes, "max |activation|", activations, top, color=ACTIVATION_COLOR, marker="o", offset=-CROSS_OFFSET)
@@ -70,7 +72,8 @@ def _draw(axes: Axes, report: ReplayReport) -> None:
     label_log_axis(axes.yaxis)
     _label_modules(axes, calls)
     _mark_suspects(axes, calls, find_suspects(micro.calls, report.explosion_factor))
-    axes.set_title(f"{report.bundle}: {'reproduced' if report.is_reproduced else 'not reproduced'}", pad=28)
+    outcome = "reproduced" if report.is_reproduced else "not reproduced"
+    axes.set_title(f"{report.bundle}: {outcome}", pad=28)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, borderaxespad=0.2, handlelength=1.8)
 
 
@@ -117,14 +120,16 @@ def _mark_suspects(axes: Axes, calls: Sequence[ModuleCall], suspects: Sequence[S
             continue
         position = inside[-1]
         axes.axvline(position, color=SUSPECT_COLOR, linewidth=1.0, linestyle=(0, (4, 2)))
-        is_right = position > len(calls) / 2
+        side, space = "left", 6
+        if position > len(calls) / 2:
+            side, space = "right", -6
         note = axes.annotate(
             f"{TITLES[suspect.fault]}:\n{shorten(suspect.call.label, 44)}",
             (position, 0.06 + 0.16 * number),
             xycoords=("data", "axes fraction"),
-            xytext=(-6 if is_right else 6, 0),
+            xytext=(space, 0),
             textcoords="offset points",
-            ha="right" if is_right else "left",
+            ha=side,
             color=SUSPECT_COLOR,
             fontsize=8.5,
             bbox={"facecolor": PRINTED[PAPER], "edgecolor": "none", "alpha": 0.85, "pad": 1.5},

@@ -34,11 +34,13 @@ class UnusableReplayError(ValueError):
             error: The original error.
         """
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(frame.filename)]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         reason = next(iter(str(error).strip().splitlines()), "no message")
         if len(reason) > MAX_MESSAGE_LENGTH:
             reason = f"{reason[:MAX_MESSAGE_LENGTH]} …"
-        return cls(f"{source} raised {type(error).__name__}: {reason}{where}", "".join(traceback.format_list(frames)))
+        message = f"{source} raised {type(error).__name__}: {reason}"
+        if frames:
+            message += f" ({frames[-1].filename}, line {frames[-1].lineno})"
+        return cls(message, "".join(traceback.format_list(frames)))
 
 
 def is_user_code(file: str) -> bool:

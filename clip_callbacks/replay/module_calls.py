@@ -45,8 +45,12 @@ class ModuleCall:
     @property
     def label(self) -> str:
         """Name and class of the module, with the number of the call from the second one on."""
-        number = f", call {self.number}" if self.number > 1 else ""
-        return f"{self.name} ({self.class_name}{number})" if self.name else f"{self.class_name}{number}"
+        label = self.class_name
+        if self.number > 1:
+            label += f", call {self.number}"
+        if self.name:
+            label = f"{self.name} ({label})"
+        return label
 
     @property
     def is_finite(self) -> bool:

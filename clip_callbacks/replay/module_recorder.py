@@ -94,7 +94,9 @@ class ModuleRecorder:
                 users.append(call)
 
     def _end_call(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        entry = self._running.pop() if self._running else None
+        entry = None
+        if self._running:
+            entry = self._running.pop()
         if entry is None:
             self._hook_recomputed(name, module, (args, kwargs), output)
             return
@@ -126,7 +128,9 @@ class ModuleRecorder:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._record_gradient, call, "grad_output"))  # type: ignore[no-untyped-call]
         own = {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
-        nodes: list[Any] = [tensor.grad_fn for tensor in outputs] if edges or own else []
+        if not edges and not own:
+            return
+        nodes: list[Any] = [tensor.grad_fn for tensor in outputs]
         seen = {None, *(node for node, _ in edges)}
         while nodes:
             node = nodes.pop()
@@ -153,10 +157,13 @@ class ModuleRecorder:
 
     def _record_gradient(self, call: ModuleCall, key: Literal["grad_output", "grad_input"], gradient: Tensor) -> None:
         self._backward_time += 1
-        values, known = ValueRange.of(gradient), getattr(call, key)
+        values = ValueRange.of(gradient)
         if values is None:
             return
-        setattr(call, key, ValueRange.joined([known, values]) if known else values)
+        joined = values
+        if known := getattr(call, key):
+            joined = ValueRange.joined([known, values])
+        setattr(call, key, joined)
         if key == "grad_input" and not values.is_finite and call.nonfinite_since is None:
             call.nonfinite_since = self._backward_time
 

@@ -61,7 +61,9 @@ class ValueRange:
         if not bool(finite.all()):
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
             values = values[finite]
-        low, high = (float(extreme) for extreme in values.aminmax()) if values.numel() else (math.nan, math.nan)
+        low = high = math.nan
+        if values.numel():
+            low, high = map(float, values.aminmax())
         return cls(low, high, nan, inf, finite.numel(), tuple(tensor.shape))
 
     @property

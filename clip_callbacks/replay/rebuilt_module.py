@@ -82,7 +82,9 @@ def rebuild_module(configs: Sequence[Path], script: Path | None, recorded_script
     """
     sections = [_section(path) for path in configs]
     if script is None and not any(_names_class(section) for section in sections):
-        hint = f" (the bundle was made by {recorded_script})" if recorded_script else ""
+        hint = ""
+        if recorded_script:
+            hint = f" (the bundle was made by {recorded_script})"
         raise UnusableReplayError(
             f"`--config` must name the module's class (model: {{class_path: ...}}), got {', '.join(map(str, configs))}; "
             f"if the script passes the class to LightningCLI, give the script, too: --script main.py{hint}"
@@ -159,9 +161,10 @@ def _build(
             pass
         except SystemExit:
             if not made:
-                hint = f"; if {recorded_script} adds arguments or links, give it, too: --script" if script is None else ""
-                complaint = _last_complaint(complaints.getvalue())
-                raise UnusableReplayError(f"LightningCLI refused the configuration: {complaint}{hint}") from None
+                message = f"LightningCLI refused the configuration: {_last_complaint(complaints.getvalue())}"
+                if script is None:
+                    message += f"; if {recorded_script} adds arguments or links, give it, too: --script"
+                raise UnusableReplayError(message) from None
         except Exception as error:
             raise UnusableReplayError.from_user_code(str(script or "LightningCLI"), error) from error
     if not made:
@@ -187,8 +190,9 @@ def _intercepted(cli_class: Any, before: Sequence[str], after: Sequence[str], ma
 
     def init_with_our_arguments(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
-        subcommand = ["fit"] if bound.arguments.get("run", True) else []
-        arguments = [*before, *subcommand, *after]
+        arguments = [*before, *after]
+        if bound.arguments.get("run", True):
+            arguments.insert(len(before), "fit")
         bound.arguments |= {"args": arguments, "save_config_callback": None}
         init(*bound.args, **bound.kwargs)
         stop(self)
@@ -240,7 +244,9 @@ def _last_complaint(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     start = next((number for number, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 2))
     complaint, half = " ".join(lines[start:]).removeprefix("error: "), MAX_COMPLAINT_LENGTH // 2
-    return complaint if len(complaint) <= MAX_COMPLAINT_LENGTH else f"{complaint[:half]} … {complaint[-half:]}"
+    if len(complaint) > MAX_COMPLAINT_LENGTH:
+        complaint = f"{complaint[:half]} … {complaint[-half:]}"
+    return complaint
 
 
 def import_class(name: str) -> type:

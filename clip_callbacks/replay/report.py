@@ -6,11 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clip_callbacks.core.wording import listed, plural
 from clip_callbacks.replay.anomaly import Anomaly
 from clip_callbacks.replay.bisection import Bisection
 from clip_callbacks.replay.recorded_step import RecordedStep
 from clip_callbacks.replay.result import MicroBatchResult, WindowResult
-from clip_callbacks.replay.starting_weights import StartingWeights, steps_in_words
+from clip_callbacks.replay.starting_weights import StartingWeights, distance_in_words
 from clip_callbacks.replay.suspects import SuspectModule, find_suspects
 
 MAX_PARAMETERS = 4
@@ -72,7 +73,9 @@ class ReplayReport:
         ]
         count = len(self.result.micro_batches)
         for number, micro in enumerate(self.result.micro_batches, 1):
-            name = f"Micro-batch {number} of {count} (batch {micro.batch_idx})" if count > 1 else f"Batch {micro.batch_idx}"
+            name = f"Batch {micro.batch_idx}"
+            if count > 1:
+                name = f"Micro-batch {number} of {count} (batch {micro.batch_idx})"
             lines.append(f"{name}: {_describe(micro)}")
         return lines
 
@@ -86,7 +89,7 @@ class ReplayReport:
             *self._nonfinite_gradients(),
             *self._large_gradients(),
             *self._anomaly(),
-            *([str(self.bisection)] if self.bisection else []),
+            *self._smallest_part(),
             *(f"Note: {note}" for note in self.all_notes),
         ]
 
@@ -99,8 +102,9 @@ class ReplayReport:
     def conclusion(self) -> str:
         """The last line: whether the step was reproduced, and if it was not, possible reasons."""
         if self.is_reproduced and self.result.is_finite:
-            quantities = " and the ".join(each.quantity for each in self.recorded.exceeded)
-            return f"Reproduced: the {quantities} {'is' if len(self.recorded.exceeded) == 1 else 'are'} above the limit again."
+            quantities = [each.quantity for each in self.recorded.exceeded]
+            are = plural(len(quantities), "is", "are")
+            return f"Reproduced: the {' and the '.join(quantities)} {are} above the limit again."
         if self.is_reproduced:
             return "Reproduced: a loss or gradient is non-finite again."
         found = "every loss and gradient is finite"
@@ -127,9 +131,8 @@ class ReplayReport:
         if weights.module is None:
             reasons.append("The weights are as the configuration initializes them: name a checkpoint from before the step (--ckpt)")
         elif weights.distance:
-            side = "before" if weights.distance > 0 else "after"
             reasons.append(
-                f"The weights are from a checkpoint {steps_in_words(weights.distance)} {side} the bad step: name a nearer one "
+                f"The weights are from a checkpoint {distance_in_words(weights.distance)} the bad step: name a nearer one "
                 '(--ckpt), or store the weights in bundles (Bundles(..., weights="full"))'
             )
         elif weights.distance is None:
@@ -146,16 +149,17 @@ class ReplayReport:
 
     def _nonfinite_before(self) -> list[str]:
         calls = [call for call in self.shown.calls if call.number == 1 and call.nonfinite_tensors]
+        if not calls:
+            return []
         named = [f"{call.label}: {', '.join(call.nonfinite_tensors)}" for call in calls[:MAX_PARAMETERS]]
-        return [f"Parameters and buffers that were non-finite before the step: {'; '.join(named)}"] if named else []
+        return [f"Parameters and buffers that were non-finite before the step: {'; '.join(named)}"]
 
     def _nonfinite_gradients(self) -> list[str]:
         nonfinite = self.shown.nonfinite_gradients
         if not nonfinite:
             return []
-        named = [f"{name} ({values.describe_nonfinite()})" for name, values in list(nonfinite.items())[:MAX_PARAMETERS]]
-        more = f" and {len(nonfinite) - MAX_PARAMETERS} more" if len(nonfinite) > MAX_PARAMETERS else ""
-        return [f"Parameters with non-finite gradients: {len(nonfinite)} of {len(self.shown.gradients)}: {', '.join(named)}{more}"]
+        named = listed([f"{name} ({values.describe_nonfinite()})" for name, values in nonfinite.items()], MAX_PARAMETERS)
+        return [f"Parameters with non-finite gradients: {len(nonfinite)} of {len(self.shown.gradients)}: {named}"]
 
     def _large_gradients(self) -> list[str]:
         recorded = self.recorded
@@ -174,20 +178,29 @@ class ReplayReport:
 
     def _anomaly(self) -> list[str]:
         if self.anomaly:
-            already = "" if self.shown.has_finite_loss else " (the loss was already non-finite)"
-            return [f"Autograd's anomaly detection: {self.anomaly}{already}"]
+            text = f"Autograd's anomaly detection: {self.anomaly}"
+            if not self.shown.has_finite_loss:
+                text += " (the loss was already non-finite)"
+            return [text]
         if self.has_anomaly_run:
             return ["Autograd's anomaly detection: no backward function returned NaN (it does not look for infinite values)"]
         return []
+
+    def _smallest_part(self) -> list[str]:
+        if self.bisection is None:
+            return []
+        return [str(self.bisection)]
 
     def _outside_modules(self) -> list[str]:
         """Say where a failure began for which no module is a suspect: before, between or after the modules."""
         shown, faults = self.shown, {suspect.fault for suspect in self.suspects}
         if shown.is_finite or any(call.nonfinite_tensors for call in shown.calls):
             return []
-        if not shown.has_finite_loss:
-            return [] if "output" in faults else [_outside_forward(shown)]
-        return [] if "gradient" in faults else [_outside_backward(shown)]
+        if not shown.has_finite_loss and "output" not in faults:
+            return [_outside_forward(shown)]
+        if shown.has_finite_loss and "gradient" not in faults:
+            return [_outside_backward(shown)]
+        return []
 
     def facts(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -254,10 +267,14 @@ def _describe(micro: MicroBatchResult) -> str:
 
 
 def _facts(micro: MicroBatchResult) -> dict[str, Any]:
-    loss = None if micro.loss is None else float(micro.loss)
+    loss: float | str | None = None
+    if micro.loss is not None:
+        loss = float(micro.loss)
+        if not math.isfinite(loss):
+            loss = str(loss)
     return {
         "batch": micro.batch_idx,
-        "loss": loss if loss is None or math.isfinite(loss) else str(loss),
+        "loss": loss,
         "same_loss": micro.has_same_loss,
         "bad_gradients": list(micro.nonfinite_gradients),
         "norm": _finite_or_none(micro.norm),

@@ -89,7 +89,9 @@ class WindowResult:
         """Index of the first non-finite micro-batch; if all are finite, of the one that added the largest gradients."""
         indices = range(len(self.micro_batches))
         nonfinite = next((index for index in indices if not self.micro_batches[index].is_finite), None)
-        return nonfinite if nonfinite is not None else max(indices, key=lambda index: self.micro_batches[index].norm)
+        if nonfinite is not None:
+            return nonfinite
+        return max(indices, key=lambda index: self.micro_batches[index].norm)
 
     def value_of(self, quantity: str) -> float:
         """Return the value of a quantity that may have a limit."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clip_callbacks.bundles.bundle import Bundle, classes_in, first_line
 from clip_callbacks.core.tensor_table import without_wrappers
+from clip_callbacks.core.wording import listed, plural
 from clip_callbacks.replay.errors import UnusableReplayError
 from clip_callbacks.replay.recorded_step import RecordedStep
 
@@ -76,10 +77,10 @@ class StartingWeights:
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
             raise UnusableReplayError(f"`--ckpt` must be a checkpoint of Lightning with a state_dict, got {path}.")
         step = content.get("global_step")
-        distance = recorded.step - step if isinstance(step, int) else None
-        source = f"from {path}{remark}"
-        if distance is not None:
-            source += f", saved at step {step}, {_distance_in_words(distance)} the bad step"
+        distance, source = None, f"from {path}{remark}"
+        if isinstance(step, int):
+            distance = recorded.step - step
+            source += f", saved at step {step}, {distance_in_words(distance)} the bad step"
         return cls(source, content["state_dict"], tuple(content.get("optimizer_states") or ()), distance)
 
     def load(self, module: nn.Module) -> None:
@@ -131,7 +132,7 @@ def check_names_and_shapes(shapes: Mapping[str, tuple[int, ...]], module: nn.Mod
             f"{name} {list(given[name])} instead of {list(own[name])}" for name in own if given.get(name, own[name]) != own[name]
         ],
     }
-    if found := [f"{len(names)} {kind} ({_listed(names)})" for kind, names in differences.items() if names]:
+    if found := [f"{len(names)} {kind} ({listed(names, MAX_NAMES)})" for kind, names in differences.items() if names]:
         raise UnusableReplayError(
             f"The {what} must fit {type(module).__name__} as the configuration builds it, got {', '.join(found)}; "
             "give the configuration of the run to --config."
@@ -149,19 +150,14 @@ def _check_dtypes(state: Mapping[str, Any], module: nn.Module) -> None:
         and (expected.is_floating_point(), expected.is_complex()) != (given.is_floating_point(), given.is_complex())
     ]
     if differences:
-        raise UnusableReplayError(f"The weights must be of the kinds of numbers that the module has, got {_listed(differences)}.")
+        raise UnusableReplayError(
+            f"The weights must be of the kinds of numbers that the module has, got {listed(differences, MAX_NAMES)}."
+        )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
-
-
-def _distance_in_words(distance: int) -> str:
+def distance_in_words(distance: int) -> str:
+    """Return how many steps before or after a step another one is."""
     if distance == 0:
         return "just before"
-    return f"{steps_in_words(distance)} {'before' if distance > 0 else 'after'}"
-
-
-def steps_in_words(distance: int) -> str:
-    """Return a number of steps with its unit, without its sign."""
-    return f"{abs(distance)} step{'s' * (abs(distance) > 1)}"
+    steps = plural(abs(distance), "1 step", f"{abs(distance)} steps")
+    return f"{steps} before" if distance > 0 else f"{steps} after"

@@ -81,15 +81,18 @@ def _first(
     suspects = [call for call in calls if is_suspect(call)]
     outer = {ancestor for call in suspects for ancestor in call.ancestors()}
     innermost = next((call for call in suspects if call not in outer), None)
-    return SuspectModule(fault, innermost, describe(innermost)) if innermost else None
+    if innermost is None:
+        return None
+    return SuspectModule(fault, innermost, describe(innermost))
 
 
 def _makes_nonfinite_output(call: ModuleCall) -> bool:
     """Return whether a call made NaN, or infinities from finite inputs; inputs such as masks may hold -inf."""
     if call.outputs is None or call.nonfinite_tensors or call.is_absorbed:
         return False
-    nan_in, inf_in = (call.inputs.nan, call.inputs.inf) if call.inputs else (0, 0)
-    return not nan_in and (bool(call.outputs.nan) or (bool(call.outputs.inf) and not inf_in))
+    if call.inputs is None:
+        return not call.outputs.is_finite
+    return not call.inputs.nan and (bool(call.outputs.nan) or (bool(call.outputs.inf) and not call.inputs.inf))
 
 
 def _makes_nonfinite_gradient(call: ModuleCall, names_with_bad_output_gradient: AbstractSet[str]) -> bool:
@@ -124,7 +127,9 @@ def _describe_output(call: ModuleCall, calls: Sequence[ModuleCall]) -> str:
     if not inside:
         return text
     received = next((inner for inner in inside if inner.inputs and not inner.inputs.is_finite), None)
-    where = f"before it calls {received.label}" if received else f"after it has called {inside[-1].label}"
+    where = f"after it has called {inside[-1].label}"
+    if received:
+        where = f"before it calls {received.label}"
     return f"{text}; its own forward made them, not a module inside it: {where}"
 
 
@@ -133,8 +138,10 @@ def _describe_gradient(call: ModuleCall) -> str:
         what = f"the gradient at its input has {call.grad_input.describe_nonfinite()}"
     else:
         what = "the gradients of its own parameters are non-finite"
-    already = "; its inputs already have NaN" if call.inputs and call.inputs.nan else ""
-    return f"{what}, the gradient at its output is finite, in {call.grad_output}{already}"
+    text = f"{what}, the gradient at its output is finite, in {call.grad_output}"
+    if call.inputs and call.inputs.nan:
+        text += "; its inputs already have NaN"
+    return text
 
 
 def _describe_output_growth(call: ModuleCall) -> str:

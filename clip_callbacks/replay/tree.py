@@ -94,13 +94,17 @@ def _joined(subtrees: list[list[str]]) -> list[str]:
     """Return the lines of subtrees with the strokes that join them to their parent."""
     lines: list[str] = []
     for number, (first, *rest) in enumerate(subtrees, 1):
-        is_last = number == len(subtrees)
-        lines += [("└── " if is_last else "├── ") + first, *(("    " if is_last else "│   ") + line for line in rest)]
+        branch, below = "├── ", "│   "
+        if number == len(subtrees):
+            branch, below = "└── ", "    "
+        lines += [branch + first, *(below + line for line in rest)]
     return lines
 
 
 def _line(call: ModuleCall, marks: Sequence[str]) -> str:
-    outputs = "raised an error" if call.end_order is None else _describe(call.outputs)
+    outputs = _describe(call.outputs)
+    if call.end_order is None:
+        outputs = "raised an error"
     text = f"{call.label}: {_describe(call.inputs)} → {outputs}"
     if call.grad_output:
         text += f", |gradient| {_largest(call.grad_output)}"

@@ -47,9 +47,11 @@ class BlockHistory:
         """Take up the parameters of an optimizer; blocks whose names were there before keep their norms and counts."""
         self._flush()
         selection = self._selection.among(table.names)
-        self._blocks = None if selection is None else table.partition(self._scope, selection)
-        self._parts = None
-        names = [] if self._blocks is None else list(self._blocks.names)
+        self._blocks, self._parts = None, None
+        names: list[str] = []
+        if selection is not None:
+            self._blocks = table.partition(self._scope, selection)
+            names = list(self._blocks.names)
         if names != self._names:
             known = {name: place for place, name in enumerate(self._names)}
             places = [known.get(name) for name in names]
@@ -132,7 +134,9 @@ def _smaller(clips: list[tuple[Tensor, Tensor]], blocks: Partition) -> Tensor:
     # A norm of 0 stays 0 whatever its factor is, so that nothing was made smaller.
     smaller = (factors < 1.0) & (torch.stack([parts for _, parts in clips]) > 0)
     hits = torch.zeros(len(clips), len(blocks.names), dtype=torch.int32)
-    inside = smaller if blocks.is_total else smaller[:, blocks.members]
+    inside = smaller
+    if not blocks.is_total:
+        inside = smaller[:, blocks.members]
     return hits.scatter_add_(1, blocks.member_blocks.expand(inside.shape), inside.int()) > 0
 
 

@@ -73,7 +73,9 @@ class GradientMoments:
         self._unstored = _unstored(gradients, blocks, tensors)
         read = [(owners, _row_moments(rows)) for owners, rows in _batches(tensors)]
         self._owners = [owner for owners, _ in read for owner in owners]
-        self._moments = torch.cat([moments.to(read[0][1].device) for _, moments in read]) if read else None
+        self._moments: Tensor | None = None
+        if read:
+            self._moments = torch.cat([moments.to(read[0][1].device) for _, moments in read])
 
     def statistics(self) -> Statistics:
         """Return the statistics of the blocks. This reads the moments on the host.
@@ -96,12 +98,15 @@ class GradientMoments:
         """Return the moments of all sets of entries, those of unstored ones last, float64 of shape ``(sets, 4)``."""
         unstored = torch.tensor([[count, 0, 0, count] for count in self._unstored.values()], dtype=torch.float64, device="cpu")
         unstored = unstored.reshape(-1, MOMENTS)
-        return unstored if self._moments is None else torch.cat([self._moments.cpu(), unstored])
+        if self._moments is None:
+            return unstored
+        return torch.cat([self._moments.cpu(), unstored])
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    entries = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return entries.detach().reshape(-1)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.detach().reshape(-1)
 
 
 def _unstored(gradients: Gradients, blocks: Partition, stored: Mapping[int, Tensor]) -> dict[int, int]:
@@ -110,9 +115,10 @@ def _unstored(gradients: Gradients, blocks: Partition, stored: Mapping[int, Tens
     for position in gradients.table.nonempty[0]:
         gradient = gradients.table.tensors[position].grad
         if gradient is not None and gradient.layout is not torch.strided and blocks.index[position] != OUTSIDE:
-            entries = gradient.numel() * (2 if gradient.is_complex() else 1)
+            counts[position] = gradient.numel() * (1 + gradient.is_complex())
             # a sparse gradient that stores nothing is not among the gradients
-            counts[position] = entries - (stored[position].numel() if position in stored else 0)
+            if position in stored:
+                counts[position] -= stored[position].numel()
     return counts
 
 

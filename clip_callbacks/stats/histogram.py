@@ -68,7 +68,9 @@ def code_counts(tensor: Tensor, factor: float | Tensor = 1.0) -> Tensor:
         Number of entries of each code, int64 of shape ``(512,)``, on the device of the tensor. The sign is the highest bit of the
         code. NaN and inf have the codes with the highest exponent, 255.
     """
-    entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    entries = tensor
+    if tensor.is_complex():
+        entries = torch.view_as_real(tensor)
     counts = torch.zeros(CODE_COUNT, dtype=torch.int64, device=tensor.device)
     for piece in entries.detach().reshape(-1).split(MAX_ENTRIES_AT_ONCE):  # type: ignore[no-untyped-call]
         bits = _as_float32(piece, factor).view(torch.int32)

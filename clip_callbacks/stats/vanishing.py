@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from clip_callbacks.core.reduction import is_sharded, shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.norm_history import MAX_WAITING_STEPS
-from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, dtype_name
+from clip_callbacks.stats.vanished_block import VanishedBlock
 from clip_callbacks.stats.weight_sample import WeightSample
 
 MIN_STEPS = 100
@@ -43,39 +42,6 @@ MIN_STEPS_BETWEEN_CHECKS = 10
 
 MIN_SHARE = 0.5
 """The share of a block's entries above which the block has vanished."""
-
-MAX_LINES = 12
-"""Largest number of blocks that one warning lists."""
-
-
-@dataclass(frozen=True)
-class VanishedBlock:
-    """A block of which more than half does not learn.
-
-    Args:
-        name: Name of the block.
-        share: Share of its entries whose gradient was exactly zero throughout, or whose weights the updates did not change.
-        is_zero: If True, most of these entries had a gradient of exactly zero; if False, updates too small to change them.
-        dtype: Data type of the largest of the block's parameters that do not learn.
-        rate: Learning rate of that parameter; NaN if the optimizer chooses it.
-        size: Median size of that parameter's weights; NaN if it is not known or does not matter.
-    """
-
-    name: str
-    share: float
-    is_zero: bool
-    dtype: torch.dtype
-    rate: float
-    size: float
-
-    def __str__(self) -> str:
-        """Return a line of the warning."""
-        if self.is_zero:
-            which = "all entries" if self.share == 1.0 else f"{self.share:.0%} of the entries"
-            return f"{self.name}: the gradient of {which} was exactly 0 in every step"
-        size = f", the weights are about {self.size:.2g}" if self.size == self.size else ""
-        rate = f", the learning rate is {self.rate:.2g}" if self.rate == self.rate else ""
-        return f"{self.name}: the updates left {self.share:.0%} of the {dtype_name(self.dtype)} weights unchanged{rate}{size}"
 
 
 class VanishingDetector:
@@ -296,9 +262,12 @@ class VanishingDetector:
     def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
         """Describe a block by its parameter at a place of the table."""
         assert self._sample is not None
-        size = math.nan if is_zero else self._sample.typical_size(place)
-        dtype, rate = self._table.tensors[place].dtype, math.nan if rate is None else float(rate)
-        return VanishedBlock(name, share, is_zero, dtype, rate, size)
+        size = math.nan
+        if not is_zero:
+            size = self._sample.typical_size(place)
+        if rate is None:
+            rate = math.nan
+        return VanishedBlock(name, share, is_zero, self._table.tensors[place].dtype, float(rate), size)
 
     def _has_master_weights(self, place: int) -> bool:
         assert self._optimizer is not None
@@ -313,23 +282,3 @@ class VanishingDetector:
         new = [block for block in found if block.name not in self.named]
         self.named |= dict.fromkeys(block.name for block in new)
         return new
-
-
-def describe(blocks: Sequence[VanishedBlock], steps: int, last: int) -> str:
-    """Return the text of a warning that names blocks, with likely causes.
-
-    Args:
-        blocks: The blocks, at least one.
-        steps: The number of optimizer steps in the span.
-        last: The number of optimizer steps in the run, up to the end of the span.
-    """
-    count = "1 block does" if len(blocks) == 1 else f"{len(blocks)} blocks do"
-    lines = [f"{count} not learn, as the {steps} optimizer steps up to step {last} show:"]
-    lines += [f"  {block}" for block in blocks[:MAX_LINES]]
-    if len(blocks) > MAX_LINES:
-        lines.append(f"  and {len(blocks) - MAX_LINES} more")
-    if any(block.is_zero for block in blocks):
-        lines.append(ZERO_CAUSES)
-    lines += describe_lost_updates(dict.fromkeys(block.dtype for block in blocks if not block.is_zero))
-    lines.append("Each block is named once; `grad_vanished/<block>` shows it at the end of each epoch.")
-    return "\n".join(lines)

@@ -147,6 +147,14 @@ class StepContext:
             place["optimizer"] = self.optimizer.suffix[1:]
         return place
 
+    @cached_property
+    def facts(self) -> dict[str, int | str]:
+        """The place for the journal, with the step under which loggers get the metrics of this batch.
+
+        ``step`` counts the steps of all optimizers. Loggers count batches that may step, so several optimizers share one number.
+        """
+        return {**self.place, "logged_step": self.trainer.fit_loop.epoch_loop._batches_that_stepped}
+
     def __str__(self) -> str:
         """Return the place for messages, such as ``step 3, epoch 0, batch 3, rank 0``."""
         return ", ".join(f"{name} {value}" for name, value in self.place.items())

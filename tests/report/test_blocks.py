@@ -17,7 +17,7 @@ from clip_callbacks.html_report.rendering import Theme
 from clip_callbacks.html_report.runs import Run
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.vanished import vanished_blocks, vanished_chart
-from clip_callbacks.stats.vanishing import VanishedBlock, describe
+from clip_callbacks.stats.vanished_block import VanishedBlock, describe
 from tests.helpers.logs import read, said, table, write, write_guarded
 
 MEANS, ZEROS = (next(metric for metric in BLOCK_METRICS if metric.key == key) for key in ("means", "zeros"))

@@ -47,6 +47,21 @@ def test_several_optimizers_have_logs_of_their_own(trainer, tmp_path):
     assert all(len(log.total_norm) == 12 for log in run.optimizer_logs)
 
 
+@pytest.mark.filterwarnings("ignore:Spike at")
+def test_spikes_of_one_of_several_optimizers_are_listed_once(trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    guard = NonFiniteGuard(skip_above=1e3)
+    trainer(guard, GradientClipping(None), logger=logger).fit(TwoNetworks({30: 1e5, 31: 1e5}), data(40))
+    assert [guard.skipped_steps_of(index) for index in (0, 1)] == [2, 0]
+    run = read(Path(logger.log_dir))
+    first, second = make_sections([run], ())
+    assert [(row.step, row.outcome) for row in first.bad_steps] == [(30, "skipped as a spike"), (31, "skipped as a spike")]
+    assert [row.where for row in first.bad_steps] == [f"global_step {2 * n}, epoch 0, batch {n}, rank 0" for n in (30, 31)]
+    assert (first.bad_count, second.bad_count) == (2, 0)
+    assert "The log ends" not in texts(first.findings), "good steps follow, although global_step counts each batch twice"
+    assert len(run.between(30, 30).bad_steps) == 1
+
+
 def test_99_percent_clipped_is_a_learning_rate(tmp_path):
     frame = table(1000)
     frame["grad/clip_fraction"] = np.where(np.arange(1000) % 100, 1.0, 0.0)

@@ -7,17 +7,21 @@ to the next one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
-from clip_callbacks.core.coefficients import coefficients, ones_like
+from clip_callbacks.core.coefficients import EPS, coefficients, ones, ones_like
 from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitOfOne, LimitState, as_state
 from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
+
+SAFE_SHARE_FOR_BLOCKS = 0.999
+"""Share of a fixed limit up to which the total norm shows that no block is above it: more than any rounding of the total."""
 
 
 @dataclass(eq=False)
@@ -26,7 +30,8 @@ class Outcome:
 
     Args:
         partition: The B blocks.
-        norms: Norms of the blocks after the stages before this one, shape ``(B,)``.
+        found: Norms of the blocks after the stages before this one, shape ``(B,)``; or a function that returns them, where nothing
+            was decided from them.
         limits: Limits of the blocks, shape ``(B,)``, or one number for all; inf is no limit.
         coefficients: Coefficients of the blocks in [0, 1], shape ``(B,)``, or 0-dim if one is for all; exactly 1 where nothing is
             clipped.
@@ -35,11 +40,18 @@ class Outcome:
     """
 
     partition: Partition
-    norms: Tensor
+    found: Tensor | Callable[[], Tensor]
     limits: Tensor | float
     coefficients: Tensor
     clips: bool
     name: str | None = None
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Norms of the blocks after the stages before this one, shape ``(B,)``."""
+        if isinstance(self.found, Tensor):
+            return self.found
+        return self.found()
 
     @property
     def names(self) -> Sequence[str]:
@@ -70,11 +82,11 @@ def decide(
     after: list[LimitState | LimitOfOne] = []
     factors: Tensor | None = None
     for stage, before in zip(stages, state, strict=True):
-        if factors is None and stage.partition.is_whole:
-            norms = measured.total
-        else:
-            norms = _norms_after(factors, stage.partition, measured)
-        outcome, new = apply_limit(stage, norms, measured, before)
+        if factors is None and _passes(stage, measured):
+            outcomes.append(_passed(stage, measured))
+            after.append(before)
+            continue
+        outcome, new = apply_limit(stage, _norms_after(factors, stage.partition, measured), measured, before)
         outcomes.append(outcome)
         after.append(new)
         # without a coefficient below 1 the factors stay None: no product here, and no write of the gradients
@@ -106,9 +118,29 @@ def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, .
     return decide(unlimited, measured, tuple({} for _ in unlimited))[0]
 
 
+def _passes(stage: Stage, measured: Measurement) -> bool:
+    """Return whether the host knows from the total norm alone that no block is above a fixed limit, as in most healthy steps."""
+    # not isinstance, because a subclass may have a `step` of its own
+    if measured.is_deferred or type(stage.limit) is not FixedLimit:
+        return False
+    # The norm of a block is at most that of all gradients. False for a NaN.
+    total: float = measured.total.tolist()[0]
+    return total + EPS <= stage.limit.max_norm * SAFE_SHARE_FOR_BLOCKS
+
+
+def _passed(stage: Stage, measured: Measurement) -> Outcome:
+    """Return the outcome of such a stage. The norms of its blocks are added up if somebody asks for them."""
+    norms = partial(_norms_after, None, stage.partition, measured)
+    assert type(stage.limit) is FixedLimit
+    unclipped = ones(len(stage.partition.names), measured.norms.dtype)
+    return Outcome(stage.partition, norms, stage.limit.max_norm, unclipped, clips=False, name=stage.name)
+
+
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
     """Return the norms of blocks after the stages before, whose coefficients are the factors."""
     if factors is None:
+        if partition.is_whole:
+            return measured.total
         return block_norms(measured.norms, partition, measured.norm_type)
     # In a deferred step the rules before have one factor for all gradients, which scales the total norm; otherwise factors may
     # differ between parameters, and the norm of a block is added up from theirs.

@@ -43,11 +43,16 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if partition.is_whole and norms.ndim == 1:  # the same operation as torch's own clip, for the same bits
         return total_norm(norms, norm_type)
     # in float64, in which a block may add up millions of float32 norms without losing digits
+    is_unscaled = norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER
+    # the way of most steps: a step of tiny tensors feels every operation
+    if norms.ndim == 1 and norms.is_cpu and partition.has_rows and (is_unscaled or norm_type == math.inf):
+        found: Tensor = torch.linalg.vector_norm(partition.rows(norms).double(), norm_type, dim=1)
+        return found.to(norms.dtype)
     blocks, parts = partition.member_blocks.to(norms.device), norms.double()
     if not partition.is_total:
         parts = parts[..., partition.members.to(norms.device)]
     shape = *norms.shape[:-1], len(partition.names)
-    if norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER:
+    if is_unscaled:
         sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
     # scaled by the largest norm of each block, so that p-th powers stay in range

@@ -238,6 +238,8 @@ class Plan:
 
     def init(self) -> ClipState:
         """Return the states before the first step."""
+        if not self.remembers:  # a plain loop with fixed limits may ask for them at every step
+            return tuple([{} for _ in self.stages])
         return tuple(stage.init() for stage in self.stages)
 
     def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:

@@ -153,7 +153,7 @@ class StepRecord:
             return tuple(
                 replace(
                     outcome,
-                    norms=copy(outcome.norms),
+                    found=copy(outcome.norms),
                     limits=copy(outcome.limits) if isinstance(outcome.limits, Tensor) else outcome.limits,
                     coefficients=copy(outcome.coefficients),
                 )

@@ -58,6 +58,13 @@ class Outcome:
         """Names of the blocks."""
         return self.partition.names
 
+    @property
+    def limit_of_each(self) -> Tensor:
+        """Limits of the blocks, shape ``(B,)``."""
+        if isinstance(self.limits, Tensor):
+            return self.limits
+        return torch.full_like(self.norms, self.limits)
+
     def undecided(self) -> Outcome:
         """Return the outcome with no limits and with coefficients of 1, as a skipped step has it."""
         return replace(self, limits=math.inf, coefficients=ones_like(self.norms), clips=False)
@@ -82,11 +89,15 @@ def decide(
     after: list[LimitState | LimitOfOne] = []
     factors: Tensor | None = None
     for stage, before in zip(stages, state, strict=True):
-        if factors is None and _passes(stage, measured):
+        if factors is None and stage.partition.is_whole:
+            norms = measured.total
+        elif factors is None and _passes(stage, measured):
             outcomes.append(_passed(stage, measured))
             after.append(before)
             continue
-        outcome, new = apply_limit(stage, _norms_after(factors, stage.partition, measured), measured, before)
+        else:
+            norms = _norms_after(factors, stage.partition, measured)
+        outcome, new = apply_limit(stage, norms, measured, before)
         outcomes.append(outcome)
         after.append(new)
         # without a coefficient below 1 the factors stay None: no product here, and no write of the gradients
@@ -130,7 +141,7 @@ def _passes(stage: Stage, measured: Measurement) -> bool:
 
 def _passed(stage: Stage, measured: Measurement) -> Outcome:
     """Return the outcome of such a stage. The norms of its blocks are added up if somebody asks for them."""
-    norms = partial(_norms_after, None, stage.partition, measured)
+    norms = partial(block_norms, measured.norms, stage.partition, measured.norm_type)
     assert type(stage.limit) is FixedLimit
     unclipped = ones(len(stage.partition.names), measured.norms.dtype)
     return Outcome(stage.partition, norms, stage.limit.max_norm, unclipped, clips=False, name=stage.name)
@@ -139,8 +150,6 @@ def _passed(stage: Stage, measured: Measurement) -> Outcome:
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
     """Return the norms of blocks after the stages before, whose coefficients are the factors."""
     if factors is None:
-        if partition.is_whole:
-            return measured.total
         return block_norms(measured.norms, partition, measured.norm_type)
     # In a deferred step the rules before have one factor for all gradients, which scales the total norm; otherwise factors may
     # differ between parameters, and the norm of a block is added up from theirs.
@@ -205,7 +214,11 @@ def _state_after(measured: Measurement, before: LimitState, after: LimitState) -
     if not before:
         return after
     if measured.is_deferred:
-        counts = measured.finite if measured.counts is None else measured.counts
+        counts = measured.counts
+        if counts is None:
+            counts = measured.finite
         # selected on the device: the host does not know whether the step counts
         return {key: torch.where(counts, value, before[key]) for key, value in after.items()}
-    return after if measured.is_finite else before
+    if measured.is_finite:
+        return after
+    return before

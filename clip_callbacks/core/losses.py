@@ -43,7 +43,7 @@ def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _weighted(loss: Tensor, weight: float) -> Tensor:
-    if loss.numel() > 1:
+    if loss.numel() != 1:
         loss = loss.sum()
     loss = loss.reshape(1)
     if loss.dtype is not torch.float64:

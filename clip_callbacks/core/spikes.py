@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_callbacks.core.decisions import apply_limit
 from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, of_one
-from clip_callbacks.core.measurement import FALSE, TRUE, Measurement
+from clip_callbacks.core.measurement import FALSE, FLAGS, Measurement
 from clip_callbacks.core.rules import ClipState, Plan, Stage
 
 
@@ -142,11 +142,10 @@ def _on_host(limit: LimitOfOne, measured: Measurement, loss: Tensor | None) -> t
     found, after = limit.step(shown, are_losses=loss is not None)
     if tensor.dtype is not torch.float64:  # rounded as the number that it limits
         found = c_float(found).value
-    if not counts:
-        return Threshold(value, found, FALSE), limit
-    if value > found:
-        return Threshold(value, found, TRUE), after
-    return Threshold(value, found, FALSE), after
+    threshold = Threshold(value, found, FLAGS[counts and value > found])
+    if counts:
+        return threshold, after
+    return threshold, limit
 
 
 def _norm_threshold(

@@ -144,11 +144,9 @@ class _ZScoreOfOne(LimitOfOne):
             return limit, self
         seen = min(value, bound)
         new_mean = mean + weight * (seen - mean)
-        square = seen - new_mean
         if is_warm:
-            square *= seen - new_mean
-        else:
-            square *= seen - mean
+            mean = new_mean
+        square = (seen - new_mean) * (seen - mean)
         return limit, _ZScoreOfOne(own, new_mean, variance + weight * (square - variance), count + 1)
 
     def _of(self, value: float) -> float:

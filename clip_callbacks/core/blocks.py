@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,9 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 
 OUTSIDE = -1
 """Block number of a parameter or unit that belongs to no block."""
+
+MAX_ROW_ENTRIES = 4
+"""Largest number of entries in the rows of :meth:`Partition.rows`, as a multiple of the number of parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,41 @@ class Partition:
         """Block number of each of those parts, int64, shape ``(M,)``."""
         return torch.tensor([block for block in self.index if block != OUTSIDE], dtype=torch.int64, device="cpu")
 
+    @cached_property
+    def has_rows(self) -> bool:
+        """If True, :meth:`rows` pays: no block has many more parts than most."""
+        return 0 < self._longest * len(self.names) <= MAX_ROW_ENTRIES * len(self.index)
+
+    def rows(self, per_part: Tensor) -> Tensor:
+        """Lay out the values of the parts by block.
+
+        Args:
+            per_part: Values of the parts, CPU tensor of shape ``(N,)`` or ``(U,)``.
+
+        Returns:
+            Values of shape ``(B, k)``, where k is the largest number of parts of a block; with 0 after those of smaller blocks.
+        """
+        places = self._row_places
+        if places is not None:
+            per_part = torch.cat([per_part, _ZERO]).index_select(0, places)
+        return per_part.view(-1, self._longest)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(Counter(block for block in self.index if block != OUTSIDE).values(), default=0)
+
+    @cached_property
+    def _row_places(self) -> Tensor | None:
+        """Position of each part in the rows, N where there is none; None if the parts lie in that order already."""
+        rows: list[list[int]] = [[] for _ in self.names]
+        for part, block in enumerate(self.index):
+            if block != OUTSIDE:
+                rows[block].append(part)
+        places = [part for row in rows for part in (*row, *[len(self.index)] * (self._longest - len(row)))]
+        if places == list(range(len(self.index))):
+            return None
+        return torch.tensor(places, dtype=torch.int64, device="cpu")
+
     def meet(self, other: Partition) -> tuple[Partition, Tensor]:
         """Return the coarsest partition that is finer than both; cached for each other partition.
 
@@ -119,6 +158,10 @@ class Partition:
         # reshaped, because the coefficient of a single block is 0-dim
         spread[self.members.to(per_block.device)] = per_block.reshape(-1)[self.member_blocks.to(per_block.device)]
         return spread
+
+
+_ZERO = torch.zeros(1, device="cpu")
+"""What stands in a row where a block has no part."""
 
 
 def unknown_scope(scope: object) -> str:

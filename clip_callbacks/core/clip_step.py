@@ -94,7 +94,9 @@ def clip_step(
         as_policy(nonfinite, "nonfinite")
     with torch.set_grad_enabled(False):  # half the calls of torch.no_grad
         table = table_of(parameters)
-        shadows = [one if isinstance(one, ClipRule) else _rules(one, None)[0] for one in shadow] if shadow else ()
+        shadows: Sequence[ClipRule] = ()
+        if shadow:
+            shadows = [_as_rule(one) for one in shadow]
         plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))
         state = plan.init() if state is None else state
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
@@ -114,6 +116,13 @@ def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[Clip
             f"`rules` must not be given beside `max_norm`, got rules and max_norm={max_norm!r}. Each rule has its own max_norm."
         )
     return rules
+
+
+def _as_rule(shadow: float | Limit | ClipRule) -> ClipRule:
+    if isinstance(shadow, ClipRule):
+        return shadow
+    (rule,) = _rules(shadow, None)
+    return rule
 
 
 @lru_cache(maxsize=64, typed=True)  # True is equal to 1.0, and no limit

@@ -67,10 +67,13 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
 
 
 def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
-    if isinstance(limits, float):
-        # Reciprocal, then product, because torch evaluates `max_norm / (total_norm + 1e-6)` in this way: two roundings, equal bits.
-        return (norms + _operand(EPS, norms)).reciprocal_().mul_(_operand(limits, norms))
-    return limits / norms
+    if not isinstance(limits, float):
+        return limits / norms
+    divisors = norms + _operand(EPS, norms)
+    if norms.numel() > 1:
+        return _operand(limits, norms) / divisors
+    # Reciprocal, then product, because torch evaluates `max_norm / (total_norm + 1e-6)` in this way: two roundings, equal bits.
+    return divisors.reciprocal_().mul_(_operand(limits, norms))
 
 
 def _operand(number: float, norms: Tensor) -> Tensor | float:
@@ -120,16 +123,15 @@ def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
     return c_float(reciprocal * c_float(limit).value).value
 
 
-_ONES: dict[tuple[int, torch.dtype], Tensor] = {}
-"""Tensors of ones on the CPU by length and dtype."""
-
-
 def ones_like(norms: Tensor) -> Tensor:
-    """Return ones of the shape, dtype and device of norms; on the CPU cached, because most steps report nothing else."""
+    """Return ones of the shape, dtype and device of norms."""
     # Not cached elsewhere: a tensor made while a CUDA graph is captured, or a program traced, belongs to that graph or program.
     if type(norms) is not Tensor or not norms.is_cpu:
         return torch.ones_like(norms)
-    key = norms.numel(), norms.dtype
-    if key not in _ONES:
-        _ONES[key] = torch.ones_like(norms)
-    return _ONES[key]
+    return ones(norms.numel(), norms.dtype)
+
+
+@lru_cache(maxsize=1024)
+def ones(count: int, dtype: torch.dtype) -> Tensor:
+    """Return ones of shape ``(count,)`` on the CPU, made once, because most steps report nothing else."""
+    return torch.ones(count, dtype=dtype, device="cpu")

@@ -7,17 +7,21 @@ to the next one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
-from clip_callbacks.core.coefficients import coefficients, ones_like
+from clip_callbacks.core.coefficients import EPS, coefficients, ones, ones_like
 from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitOfOne, LimitState, as_state
 from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
+
+SAFE_SHARE_FOR_BLOCKS = 0.999
+"""Share of a fixed limit up to which the total norm shows that no block is above it: more than any rounding of the total."""
 
 
 @dataclass(eq=False)
@@ -26,7 +30,8 @@ class Outcome:
 
     Args:
         partition: The B blocks.
-        norms: Norms of the blocks after the stages before this one, shape ``(B,)``.
+        found: Norms of the blocks after the stages before this one, shape ``(B,)``; or a function that returns them, where nothing
+            was decided from them.
         limits: Limits of the blocks, shape ``(B,)``, or one number for all; inf is no limit.
         coefficients: Coefficients of the blocks in [0, 1], shape ``(B,)``, or 0-dim if one is for all; exactly 1 where nothing is
             clipped.
@@ -35,16 +40,30 @@ class Outcome:
     """
 
     partition: Partition
-    norms: Tensor
+    found: Tensor | Callable[[], Tensor]
     limits: Tensor | float
     coefficients: Tensor
     clips: bool
     name: str | None = None
 
+    @cached_property
+    def norms(self) -> Tensor:
+        """Norms of the blocks after the stages before this one, shape ``(B,)``."""
+        if isinstance(self.found, Tensor):
+            return self.found
+        return self.found()
+
     @property
     def names(self) -> Sequence[str]:
         """Names of the blocks."""
         return self.partition.names
+
+    @property
+    def limit_of_each(self) -> Tensor:
+        """Limits of the blocks, shape ``(B,)``."""
+        if isinstance(self.limits, Tensor):
+            return self.limits
+        return torch.full_like(self.norms, self.limits)
 
     def undecided(self) -> Outcome:
         """Return the outcome with no limits and with coefficients of 1, as a skipped step has it."""
@@ -72,6 +91,10 @@ def decide(
     for stage, before in zip(stages, state, strict=True):
         if factors is None and stage.partition.is_whole:
             norms = measured.total
+        elif factors is None and _passes(stage, measured):
+            outcomes.append(_passed(stage, measured))
+            after.append(before)
+            continue
         else:
             norms = _norms_after(factors, stage.partition, measured)
         outcome, new = apply_limit(stage, norms, measured, before)
@@ -104,6 +127,24 @@ def describe(stages: Sequence[Stage], measured: Measurement) -> tuple[Outcome, .
     # without limits no state is read, and every stage sees the norms as they were measured
     unlimited = [Stage(None, stage.partition, (), stage.name) for stage in stages]
     return decide(unlimited, measured, tuple({} for _ in unlimited))[0]
+
+
+def _passes(stage: Stage, measured: Measurement) -> bool:
+    """Return whether the host knows from the total norm alone that no block is above a fixed limit, as in most healthy steps."""
+    # not isinstance, because a subclass may have a `step` of its own
+    if measured.is_deferred or type(stage.limit) is not FixedLimit:
+        return False
+    # The norm of a block is at most that of all gradients. False for a NaN.
+    total: float = measured.total.tolist()[0]
+    return total + EPS <= stage.limit.max_norm * SAFE_SHARE_FOR_BLOCKS
+
+
+def _passed(stage: Stage, measured: Measurement) -> Outcome:
+    """Return the outcome of such a stage. The norms of its blocks are added up if somebody asks for them."""
+    norms = partial(block_norms, measured.norms, stage.partition, measured.norm_type)
+    assert type(stage.limit) is FixedLimit
+    unclipped = ones(len(stage.partition.names), measured.norms.dtype)
+    return Outcome(stage.partition, norms, stage.limit.max_norm, unclipped, clips=False, name=stage.name)
 
 
 def _norms_after(factors: Tensor | None, partition: Partition, measured: Measurement) -> Tensor:
@@ -173,7 +214,11 @@ def _state_after(measured: Measurement, before: LimitState, after: LimitState) -
     if not before:
         return after
     if measured.is_deferred:
-        counts = measured.finite if measured.counts is None else measured.counts
+        counts = measured.counts
+        if counts is None:
+            counts = measured.finite
         # selected on the device: the host does not know whether the step counts
         return {key: torch.where(counts, value, before[key]) for key, value in after.items()}
-    return after if measured.is_finite else before
+    if measured.is_finite:
+        return after
+    return before

@@ -116,7 +116,9 @@ class Diagnosis:
             return "carried"
         if self.loss_is_finite is None:
             return "unknown"
-        return "gradient" if self.loss_is_finite else "loss"
+        if self.loss_is_finite:
+            return "gradient"
+        return "loss"
 
     def facts(self) -> dict[str, Any]:
         """Return the diagnosis for a line of the journal, whose keys are fixed."""
@@ -185,14 +187,12 @@ class Spike:
         """
         places = norms.topk(min(MAX_LISTED, len(norms))).indices.tolist()
         numbers = norms.tolist()
-        loss = thresholds.loss
-        return cls(
-            float(total),
-            None if thresholds.norm is None else _finite(thresholds.norm.limit),
-            None if loss is None else _finite(loss.value),
-            None if loss is None else _finite(loss.limit),
-            tuple((names[place], numbers[place]) for place in places),
-        )
+        limit = loss = loss_limit = None
+        if thresholds.norm is not None:
+            limit = _finite(thresholds.norm.limit)
+        if thresholds.loss is not None:
+            loss, loss_limit = _finite(thresholds.loss.value), _finite(thresholds.loss.limit)
+        return cls(float(total), limit, loss, loss_limit, tuple((names[place], numbers[place]) for place in places))
 
     @property
     def exceeded(self) -> list[str]:
@@ -223,7 +223,9 @@ class Spike:
 def _finite(value: Tensor | float) -> float | None:
     # inf in the warm-up of an adaptive limit, or NaN of a loss that is not known: JSON has no numbers for them
     number = float(value)
-    return number if math.isfinite(number) else None
+    if math.isfinite(number):
+        return number
+    return None
 
 
 _STAGES: dict[FaultStage, str] = {
@@ -305,8 +307,10 @@ def finite_neighbours(names: Sequence[str], tensors: Sequence[NonFiniteTensor]) 
 def _entries(tensor: Tensor) -> Tensor:
     if tensor.layout is torch.sparse_coo:
         # torch refuses the values of an uncoalesced tensor; a copy, because a diagnosis changes no gradient
-        return tensor.coalesce().values()
-    return tensor if tensor.layout is torch.strided else tensor.values()
+        tensor = tensor.coalesce()
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor.values()
 
 
 def _nonfinite(named: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> tuple[NonFiniteTensor, ...]:
@@ -330,7 +334,9 @@ def _nonfinite_by_norm(table: TensorTable, norms: Tensor) -> tuple[NonFiniteTens
 
 def count_nonfinite(tensor: Tensor, name: str = "") -> NonFiniteTensor:
     """Count the NaN and infinite entries of a tensor, and the real and imaginary parts of complex entries."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real = tensor
+    if tensor.is_complex():
+        real = torch.view_as_real(tensor)
     return NonFiniteTensor(name, tuple(tensor.shape), int(real.isnan().sum()), int(real.isinf().sum()))
 
 
@@ -339,5 +345,7 @@ def _enumerated(ranks: Sequence[int]) -> str:
 
 
 def _listed(tensors: Sequence[NonFiniteTensor | str], most: int) -> str:
-    rest = f" and {len(tensors) - most} more" if len(tensors) > most else ""
-    return "; ".join(map(str, tensors[:most])) + rest
+    text = "; ".join(map(str, tensors[:most]))
+    if len(tensors) <= most:
+        return text
+    return f"{text} and {len(tensors) - most} more"

@@ -45,11 +45,15 @@ class NamedLimitState:
         # Not by unit, whatever the step measures: names of blocks, and with them the shapes of states, do not depend on it.
         stage = Stage.of(rule, table)
         state = stage.init()
-        limit_kind = "" if stage.limit is None else kind(stage.limit)
+        limit_kind = ""
+        if stage.limit is not None:
+            limit_kind = kind(stage.limit)
         if not state:
             return cls(limit_kind, (), state)
+        members = None
         # "global" is the name of every global block, and groups are numbered: neither says which parameters are meant.
-        members = _members(table, stage.partition) if rule.scope in {"global", "group"} else None
+        if rule.scope in {"global", "group"}:
+            members = _members(table, stage.partition)
         return cls(limit_kind, stage.partition.names, state, members, rule.scope)
 
     @property
@@ -71,7 +75,8 @@ class NamedLimitState:
             TypeError: If an entry of the limit's state is not a tensor.
         """
         names = saved["names"]
-        names = UnitNames(*names) if isinstance(names, tuple) else names
+        if isinstance(names, tuple):
+            names = UnitNames(*names)
         state = dict(saved["state"])
         # a damaged checkpoint is refused when it is loaded, not by the arithmetic of some later step
         for key, value in state.items():

@@ -36,15 +36,21 @@ def sum_of(losses: Sequence[Tensor]) -> Tensor:
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum of one loss or more, shape ``(1,)``, float32 or float64. Nothing is read on the host."""
     # a float16 sum of losses that are multiplied by a loss scale would overflow
-    parts = [_widened(loss) if weight == 1.0 else _widened(loss) * weight for loss, weight in zip(losses, weights, strict=True)]
+    parts = [_weighted(loss, weight) for loss, weight in zip(losses, weights, strict=True)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.to(parts[0]) for part in parts]).sum(0, keepdim=True)
 
 
-def _widened(loss: Tensor) -> Tensor:
-    loss = loss.reshape(-1) if loss.numel() == 1 else loss.sum().reshape(1)
-    return loss if loss.dtype is torch.float64 else loss.float()
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    if loss.numel() != 1:
+        loss = loss.sum()
+    loss = loss.reshape(1)
+    if loss.dtype is not torch.float64:
+        loss = loss.float()
+    if weight == 1.0:
+        return loss
+    return loss * weight
 
 
 def _number(loss: Tensor) -> Tensor:

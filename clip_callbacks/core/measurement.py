@@ -25,6 +25,9 @@ MAX_UNSCALED_ORDER = 4.0
 TRUE, FALSE = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
 """The two 0-dim flags of steps that are decided on the host, made once."""
 
+FLAGS = {True: TRUE, False: FALSE}
+"""The flag of each value that the host knows."""
+
 
 def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor:
     """Norms of blocks from the norms of the parameters in them.
@@ -43,11 +46,16 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if partition.is_whole and norms.ndim == 1:  # the same operation as torch's own clip, for the same bits
         return total_norm(norms, norm_type)
     # in float64, in which a block may add up millions of float32 norms without losing digits
+    is_unscaled = norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER
+    # the way of most steps: a step of tiny tensors feels every operation
+    if norms.ndim == 1 and norms.is_cpu and partition.has_rows and (is_unscaled or norm_type == math.inf):
+        found: Tensor = torch.linalg.vector_norm(partition.rows(norms).double(), norm_type, dim=1)
+        return found.to(norms.dtype)
     blocks, parts = partition.member_blocks.to(norms.device), norms.double()
     if not partition.is_total:
         parts = parts[..., partition.members.to(norms.device)]
     shape = *norms.shape[:-1], len(partition.names)
-    if norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER:
+    if is_unscaled:
         sums = _sums(parts.pow(norm_type), blocks, parts.new_zeros(shape))
         return sums.pow(1.0 / norm_type).to(norms.dtype)
     # scaled by the largest norm of each block, so that p-th powers stay in range
@@ -181,8 +189,7 @@ def measure(
         parameter_norms = norms = gradients.fill(norms)
     # one number tells of every entry, since no norm and no sum loses a NaN or an inf
     is_finite = is_loss_finite and math.isfinite(total.tolist()[0])
-    finite = TRUE if is_finite else FALSE
-    return Measurement(norms, total, parameter_norms, norm_type, finite, is_finite, weights, scale, loss=loss)
+    return Measurement(norms, total, parameter_norms, norm_type, FLAGS[is_finite], is_finite, weights, scale, loss=loss)
 
 
 def _deferred(
@@ -228,12 +235,13 @@ def _nothing(
     if spec.by_unit:
         norms = torch.zeros(len(gradients.table.units), device="cpu")
     total = torch.zeros(1, device="cpu")
-    weights = torch.zeros_like(norms) if spec.weights else None
+    weights = None
+    if spec.weights:
+        weights = torch.zeros_like(norms)
     is_finite = are_finite(losses or ())
     if loss is not None:
         loss = loss.cpu()
-    finite = TRUE if is_finite else FALSE
-    return Measurement(norms, total, parameter_norms, norm_type, finite, is_finite, weights, scale, loss=loss)
+    return Measurement(norms, total, parameter_norms, norm_type, FLAGS[is_finite], is_finite, weights, scale, loss=loss)
 
 
 def _over_all_ranks(
@@ -254,7 +262,9 @@ def _over_all_ranks(
         Norms of gradients; norms of weights; in place of this rank's losses, a number that is non-finite if a loss of any rank is;
         and the mean of the window's loss over the ranks.
     """
-    reduction = table.unit_reduction if spec.by_unit else table.reduction
+    reduction = table.reduction
+    if spec.by_unit:
+        reduction = table.unit_reduction
     assert reduction is not None
     # sent as one vector: a collective of so few numbers costs its latency, whatever their count
     sets = {"norms": shard_norms}
@@ -339,10 +349,10 @@ def _laid_out(
         dtype: The dtype of the result.
         device: The device of the result.
     """
-    ends = [each.stop if isinstance(each, slice) else None for each in units]
-    starts = [each.start if isinstance(each, slice) else None for each in units]
+    slices = [each for each in units if isinstance(each, slice)]
+    edges = [0, *(each.stop for each in slices)]
     # slices that follow one another from the first unit to the last, as in most models: one concatenation
-    if found and starts == [0, *ends[:-1]] and ends[-1] == count:
+    if slices and len(slices) == len(units) and edges[:-1] == [each.start for each in slices] and edges[-1] == count:
         return torch.cat(list(found))
     norms = torch.zeros(count, dtype=dtype, device=device)
     for place, values in zip(units, found, strict=True):
@@ -365,7 +375,9 @@ def on_host(
     """
     # on a CPU nothing waits, and each number is read where it is
     if norms.is_cpu:
-        divisor = 1.0 if loss_scale is None else float(loss_scale)
+        divisor = 1.0
+        if loss_scale is not None:
+            divisor = float(loss_scale)
         if loss is not None:
             loss = loss.cpu()
         return norms, total, weights, divisor, not losses or are_finite(losses), loss

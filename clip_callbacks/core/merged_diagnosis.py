@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from clip_callbacks.core.diagnosis import Diagnosis, NonFiniteTensor, finite_neighbours
@@ -18,7 +18,9 @@ def merge_diagnoses(table: TensorTable, diagnosis: Diagnosis) -> Diagnosis:
         diagnosis: The diagnosis of this rank.
     """
     # without a reduction every rank holds whole parameters, and any copy stands for the others
-    counts = table.reduction.counts.tolist() if table.reduction else [1.0] * len(table)
+    counts = [1.0] * len(table)
+    if table.reduction:
+        counts = table.reduction.counts.tolist()
     rows = list(zip(table.names, table.tensors, table.shards, counts, strict=True))
     # One exchange of objects for everything: lists differ in length from rank to rank, and a bad step may take its time.
     each = gathered(
@@ -71,25 +73,30 @@ def _merged(
     for name in names:
         if by_rank := by_name.get(name):
             # where ranks hold parts, several may hold copies of one: entries of a copy must not be counted twice
-            parts = [tensor for rank, tensor in by_rank.items() if name in each[rank].counted] if is_divided else []
+            parts = [tensor for rank, tensor in by_rank.items() if is_divided and name in each[rank].counted]
             # a copy that does not count may be the only bad one, and then stands for the tensor
             parts = parts or [next(iter(by_rank.values()))]
             # a rank with an empty shard, or without a gradient, is no evidence that the tensor is finite anywhere
             others = [rank for rank, share in enumerate(each) if name in share.with_entries & share.with_gradient]
             nan, inf = sum(part.nan or 0 for part in parts), sum(part.inf or 0 for part in parts)
-            # ranks are named only if they differ: if all are bad, none of them is the source
-            ranks = tuple(by_rank) if set(others) - set(by_rank) else ()
-            merged.append(replace(parts[0], nan=nan, inf=inf, ranks=ranks))
+            merged.append(replace(parts[0], nan=nan, inf=inf, ranks=_ranks_at_fault(by_rank, others)))
     return tuple(merged)
 
 
 def _merged_copies(found: Sequence[Sequence[NonFiniteTensor]]) -> tuple[NonFiniteTensor, ...]:
     """Merge non-finite tensors of which every rank has its own, each once."""
-    merged = []
-    for by_rank in _by_name(found).values():
-        ranks = tuple(by_rank) if len(by_rank) < len(found) else ()
-        merged.append(replace(next(iter(by_rank.values())), ranks=ranks))
-    return tuple(merged)
+    return tuple(
+        replace(next(iter(by_rank.values())), ranks=_ranks_at_fault(by_rank, range(len(found))))
+        for by_rank in _by_name(found).values()
+    )
+
+
+def _ranks_at_fault(bad: Iterable[int], asked: Iterable[int]) -> tuple[int, ...]:
+    """Return the ranks where a tensor is bad. They are named only if they differ: if all are bad, none of them is the source."""
+    bad = tuple(bad)
+    if set(asked) <= set(bad):
+        return ()
+    return bad
 
 
 def _by_name(found: Sequence[Sequence[NonFiniteTensor]]) -> dict[str, dict[int, NonFiniteTensor]]:

@@ -369,5 +369,9 @@ def _device(meshes: Sequence[DeviceMesh], tensors: Sequence[Tensor]) -> torch.de
     """The device from which the groups communicate, which may be another than that of parameters offloaded to the CPU."""
     kinds = [mesh.device_type for mesh in meshes] or [tensor.device.type for tensor in tensors] or ["cpu"]
     # NCCL takes no CPU tensors, such as those of gradients that are offloaded
-    kind = "cuda" if kinds[0] == "cpu" and dist.get_backend() == dist.Backend.NCCL else kinds[0]
-    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+    kind = kinds[0]
+    if kind == "cpu" and dist.get_backend() == dist.Backend.NCCL:
+        kind = "cuda"
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())

@@ -238,6 +238,8 @@ class Plan:
 
     def init(self) -> ClipState:
         """Return the states before the first step."""
+        if not self.remembers:  # a plain loop with fixed limits may ask for them at every step
+            return tuple([{} for _ in self.stages])
         return tuple(stage.init() for stage in self.stages)
 
     def parts(self, state: ClipState) -> tuple[ClipState, ClipState, ClipState]:
@@ -261,8 +263,14 @@ class Plan:
                 f"`state` must hold one entry for each of {len(self.stages)} rules, shadows and skip_above, got {len(state)}: pass "
                 "what the last call returned."
             )
-        # A healthy step of rules without memory ends here: there is nothing to compare.
-        for held, shapes in zip(state, self._shapes, strict=True) if any(state) or self.remembers else ():
+        # of rules without memory there is nothing to compare
+        if self.remembers or any(state):
+            self._check(state)
+        first_shadow, end = len(self.rules), self.count_of_clipping
+        return state[:first_shadow], state[first_shadow:end], state[end:]
+
+    def _check(self, state: ClipState) -> None:
+        for held, shapes in zip(state, self._shapes, strict=True):
             if not isinstance(held, dict):  # never a user's: it was made for this stage
                 continue
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
@@ -270,8 +278,6 @@ class Plan:
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "
                     f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned."
                 )
-        first_shadow, end = len(self.rules), self.count_of_clipping
-        return state[:first_shadow], state[first_shadow:end], state[end:]
 
 
 _LAST_PLANS: WeakKeyDictionary[TensorTable, tuple[tuple[object, ...], Plan]] = WeakKeyDictionary()

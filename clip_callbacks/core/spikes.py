@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_callbacks.core.decisions import apply_limit
 from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, of_one
-from clip_callbacks.core.measurement import FALSE, TRUE, Measurement
+from clip_callbacks.core.measurement import FALSE, FLAGS, Measurement
 from clip_callbacks.core.rules import ClipState, Plan, Stage
 
 
@@ -58,9 +58,12 @@ class Thresholds:
     @property
     def is_exceeded(self) -> Tensor:
         """Whether the step is a spike, 0-dim bool; it must not be read of a deferred step."""
-        if self.norm is None or self.loss is None:
-            only = self.loss if self.norm is None else self.norm
-            return FALSE if only is None else only.is_exceeded
+        if self.norm is None:
+            if self.loss is None:
+                return FALSE
+            return self.loss.is_exceeded
+        if self.loss is None:
+            return self.norm.is_exceeded
         norm, loss = self.norm.is_exceeded, self.loss.is_exceeded
         if norm is loss:  # one of the two flags of the host: most steps exceed neither
             return norm
@@ -72,7 +75,11 @@ class Thresholds:
         """Return the thresholds with a function applied to each tensor."""
         if not self.exist:
             return self
-        norm, loss = (each if each is None else each.mapped(function) for each in (self.norm, self.loss))
+        norm, loss = self.norm, self.loss
+        if norm is not None:
+            norm = norm.mapped(function)
+        if loss is not None:
+            loss = loss.mapped(function)
         return replace(self, norm=norm, loss=loss)
 
 
@@ -109,10 +116,12 @@ def _threshold(
     """Evaluate one limit: of the loss if there is one, else of the total norm. On the host the state keeps its form."""
     limit = stage.limit
     if limit is not None and not measured.is_deferred:
-        numbers = of_one(limit, held) if isinstance(held, dict) else held
+        if not isinstance(held, dict):
+            return _on_host(held, measured, loss)
+        numbers = of_one(limit, held)
         if numbers is not None:
             threshold, after = _on_host(numbers, measured, loss)
-            return threshold, after if numbers is held else after.state()
+            return threshold, after.state()
     if loss is None:
         return _norm_threshold(stage, measured, held)
     assert limit is not None, "a limit of losses is a number, or one that takes losses"
@@ -121,14 +130,22 @@ def _threshold(
 
 def _on_host(limit: LimitOfOne, measured: Measurement, loss: Tensor | None) -> tuple[Threshold, LimitOfOne]:
     """Evaluate a limit in numbers of Python."""
-    tensor = measured.total if loss is None else loss
+    tensor = measured.total
+    if loss is not None:
+        tensor = loss
     value: float = tensor.tolist()[0]
     # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
     counts = measured.is_finite and math.isfinite(value)
-    found, after = limit.step(value if counts else 0.0, are_losses=loss is not None)
-    # rounded as the number that it limits
-    found = found if tensor.dtype is torch.float64 else c_float(found).value
-    return Threshold(value, found, TRUE if counts and value > found else FALSE), after if counts else limit
+    shown = 0.0
+    if counts:
+        shown = value
+    found, after = limit.step(shown, are_losses=loss is not None)
+    if tensor.dtype is not torch.float64:  # rounded as the number that it limits
+        found = c_float(found).value
+    threshold = Threshold(value, found, FLAGS[counts and value > found])
+    if counts:
+        return threshold, after
+    return threshold, limit
 
 
 def _norm_threshold(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.decisions import Outcome
-from clip_callbacks.core.measurement import FALSE, TRUE
+from clip_callbacks.core.measurement import FALSE, FLAGS, TRUE
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
     CLIPPED_NORM,
@@ -114,22 +114,23 @@ class StepRecord:
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the blocks before their rule and after the rules before it, shape ``(B,)``."""
-        return torch.cat([outcome.norms for outcome in self.outcomes]) if self.outcomes else self.total.new_empty(0)
+        return self._joined([outcome.norms for outcome in self.outcomes])
 
     @cached_property
     def limits(self) -> Tensor:
         """Limits of the blocks, shape ``(B,)``; inf where there is none."""
-        each = [
-            outcome.limits if isinstance(outcome.limits, Tensor) else torch.full_like(outcome.norms, outcome.limits)
-            for outcome in self.outcomes
-        ]
-        return torch.cat(each) if each else self.total.new_empty(0)
+        return self._joined([outcome.limit_of_each for outcome in self.outcomes])
 
     @cached_property
     def coefficients(self) -> Tensor:
         """Coefficients of the blocks, shape ``(B,)``, in [0, 1]."""
-        each = [outcome.coefficients.reshape(-1) for outcome in self.outcomes]
-        return torch.cat(each) if each else self.total.new_empty(0)
+        return self._joined([outcome.coefficients.reshape(-1) for outcome in self.outcomes])
+
+    def _joined(self, each: list[Tensor]) -> Tensor:
+        """Return values of the blocks of all rules in one tensor; empty without a rule."""
+        if not each:
+            return self.total.new_empty(0)
+        return torch.cat(each)
 
     @property
     def clipped(self) -> bool:
@@ -153,7 +154,7 @@ class StepRecord:
             return tuple(
                 replace(
                     outcome,
-                    norms=copy(outcome.norms),
+                    found=copy(outcome.norms),
                     limits=copy(outcome.limits) if isinstance(outcome.limits, Tensor) else outcome.limits,
                     coefficients=copy(outcome.coefficients),
                 )
@@ -176,7 +177,7 @@ class StepRecord:
     def decided_on_host(self) -> StepRecord:
         """Return the record of a deferred step, once it is on the host, as if the host had decided about the step."""
         is_finite = bool(self.finite)
-        finite = TRUE if is_finite else FALSE
+        finite = FLAGS[is_finite]
         # The kernel was handed factors and used none: a skipped step has no decisions.
         if bool(self.skipped):
             return replace(
@@ -189,15 +190,20 @@ class StepRecord:
                 outcome=StepOutcome.SKIPPED,
             )
         # the device multiplied by the factor without asking whether it was 1
-        is_clipped = self.factors is not None and any(factor < 1.0 for factor in self.factors.reshape(-1).tolist())
+        factors = self.factors
+        if factors is not None and not any(factor < 1.0 for factor in factors.reshape(-1).tolist()):
+            factors = None
+        outcome = StepOutcome.IGNORED
+        if is_finite:
+            outcome = StepOutcome.TAKEN
         return replace(
             self,
             outcomes=_with_clips(self.outcomes),
-            factors=self.factors if is_clipped else None,
+            factors=factors,
             finite=finite,
             skipped=FALSE,
             shadows=_with_clips(self.shadows),
-            outcome=StepOutcome.TAKEN if is_finite else StepOutcome.IGNORED,
+            outcome=outcome,
         )
 
     def metrics(self, *, clipping: bool = True) -> dict[str, Tensor]:

@@ -60,6 +60,19 @@ def test_local_scopes_read_once_and_write_once(scope):
     assert not SYNCS & set(counts)
 
 
+@pytest.mark.parametrize(("limit", "more"), [(1e6, 0), (1.0, 7)])
+def test_operations_of_layers_of_two_tensors_against_one_block(limit, more):
+    """Four for the norms of the layers, two for their coefficients, one to hand them to the tensors."""
+    counts = []
+    for scope in ("global", "layer"):
+        net = nn.Sequential(*[nn.Linear(3, 2) for _ in range(50)])
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        counts.append(count(TensorTable.of_named(net.named_parameters()), rules=[ClipRule(limit, scope)]))
+    of_global, of_layers = (sum(each.values()) for each in counts)
+    assert of_layers <= of_global + more, counts[1] - counts[0]
+
+
 def test_two_rules_read_and_write_as_often_as_one():
     counts = count(hundred_tensors(1.0), rules=[ClipRule(5.0), ClipRule(0.1, "parameter")])
     assert reads(counts) == counts["aten._foreach_mul_"] == 1

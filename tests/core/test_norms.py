@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clip_callbacks import ClipRule, clip_step
+from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.buckets import MAX_BUCKET_ENTRIES, MAX_SMALL_ENTRIES, Buckets
 from clip_callbacks.core.coefficients import EPS, coefficients
 from clip_callbacks.core.gradients import gradients_of
-from clip_callbacks.core.measurement import MeasurementSpec, measure
+from clip_callbacks.core.measurement import MeasurementSpec, block_norms, measure
 from clip_callbacks.core.piecewise_norms import CHUNK_ENTRIES
 from clip_callbacks.core.tensor_norms import norms_in_float64, tensor_norms
 from clip_callbacks.core.tensor_table import TensorTable
@@ -271,3 +273,43 @@ def test_large_half_precision_tensors_are_not_converted_as_a_whole():
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         tensor_norms([tensor], 2.0)
     assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * CHUNK_ENTRIES + 4096
+
+
+PARTS = {
+    "pairs": [0, 0, 1, 1, 2, 2],
+    "uneven": [0, 0, 1, 2, 2, 2],
+    "interleaved": [0, 1, 0, 1, 0, 1],
+    "some-outside": [0, OUTSIDE, 1, 1, OUTSIDE, 2],
+    "one-block-of-some": [0, 0, OUTSIDE, 0, 0, OUTSIDE],
+    "one-large-among-small": [0] * 40 + [*range(1, 41)],
+}
+
+
+@pytest.mark.parametrize("index", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("p", NORM_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0, math.nan, math.inf])
+def test_norms_of_blocks_equal_a_float64_loop(index, p, dtype, size):
+    norms = torch.rand(len(index), generator=torch.Generator().manual_seed(0)).to(dtype) + 0.5
+    norms[:2] *= size
+    members = [[norm for norm, of in zip(norms.tolist(), index, strict=True) if of == block] for block in range(1 + max(index))]
+    # the reference divides by the largest, and inf / inf is NaN
+    expected = [math.inf if math.inf in each else reference.norm(each, p) for each in members]
+    found = block_norms(norms, Partition([str(block) for block in range(len(members))], array("q", index)), p)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "layer", "parameter", "unit"])
+def test_norms_of_blocks_that_nobody_asked_for_are_those_of_their_step(scope):
+    """Where the total norm is far below the limit, no norm of a block is needed; the report adds them up when it is asked."""
+    net = nn.Sequential(*[nn.Linear(3, 2) for _ in range(4)])
+    for parameter in net.parameters():
+        parameter.grad = torch.rand(parameter.shape)
+    table = TensorTable.of_named(net.named_parameters())
+    report, _ = clip_step(table, rules=[ClipRule(1e6, scope)])
+    decided, _ = clip_step(table, rules=[ClipRule(1.0001 * float(report.total_norm), scope)])
+    torch._foreach_zero_([parameter.grad for parameter in net.parameters()])
+    clip_step(table, rules=[ClipRule(1e6, scope)])
+    assert torch.equal(report.norms, decided.norms)
+    assert report.norms.count_nonzero() == len(report.names)
+    assert torch.equal(report.coefficients, torch.ones(len(report.names)))

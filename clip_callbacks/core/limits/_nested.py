@@ -36,7 +36,10 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
     for name, limit in limits.items():
         values, after[name] = limit.step(blocks, _part(state, name))
         # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
-        found[name] = values.expand_as(blocks.norms) if isinstance(values, Tensor) else torch.full_like(blocks.norms, values)
+        if isinstance(values, Tensor):
+            found[name] = values.expand_as(blocks.norms)
+        else:
+            found[name] = torch.full_like(blocks.norms, values)
     return found, _joined(after)
 
 
@@ -47,9 +50,13 @@ def each_of_one(limits: Mapping[str, Limit], state: LimitState) -> dict[str, Lim
         limits: The inner limits by name.
         state: Joined states of one block on the CPU.
     """
-    found = {name: of_one(limit, _part(state, name)) for name, limit in limits.items()}
-    known = {name: each for name, each in found.items() if each is not None}
-    return known if len(known) == len(found) else None
+    found: dict[str, LimitOfOne] = {}
+    for name, limit in limits.items():
+        each = of_one(limit, _part(state, name))
+        if each is None:
+            return None
+        found[name] = each
+    return found
 
 
 def joined_state(limits: Mapping[str, LimitOfOne]) -> LimitState:

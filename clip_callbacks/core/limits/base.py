@@ -158,7 +158,9 @@ def of_one(limit: Limit, state: LimitState) -> LimitOfOne | None:
 
 def as_state(held: LimitState | LimitOfOne) -> LimitState:
     """Return a state in tensors, whichever form it is held in."""
-    return held if isinstance(held, dict) else held.state()
+    if isinstance(held, dict):
+        return held
+    return held.state()
 
 
 def step_of_one(limit: Limit, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState] | None:
@@ -170,7 +172,10 @@ def step_of_one(limit: Limit, blocks: BlockNorms, state: LimitState) -> tuple[Te
     if before is None:
         return None
     value, after = before.step(norms.tolist()[0], are_losses=blocks.are_losses)
-    return torch.tensor([value], dtype=torch.float64, device="cpu"), state if after is before else after.state()
+    limits = torch.tensor([value], dtype=torch.float64, device="cpu")
+    if after is before:  # nothing has changed, and no tensors need be made
+        return limits, state
+    return limits, after.state()
 
 
 def step_count() -> Tensor:

@@ -107,13 +107,17 @@ class _EmaOfOne(LimitOfOne):
         limit = own.factor * mean
         if is_warming_up:
             # the norm of the only block is that of all blocks together
-            limit = value * (float(own.max_norm) / value) if value > 0 else math.inf
+            limit = math.inf
+            if value > 0:
+                limit = value * (float(own.max_norm) / value)
         if value > 0:
             seen = min(value, limit)
             if is_warming_up:
                 mean = min(mean, seen)
+            elif mean < math.inf:
+                mean = own.decay * mean + (1.0 - own.decay) * seen
             else:
-                mean = own.decay * mean + (1.0 - own.decay) * seen if mean < math.inf else seen
+                mean = seen
         return limit, _EmaOfOne(own, mean, self._steps + 1)
 
     def state(self) -> LimitState:

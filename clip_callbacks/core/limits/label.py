@@ -30,7 +30,7 @@ def label(limit: Limit) -> str:
         options = [_text(member) for member in limit.members]
     else:
         # Without defaults, so that an argument that is added later, with a default, leaves old names alone.
-        options = [_option(limit, field) for field in fields(limit) if _is_set(limit, field)] if is_dataclass(limit) else []
+        options = [_option(limit, field) for field in _fields(limit) if _is_set(limit, field)]
     # a slash would begin a folder of metrics, and some loggers refuse commas and brackets
     return re.sub(r"[^\w.-]", "_", "-".join([type(limit).__name__, *options]))
 
@@ -39,6 +39,12 @@ def labels(limits: Sequence[Limit]) -> list[str]:
     """Return a label for each limit; one that another limit has before it gets its position, from 1, at the end."""
     each = [label(limit) for limit in limits]
     return [name if each.index(name) == position else f"{name}-{position + 1}" for position, name in enumerate(each)]
+
+
+def _fields(limit: object) -> tuple[Field[Any], ...]:
+    if is_dataclass(limit):
+        return fields(limit)
+    return ()
 
 
 def _is_set(limit: Limit, field: Field[Any]) -> bool:
@@ -53,7 +59,9 @@ def _text(value: object) -> str:
     if isinstance(value, Limit):
         return label(value)
     # `g` writes 1.0 as 1: both spellings of a number make one label
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
 def kind(limit: Limit) -> str:
@@ -68,9 +76,10 @@ def kind(limit: Limit) -> str:
     if isinstance(limit, RobustZScoreLimit) and limit.scale != "log":
         # its window holds values in place of logarithms, which the other scale must not continue
         return f"{type(limit).__name__}({limit.scale})"
+    inner = [getattr(limit, field.name) for field in _fields(limit)]
     if isinstance(limit, TightestLimit):
-        inner = limit.members
-    else:
-        inner = tuple(getattr(limit, field.name) for field in fields(limit)) if is_dataclass(limit) else ()
+        inner = [*limit.members]
     nested = [kind(each) for each in inner if isinstance(each, Limit)]
-    return f"{type(limit).__name__}({', '.join(nested)})" if nested else type(limit).__name__
+    if not nested:
+        return type(limit).__name__
+    return f"{type(limit).__name__}({', '.join(nested)})"

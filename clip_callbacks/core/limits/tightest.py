@@ -57,7 +57,9 @@ class TightestLimit(Limit):
 
     def __eq__(self, other: object) -> bool:
         """Return whether the other limit has equal members in the same order."""
-        return self._members == other._members if isinstance(other, TightestLimit) else NotImplemented
+        if not isinstance(other, TightestLimit):
+            return NotImplemented
+        return self._members == other._members
 
     def __hash__(self) -> int:
         """Return the hash of the members."""
@@ -85,7 +87,9 @@ class TightestLimit(Limit):
     def _of_one(self, state: LimitState) -> LimitOfOne | None:
         """Return the limit in numbers of Python, for a single block on the host; None if a member has no such form."""
         members = each_of_one(self._by_number, state)
-        return None if members is None else _TightestOfOne(members)
+        if members is None:
+            return None
+        return _TightestOfOne(members)
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the lowest limit of each block, and the members' states after the step."""

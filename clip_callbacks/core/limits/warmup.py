@@ -72,7 +72,9 @@ class WarmupLimit(Limit):
     def _of_one(self, state: LimitState) -> LimitOfOne | None:
         """Return the limit in numbers of Python, for a single block on the host; None if either limit has no such form."""
         both = each_of_one(self._both, state)
-        return None if both is None else _WarmupOfOne(self.steps, both, int(state["steps"]))
+        if both is None:
+            return None
+        return _WarmupOfOne(self.steps, both, int(state["steps"]))
 
     def step(self, blocks: BlockNorms, state: LimitState) -> tuple[Tensor, LimitState]:
         """Return the limit of each block, and the state after the step."""

@@ -114,7 +114,9 @@ class ZScoreLimit(Limit):
         """Return the limit of each block after the warm-up."""
         if self.clip_to == "threshold":
             return threshold
-        of_spikes = mean if self.clip_to == "mean" else mean + self.z**2 * variance / (norms - mean)
+        of_spikes = mean
+        if self.clip_to != "mean":
+            of_spikes = mean + self.z**2 * variance / (norms - mean)
         # A norm at the mean divides by 0, and below it the sign changes. Neither is a spike, so that neither is selected.
         return torch.where(norms > threshold, of_spikes, threshold)
 
@@ -130,14 +132,21 @@ class _ZScoreOfOne(LimitOfOne):
     def step(self, value: float, *, are_losses: bool = False) -> tuple[float, LimitOfOne]:
         own, mean, variance, count = self._limit, self._mean, self._variance, self._count
         is_warm = count >= own.warmup
-        limit = self._of(value) if is_warm else math.inf
+        if is_warm:
+            bound = limit = self._of(value)
+            weight = 1.0 - own.decay
+        else:
+            bound = limit = math.inf
+            weight = 1.0 / (count + 1)
+            if count:
+                bound = MAX_RATIO_TO_MEAN * mean
         if value <= 0:
             return limit, self
-        bound = limit if is_warm or not count else MAX_RATIO_TO_MEAN * mean
         seen = min(value, bound)
-        weight = 1.0 - own.decay if is_warm else 1.0 / (count + 1)
         new_mean = mean + weight * (seen - mean)
-        square = (seen - new_mean) * (seen - (new_mean if is_warm else mean))
+        if is_warm:
+            mean = new_mean
+        square = (seen - new_mean) * (seen - mean)
         return limit, _ZScoreOfOne(own, new_mean, variance + weight * (square - variance), count + 1)
 
     def _of(self, value: float) -> float:
@@ -146,7 +155,9 @@ class _ZScoreOfOne(LimitOfOne):
         threshold = mean + own.z * math.sqrt(self._variance)
         if value <= threshold or own.clip_to == "threshold":
             return threshold
-        return mean if own.clip_to == "mean" else mean + own.z**2 * self._variance / (value - mean)
+        if own.clip_to == "mean":
+            return mean
+        return mean + own.z**2 * self._variance / (value - mean)
 
     def state(self) -> LimitState:
         mean, variance = (torch.tensor([number], dtype=torch.float64, device="cpu") for number in (self._mean, self._variance))

@@ -108,8 +108,9 @@ class Windows:
             self._rescaler.before_backward(loss)
         if type(loss) is not Tensor:
             loss = shard_of(loss)
-        # Detached, so that no graph outlives its backward pass; not read, because that would wait for the device.
-        self._newest = micro_batch = MicroBatch(loss.detach(), self.kept, self._rescaler.loss_weight)
+        # Without its graph, which would outlive the backward pass; not read, because that would wait for the device. `data` is
+        # what `detach` returns, without an operator to dispatch, and nobody writes to it.
+        self._newest = micro_batch = MicroBatch(loss.data, self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._micro_batches[context.index]
             if self._is_manual:

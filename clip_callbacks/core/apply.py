@@ -52,7 +52,10 @@ def _leave_to_kernel(gradients: Gradients, factors: Tensor | None, scale: float,
         return False
     factor = scale
     if factors is not None:
-        factor *= factors.reshape(-1).tolist()[0]
+        if factors.ndim:
+            factors = factors.reshape(())
+        number: Any = factors.tolist()
+        factor *= number
     # beyond these, the number or its reciprocal leaves the range of float32, which the kernels compute in
     if not 1.0 / MAX_GRAD_SCALE <= factor <= MAX_GRAD_SCALE:
         return False
@@ -117,21 +120,22 @@ def scale_(gradients: Gradients, factors: Tensor | None, scale: float = 1.0, *, 
 
 
 def _multiply_(gradients: Gradients, factor: Tensor) -> None:
-    """Multiply all gradients by one factor.
+    """Multiply all gradients by one factor, the last one first: these were read last, and are still in the cache.
 
     On a CPU a 0-dim tensor takes a quarter of the time of a number. On another device a number needs no copy.
     """
+    tensors = gradients.tensors[::-1]
     # a factor on the device stays there: the host must not read it
     if factor.is_cpu and not _on_cpu(gradients):
-        torch._foreach_mul_(gradients.tensors, float(factor))
+        torch._foreach_mul_(tensors, float(factor))
     elif factor.ndim:
-        torch._foreach_mul_(gradients.tensors, factor.reshape(()))
+        torch._foreach_mul_(tensors, factor.reshape(()))
     else:
-        torch._foreach_mul_(gradients.tensors, factor)
+        torch._foreach_mul_(tensors, factor)
 
 
 def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
-    """Multiply each gradient by its factor.
+    """Multiply each gradient by its factor, the last one first, as in :func:`_multiply_`.
 
     On a CPU 0-dim tensors take a third of the time of numbers. On another device numbers go into one kernel.
     """
@@ -141,10 +145,10 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
         buffer, each = gradients.table.factor_buffer(factors.dtype)
         buffer.copy_(factors)
     if gradients.is_complete and 1.0 not in numbers:
-        torch._foreach_mul_(gradients.tensors, each)
+        torch._foreach_mul_(gradients.tensors[::-1], each[::-1])
         return
     # a product with 1 would keep the bits, but read and write the gradient
-    places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0]
+    places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0][::-1]
     if places:
         torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
 

@@ -44,17 +44,14 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     """
     if deferred:
         return _limited(norms, _ratios(norms, limits)), True
+    if isinstance(limits, float) and norms.numel() == 1:
+        return _coefficient_of_one(norms, limits)
     smallest, largest = _extremes(norms)
-    # The healthy step of most runs ends here, after one read and no operation on tensors. False for a NaN.
+    # most healthy steps end here, after one read and no operation on tensors; False for a NaN
     if isinstance(limits, float) and largest + EPS <= limits * SAFE_SHARE_OF_LIMIT:
         return ones_like(norms), False
-    if isinstance(limits, float) and norms.numel() == 1:
-        least = _coefficient(largest, limits, norms.dtype)
-        if least < 1.0:
-            return norms.new_full((), least), True
-    else:
-        ratios = _ratios(norms, limits)
-        least, most = _extremes(ratios)
+    ratios = _ratios(norms, limits)
+    least, most = _extremes(ratios)
     if least >= 1.0:
         return ones_like(norms), False
     # NaN fails every comparison: whatever is not an ordinary number takes the careful way.
@@ -106,21 +103,28 @@ def _extremes(values: Tensor) -> tuple[float, float]:
     return math.nan, math.nan  # Python's min and max pass over a NaN, the sum of values that are 0 or more does not
 
 
-def _coefficient(norm: float, limit: float, dtype: torch.dtype) -> float:
-    """Return one coefficient, computed on the host with every operation rounded to the dtype as torch rounds it.
+def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
+    """Return the coefficient of a single block, and whether it is below 1.
+
+    It is computed on the host, with every operation rounded to the dtype of the norm as torch rounds it.
 
     Args:
-        norm: Norm of the block.
+        norms: Norm of the block, float32 or float64 of shape ``(1,)``.
         limit: Limit of the block.
-        dtype: Dtype of the norm in torch, float32 or float64.
     """
-    if not 0.0 < norm < math.inf:
-        return 1.0
-    if dtype is torch.float64:
-        return 1.0 / (norm + EPS) * limit
-    # A float64 operation on float32 numbers, rounded to float32, has the bits of the float32 operation.
-    reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
-    return c_float(reciprocal * c_float(limit).value).value
+    (norm,) = norms.tolist()
+    # the healthy step of most runs ends here; so does a NaN, which fails every comparison
+    if norm + EPS <= limit * SAFE_SHARE_OF_LIMIT or not 0.0 < norm < math.inf:
+        return ones_like(norms), False
+    if norms.dtype is torch.float64:
+        coefficient = 1.0 / (norm + EPS) * limit
+    else:
+        # A float64 operation on float32 numbers, rounded to float32, has the bits of the float32 operation.
+        reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
+        coefficient = c_float(reciprocal * c_float(limit).value).value
+    if coefficient < 1.0:
+        return norms.new_full((), coefficient), True
+    return ones_like(norms), False
 
 
 def ones_like(norms: Tensor) -> Tensor:

@@ -71,9 +71,10 @@ def set_fused_factors(optimizer: Optimizer, grad_scale: Tensor | None, found_inf
         found_inf: A flag to skip the step: 1.0 skips, 0.0 steps, 0-dim float32; None steps.
     """
     # keys are weak, so that FusedFactors must hold no reference to its optimizer: each of its methods is passed it
-    if optimizer not in _FACTORS:
-        _FACTORS[optimizer] = FusedFactors(optimizer)
-    _FACTORS[optimizer].set(optimizer, grad_scale, found_inf)
+    factors = _FACTORS.get(optimizer)
+    if factors is None:
+        factors = _FACTORS[optimizer] = FusedFactors(optimizer)
+    factors.set(optimizer, grad_scale, found_inf)
 
 
 def clear_fused_factors(optimizer: Optimizer | None) -> None:
@@ -110,8 +111,8 @@ class FusedFactors:
 
     def set(self, optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Set the factors of the next step."""
-        # what is left of a step that was not taken would apply to this one
-        self.clear(optimizer)
+        if self._stage != "unset":  # what is left of a step that was not taken would apply to this one
+            self.clear(optimizer)
         if grad_scale is not None:
             optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         if found_inf is not None:

@@ -15,8 +15,8 @@ from clip_callbacks.core.reduction import shard_of_gradient
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import Rows
 
-LAYOUT_OF = attrgetter("layout")
-"""Function that returns the layout of a tensor, without a frame of Python for each."""
+GRADIENT_OF, LAYOUT_OF = attrgetter("grad"), attrgetter("layout")
+"""Functions that return an attribute of a tensor, without a frame of Python for each."""
 
 
 # Not frozen, as all that each step makes anew: a frozen dataclass sets every field by a call.
@@ -35,12 +35,6 @@ class Gradients:
     positions: list[int]
     tensors: list[Tensor]
     buckets: Buckets | None
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all have one dtype on one device."""
-        # asked of the parameters, whose answer is cached, and not of the gradients of each step
-        return self.table.is_uniform
 
     @property
     def exist(self) -> bool:
@@ -91,7 +85,7 @@ def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
         every = [shard_of_gradient(tensor) for tensor in table.tensors]
         found = [every[position] for position in positions]
     else:
-        found = [parameter.grad for parameter in parameters]
+        found = list(map(GRADIENT_OF, parameters))
     try:
         # most steps end here: all gradients are there, and none is sparse
         if {torch.strided}.issuperset(map(LAYOUT_OF, found)):

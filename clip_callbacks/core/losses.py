@@ -15,10 +15,11 @@ from torch import Tensor
 
 def are_finite(losses: Sequence[Tensor]) -> bool:
     """Return whether all losses are finite. This reads them on the host."""
-    for loss in losses:
-        number: Any = _number(loss).tolist()  # reads the memory, where item() would dispatch an operator
-        while isinstance(number, list):  # one entry, in any number of dimensions
-            (number,) = number
+    for each in losses:
+        loss = each
+        if loss.ndim or loss.dtype is torch.float16:
+            loss = _number(loss).reshape(())
+        number: Any = loss.tolist()  # reads the memory, where item() would dispatch an operator
         if not math.isfinite(number):
             return False
     return True

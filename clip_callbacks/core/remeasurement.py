@@ -62,8 +62,9 @@ def remeasure(
 def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool) -> Unreliable | None:
     """Places of unreliable norms; None if nothing is to be measured again."""
     bound = smallest_reliable_norm(norm_type, norms.dtype)
-    # most steps end here, before anything is looked up for single gradients
-    if gradients.is_uniform and bound <= total.tolist()[0] < math.inf and (not local or _are_reliable(norms, bound)):
+    # Most steps end here, before anything is looked up for single gradients. Their dtypes are those of the parameters, whose answer
+    # is cached.
+    if gradients.table.is_uniform and bound <= total.tolist()[0] < math.inf and (not local or _are_reliable(norms, bound)):
         return None
     # Each norm has the bound of its own dtype. A norm of 0 is below any: it may come from an underflow, and one more pass tells.
     bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class StepRecord:
     @property
     def total_norm(self) -> Tensor:
         """Norm of all gradients before clipping, 0-dim."""
-        return self.total.reshape(())
+        return self.total.squeeze(0)
 
     @property
     def clipped_norm(self) -> Tensor:
@@ -84,7 +85,9 @@ class StepRecord:
         # A rule for a part of the parameters has one coefficient but more factors: they are 1 outside its block.
         if len(self.outcomes) == 1 and factors.numel() == 1:
             # one factor scales the norm itself, without the roundings that a norm of norms or their ratio would have
-            coefficient = self.outcomes[0].coefficients.reshape(())
+            coefficient = self.outcomes[0].coefficients
+            if coefficient.ndim:
+                coefficient = coefficient.reshape(())
             return total_norm * coefficient, coefficient
         # several factors: the norm is added up anew, in float64, as torch has no counterpart whose bits it could share
         norms = self.parameter_norms
@@ -215,13 +218,15 @@ class StepRecord:
         # some loggers refuse NaN, some store inf as a number, and a single NaN spoils the mean of an epoch
         if self.outcome is not StepOutcome.TAKEN and not math.isfinite(self.total.tolist()[0]):
             return {}
-        total_norm = self.total.reshape(())
+        total_norm = self.total.squeeze(0)
         if not clipping:
             return {TOTAL_NORM: total_norm}
         clipped_norm, clip_coef = self._clipping(total_norm)
         metrics = {TOTAL_NORM: total_norm, CLIPPED_NORM: clipped_norm, CLIP_COEF: clip_coef}
         max_norm = self.max_norm
-        if math.isfinite(max_norm):  # it is inf without a limit, or in the warm-up of one
+        # it is inf without a limit, or in the warm-up of one
+        number: Any = max_norm.tolist()  # reads the memory, where `float` would dispatch an operator
+        if math.isfinite(number):
             metrics[MAX_NORM] = max_norm
         return metrics
 

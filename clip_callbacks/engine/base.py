@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -21,6 +22,9 @@ from clip_callbacks.trainer.idle_hooks import BATCH_HOOKS, hide_hooks, show_hook
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+
+IS_LOADED = attrgetter("_is_loaded")
+"""Function that returns whether a callback was given a state to load. All are asked in each batch, without a frame for each."""
 
 
 class GradientCallback(StatefulCallback):
@@ -166,10 +170,7 @@ class GradientCallback(StatefulCallback):
         Returns:
             True if a checkpoint was loaded.
         """
-        for callback in self._driven:  # no generator expression: this runs in each batch
-            if callback._is_loaded:
-                break
-        else:
+        if not any(map(IS_LOADED, self._driven)):
             return False
         for callback in self._driven:
             if is_new and not callback._is_loaded:

@@ -58,7 +58,6 @@ class DeferredSteps:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False
-        self._possible: set[int] = set()
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
 
@@ -72,15 +71,14 @@ class DeferredSteps:
         if reason and self._wanted:
             raise ValueError(f"`deferred` cannot be True here: {reason}. Set deferred=None or False, which costs one host sync.")
         # on a CPU there is no host sync to save
-        if reason is None and (self._wanted or (self._wanted is None and not context.table.tensors[0].is_cpu)):
-            self._possible.add(context.index)
-        else:
-            self._possible.discard(context.index)
+        is_wanted = self._wanted
+        if is_wanted is None and reason is None:
+            is_wanted = not context.table.tensors[0].is_cpu
+        context.is_deferrable = reason is None and bool(is_wanted)
 
-    def applies_to(self, context: OptimizerContext) -> bool:
-        """Return whether the next step of an optimizer is decided on the device."""
-        if context.index not in self._possible:
-            return False
+    @staticmethod
+    def applies_to(context: OptimizerContext) -> bool:
+        """Return whether the next step of an optimizer whose steps can be deferred is decided on the device."""
         # fused SGD allocates momentum buffers with empty_like in its first step: skipped through found_inf, that step would leave
         # uninitialized memory in them
         return is_fused(context.optimizer) and not starts_momentum(context.optimizer)

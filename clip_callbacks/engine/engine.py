@@ -262,7 +262,7 @@ class StepEngine:
             self._finish(step, report, is_called=resolution.is_called)
 
     def _describe(self, context: OptimizerContext) -> StepContext:
-        """Find out which step this is and how it is decided; nothing is changed."""
+        """Find out which step this is and how it is decided."""
         trainer, scale_of_loss = self._trainer, None
         if self._scaler is not None and is_still_scaled(self._scaler, context.optimizer):
             if self._is_automatic and not self.windows.has_backward:
@@ -274,7 +274,9 @@ class StepEngine:
             # every training_step of the window returned None: the optimizer is called without gradients
             return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
         # LBFGS calls its closure, and with it this hook, several times while global_step stays
-        is_new = context.begins_step(self._steps.completed)
+        step_number = self._steps.completed
+        is_new = step_number != context.step_number
+        context.step_number = step_number
         micro_batches, scale, discarded = self.windows.of_step(context)
         if is_new and self._guard.is_stale:
             # another optimizer's step of this batch has led to a rollback
@@ -282,7 +284,7 @@ class StepEngine:
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
-        elif self._deferred.applies_to(context) and not self._guard.needs_host(context):
+        elif context.is_deferrable and self._deferred.applies_to(context) and not self._guard.needs_host(context):
             # no host sync: the fused optimizer skips by its found_inf
             mode = StepMode.ON_DEVICE
         return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)

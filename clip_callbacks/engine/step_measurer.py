@@ -67,7 +67,14 @@ class StepMeasurer:
             # monitors show the gradients before they are clipped
             for monitor in self._readers:
                 monitor.before_write(step)
-        plan, states = self._plan(step)
+        key = context.index, step.is_new
+        bound = self._plans.get(key)
+        # rules change only together with the table of their parameters
+        if bound is None or bound[0] is not table:
+            bound = self._plans[key] = self._bound(step)
+        _, plan, states = bound
+        if plan.remembers:
+            states = self._states(context.index, plan)
         loss = losses = None
         if plan.loss_above is not None:
             loss = self._loss(step)
@@ -87,20 +94,6 @@ class StepMeasurer:
             loss=loss,
         )
         return measured, states
-
-    def _plan(self, step: StepContext) -> tuple[Plan, ClipState]:
-        """Return the plan of a step, and the states of its limits.
-
-        Rules change only together with the table of their parameters, so that the plan of a table holds until there is another.
-        """
-        key = (step.optimizer.index, step.is_new)
-        bound = self._plans.get(key)
-        if bound is None or bound[0] is not step.optimizer.table:
-            bound = self._plans[key] = self._bound(step)
-        _, plan, states = bound
-        if plan.remembers:
-            states = self._states(step.optimizer.index, plan)
-        return plan, states
 
     def _bound(self, step: StepContext) -> tuple[TensorTable, Plan, ClipState]:
         """Bind the limits to the parameters of an optimizer."""

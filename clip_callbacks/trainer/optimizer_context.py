@@ -39,6 +39,9 @@ class OptimizerContext:
             later one is bad.
         is_offered: False if ``callback_metrics`` are still without this report.
         is_logged: False if the loggers are still without this report.
+        step_number: The value of ``trainer.global_step`` at the last step; None before the first. Further closure calls of LBFGS
+            have the same.
+        is_deferrable: True if the device may decide on the steps, as ``DeferredSteps.register`` has found out.
         logged_at: The x-value of the last logged step of this fit; None before the first.
     """
 
@@ -52,7 +55,8 @@ class OptimizerContext:
         self.is_offered = self.is_logged = True
         self.logged_at: int | None = None
         self._reduce = reduce
-        self._step_number: int | None = None
+        self.step_number: int | None = None
+        self.is_deferrable = False
         self.rebuild_table(module)
 
     def rebuild_table(self, module: LightningModule) -> None:
@@ -82,16 +86,6 @@ class OptimizerContext:
     def has_materialized_parameters(self) -> bool:
         """True if a forward pass has given a lazy parameter its shape since the table was made."""
         return not all(map(is_lazy, self._lazy))
-
-    def begins_step(self, step_number: int) -> bool:
-        """Record the number of a step; return False if it is a further closure call of the last step, as with LBFGS.
-
-        Args:
-            step_number: ``trainer.global_step``.
-        """
-        is_new = step_number != self._step_number
-        self._step_number = step_number
-        return is_new
 
     def record(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
         """Record the report of a step.

@@ -46,7 +46,9 @@ class SchedulerHold:
         """
         if self._altered:
             self.release()
-        self._count(trainer.current_epoch, trainer.fit_loop.batch_idx + 1)
+        loop = trainer.fit_loop
+        # what `trainer.current_epoch` and `loop.batch_idx + 1` read, in three calls
+        self._count(loop.epoch_progress.current.completed, loop.epoch_loop.batch_progress.current.ready)
         if skipped and not self._is_counted:
             self.skipped_batches += self._seen - self._window_start
             self._is_counted = True

@@ -104,7 +104,7 @@ FAULTS = [
     # a straight line
     Fault("trainer/idle_hooks.py", " and getattr(type(callback), name) in inherited", "", "integration"),
     Fault("guard/restore.py", "            self._has_skipped = True\n            self._bind()\n", "            self._bind()\n", "guard"),
-    Fault("engine/step_measurer.py", "bound is None or bound[0] is not step.optimizer.table", "bound is None", "integration"),
+    Fault("engine/step_measurer.py", "bound is None or bound[0] is not table", "bound is None", "integration"),
     Fault("core/piecewise_norms.py", "    if norm_type % 2.0:\n", "    if norm_type % 1.0:\n", "core"),
     Fault("core/limits/_window_of_one.py", "        if held % 2:\n", "        if not held % 2:\n", "limits"),
     Fault("core/spikes.py", "counts and value > found", "value > found", "limits"),

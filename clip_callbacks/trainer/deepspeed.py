@@ -41,8 +41,6 @@ ATTRIBUTES = {
         "get_param_id",
         "grad_partition_insertion_offset",
         "grad_start_offset",
-        "gradient_accumulation_dtype",
-        "parallel_partitioned_bit16_groups",
         "params_in_partition",
         "partition_size",
         "single_partition_of_fp32_groups",
@@ -52,7 +50,6 @@ ATTRIBUTES = {
         "clip_grad",
         "fp16_groups",
         "fp32_partitioned_groups_flat",
-        "gradient_accumulation_dtype",
         "sub_group_to_group_id",
     ),
 }
@@ -245,6 +242,12 @@ def _check_optimizer(optimizer: Any) -> None:
             f"`optimizer` must leave gradients as they are until its step under DeepSpeed, got {inner}: the engine replaces "
             "gradients by its updates before they can be clipped. Use another optimizer."
         )
+    master = optimizer.fp32_partitioned_groups_flat if hasattr(optimizer, "fp16_groups") else optimizer.single_partition_of_fp32_groups
+    if any(weights.dtype != torch.float32 for weights in master):
+        raise ValueError(
+            f"`bf16_master_weights_and_grads` must be False in DeepSpeed's configuration, got weights of {master[0].dtype}: clipped "
+            "gradients would be rounded. Remove it."
+        )
     if getattr(optimizer, "has_moe_layers", False):
         raise ValueError(
             "The module must have no experts of DeepSpeed (MoE) beside gradient callbacks: ranks hold gradients of different "
@@ -331,18 +334,15 @@ class EngineGradients:
         for index, group in enumerate(optimizer.bit16_groups):
             starts = optimizer.grad_start_offset[index][self._rank]
             places = optimizer.grad_partition_insertion_offset[index][self._rank]
-            weights = self._weights(
-                optimizer.parallel_partitioned_bit16_groups[index][self._rank], optimizer.single_partition_of_fp32_groups[index]
-            )
+            weights = optimizer.single_partition_of_fp32_groups[index]
             for parameter in group:
                 key = optimizer.get_param_id(parameter)
                 start, place, size = 0, 0, 0
                 if key in starts:
                     start, place = int(starts[key]), int(places[key])
                     size = min(parameter.numel() - start, int(optimizer.partition_size[index]) - place)
-                yield Part(
-                    parameter, self._group_name(index), tuple(parameter.shape), start, _stand_in(weights.narrow(0, place, size))
-                )
+                stand_in = _stand_in(weights.narrow(0, place, size))
+                yield Part(parameter, self._group_name(index), tuple(parameter.shape), start, stand_in)
 
     def _parts_of_stage_3(self) -> Iterator[Part]:
         optimizer = self._optimizer
@@ -350,17 +350,12 @@ class EngineGradients:
             group, place = self._group_name(optimizer.sub_group_to_group_id[index]), 0
             for parameter in parameters:
                 length = parameter.ds_tensor.numel()
-                weights = self._weights(parameter.ds_tensor, optimizer.fp32_partitioned_groups_flat[index].narrow(0, place, length))
-                place += length
-                start = length * self._rank
                 # the last ranks hold padding, or nothing else
-                size = max(0, min(length, parameter.ds_numel - start))
-                shape = tuple(parameter.ds_shape)
-                yield Part(parameter, group, shape, min(start, parameter.ds_numel), _stand_in(weights.narrow(0, 0, size)))
-
-    def _weights(self, low: Tensor, master: Tensor) -> Tensor:
-        """Choose the copy of the weights that has the data type of the gradients."""
-        return low if low.dtype == self._optimizer.gradient_accumulation_dtype else master
+                start = min(length * self._rank, parameter.ds_numel)
+                size = min(length, parameter.ds_numel - start)
+                stand_in = _stand_in(optimizer.fp32_partitioned_groups_flat[index].narrow(0, place, size))
+                place += length
+                yield Part(parameter, group, tuple(parameter.ds_shape), start, stand_in)
 
     def _group_name(self, index: int) -> str:
         # as TensorTable.of_optimizer names them
@@ -389,22 +384,32 @@ class EngineGradients:
 
     def _gradients(self) -> Iterator[Tensor | None]:
         """Yield the gradient of each part, flat, as a view to which a write reaches the engine; None where a part is empty."""
-        averaged = self._optimizer.averaged_gradients
+        optimizer = self._optimizer
         if self._is_stage_3:
-            flat = [gradient for index in range(len(self._optimizer.fp16_groups)) for gradient in averaged[index]]
-            for part, gradient in zip(self._parts, flat, strict=True):
+            held = [gradient for index in range(len(optimizer.fp16_groups)) for gradient in self._in_float32(index)]
+            for part, gradient in zip(self._parts, held, strict=True):
                 size = part.stand_in.numel()
                 yield gradient.narrow(0, 0, size) if size else None
             return
-        for index, group in enumerate(self._optimizer.bit16_groups):
-            held = [place for place, each in enumerate(averaged[index]) if not getattr(each, "_zero_padding", False)]
-            found: dict[int, Tensor] = {}
+        for index, group in enumerate(optimizer.bit16_groups):
+            held = [gradient for gradient in self._in_float32(index) if not getattr(gradient, "_zero_padding", False)]
             # not strict: padding at the end bears no mark
-            for parameter, place in zip(self._optimizer.params_in_partition[index], held, strict=False):
-                # A gradient whose memory is not in order is copied by this; the engine then takes the copy.
-                found[id(parameter)] = averaged[index][place] = averaged[index][place].reshape(-1)
+            pairs = zip(optimizer.params_in_partition[index], held, strict=False)
+            found = {id(parameter): gradient.view(-1) for parameter, gradient in pairs}
             for parameter in group:
                 yield found.get(id(parameter))
+
+    def _in_float32(self, index: int) -> list[Tensor]:
+        """Return the averaged gradients of a group in float32, and with their memory in order.
+
+        The engine casts them to the data type of its weights itself, a moment later. Done before, clipping rounds nothing to bf16.
+        """
+        gradients: list[Tensor] = self._optimizer.averaged_gradients[index]
+        for place, gradient in enumerate(gradients):
+            if gradient.dtype != torch.float32 or not gradient.is_contiguous():
+                gradients[place] = gradient.to(torch.float32, memory_format=torch.contiguous_format)
+                gradients[place]._zero_padding = getattr(gradient, "_zero_padding", False)  # type: ignore[attr-defined]
+        return gradients
 
     def skip(self) -> None:
         """Make the engine skip its coming step: by its own overflow path, on all ranks."""

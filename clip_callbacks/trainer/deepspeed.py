@@ -56,6 +56,13 @@ ATTRIBUTES = {
 """What is asked of DeepSpeed's optimizer of stages 1 and 2, and of that of stage 3, by the name of its class."""
 
 
+MASTER_WEIGHTS = {
+    "DeepSpeedZeroOptimizer": "single_partition_of_fp32_groups",
+    "DeepSpeedZeroOptimizer_Stage3": "fp32_partitioned_groups_flat",
+}
+"""The attribute with this rank's weights in float32, by the name of the class."""
+
+
 def uses_deepspeed(trainer: Trainer) -> bool:
     """Return whether a Trainer trains with DeepSpeed."""
     return is_instance(trainer.strategy, DEEPSPEED)
@@ -90,9 +97,7 @@ class Refusal:
         """
         value = options.get(self.option)
         if value is not None and self.is_refused(value):
-            raise ValueError(
-                f"`{self.option}` must be {self.contract} under DeepSpeed, got {value!r}: {self.reason}. {self.cure}"
-            )
+            raise ValueError(f"`{self.option}` must be {self.contract} under DeepSpeed, got {value!r}: {self.reason}. {self.cure}")
 
 
 REFUSED = (
@@ -151,9 +156,7 @@ REFUSED = (
     Refusal(
         "divide", "False", bool, "its engine divides the losses of a window itself", "Leave it out, and do not divide your losses."
     ),
-    Refusal(
-        "log_histograms", "False", bool, "ranks hold parts of the gradients", "Use log_statistics=True, which works on parts."
-    ),
+    Refusal("log_histograms", "False", bool, "ranks hold parts of the gradients", "Use log_statistics=True, which works on parts."),
 )
 """The options that do not go with DeepSpeed, of all callbacks."""
 
@@ -196,8 +199,8 @@ def _check_configuration(trainer: Trainer, *, clips: bool) -> None:
     clipping = configuration.get("gradient_clipping")
     if clips and clipping:
         raise ValueError(
-            f"`gradient_clipping` must not be set in DeepSpeed's configuration beside GradientClipping, got {clipping!r}: gradients "
-            "would be clipped twice. Remove it there."
+            f"`gradient_clipping` must not be set in DeepSpeed's configuration beside GradientClipping, got {clipping!r}: "
+            "gradients would be clipped twice. Remove it there."
         )
     if trainer.precision not in {"32-true", "bf16-true", "bf16-mixed"}:
         raise ValueError(
@@ -242,11 +245,10 @@ def _check_optimizer(optimizer: Any) -> None:
             f"`optimizer` must leave gradients as they are until its step under DeepSpeed, got {inner}: the engine replaces "
             "gradients by its updates before they can be clipped. Use another optimizer."
         )
-    master = optimizer.fp32_partitioned_groups_flat if hasattr(optimizer, "fp16_groups") else optimizer.single_partition_of_fp32_groups
-    if any(weights.dtype != torch.float32 for weights in master):
+    if any(weights.dtype != torch.float32 for weights in getattr(optimizer, MASTER_WEIGHTS[kind])):
         raise ValueError(
-            f"`bf16_master_weights_and_grads` must be False in DeepSpeed's configuration, got weights of {master[0].dtype}: clipped "
-            "gradients would be rounded. Remove it."
+            "`bf16_master_weights_and_grads` must be False in DeepSpeed's configuration, got True: clipped gradients would be "
+            "rounded. Remove it."
         )
     if getattr(optimizer, "has_moe_layers", False):
         raise ValueError(
@@ -376,8 +378,8 @@ class EngineGradients:
     def _remove_second_clip(self) -> None:
         # DeepSpeed restores this number from a checkpoint, whatever its configuration says
         rank_zero_warn(
-            f"DeepSpeed would clip gradients a second time, at {self._optimizer.clip_grad}, as the run that wrote the checkpoint did. "
-            "Its `clip_grad` is set to 0: GradientClipping clips.",
+            f"DeepSpeed would clip gradients a second time, at {self._optimizer.clip_grad}, as the run that wrote the checkpoint "
+            "did. Its `clip_grad` is set to 0: GradientClipping clips.",
             category=RuntimeWarning,
         )
         self._optimizer.clip_grad = 0.0

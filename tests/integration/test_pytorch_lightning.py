@@ -104,8 +104,8 @@ def test_deepspeed_by_its_other_name(tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(trainer), "strategy", property(lambda _: object.__new__(pytorch_lightning.strategies.DeepSpeedStrategy))
     )
-    with pytest.raises(ValueError, match="got DeepSpeed"):
-        NonFiniteGuard().setup(trainer, None, "fit")
+    with pytest.raises(ValueError, match='`policy` must be "skip", "raise" or "zero" under DeepSpeed, got \'warn\''):
+        NonFiniteGuard("warn").setup(trainer, regression(pytorch_lightning), "fit")
 
 
 def test_twins_are_known_by_class_and_not_by_name():

@@ -267,8 +267,8 @@ class Windows:
             The losses in them.
         """
         losses = [each.loss for window in self._micro_batches.values() for each in window]
-        # They get no step: Lightning sets gradients to zero at the first batch of the next epoch. DeepSpeed goes on instead.
-        if not self._is_manual and not self._trainer.strategy.handles_gradient_accumulation:
+        # They get no step: Lightning sets gradients to zero at the first batch of the next epoch.
+        if not self._is_manual:
             self.in_window = False
             for window in self._micro_batches.values():
                 window.clear()

@@ -171,6 +171,9 @@ class StepEngine:
         self._later_hooks = LaterHooks(self._module, later, self.step)
         if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
             self._second_clip = SecondClip(self._module, self._is_clipped)
+        for context in self.contexts:
+            if context.held is not None:
+                context.held.check_windows(rescales=self._rescaler.rescales)
         self._publisher.start_fit()
         self._guard.start_fit()
 

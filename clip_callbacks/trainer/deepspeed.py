@@ -2,9 +2,10 @@
 
 Traps, of ZeRO stages 1, 2 and 3 alike. ``parameter.grad`` is None in the hook before a step, and the optimizer of the Trainer is
 DeepSpeed's, whose parameter groups hold flat partitions. Lightning calls that hook at every micro-batch; only the engine knows at
-which of them it will step. It counts micro-batches on over the end of an epoch, where Lightning begins a new window. Losses are
-divided by the number of micro-batches twice: by Lightning and by the engine. Nothing that a hook does keeps the engine from
-stepping but a gradient that is not finite, which leads it to its overflow path: gradients dropped, optimizer not called.
+which of them it will step. It counts micro-batches on over the end of an epoch, where Lightning begins a new window and sets the
+gradients of the open one to zero. Losses are divided by the number of micro-batches twice: by Lightning and by the engine. Nothing
+that a hook does keeps the engine from stepping but a gradient that is not finite, which leads it to its overflow path: gradients
+dropped, optimizer not called.
 
 The engine averages gradients in the backward pass, so that before its step each rank holds the averaged gradients of its own
 partition. They are shown to the rest of the package as gradients of stand-ins: one flat tensor for each parameter, with the entries
@@ -13,10 +14,11 @@ that this rank holds. DeepSpeed is not imported; whatever is asked of it is aske
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -150,7 +152,7 @@ REFUSED = (
         "weight",
         "None",
         lambda _: True,
-        "the windows of its engine go on over the end of an epoch, and those of Lightning do not",
+        "its engine divides a window by the number of its micro-batches",
         "Leave it out: AccumulationRescaling() takes micro-batches as equal.",
     ),
     Refusal(
@@ -260,22 +262,6 @@ def _check_optimizer(optimizer: Any) -> None:
 # --- one fit
 
 
-class EngineSteps:
-    """The count of an engine's steps. ``trainer.global_step`` may count two of them as one, or one as two.
-
-    Args:
-        trainer: The Trainer, its engine made.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._engine: Any = trainer.strategy.model
-
-    @property
-    def completed(self) -> int:
-        """The number of steps that the engine has taken or skipped."""
-        return int(self._engine.global_steps)
-
-
 @dataclass(eq=False)
 class Part:
     """The part of one parameter that this rank holds.
@@ -307,7 +293,8 @@ class EngineGradients:
     """
 
     def __init__(self, trainer: Trainer, *, clips: bool = False) -> None:
-        self._engine: Any = trainer.strategy.model
+        self._trainer = trainer
+        self._engine = cast("Any", trainer.strategy.model)
         self._optimizer: Any = self._engine.optimizer
         self._rank = trainer.global_rank
         self._clips = clips
@@ -364,16 +351,56 @@ class EngineGradients:
         return str(self._optimizer.param_groups[index].get("name", f"pg{index + 1}"))
 
     def collect(self) -> bool:
-        """Set the gradients of the stand-ins; return False if this micro-batch ends no window."""
+        """Set the gradients of the stand-ins; return False if this micro-batch ends no window.
+
+        Raises:
+            RuntimeError: If windows of DeepSpeed and of Lightning no longer end together.
+        """
         if self._checks_overflow is not None:
             self._optimizer.check_grad_overflow, self._checks_overflow = self._checks_overflow, None
-        if not self._engine.is_gradient_accumulation_boundary():
+        if not self._ends_window:
             return False
         if self._clips and self._optimizer.clip_grad:
             self._remove_second_clip()
         for part, gradient in zip(self._parts, self._gradients(), strict=True):
             part.stand_in.grad = gradient
         return True
+
+    def check_windows(self, *, rescales: bool) -> None:
+        """Refuse epochs that end within a window, where their length is known; called when training starts.
+
+        Args:
+            rescales: If True, the second division of the losses is undone; if not, a warning tells of it.
+
+        Raises:
+            ValueError: If an epoch ends within a window.
+        """
+        batches, window = self._trainer.num_training_batches, self._trainer.accumulate_grad_batches
+        if window > 1 and not rescales:
+            rank_zero_warn(
+                f"Lightning and DeepSpeed each divide losses by accumulate_grad_batches={window}, so that gradients and their "
+                f"norms are 1/{window} of the mean over a window. Choose limits for such norms, or add AccumulationRescaling(), "
+                "which makes gradients the mean."
+            )
+        if self._trainer.max_epochs == 1 or math.isinf(batches) or not batches % window:
+            return
+        raise ValueError(
+            f"An epoch must be a multiple of accumulate_grad_batches={window} batches under DeepSpeed, got {batches}: its engine "
+            "goes on with the open window in the next epoch, Lightning begins another one, and micro-batches are lost in between. "
+            f"Set limit_train_batches={int(batches // window * window)}."
+        )
+
+    @property
+    def _ends_window(self) -> bool:
+        is_boundary: bool = self._engine.is_gradient_accumulation_boundary()
+        batch, window = self._trainer.fit_loop.batch_idx, self._trainer.accumulate_grad_batches
+        if is_boundary != ((batch + 1) % window == 0):
+            raise RuntimeError(
+                f"A window of {window} micro-batches has ended at another batch for DeepSpeed than for Lightning (batch {batch}): "
+                "an epoch or a checkpoint has ended within one, and micro-batches were lost. Set limit_train_batches to a multiple "
+                f"of {window}, and save checkpoints after optimizer steps."
+            )
+        return is_boundary
 
     def _remove_second_clip(self) -> None:
         # DeepSpeed restores this number from a checkpoint, whatever its configuration says

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from clip_callbacks.trainer.deepspeed import EngineSteps, uses_deepspeed
-
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
 class StepCounter(Protocol):
-    """A count of optimizer steps."""
+    """A count of optimizer steps.
 
-    @property
-    def completed(self) -> int:
-        """The number of steps of the run so far."""
-        ...
+    Attributes:
+        completed: The number of steps of the run so far.
+    """
+
+    completed: int
 
 
 def step_counter(trainer: Trainer, module: LightningModule) -> StepCounter:
-    """Return the counter of a fit, whose ``completed`` is ``trainer.global_step``; under DeepSpeed that of its engine."""
-    if uses_deepspeed(trainer):
-        return EngineSteps(trainer)
+    """Return the counter of a fit, whose ``completed`` is ``trainer.global_step``."""
     loop = trainer.fit_loop.epoch_loop
     if module.automatic_optimization:
         return loop.automatic_optimization.optim_progress.optimizer.step.total

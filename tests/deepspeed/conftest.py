@@ -51,3 +51,10 @@ def alike(results: Any) -> dict[str, Any]:
         assert not isinstance(found, str), found
         assert found | {"largest": 0} == results[0] | {"largest": 0}, "ranks differ"
     return results[0]
+
+
+def assert_close(found: list[float] | float, expected: list[float] | float, **tolerances: float) -> None:
+    """Compare numbers that were float32 before they came from the ranks."""
+    import torch
+
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **tolerances)

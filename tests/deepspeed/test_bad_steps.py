@@ -87,7 +87,7 @@ def test_zeroed_and_raised(train, stage):
 
 def test_journal_and_bundle(train, tmp_path):
     guard = NonFiniteGuard(bundles=Bundles(tmp_path / "bad"))
-    ((found, _),) = train(2, cell(2, [guard], factors=NAN_ON_RANK_1, steps=6, default_root_dir=str(tmp_path)))
+    ((found, _),) = train(2, cell(2, [guard], factors=NAN_ON_RANK_1, steps=6, default_root_dir=str(tmp_path), logger=True))
     assert not isinstance(found, str), found
     (line,) = [json.loads(line) for each in tmp_path.rglob("nonfinite_steps.jsonl") for line in each.read_text().splitlines()]
     assert line["stage"] == "loss"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
-from torch.testing import assert_close
 
 from clip_callbacks import (
     AccumulationRescaling,
@@ -18,7 +16,7 @@ from clip_callbacks import (
     TightestLimit,
     ZScoreLimit,
 )
-from tests.deepspeed.conftest import alike, cell
+from tests.deepspeed.conftest import alike, assert_close, cell
 
 OPTIONS = {
     "z-score": {"max_norm": ZScoreLimit()},
@@ -28,7 +26,7 @@ OPTIONS = {
     "layers": {"max_norm": 1.0, "scope": "layer"},
     "inf": {"max_norm": 0.5, "norm_type": float("inf")},
     "value": {"max_norm": 3.0, "clip_value": 0.3},
-    "shadow": {"max_norm": 3.0, "shadow": {"tight": 1.0}},
+    "shadow": {"max_norm": 3.0, "shadow": [1.0]},
     "rules": {"rules": [ClipRule(1.0, include="0"), ClipRule(3.0)]},
 }
 
@@ -69,23 +67,26 @@ def test_the_metrics_of_the_monitor(train, stage):
     )
     found, whole = alike(two)["metrics"], alike(one)["metrics"]
     assert {"grad_norm/net.0", "update_ratio/net.2", "weight_norm/net.0", "grad_std/net.2", "grad/total_norm_p90"} <= found.keys()
-    assert_close(found, whole, rtol=1e-4, atol=1e-5)  # quotients of small numbers that ranks add up in another order
+    assert found.keys() == whole.keys()
+    # quotients of small numbers that ranks add up in another order
+    assert_close(list(found.values()), [whole[name] for name in found], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_windows_go_on_over_the_end_of_an_epoch(train, stage):
-    # the second epoch draws the same four batches again: windows are 012, 301, 230, 123
-    sgd = {"optimizer": torch.optim.SGD}
-    (found,) = train(
-        1, cell(stage, [GradientClipping(3.0), AccumulationRescaling()], window=3, steps=4, left_out=range(4, 12), epochs=3, **sgd)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_epochs_that_end_within_a_window(train, stage):
+    options = {"window": 3, "steps": 2, "left_out": (4, 5)}
+    many, one, unknown = train(
+        1,
+        cell(stage, [GradientClipping(3.0)], epochs=2, **options),
+        cell(stage, [GradientClipping(3.0)], **options),
+        cell(stage, [GradientClipping(3.0)], epochs=2, has_length=False, **options),
     )
-    from tests.helpers import deepspeed
-
-    drawn = deepspeed.batches(12)[:4] * 3
-    module = deepspeed.Net(**sgd)
-    deepspeed.fit(module, drawn, [GradientClipping(3.0)], accumulate_grad_batches=3)
-    assert len(found[0]["norms"]) == 4
-    assert_close(found[0]["weights"], deepspeed.weights(module))
+    assert many[0].startswith(
+        "ValueError: An epoch must be a multiple of accumulate_grad_batches=3 batches under DeepSpeed, got 4:"
+    )
+    assert "limit_train_batches=3." in many[0]
+    assert len(one[0]["norms"]) == 1
+    assert unknown[0].startswith("RuntimeError: A window of 3 micro-batches has ended at another batch for DeepSpeed")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -112,7 +113,7 @@ def test_resume(train, pools, tmp_path, stage):
 
     whole = train(2, cell(stage, [GradientClipping(ZScoreLimit())], steps=12))[0]
     resumed = pools[2].run(deepspeed.interrupted, stage, os.fspath(tmp_path / "checkpoint"))
-    assert_close(resumed[0]["weights"], alike(whole)["weights"], rtol=0, atol=0)
+    assert resumed[0]["weights"] == alike(whole)["weights"]
     assert resumed[0]["limits"] == whole[0]["limits"][6:]
     assert resumed[0]["steps"] == 12
 

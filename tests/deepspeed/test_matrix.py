@@ -5,10 +5,9 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from torch.testing import assert_close
 
 from clip_callbacks import AccumulationRescaling, GradientClipping
-from tests.deepspeed.conftest import alike, cell
+from tests.deepspeed.conftest import alike, assert_close, cell
 
 BF16 = {"rtol": 5e-2, "atol": 1e-5}
 """Ranks and micro-batches are added up in bf16, whose numbers have 8 bits: three roundings of 0.4 % in each gradient, and 20 steps.

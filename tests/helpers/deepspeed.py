@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 # else DeepSpeed would compile an operator of its own for ranks on one machine
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -99,6 +99,16 @@ class MasterWeights(Net):
         return torch.func.functional_call(self.net, low, (batch.bfloat16(),))
 
 
+class Stream(IterableDataset):
+    """Batches without a length."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __iter__(self):
+        return iter(self.seen)
+
+
 class Recorder(Callback):
     """The report of each step of a gradient callback."""
 
@@ -163,7 +173,9 @@ def plain(precision, window, steps=20, *, left_out=(), **options):
     return recorder.norms, coefficients, weights(module)
 
 
-def trained(stage, callbacks, *, precision="32-true", window=1, steps=20, left_out=(), config=None, epochs=1, **options):
+def trained(
+    stage, callbacks, *, precision="32-true", window=1, steps=20, left_out=(), config=None, epochs=1, has_length=True, **options
+):
     """Train under DeepSpeed with callbacks, as one of the ranks; return what a test may compare.
 
     Args:
@@ -175,6 +187,7 @@ def trained(stage, callbacks, *, precision="32-true", window=1, steps=20, left_o
         left_out: Numbers of batches that are not drawn.
         config: More of DeepSpeed's configuration.
         epochs: The number of epochs; each has all batches.
+        has_length: If False, nobody knows the length of an epoch.
         options: Arguments of the network, and of ``fit``.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -182,6 +195,8 @@ def trained(stage, callbacks, *, precision="32-true", window=1, steps=20, left_o
     module, recorder = Net(**net), Recorder(callbacks[0])
     strategy = OnCpu({"zero_optimization": {"stage": stage}} | (config or {}))
     seen = [batch for number, batch in enumerate(batches(steps * window, rank, world_size)) if number not in left_out]
+    if not has_length:
+        seen = Stream(seen)
     trainer = fit(
         module, seen, [*callbacks, recorder], strategy=strategy, devices=world_size, precision=precision,
         accumulate_grad_batches=window, max_epochs=epochs, **options,

@@ -55,7 +55,7 @@ def set_up(trainer, monkeypatch):
         fit = trainer(callback, **options)
         strategy = object.__new__(DeepSpeedStrategy)
         strategy.config = {"zero_optimization": {"stage": 2}} | (config or {})
-        strategy._precision_plugin = Precision()
+        strategy._launcher, strategy._precision_plugin = None, Precision()
         strategy._precision_plugin.precision = precision
         monkeypatch.setattr(type(fit), "strategy", property(lambda _: strategy))
         callback.setup(fit, module or Regression(), "fit")
@@ -103,7 +103,7 @@ def test_clipped_by_the_trainer_too(set_up):
         GradientNormMonitor,
         AccumulationRescaling,
         lambda: GradientClipping(scope="unit", norm_type="inf", clip_value=1.0),
-        lambda: NonFiniteGuard("raise", skip_above=1.0),
+        lambda: NonFiniteGuard(skip_above=1.0),
     ],
 )
 def test_the_rest_is_admitted(set_up, make):

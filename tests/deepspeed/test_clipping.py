@@ -19,7 +19,7 @@ from clip_callbacks import (
 from tests.deepspeed.conftest import alike, assert_close, cell
 
 OPTIONS = {
-    "z-score": {"max_norm": ZScoreLimit()},
+    "z-score": {"max_norm": ZScoreLimit(z=0.1, decay=0.5, warmup=3)},
     "quantile": {"max_norm": TightestLimit(QuantileLimit(0.3, window=5), 8.0)},
     "ratio": {"max_norm": RatioLimit(0.5), "scope": "parameter"},
     "units": {"max_norm": 0.5, "scope": "unit"},
@@ -111,7 +111,7 @@ def test_the_same_as_the_clip_of_the_engine(train, stage):
 def test_resume(train, pools, tmp_path, stage):
     from tests.helpers import deepspeed
 
-    whole = train(2, cell(stage, [GradientClipping(ZScoreLimit())], steps=12))[0]
+    whole = train(2, cell(stage, [GradientClipping(ZScoreLimit(z=0.1, decay=0.5, warmup=3))], steps=12))[0]
     resumed = pools[2].run(deepspeed.interrupted, stage, os.fspath(tmp_path / "checkpoint"))
     assert resumed[0]["weights"] == alike(whole)["weights"]
     assert resumed[0]["limits"] == whole[0]["limits"][6:]

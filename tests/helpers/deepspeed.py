@@ -245,8 +245,8 @@ def interrupted(stage, path):
     """A training in two fits."""
     from clip_callbacks import GradientClipping, ZScoreLimit
 
-    _half(stage, [GradientClipping(ZScoreLimit())], path, resume=False)
-    clipping = GradientClipping(ZScoreLimit())
+    _half(stage, [GradientClipping(ZScoreLimit(z=0.1, decay=0.5, warmup=3))], path, resume=False)
+    clipping = GradientClipping(ZScoreLimit(z=0.1, decay=0.5, warmup=3))
     module, recorder, _ = _half(stage, [clipping], path, resume=True)
     limits = [float(report.max_norm) for report in recorder.reports]
     (history,) = clipping.state_dict()["history"].values()

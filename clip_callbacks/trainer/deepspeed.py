@@ -387,7 +387,7 @@ class EngineGradients:
         raise ValueError(
             f"An epoch must be a multiple of accumulate_grad_batches={window} batches under DeepSpeed, got {batches}: its engine "
             "goes on with the open window in the next epoch, Lightning begins another one, and micro-batches are lost in between. "
-            f"Set limit_train_batches={int(batches // window * window)}."
+            f"Set limit_train_batches to a multiple of {window}."
         )
 
     @property

@@ -84,7 +84,7 @@ def test_epochs_that_end_within_a_window(train, stage):
     assert many[0].startswith(
         "ValueError: An epoch must be a multiple of accumulate_grad_batches=3 batches under DeepSpeed, got 4:"
     )
-    assert "limit_train_batches=3." in many[0]
+    assert "limit_train_batches to a multiple of 3." in many[0]
     assert len(one[0]["norms"]) == 1
     assert unknown[0].startswith("RuntimeError: A window of 3 micro-batches has ended at another batch for DeepSpeed")
 

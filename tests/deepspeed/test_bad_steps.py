@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from clip_callbacks import Bundles, GradientClipping, NonFiniteGuard
+from clip_callbacks import Bundles, FaultInjection, GradientClipping, NonFiniteGuard
 from tests.deepspeed.conftest import alike, cell
 
 CELLS = list(product((1, 2, 3), ("32-true", "bf16-mixed")))
@@ -94,6 +94,15 @@ def test_journal_and_bundle(train, tmp_path):
     assert line["guilty_ranks"] == [1]
     assert {tensor["name"] for tensor in line["gradients"]} == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
     assert list((tmp_path / "bad").iterdir())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rehearsal(train, stage):
+    cells = [
+        cell(stage, [NonFiniteGuard(skip_above=1000.0), FaultInjection(kind, step=2)], steps=5) for kind in ("nan", "spike", "loss")
+    ]
+    for results in train(1, *cells):
+        assert results[0]["outcomes"] == ["taken", "taken", "skipped", "taken", "taken"]
 
 
 def test_too_many_in_a_row(train):

@@ -59,6 +59,19 @@ def test_every_option_as_in_one_process(by_option, stage, name):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_groups_and_a_frozen_parameter(train, stage):
+    from tests.helpers import deepspeed
+
+    options = {"max_norm": 2.0, "scope": "group"}
+    (found,) = train(2, cell(stage, [GradientClipping(**options), GradientNormMonitor("group")], network=deepspeed.Grouped))
+    module = deepspeed.Grouped()
+    trainer = deepspeed.fit(module, deepspeed.batches(20), [GradientClipping(**options), GradientNormMonitor("group")])
+    assert_close(alike(found)["weights"], deepspeed.weights(module))
+    for name in ("grad/total_norm", "grad/clip_coef", "grad_norm/pg1", "grad_norm/pg2"):
+        assert_close(found[0]["metrics"][name], float(trainer.callback_metrics[name]))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_metrics_of_the_monitor(train, stage):
     options = {"log_statistics": True, "log_update_ratio": True, "log_weight_norm": True, "log_contributions": True}
     two, one = (

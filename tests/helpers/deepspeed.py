@@ -6,6 +6,7 @@ import logging
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+os.environ["CLIP_CALLBACKS_INJECT"] = "1"  # some tests poison gradients
 
 import deepspeed
 import torch
@@ -83,6 +84,20 @@ class Net(LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Grouped(Net):
+    """The same with two parameter groups, and a frozen parameter between the others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.net[0].bias.requires_grad_(False)
+
+    def configure_optimizers(self):
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = {"params": [each for each in learning if each.ndim > 1], "weight_decay": 0.1}
+        vectors = {"params": [each for each in learning if each.ndim == 1], "weight_decay": 0.0}
+        return torch.optim.AdamW([matrices, vectors], lr=0.01)
 
 
 class MasterWeights(Net):
@@ -174,8 +189,9 @@ def plain(precision, window, steps=20, *, left_out=(), **options):
 
 
 def trained(
-    stage, callbacks, *, precision="32-true", window=1, steps=20, left_out=(), config=None, epochs=1, has_length=True, **options
-):
+    stage, callbacks, *, precision="32-true", window=1, steps=20, left_out=(), config=None, epochs=1, network=Net,
+    has_length=True, **options,
+):  # fmt: skip
     """Train under DeepSpeed with callbacks, as one of the ranks; return what a test may compare.
 
     Args:
@@ -187,12 +203,13 @@ def trained(
         left_out: Numbers of batches that are not drawn.
         config: More of DeepSpeed's configuration.
         epochs: The number of epochs; each has all batches.
+        network: The class of the network.
         has_length: If False, nobody knows the length of an epoch.
         options: Arguments of the network, and of ``fit``.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     net = {key: options.pop(key) for key in ("factors", "optimizer", "schedule") if key in options}
-    module, recorder = Net(**net), Recorder(callbacks[0])
+    module, recorder = network(**net), Recorder(callbacks[0])
     strategy = OnCpu({"zero_optimization": {"stage": stage}} | (config or {}))
     seen = [batch for number, batch in enumerate(batches(steps * window, rank, world_size)) if number not in left_out]
     if not has_length:

@@ -185,6 +185,8 @@ def plain(precision, window, steps=20, *, left_out=(), **options):
     seen = [batch for number, batch in enumerate(batches(steps * window)) if number not in left_out]
     fit(module, seen, [recorder], gradient_clip_val=LIMIT, accumulate_grad_batches=window)
     coefficients = [min(1.0, LIMIT / (norm + 1e-6)) for norm in recorder.norms]
+    if isinstance(module, MasterWeights):
+        module.bfloat16()  # DeepSpeed's module has the copy
     return recorder.norms, coefficients, weights(module)
 
 

@@ -3,6 +3,7 @@
 # make mutations: plant faults that the tests must find. make docs: build the site into build/site. make wheel-test: try the wheel by itself.
 # make clients: other packages, each in its own environment, with the callbacks; make clients CLIENTS="darts gluonts": these.
 # make lightning-tests LIGHTNING_TESTS=…/tests: Lightning's own tests, with the callbacks in every Trainer.
+# make deepspeed-tests: the tests with DeepSpeed, in an environment of their own.
 # make benchmarks: repeat all timings and comparisons, about an hour.
 PYTHON ?= python3
 VENV := .venv-make
@@ -14,6 +15,8 @@ ALONE := .venv-wheel
 LIGHTNINGS := lightning pytorch-lightning
 INSTALL_ALONE = $(ALONE)/venv/bin/python -m pip --disable-pip-version-check install --quiet $$(grep ^torch== constraints.txt) \
 	numpy hypothesis pytest pytest-timeout pytest-xdist
+WITH_DEEPSPEED := .venv-deepspeed
+DEEPSPEED ?= 0.19.8
 CLIENTS ?=
 LIGHTEST := gluonts transformers
 LIGHTNING_PARTS ?= callbacks checkpointing loops tuner
@@ -22,7 +25,7 @@ QUICK := $(addprefix tests/,integration/test_clipping.py core/test_norms.py guar
 PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: demo environment test slow coverage mutations check lint types examples docs dist wheel-environment wheel-test clients lightest-clients \
-	lightning-tests benchmarks clean
+	lightning-tests deepspeed-tests benchmarks clean
 
 # what is imported is compiled then: pip would compile all of twenty thousand files, most of which nobody imports
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt --editable
@@ -155,6 +158,19 @@ lightest-clients: $(VENV)/.installed
 lightning-tests: $(VENV)/.installed
 	$(BIN)/python -m tests.clients.lightning_suite "$(LIGHTNING_TESTS)" $(LIGHTNING_PARTS)
 
+# DeepSpeed without its compiled operators: it trains on CPUs then
+$(WITH_DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(WITH_DEEPSPEED)
+	$(WITH_DEEPSPEED)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		setuptools wheel ninja --editable ".[cli,report]" hypothesis pytest pytest-timeout
+	DS_BUILD_OPS=0 $(WITH_DEEPSPEED)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--no-build-isolation deepspeed==$(DEEPSPEED)
+	touch $@
+
+deepspeed-tests: export OMP_NUM_THREADS := 1
+deepspeed-tests: $(WITH_DEEPSPEED)/.installed
+	$(WITH_DEEPSPEED)/bin/python -m pytest tests/deepspeed
+
 check: test lint types examples docs wheel-test lightest-clients
 
 benchmarks: $(VENV)/.installed
@@ -177,4 +193,4 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.rollback --output rollback_cpu.md
 
 clean:
-	rm -rf $(VENV) $(ALONE) .venv-clients build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALONE) $(WITH_DEEPSPEED) .venv-clients build dist logs .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

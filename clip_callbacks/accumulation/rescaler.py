@@ -19,6 +19,7 @@ from clip_callbacks.core.metric_names import ACCUMULATION_SCALE
 from clip_callbacks.core.reduction import reduces_in_backward
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
+from clip_callbacks.trainer.deepspeed import uses_deepspeed
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 
 if TYPE_CHECKING:
@@ -105,6 +106,35 @@ class NoRescaling:
 
     def detach(self) -> None:
         """Remove all hooks."""
+
+
+class TwiceDivided(NoRescaling):
+    """Undoes the second division of losses by N = ``accumulate_grad_batches`` under DeepSpeed, all of whose windows are full.
+
+    Args:
+        trainer: The Trainer.
+        module: The module to train.
+    """
+
+    rescales = True
+
+    def weigh(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: there are no weights."""
+
+    def begin_window(self) -> None:
+        """Do nothing: the engine of DeepSpeed knows where a window begins."""
+
+    @override
+    def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
+        return float(self._trainer.accumulate_grad_batches)
+
+    @override
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
+        return {ACCUMULATION_SCALE: report.accumulation_scale}
+
+    @override
+    def metric_names(self) -> list[str]:
+        return [ACCUMULATION_SCALE]
 
 
 class Rescaler(NoRescaling):
@@ -260,3 +290,10 @@ class Rescaler(NoRescaling):
     def detach(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+
+
+def make_rescaler(trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> Rescaler | TwiceDivided:
+    """Make the part of one fit; arguments are those of :class:`Rescaler`."""
+    if uses_deepspeed(trainer):
+        return TwiceDivided(trainer, module)
+    return Rescaler(trainer, module, weight, divide=divide)

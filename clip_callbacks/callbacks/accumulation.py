@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from clip_callbacks.accumulation.rescaler import Rescaler
+from clip_callbacks.accumulation.rescaler import make_rescaler
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.engine import StepEngine
@@ -68,12 +68,13 @@ class AccumulationRescaling(GradientCallback):
         self.divide = divide
 
     def _facts(self) -> CallbackFacts:
-        return CallbackFacts(self._kind, self._stable_key, is_weighted=self.weight is not None)
+        options = {"weight": self.weight, "divide": self.divide}
+        return CallbackFacts(self._kind, self._stable_key, is_weighted=self.weight is not None, options=options)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         # If a checkpoint brings a state in the middle of a fit, the part stays, and with it the current window.
         if self._engine is None:
-            self._part = Rescaler(trainer, module, self.weight, divide=self.divide)
+            self._part = make_rescaler(trainer, module, self.weight, divide=self.divide)
         return Parts(rescaler=self._part, histories=saved.get("history", {}))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -15,6 +15,7 @@ from clip_callbacks.guard.counts import BadStepCounts
 from clip_callbacks.guard.guard import Guard, check_saved
 from clip_callbacks.guard.journal import check_folder
 from clip_callbacks.guard.options import Bundles, GuardOptions, GuardPolicy, Level, Rollback
+from clip_callbacks.trainer.checks import CallbackFacts
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -202,6 +203,12 @@ class NonFiniteGuard(GradientCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_folder(self._options.bundles)
+
+    def _facts(self) -> CallbackFacts:
+        options = {name: getattr(self, name) for name in ("policy", "level", "rollback", "trace_forward", "deferred")}
+        if isinstance(self.bundles, Bundles):
+            options["weights"] = self.bundles.weights
+        return CallbackFacts(self._kind, self._stable_key, options=options)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = Guard(trainer, self._options, saved)

@@ -120,7 +120,8 @@ class GradientNormMonitor(GradientCallback):
         return self._key(scope=self.scope)
 
     def _facts(self) -> CallbackFacts:
-        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type)
+        options = {"log_histograms": self.log_histograms}
+        return CallbackFacts(self._kind, self._stable_key, norm_type=self.norm_type, options=options)
 
     def _make_parts(self, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         self._part = NormMonitor(self._monitor_options, saved)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.engine.callback_state import StatefulCallback
 from clip_callbacks.engine.components import Parts, assemble
 from clip_callbacks.engine.engine import StepEngine
@@ -19,6 +18,7 @@ from clip_callbacks.engine.learning_rate_search import LearningRateSearch
 from clip_callbacks.engine.resume import Resumption, State, is_gradient_callback_state, warn_about
 from clip_callbacks.trainer.checks import CallbackFacts, Kind, check_trainer
 from clip_callbacks.trainer.idle_hooks import BATCH_HOOKS, hide_hooks, show_hooks, without_hidden
+from clip_callbacks.trainer.optimizer_context import parameter_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -148,11 +148,7 @@ class GradientCallback(StatefulCallback):
             histories = [state["history"] for state in self._unclaimed_states if state["history"]]
             history = histories[0] if histories else {}
             self._saved = {**self._empty_state(), **self._saved, "history": history}
-        # as the tables of this fit will name them: without prefixes of wrappers such as DDP or torch.compile
-        names = {
-            index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
-            for index, optimizer in enumerate(trainer.optimizers)
-        }
+        names = parameter_names(trainer, module)
         norm_type = next((fact.norm_type for fact in facts if fact.norm_type is not None), 2.0)
         resumption = Resumption(known, names, norm_type)
         if resumption.is_known:

@@ -56,7 +56,7 @@ class Optimizers:
         self._deferred = deferred
         self._facts = callbacks
         self._collect_reports = collect_reports
-        self.contexts = make_contexts(trainer, module, components.histories)
+        self.contexts = make_contexts(trainer, module, components.histories, clips=components.clipper.clips)
         for monitor in components.monitors:
             monitor.check(trainer, self.contexts)
         names = [name for name, _ in module.named_parameters()]

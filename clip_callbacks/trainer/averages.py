@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from clip_callbacks.trainer.compat import STOCHASTIC_WEIGHT_AVERAGING, WEIGHT_AVERAGING, is_instance
+from clip_callbacks.trainer.deepspeed import uses_deepspeed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -141,6 +142,8 @@ def untrained_weights(trainer: Trainer, module: LightningModule) -> dict[str, li
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     trained = {id(tensor) for group in groups for tensor in group["params"] if tensor.requires_grad}
+    if uses_deepspeed(trainer):  # whose optimizer holds partitions of them
+        trained |= {id(tensor) for tensor in module.parameters() if tensor.requires_grad}
     submodules = _untrained_submodules(module, trained, "")
     found = {name: [tensor for tensor in tensors if not is_lazy(tensor)] for name, tensors in submodules}
     known = set(map(id, (*module.parameters(), *module.buffers())))

@@ -5,17 +5,18 @@ Trap: most of them would not fail but train wrongly, as two clips, or a clip of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from clip_callbacks.core.nonfinite import Policy
-from clip_callbacks.trainer.compat import DEEPSPEED, GRADIENT_ACCUMULATION_SCHEDULER, is_instance, overrides
+from clip_callbacks.trainer.compat import GRADIENT_ACCUMULATION_SCHEDULER, is_instance, overrides
 from clip_callbacks.trainer.dataloader_iter import takes_dataloader_iter
+from clip_callbacks.trainer.deepspeed import check_deepspeed
 from clip_callbacks.trainer.grad_scaler import takes_scaler_argument
 from clip_callbacks.trainer.strategies import averages_plainly
 
@@ -35,6 +36,7 @@ class CallbackFacts:
         norm_type: The order of norms that it requires; None if it takes any.
         nonfinite: The policy for non-finite gradients that it was given; "skip" if it takes none.
         is_weighted: True if it weights micro-batches.
+        options: Options that some strategy refuses, by their names.
     """
 
     kind: Kind
@@ -42,6 +44,7 @@ class CallbackFacts:
     norm_type: float | None = None
     nonfinite: Policy = "skip"
     is_weighted: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SINGLE_KINDS = {
@@ -59,8 +62,10 @@ def check_trainer(trainer: Trainer, module: LightningModule, callbacks: Sequence
         ValueError: If there is one. The message says what to change.
     """
     _check_callbacks(callbacks)
-    _check_strategy(trainer)
-    if any(callback.kind == "clipping" for callback in callbacks):
+    kinds = {callback.kind for callback in callbacks}
+    options = [{"nonfinite": callback.nonfinite, **callback.options} for callback in callbacks]
+    check_deepspeed(trainer, module, options, clips="clipping" in kinds, estimates_noise="noise scale" in kinds)
+    if "clipping" in kinds:
         _check_clipped_once(trainer, module)
 
 
@@ -187,15 +192,6 @@ def _check_one_policy(callbacks: Sequence[CallbackFacts]) -> None:
                 f"steps. Remove nonfinite from {callback.key}, or give the policy to the guard: "
                 f"NonFiniteGuard({callback.nonfinite!r})."
             )
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    if is_instance(trainer.strategy, DEEPSPEED):
-        raise ValueError(
-            "`strategy` must keep gradients in `parameter.grad`, got DeepSpeed, which keeps them in its own engine. Remove the "
-            "clip_callbacks from the Trainer and set `gradient_clipping` in DeepSpeed's configuration; per-layer norms, the guard "
-            "and the metrics are lost."
-        )
 
 
 def _check_clipped_once(trainer: Trainer, module: LightningModule) -> None:

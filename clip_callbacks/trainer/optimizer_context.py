@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.stats.run_history import RunHistory
+from clip_callbacks.trainer.deepspeed import EngineGradients, uses_deepspeed
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class OptimizerContext:
         module: The module that names the parameters.
         suffix: The suffix of the optimizer's metrics; empty with one optimizer.
         reduce: The function that makes the reduction of norms over ranks for some parameters.
+        held: The gradients that DeepSpeed's engine holds; None where parameters have their gradients.
 
     Attributes:
         table: The table of the optimizer's parameters.
@@ -45,7 +47,15 @@ class OptimizerContext:
         logged_at: The x-value of the last logged step of this fit; None before the first.
     """
 
-    def __init__(self, index: int, optimizer: Optimizer, module: LightningModule, suffix: str, reduce: Reduce) -> None:
+    def __init__(
+        self,
+        index: int,
+        optimizer: Optimizer,
+        module: LightningModule,
+        suffix: str,
+        reduce: Reduce,
+        held: EngineGradients | None = None,
+    ) -> None:
         self.index = index
         self.optimizer = optimizer
         self.suffix = suffix
@@ -54,6 +64,7 @@ class OptimizerContext:
         self.report: StepRecord | None = None
         self.is_offered = self.is_logged = True
         self.logged_at: int | None = None
+        self.held = held
         self._reduce = reduce
         self.step_number: int | None = None
         self.is_deferrable = False
@@ -63,7 +74,10 @@ class OptimizerContext:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
-        self.table = TensorTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
+        if self.held is None:
+            self.table = TensorTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
+        else:
+            self.table = self.held.make_table(module)
 
     @property
     def is_outdated(self) -> bool:
@@ -121,22 +135,41 @@ class OptimizerContext:
         return {key + self.suffix: value for key, value in metrics.items()}
 
 
-def make_contexts(trainer: Trainer, module: LightningModule, histories: Mapping[int, Any]) -> list[OptimizerContext]:
+def make_contexts(
+    trainer: Trainer, module: LightningModule, histories: Mapping[int, Any], *, clips: bool = False
+) -> list[OptimizerContext]:
     """Make a context for each optimizer of a Trainer.
 
     Args:
         trainer: The Trainer, after its optimizers were made.
         module: The module that names the parameters.
         histories: States of histories from a checkpoint, by the number of the optimizer.
+        clips: If True, this package clips, and an engine that takes steps itself must not.
     """
     suffixes, reduce = optimizer_suffixes(trainer), reduction_under(trainer)
+    held = None
+    if uses_deepspeed(trainer):  # with one optimizer at most
+        held = EngineGradients(trainer, clips=clips)
     contexts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        context = OptimizerContext(index, optimizer, module, suffixes[index], reduce)
+        context = OptimizerContext(index, optimizer, module, suffixes[index], reduce, held)
         if index in histories:
             context.history.load_state_dict(histories[index])
         contexts.append(context)
     return contexts
+
+
+def parameter_names(trainer: Trainer, module: LightningModule) -> dict[int, tuple[str, ...]]:
+    """Return the names of each optimizer's parameters as the tables of a fit have them, by the number of the optimizer.
+
+    Wrappers such as DDP or torch.compile leave no prefixes in them.
+    """
+    if uses_deepspeed(trainer):
+        return {0: EngineGradients(trainer).make_table(module).names}
+    return {
+        index: TensorTable.of_optimizer(optimizer, module.named_parameters(), reduce=lambda _: None).names
+        for index, optimizer in enumerate(trainer.optimizers)
+    }
 
 
 def optimizer_suffixes(trainer: Trainer) -> list[str]:

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from clip_callbacks import (
     AccumulationRescaling,
@@ -166,14 +165,6 @@ def test_different_norm_types(trainer):
         trainer, r"`norm_type` must be the same for all callbacks of one Trainer, got \[1.0, 2.0\]",
         GradientClipping(), GradientNormMonitor(norm_type=1.0),
     )  # fmt: skip
-
-
-def test_deepspeed(trainer, monkeypatch):
-    # DeepSpeed is not at hand: the strategy object is real, but never set up
-    fit = trainer(GradientClipping())
-    monkeypatch.setattr(type(fit), "strategy", property(lambda _: object.__new__(DeepSpeedStrategy)))
-    with pytest.raises(ValueError, match=r"got DeepSpeed.*`gradient_clipping` in DeepSpeed's configuration.*are lost"):
-        GradientClipping().setup(fit, Regression(), "fit")
 
 
 def test_accumulation_under_lbfgs(trainer):

@@ -100,12 +100,13 @@ def test_refusals_and_warnings_know_the_other_name(tmp_path, monkeypatch):
 
 def test_deepspeed_by_its_other_name(tmp_path, monkeypatch):
     # DeepSpeed is not at hand: the strategy object is real, but never set up
-    trainer = make_trainer(pytorch_lightning, tmp_path)
+    guard = NonFiniteGuard("warn")
+    trainer = make_trainer(pytorch_lightning, tmp_path, guard)
     monkeypatch.setattr(
         type(trainer), "strategy", property(lambda _: object.__new__(pytorch_lightning.strategies.DeepSpeedStrategy))
     )
-    with pytest.raises(ValueError, match="got DeepSpeed"):
-        NonFiniteGuard().setup(trainer, None, "fit")
+    with pytest.raises(ValueError, match='`policy` must be "skip", "raise" or "zero" under DeepSpeed, got \'warn\''):
+        guard.setup(trainer, regression(pytorch_lightning), "fit")
 
 
 def test_twins_are_known_by_class_and_not_by_name():

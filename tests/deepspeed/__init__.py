@@ -1,0 +1,1 @@
+"""With DeepSpeed itself, which only the environment of ``make deepspeed-tests`` has."""

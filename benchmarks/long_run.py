@@ -45,6 +45,9 @@ MAX_GROWTH_MIB = 1.0
 
 QUICK_STEPS = 400
 
+RULER_EVERY = 7
+"""Number of steps, not a divisor of the logging interval, after which a fixed piece of work is timed for comparison."""
+
 WINDOW = 2
 """Number of micro-batches in an accumulation window."""
 
@@ -96,6 +99,7 @@ class Row(NamedTuple):
     steps: int
     resident_mib: float
     step_us: float
+    step_over_ruler: float
     state_bytes: int
     objects: Counter[str]
 
@@ -108,6 +112,7 @@ class Watch(Callback):
         self.counts_objects = counts_objects
         self.rows: list[Row] = []
         self._times = array("d", [0.0]) * self.block
+        self._ruler_times = array("d", [0.0]) * max(1, self.block // RULER_EVERY)
         self._start = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -117,16 +122,31 @@ class Watch(Callback):
         steps = trainer.global_step
         # from the end of one window to the end of the next: all hooks are in it
         self._times[(steps - 1) % self.block] = time.perf_counter() - self._start
+        if steps % RULER_EVERY == 0:
+            self._ruler_times[steps // RULER_EVERY % len(self._ruler_times)] = ruler_time()
         if steps % self.block == 0:
             size = state_bytes(trainer)
             gc.collect()
-            self.rows.append(Row(steps, resident_mib(), 1e6 * median(self._times), size, self._objects()))
+            step, ruler = median(self._times), median(self._ruler_times)
+            self.rows.append(Row(steps, resident_mib(), 1e6 * step, step / ruler, size, self._objects()))
         self._start = time.perf_counter()
 
     def _objects(self) -> Counter[str]:
         if not self.counts_objects:
             return Counter()
         return Counter(f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects())
+
+
+def ruler_time() -> float:
+    """Seconds that a piece of work takes which never changes: Python and small tensors, as in a step.
+
+    The speed of a machine drifts within an hour. A step over this piece of work drifts far less.
+    """
+    start = time.perf_counter()
+    tensor = torch.ones(16)
+    for _ in range(20):
+        tensor = (tensor * tensor).clamp(max=1.0)
+    return time.perf_counter() - start
 
 
 def resident_mib() -> float:
@@ -168,7 +188,8 @@ def rows_of(found: dict[str, list[Row]]) -> list[list[str]]:
     for bare, family in zip(found[BARE], found[FAMILY], strict=True):
         numbers = [f"{number:.2f}" for number in (bare.resident_mib, family.resident_mib)]
         times = [f"{number:.0f}" for number in (bare.step_us, family.step_us)]
-        each.append([f"{bare.steps:,}", *numbers, *times, f"{family.state_bytes:,}"])
+        ratios = [f"{number:.1f}" for number in (bare.step_over_ruler, family.step_over_ruler)]
+        each.append([f"{bare.steps:,}", *numbers, *times, *ratios, f"{family.state_bytes:,}"])
     return each
 
 
@@ -178,14 +199,13 @@ def conclusion(found: dict[str, list[Row]]) -> str:
     for name, rows in found.items():
         # medians of three blocks, since the allocator's pages and the logger's queue come and go
         first, last = rows[WARM_UP_BLOCKS : WARM_UP_BLOCKS + 3], rows[-3:]
-        growth[name] = tuple(
-            median(getattr(row, key) for row in last) - median(getattr(row, key) for row in first)
-            for key in ("resident_mib", "step_us")
-        )
+        mib = median(row.resident_mib for row in last) - median(row.resident_mib for row in first)
+        time_ratio = median(row.step_over_ruler for row in last) / median(row.step_over_ruler for row in first)
+        growth[name] = mib, time_ratio
     added = growth[FAMILY][0] - growth[BARE][0]
     holds = "holds" if added <= MAX_GROWTH_MIB else "does NOT hold"
     sizes = [row.state_bytes for row in found[FAMILY][WARM_UP_BLOCKS:]]
-    lines = [f"- {name}: {mib:+.2f} MiB, {us:+.0f} µs a step" for name, (mib, us) in growth.items()]
+    lines = [f"- {name}: {mib:+.2f} MiB, time of a step x {ratio:.3f}" for name, (mib, ratio) in growth.items()]
     return "\n".join(
         [
             "From the first three blocks after the warm-up to the last three, medians:\n",
@@ -218,12 +238,22 @@ def main() -> None:
         name: run(callbacks, steps, counts_objects=arguments.objects)
         for name, callbacks in ((BARE, []), (FAMILY, every_callback()))
     }
-    headers = ["steps", "resident, MiB: bare", "all", "a step, µs: bare", "all", "states, bytes"]
+    headers = [
+        "steps",
+        "resident, MiB: bare",
+        "all",
+        "a step, µs: bare",
+        "all",
+        "a step over the ruler: bare",
+        "all",
+        "states, bytes",
+    ]
     note = (
         f"One epoch of {steps:,} optimizer steps with windows of {WINDOW} micro-batches, two parameters and a BatchNorm1d, "
-        f'TensorBoardLogger, in one process, first "{BARE}", then "{FAMILY}". Times are medians of a block; the state is what a '
-        "checkpoint holds of all callbacks. Above 1,024 steps norms are counted in bins of 2 %: it grows with the range of the "
-        "norms, and not with their number. Made by `python -m benchmarks.long_run`."
+        f'TensorBoardLogger, in one process, first "{BARE}", then "{FAMILY}". Times are medians of a block; the ruler is a fixed '
+        f"piece of work that is timed every {RULER_EVERY} steps, because the speed of a machine drifts within an hour. The state "
+        "is what a checkpoint holds of all callbacks. Above 1,024 steps norms are counted in bins of 2 %: it grows with the range "
+        "of the norms, and not with their number. Made by `python -m benchmarks.long_run`."
     )
     parts = [f"# A long run, CPU\n\n{machine('cpu')}\n\n{note}", table(rows_of(found), headers), conclusion(found)]
     if arguments.objects:

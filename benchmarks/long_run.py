@@ -6,6 +6,7 @@ import argparse
 import gc
 import io
 import logging
+import sys
 import tempfile
 import time
 import warnings
@@ -129,6 +130,7 @@ class Watch(Callback):
             gc.collect()
             step, ruler = median(self._times), median(self._ruler_times)
             self.rows.append(Row(steps, resident_mib(), 1e6 * step, step / ruler, size, self._objects()))
+            sys.stderr.write(f"{steps:,} steps: {self.rows[-1].resident_mib:.2f} MiB\n")
         self._start = time.perf_counter()
 
     def _objects(self) -> Counter[str]:

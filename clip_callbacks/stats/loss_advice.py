@@ -111,7 +111,8 @@ def advise_on_losses(
     The suggestion is a :class:`~clip_callbacks.RobustZScoreLimit` with a floor of 1 % and the smaller z of 4 and 5 that at most
     0.1 % of the ordinary losses exceed. Its scale is linear, for losses of any sign. If all losses are above 0, it may be
     logarithmic: it is so if their level (the running median of 101 losses) changes at least tenfold, since their noise then mostly
-    shrinks with them; and otherwise if no z fits on the linear scale, as for losses whose logarithms are normally distributed.
+    shrinks with them; and otherwise if no z fits on the linear scale, as for losses that spread over orders of
+    magnitude.
 
     The limit of each loss is that of a window with the losses before it. In the guard, spikes enter the window as the limit cuts
     them; the median and the MAD hardly notice the difference.

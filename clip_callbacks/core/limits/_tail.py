@@ -26,8 +26,8 @@ FIRST_COUNT = 100
 MEMORY = 1000
 """Number of values over which the share is an exponential mean in the long run."""
 
-CAUTION = 1.2
-"""Factor of h, because the share is uncertain and h is the logarithm of a false alarm: 1 gives twice as many with z = 4."""
+CAUTION = 1.6
+"""Factor of h. The share is uncertain, h is the logarithm of a false alarm, and Student's t has a heavier tail than its h tells."""
 
 NORMAL = NormalDist()
 

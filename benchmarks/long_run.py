@@ -122,7 +122,7 @@ class Watch(Callback):
             return
         steps = trainer.global_step
         # from the end of one window to the end of the next: all hooks are in it
-        self._times[(steps - 1) % self.block] = time.perf_counter() - self._start
+        self._times[(steps - 1) % self.block] = time.process_time() - self._start
         if steps % RULER_EVERY == 0:
             self._ruler_times[steps // RULER_EVERY % len(self._ruler_times)] = ruler_time()
         if steps % self.block == 0:
@@ -131,7 +131,7 @@ class Watch(Callback):
             step, ruler = median(self._times), median(self._ruler_times)
             self.rows.append(Row(steps, resident_mib(), 1e6 * step, step / ruler, size, self._objects()))
             sys.stderr.write(f"{steps:,} steps: {self.rows[-1].resident_mib:.2f} MiB\n")
-        self._start = time.perf_counter()
+        self._start = time.process_time()
 
     def _objects(self) -> Counter[str]:
         if not self.counts_objects:
@@ -144,11 +144,11 @@ def ruler_time() -> float:
 
     The speed of a machine drifts within an hour. A step over this piece of work drifts far less.
     """
-    start = time.perf_counter()
+    start = time.process_time()
     tensor = torch.ones(16)
     for _ in range(20):
         tensor = (tensor * tensor).clamp(max=1.0)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def resident_mib() -> float:
@@ -252,10 +252,11 @@ def main() -> None:
     ]
     note = (
         f"One epoch of {steps:,} optimizer steps with windows of {WINDOW} micro-batches, two parameters and a BatchNorm1d, "
-        f'TensorBoardLogger, in one process, first "{BARE}", then "{FAMILY}". Times are medians of a block; the ruler is a fixed '
-        f"piece of work that is timed every {RULER_EVERY} steps, because the speed of a machine drifts within an hour. The state "
-        "is what a checkpoint holds of all callbacks. Above 1,024 steps norms are counted in bins of 2 %: it grows with the range "
-        "of the norms, and not with their number. Made by `python -m benchmarks.long_run`."
+        f'TensorBoardLogger, in one process, first "{BARE}", then "{FAMILY}". Times are medians of a block, in time of the '
+        "processor, so that other work on the machine shows little; the ruler is a fixed piece of work that is timed every "
+        f"{RULER_EVERY} steps, because the speed of a machine drifts within an hour. The state is what a checkpoint holds of all "
+        "callbacks. Above 1,024 steps norms are counted in bins of 2 %: it grows with the range of the norms, and not with their "
+        "number. Made by `python -m benchmarks.long_run`."
     )
     parts = [f"# A long run, CPU\n\n{machine('cpu')}\n\n{note}", table(rows_of(found), headers), conclusion(found)]
     if arguments.objects:

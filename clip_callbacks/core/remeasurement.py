@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.gradients import Gradients
-from clip_callbacks.core.tensor_norms import norms_in_float64, row_norms_in_float64, smallest_reliable_norm, total_norm
+from clip_callbacks.core.tensor_norms import (
+    norms_in_float64,
+    row_norms_in_float64,
+    smallest_reliable_norm,
+    tensor_norms,
+    total_norm,
+)
 
 Unreliable: TypeAlias = list[int] | Tensor
 """Unreliable norms: places among the gradients that are there, or, for units, a bool for each."""
@@ -66,11 +72,17 @@ def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: f
     # is cached.
     if gradients.table.is_uniform and bound <= total.tolist()[0] < math.inf and (not local or _are_reliable(norms, bound)):
         return None
-    # Each norm has the bound of its own dtype. A norm of 0 is below any: it may come from an underflow, and one more pass tells.
-    bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
-    each = zip(bounds, norms.tolist(), strict=True)
+    bounds = [bound] * len(norms)
+    if not gradients.table.is_uniform:  # each norm has the bound of its own dtype
+        bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
+    numbers = norms.tolist()
     # negated, so that a NaN, which fails every comparison, is unreliable
-    unreliable = [place for place, (least, norm) in enumerate(each) if not least <= norm < math.inf]
+    unreliable = [place for place, least in enumerate(bounds) if not least <= numbers[place] < math.inf]
+    # A norm of 0 is below any bound: it may come from an underflow. The largest entries tell, in one read of these tensors.
+    if zeros := [place for place in unreliable if numbers[place] == 0]:
+        largest = tensor_norms([gradients.tensors[place] for place in zeros], math.inf).tolist()
+        true_zeros = {place for place, entry in zip(zeros, largest, strict=True) if entry == 0}
+        unreliable = [place for place in unreliable if place not in true_zeros]
     # norms that are reliable each may still overflow together: then the list is empty, and only the total is computed again
     if not unreliable and _are_reliable(total, max(bounds)):
         return None

@@ -43,7 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # and have what the tests import compiled, which both of their workers would do
 environment: $(VENV)/.installed
-	$(BIN)/python -m pytest --collect-only --quiet > /dev/null
+	$(BIN)/python -m pytest --collect-only --quiet > $(VENV)/collected || (cat $(VENV)/collected && exit 1)
 
 demo: $(VENV)/.examples
 	rm -rf $(LOGS)

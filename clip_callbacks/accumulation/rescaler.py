@@ -108,7 +108,7 @@ class NoRescaling:
         """Remove all hooks."""
 
 
-class TwiceDivided(NoRescaling):
+class DeepSpeedRescaler(NoRescaling):
     """Undoes the second division of losses by N = ``accumulate_grad_batches`` under DeepSpeed, all of whose windows are full.
 
     Args:
@@ -292,8 +292,10 @@ class Rescaler(NoRescaling):
             self._hooks.pop().remove()
 
 
-def make_rescaler(trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> Rescaler | TwiceDivided:
+def make_rescaler(
+    trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool
+) -> Rescaler | DeepSpeedRescaler:
     """Make the part of one fit; arguments are those of :class:`Rescaler`."""
     if uses_deepspeed(trainer):
-        return TwiceDivided(trainer, module)
+        return DeepSpeedRescaler(trainer, module)
     return Rescaler(trainer, module, weight, divide=divide)

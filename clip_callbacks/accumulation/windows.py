@@ -109,7 +109,7 @@ class Windows:
         if type(loss) is not Tensor:
             loss = shard_of(loss)
         # Without its graph, which would outlive the backward pass; not read, because that would wait for the device. `data` is
-        # what `detach` returns, without an operator to dispatch, and nobody writes to it.
+        # as good as `detach` here, without an operator to dispatch: nobody writes to it.
         self._newest = micro_batch = MicroBatch(loss.data, self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._micro_batches[context.index]

@@ -67,8 +67,6 @@ def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
     if not isinstance(limits, float):
         return limits / norms
     divisors = norms + _operand(EPS, norms)
-    if norms.numel() > 1:
-        return _operand(limits, norms) / divisors
     # Reciprocal, then product, because torch evaluates `max_norm / (total_norm + 1e-6)` in this way: two roundings, equal bits.
     return divisors.reciprocal_().mul_(_operand(limits, norms))
 

@@ -18,6 +18,7 @@ from clip_callbacks.core.nonfinite import all_finite, has_arithmetic
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.spikes import Thresholds
 from clip_callbacks.core.tensor_table import TensorTable, learns
+from clip_callbacks.core.wording import listed
 
 FaultStage: TypeAlias = Literal["step", "parameter", "buffer", "carried", "loss", "gradient", "unknown"]
 
@@ -345,7 +346,4 @@ def _enumerated(ranks: Sequence[int]) -> str:
 
 
 def _listed(tensors: Sequence[NonFiniteTensor | str], most: int) -> str:
-    text = "; ".join(map(str, tensors[:most]))
-    if len(tensors) <= most:
-        return text
-    return f"{text} and {len(tensors) - most} more"
+    return listed(tensors, most, separator="; ")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def listed(items: Sequence[object], most: int) -> str:
+def listed(items: Sequence[object], most: int, separator: str = ", ") -> str:
     """List the first items, with the number of the others."""
-    text = ", ".join(map(str, items[:most]))
+    text = separator.join(map(str, items[:most]))
     if len(items) > most:
         text += f" and {len(items) - most} more"
     return text

@@ -173,8 +173,8 @@ class StepEngine:
         if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
             self._second_clip = SecondClip(self._module, self._is_clipped)
         for context in self.contexts:
-            if context.held is not None:
-                context.held.check_windows(rescales=self._rescaler.rescales)
+            if context.engine_gradients is not None:
+                context.engine_gradients.check_windows(rescales=self._rescaler.rescales)
         self._publisher.start_fit()
         self._guard.start_fit()
 
@@ -232,7 +232,7 @@ class StepEngine:
     def step(self, optimizer: Optimizer) -> None:
         """Rescale, measure, clip or skip the gradients of one optimizer; record the report. Call it under ``torch.no_grad()``."""
         context = self._optimizers.context_of(optimizer)
-        if context.held is not None and not context.held.collect():
+        if context.engine_gradients is not None and not context.engine_gradients.collect():
             return  # DeepSpeed has this hook called at every micro-batch
         if not self._bypassing_steps.is_over:
             self._bypassing_steps.record_step(context)
@@ -345,12 +345,12 @@ class StepEngine:
     def _finish(self, step: StepContext, report: StepRecord, *, is_called: bool) -> None:
         """Restore the state before a skipped step, and record the report."""
         context = step.optimizer
-        if context.held is not None:
+        if context.engine_gradients is not None:
             # its engine does not call the optimizer in a step that it skips
             is_called = False
             if report.outcome.is_skipped:
-                context.held.skip()
-            context.held.release()
+                context.engine_gradients.skip()
+            context.engine_gradients.release()
         noise = None
         for end_window in self._after_window:
             noise = end_window(report)
@@ -422,8 +422,8 @@ class StepEngine:
         for monitor in self._monitors:
             monitor.detach()
         for context in self.contexts:
-            if context.held is not None:
-                context.held.release()
+            if context.engine_gradients is not None:
+                context.engine_gradients.release()
         self.windows.detach()
         self._nan_propagator.end_pass()
         self._deferred.detach()

@@ -131,7 +131,7 @@ class Optimizers:
                 "optimizer from configure_optimizers."
             )
         before = {context.index: context for context in self.contexts}
-        self.contexts = make_contexts(self._trainer, self._module, {})
+        self.contexts = make_contexts(self._trainer, self._module, {}, clips=self._components.clipper.clips)
         for context in self.contexts:
             if context.index in before:
                 context.continue_history(before[context.index].history)

@@ -65,8 +65,8 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
     clips = any(each.log.clip_fraction for each in plotted)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        height_ratios = [3.2, 1][: 1 + clips]
-        norms, *strips = figure.subplots(1 + clips, sharex=True, height_ratios=height_ratios, squeeze=False)[:, 0]
+        height_ratios = [3.2, 1] if clips else [1]
+        norms, *strips = figure.subplots(len(height_ratios), sharex=True, height_ratios=height_ratios, squeeze=False)[:, 0]
         for each in plotted:
             draw_line(norms, each.log.total_norm, each.color, each.label, f"total_norm-{each.log.name}")
             _mark_steps(norms, each, limit_color(plotted, each, theme), theme)

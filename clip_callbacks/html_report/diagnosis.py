@@ -254,8 +254,10 @@ def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
     warned = [(int(entry["step"]), str(sentence)) for entry in log.bad_steps for sentence in entry.get("lost_metrics") or []]
     for sentence in dict.fromkeys(sentence for _, sentence in warned):
         steps = [step for step, other in warned if other == sentence]
-        more = plural(len(steps), "", f" (in {len(steps)} epochs)")
-        yield Finding("warn", f"From optimizer step {steps[0]:,} on{more}: {sentence}")
+        since = f"From optimizer step {steps[0]:,} on"
+        if len(steps) > 1:
+            since += f" (in {len(steps)} epochs)"
+        yield Finding("warn", f"{since}: {sentence}")
 
 
 def _scaler(log: OptimizerLog) -> Iterator[Finding]:

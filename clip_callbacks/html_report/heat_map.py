@@ -35,10 +35,6 @@ BELOW_AND_ABOVE_ZERO = LinearSegmentedColormap.from_list(
 
 NARROW_BAR_RATIO = 20
 """On a phone, a color bar whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
-BAR_LOCATIONS = ("right", "bottom")
-"""The side of a heat map on which its color bar is, on a wide and on a narrow screen."""
-LABEL_SEPARATORS = ("\n", " ")
-"""Text between the two parts of a color bar's label, on a wide and on a narrow screen."""
 
 Scale = Literal["log", "either sign", "share"]
 
@@ -63,9 +59,10 @@ class BlockMetric:
 
     def of(self, log: OptimizerLog) -> dict[str, Series]:
         """Return the metric of each block for which it was logged."""
-        blocks = log.blocks()
         if self.prefix:
             blocks = log.with_prefix(self.prefix)
+        else:
+            blocks = log.blocks()
         return {name: series for name, series in blocks.items() if series}
 
 
@@ -110,7 +107,7 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
         axes.grid(visible=False)
         labels = [shorten(name, theme.name_length) for name in without_common_parts(names)]
         axes.set_yticks(range(len(names)), labels, fontsize=8)
-        bar = figure.colorbar(image, ax=axes, pad=0.01, location=BAR_LOCATIONS[theme.narrow], shrink=0.9, aspect=30)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if theme.narrow else "right", shrink=0.9, aspect=30)
         _label_colors(bar, metric, theme)
         label_step_axis(axes)
 
@@ -174,5 +171,7 @@ def _label_colors(bar: Colorbar, metric: BlockMetric, theme: Theme) -> None:
         note = "(linear near 0)"
         bar.set_ticks(ticks, labels=[f"{float(f'{tick:.2g}'):g}" for tick in ticks])
         bar.minorticks_off()
-    bar.set_label(f"{metric.label}{LABEL_SEPARATORS[theme.narrow]}{note}".rstrip(), fontsize=8)
+    # beside the bar in two lines, below it in one
+    separator = " " if theme.narrow else "\n"
+    bar.set_label(f"{metric.label}{separator}{note}".rstrip(), fontsize=8)
     bar.outline.set_edgecolor(theme.faint)

@@ -28,7 +28,6 @@ SVG_DPI = FigureCanvasSVG.fixed_dpi
 """The resolution at which one point is one unit of the SVG."""
 HEAT_MAP_DPI = 100
 """The resolution of the heat maps, which an SVG holds as images of pixels."""
-SCREENS = ("wide", "narrow")
 WIDTHS = (9.4, 4.3)
 """Width in inches on a wide and on a narrow screen."""
 
@@ -112,7 +111,7 @@ class Chart:
         with self._layout(theme, FigureCanvasSVG, SVG_DPI) as figure:
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
             figure.savefig(buffer, format="svg", dpi=HEAT_MAP_DPI, metadata=metadata)
-        return _inline(buffer.getvalue(), f"{self.key}-{SCREENS[narrow]}")
+        return _inline(buffer.getvalue(), f"{self.key}-{'narrow' if narrow else 'wide'}")
 
     def write_png(self, folder: Path) -> Path:
         """Write the plot into a folder as a PNG file, dark on white."""

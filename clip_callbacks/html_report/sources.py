@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS, JOURNAL
-from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
@@ -53,7 +52,9 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
         else:
             problems.append(missing_norm_message(run.source, run.metrics, norms))
     if not usable:
-        more = plural(len(problems), "", f" (and {len(problems) - 1} more logs that cannot be used)")
+        more = ""
+        if len(problems) > 1:
+            more = f" (and {len(problems) - 1} more logs that cannot be used)"
         raise UnusableLogError(f"{problems[0]}{more}")
     kept, doubles = _without_duplicates(usable)
     notes += [f"Left out: {problem}" for problem in problems] + doubles

@@ -90,7 +90,9 @@ def _read(path: Path) -> tuple[dict[str, Series], list[str]]:
         state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
         raise UnusableLogError(f"{path} must be JSON, as the Trainer of transformers writes it: {error}.") from None
-    log = isinstance(state, dict) and state.get("log_history")
+    log = None
+    if isinstance(state, dict):
+        log = state.get("log_history")
     if not isinstance(log, list):
         raise UnusableLogError(f"{path} must have a list 'log_history', as the Trainer of transformers writes it.")
     points: dict[str, tuple[list[int], list[float]]] = {}

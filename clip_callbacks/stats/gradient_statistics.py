@@ -115,7 +115,9 @@ def _unstored(gradients: Gradients, blocks: Partition, stored: Mapping[int, Tens
     for position in gradients.table.nonempty[0]:
         gradient = gradients.table.tensors[position].grad
         if gradient is not None and gradient.layout is not torch.strided and blocks.index[position] != OUTSIDE:
-            counts[position] = gradient.numel() * (1 + gradient.is_complex())
+            counts[position] = gradient.numel()
+            if gradient.is_complex():
+                counts[position] *= 2
             # a sparse gradient that stores nothing is not among the gradients
             if position in stored:
                 counts[position] -= stored[position].numel()

@@ -139,7 +139,11 @@ REFUSED = (
         "Leave it out; `bundles` keeps the batch, for a run on one device.",
     ),
     Refusal(
-        "deferred", "None or False", bool, "its engine steps, and no fused optimizer that could skip on the device", "Leave it out."
+        "deferred",
+        "None or False",
+        bool,
+        "the engine takes the step, so that no fused optimizer can skip it on the device",
+        "Leave it out.",
     ),
     Refusal(
         "weights",

@@ -31,7 +31,7 @@ class OptimizerContext:
         module: The module that names the parameters.
         suffix: The suffix of the optimizer's metrics; empty with one optimizer.
         reduce: The function that makes the reduction of norms over ranks for some parameters.
-        held: The gradients that DeepSpeed's engine holds; None where parameters have their gradients.
+        engine_gradients: The gradients that DeepSpeed's engine holds; None where parameters have their gradients.
 
     Attributes:
         table: The table of the optimizer's parameters.
@@ -54,7 +54,7 @@ class OptimizerContext:
         module: LightningModule,
         suffix: str,
         reduce: Reduce,
-        held: EngineGradients | None = None,
+        engine_gradients: EngineGradients | None = None,
     ) -> None:
         self.index = index
         self.optimizer = optimizer
@@ -64,7 +64,7 @@ class OptimizerContext:
         self.report: StepRecord | None = None
         self.is_offered = self.is_logged = True
         self.logged_at: int | None = None
-        self.held = held
+        self.engine_gradients = engine_gradients
         self._reduce = reduce
         self.step_number: int | None = None
         self.is_deferrable = False
@@ -74,10 +74,10 @@ class OptimizerContext:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
         self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
-        if self.held is None:
+        if self.engine_gradients is None:
             self.table = TensorTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
         else:
-            self.table = self.held.make_table(module)
+            self.table = self.engine_gradients.make_table(module)
 
     @property
     def is_outdated(self) -> bool:
@@ -136,7 +136,7 @@ class OptimizerContext:
 
 
 def make_contexts(
-    trainer: Trainer, module: LightningModule, histories: Mapping[int, Any], *, clips: bool = False
+    trainer: Trainer, module: LightningModule, histories: Mapping[int, Any], *, clips: bool
 ) -> list[OptimizerContext]:
     """Make a context for each optimizer of a Trainer.
 
@@ -147,12 +147,12 @@ def make_contexts(
         clips: If True, this package clips, and an engine that takes steps itself must not.
     """
     suffixes, reduce = optimizer_suffixes(trainer), reduction_under(trainer)
-    held = None
+    engine_gradients = None
     if uses_deepspeed(trainer):  # with one optimizer at most
-        held = EngineGradients(trainer, clips=clips)
+        engine_gradients = EngineGradients(trainer, clips=clips)
     contexts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        context = OptimizerContext(index, optimizer, module, suffixes[index], reduce, held)
+        context = OptimizerContext(index, optimizer, module, suffixes[index], reduce, engine_gradients)
         if index in histories:
             context.history.load_state_dict(histories[index])
         contexts.append(context)

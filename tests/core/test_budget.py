@@ -60,7 +60,7 @@ def test_local_scopes_read_once_and_write_once(scope):
     assert not SYNCS & set(counts)
 
 
-@pytest.mark.parametrize(("limit", "more"), [(1e6, 0), (1.0, 7)])
+@pytest.mark.parametrize(("limit", "more"), [(1e6, 0), (1.0, 8)])
 def test_operations_of_layers_of_two_tensors_against_one_block(limit, more):
     """Four for the norms of the layers, two for their coefficients, one to hand them to the tensors."""
     counts = []

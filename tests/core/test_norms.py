@@ -285,6 +285,17 @@ PARTS = {
 }
 
 
+def test_each_of_several_blocks_is_clipped_with_the_bits_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.zeros(7, 5)) for _ in range(200)] for _ in range(2))
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = torch.randn(7, 5) * 10
+        other.grad = one.grad.clone()
+        nn.utils.clip_grad_norm_([other], 1.3)  # no power of two, of which products are exact
+    clip_step(ours, rules=[ClipRule(1.3, "parameter")])
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("index", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("p", NORM_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

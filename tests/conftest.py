@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +30,9 @@ collect_ignore = [
     "package/typed_script.py",  # for mypy only: some of its lines are wrong
     "clients",  # what each of its packages needs is in an environment of its own
 ]
+
+if find_spec("deepspeed") is None:
+    collect_ignore.append("helpers/deepspeed.py")
 
 TOGETHER = {
     "forked": (

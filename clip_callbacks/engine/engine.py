@@ -40,6 +40,7 @@ from clip_callbacks.publishing.summary import summary_table
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.bypassing_steps import BypassingSteps
 from clip_callbacks.trainer.checks import CallbackFacts, check_micro_batches, check_noise_scale, check_optimizers
+from clip_callbacks.trainer.deepspeed import EngineGradients, uses_deepspeed
 from clip_callbacks.trainer.grad_scaler import grad_scaler, is_still_scaled, loss_scale
 from clip_callbacks.trainer.later_hooks import LaterHooks
 from clip_callbacks.trainer.messages import is_silent, log_message
@@ -88,6 +89,7 @@ class StepEngine:
         self._summary = components.summary
         self._scaler = grad_scaler(trainer)
         self._is_automatic = module.automatic_optimization
+        self._uses_deepspeed = uses_deepspeed(trainer)
         self.last_report: StepRecord | None = None
 
         self._check_trainer()
@@ -129,6 +131,10 @@ class StepEngine:
     def contexts(self) -> Sequence[OptimizerContext]:
         """The contexts of the optimizers in this fit."""
         return self._optimizers.contexts
+
+    @property
+    def _engine_gradients(self) -> list[EngineGradients]:
+        return [each.engine_gradients for each in self.contexts if each.engine_gradients is not None]
 
     def _make_windows(self) -> Windows:
         # setting gradients aside for each micro-batch is only done if a part needs it
@@ -172,9 +178,8 @@ class StepEngine:
         self._later_hooks = LaterHooks(self._module, later, self.step)
         if any(self._clipper.limits_norms_of(context.index) for context in self.contexts):
             self._second_clip = SecondClip(self._module, self._is_clipped)
-        for context in self.contexts:
-            if context.engine_gradients is not None:
-                context.engine_gradients.check_windows(rescales=self._rescaler.rescales)
+        for held in self._engine_gradients:
+            held.check_windows(rescales=self._rescaler.rescales)
         self._publisher.start_fit()
         self._guard.start_fit()
 
@@ -187,6 +192,9 @@ class StepEngine:
         if self._guard.keeps_batches:
             kept = self._guard.keep_batch(batch, batch_idx)
         self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
+        if self._uses_deepspeed and not self.windows.in_window:
+            for held in self._engine_gradients:
+                held.begin_window()
         if not self._bypassing_steps.is_over:
             self._bypassing_steps.begin_batch(self._optimizers.contexts)
         for begin in self._at_batch:
@@ -421,9 +429,8 @@ class StepEngine:
         self._guard.detach()
         for monitor in self._monitors:
             monitor.detach()
-        for context in self.contexts:
-            if context.engine_gradients is not None:
-                context.engine_gradients.release()
+        for held in self._engine_gradients:
+            held.detach()
         self.windows.detach()
         self._nan_propagator.end_pass()
         self._deferred.detach()

@@ -52,6 +52,7 @@ ATTRIBUTES = {
         "clip_grad",
         "fp16_groups",
         "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
         "sub_group_to_group_id",
     ),
 }
@@ -79,10 +80,10 @@ class Refusal:
 
     Args:
         option: The name of the option.
-        contract: What it must be.
-        is_refused: Function that tells whether a value is refused.
-        reason: Why.
-        cure: What to do instead.
+        contract: The admitted values, in words.
+        is_refused: Function that returns True for a value that is refused.
+        reason: The reason, a clause.
+        cure: The way out, a sentence.
     """
 
     option: str
@@ -213,19 +214,24 @@ def _check_configuration(trainer: Trainer, *, clips: bool) -> None:
             f'`precision` must be "32-true", "bf16-mixed" or "bf16-true" under DeepSpeed, got "{trainer.precision}": its engine '
             "owns the loss scale, and would lower it for each step that is skipped for another reason. Use bf16-mixed."
         )
-    stage = configuration.get("zero_optimization", {}).get("stage", 0)
+    zero = configuration.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        zero = {}
+    stage = zero.get("stage", 0)
     if stage not in {1, 2, 3}:
         raise ValueError(
             f"`stage` must be 1, 2 or 3 under DeepSpeed, got {stage!r}: without ZeRO its engine clips and steps in a way of its "
             "own. Set a stage, or use strategy='ddp', which does the same."
         )
-    for name in ("offload_optimizer", "offload_param"):
-        device = (configuration.get("zero_optimization", {}).get(name) or {}).get("device", "none")
-        if device != "none":
+    for name in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param"):  # the last two are older names
+        offload = zero.get(name)
+        if isinstance(offload, Mapping) and offload.get("device", "none") == "none":
+            offload = None
+        if offload:
             raise ValueError(
-                f'`{name}` must be off in DeepSpeed\'s configuration, got the device "{device}": gradients leave the place where '
-                "they could be measured before the step. Remove it, or remove the gradient callbacks and set `gradient_clipping` "
-                "in DeepSpeed's configuration."
+                f"`{name}` must be off in DeepSpeed's configuration, got {offload}: gradients leave the place where they could be "
+                "measured before the step. Remove it, or remove the gradient callbacks and set `gradient_clipping` in DeepSpeed's "
+                "configuration."
             )
 
 
@@ -255,6 +261,11 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ValueError(
             "`bf16_master_weights_and_grads` must be False in DeepSpeed's configuration, got True: clipped gradients would be "
             "rounded. Remove it."
+        )
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        raise ValueError(
+            "`torch_autocast` must have the dtype bfloat16 in DeepSpeed's configuration beside gradient callbacks, got float16: "
+            "its engine owns the loss scale. Change the dtype, or remove it and set the precision of the Trainer."
         )
     if getattr(optimizer, "has_moe_layers", False):
         raise ValueError(
@@ -354,14 +365,22 @@ class EngineGradients:
         # as TensorTable.of_optimizer names them
         return str(self._optimizer.param_groups[index].get("name", f"pg{index + 1}"))
 
+    def begin_window(self) -> None:
+        """Forget the gradients of the window before.
+
+        Stage 3 keeps gradients in one buffer, to which a parameter that no micro-batch of a window uses does not write: its
+        gradient of the last window would be applied once more.
+        """
+        if self._is_stage_3:
+            self._optimizer.grad_partitions_flat_buffer.zero_()
+
     def collect(self) -> bool:
         """Set the gradients of the stand-ins; return False if this micro-batch ends no window.
 
         Raises:
             RuntimeError: If windows of DeepSpeed and of Lightning no longer end together.
         """
-        if self._checks_overflow is not None:
-            self._optimizer.check_grad_overflow, self._checks_overflow = self._checks_overflow, None
+        self._end_skip()
         if not self._ends_window:
             return False
         if self._clips and self._optimizer.clip_grad:
@@ -387,6 +406,8 @@ class EngineGradients:
                 "which makes gradients the mean."
             )
         if self._trainer.max_epochs == 1 or math.isinf(batches) or not batches % window:
+            return
+        if 0 <= self._trainer.max_steps * window <= batches:  # the fit ends before the epoch does
             return
         raise ValueError(
             f"An epoch must be a multiple of accumulate_grad_batches={window} batches under DeepSpeed, got {batches}: its engine "
@@ -447,15 +468,25 @@ class EngineGradients:
     def skip(self) -> None:
         """Make the engine skip its coming step: by its own overflow path, on all ranks."""
         for group in self._optimizer.averaged_gradients.values():
-            for gradient in group[:1]:
-                gradient.view(-1)[:1].fill_(torch.nan)
+            for place, gradient in enumerate(group[:1]):
+                # not written into its memory, which stage 3 keeps: where this rank has only padding, it would stay there
+                group[place] = torch.full_like(gradient, torch.nan)
         if not self._is_stage_3:  # which looks for overflows in any precision; stages 1 and 2 do not in bf16
             self._checks_overflow, self._optimizer.check_grad_overflow = self._optimizer.check_grad_overflow, True
+
+    def _end_skip(self) -> None:
+        if self._checks_overflow is not None:
+            self._optimizer.check_grad_overflow, self._checks_overflow = self._checks_overflow, None
 
     def release(self) -> None:
         """Release the gradients, which the engine frees in its step."""
         for part in self._parts:
             part.stand_in.grad = None
+
+    def detach(self) -> None:
+        """Release the gradients, and leave the engine as it was."""
+        self.release()
+        self._end_skip()
 
 
 def _stand_in(weights: Tensor) -> Tensor:

@@ -61,6 +61,28 @@ def test_a_spike_is_skipped_although_it_is_finite(runs, stage, precision):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("network", ["SmallFirst", "SeldomUsed"])
+@pytest.mark.parametrize("factors", [NAN_ON_RANK_1, SPIKE], ids=["nan", "spike"])
+def test_a_skip_leaves_nothing_in_the_buffers_of_the_engine(train, stage, network, factors):
+    from tests.helpers import deepspeed
+
+    options = {"network": getattr(deepspeed, network), "steps": 10}
+    callbacks = [NonFiniteGuard(skip_above=1000.0), GradientClipping(3.0)]
+    bad, without = train(2, cell(stage, callbacks, factors=factors, **options), cell(stage, callbacks, left_out=(3,), **options))
+    assert bad[0]["outcomes"] == ["taken"] * 3 + ["skipped"] + ["taken"] * 6
+    assert bad[0]["skipped"] == (1, 1)
+    assert bad[0]["weights"] == bad[1]["weights"] == without[0]["weights"]
+
+
+def test_the_engine_looks_for_overflows_as_before_after_a_skip_in_the_last_step(train):
+    config = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    options = {"precision": "bf16-mixed", "factors": {(1, 4): math.nan}, "steps": 5, "config": config}
+    ((found, _),) = train(2, cell(2, [NonFiniteGuard()], **options))
+    assert found["outcomes"][-1] == "skipped"
+    assert found["checks_overflow"] is False
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_window_with_a_bad_micro_batch(train, stage):
     options = {"precision": "bf16-mixed", "window": 3, "steps": 6}
     bad, without = train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from clip_callbacks import (
     AccumulationRescaling,
@@ -71,6 +72,18 @@ def test_groups_and_a_frozen_parameter(train, stage):
         assert_close(found[0]["metrics"][name], float(trainer.callback_metrics[name]))
 
 
+def test_a_layer_that_some_batches_do_not_use(train):
+    """In stage 3 the engine would apply its last gradient again. In stages 1 and 2 its gradient is zero, which SGD does not see."""
+    from tests.helpers import deepspeed
+
+    options = {"network": deepspeed.SeldomUsed, "optimizer": torch.optim.SGD, "steps": 10}
+    plain = deepspeed.SeldomUsed(optimizer=torch.optim.SGD)
+    deepspeed.fit(plain, deepspeed.batches(10), [GradientClipping(3.0)])
+    for stage in (1, 2, 3):
+        (found,) = train(1, cell(stage, [GradientClipping(3.0)], **options))
+        assert_close(alike(found)["weights"], deepspeed.weights(plain))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_metrics_of_the_monitor(train, stage):
     options = {"log_statistics": True, "log_update_ratio": True, "log_weight_norm": True, "log_contributions": True}
@@ -99,6 +112,8 @@ def test_epochs_that_end_within_a_window(train, stage):
     )
     assert "limit_train_batches to a multiple of 3." in many[0]
     assert len(one[0]["norms"]) == 1
+    (ended,) = train(1, cell(stage, [GradientClipping(3.0)], epochs=-1, max_steps=1, **options))
+    assert len(ended[0]["norms"]) == 1
     assert unknown[0].startswith("RuntimeError: A window of 3 micro-batches has ended at another batch for DeepSpeed")
 
 

@@ -350,7 +350,7 @@ def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, s
     assert "net.0.weight" in messages[-1]
     lines = [json.loads(line) for line in (Path(csv.log_dir) / "nonfinite_steps.jsonl").read_text().splitlines()]
     assert [line["policy"] for line in lines] == ["skip", "skip", "skip", "rollback"]
-    place = {"step": 7, "epoch": 0, "batch": 7, "rank": 0, "policy": "rollback", "stage": "back to step 3"}
+    place = {"step": 7, "epoch": 0, "batch": 7, "rank": 0, "policy": "rollback", "stage": "back to step 3", "logged_step": 7}
     assert lines[-1] == place | {"rollback": 1, "back_to": 3, "lr_factor": 0.5}
     assert said[1:] == ["NonFiniteGuard: optimizer steps: 14, rollbacks: 1."]
 

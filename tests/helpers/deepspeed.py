@@ -100,6 +100,35 @@ class Grouped(Net):
         return torch.optim.AdamW([matrices, vectors], lr=0.01)
 
 
+class SmallFirst(Net):
+    """The same behind a parameter of one entry, of which all ranks but the first hold nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        net, self.net = self.net, None
+        self.scale, self.behind = nn.Parameter(torch.ones(1)), net
+
+    def run(self, batch):
+        return self.behind(batch) * self.scale
+
+
+class SeldomUsed(Net):
+    """The same with a layer that the batches 4 and 5 do not use."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beside = nn.Linear(5, 3)
+        self.unused = [batch.sum().item() for batch in self.own_batches()[4:6]]
+
+    def own_batches(self):
+        return batches(6, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def run(self, batch):
+        if batch.sum().item() in self.unused:
+            return self.net(batch)
+        return self.net(batch) + self.beside(batch)
+
+
 class MasterWeights(Net):
     """The same in bf16, as DeepSpeed trains it: weights in float32, of which each pass makes a copy in bf16."""
 
@@ -232,6 +261,7 @@ def trained(
         "skipped": (engine.skipped_steps, getattr(callbacks[0], "skipped_steps", None)),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "engine": float(engine.get_global_grad_norm()),
+        "checks_overflow": getattr(engine.optimizer, "check_grad_overflow", None),
     }
 
 

@@ -180,7 +180,7 @@ def robust_limits_of(limit, values, enters):
             else:
                 deviation = max(deviation, limit.floor * abs(median))
                 if deviation > 0:
-                    now = median + min(wide * heavier(limit.z, share), 7 * limit.z) * deviation
+                    now = median + min(wide * heavier(limit.z, share), 3 * limit.z) * deviation
                 far, extreme = (median + widened(z, len(seen)) * deviation for z in (2.5, 6.0))
         found.append(now)
         if enters(value):
@@ -200,7 +200,7 @@ def widened(z, count):
 def heavier(z, share):
     """Ratio of a quantile of Tukey's h distribution to the normal one, h from the share beyond 2.5."""
     normal = min(max(-NormalDist().inv_cdf(share), 1.0), 2.5)
-    return math.exp(1.6 * 2 * math.log(2.5 / normal) / normal**2 * z**2 / 2)
+    return math.exp(1.4 * 2 * math.log(2.5 / normal) / normal**2 * z**2 / 2)
 
 
 def ema_limits(limit, history, p, weights):

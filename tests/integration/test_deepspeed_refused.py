@@ -40,10 +40,12 @@ REFUSED = {
 CONFIGURATIONS = {
     "`gradient_clipping` must not be set in DeepSpeed's configuration beside GradientClipping, got 1.0": {"gradient_clipping": 1.0},
     "`stage` must be 1, 2 or 3 under DeepSpeed, got 0": {"zero_optimization": {"stage": 0}},
-    '`offload_optimizer` must be off in DeepSpeed\'s configuration, got the device "cpu"': {
+    "`offload_optimizer` must be off in DeepSpeed's configuration, got {'device': 'cpu'}": {
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     },
-    '`offload_param` must be off in DeepSpeed\'s configuration, got the device "nvme"': {
+    "`cpu_offload` must be off in DeepSpeed's configuration, got True": {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+    "`stage` must be 1, 2 or 3 under DeepSpeed, got 0: without ZeRO": {"zero_optimization": True},
+    "`offload_param` must be off in DeepSpeed's configuration, got {'device': 'nvme'}": {
         "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}
     },
 }

@@ -26,7 +26,7 @@ FIRST_COUNT = 100
 MEMORY = 1000
 """Number of values over which the share is an exponential mean in the long run."""
 
-CAUTION = 1.6
+CAUTION = 1.4
 """Factor of h. The share is uncertain, h is the logarithm of a false alarm, and Student's t has a heavier tail than its h tells."""
 
 NORMAL = NormalDist()

@@ -31,7 +31,7 @@ MAX_WIDENING = 1.5
 FROM_FAR_TO_EXTREME = upper_tail.FAR, upper_tail.EXTREME
 """Robust standard deviations above the median between which a value counts for the tail."""
 
-MAX_WIDENING_OF_TAIL = 7.0
+MAX_WIDENING_OF_TAIL = 3.0
 """Largest ratio of the z-score in use to the one asked for, for a heavy tail too."""
 
 
@@ -61,19 +61,19 @@ class RobustZScoreLimit(Limit):
 
     .. math::
         \ell_b = m + z'' \cdot \max(1.4826 \cdot \text{MAD}, \text{floor} \cdot |m|), \qquad
-        z'' = \min\bigl(z' \cdot \exp(h z^2 / 2),\ 7 z\bigr)
+        z'' = \min\bigl(z' \cdot \exp(h z^2 / 2),\ 3 z\bigr)
 
     where h is the weight of the upper tail, as in Tukey's h distribution, 0 for a normal one. It is estimated from the share p of
     the values, in about the last 1000, that lie more than 2.5 robust standard deviations above the median of their time, and not
-    above both the limit and 6 standard deviations: :math:`h = 1.6 \cdot 2 \ln(2.5 / q) / q^2` with :math:`q = -\Phi^{-1}(p)`,
+    above both the limit and 6 standard deviations: :math:`h = 1.4 \cdot 2 \ln(2.5 / q) / q^2` with :math:`q = -\Phi^{-1}(p)`,
     between 1 and 2.5. At first p is 2 %, as if of 100 values, which takes tails for heavy until some hundred values are known.
 
-    So the share of ordinary losses above the limit is at most 1.6 times the share of a normal distribution beyond z, for z from 2
-    to 4, measured on 6 million losses of the steps 500 to 2500: normal ones, also falling or slowly rising, and those with
-    Student's t of 10, 5 or 3 degrees of freedom. (Between the steps 500 and 1000 it is up to 2.6 times with 3 degrees of freedom.)
-    With z = 4, :math:`z'` alone would give 80 times with 5 degrees of freedom and 250 times with 3. The price is that limits of
-    heavy-tailed losses are high: of jumps by 8 robust standard deviations, z = 4 finds 95 % in normal losses, 47 % with 10
-    degrees of freedom and 4 % with 5; z = 3 finds 99 %, 99 % and 82 %. More than 4 is rarely useful.
+    So the share of ordinary losses above the limit is less than twice the share of a normal distribution beyond z, for z from 2 to
+    4, measured on 6 million losses of the steps 500 to 2500: normal ones, also falling or slowly rising, and those with Student's
+    t of 10, 7 or 5 degrees of freedom. With 3 degrees of freedom it is so for z up to 3, and with z = 4 it is 14 times that share,
+    because the limit stays within 3 z, above which hardly any spike would be found. (:math:`z'` alone would give 80 times with 5
+    degrees of freedom, and 250 times with 3.) Of jumps by 8 robust standard deviations, z = 4 finds 97 % in normal losses, 57 %
+    with 10 degrees of freedom and 8 % with 5; z = 3 finds 99 %, 99 % and 90 %. More than 4 is rarely useful.
 
     A value enters the window as it is clipped. After a lasting jump the limit follows within one or two windows.
 

@@ -50,8 +50,8 @@ STYLES = {
 
 SHOWN = (
     "On normal noise, and while the loss falls, the median and the MAD find more spikes than mean + 6 std, whose standard "
-    "deviation takes in the spikes before. Under heavy tails the linear scale finds fewer (49 % against 57 %), with a third of the "
-    "false alarms; the logarithmic one takes tails for normal ones, finds most, and skips 26 times as many ordinary batches. "
+    "deviation takes in the spikes before. Under heavy tails the linear scale finds fewer (43 % against 57 %), with a quarter of "
+    "the false alarms; the logarithmic one takes tails for normal ones, finds most, and skips 30 times as many ordinary batches. "
     "Skipping by norm or loss finds the most, but also skips healthy batches that raise one of them alone. Only norm and loss "
     "together leaves those in the training, at the price of the spikes that either misses. The defaults of SpikeDetection ask for "
     "a loss three times the recent mean, which none of these spikes reaches."

@@ -12,6 +12,7 @@ from clip_callbacks import (
     ClipRule,
     GradientClipping,
     GradientNormMonitor,
+    NonFiniteGuard,
     QuantileLimit,
     RatioLimit,
     TightestLimit,
@@ -70,6 +71,14 @@ def test_groups_and_a_frozen_parameter(train, stage):
     assert_close(alike(found)["weights"], deepspeed.weights(module))
     for name in ("grad/total_norm", "grad/clip_coef", "grad_norm/pg1", "grad_norm/pg2"):
         assert_close(found[0]["metrics"][name], float(trainer.callback_metrics[name]))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_collective_for_all_callbacks(pools, stage):
+    from tests.helpers import deepspeed
+
+    callbacks = [GradientClipping(0.5, scope="layer"), NonFiniteGuard(), AccumulationRescaling(), GradientNormMonitor("parameter")]
+    assert pools[2].run(deepspeed.collectives, stage, callbacks) == [[1] * 4] * 2
 
 
 def test_a_layer_that_some_batches_do_not_use(train):

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, IterableDataset
 
 # else DeepSpeed would compile an operator of its own for ranks on one machine
@@ -263,6 +264,25 @@ def trained(
         "engine": float(engine.get_global_grad_norm()),
         "checks_overflow": getattr(engine.optimizer, "check_grad_overflow", None),
     }
+
+
+def collectives(stage, callbacks):
+    """The collectives of each step that callbacks take, counted by torch."""
+    counts, mode = [], CommDebugMode()
+
+    class Begin(Callback):
+        def on_before_optimizer_step(self, *_):
+            mode.__enter__()
+
+    class End(Callback):
+        def on_before_optimizer_step(self, *_):
+            mode.__exit__(None, None, None)
+            counts.append(mode.get_total_counts())
+
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    strategy = OnCpu({"zero_optimization": {"stage": stage}})
+    fit(Net(), batches(4, rank, world_size), [Begin(), *callbacks, End()], strategy=strategy, devices=world_size)
+    return counts
 
 
 def each(cells):

@@ -108,15 +108,27 @@ class NoRescaling:
         """Remove all hooks."""
 
 
-class DeepSpeedRescaler(NoRescaling):
+class AnyRescaler(NoRescaling):
+    """What both rescalers log."""
+
+    rescales = True
+
+    @override
+    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
+        return {ACCUMULATION_SCALE: report.accumulation_scale}
+
+    @override
+    def metric_names(self) -> list[str]:
+        return [ACCUMULATION_SCALE]
+
+
+class DeepSpeedRescaler(AnyRescaler):
     """Undoes the second division of losses by N = ``accumulate_grad_batches`` under DeepSpeed, all of whose windows are full.
 
     Args:
         trainer: The Trainer.
         module: The module to train.
     """
-
-    rescales = True
 
     def weigh(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: there are no weights."""
@@ -128,16 +140,8 @@ class DeepSpeedRescaler(NoRescaling):
     def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
         return float(self._trainer.accumulate_grad_batches)
 
-    @override
-    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
-        return {ACCUMULATION_SCALE: report.accumulation_scale}
 
-    @override
-    def metric_names(self) -> list[str]:
-        return [ACCUMULATION_SCALE]
-
-
-class Rescaler(NoRescaling):
+class Rescaler(AnyRescaler):
     """Rescales the gradients of windows to the weighted mean over their micro-batches.
 
     Args:
@@ -152,7 +156,6 @@ class Rescaler(NoRescaling):
 
     def __init__(self, trainer: Trainer, module: LightningModule, weight: Weight | None, *, divide: bool) -> None:
         super().__init__(trainer, module)
-        self.rescales = True
         if weight and not module.automatic_optimization and not divide:
             raise ValueError(
                 f"`divide` must be True beside a `weight` in manual optimization, got weight={name_of(weight)}: "
@@ -277,14 +280,6 @@ class Rescaler(NoRescaling):
         if not total and window.count:
             return None
         return window.scale(total, self._trainer.world_size)
-
-    @override
-    def step_metrics(self, context: OptimizerContext, report: StepRecord) -> dict[str, float]:
-        return {ACCUMULATION_SCALE: report.accumulation_scale}
-
-    @override
-    def metric_names(self) -> list[str]:
-        return [ACCUMULATION_SCALE]
 
     @override
     def detach(self) -> None:

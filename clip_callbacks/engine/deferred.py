@@ -34,7 +34,7 @@ class PendingReport:
     def __init__(self, step: StepContext, report: StepRecord) -> None:
         self.step = step
         self._report = report.to_host()  # enqueued now, and complete when the event has occurred
-        _ = step.facts  # a cached property: the Trainer will have moved on when the report is read
+        _ = step.logged_place  # a cached property: the Trainer will have moved on when the report is read
         self._event = DeviceEvent(report.total.device)
 
     def read(self) -> StepRecord:
@@ -52,12 +52,14 @@ class DeferredSteps:
 
     Attributes:
         is_in_use: True once a step was deferred.
+        possible: The numbers of the optimizers whose steps can be deferred.
     """
 
     def __init__(self, parts: Iterable[DeferrablePart], *, wanted: bool | None) -> None:
         self._parts = tuple(parts)
         self._wanted = wanted
         self.is_in_use = False
+        self.possible: set[int] = set()
         self._pending: dict[int, PendingReport] = {}
         self._errors: dict[int, NonFiniteGradientError] = {}
 
@@ -74,7 +76,9 @@ class DeferredSteps:
         is_wanted = self._wanted
         if is_wanted is None and reason is None:
             is_wanted = not context.table.tensors[0].is_cpu
-        context.is_deferrable = reason is None and bool(is_wanted)
+        self.possible.discard(context.index)
+        if reason is None and is_wanted:
+            self.possible.add(context.index)
 
     @staticmethod
     def applies_to(context: OptimizerContext) -> bool:

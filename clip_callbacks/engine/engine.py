@@ -113,6 +113,7 @@ class StepEngine:
         self._nan_propagator = LossNanPropagator()
         self._optimizers = Optimizers(trainer, module, components, self.windows, self._deferred, callbacks, self.collect_pending)
         self._steps = step_counter(trainer, module)
+        self._step_numbers: dict[int, int] = {}
         # a part that does nothing at some point is not called there
         guard, monitors = (self._guard,), self._monitors
         self._at_batch = overriding(guard, Unguarded, "begin_batch")
@@ -288,8 +289,8 @@ class StepEngine:
             return StepContext(trainer, context, StepMode.NOT_TAKEN, ())
         # LBFGS calls its closure, and with it this hook, several times while global_step stays
         step_number = self._steps.completed
-        is_new = step_number != context.step_number
-        context.step_number = step_number
+        is_new = step_number != self._step_numbers.get(context.index)
+        self._step_numbers[context.index] = step_number
         micro_batches, scale, discarded = self.windows.of_step(context)
         if is_new and self._guard.is_stale:
             # another optimizer's step of this batch has led to a rollback
@@ -297,7 +298,9 @@ class StepEngine:
         mode = StepMode.ON_HOST
         if discarded is not None:
             mode = StepMode.DISCARDED
-        elif context.is_deferrable and self._deferred.applies_to(context) and not self._guard.needs_host(context):
+        elif (
+            context.index in self._deferred.possible and self._deferred.applies_to(context) and not self._guard.needs_host(context)
+        ):
             # no host sync: the fused optimizer skips by its found_inf
             mode = StepMode.ON_DEVICE
         return StepContext(trainer, context, mode, micro_batches, is_new, scale, scale_of_loss, discarded)

@@ -101,7 +101,7 @@ class BadStepLog:
         """
         policy = self._options.policy
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.facts, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
+        facts = {**step.logged_place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
@@ -120,7 +120,7 @@ class BadStepLog:
         Raises:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
-        facts = {**step.facts, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
+        facts = {**step.logged_place, "policy": self._options.policy, "streak": counters.streak, **spike.facts()}
         action = Action.SKIP
         if self._options.takes_bad_steps:
             action = Action.CLIP
@@ -151,7 +151,7 @@ class BadStepLog:
         what = f"{step.why_discarded} at {step}"
         facts = {"policy": self._options.policy, "streak": counters.streak, "stage": stage, "message": what}
         # no bundle: the gradients were not at fault, or the step that was has one
-        self._journal.note({**step.facts, **facts})
+        self._journal.note({**step.logged_place, **facts})
         self._warn_or_end(step, _Message(what), counters)
 
     def all_dropped(self, step: StepContext, counters: Counters) -> None:
@@ -174,7 +174,7 @@ class BadStepLog:
         # kept for the error of a window whose micro-batches are all dropped: by then no bad gradient is left to examine
         self._last_diagnosis = diagnosis
         lost = self._lost_metrics(step, diagnosis)
-        facts = {**step.facts, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
+        facts = {**step.logged_place, "policy": "microbatch", **diagnosis.facts(), "lost_metrics": lost}
         bundle = self._journal.record(step, facts, is_window=False, may_be_source=may_be_source(step, diagnosis))
         message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), bundle=bundle, lost=lost)
         self._warn(message.text(": the micro-batch is dropped from its window."))
@@ -254,7 +254,7 @@ class BadStepLog:
         # of every optimizer, because the weights of all are replaced
         counts.end_streaks()
         facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
-        self._journal.note({**step.facts, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
+        self._journal.note({**step.logged_place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
         rates = ""
         if rollback.factor != 1.0:
             rates = f", with {rollback.factor:.4g} times the learning rates of that time"

@@ -41,9 +41,6 @@ class OptimizerContext:
             later one is bad.
         is_offered: False if ``callback_metrics`` are still without this report.
         is_logged: False if the loggers are still without this report.
-        step_number: The value of ``trainer.global_step`` at the last step; None before the first. Further closure calls of LBFGS
-            have the same.
-        is_deferrable: True if the device may decide on the steps, as ``DeferredSteps.register`` has found out.
         logged_at: The x-value of the last logged step of this fit; None before the first.
     """
 
@@ -66,8 +63,6 @@ class OptimizerContext:
         self.logged_at: int | None = None
         self.engine_gradients = engine_gradients
         self._reduce = reduce
-        self.step_number: int | None = None
-        self.is_deferrable = False
         self.rebuild_table(module)
 
     def rebuild_table(self, module: LightningModule) -> None:

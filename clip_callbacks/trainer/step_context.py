@@ -148,7 +148,7 @@ class StepContext:
         return place
 
     @cached_property
-    def facts(self) -> dict[str, int | str]:
+    def logged_place(self) -> dict[str, int | str]:
         """The place for the journal, with the step under which loggers get the metrics of this batch.
 
         ``step`` counts the steps of all optimizers. Loggers count batches that may step, so several optimizers share one number.

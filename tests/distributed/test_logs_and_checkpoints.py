@@ -49,21 +49,10 @@ def test_metrics_are_logged_without_a_warning(run, name, tmp_path):
 
 def counted(name, *callbacks, **options):
     """Collectives of each step's pass, counted by torch."""
-    from lightning.pytorch import Callback
-    from torch.distributed.tensor.debug import CommDebugMode
+    from tests.helpers.collectives import counting
 
-    counts, mode = [], CommDebugMode()
-
-    class Begin(Callback):
-        def on_before_optimizer_step(self, *_):
-            mode.__enter__()
-
-    class End(Callback):
-        def on_before_optimizer_step(self, *_):
-            mode.__exit__(None, None, None)
-            counts.append(mode.get_total_counts())
-
-    parallel.result(name, Begin(), *callbacks, End(), **options)
+    counted, counts = counting(callbacks)
+    parallel.result(name, *counted, **options)
     return counts
 
 

@@ -14,8 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, IterableDataset
+
+from tests.helpers.collectives import counting
 
 # else DeepSpeed would compile an operator of its own for ranks on one machine
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -268,20 +269,10 @@ def trained(
 
 def collectives(stage, callbacks):
     """The collectives of each step that callbacks take, counted by torch."""
-    counts, mode = [], CommDebugMode()
-
-    class Begin(Callback):
-        def on_before_optimizer_step(self, *_):
-            mode.__enter__()
-
-    class End(Callback):
-        def on_before_optimizer_step(self, *_):
-            mode.__exit__(None, None, None)
-            counts.append(mode.get_total_counts())
-
+    counted, counts = counting(callbacks)
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     strategy = OnCpu({"zero_optimization": {"stage": stage}})
-    fit(Net(), batches(4, rank, world_size), [Begin(), *callbacks, End()], strategy=strategy, devices=world_size)
+    fit(Net(), batches(4, rank, world_size), counted, strategy=strategy, devices=world_size)
     return counts
 
 

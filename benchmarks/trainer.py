@@ -32,7 +32,7 @@ FUSED_BARE, FUSED_REFERENCE, FUSED_OURS, FUSED_FAMILY = (
 )
 FLOOR = "one bare read of the gradients"
 
-NOTHING_TO_CLIP, CLIPPING = 1e6, 1e-12
+NOTHING_TO_CLIP, CLIPPING = 1e6, 1e-6
 """Values of c that no gradient exceeds, and that each one does."""
 
 

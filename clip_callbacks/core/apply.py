@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clip_callbacks.core.few_values import extremes
 from clip_callbacks.core.fused import accepts_factors, set_fused_factors
 from clip_callbacks.core.gradients import Gradients
 from clip_callbacks.core.tensor_table import TensorTable
@@ -139,16 +140,18 @@ def _multiply_each_(gradients: Gradients, factors: Tensor) -> None:
 
     On a CPU 0-dim tensors take a third of the time of numbers. On another device numbers go into one kernel.
     """
-    numbers: list[float] = factors.tolist()
-    each: list[Any] = numbers
+    each: list[Any]
     if _on_cpu(gradients):
         buffer, each = gradients.table.factor_buffer(factors.dtype)
         buffer.copy_(factors)
-    if gradients.is_complete and 1.0 not in numbers:
+    else:
+        each = factors.tolist()
+    if gradients.is_complete and extremes(factors)[1] < 1.0:
         torch._foreach_mul_(gradients.tensors[::-1], each[::-1])
         return
     # a product with 1 would keep the bits, but read and write the gradient
-    places = [(place, position) for place, position in enumerate(gradients.positions) if numbers[position] != 1.0][::-1]
+    changes = (factors != 1.0).tolist()
+    places = [(place, position) for place, position in enumerate(gradients.positions) if changes[position]][::-1]
     if places:
         torch._foreach_mul_([gradients.tensors[place] for place, _ in places], [each[position] for _, position in places])
 

@@ -24,8 +24,11 @@ MAX_SMALL_ENTRIES = 4096
 MAX_BUCKET_ENTRIES = 1 << 16
 """Largest number of entries of a bucket, 256 KiB in float32: the memory that reading needs beside the gradients."""
 
-MIN_TENSORS = 8
-"""Smallest number of tensors of one shape for which a bucket pays."""
+MIN_TENSORS = 16
+"""Smallest number of tensors of one shape for which a bucket pays in a fit, where a step finds little in the caches."""
+
+MIN_TENSORS_BESIDE_OTHERS = 32
+"""The same where other tensors are read one by one, so that a bucket adds calls and saves none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +60,15 @@ class Buckets:
         # the two empty lists stand in where there are fewer than two shapes
         by_count: list[list[int]] = [*sorted(places.values(), key=len, reverse=True), [], []]
         first, second = by_count[:2]
-        if len(first) < MIN_TENSORS:
+        if len(first) + len(second) < len(tensors) or len(second) < MIN_TENSORS:
+            second = []
+        taken = {*first, *second}
+        others = [place for place in range(len(tensors)) if place not in taken]
+        if len(first) < (MIN_TENSORS_BESIDE_OTHERS if others else MIN_TENSORS):
             return None
-        if len(first) + len(second) == len(tensors) and len(second) >= MIN_TENSORS:
-            buckets, others = _split_into_buckets(tensors, first) + _split_into_buckets(tensors, second), []
-        else:
-            taken = set(first)
-            others = [place for place in range(len(tensors)) if place not in taken]
-            buckets = _split_into_buckets(tensors, first)
+        buckets = _split_into_buckets(tensors, first)
+        if second:
+            buckets += _split_into_buckets(tensors, second)
         read = [place for bucket in (*buckets, others) for place in bucket]
         # argsort inverts the permutation, so that one index restores the order of the tensors
         return cls(buckets, tuple(others), torch.tensor(read, device="cpu").argsort())

@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.few_values import extremes
+
 EPS = 1e-6
 """Added to a norm before the division, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
@@ -23,9 +25,6 @@ EPS_FLOAT32 = c_float(EPS).value
 
 SAFE_SHARE_OF_LIMIT = 1.0 - 1e-6
 """Share of the limit up to which a norm needs no division: no rounding in float32 makes its coefficient less than 1."""
-
-MAX_VALUES_FOR_PYTHON = 1024
-"""Count of values up to which Python's ``min`` and ``max`` are faster than one operation of torch."""
 
 
 def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = False) -> tuple[Tensor, bool]:
@@ -46,21 +45,25 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
         return _limited(norms, _ratios(norms, limits)), True
     if isinstance(limits, float) and norms.numel() == 1:
         return _coefficient_of_one(norms, limits)
-    smallest, largest = _extremes(norms)
+    smallest, largest = extremes(norms)
     # most healthy steps end here, after one read and no operation on tensors; False for a NaN
     if isinstance(limits, float) and largest + EPS <= limits * SAFE_SHARE_OF_LIMIT:
         return ones_like(norms), False
     ratios = _ratios(norms, limits)
-    least, most = _extremes(ratios)
+    are_ordinary = 0.0 < smallest <= largest < math.inf  # False for a NaN
+    if isinstance(limits, float) and are_ordinary:
+        # no rounding changes the order of numbers, so that the extremes of the ratios are those of the norms
+        least, most = _ratio(largest, limits, norms.dtype), _ratio(smallest, limits, norms.dtype)
+    else:
+        least, most = extremes(ratios)
     if least >= 1.0:
         return ones_like(norms), False
-    # NaN fails every comparison: whatever is not an ordinary number takes the careful way.
-    if 0.0 < smallest <= largest < math.inf and least >= 0.0:
+    if are_ordinary and least >= 0.0:
         if most > 1.0:
             ratios.clamp_(max=1.0)
         return ratios, True
     limited = _limited(norms, ratios)
-    return limited, _extremes(limited)[0] < 1.0
+    return limited, extremes(limited)[0] < 1.0
 
 
 def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
@@ -89,18 +92,6 @@ def _limited(norms: Tensor, ratios: Tensor) -> Tensor:
     return torch.where((norms > 0) & (norms < math.inf) & (ratios < 1.0), ratios, 1.0)
 
 
-def _extremes(values: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value on the host; both NaN if any is NaN, and (inf, 0) if there is none."""
-    if values.numel() > MAX_VALUES_FOR_PYTHON:
-        values = torch.stack(torch.aminmax(values))
-    listed: list[float] = values.tolist()
-    if not listed:
-        return math.inf, 0.0
-    if sum(listed) >= 0.0:
-        return min(listed), max(listed)
-    return math.nan, math.nan  # Python's min and max pass over a NaN, the sum of values that are 0 or more does not
-
-
 def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
     """Return the coefficient of a single block, and whether it is below 1.
 
@@ -114,15 +105,19 @@ def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
     # the healthy step of most runs ends here; so does a NaN, which fails every comparison
     if norm + EPS <= limit * SAFE_SHARE_OF_LIMIT or not 0.0 < norm < math.inf:
         return ones_like(norms), False
-    if norms.dtype is torch.float64:
-        coefficient = 1.0 / (norm + EPS) * limit
-    else:
-        # A float64 operation on float32 numbers, rounded to float32, has the bits of the float32 operation.
-        reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
-        coefficient = c_float(reciprocal * c_float(limit).value).value
+    coefficient = _ratio(norm, limit, norms.dtype)
     if coefficient < 1.0:
         return norms.new_full((), coefficient), True
     return ones_like(norms), False
+
+
+def _ratio(norm: float, limit: float, dtype: torch.dtype) -> float:
+    """Return one of the ratios of :func:`_ratios` for a fixed limit, in the bits of a dtype, float32 or float64."""
+    if dtype is torch.float64:
+        return 1.0 / (norm + EPS) * limit
+    # A float64 operation on float32 numbers, rounded to float32, has the bits of the float32 operation.
+    reciprocal = c_float(1.0 / c_float(norm + EPS_FLOAT32).value).value
+    return c_float(reciprocal * c_float(limit).value).value
 
 
 def ones_like(norms: Tensor) -> Tensor:

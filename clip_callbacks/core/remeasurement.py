@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.few_values import extremes
 from clip_callbacks.core.gradients import Gradients
 from clip_callbacks.core.tensor_norms import (
     norms_in_float64,
@@ -151,9 +152,8 @@ def _remeasured(
 
 def _are_reliable(norms: Tensor, bound: float) -> bool:
     """Return whether all norms are finite and at least as large as a bound."""
-    numbers = norms.tolist()
-    # A NaN or an inf reaches the sum, which takes one call for all. Large float64 norms may overflow it: they are read again.
-    return math.isfinite(sum(numbers)) and min(numbers) >= bound
+    smallest, largest = extremes(norms)
+    return bound <= smallest and largest < math.inf  # False for a NaN
 
 
 def total_norm_in_float64(norms: Tensor, norm_type: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clip_callbacks.core.actions import StepOutcome
 from clip_callbacks.core.decisions import Outcome
+from clip_callbacks.core.few_values import EUCLIDEAN, MAX_VALUES_FOR_PYTHON, norm_of_products
 from clip_callbacks.core.measurement import FALSE, FLAGS, TRUE
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
@@ -93,6 +94,8 @@ class StepRecord:
         norms = self.parameter_norms
         if self.unit_norms is not None and factors.numel() > 1:
             norms = self.unit_norms
+        if self.norm_type == EUCLIDEAN and norms.is_cpu and 1 < factors.numel() <= MAX_VALUES_FOR_PYTHON:
+            return _clipping_on_host(total_norm, norm_of_products(norms, factors))
         clipped_norm = total_norm_in_float64(norms.double() * factors, self.norm_type)[0].to(self.total.dtype)
         # 0 / 0 would be NaN: without gradients nothing is clipped
         return clipped_norm, torch.where(total_norm > 0, clipped_norm / total_norm, 1.0)
@@ -255,6 +258,17 @@ def as_skipped(record: StepRecord, outcome: StepOutcome) -> StepRecord:
     """
     # norms and decisions stay: they are what was measured, whatever became of the step
     return replace(record, skipped=TRUE, outcome=outcome)
+
+
+def _clipping_on_host(total_norm: Tensor, clipped: float) -> tuple[Tensor, Tensor]:
+    """Return clipped_norm and clip_coef in the dtype of the total norm."""
+    clipped_norm = torch.tensor(clipped, dtype=total_norm.dtype, device="cpu")
+    total: Any = total_norm.tolist()
+    rounded: Any = clipped_norm.tolist()
+    ratio = 1.0  # without gradients nothing is clipped
+    if total > 0.0:
+        ratio = rounded / total
+    return clipped_norm, torch.tensor(ratio, dtype=total_norm.dtype, device="cpu")
 
 
 def _with_clips(outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:

@@ -12,8 +12,15 @@ from torch import nn
 
 from clip_callbacks import ClipRule, clip_step
 from clip_callbacks.core.blocks import OUTSIDE, Partition
-from clip_callbacks.core.buckets import MAX_BUCKET_ENTRIES, MAX_SMALL_ENTRIES, Buckets
+from clip_callbacks.core.buckets import (
+    MAX_BUCKET_ENTRIES,
+    MAX_SMALL_ENTRIES,
+    MIN_TENSORS,
+    MIN_TENSORS_BESIDE_OTHERS,
+    Buckets,
+)
 from clip_callbacks.core.coefficients import EPS, coefficients
+from clip_callbacks.core.few_values import MAX_VALUES_FOR_PYTHON, extremes
 from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.measurement import MeasurementSpec, block_norms, measure
 from clip_callbacks.core.piecewise_norms import CHUNK_ENTRIES
@@ -162,6 +169,32 @@ def test_a_scale_that_overflows_the_norm_but_not_the_entries():
     torch.testing.assert_close(weight.grad, torch.full((10_000,), 4e36))
 
 
+@pytest.mark.parametrize("count", [1, 2, MAX_VALUES_FOR_PYTHON, MAX_VALUES_FOR_PYTHON + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", NORM_TYPES)
+def test_clipped_norm_of_local_rules(count, dtype, p):
+    sizes = torch.rand(count, dtype=dtype).mul_(4.0).tolist()
+    report, _ = clip_step(
+        [holder(torch.tensor([size], dtype=dtype)) for size in sizes], rules=[ClipRule(1.5, "parameter")], norm_type=p
+    )
+    total = reference.norm(sizes, p)
+    clipped = reference.norm([min(size, 1.5) for size in sizes], p)
+    assert report.clipped_norm.dtype is report.clip_coef.dtype is dtype
+    assert report.clipped_norm.item() == pytest.approx(clipped, rel=1e-5)
+    assert report.clip_coef.item() == pytest.approx(clipped / total, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, MAX_VALUES_FOR_PYTHON, MAX_VALUES_FOR_PYTHON + 1])
+def test_extremes_and_what_hides_them(count):
+    values = torch.rand(count).add_(0.5)
+    assert extremes(values) == (values.amin().item(), values.amax().item())
+    values[-1] = math.inf
+    assert extremes(values)[1] == math.inf
+    values[0] = math.nan
+    assert all(map(math.isnan, extremes(values)))
+    assert extremes(values[:0]) == (math.inf, 0.0)
+
+
 def test_clipped_norm_of_local_rules_does_not_overflow():
     large, small = holder(torch.full((4,), 1e25)), holder(torch.tensor([3.0, 4.0]))
     report, _ = clip_step({"a": large, "b": small}, rules=[ClipRule(1.0, "parameter", include="b")])
@@ -199,20 +232,43 @@ SHAPES = [(1,), (7,), (64,), (3, 5), (8, 3, 3, 3), (MAX_SMALL_ENTRIES,), (MAX_SM
 
 
 @given(
-    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=60),
+    counts=st.lists(st.tuples(st.sampled_from(SHAPES), st.integers(1, 40)), min_size=1, max_size=4, unique_by=lambda each: each[0]),
+    order=st.randoms(use_true_random=False),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
     p=st.sampled_from(NORM_TYPES),
 )
 @settings(max_examples=examples(150), deadline=None)
-def test_buckets_have_the_bits_of_one_kernel_for_each_tensor(shapes, dtype, p):
+def test_buckets_have_the_bits_of_one_kernel_for_each_tensor(counts, order, dtype, p):
+    shapes = [shape for shape, count in counts for _ in range(count)]
+    order.shuffle(shapes)
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     alone = tensor_norms(tensors, p, is_uniform=True)
     buckets = Buckets.of(tensors)
     together = tensor_norms(tensors, p, is_uniform=True, buckets=buckets)
     assert torch.equal(alone, together)
     assert together.dtype is alone.dtype
+    small = [count for shape, count in counts if shape and math.prod(shape) <= MAX_SMALL_ENTRIES]
     if buckets is None:
-        assert all(shapes.count(shape) < 8 for shape in shapes if shape and math.prod(shape) <= MAX_SMALL_ENTRIES)
+        assert max(small, default=0) < MIN_TENSORS_BESIDE_OTHERS
+        assert len(small) < len(counts) or len(small) > 2 or min(small) < MIN_TENSORS
+
+
+@pytest.mark.parametrize(
+    ("counts", "planned"),
+    [
+        ([15], None),
+        ([16], (1, 0)),
+        ([16, 15], None),
+        ([16, 16], (2, 0)),
+        ([31, 1], None),
+        ([32, 31, 1], (1, 32)),
+        ([40, 16], (2, 0)),
+    ],
+)
+def test_buckets_are_planned_where_they_pay(counts, planned):
+    tensors = [torch.ones(1 + shape) for shape, count in enumerate(counts) for _ in range(count)]
+    buckets = Buckets.of(tensors)
+    assert planned == (buckets and (len(buckets.buckets), len(buckets.others)))
 
 
 def test_a_bucket_is_read_in_pieces_of_bounded_size():
@@ -234,11 +290,11 @@ def test_gradients_of_another_dtype_than_their_parameters():
 
 
 def test_sparse_gradients_beside_a_bucket():
-    parameters = [nn.Parameter(torch.zeros(10, 2)) for _ in range(12)]
+    parameters = [nn.Parameter(torch.zeros(10, 2)) for _ in range(20)]
     for parameter in parameters:
         parameter.grad = torch.ones(10, 2)
     parameters[3].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (10, 2), check_invariants=True)
-    expected = math.sqrt(11 * 20 + 2 * 2.0**2)
+    expected = math.sqrt(19 * 20 + 2 * 2.0**2)
     torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor([expected]))
 
 

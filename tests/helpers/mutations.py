@@ -51,7 +51,7 @@ FAULTS = [
     Fault("core/measurement.py", "is_finite = is_loss_finite and math", "is_finite = math", "guard"),
     Fault("core/apply.py", "        parameter.grad = None", "        parameter.grad = torch.zeros_like(parameter)", "guard"),
     Fault("core/apply.py", "(factors != 1.0).float()", "(factors > 1.0).float()", "core"),
-    Fault("core/apply.py", "if gradients.is_complete and 1.0 not in numbers:", "if 1.0 not in numbers:", "distributed"),
+    Fault("core/apply.py", "if gradients.is_complete and extremes(factors)[1] < 1.0:", "if extremes(factors)[1] < 1.0:", "distributed"),
     Fault("core/fused.py", "isinstance(optimizer, SGD) and any(", "isinstance(optimizer, Adam) and any(", "guard"),
     Fault("core/fused.py", 'if self._stage == "in use":', 'if self._stage == "never":', "core"),
     Fault("core/reduction.py", "    dist.all_reduce(together, dist.ReduceOp.MAX)\n", "", "distributed"),

@@ -24,6 +24,10 @@ class ManualWindow:
         self.window = Window(divisor=1)
         self._seen = gradient_fingerprints(self.context.table)
 
+    def continue_with(self, context: OptimizerContext) -> None:
+        """Go on with another context of the same optimizer, whose parameters may be others."""
+        self.context = context
+
     def before_backward(self) -> None:
         """Begin a new window if the gradients were set to zero since the last backward pass."""
         present = gradient_fingerprints(self.context.table)

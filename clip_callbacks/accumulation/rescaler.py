@@ -187,7 +187,7 @@ class Rescaler(AnyRescaler):
             known = {window.context.optimizer: window for window in self._manual.values()}
             for context in contexts:
                 self._manual[context.index] = window = known.get(context.optimizer) or ManualWindow(context)
-                window.context = context
+                window.continue_with(context)
 
     @override
     def begin_batch(self, batch_idx: int) -> None:

@@ -101,6 +101,10 @@ class Windows:
         if self._rescales:
             self._rescaler.begin_batch(batch_idx)
 
+    def keep_again(self, kept: KeptBatch | None) -> None:
+        """Take another copy of the current batch, for a further closure call."""
+        self.kept = kept
+
     def before_backward(self, loss: Tensor) -> None:
         """Record the loss until the step."""
         self.in_window = self.has_backward = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from clip_callbacks.clipping.limit_memory import LimitMemory
-from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch
+from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, save_states
 from clip_callbacks.core.limits import FixedLimit, Limit, as_limit, labels
 from clip_callbacks.core.metric_names import (
     CLIP_COEF,
@@ -184,9 +184,7 @@ class Clipper(Unclipped):
 
     @override
     def save_limit_states(self, index: int, states: ClipState) -> None:
-        for each, after in zip(self._all_states[index], states, strict=True):
-            # in place: these are the objects of the memory, from which checkpoints are written
-            each.state = after
+        save_states(self._all_states[index], states)
 
     @override
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:

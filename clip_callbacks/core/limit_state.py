@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import OUTSIDE, Partition
 from clip_callbacks.core.limits import LimitOfOne, LimitState, as_state, kind
-from clip_callbacks.core.rules import ClipRule, Stage
+from clip_callbacks.core.rules import ClipRule, ClipState, Stage
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.core.units import UnitNames
 
@@ -84,6 +84,12 @@ class NamedLimitState:
                 raise TypeError(f"{key!r} must be a tensor, got {value!r}")
         # a checkpoint of 0.1.0 has no scope
         return cls(str(saved["kind"]), names, state, saved["members"], saved.get("scope", ""))
+
+
+def save_states(held: Sequence[NamedLimitState], states: ClipState) -> None:
+    """Store the states that limits have for the next step, in the objects from which checkpoints are written."""
+    for each, state in zip(held, states, strict=True):
+        each.state = state
 
 
 @dataclass

@@ -374,7 +374,7 @@ class StepEngine:
             self._record(step, report, noise)
         if isinstance(context.optimizer, LBFGS) and (kept := self.windows.kept):
             # its next closure call runs the batch again, with other random numbers
-            self.windows.kept = self._guard.keep_batch(kept.batch, kept.batch_idx)
+            self.windows.keep_again(self._guard.keep_batch(kept.batch, kept.batch_idx))
 
     def _record(self, step: StepContext, report: StepRecord, noise: WindowNorms | None) -> None:
         """Record the report of a step in the history and the monitors."""

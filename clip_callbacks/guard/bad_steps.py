@@ -248,12 +248,10 @@ class BadStepLog:
 
     def _request_rollback(self, step: StepContext) -> str:
         """Request a rollback at the end of this step, write it into the journal, and return a sentence about it."""
-        rollback, counts, options = self._rollback, self._counts, self._options.rollback
+        rollback, options = self._rollback, self._options.rollback
         assert options is not None, "can_roll_back has said so"
-        counts.rollbacks += 1
-        # of every optimizer, because the weights of all are replaced
-        counts.end_streaks()
-        facts = {"rollback": counts.rollbacks, "back_to": rollback.step, "lr_factor": rollback.factor}
+        count = self._counts.count_rollback()
+        facts = {"rollback": count, "back_to": rollback.step, "lr_factor": rollback.factor}
         self._journal.note({**step.logged_place, "policy": "rollback", "stage": f"back to step {rollback.step}", **facts})
         rates = ""
         if rollback.factor != 1.0:
@@ -261,7 +259,7 @@ class BadStepLog:
         rollback.request()
         return (
             f"The run returns to its state before step {rollback.step}{rates} "
-            f"(rollback {counts.rollbacks} of {options.max_rollbacks})."
+            f"(rollback {count} of {options.max_rollbacks})."
         )
 
     @property

@@ -67,13 +67,24 @@ class Counters:
             return False
         # the streak may be 0 although the step before was bad: a rollback has ended it
         if self.last_bad != number - 1 or not self.streak:
-            self.streak = self.steps_in_streak = 0
+            self.end_streak()
         # Batches count and not steps, for truncated backpropagation makes many steps of one bad batch. A state that was loaded may
         # have a list in place of the tuple.
         self.streak += not self.streak or batch != tuple(self.last_batch)
         self.steps_in_streak += 1
         self.last_bad, self.last_batch = number, batch
         return True
+
+    def count(self, *, skipped: bool = False, zeroed: bool = False, overflowed: bool = False, reported: bool = False) -> None:
+        """Count what became of a bad step."""
+        self.skipped += skipped
+        self.zeroed += zeroed
+        self.overflowed += overflowed
+        self.reported += reported
+
+    def end_streak(self) -> None:
+        """Begin a new streak with the next bad step."""
+        self.streak = self.steps_in_streak = 0
 
     def add_spike(self, number: int) -> None:
         """Count a spike.
@@ -135,10 +146,17 @@ class BadStepCounts:
             ROLLBACKS: float(self.rollbacks),
         }
 
-    def end_streaks(self) -> None:
-        """Reset the streak of every optimizer."""
+    def count_rollback(self) -> int:
+        """Count a rollback, which ends the streak of every optimizer; return the number of rollbacks so far."""
+        self.rollbacks += 1
+        # of every optimizer, because the weights of all are replaced
         for counters in self.of.values():
-            counters.streak = counters.steps_in_streak = 0
+            counters.end_streak()
+        return self.rollbacks
+
+    def count_dropped_micro_batch(self) -> None:
+        """Count a dropped micro-batch."""
+        self.dropped_micro_batches += 1
 
     def described(self) -> str:
         """Return the counts that are not 0, over all optimizers, in words."""

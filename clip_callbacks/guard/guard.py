@@ -228,7 +228,7 @@ class Guard(Unguarded):
         # would be a false alarm (Lightning issue 9799).
         scaler = ask_scaler(step, is_over=norms is not None)
         if scaler.cures:
-            counters.overflowed += step.is_new
+            counters.count(overflowed=step.is_new)
             return Resolution(Action.SKIP, StepOutcome.OVERFLOWED, is_called=False)
         policy = self._options.policy
         # A scaler that leaves unscaling to us takes no bad step, whatever the policy.
@@ -249,9 +249,8 @@ class Guard(Unguarded):
             # under "zero" too: a step with these gradients would move the weights that are restored
             if self._log.can_roll_back(counters.streak):
                 action = Action.SKIP
-            counters.skipped += action is Action.SKIP and (policy != "raise" or scaler.skips)
-            counters.zeroed += action is Action.ZERO
-            counters.reported += policy == "warn"
+            is_skipped = action is Action.SKIP and (policy != "raise" or scaler.skips)
+            counters.count(skipped=is_skipped, zeroed=action is Action.ZERO, reported=policy == "warn")
             # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)
@@ -292,7 +291,7 @@ class Guard(Unguarded):
         number = step.optimizer.history.steps
         if counters.add(number, step.batch):
             counters.add_spike(number)
-            counters.skipped += not self._options.takes_bad_steps
+            counters.count(skipped=not self._options.takes_bad_steps)
         spike = Spike.of(step.optimizer.table.names, norms, total, thresholds)
         self._log.spike(step, spike, counters)
 
@@ -303,19 +302,19 @@ class Guard(Unguarded):
 
     @override
     def count_dropped_micro_batch(self) -> None:
-        self.counts.dropped_micro_batches += 1
+        self.counts.count_dropped_micro_batch()
 
     @override
     def discard(self, step: StepContext) -> None:
         counters = self.counts.of[step.optimizer.index]
         # Neither an overflow nor a rollback is a fault of this batch, so that no streak grows.
         if step.discarded is Discarded.OVERFLOWED:
-            counters.overflowed += 1
+            counters.count(overflowed=True)
             return
         if step.discarded is Discarded.STALE:
-            counters.skipped += 1
+            counters.count(skipped=True)
             return
-        counters.skipped += counters.add(step.optimizer.history.steps, step.batch)
+        counters.count(skipped=counters.add(step.optimizer.history.steps, step.batch))
         if step.discarded is Discarded.DROPPED:
             self._log.all_dropped(step, counters)
         else:

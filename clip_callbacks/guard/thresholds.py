@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over
+from clip_callbacks.core.limit_state import NamedLimitState, StateMismatch, carry_over, save_states
 from clip_callbacks.core.limits import Limit, MaxNorm, of_one
 from clip_callbacks.core.rules import ClipRule, ClipState, SpikeLimits
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -104,8 +104,7 @@ class SpikeThresholds:
 
     def save_limit_states(self, index: int, states: ClipState) -> None:
         """Store the states for the next step."""
-        for held, state in zip(self._held[index], states, strict=True):
-            held.state = state
+        save_states(self._held[index], states)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all states, for a checkpoint."""

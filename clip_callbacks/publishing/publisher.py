@@ -58,6 +58,10 @@ class Publisher:
         self._monitors = monitors
         self._clips = clips
         self._shows = shows
+        # by the number of the optimizer
+        self._offered: dict[int, StepRecord] = {}
+        self._logged: dict[int, StepRecord] = {}
+        self._logged_at: dict[int, int] = {}
         self._callback_metrics: dict[str, Any] = {}
         self._progress_bar_metrics: dict[str, Any] = {}
 
@@ -79,12 +83,20 @@ class Publisher:
     def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext], *, is_logging_step: bool) -> None:
         """Publish a batch's reports in ``callback_metrics`` and the progress bar and, on logging steps, to the loggers."""
         for context in contexts:
-            is_offered, context.is_offered = context.is_offered, True
+            report = context.report
+            if report is None:
+                continue
+            is_offered = self._offered.get(context.index) is report
+            self._offered[context.index] = report
             # In manual optimization the step may have been taken in an earlier batch than the one that logs.
-            if is_logging_step and not context.is_logged and not (is_offered and module.automatic_optimization):
-                self._log_step(context)
+            if (
+                is_logging_step
+                and self._logged.get(context.index) is not report
+                and not (is_offered and module.automatic_optimization)
+            ):
+                self._log_step(context, report)
             elif not is_offered:
-                self._offer_step(context)
+                self._offer_step(context, report)
 
     def end_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
         """Publish percentiles, clip fractions and counts, at the x-value of Lightning's own epoch metrics."""
@@ -97,7 +109,7 @@ class Publisher:
                 values |= monitor.end_epoch(context)
             counts = self._counts(context)
             self._offer(as_floats(context.named(values | counts)))
-            if context.logged_at != step:  # otherwise the loggers have counts of this step already
+            if self._logged_at.get(context.index) != step:  # otherwise the loggers have counts of this step already
                 values |= counts
             self._log(as_floats(context.named(values)), step)
 
@@ -106,7 +118,7 @@ class Publisher:
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
         for context in contexts:
             counts = self._counts(context)
-            if any(counts.values()) and context.logged_at != step:
+            if any(counts.values()) and self._logged_at.get(context.index) != step:
                 # the error may be the logger's own: it must stay the one that the user sees
                 with suppress(Exception):
                     self._log(as_floats(context.named(counts)), step)
@@ -114,10 +126,9 @@ class Publisher:
     def _counts(self, context: OptimizerContext) -> dict[str, float]:
         return {key: count for source in self._sources for key, count in source.count_metrics(context).items()}
 
-    def _offer_step(self, context: OptimizerContext) -> None:
+    def _offer_step(self, context: OptimizerContext, report: StepRecord) -> None:
         """Publish the tensors of a report in ``callback_metrics``; nothing is computed between logging steps."""
-        assert context.report is not None
-        metrics = context.report.metrics(clipping=self._clips)
+        metrics = report.metrics(clipping=self._clips)
         if context.suffix:
             metrics = context.named(metrics)
         self._callback_metrics.update(metrics)
@@ -134,9 +145,7 @@ class Publisher:
             metrics.update(source.step_metrics(context, report))
         return as_floats(metrics)
 
-    def _log_step(self, context: OptimizerContext) -> None:
-        report = context.report
-        assert report is not None
+    def _log_step(self, context: OptimizerContext, report: StepRecord) -> None:
         metrics = self._values(context)
         if (scaler := grad_scaler(self._trainer)) is not None:
             metrics[AMP_SCALE] = scaler.get_scale()
@@ -154,7 +163,7 @@ class Publisher:
         self._log(context.named(metrics), step)
         log_histograms(self._trainer, context.named(histograms), step)
         context.history.begin_log()
-        context.is_logged, context.logged_at = True, step
+        self._logged[context.index], self._logged_at[context.index] = report, step
 
     def _offer(self, values: Mapping[str, float]) -> None:
         """Publish metrics in ``callback_metrics``, for ModelCheckpoint and EarlyStopping."""

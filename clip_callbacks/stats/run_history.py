@@ -101,8 +101,17 @@ class RunHistory:
         self.steps = 0
         self.last: StepRecord | None = None
 
-    def add(self, report: StepRecord) -> None:
-        """Record a healthy step."""
+    def add(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
+        """Count a step, and record its norms.
+
+        Args:
+            report: The report.
+            is_new: True if the step is new; False if it is a further closure call.
+            is_healthy: If True, the step's norms are recorded.
+        """
+        self.steps += is_new
+        if not is_healthy:
+            return
         self.last = report
         self.epoch_norms.add(report.total)
         # counted here, since every step comes by: a method of ClipCounts and StepRecord.clipped are calls of Python

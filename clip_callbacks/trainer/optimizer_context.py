@@ -39,9 +39,6 @@ class OptimizerContext:
         steps: The number of steps taken or skipped in this fit.
         report: The report of the last step; None before the first. Among closure calls of LBFGS it is the first one's, unless a
             later one is bad.
-        is_offered: False if ``callback_metrics`` are still without this report.
-        is_logged: False if the loggers are still without this report.
-        logged_at: The x-value of the last logged step of this fit; None before the first.
     """
 
     def __init__(
@@ -59,8 +56,6 @@ class OptimizerContext:
         self.history = RunHistory()
         self.steps = 0
         self.report: StepRecord | None = None
-        self.is_offered = self.is_logged = True
-        self.logged_at: int | None = None
         self.engine_gradients = engine_gradients
         self._reduce = reduce
         self.rebuild_table(module)
@@ -105,12 +100,8 @@ class OptimizerContext:
             is_healthy: If True, the norms enter the history.
         """
         self.report = report
-        self.is_offered = self.is_logged = False
-        history = self.history
         self.steps += is_new
-        history.steps += is_new
-        if is_healthy:
-            history.add(report)
+        self.history.add(report, is_new=is_new, is_healthy=is_healthy)
 
     def continue_history(self, history: RunHistory) -> None:
         """Continue the history of the optimizer that this one replaces."""

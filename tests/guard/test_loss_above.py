@@ -386,6 +386,19 @@ def test_losses_of_other_dtypes(tmp_path, dtype):
     assert guard.spikes == 1
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_infinite_float16_loss_with_finite_gradients_is_no_spike(tmp_path, deferred):
+    """It may be an effect of the loss scale: the gradients tell, and they are finite."""
+
+    class Half(Lifted):
+        def loss(self, batch, batch_idx):
+            return super().loss(batch, batch_idx).half()
+
+    guard = NonFiniteGuard(loss_above=40.0, deferred=deferred)
+    make_trainer(tmp_path, guard).fit(Half({4: math.inf, 6: 100.0}, fused=True), data(BATCHES))
+    assert guard.spikes == guard.skipped_steps == 1
+
+
 def test_batches_without_a_loss_do_not_count(tmp_path):
     class Leaving(Lifted):
         def training_step(self, batch, batch_idx):

@@ -79,7 +79,7 @@ def over_steps(marks: Sequence[int]) -> Series:
         if step in begins:
             start, first = time.perf_counter(), step
         record, state = apply_step(measure_step(tensors, plan, state), state, Action.CLIP)
-        history.add(record)
+        history.add(record, is_new=True, is_healthy=True)
         if step in ends:
             means.append((time.perf_counter() - start) / (step - first + 1))
     return {"clip_step and the run's history": means}

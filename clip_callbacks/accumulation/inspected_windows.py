@@ -98,7 +98,7 @@ class InspectedWindows(Windows):
         """Return the norms without Lightning's division by N and without the loss scale."""
         scaler = grad_scaler(self._trainer)
         return self._inspected.window_norms(
-            report.total.tolist()[0] / report.accumulation_scale,
+            float(report.total_norm) / report.accumulation_scale,
             divisor=self._rescaler.divisor,
             loss_scale=scaler.get_scale() if scaler else 1.0,
         )

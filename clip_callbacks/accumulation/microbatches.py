@@ -122,7 +122,7 @@ class MicroBatches:
                 report(context)
             self._drop()
         else:
-            self.norms += measured[0].total.tolist()
+            self.norms.append(float(measured[0].total))
             self._merge()
         self._aside = []
         self.good += not is_bad

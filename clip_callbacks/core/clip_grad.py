@@ -85,4 +85,4 @@ def clip_grad_norm_(
             "To disable this error and leave the gradients as they are, set `error_if_nonfinite=False`."
         )
     # a GPU's norm has been copied to the host for the decision; torch returns it on the GPU
-    return measured.total[0].to(gradients.tensors[0].device if gradients.tensors else gradients.device)
+    return measured.total.to(gradients.tensors[0].device if gradients.tensors else gradients.device)

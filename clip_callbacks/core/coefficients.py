@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from ctypes import c_float
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     """Divide limits by norms: the one division of the package.
 
     Args:
-        norms: Norms of the blocks, shape ``(B,)``. A block whose norm is 0 or not finite gets the coefficient 1: such a norm never
-            scales a gradient.
+        norms: Norms of the blocks, shape ``(B,)``, or 0-dim for one block. A block whose norm is 0 or not finite gets the
+            coefficient 1: such a norm never scales a gradient.
         limits: Limits of the blocks, shape ``(B,)``, or one number for all. Under a number 1e-6 is added to the norm, for torch's
             bits. A tensor may come from an adaptive limit, which can be as small as 1e-6 itself, so that nothing is added.
         deferred: If True, nothing is read on the host.
@@ -98,10 +99,12 @@ def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
     It is computed on the host, with every operation rounded to the dtype of the norm as torch rounds it.
 
     Args:
-        norms: Norm of the block, float32 or float64 of shape ``(1,)``.
+        norms: Norm of the block, float32 or float64, one entry.
         limit: Limit of the block.
     """
-    (norm,) = norms.tolist()
+    norm: Any = norms.tolist()
+    if norms.ndim:
+        (norm,) = norm
     # the healthy step of most runs ends here; so does a NaN, which fails every comparison
     if norm + EPS <= limit * SAFE_SHARE_OF_LIMIT or not 0.0 < norm < math.inf:
         return ones_like(norms), False

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Outcome:
 
     Args:
         partition: The B blocks.
-        found: Norms of the blocks after the stages before this one, shape ``(B,)``; or a function that returns them, where nothing
-            was decided from them.
+        found: Norms of the blocks after the stages before this one, shape ``(B,)``, or 0-dim if one block holds all; or a function
+            that returns them, where nothing was decided from them.
         limits: Limits of the blocks, shape ``(B,)``, or one number for all; inf is no limit.
         coefficients: Coefficients of the blocks in [0, 1], shape ``(B,)``, or 0-dim if one is for all; exactly 1 where nothing is
             clipped.
@@ -49,9 +50,8 @@ class Outcome:
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the blocks after the stages before this one, shape ``(B,)``."""
-        if isinstance(self.found, Tensor):
-            return self.found
-        return self.found()
+        found = self.found if isinstance(self.found, Tensor) else self.found()
+        return found.reshape(-1)
 
     @property
     def names(self) -> Sequence[str]:
@@ -135,8 +135,8 @@ def _passes(stage: Stage, measured: Measurement) -> bool:
     if measured.is_deferred or type(stage.limit) is not FixedLimit:
         return False
     # The norm of a block is at most that of all gradients. False for a NaN.
-    total: float = measured.total.tolist()[0]
-    return total + EPS <= stage.limit.max_norm * SAFE_SHARE_FOR_BLOCKS
+    total: Any = measured.total.tolist()
+    return bool(total + EPS <= stage.limit.max_norm * SAFE_SHARE_FOR_BLOCKS)
 
 
 def _passed(stage: Stage, measured: Measurement) -> Outcome:
@@ -165,7 +165,7 @@ def apply_limit(
 
     Args:
         stage: The stage.
-        norms: Norms of its blocks, shape ``(B,)``.
+        norms: Norms of its blocks, shape ``(B,)``, or 0-dim if one block holds all.
         measured: Norms of the step.
         held: State of the limit before the step; not changed.
 
@@ -180,6 +180,7 @@ def apply_limit(
     if type(limit) is FixedLimit:
         limits = limit.max_norm
     else:
+        norms = norms.reshape(-1)
         limits, held = _step_limit(stage, limit, norms, measured, held)
     each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
     return Outcome(stage.partition, norms, limits, each, clips, stage.name), held

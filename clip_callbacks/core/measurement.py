@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def block_norms(norms: Tensor, partition: Partition, norm_type: float) -> Tensor
     if partition.is_finest:
         return norms
     if partition.is_whole and norms.ndim == 1:  # the same operation as torch's own clip, for the same bits
-        return total_norm(norms, norm_type)
+        return total_norm(norms, norm_type).reshape(1)
     # in float64, in which a block may add up millions of float32 norms without losing digits
     is_unscaled = norms.dtype is torch.float32 and norm_type <= MAX_UNSCALED_ORDER
     # the way of most steps: a step of tiny tensors feels every operation
@@ -99,7 +100,7 @@ class Measurement:
 
     Args:
         norms: Norm of each parameter of the table, shape ``(N,)``, or of each unit, ``(U,)``; 0 where there is no gradient.
-        total: Norm of all gradients, shape ``(1,)``.
+        total: Norm of all gradients, 0-dim.
         parameter_norms: Norm of each parameter's gradient, shape ``(N,)``.
         norm_type: The order p of all norms.
         finite: Flag, 0-dim bool tensor, True if all gradients and losses are finite. In a deferred step a norm that overflows its
@@ -188,7 +189,8 @@ def measure(
     else:
         parameter_norms = norms = gradients.fill(norms)
     # one number tells of every entry, since no norm and no sum loses a NaN or an inf
-    is_finite = is_loss_finite and math.isfinite(total.tolist()[0])
+    number: Any = total.tolist()
+    is_finite = is_loss_finite and math.isfinite(number)
     return Measurement(norms, total, parameter_norms, norm_type, FLAGS[is_finite], is_finite, weights, scale, loss=loss)
 
 
@@ -206,14 +208,14 @@ def _deferred(
     """The measurement of a step that the device decides about. Nothing is read."""
     factor: float | Tensor = scale
     if loss_scale is not None:
-        factor = scale / loss_scale
+        factor = scale / loss_scale.reshape(())
     # a product with 1 would keep the bits, but take two kernels
     if isinstance(factor, Tensor) or factor != 1.0:
         norms, total = norms * factor, total * factor
     if not gradients.table.reduction:
         norms = gradients.fill(norms)
     # one kernel, and False for a NaN too; torch.isfinite takes four
-    finite = total.reshape(()) < math.inf
+    finite = total < math.inf
     if losses:
         finite = finite.logical_and(torch.isfinite(sum_of(losses)).reshape(()))
     if loss is not None:
@@ -234,7 +236,7 @@ def _nothing(
     norms = parameter_norms = torch.zeros(len(gradients.table), device="cpu")
     if spec.by_unit:
         norms = torch.zeros(len(gradients.table.units), device="cpu")
-    total = torch.zeros(1, device="cpu")
+    total = torch.zeros((), device="cpu")
     weights = None
     if spec.weights:
         weights = torch.zeros_like(norms)
@@ -382,7 +384,7 @@ def on_host(
             loss = loss.cpu()
         return norms, total, weights, divisor, not losses or are_finite(losses), loss
     # one tensor, since each copy would wait for the device
-    parts = {"norms": norms, "total": total}
+    parts = {"norms": norms, "total": total.reshape(1)}
     if weights is not None:
         parts["weights"] = weights
     if loss_scale is not None:
@@ -396,4 +398,4 @@ def on_host(
     read = dict(zip(parts, each, strict=True))
     divisor = float(read.get("loss_scale", 1.0))
     are_losses_finite = "losses" not in read or are_finite([read["losses"]])
-    return read["norms"], read["total"], read.get("weights"), divisor, are_losses_finite, read.get("loss")
+    return read["norms"], read["total"].reshape(()), read.get("weights"), divisor, are_losses_finite, read.get("loss")

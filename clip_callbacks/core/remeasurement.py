@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def remeasure(
         gradients: The gradients of one step.
         shard_norms: Norms of this rank's parts, on the device of the gradients.
         norms: Norms over all ranks, on the host.
-        total: Norm of all gradients, on the host, shape ``(1,)``.
+        total: Norm of all gradients, on the host, 0-dim.
         norm_type: The order p.
         local: If True, the norms of single parameters must be reliable too, not only the total norm.
         by_unit: If True, the norms are those of units.
@@ -69,9 +69,10 @@ def remeasure(
 def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool) -> Unreliable | None:
     """Places of unreliable norms; None if nothing is to be measured again."""
     bound = smallest_reliable_norm(norm_type, norms.dtype)
+    number: Any = total.tolist()
     # Most steps end here, before anything is looked up for single gradients. Their dtypes are those of the parameters, whose answer
     # is cached.
-    if gradients.table.is_uniform and bound <= total.tolist()[0] < math.inf and (not local or _are_reliable(norms, bound)):
+    if gradients.table.is_uniform and bound <= number < math.inf and (not local or _are_reliable(norms, bound)):
         return None
     bounds = [bound] * len(norms)
     if not gradients.table.is_uniform:  # each norm has the bound of its own dtype
@@ -85,7 +86,7 @@ def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: f
         true_zeros = {place for place, entry in zip(zeros, largest, strict=True) if entry == 0}
         unreliable = [place for place in unreliable if place not in true_zeros]
     # norms that are reliable each may still overflow together: then the list is empty, and only the total is computed again
-    if not unreliable and _are_reliable(total, max(bounds)):
+    if not unreliable and _is_reliable(total, max(bounds)):
         return None
     return unreliable
 
@@ -99,15 +100,15 @@ def _unreliable_over_all_ranks(
     """
     # the bound of float32, the highest of all dtypes: most steps need no other
     highest = smallest_reliable_norm(norm_type, torch.float32)
-    if _are_reliable(total, highest) and not (
+    if _is_reliable(total, highest) and not (
         local and any(norm != 0 and not highest <= norm < math.inf for norm in norms.tolist())
     ):
         return None
     bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.table.tensors]
     # If the total is 0 too, all of it may be an underflow. NaN, to which no norm is equal, then stands in for a true zero.
-    zero = 0.0 if total.tolist()[0] > 0 else math.nan
+    zero = 0.0 if total > 0 else math.nan
     is_reliable = [norm == zero or least <= norm < math.inf for least, norm in zip(bounds, norms.tolist(), strict=True)]
-    if (all(is_reliable) or not local) and _are_reliable(total, max(bounds, default=0.0)):
+    if (all(is_reliable) or not local) and _is_reliable(total, max(bounds, default=0.0)):
         return None
     return [place for place, position in enumerate(gradients.positions) if not is_reliable[position]]
 
@@ -120,7 +121,7 @@ def _unreliable_units(norms: Tensor, total: Tensor, norm_type: float) -> Unrelia
     # the highest bound, whatever the dtype: at worst a row of tiny float64 entries is read again
     bound = smallest_reliable_norm(norm_type, torch.float32)
     is_reliable = (norms >= bound) & (norms < math.inf)
-    if _are_reliable(total, bound):
+    if _is_reliable(total, bound):
         is_reliable |= norms == 0
         if is_reliable.all().tolist():
             return None
@@ -156,8 +157,14 @@ def _are_reliable(norms: Tensor, bound: float) -> bool:
     return bound <= smallest and largest < math.inf  # False for a NaN
 
 
+def _is_reliable(total: Tensor, bound: float) -> bool:
+    number: Any = total.tolist()
+    is_reliable: bool = bound <= number < math.inf
+    return is_reliable
+
+
 def total_norm_in_float64(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of norms in float64, scaled by the largest, which neither overflows nor underflows; shape ``(1,)``."""
+    """The p-norm of norms in float64, scaled by the largest, which neither overflows nor underflows; 0-dim."""
     wide = norms.double()
     peak = wide.amax()
     scale = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0)
@@ -171,7 +178,7 @@ def _accumulated_in(dtype: torch.dtype) -> torch.dtype:
 def cast_if_representable(norms: Tensor, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cast float64 norms to a narrower dtype if all of them are in its range; else return them as they are."""
     info = torch.finfo(dtype)
-    both = torch.cat([norms, total])
+    both = torch.cat([norms, total.reshape(1)])
     # 0, inf and NaN are the same in every dtype; numbers below `tiny` would lose digits
     fits = (both == 0) | ~torch.isfinite(both) | ((both >= info.tiny) & (both <= info.max))
     return (norms.to(dtype), total.to(dtype)) if bool(fits.all()) else (norms, total)

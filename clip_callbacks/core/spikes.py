@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from ctypes import c_float
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,9 @@ def _on_host(limit: LimitOfOne, measured: Measurement, loss: Tensor | None) -> t
     tensor = measured.total
     if loss is not None:
         tensor = loss
-    value: float = tensor.tolist()[0]
+    value: Any = tensor.tolist()
+    if tensor.ndim:
+        (value,) = value
     # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
     counts = measured.is_finite and math.isfinite(value)
     shown = 0.0
@@ -152,7 +155,7 @@ def _norm_threshold(
     stage: Stage, measured: Measurement, held: LimitState | LimitOfOne
 ) -> tuple[Threshold, LimitState | LimitOfOne]:
     outcome, after = apply_limit(stage, measured.total, measured, held)
-    total = measured.total.reshape(())
+    total = measured.total
     # The norm is compared with the limit itself: at a fixed limit, the 1e-6 makes the coefficient less than 1 already.
     limit = _as_tensor(outcome.limits, total)
     # NaN fails both comparisons and inf the second one: a non-finite step is the affair of the policy

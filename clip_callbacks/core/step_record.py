@@ -35,7 +35,7 @@ class StepRecord:
     the caller decides when to read them.
 
     Args:
-        total: Norm of all gradients before clipping, shape ``(1,)``.
+        total_norm: Norm of all gradients before clipping, 0-dim.
         parameter_norms: Norm of each parameter's gradient before clipping, shape ``(N,)``; 0 where there is none.
         outcomes: The decisions of the rules, in order.
         factors: The factor of each parameter's gradient in clipping, shape ``(N,)``; or of each unit's, ``(U,)``, if
@@ -50,7 +50,7 @@ class StepRecord:
         outcome: The outcome of the step.
     """
 
-    total: Tensor
+    total_norm: Tensor
     parameter_norms: Tensor
     outcomes: tuple[Outcome, ...]
     factors: Tensor | None
@@ -64,25 +64,20 @@ class StepRecord:
     outcome: StepOutcome = StepOutcome.TAKEN
 
     @property
-    def total_norm(self) -> Tensor:
-        """Norm of all gradients before clipping, 0-dim."""
-        return self.total.squeeze(0)
-
-    @property
     def clipped_norm(self) -> Tensor:
         """Norm of all gradients after norm clipping, before ``clip_value`` clamps entries, 0-dim."""
-        return self._clipping(self.total_norm)[0]
+        return self._clipping()[0]
 
     @property
     def clip_coef(self) -> Tensor:
         """Ratio clipped_norm / total_norm, 0-dim; for one global rule its coefficient, min(1, max_norm / (total_norm + 1e-6))."""
-        return self._clipping(self.total_norm)[1]
+        return self._clipping()[1]
 
-    def _clipping(self, total_norm: Tensor) -> tuple[Tensor, Tensor]:
+    def _clipping(self) -> tuple[Tensor, Tensor]:
         """Return clipped_norm and clip_coef."""
-        factors = self.factors
+        total_norm, factors = self.total_norm, self.factors
         if factors is None:
-            return total_norm, _constant(1.0, self.total.dtype)
+            return total_norm, _constant(1.0, self.total_norm.dtype)
         # A rule for a part of the parameters has one coefficient but more factors: they are 1 outside its block.
         if len(self.outcomes) == 1 and factors.numel() == 1:
             # one factor scales the norm itself, without the roundings that a norm of norms or their ratio would have
@@ -96,7 +91,7 @@ class StepRecord:
             norms = self.unit_norms
         if self.norm_type == EUCLIDEAN and norms.is_cpu and 1 < factors.numel() <= MAX_VALUES_FOR_PYTHON:
             return _clipping_on_host(total_norm, norm_of_products(norms, factors))
-        clipped_norm = total_norm_in_float64(norms.double() * factors, self.norm_type)[0].to(self.total.dtype)
+        clipped_norm = total_norm_in_float64(norms.double() * factors, self.norm_type).to(self.total_norm.dtype)
         # 0 / 0 would be NaN: without gradients nothing is clipped
         return clipped_norm, torch.where(total_norm > 0, clipped_norm / total_norm, 1.0)
 
@@ -107,7 +102,7 @@ class StepRecord:
         if self.outcomes:
             limits = self.outcomes[0].limits
         if not isinstance(limits, Tensor):
-            return _constant(limits, self.total.dtype)
+            return _constant(limits, self.total_norm.dtype)
         if limits.numel() == 1:
             return limits.reshape(())
         return limits.amin()
@@ -135,7 +130,7 @@ class StepRecord:
     def _joined(self, each: list[Tensor]) -> Tensor:
         """Return values of the blocks of all rules in one tensor; empty without a rule."""
         if not each:
-            return self.total.new_empty(0)
+            return self.total_norm.new_empty(0)
         return torch.cat(each)
 
     @property
@@ -170,7 +165,7 @@ class StepRecord:
         # `unit_norms` is left out: a deferred step has one factor for all gradients, and never needs them.
         return replace(
             self,
-            total=copy(self.total),
+            total_norm=copy(self.total_norm),
             parameter_norms=copy(self.parameter_norms),
             outcomes=copies_of(self.outcomes),
             factors=None if self.factors is None else copy(self.factors),
@@ -219,12 +214,13 @@ class StepRecord:
             clipping: If False, only the total norm is returned.
         """
         # some loggers refuse NaN, some store inf as a number, and a single NaN spoils the mean of an epoch
-        if self.outcome is not StepOutcome.TAKEN and not math.isfinite(self.total.tolist()[0]):
+        total_norm = self.total_norm
+        total: Any = total_norm.tolist()
+        if not math.isfinite(total):
             return {}
-        total_norm = self.total.squeeze(0)
         if not clipping:
             return {TOTAL_NORM: total_norm}
-        clipped_norm, clip_coef = self._clipping(total_norm)
+        clipped_norm, clip_coef = self._clipping()
         metrics = {TOTAL_NORM: total_norm, CLIPPED_NORM: clipped_norm, CLIP_COEF: clip_coef}
         max_norm = self.max_norm
         # it is inf without a limit, or in the warm-up of one

@@ -123,7 +123,7 @@ def _norm_in_float64(tensor: Tensor, norm_type: float) -> Tensor:
     wide = torch.complex128 if tensor.is_complex() else torch.float64
     # chunk by chunk, because a float64 copy of the whole tensor would take up to four times its memory
     parts = torch.stack([torch.linalg.vector_norm(chunk.to(wide) / scale, norm_type) for chunk in chunks(tensor.detach())])
-    return total_norm(parts, norm_type)[0] * scale
+    return total_norm(parts, norm_type) * scale
 
 
 def reliable_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
@@ -182,6 +182,6 @@ def smallest_reliable_norm(norm_type: float, dtype: torch.dtype) -> float:
 
 
 def total_norm(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of all entries from the p-norms of the tensors, shape ``(1,)``."""
-    total: Tensor = torch.linalg.vector_norm(norms, norm_type, dim=0, keepdim=True)
+    """The p-norm of all entries from the p-norms of the tensors, 0-dim."""
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
     return total

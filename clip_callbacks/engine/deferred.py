@@ -35,7 +35,7 @@ class PendingReport:
         self.step = step
         self._report = report.to_host()  # enqueued now, and complete when the event has occurred
         _ = step.logged_place  # a cached property: the Trainer will have moved on when the report is read
-        self._event = DeviceEvent(report.total.device)
+        self._event = DeviceEvent(report.total_norm.device)
 
     def read(self) -> StepRecord:
         """Return the report. One step later this does not wait: the device has finished the copy."""

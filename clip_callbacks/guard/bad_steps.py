@@ -257,10 +257,7 @@ class BadStepLog:
         if rollback.factor != 1.0:
             rates = f", with {rollback.factor:.4g} times the learning rates of that time"
         rollback.request()
-        return (
-            f"The run returns to its state before step {rollback.step}{rates} "
-            f"(rollback {count} of {options.max_rollbacks})."
-        )
+        return f"The run returns to its state before step {rollback.step}{rates} (rollback {count} of {options.max_rollbacks})."
 
     @property
     def _limit_reached(self) -> str:

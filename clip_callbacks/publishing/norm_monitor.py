@@ -96,7 +96,7 @@ class NormMonitor(Monitor):
     @override
     def end_step(self, context: OptimizerContext, report: StepRecord, window: WindowNorms | None) -> None:
         if report.outcome is StepOutcome.TAKEN:
-            self._norms[context.index].add(report.total)
+            self._norms[context.index].add(report.total_norm)
             self._blocks[context.index].add(report, context.table)
             self._vanishing[context.index].add(report)
         else:
@@ -168,7 +168,7 @@ class NormMonitor(Monitor):
         blocks = self._partition(context, by_unit=by_unit)
         assert blocks is not None
         return {
-            CONTRIBUTION: contributions(norms, report.total, report.norm_type),
+            CONTRIBUTION: contributions(norms, report.total_norm, report.norm_type),
             SPILL_OVER: spill_over(report.outcomes, parts, report.factors, blocks, report.norm_type),
         }
 

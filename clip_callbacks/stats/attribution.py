@@ -29,7 +29,7 @@ def contributions(norms: Tensor, total: Tensor, norm_type: float) -> Tensor:
 
     Args:
         norms: Norms of the blocks, shape ``(B,)``.
-        total: Total norm, shape ``(1,)``.
+        total: Total norm, 0-dim.
         norm_type: Order p of the norms.
 
     Returns:

@@ -46,7 +46,7 @@ class NormHistory:
         self._length = max(MAX_EXACT_STEPS // self._max_segments, 1)
 
     def add(self, total: Tensor) -> None:
-        """Add one finite norm, shape ``(1,)``."""
+        """Add one finite norm, 0-dim."""
         self._waiting.append(total)
         if len(self._waiting) >= MAX_WAITING_STEPS:
             self._flush()
@@ -105,7 +105,7 @@ class NormHistory:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._add(torch.cat(self._waiting).to("cpu", torch.float64))
+            self._add(torch.stack(self._waiting).to("cpu", torch.float64))
             self._waiting.clear()
 
     def _add(self, norms: Tensor) -> None:

@@ -113,7 +113,7 @@ class RunHistory:
         if not is_healthy:
             return
         self.last = report
-        self.epoch_norms.add(report.total)
+        self.epoch_norms.add(report.total_norm)
         # counted here, since every step comes by: a method of ClipCounts and StepRecord.clipped are calls of Python
         self.clips.steps += 1
         self.clips.clipped += report.factors is not None

@@ -40,7 +40,7 @@ def holder(gradient: torch.Tensor) -> nn.Parameter:
 
 def total(*gradients: torch.Tensor, p: float = 2.0, local: bool = False) -> torch.Tensor:
     table = TensorTable.of_tensors(holder(gradient) for gradient in gradients)
-    return measure(gradients_of(table), p, spec=MeasurementSpec(local=local)).total[0]
+    return measure(gradients_of(table), p, spec=MeasurementSpec(local=local)).total
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -286,7 +286,7 @@ def test_gradients_of_another_dtype_than_their_parameters():
         if i % 2:
             parameter.grad_dtype = torch.float32
         parameter.grad = torch.ones(5, dtype=torch.float32 if i % 2 else torch.bfloat16)
-    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor([10.0]))
+    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor(10.0))
 
 
 def test_sparse_gradients_beside_a_bucket():
@@ -295,7 +295,7 @@ def test_sparse_gradients_beside_a_bucket():
         parameter.grad = torch.ones(10, 2)
     parameters[3].grad = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.ones(2, 2), (10, 2), check_invariants=True)
     expected = math.sqrt(19 * 20 + 2 * 2.0**2)
-    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor([expected]))
+    torch.testing.assert_close(measure(gradients_of(TensorTable.of_tensors(parameters)), 2.0).total, torch.tensor(expected))
 
 
 @given(

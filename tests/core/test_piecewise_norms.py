@@ -101,7 +101,7 @@ def test_total_norm_is_true_at_any_size_of_the_gradients(sizes, exponent, p, dty
     else:
         # near the ends of float32 log2 is -100 or 100 and is rounded by 4e-6, which exp2 passes on
         rtol = 1e-5 if (2 * p) % 1 == 0 or math.isinf(p) else 3e-5
-        torch.testing.assert_close(measured.total.double(), torch.tensor([expected], dtype=torch.float64), rtol=rtol, atol=0.0)
+        torch.testing.assert_close(measured.total.double(), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0.0)
 
 
 @pytest.mark.parametrize("p", ORDERS)

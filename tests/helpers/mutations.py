@@ -47,7 +47,7 @@ FAULTS = [
     # the core
     Fault("core/coefficients.py", "c_float(norm + EPS_FLOAT32)", "c_float(norm)", "core"),
     Fault("core/measurement.py", "return sums.pow(1.0 / norm_type).to(norms.dtype)", "return sums.to(norms.dtype)", "core"),
-    Fault("core/measurement.py", "finite = total.reshape(()) < math.inf", "finite = total.reshape(()) > -math.inf", "guard"),
+    Fault("core/measurement.py", "finite = total < math.inf", "finite = total > -math.inf", "guard"),
     Fault("core/measurement.py", "is_finite = is_loss_finite and math", "is_finite = math", "guard"),
     Fault("core/apply.py", "        parameter.grad = None", "        parameter.grad = torch.zeros_like(parameter)", "guard"),
     Fault("core/apply.py", "(factors != 1.0).float()", "(factors > 1.0).float()", "core"),

@@ -158,7 +158,7 @@ def plan_of(limits):
 
 def measured(norm, loss=None):
     total = torch.tensor([norm])
-    return Measurement(total, total, total, 2.0, TRUE, is_finite=True, loss=None if loss is None else torch.tensor([loss]))
+    return Measurement(total, total[0], total, 2.0, TRUE, is_finite=True, loss=None if loss is None else torch.tensor([loss]))
 
 
 def test_a_healthy_step_with_thresholds_dispatches_nothing():

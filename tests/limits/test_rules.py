@@ -223,7 +223,7 @@ def test_contributions_are_shares_that_add_up(p, scope):
     module = with_gradients(0)
     table = TensorTable.of_named(module.named_parameters())
     report, _ = clip_step(table, rules=[ClipRule(None, scope)], norm_type=p)
-    shares = contributions(report.norms, record_of(report).total, p)
+    shares = contributions(report.norms, record_of(report).total_norm, p)
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
     powers = [norm**p for norm in reference.clip(gradients(module), 1.0, scope, p)[0].values()]
     torch.testing.assert_close(

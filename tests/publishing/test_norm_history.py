@@ -38,7 +38,7 @@ def few():
 def filled(values, max_segments=1):
     history = NormHistory(max_segments)
     for value in values:
-        history.add(torch.tensor([value], dtype=torch.float64))
+        history.add(torch.tensor(value, dtype=torch.float64))
     return history
 
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_in_mid_epoch_changes_nothing(before, after, max_segments):
     resumed.load(through_a_file(stopped.state()))
     for history in (stopped, resumed):
         for value in after:
-            history.add(torch.tensor([value], dtype=torch.float64))
+            history.add(torch.tensor(value, dtype=torch.float64))
     whole = filled(before + after, max_segments)
     for history in (stopped, resumed):
         assert_same_state(history.state(), whole.state())
@@ -139,8 +139,8 @@ def test_a_span_in_random_order_is_no_growth():
 def test_norms_of_two_dtypes_wait_together():
     """A step whose norm float32 cannot hold has a float64 one."""
     history = NormHistory()
-    history.add(torch.tensor([0.1]))
-    history.add(torch.tensor([1e300], dtype=torch.float64))
+    history.add(torch.tensor(0.1))
+    history.add(torch.tensor(1e300, dtype=torch.float64))
     assert history.values().tolist() == [torch.tensor(0.1).item(), 1e300]
 
 
@@ -174,7 +174,7 @@ def test_room_does_not_grow_with_steps(max_segments):
     history = filled(values * 10, max_segments)
     bytes_before, *before = sizes(history)
     for value in values * 150:
-        history.add(torch.tensor([value]))
+        history.add(torch.tensor(value))
     bytes_after, *after = sizes(history)
     assert after[:2] == before[:2] == [0, 0]
     assert max(len(after[2]), len(before[2])) <= max_segments
@@ -235,7 +235,7 @@ def test_the_run_is_the_sum_of_its_epochs():
     history, values = RunHistory(), (torch.rand(100, dtype=torch.float64) + 0.5)
     for epoch in values.split(30):
         for value in epoch:
-            history.epoch_norms.add(value.reshape(1))
+            history.epoch_norms.add(value)
         history.end_epoch()
     assert history.epoch_norms.values().shape == (0,)
     assert history.run_norms.count.tolist() == [100]

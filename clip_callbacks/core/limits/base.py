@@ -44,7 +44,7 @@ class BlockNorms:
     @property
     def total(self) -> Tensor:
         """The p-norm of all blocks together, float64 of shape ``(1,)``."""
-        return total_norm_in_float64(self.norms, self.norm_type)
+        return total_norm_in_float64(self.norms, self.norm_type).reshape(1)
 
 
 class LimitOfOne(ABC):

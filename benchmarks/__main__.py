@@ -53,6 +53,12 @@ QUICK_SHARE = 0.02
 """Share of the steps that a quick run takes."""
 
 
+TRAINER_REASON = (
+    "Beside one read and one product there are four hooks of Lightning and some eighty calls of Python, which find little in the "
+    "caches after a forward and a backward pass. They weigh most where the gradients themselves fit in a large cache."
+)
+"""Why lines of the Trainer are missed."""
+
 REASONS = {
     "clip_step on 50 tiny tensors": (
         "Half of it is Python: some fifty calls, and an object of Python for each gradient. How long those take relative to "
@@ -64,6 +70,12 @@ REASONS = {
     "a step with p = 3": (
         "torch has no vectorized kernel of order 3: absolute values, a square, and a product that is added up, three passes for "
         "one. torch's own takes ten times as long."
+    ),
+    "GradientClipping in a Trainer": TRAINER_REASON,
+    "all four callbacks in a Trainer": TRAINER_REASON,
+    "monitor with every option": (
+        "Half of it is the one logging step in fifty, which reads gradients and weights several times; half is Python, for the two "
+        "thresholds and the loss of each window."
     ),
     "bfloat16": "Each piece is converted in the cache before it is read, since no kernel adds up bfloat16 in float32.",
     "scope parameter over scope global, 50 tiny": (

@@ -22,7 +22,11 @@ BUDGET = 1.02
 ALONE, AGAIN, EVERYTHING = "GradientNormMonitor()", "the same once more: the floor", "everything, and a guard with thresholds"
 OPTIONS = ("log_statistics", "log_weight_norm", "log_update_ratio")
 
-NETWORKS = {16: ("50 tensors of 16 x 16 and 16", 25), 512: ("10 tensors of 512 x 512 and 512", 5)}
+NETWORKS = {
+    16: ("50 tensors of 16 x 16 and 16", 25),
+    512: ("10 tensors of 512 x 512 and 512", 5),
+    1024: ("16 tensors of 1024 x 1024 and 1024", 8),
+}
 """Name and number of layers of each network, by its width."""
 
 BATCH_SIZE = 64

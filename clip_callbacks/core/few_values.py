@@ -7,7 +7,6 @@ twenty.
 from __future__ import annotations
 
 import math
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -32,5 +31,8 @@ def extremes(values: Tensor) -> tuple[float, float]:
 
 
 def norm_of_products(norms: Tensor, factors: Tensor) -> float:
-    """Return the Euclidean norm of ``norms * factors`` in float64, which neither overflows nor underflows on the way."""
-    return math.hypot(*map(mul, norms.tolist(), factors.tolist()))
+    """Return the Euclidean norm of ``norms * factors`` in float64, which neither overflows nor underflows on the way.
+
+    An infinite norm hides a NaN.
+    """
+    return math.hypot(*[norm * factor for norm, factor in zip(norms.tolist(), factors.tolist(), strict=True)])

@@ -211,7 +211,8 @@ def _deferred(
         factor = scale / loss_scale.reshape(())
     # a product with 1 would keep the bits, but take two kernels
     if isinstance(factor, Tensor) or factor != 1.0:
-        norms, total = norms * factor, total * factor
+        norms = norms * factor
+        total = (total * factor).to(norms.dtype)  # of two 0-dim tensors the wider dtype wins
     if not gradients.table.reduction:
         norms = gradients.fill(norms)
     # one kernel, and False for a NaN too; torch.isfinite takes four

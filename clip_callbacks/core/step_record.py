@@ -258,8 +258,10 @@ def as_skipped(record: StepRecord, outcome: StepOutcome) -> StepRecord:
 
 def _clipping_on_host(total_norm: Tensor, clipped: float) -> tuple[Tensor, Tensor]:
     """Return clipped_norm and clip_coef in the dtype of the total norm."""
-    clipped_norm = torch.tensor(clipped, dtype=total_norm.dtype, device="cpu")
     total: Any = total_norm.tolist()
+    if math.isnan(total):  # which an infinite norm beside the NaN has hidden
+        clipped = total
+    clipped_norm = torch.tensor(clipped, dtype=total_norm.dtype, device="cpu")
     rounded: Any = clipped_norm.tolist()
     ratio = 1.0  # without gradients nothing is clipped
     if total > 0.0:

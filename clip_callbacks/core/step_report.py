@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from clip_callbacks.core.actions import StepOutcome
@@ -98,7 +100,8 @@ class StepReport:
 
         Empty if the step was skipped.
         """
-        return self._record.shadows
+        # one coefficient for all gradients is 0-dim in the engine
+        return tuple(replace(shadow, coefficients=shadow.coefficients.reshape(-1)) for shadow in self._record.shadows)
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the values of this step to log, 0-dim tensors under the names that the callbacks use; only finite values.
@@ -108,10 +111,8 @@ class StepReport:
         """
         metrics = self._record.metrics()
         if metrics:
-            # total norms have the shape (1,) in the engine; users are promised 0-dim tensors
-            rules = {name: value.reshape(()) for name, value in self._record.rule_metrics().items()}
             # a rule without a limit so far, as in a warm-up, has inf, which not every logger takes
-            metrics |= {name: value for name, value in rules.items() if value.isfinite()}
+            metrics |= {name: value for name, value in self._record.rule_metrics().items() if value.isfinite()}
         return metrics
 
     def __eq__(self, other: object) -> bool:

@@ -195,6 +195,18 @@ def test_extremes_and_what_hides_them(count):
     assert extremes(values[:0]) == (math.inf, 0.0)
 
 
+@pytest.mark.parametrize("p", NORM_TYPES)
+def test_clipped_norm_beside_nan_and_inf_is_nan(p):
+    report, _ = clip_step(
+        [holder(torch.tensor([size])) for size in (math.nan, math.inf, 30.0)],
+        rules=[ClipRule(1.0, "parameter")],
+        nonfinite="ignore",
+        norm_type=p,
+    )
+    assert report.total_norm.isnan()
+    assert report.clipped_norm.isnan()
+
+
 def test_clipped_norm_of_local_rules_does_not_overflow():
     large, small = holder(torch.full((4,), 1e25)), holder(torch.tensor([3.0, 4.0]))
     report, _ = clip_step({"a": large, "b": small}, rules=[ClipRule(1.0, "parameter", include="b")])

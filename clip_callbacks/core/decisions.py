@@ -51,7 +51,9 @@ class Outcome:
     def norms(self) -> Tensor:
         """Norms of the blocks after the stages before this one, shape ``(B,)``."""
         found = self.found if isinstance(self.found, Tensor) else self.found()
-        return found.reshape(-1)
+        if found.ndim:
+            return found
+        return found.reshape(1)
 
     @property
     def names(self) -> Sequence[str]:
@@ -180,7 +182,8 @@ def apply_limit(
     if type(limit) is FixedLimit:
         limits = limit.max_norm
     else:
-        norms = norms.reshape(-1)
+        if not norms.ndim:
+            norms = norms.reshape(1)
         limits, held = _step_limit(stage, limit, norms, measured, held)
     each, clips = coefficients(norms, limits, deferred=measured.is_deferred)
     return Outcome(stage.partition, norms, limits, each, clips, stage.name), held

@@ -46,13 +46,20 @@ def remeasure(
     """
     table = gradients.table
     reduction = table.reduction
+    bound = smallest_reliable_norm(norm_type, norms.dtype)
+    number: Any = total.tolist()
+    # Most steps end here, before anything is looked up for single gradients. Their dtypes are those of the parameters, whose answer
+    # is cached.
+    is_plain = table.is_uniform and reduction is None and not by_unit
+    if is_plain and bound <= number < math.inf and (not local or _are_reliable(norms, bound)):
+        return norms, total
     if by_unit:
         reduction = table.unit_reduction
         unreliable = _unreliable_units(norms, total, norm_type)
     elif reduction:
         unreliable = _unreliable_over_all_ranks(gradients, norms, total, norm_type, local=local)
     else:
-        unreliable = _unreliable(gradients, norms, total, norm_type, local=local)
+        unreliable = _unreliable(gradients, norms, total, norm_type)
     # None means that no rank measures again. A rank whose list is empty still takes part in the collectives below.
     if unreliable is None:
         return norms, total
@@ -66,15 +73,9 @@ def remeasure(
     return cast_if_representable(wide, total_norm_in_float64(wide, norm_type), norms.dtype)
 
 
-def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float, *, local: bool) -> Unreliable | None:
+def _unreliable(gradients: Gradients, norms: Tensor, total: Tensor, norm_type: float) -> Unreliable | None:
     """Places of unreliable norms; None if nothing is to be measured again."""
-    bound = smallest_reliable_norm(norm_type, norms.dtype)
-    number: Any = total.tolist()
-    # Most steps end here, before anything is looked up for single gradients. Their dtypes are those of the parameters, whose answer
-    # is cached.
-    if gradients.table.is_uniform and bound <= number < math.inf and (not local or _are_reliable(norms, bound)):
-        return None
-    bounds = [bound] * len(norms)
+    bounds = [smallest_reliable_norm(norm_type, norms.dtype)] * len(norms)
     if not gradients.table.is_uniform:  # each norm has the bound of its own dtype
         bounds = [smallest_reliable_norm(norm_type, _accumulated_in(tensor.dtype)) for tensor in gradients.tensors]
     numbers = norms.tolist()

@@ -59,13 +59,6 @@ ATTRIBUTES = {
 """What is asked of DeepSpeed's optimizer of stages 1 and 2, and of that of stage 3, by the name of its class."""
 
 
-MASTER_WEIGHTS = {
-    "DeepSpeedZeroOptimizer": "single_partition_of_fp32_groups",
-    "DeepSpeedZeroOptimizer_Stage3": "fp32_partitioned_groups_flat",
-}
-"""The attribute with this rank's weights in float32, by the name of the class."""
-
-
 def uses_deepspeed(trainer: Trainer) -> bool:
     """Return whether a Trainer trains with DeepSpeed."""
     return is_instance(trainer.strategy, DEEPSPEED)
@@ -256,11 +249,6 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ValueError(
             f"`optimizer` must leave gradients as they are until its step under DeepSpeed, got {inner}: the engine replaces "
             "gradients by its updates before they can be clipped. Use another optimizer."
-        )
-    if any(weights.dtype != torch.float32 for weights in getattr(optimizer, MASTER_WEIGHTS[kind])):
-        raise ValueError(
-            "`bf16_master_weights_and_grads` must be False in DeepSpeed's configuration, got True: clipped gradients would be "
-            "rounded. Remove it."
         )
     if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
         raise ValueError(

@@ -6,6 +6,7 @@ import pytest
 
 from clip_callbacks import GradientClipping
 from tests.deepspeed.conftest import cell
+from tests.helpers.ranks import Ranks
 
 BF16_OPTIMIZER = cell(1, [GradientClipping()], precision="bf16-mixed", config={"data_types": {"grad_accum_dtype": "fp32"}})
 
@@ -30,3 +31,29 @@ def test_another_version(pools):
     texts = pools[1].run(deepspeed.with_an_attribute_less)
     assert "DeepSpeed must be of a version in which DeepSpeedZeroOptimizer has grad_start_offset, got 0." in texts[0]
     assert "Install deepspeed>=" in texts[0]
+
+
+def test_autocast_to_float16():
+    from tests.helpers import deepspeed
+
+    config = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    ranks = Ranks(1)  # a process of its own, since DeepSpeed goes on with autocast in later fits
+    try:
+        (texts,) = ranks.run(deepspeed.each, [cell(stage, [GradientClipping()], config=config) for stage in (2, 3)])
+    finally:
+        ranks.close()
+    assert all("`torch_autocast` must have the dtype bfloat16 in DeepSpeed's configuration" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        ("WithMuon", "`optimizer` must leave gradients as they are until its step under DeepSpeed, got MuonWithAuxAdam"),
+        ("WithExperts", "The module must have no experts of DeepSpeed (MoE) beside gradient callbacks"),
+    ],
+)
+def test_networks(train, network, text):
+    from tests.helpers import deepspeed
+
+    (texts,) = train(1, cell(2, [GradientClipping()], network=getattr(deepspeed, network)))
+    assert text in texts[0]

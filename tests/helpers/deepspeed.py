@@ -10,6 +10,8 @@ os.environ["CLIP_CALLBACKS_INJECT"] = "1"  # some tests poison gradients
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -129,6 +131,36 @@ class SeldomUsed(Net):
         if batch.sum().item() in self.unused:
             return self.net(batch)
         return self.net(batch) + self.beside(batch)
+
+
+class WithMuon(Net):
+    """The same with DeepSpeed's Muon for matrices."""
+
+    def configure_optimizers(self):
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+        groups = []
+        for use_muon in (True, False):
+            parameters = [each for each in self.parameters() if (each.ndim > 1) == use_muon]
+            for each in parameters:
+                each.use_muon = use_muon
+            groups.append({"params": parameters, "use_muon": use_muon, "lr": 0.01})
+        return MuonWithAuxAdam(groups)
+
+
+class WithExperts(Net):
+    """The same behind two of DeepSpeed's experts."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.experts = MoE(5, nn.Linear(5, 5), num_experts=2)
+
+    def run(self, batch):
+        return self.net(self.experts(batch)[0])
+
+    def configure_optimizers(self):
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(self.parameters()), "name": "all"})
+        return torch.optim.AdamW(groups, lr=0.01)
 
 
 class MasterWeights(Net):

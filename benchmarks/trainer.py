@@ -117,7 +117,7 @@ class Case:
 
 NETWORKS = (
     Case("50 tensors of 16 x 16 and 16", partial(Network, 16, 25)),
-    Case("20 tensors of 512 x 512 and 512", partial(Network, 512, 10), steps=WARM_UP + 3 * BLOCK),
+    Case("20 tensors of 512 x 512 and 512", partial(Network, 512, 10), steps=WARM_UP + 6 * BLOCK),
     Case("148 tensors of GPT-2 small", partial(Parameters, gpt2_small()), steps=20),
 )
 

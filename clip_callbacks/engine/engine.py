@@ -394,7 +394,7 @@ class StepEngine:
             self._guard.restore_pass(is_bad=is_bad)
         for end in self._after_batch:
             end()
-        is_logging_step = self._publisher.is_logging_step
+        is_logging_step = self._publisher.batches_before_log == 0
         if is_logging_step:  # all ranks log at the same steps, so that all of them may raise here
             self._collect_and_raise()
         self._publisher.end_batch(self._module, self._optimizers.contexts, is_logging_step=is_logging_step)

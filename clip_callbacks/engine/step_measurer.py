@@ -30,7 +30,7 @@ class StepMeasurer:
         trainer: The Trainer.
         components: The parts that take part in the fit.
         windows: The micro-batches that wait for a step.
-        publisher: The publisher, which knows the logging steps.
+        publisher: The publisher, which knows when Lightning logs.
         bypassing_steps: The optimizers that step around Lightning.
     """
 
@@ -55,6 +55,7 @@ class StepMeasurer:
         self._is_manual = not trainer.lightning_module.automatic_optimization
         self._are_ranks = trainer.world_size > 1
         self._checks_losses = components.guard.checks_losses
+        self._last_batches: dict[int, int] = {}  # in which optimizers have stepped, by their numbers
         self._warned: set[str] = set()
 
     def measure(self, step: StepContext) -> tuple[MeasuredStep, ClipState]:
@@ -63,10 +64,14 @@ class StepMeasurer:
         # one look in a healthy step: all parameters are asked only where the first one has no gradient
         if table.tensors and table.tensors[0].grad is None and not table.has_gradients:
             self._warn_of_no_gradients(context)
-        if self._readers and step.is_new and self._publisher.is_logging_step:
-            # monitors show the gradients before they are clipped
-            for monitor in self._readers:
-                monitor.before_write(step)
+        if self._readers and step.is_new:
+            batches_to_next = 1
+            if self._is_manual:
+                batches_to_next = self._expected_batches_to_next(context.index)
+            if self._publisher.batches_before_log < batches_to_next:
+                # this step will be logged: monitors show the gradients before they are clipped
+                for monitor in self._readers:
+                    monitor.before_write(step)
         key = context.index, step.is_new
         bound = self._plans.get(key)
         # rules change only together with the table of their parameters
@@ -94,6 +99,17 @@ class StepMeasurer:
             loss=loss,
         )
         return measured, states
+
+    def _expected_batches_to_next(self, index: int) -> int:
+        """Return after how many batches an optimizer is expected to step again: as many as since its last step.
+
+        In manual optimization it may step in no batch that logs, as a GAN's generator that steps in every fifth one: then its last
+        step before is logged.
+        """
+        batch = self._trainer.fit_loop.epoch_loop._batches_that_stepped
+        since_last: int = batch - self._last_batches.get(index, batch)
+        self._last_batches[index] = batch
+        return max(since_last, 1)
 
     def _bound(self, step: StepContext) -> tuple[TensorTable, Plan, ClipState]:
         """Bind the limits to the parameters of an optimizer."""

@@ -19,7 +19,7 @@ class Monitor:
     """Observes nothing: subclasses override the methods for the events that they need."""
 
     reads_before_write: bool = False
-    """If True, :meth:`before_write` is called on logging steps."""
+    """If True, :meth:`before_write` is called of steps that are probably logged."""
     measures_micro_batches: bool = False
     """If True, :meth:`end_step` gets the norms of single micro-batches, for which each backward pass is measured."""
 

@@ -54,7 +54,7 @@ class NormMonitor(Monitor):
         self._last_logged = {int(index): step for index, step in saved.get("last_logged", {}).items()}
         self._vanishing = {int(index): self._new_detector(named) for index, named in saved.get("vanished", {}).items()}
         self._vanished: dict[int, dict[str, VanishedBlock]] = {}  # of the current epoch, by the block's name
-        self._before: dict[int, StateBeforeWrite] = {}
+        self._before: dict[int, tuple[int, StateBeforeWrite]] = {}  # with the number of the step
         for index, values in saved.get("norms", {}).items():
             self._norms[int(index)] = NormHistory(MAX_SEGMENTS)
             self._norms[int(index)].load(values)
@@ -91,7 +91,7 @@ class NormMonitor(Monitor):
         blocks = self._partition(context)
         if not self.options.read_before_write or blocks is None or not self._is_due(context, context.history.steps + 1):
             return
-        self._before[context.index] = StateBeforeWrite(step, blocks, self.options)
+        self._before[context.index] = context.steps + 1, StateBeforeWrite(step, blocks, self.options)
 
     @override
     def end_step(self, context: OptimizerContext, report: StepRecord, window: WindowNorms | None) -> None:
@@ -104,7 +104,9 @@ class NormMonitor(Monitor):
 
     @override
     def readings(self, context: OptimizerContext, report: StepRecord) -> tuple[dict[str, float], dict[str, Histogram]]:
-        before = self._before.pop(context.index, None)
+        number, before = self._before.pop(context.index, (0, None))
+        if number != context.steps:  # against expectation, another step was taken before the log
+            before = None
         detector = self._vanishing[context.index]
         detector.compare_weights()
         if detector.is_complete:

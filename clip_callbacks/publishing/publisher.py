@@ -71,14 +71,17 @@ class Publisher:
         self._progress_bar_metrics = self._trainer.progress_bar_metrics
 
     @property
-    def is_logging_step(self) -> bool:
-        """Return whether Lightning logs at the end of this batch."""
-        # what Lightning's `should_update_logs` answers in a fit, after a dozen calls by which it finds out that this is one
+    def batches_before_log(self) -> float:
+        """Number of batches after this one until Lightning logs: 0 if it logs at the end of this one, inf if it never does."""
+        # where Lightning's `should_update_logs` is true, after a dozen calls by which it finds out that this is a fit
         trainer: Any = self._trainer  # whose options mypy does not find
         every = trainer.log_every_n_steps
-        if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
-            return True
-        return bool(trainer.fast_dev_run or (every and trainer.should_stop))
+        if trainer.fast_dev_run or (every and trainer.should_stop):
+            return 0
+        if not every:
+            return math.inf
+        before: int = -(trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every
+        return before
 
     def end_batch(self, module: LightningModule, contexts: Sequence[OptimizerContext], *, is_logging_step: bool) -> None:
         """Publish a batch's reports in ``callback_metrics`` and the progress bar and, on logging steps, to the loggers."""

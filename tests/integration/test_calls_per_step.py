@@ -82,7 +82,7 @@ class Compared(Callback):
         self.steps.add(trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        is_logging_step = self.callback._engine._publisher.is_logging_step
+        is_logging_step = self.callback._engine._publisher.batches_before_log == 0
         assert is_logging_step == trainer._logger_connector.should_update_logs
         self.logged.add(is_logging_step)
         if pl_module.automatic_optimization and not trainer.fit_loop.epoch_loop._should_accumulate():

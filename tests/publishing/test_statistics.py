@@ -20,6 +20,7 @@ from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNorm
 from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.tensor_norms import unread_norms
 from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.publishing.before_write import StateBeforeWrite
 from clip_callbacks.stats.gradient_statistics import GradientMoments
 from clip_callbacks.stats.update_ratio import WeightsBefore
 from tests.helpers.matrix import examples, matrix
@@ -422,3 +423,48 @@ def test_a_step_of_a_batch_that_is_not_logged_has_no_statistics(trainer, tmp_pat
     csv, tape = CSVLogger(tmp_path), GradientTape(torch.ones(6, 3))
     trainer(GradientNormMonitor(log_statistics=True), logger=csv, log_every_n_steps=4).fit(tape)
     assert set(logged(read(csv), "grad_std/(root)")) == {3}
+
+
+class SteppingIn(GradientTape):
+    """Manual optimization that steps in some batches only."""
+
+    def __init__(self, feed, batches):
+        super().__init__(feed, lr=0.1)
+        self.automatic_optimization = False
+        self.batches = batches
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx in self.batches:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward((self.weight * batch[0][0]).sum())
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown", "reads"),
+    [
+        pytest.param(range(0, 30, 5), {9: 5, 19: 15, 29: 25}, [5, 15, 25], id="in every fifth batch"),
+        pytest.param(range(0, 30, 17), {19: 17}, [17], id="less often than the log"),
+        # the step in batch 7 comes sooner than expected, after the one in batch 6 was read for the log
+        pytest.param((0, 6, 7, 12, 17, 22, 27), {19: 17, 29: 27}, [6, 17, 27], id="irregularly"),
+    ],
+)
+def test_an_optimizer_that_steps_in_no_batch_that_is_logged(trainer, tmp_path, monkeypatch, steps, shown, reads):
+    read_in, csv, feed = [], CSVLogger(tmp_path), torch.rand(30, 3)
+
+    class Counting(StateBeforeWrite):
+        def __init__(self, step, *args):
+            read_in.append(step.trainer.fit_loop.batch_idx)
+            super().__init__(step, *args)
+
+    monkeypatch.setattr("clip_callbacks.publishing.norm_monitor.StateBeforeWrite", Counting)
+    monitor = GradientNormMonitor(log_statistics=True, log_update_ratio=True)
+    trainer(monitor, logger=csv, log_every_n_steps=10).fit(SteppingIn(feed, steps))
+    assert read_in == reads
+    deviations = {logged_in: slow_statistics(feed[batch].tolist())[1] for logged_in, batch in shown.items()}
+    assert logged(read(csv), "grad_std/(root)") == pytest.approx(deviations, rel=1e-5)
+    # weights begin at 0, and each step subtracts a gradient times the rate, which the ratio does not depend on
+    weights = {batch: feed[[step for step in steps if step < batch]].sum(0).norm() for batch in shown.values()}
+    ratios = {logged_in: float(feed[batch].norm() / weights[batch]) for logged_in, batch in shown.items()}
+    assert logged(read(csv), "update_ratio/(root)") == pytest.approx(ratios, rel=1e-4)

@@ -254,6 +254,19 @@ def test_several_optimizers(trainer):
     assert vanished(made) == {"generator-SGD": 1.0}
 
 
+def test_an_optimizer_that_steps_in_no_batch_that_is_logged(trainer):
+    class Seldom(TwoNetworks):
+        def training_step(self, batch, batch_idx):
+            if batch_idx % 5 == 0:
+                first, _ = self.optimizers()
+                first.zero_grad()
+                self.manual_backward(0.0 * self.generator(batch[0]).sum())
+                first.step()
+
+    _, (text,) = fit(trainer, Seldom(), batches=5 * STEPS, log_every_n_steps=10)
+    assert "generator: the gradient of all entries was exactly 0" in text
+
+
 def test_parameters_that_join_later_begin_a_span(trainer):
     class Joining(ZeroLossWeight):
         def configure_optimizers(self):

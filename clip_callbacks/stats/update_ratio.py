@@ -35,7 +35,10 @@ class WeightsBefore:
         self._table = table
         self._blocks = blocks
         self._norm_type = norm_type
-        self._places = [place for place in self._trainable() if count_entries(table.shards[place])]
+        # as the step sees them: a hook may freeze parameters before they are read
+        trainable = [place for place, block in enumerate(blocks.index) if block != OUTSIDE and self._may_change(place)]
+        self._trainable_blocks = sorted({blocks.index[place] for place in trainable})
+        self._places = [place for place in trainable if count_entries(table.shards[place])]
         self._copies: list[Tensor] = []
         self._found: Tensor | None = None
         live = self._live()
@@ -48,10 +51,9 @@ class WeightsBefore:
         elif live:
             self._found = unread_norms(live, norm_type)
 
-    def _trainable(self) -> list[int]:
-        """Return the positions of the blocks' parameters that the step may change, on whatever ranks their entries are."""
-        places = [place for place, block in enumerate(self._blocks.index) if block != OUTSIDE]
-        return [place for place in places if learns(self._table.tensors[place]) and 0 not in self._table.shapes[place]]
+    def _may_change(self, place: int) -> bool:
+        """Return whether the step may change a parameter, on whatever ranks its entries are."""
+        return learns(self._table.tensors[place]) and 0 not in self._table.shapes[place]
 
     def norms(self) -> Tensor:
         """Return the norm of each block's parameters before the step.
@@ -101,5 +103,5 @@ class WeightsBefore:
     def _where_trainable(self, norms: Tensor) -> Tensor:
         """Replace the norms of blocks without trainable parameters by NaN."""
         trainable = torch.zeros(len(norms), dtype=torch.bool, device="cpu")
-        trainable[[self._blocks.index[place] for place in self._trainable()]] = True
+        trainable[self._trainable_blocks] = True
         return torch.where(trainable, norms, math.nan)

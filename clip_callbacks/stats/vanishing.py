@@ -86,6 +86,10 @@ class VanishingDetector:
         self._maybe_present: set[int] = set()
         self._reached: set[int] = set()
         self._sample: WeightSample | None = None
+        # for each parameter, as far as checks tell: the number of steps in which it was not frozen, and of those in which it had a
+        # learning rate above 0, which is the last one
+        self._trainable_steps, self._learning_steps = [0] * len(self._table), [0] * len(self._table)
+        self._last_rates: list[Any] = [None] * len(self._table)
 
     def attach(self, table: TensorTable, optimizer: Optimizer) -> None:
         """Take up the parameters of an optimizer; a span begins.
@@ -115,12 +119,27 @@ class VanishingDetector:
         if self._blocks is None or not self._is_check_due:
             return
         gradients = gradients_of(self._table, bucketed=False)
-        present = dict(zip(gradients.positions, gradients.tensors, strict=True))
-        self._sample_weights().note_gradients(present, self._rates())
+        present, rates = dict(zip(gradients.positions, gradients.tensors, strict=True)), self._rates()
+        self._sample_weights().note_gradients(present, rates)
+        self._count_steps(rates)
         if self.steps:  # before the first step every norm looks like 0
             self._flush()
             self._look_for_gradients(present)
         self._last_check = self.steps
+
+    def _count_steps(self, rates: Sequence[Any]) -> None:
+        """Count the steps since the last check for the parameters that may learn in this one."""
+        since_last = self.steps + 1
+        if self._last_check is not None:
+            since_last = self.steps - self._last_check
+        for place, (tensor, rate) in enumerate(zip(self._table.tensors, rates, strict=True)):
+            if not tensor.requires_grad:
+                continue
+            self._trainable_steps[place] += since_last
+            # a tensor is not read here, which would be a host sync
+            if isinstance(rate, Tensor) or rate != 0:
+                self._learning_steps[place] += since_last
+                self._last_rates[place] = rate
 
     @property
     def _is_check_due(self) -> bool:
@@ -166,7 +185,12 @@ class VanishingDetector:
     def _rates(self) -> list[Any]:
         """Return the learning rate of each parameter: a number, a tensor, or None if the optimizer chooses it."""
         assert self._optimizer is not None
-        rates = {id(tensor): group.get("lr") for group in self._optimizer.param_groups for tensor in group["params"]}
+        rates: dict[int, Any] = {}
+        for group in self._optimizer.param_groups:
+            rate = group.get("lr")
+            if isinstance(rate, Tensor):
+                rate = rate.clone()  # which a schedule will overwrite
+            rates |= dict.fromkeys(map(id, group["params"]), rate)
         return [rates.get(id(tensor)) for tensor in self._table.tensors]
 
     def _flush(self) -> None:
@@ -226,12 +250,21 @@ class VanishingDetector:
                 stalled[place] = 0.0
         reached = torch.zeros_like(stalled)
         reached[list(self._reached & self._present)] = 1.0
+        # what was frozen in most steps, or had a learning rate of 0, did not have the time to learn
+        reached *= self._lasted(self._trainable_steps)
+        has_learned = self._lasted(self._learning_steps)
+        with_gradient, stalled = with_gradient * has_learned, stalled * has_learned
         counts = torch.cat([with_gradient, stalled, reached])
         if (reduction := self._table.reduction) is not None:
             counts = reduction.norms(counts, 1.0)  # norms of order 1 are sums, in which copies count once
         found = self._find(*counts.reshape(3, -1))
         self._begin_span()
         return found
+
+    def _lasted(self, steps: Sequence[int]) -> Tensor:
+        """Return for each parameter whether its steps are at least half of those up to the last check, float64."""
+        assert self._last_check is not None
+        return (2 * torch.tensor(steps, device="cpu") > self._last_check).double()
 
     def _find(self, with_gradient: Tensor, stalled: Tensor, reached: Tensor) -> list[VanishedBlock]:
         blocks = self._blocks
@@ -252,19 +285,19 @@ class VanishingDetector:
         # One of the parameters that did not learn describes its block. Frozen ones have no part in it: their data type may be any.
         did_not_learn = torch.where(blocks.spread(zero >= small, outside=False), is_zero, stalled > 0)
         largest = {blocks.index[place]: place for place in (sizes * did_not_learn).argsort().tolist()}  # a block's last place stays
-        rates = self._rates()
         return [
-            self._vanished(name, shares[block], largest[block], rates[largest[block]], is_zero=is_mostly_zero[block])
+            self._vanished(name, shares[block], largest[block], is_zero=is_mostly_zero[block])
             for block, name in enumerate(blocks.names)
             if shares[block] > MIN_SHARE
         ]
 
-    def _vanished(self, name: str, share: float, place: int, rate: Any, *, is_zero: bool) -> VanishedBlock:
+    def _vanished(self, name: str, share: float, place: int, *, is_zero: bool) -> VanishedBlock:
         """Describe a block by its parameter at a place of the table."""
         assert self._sample is not None
         size = math.nan
         if not is_zero:
             size = self._sample.typical_size(place)
+        rate = self._last_rates[place]
         if rate is None:
             rate = math.nan
         return VanishedBlock(name, share, is_zero, self._table.tensors[place].dtype, float(rate), size)

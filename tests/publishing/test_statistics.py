@@ -411,6 +411,23 @@ def test_frozen_parameters_have_no_weight_norm_and_weights_of_zero_have_one(trai
     assert logged(read(csv), "weight_norm/net.2") == {0: 0.0}
 
 
+class Thaws(Callback):
+    """Freezes a layer in odd batches, until they end."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.net[0].requires_grad_(batch_idx % 2 == 0)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.net[0].requires_grad_(True)
+
+
+def test_parameters_are_frozen_if_they_are_in_the_step(trainer, tmp_path):
+    csv = CSVLogger(tmp_path)
+    trainer(Thaws(), GradientNormMonitor(log_weight_norm=True), logger=csv).fit(Regression(), data(4))
+    assert list(logged(read(csv), "weight_norm/net.0")) == [0, 2]
+    assert list(logged(read(csv), "weight_norm/net.2")) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("norm_type", [2.0, 8.0])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_of_weights_beyond_the_powers_of_float32(norm_type, scale):

@@ -104,6 +104,19 @@ def test_blocks_that_updates_do_not_change_are_named_with_dtype_and_learning_rat
     assert "exactly 0" not in text
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_learning_rate_is_that_of_the_steps(trainer, as_tensor):
+    class Decayed(Regression):
+        def configure_optimizers(self):
+            rate = torch.tensor(1e-15) if as_tensor else 1e-15
+            optimizer = torch.optim.Adam(self.parameters(), lr=rate, fused=as_tensor)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < STEPS - 1))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    _, (text,) = fit(trainer, Decayed())
+    assert "the learning rate is 1e-15" in text
+
+
 class Quantized(nn.Module):
     """A layer with a frozen weight, larger than the parameters that train."""
 

@@ -62,6 +62,37 @@ def frozen_later():
     return Frozen(), {"max_epochs": 3}
 
 
+class FrozenSoon(UnusedHead):
+    """The head is frozen after two steps, which do not change its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.lr = torch.optim.SGD, 1e-2
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.head.requires_grad_(batch_idx < 2)
+
+    def loss(self, batch, batch_idx):
+        return super().loss(batch, batch_idx) + 1e-12 * self.head(batch[0]).square().mean()
+
+
+def frozen_soon():
+    return FrozenSoon(), {"log_every_n_steps": 1}
+
+
+class SoonWithoutRate(Regression):
+    """A learning rate that is too small in two steps, and then 0."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-15)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 2))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def soon_without_rate():
+    return SoonWithoutRate(), {"log_every_n_steps": 1}
+
+
 class Tokens(Regression):
     """An embedding of 50 rows, of which each batch has at most four, and none the last ones."""
 
@@ -187,6 +218,8 @@ def small_but_rounded_up():
 LEARNS = [
     frozen,
     frozen_later,
+    frozen_soon,
+    soon_without_rate,
     unused_head,
     two_phases,
     embedding,

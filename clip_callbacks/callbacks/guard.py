@@ -163,6 +163,11 @@ class NonFiniteGuard(GradientCallback):
         return self._collected_counts.total("spikes")
 
     @property
+    def reported_steps(self) -> int:
+        """Number of steps with non-finite gradients or losses that were taken under the policy "warn"."""
+        return self._collected_counts.total("reported")
+
+    @property
     def rollbacks(self) -> int:
         """Number of rollbacks to earlier weights."""
         return self._counts.rollbacks

@@ -41,9 +41,12 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
     Returns:
         Coefficients of shape ``(B,)``, or 0-dim if one is for all; and whether any is below 1 (under ``deferred`` always True,
         because the host does not know).
+
+    Raises:
+        ValueError: If a limit is below 0, which would turn gradients round. On a device that the host must not read it counts as 0.
     """
     if deferred:
-        return _limited(norms, _ratios(norms, limits)), True
+        return _limited_on_device(norms, limits), True
     if isinstance(limits, float) and norms.numel() == 1:
         return _coefficient_of_one(norms, limits)
     smallest, largest = extremes(norms)
@@ -64,7 +67,9 @@ def coefficients(norms: Tensor, limits: Tensor | float, *, deferred: bool = Fals
             ratios.clamp_(max=1.0)
         return ratios, True
     limited = _limited(norms, ratios)
-    return limited, extremes(limited)[0] < 1.0
+    least = float(limited.amin())
+    _check_sign(least, limits)
+    return limited, least < 1.0
 
 
 def _ratios(norms: Tensor, limits: Tensor | float) -> Tensor:
@@ -93,6 +98,15 @@ def _limited(norms: Tensor, ratios: Tensor) -> Tensor:
     return torch.where((norms > 0) & (norms < math.inf) & (ratios < 1.0), ratios, 1.0)
 
 
+def _limited_on_device(norms: Tensor, limits: Tensor | float) -> Tensor:
+    """Return coefficients without a host sync."""
+    found = _limited(norms, _ratios(norms, limits))
+    if isinstance(limits, Tensor):
+        return found.clamp_(min=0.0)
+    _check_sign(limits, limits)
+    return found
+
+
 def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
     """Return the coefficient of a single block, and whether it is below 1.
 
@@ -109,9 +123,15 @@ def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
     if norm + EPS <= limit * SAFE_SHARE_OF_LIMIT or not 0.0 < norm < math.inf:
         return ones_like(norms), False
     coefficient = _ratio(norm, limit, norms.dtype)
-    if coefficient < 1.0:
+    if 0.0 <= coefficient < 1.0:
         return norms.new_full((), coefficient), True
+    _check_sign(coefficient, limit)
     return ones_like(norms), False
+
+
+def _check_sign(coefficient: float, limits: Tensor | float) -> None:
+    if coefficient < 0.0:
+        raise ValueError(f"`step` of a limit must return limits of 0 or more, got {limits}, which would turn gradients round.")
 
 
 def _ratio(norm: float, limit: float, dtype: torch.dtype) -> float:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -108,10 +109,12 @@ class TensorTable:
         # before anything is iterated over: a tensor would yield its rows, a mapping its keys
         if isinstance(parameters, Tensor):
             return cls.of_tensors([parameters])
-        rows: Sequence[Tensor | tuple[str, Tensor]] = list(parameters)
+        rows: Sequence[Any] = [parameters]
+        if isinstance(parameters, Iterable):
+            rows = list(parameters)
         named = [row for row in rows if isinstance(row, tuple)]
         tensors = [row for row in rows if isinstance(row, Tensor)]
-        if len(rows) not in {len(named), len(tensors)}:  # such as the layers of an nn.Sequential
+        if len(rows) not in {len(named), len(tensors)}:  # such as a module, or the layers of an nn.Sequential
             raise TypeError(
                 "`parameters` must be an optimizer, tensors, or pairs of a name and a tensor, got "
                 f"{', '.join(sorted({type(row).__name__ for row in rows}))}. Pass the optimizer or model.named_parameters()."

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 _ADVICE = "Lower the learning rate, clip harder, or look at the stage named above."
 
+_ADVICE_ON_LOSSES = (
+    "Look at the batch, which `bundles=…` keeps, and at the first non-finite output, which `trace_forward=True` names; or lower "
+    "the learning rate."
+)
+"""Advice where the loss was not finite: clipping changes nothing in the forward pass."""
+
 MAX_SPIKE_SHARE = 0.1
 """Share of spikes among the last steps above which a warning says that they are no exceptions."""
 
@@ -104,7 +110,7 @@ class BadStepLog:
         facts = {**step.logged_place, "policy": policy, "streak": counters.streak, **diagnosis.facts(), "lost_metrics": lost}
         # Written before any error below: the step that ends the run is the one to be replayed.
         bundle = self._journal.record(step, facts, may_be_source=may_be_source(step, diagnosis))
-        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _ADVICE, bundle, lost)
+        message = _Message(f"Non-finite gradients at {step}", diagnosis.describe(), _DONE[action], _advice(diagnosis), bundle, lost)
         if policy == "raise":
             raise NonFiniteGradientError(message.text("."))
         self._warn_or_end(step, message, counters)
@@ -161,8 +167,8 @@ class BadStepLog:
             NonFiniteGradientError: At the end of a streak without a rollback.
         """
         if self._ends_streak(counters.streak) and self._last_diagnosis:
-            what = f"Non-finite gradients in every micro-batch at {step}"
-            self._warn_or_end(step, _Message(what, self._last_diagnosis.describe(), advice=_ADVICE), counters)
+            what, diagnosis = f"Non-finite gradients in every micro-batch at {step}", self._last_diagnosis
+            self._warn_or_end(step, _Message(what, diagnosis.describe(), advice=_advice(diagnosis)), counters)
 
     def dropped_micro_batch(self, step: StepContext, diagnosis: Diagnosis) -> None:
         """Report a micro-batch before it is dropped.
@@ -225,6 +231,8 @@ class BadStepLog:
             return  # a run that has diverged would warn at each step, without an end
         if not self._ends_streak(streak):
             end = f", {self._options.max_consecutive} stop the run"
+            if self.can_roll_back(self._options.max_consecutive):
+                end = f", {self._options.max_consecutive} roll back"
             if self._options.takes_bad_steps:
                 end = ""
                 if streak == self._options.max_consecutive:
@@ -269,3 +277,9 @@ class BadStepLog:
         if self._counts.rollbacks >= options.max_rollbacks:
             return f"{limit}, max_rollbacks={options.max_rollbacks}, rollbacks so far: {self._counts.rollbacks}"
         return f"{limit}, and no good step to return to{self._rollback.since}"
+
+
+def _advice(diagnosis: Diagnosis) -> str:
+    if diagnosis.stage == "loss":
+        return _ADVICE_ON_LOSSES
+    return _ADVICE

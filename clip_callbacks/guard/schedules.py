@@ -70,5 +70,5 @@ class _HeldSchedules(Resource):
     @override
     def reason_against_deferral(self) -> str | None:
         if self._hold.holds(self._trainer):
-            return "step-interval learning-rate schedules must not advance at a skipped step (hold_schedulers)"
+            return "step-interval learning-rate schedules must not advance at a skipped step, unless hold_schedulers=False"
         return None

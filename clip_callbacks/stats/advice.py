@@ -170,7 +170,7 @@ def advise(
     if left_out:
         reasons.append(f"{left_out} of {len(values)} norms are ignored: NaN, inf or not above 0.")
     reasons += [source, *quarters.reasons(out_of_control=out_of_control, is_sampled=is_sampled)]
-    if quarters.medians and not quarters.changed:
+    if outliers and quarters.medians and not quarters.changed:
         above = f"above {threshold:.3g}, three robust standard deviations from the median"
         reasons.append(f"{outliers:.2%} of the steps are outliers: {above}.")
     return Advice(

@@ -53,7 +53,7 @@ def test_a_table_of_whatever_holds_parameters():
 
 def test_what_holds_no_parameters_is_refused():
     net = nn.Sequential(nn.Linear(2, 2))
-    for wrong in (net, [net[0].weight, ("bias", net[0].bias)]):
+    for wrong in (net, net[0], [net[0].weight, ("bias", net[0].bias)]):
         with pytest.raises(TypeError, match="`parameters` must be an optimizer, tensors, or pairs .*, got .*Pass the optimizer"):
             ParameterTable(wrong)
         with pytest.raises(TypeError, match="`parameters` must be"):

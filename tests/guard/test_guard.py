@@ -106,8 +106,9 @@ def test_max_consecutive(trainer):
     trainer(guard).fit(Poisoned({1: math.nan, 2: math.nan, 4: math.nan, 5: math.nan}), data())
     assert guard.skipped_steps == 4
     guard = NonFiniteGuard(max_consecutive=3)
-    with pytest.raises(NonFiniteGradientError, match=r"bad step 3 in a row \(max_consecutive=3\)"):
+    with pytest.raises(NonFiniteGradientError, match=r"bad step 3 in a row \(max_consecutive=3\)") as caught:
         trainer(guard).fit(Poisoned({1: math.nan, 2: math.nan, 3: math.nan}), data())
+    assert "Look at the batch" in str(caught.value), "clipping does not cure a loss that is not finite"
 
 
 def test_zero_takes_the_step_with_the_finite_entries(trainer):

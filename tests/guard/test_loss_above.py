@@ -274,7 +274,7 @@ def test_a_run_that_has_diverged_is_not_warned_of_without_end(tmp_path):
     texts = [text for warning in caught if (text := str(warning.message)).startswith("Non-finite gradients")]
     assert len(texts) == 3
     assert "those that follow are only counted" in texts[2]
-    assert fit.callback_metrics["grad/reported_steps"] == BATCHES - 3
+    assert guard.reported_steps == fit.callback_metrics["grad/reported_steps"] == BATCHES - 3
     assert guard.skipped_steps == 0
 
 

@@ -345,6 +345,7 @@ def test_one_warning_and_one_line_of_the_journal_tell_of_it(trainer, tmp_path, s
         trainer(rollback(lr_factor=0.5), logger=csv).fit(Subject(), data(BATCHES, batch_size=6))
     messages = [str(warning.message) for warning in caught if "Non-finite" in str(warning.message)]
     assert len(messages) == 3
+    assert ["3 roll back" in message for message in messages] == [True, True, False]
     assert "at step 7, epoch 0, batch 7, rank 0: bad step 3 in a row. The run returns to its state before step 3, " in messages[-1]
     assert "with 0.5 times the learning rates of that time (rollback 1 of 3).\n" in messages[-1]
     assert "net.0.weight" in messages[-1]

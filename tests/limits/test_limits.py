@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import clip_callbacks
 from clip_callbacks import (
     BlockNorms,
     ClipRule,
     CosineLimit,
     EmaLimit,
     FixedLimit,
+    Limit,
     LinearLimit,
     QuantileLimit,
     RatioLimit,
@@ -259,3 +261,50 @@ def test_labels_consist_of_characters_that_every_logger_accepts():
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.") for name in each)
     assert each[4] == "QuantileLimit"
     assert each[13] == "TightestLimit-QuantileLimit-quantile_0.9-ZScoreLimit-FixedLimit-3"
+
+
+class Negative(Limit):
+    """Breaks the contract of limits."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def step(self, blocks, state):
+        return self.limit, state
+
+
+def parameters_with_gradients():
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.tensor([0.3, 0.4])
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("scope", "limit"),
+    [
+        ("global", -1.0),
+        ("global", torch.tensor([-1.0])),
+        ("parameter", -1.0),
+        ("parameter", torch.tensor([-1.0])),
+        ("parameter", torch.tensor([2.0, -1.0])),
+    ],
+)
+def test_a_limit_below_0_is_refused(scope, limit):
+    parameters = parameters_with_gradients()
+    with pytest.raises(ValueError, match="`step` of a limit must return limits of 0 or more, got .*-1"):
+        clip_step(parameters, rules=[ClipRule(Negative(limit), scope)])
+    assert all(parameter.grad.tolist() == pytest.approx([0.3, 0.4]) for parameter in parameters)
+
+
+def test_a_limit_below_0_that_the_host_must_not_read_is_0():
+    parameters = parameters_with_gradients()
+    clip_step(parameters, rules=[ClipRule(Negative(torch.tensor([-1.0])))], nonfinite="ignore", deferred=True)
+    assert all(parameter.grad.tolist() == [0.0, 0.0] for parameter in parameters)
+    with pytest.raises(ValueError, match="`step` of a limit must return limits of 0 or more, got -1"):
+        clip_step(parameters, rules=[ClipRule(Negative(-1.0))], nonfinite="ignore", deferred=True)
+
+
+def test_lightning_cli_offers_no_limit_that_is_not_public():
+    subclasses = {kind.__name__ for kind in Limit.__subclasses__() if kind.__module__.startswith("clip_callbacks.")}
+    assert {name for name in subclasses if not name.startswith("_")} <= set(clip_callbacks.__all__)

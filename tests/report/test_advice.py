@@ -113,6 +113,10 @@ def test_spikes_are_a_tail_that_clipping_is_for():
     assert any(f"{advice.outliers:.2%} of the steps are outliers" in reason for reason in advice.reasons)
 
 
+def test_a_run_without_outliers_has_no_word_about_them():
+    assert not any("outliers" in reason for reason in advise(torch.linspace(1.0, 2.0, 400)[torch.randperm(400)]).reasons)
+
+
 def test_a_run_that_went_out_of_control_is_judged_by_the_quarter_with_the_lowest_median():
     calm, wild = drawn(of_scipy("lognorm", 0.2), 1000), drawn(of_scipy("lognorm", 0.2, scale=50.0), 3000)
     advice = advise(torch.cat([calm, wild]), out_of_control=True)

@@ -50,7 +50,7 @@ class FixedLimit(Limit):
 
 
 @dataclass(frozen=True)
-class FixedLossLimit(Limit):
+class _FixedLossLimit(Limit):  # not public, so that LightningCLI does not offer it as a `max_norm`
     """A fixed threshold for losses.
 
     Args:
@@ -95,7 +95,7 @@ def as_loss_limit(loss_above: float | Limit) -> Limit:
         ValueError: If it is neither a finite number nor a limit that takes losses.
     """
     if not isinstance(loss_above, Limit):
-        return FixedLossLimit(as_finite(loss_above, "loss_above", low=-math.inf))
+        return _FixedLossLimit(as_finite(loss_above, "loss_above", low=-math.inf))
     if not loss_above.takes_losses:
         raise ValueError(
             "`loss_above` must be a number, or a Limit that takes losses, such as RobustZScoreLimit, got "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +95,34 @@ def rebuild_module(configs: Sequence[Path], script: Path | None, recorded_script
     before = [part for path, section in zip(configs, sections, strict=True) if "fit" in section for part in _option(path)]
     after = [part for path, section in zip(configs, sections, strict=True) if "fit" not in section for part in _option(path)]
     with _as_main(script) as main:
+        if script is None:
+            _check_importable(configs, sections)
         yield _build(main, script, before, after, recorded_script)
+
+
+def _check_importable(configs: Sequence[Path], sections: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse classes of packages that are not there, of which jsonargparse would say that they match none of many types."""
+    for path, section in zip(configs, sections, strict=True):
+        for name in _classes_in(section):
+            package = name.partition(".")[0]
+            if package != name and package not in sys.modules and importlib.util.find_spec(package) is None:
+                raise UnusableReplayError(
+                    f"`--config` must name classes that can be imported here, got {name} in {path}: there is no module {package}. "
+                    "Run the command in the folder of that module, or put the folder on PYTHONPATH."
+                )
+
+
+def _classes_in(content: object) -> Iterator[str]:
+    """Yield the class paths anywhere in a configuration."""
+    parts: Iterable[object] = ()
+    if isinstance(content, Mapping):
+        parts = content.values()
+        if isinstance(name := content.get("class_path"), str):
+            yield name
+    elif isinstance(content, list):
+        parts = content
+    for part in parts:
+        yield from _classes_in(part)
 
 
 def _option(path: Path) -> tuple[str, str]:

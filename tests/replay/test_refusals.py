@@ -61,6 +61,8 @@ def test_configurations_that_cannot_be_used_are_refused_in_one_line(bad, tmp_pat
     path.write_text("model: {class_path: tests.helpers.replaying.Nowhere}")
     assert "LightningCLI refused the configuration: " in refused(capsys, bad, "--config", path)
     assert len(refused(capsys, bad, *config(tmp_path, Net, kindd="log"))) < 1000
+    path.write_text("model: {class_path: tests.helpers.replaying.Net, init_args: {parts: [{class_path: of_nobody.Part}]}}")
+    assert "classes that can be imported here, got of_nobody.Part in " in refused(capsys, bad, "--config", path)
 
 
 def test_without_jsonargparse_the_extra_that_brings_it_is_named(bad, tmp_path, capsys, monkeypatch):

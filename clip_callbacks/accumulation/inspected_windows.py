@@ -57,11 +57,11 @@ class InspectedWindows(Windows):
     @override
     def after_backward(self, report: ReportMicroBatch) -> bool:
         has_zero_weight = self._rescaler.has_zero_weight
-        newest = tuple(window[-1] for window in self._micro_batches.values() if window)[:1]
+        newest = tuple(window.micro_batches[-1] for window in self._windows.values() if window.micro_batches)[:1]
         losses = [each.loss for each in newest if not has_zero_weight]
         is_dropped = self._inspected.after_backward(losses, lambda context: report(context, newest))
         if has_zero_weight:
-            self._remove_weightless()
+            self._remove_newest(is_weightless=True)
         elif is_dropped:
             self._remove_newest()
         if is_dropped:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 
+from clip_callbacks.accumulation.optimizer_window import MAX_MICRO_BATCHES, OptimizerWindow
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
-from clip_callbacks.core.losses import weighted_sum
 from clip_callbacks.core.reduction import shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.noise_scale import WindowNorms
-from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.step_context import Discarded, KeptBatch, MicroBatch, StepContext
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-MAX_MICRO_BATCHES = 1024
-"""Largest number of micro-batches of a window whose losses are kept."""
-
-MAX_BATCHES_IN_MANUAL = 16
-"""Largest number of kept batches of a window in manual optimization, where the length of a window is not known."""
-
 
 ReportMicroBatch: TypeAlias = Callable[[OptimizerContext, tuple[MicroBatch, ...]], None]
 """Function of an optimizer with bad gradients and of their micro-batch; no micro-batch if a step was taken in between."""
@@ -60,14 +50,10 @@ class Windows:
         self._rescaler = rescaler
         self._is_manual = not module.automatic_optimization
         self._contexts: Sequence[OptimizerContext] = ()
-        self._micro_batches: dict[int, deque[MicroBatch]] = {}
-        self._open: set[int] = set()
+        self._windows: dict[int, OptimizerWindow] = {}
         self._newest: MicroBatch | None = None
         self._sharing: dict[int, list[int]] = {}
-        self._discarded: dict[int, Discarded] = {}
-        self._before_pass: dict[int, GradientFingerprints] = {}
-        self._are_several = False
-        self._is_weightless = False
+        self._looks_at_gradients = False
         self.kept: KeptBatch | None = None
         self._rescales, self.acts_on_backward = rescaler.rescales, rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
@@ -80,12 +66,13 @@ class Windows:
             contexts: All optimizers.
         """
         self._contexts = contexts
-        self._are_several = len(contexts) > 1
-        self._sharing = _sharing(contexts) if self._are_several else {}
-        # bounded, since in manual optimization an optimizer may never step
-        self._micro_batches = {
-            context.index: self._micro_batches.get(context.index, deque(maxlen=MAX_MICRO_BATCHES)) for context in contexts
-        }
+        are_several = len(contexts) > 1
+        self._sharing = _sharing(contexts) if are_several else {}
+        # In automatic optimization every pass reaches the one optimizer. In manual optimization it may be of a loss of other
+        # parameters, unless ranks hold shards, which a pass may leave to a later one.
+        is_sharded = any(context.table.reduction is not None for context in contexts)
+        self._looks_at_gradients = self._is_manual and (are_several or not is_sharded)
+        self._windows = {context.index: self._windows.get(context.index) or OptimizerWindow() for context in contexts}
         self._rescaler.attach(changed)
 
     def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
@@ -112,46 +99,48 @@ class Windows:
             self._rescaler.before_backward(loss)
         if type(loss) is not Tensor:
             loss = shard_of(loss)
-        # Without its graph, which would outlive the backward pass; not read, because that would wait for the device. `data` is
-        # as good as `detach` here, without an operator to dispatch: nobody writes to it.
-        self._newest = micro_batch = MicroBatch(loss.data, self.kept, self._rescaler.loss_weight)
+        # Without its graph, which would outlive the backward pass; not read, because that would wait for the device.
+        if self._is_manual:
+            loss = loss.detach().clone()  # the module's own, which it may write to
+        else:
+            # as good as `detach`, without an operator to dispatch: Lightning has made this tensor, and nobody writes to it
+            loss = loss.data
+        self._newest = micro_batch = MicroBatch(loss, self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
-            window = self._micro_batches[context.index]
+            window = self._windows[context.index]
             if self._is_manual:
-                self._detect_zero_grad(context, window)
-            window.append(micro_batch)
-        # with one optimizer every pass is its own, and its gradients need not be looked at
-        if self._are_several:
-            self._before_pass = {context.index: gradient_fingerprints(context.table) for context in self._contexts}
+                self._begin_manual_pass(context, window)
+            if len(window.micro_batches) == MAX_MICRO_BATCHES:
+                window.shorten()
+            window.micro_batches.append(micro_batch)
 
-    def end_pass(self) -> tuple[set[int], set[int]]:
-        """Find out which of several optimizers have gradients that the backward pass has changed; the loss is theirs alone.
-
-        Returns:
-            The numbers of these optimizers, and the numbers of those whose window has begun with this pass.
-        """
-        reached = {
-            context.index
-            for context in self._contexts
-            if gradients_changed(context.table, self._before_pass.get(context.index, {}))
-        }
-        for index, window in self._micro_batches.items():
-            # a bad loss must not make the step of an optimizer bad that the pass has not reached
-            if index not in reached and window and window[-1] is self._newest:
-                window.pop()
-        begun = reached - self._open
-        self._open |= begun
-        return reached, begun
-
-    def _detect_zero_grad(self, context: OptimizerContext, window: deque[MicroBatch]) -> None:
+    def _begin_manual_pass(self, context: OptimizerContext, window: OptimizerWindow) -> None:
         """Begin a new window if all gradients are None: Lightning has no hook for ``zero_grad`` in manual optimization."""
         # Gradients of zero, after zero_grad(set_to_none=False), are not looked for: to read them would wait for the device.
         if not context.table.has_gradients:
             window.clear()
-            self._open.discard(context.index)
-            self._discarded.pop(context.index, None)
-        if len(window) >= MAX_BATCHES_IN_MANUAL:  # this optimizer steps seldom, or never
-            window[-MAX_BATCHES_IN_MANUAL] = window[-MAX_BATCHES_IN_MANUAL]._replace(kept=None)
+        window.forget_batch()
+        if self._looks_at_gradients:
+            window.begin_pass(context.table)
+
+    def end_pass(self) -> tuple[set[int], set[int]]:
+        """Find out which optimizers have gradients that the backward pass has changed; the loss is theirs alone.
+
+        Returns:
+            The numbers of these optimizers, and the numbers of those whose window has begun with this pass.
+        """
+        reached, begun = set(), set()
+        for context in self._contexts:
+            window = self._windows[context.index]
+            if not self._looks_at_gradients or window.is_reached(context.table):
+                reached.add(context.index)
+                if not window.is_open:
+                    begun.add(context.index)
+                window.open()
+            else:
+                # a bad loss must not make the step of an optimizer bad that the pass has not reached
+                window.remove(self._newest)
+        return reached, begun
 
     def after_backward(self, report: ReportMicroBatch) -> bool:
         """End a backward pass: measure the micro-batch and drop it if it is bad, if that was asked for.
@@ -163,21 +152,14 @@ class Windows:
             True if the micro-batch was dropped.
         """
         if self._rescaler.has_zero_weight:
-            self._remove_weightless()
+            self._remove_newest(is_weightless=True)
         self._rescaler.after_backward()
         return False
 
-    def _remove_weightless(self) -> None:
-        """Remove the last micro-batch, which has weight 0: its loss does not count, and may be NaN."""
-        self._is_weightless = True
-        self._remove_newest()
-
-    def _remove_newest(self) -> None:
+    def _remove_newest(self, *, is_weightless: bool = False) -> None:
         """Remove the last micro-batch from all windows that have it."""
-        for window in self._micro_batches.values():
-            # It is not there if a callback before us has stepped already, or if the pass did not reach the optimizer.
-            if window and window[-1] is self._newest:
-                window.pop()
+        for window in self._windows.values():
+            window.remove(self._newest, is_weightless=is_weightless)
 
     def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
         """Return the window that an optimizer steps with. Collective with weights on several ranks.
@@ -189,7 +171,8 @@ class Windows:
             The micro-batches; the factor that makes their gradients a mean; the reason for which their gradients must be discarded,
             or None.
         """
-        micro_batches, reason = tuple(self._micro_batches[context.index]), self._discarded.get(context.index)
+        window = self._windows[context.index]
+        micro_batches, reason = tuple(window.micro_batches), window.discarded
         scale: float | None = 1.0
         if self._rescales:
             scale = self._rescaler.scale(context, self._scale_of_kept)
@@ -199,7 +182,7 @@ class Windows:
 
     def has_loss(self, context: OptimizerContext) -> bool:
         """Return whether any backward pass of an optimizer's window went through Lightning."""
-        return self._is_weightless or bool(self._micro_batches[context.index])
+        return self._windows[context.index].is_known
 
     def loss(self, context: OptimizerContext, scale: float) -> Tensor:
         """Return the loss that an optimizer's gradient belongs to: the weighted mean over the micro-batches of its window.
@@ -213,16 +196,7 @@ class Windows:
         Returns:
             The loss of this rank, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
         """
-        window = self._micro_batches[context.index]
-        if not window and self._is_weightless:
-            # weights of 0, on this rank only: they add nothing to the mean over all ranks
-            return torch.zeros(1, device="cpu")
-        if not window or (self._rescaler.rescales and len(window) == MAX_MICRO_BATCHES):
-            # no loss is known, or not all of those that the scale is made for
-            return torch.full((1,), math.nan, device="cpu")
-        total = weighted_sum([each.loss for each in window], [each.weight for each in window])
-        factor = self._rescaler.loss_factor(len(window), scale)
-        return total if factor == 1.0 else total * factor
+        return self._windows[context.index].loss(partial(self._rescaler.loss_factor, scale=scale))
 
     def discard_others(self, step: StepContext, outcome: StepOutcome) -> None:
         """Discard the windows of optimizers that share parameters and a micro-batch with a skipped step.
@@ -233,10 +207,9 @@ class Windows:
         """
         reason = Discarded.OVERFLOWED if outcome is StepOutcome.OVERFLOWED else Discarded.SHARED
         for index in self._sharing.get(step.optimizer.index, ()):
-            window = self._micro_batches[index]
             # by identity: the same backward pass has reached both
-            if any(mine is theirs for mine in step.micro_batches for theirs in window):
-                self._discarded[index] = reason
+            if any(mine is theirs for mine in step.micro_batches for theirs in self._windows[index].micro_batches):
+                self._windows[index].discard(reason)
 
     def reason_against_deferral(self, context: OptimizerContext) -> str | None:
         """Return why steps of an optimizer cannot be decided on the device; None if they can."""
@@ -247,11 +220,8 @@ class Windows:
     def clear(self, context: OptimizerContext) -> None:
         """End the window of an optimizer: its step is decided."""
         self.in_window, self.has_step = False, True
-        self._is_weightless = False
         self._newest = None
-        self._open.discard(context.index)
-        self._discarded.pop(context.index, None)
-        self._micro_batches[context.index].clear()
+        self._windows[context.index].clear()
 
     @property
     def is_idle(self) -> bool:
@@ -267,11 +237,11 @@ class Windows:
         Returns:
             The losses in them.
         """
-        losses = [each.loss for window in self._micro_batches.values() for each in window]
+        losses = [each.loss for window in self._windows.values() for each in window.micro_batches]
         # They get no step: Lightning sets gradients to zero at the first batch of the next epoch.
         if not self._is_manual:
             self.in_window = False
-            for window in self._micro_batches.values():
+            for window in self._windows.values():
                 window.clear()
         return losses
 
@@ -289,9 +259,8 @@ class Windows:
     def detach(self) -> None:
         """Release batches and losses, and remove all hooks."""
         self.kept = self._newest = None
-        for window in self._micro_batches.values():
+        for window in self._windows.values():
             window.clear()
-        self._open.clear()
         self.in_window = False
         self._rescaler.detach()
 

@@ -35,23 +35,28 @@ def sum_of(losses: Sequence[Tensor]) -> Tensor:
 
 
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of one loss or more, shape ``(1,)``, float32 or float64. Nothing is read on the host."""
-    # a float16 sum of losses that are multiplied by a loss scale would overflow
-    parts = [_weighted(loss, weight) for loss, weight in zip(losses, weights, strict=True)]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.to(parts[0]) for part in parts]).sum(0, keepdim=True)
+    """The weighted sum of one loss or more, shape ``(1,)``, float64 where the device has it. Nothing is read on the host.
+
+    A single loss of weight 1 stays in float32.
+    """
+    if len(losses) == 1 and weights[0] == 1.0:
+        loss = _entry(losses[0])
+        return loss if loss.dtype is torch.float64 else loss.float()
+    # in float32 a sum of losses, or of losses that are multiplied by a loss scale, may overflow where their mean does not
+    parts = [_wide(_entry(loss)) * weight for loss, weight in zip(losses, weights, strict=True)]
+    return torch.cat([part.to(parts[0].device) for part in parts]).sum(0, keepdim=True)
 
 
-def _weighted(loss: Tensor, weight: float) -> Tensor:
+def _entry(loss: Tensor) -> Tensor:
     if loss.numel() != 1:
         loss = loss.sum()
-    loss = loss.reshape(1)
-    if loss.dtype is not torch.float64:
-        loss = loss.float()
-    if weight == 1.0:
-        return loss
-    return loss * weight
+    return loss.reshape(1)
+
+
+def _wide(loss: Tensor) -> Tensor:
+    if loss.device.type == "mps":  # which has no float64
+        return loss.float()
+    return loss.double()
 
 
 def _number(loss: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ class GradientCallback(StatefulCallback):
         """Load a state from :meth:`state_dict`; in mid-batch it takes effect at once.
 
         Raises:
-            ValueError: If the state is incomplete or damaged.
+            ValueError: If the state is damaged.
         """
         super().load_state_dict(state_dict)
         if self._driver:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from clip_callbacks.core.step_report import StepReport
 from clip_callbacks.engine.engine import StepEngine
-from clip_callbacks.engine.resume import DAMAGED, State, bad_step_counts, check_histories, reading
+from clip_callbacks.engine.resume import State, bad_step_counts, check_histories, reading
 from clip_callbacks.trainer.launched_processes import ResultReturningCallback
 from clip_callbacks.trainer.lightning_callback import LightningCallback
 from clip_callbacks.trainer.run_identity import RunIdentity
@@ -119,7 +119,7 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
         """Load a state from :meth:`state_dict`.
 
         Raises:
-            ValueError: If the state is incomplete or damaged.
+            ValueError: If the state is damaged.
         """
         # a callback of another package may have the same class name, and Lightning matches states by that name alone
         if "history" not in state_dict:
@@ -130,14 +130,12 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
                 stacklevel=2,
             )
             return
-        missing = sorted(self._empty_state().keys() - state_dict.keys())
-        if missing:
-            got = f"got keys {sorted(state_dict)} without {missing}"
-            raise ValueError(f"the checkpoint's state must be one of {type(self).__name__}, {got}. {DAMAGED}")
+        # what an earlier version did not save begins empty
+        state_dict = {**self._empty_state(), **state_dict}
         with reading(type(self).__name__):
             check_histories(state_dict)
             self._check_state(state_dict)
-        self._saved = dict(state_dict)
+        self._saved = state_dict
         self._is_loaded = True
 
     def __getstate__(self) -> dict[str, Any]:

@@ -216,8 +216,10 @@ class StepEngine:
         """Inspect the micro-batch, and drop it if it is bad and the guard works on micro-batches."""
         if self._propagates_losses:
             self._nan_propagator.end_pass()
-        if len(self._optimizers.contexts) > 1:  # with one optimizer, every pass belongs to its window
-            self._guard.end_pass(*self.windows.end_pass())
+        if not self._is_automatic:  # where every pass belongs to the window of the one optimizer
+            reached, begun = self.windows.end_pass()
+            if len(self._optimizers.contexts) > 1:
+                self._guard.end_pass(reached, begun)
         if self.windows.acts_on_backward and self.windows.after_backward(self._report_micro_batch):
             self._guard.count_dropped_micro_batch()
 

@@ -32,9 +32,6 @@ _ADVICE_ON_LOSSES = (
 )
 """Advice where the loss was not finite: clipping changes nothing in the forward pass."""
 
-MAX_SPIKE_SHARE = 0.1
-"""Share of spikes among the last steps above which a warning says that they are no exceptions."""
-
 _DONE = {
     Action.CLIP: "the step is taken",
     Action.SKIP: "the step is skipped",
@@ -90,7 +87,6 @@ class BadStepLog:
         self._journal = journal
         self._rollback = rollback
         self._last_diagnosis: Diagnosis | None = None
-        self._has_warned_of_share = False
         self._last_lost: tuple[int, list[str]] = (-1, [])
 
     def nonfinite(self, step: StepContext, diagnosis: Diagnosis, counters: Counters, action: Action) -> None:
@@ -138,10 +134,10 @@ class BadStepLog:
             bundle=self._journal.record(step, facts),
         )
         self._warn_or_end(step, message, counters)
-        if counters.spike_share > MAX_SPIKE_SHARE and not self._has_warned_of_share:
-            self._has_warned_of_share = True
+        share = counters.find_common_spikes()
+        if share is not None:
             self._warn(
-                f"About {counters.spike_share:.0%} of the last steps were spikes, the last at {step}: these are no exceptions, and "
+                f"About {share:.0%} of the last steps were spikes, the last at {step}: these are no exceptions, and "
                 f"if they are skipped, a whole kind of batch is left out of training. Raise {' and '.join(spike.exceeded)}, or set "
                 "`both=True` with thresholds of the norm and of the loss."
             )

@@ -19,6 +19,12 @@ from clip_callbacks.core.metric_names import (
 MEMORY = 200
 """Number of steps over which the share of spikes is a running mean."""
 
+MAX_SPIKE_SHARE = 0.1
+"""Share of spikes among the last steps above which they are no exceptions."""
+
+MIN_STEPS_FOR_SHARE = 100
+"""Smallest number of steps of which the share is judged."""
+
 NO_STEP = -2
 """Step number before the first bad step: neither the number of a step nor the one before it."""
 
@@ -33,7 +39,8 @@ class Counters:
         overflowed: Number of steps that a GradScaler skipped.
         spikes: Number of finite steps above a threshold, skipped or not.
         reported: Number of steps that were reported as non-finite under the policy "warn".
-        spike_share: Share of spikes among the last steps, a running mean up to ``last_spike``.
+        spike_share: Share of spikes among the last steps, a running mean up to ``last_spike`` that begins at 0.
+        has_common_spikes: True once a warning has said that spikes are no exceptions.
         last_spike: Number of the last spike, counted over this optimizer's steps of the run.
         streak: Number of bad batches in a row, up to ``last_bad``.
         steps_in_streak: Number of bad steps in these batches; a batch has many with truncated backpropagation.
@@ -48,6 +55,7 @@ class Counters:
     reported: int = 0
     spike_share: float = 0.0
     last_spike: int = 0
+    has_common_spikes: bool = False
     streak: int = 0
     steps_in_streak: int = 0
     last_bad: int = NO_STEP
@@ -95,6 +103,15 @@ class Counters:
         self.spikes += 1
         self.spike_share = self.spike_share * (1.0 - 1.0 / MEMORY) ** (number - self.last_spike) + 1.0 / MEMORY
         self.last_spike = number
+
+    def find_common_spikes(self) -> float | None:
+        """Return the share of spikes among the last steps if it is too large for exceptions; None if not, or once it was found."""
+        # a mean that begins at 0 is too low at first; of few steps it says little
+        share = self.spike_share / (1.0 - (1.0 - 1.0 / MEMORY) ** (self.last_spike + 1))
+        if self.has_common_spikes or self.last_spike < MIN_STEPS_FOR_SHARE or share <= MAX_SPIKE_SHARE:
+            return None
+        self.has_common_spikes = True
+        return share
 
     @property
     def in_a_row(self) -> str:

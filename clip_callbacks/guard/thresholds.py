@@ -19,13 +19,15 @@ class SpikeThreshold:
         name: Name of the guard's argument, ``skip_above`` or ``loss_above``.
         limit: The limit; None if there is none.
         saved: States from a checkpoint, by the optimizer's index.
+        is_of_losses: If True, the limit is one of losses; else of norms.
 
     Attributes:
         mismatch: Parts of the checkpoint that do not fit the present limit.
     """
 
-    def __init__(self, name: str, limit: MaxNorm, saved: Mapping[int, Any]) -> None:
+    def __init__(self, name: str, limit: MaxNorm, saved: Mapping[int, Any], *, is_of_losses: bool = False) -> None:
         self.name = name
+        self._is_of_losses = is_of_losses
         self.limit = limit
         self.mismatch = StateMismatch()
         self._states = {int(index): NamedLimitState.load(each) for index, each in saved.items()}
@@ -44,7 +46,7 @@ class SpikeThreshold:
             known, whose = before.get(context.index), f"{self.name}{context.of_optimizer}"
             carried = None
             if self.limit is not None:
-                carried = carry_over(NamedLimitState.fresh(ClipRule(self.limit), context.table), [known])
+                carried = carry_over(self._fresh(context), [known])
                 self._states[context.index] = self._in_numbers(carried.state)
                 if context.index in resumed:
                     carried.report_missing(whose, self.mismatch)
@@ -52,6 +54,13 @@ class SpikeThreshold:
             is_used = carried is not None and carried.state.state and not carried.missing_blocks
             if known is not None and known.state and not is_used and not renewed:
                 self.mismatch.unexpected.append(f"the state of {known.kind}, which was {whose}")
+
+    def _fresh(self, context: OptimizerContext) -> NamedLimitState:
+        fresh = NamedLimitState.fresh(ClipRule(self.limit), context.table)
+        if self._is_of_losses and fresh.state:
+            # a loss is of no parameter: its state goes on whatever parameters the optimizer holds, and whatever their names
+            return replace(fresh, names=("loss",), members=None)
+        return fresh
 
     def _in_numbers(self, named: NamedLimitState) -> NamedLimitState:
         """Return the state in the form that a step on the host is fastest with, if the limit has one."""
@@ -79,7 +88,7 @@ class SpikeThresholds:
     def __init__(self, limits: SpikeLimits, saved: Mapping[str, Any]) -> None:
         self._each = [
             SpikeThreshold("skip_above", limits.skip_above, saved.get("skip_above", {})),
-            SpikeThreshold("loss_above", limits.loss_above, saved.get("loss_above", {})),
+            SpikeThreshold("loss_above", limits.loss_above, saved.get("loss_above", {}), is_of_losses=True),
         ]
         self._held: dict[int, list[NamedLimitState]] = {}
 

@@ -97,6 +97,40 @@ def test_a_rank_without_weight_takes_the_loss_of_the_others(run):
     assert not [text for text in texts if "manual_backward" in text]
 
 
+class TwoOptimizers(parallel.Divided):
+    """Two optimizers step with one loss, each with some of the parameters."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        first, *others = self.parameters()
+        return [torch.optim.SGD(part, lr=0.01) for part in ([first], others)]
+
+
+def both_alone_weightless(name):
+    guard = NonFiniteGuard(loss_above=1e9)
+    callbacks = [guard, AccumulationRescaling(of_other_rank, divide=True)]
+    found = parallel.result(name, *callbacks, module=TwoOptimizers(), steps=4)
+    return [float(found["metrics"][f"grad/loss-SGD{ending}"]) for ending in ("", "-1")]
+
+
+def test_a_rank_without_weight_takes_the_loss_of_the_others_for_each_optimizer(run):
+    first, second = run("ddp", function=both_alone_weightless)
+    assert first == second
+    assert first[0] == pytest.approx(first[1])
+    assert first[0] > 0
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_a_threshold_of_the_loss_takes_one_collective_at_most(run, name, norm_type):

@@ -95,7 +95,7 @@ FAULTS = [
     Fault("trainer/grad_scaler.py", "    _growth_counter(scaler).sub_(1)\n", "", "guard"),
     Fault("trainer/averages.py", "_latest_update_step = self._trainer.global_step + 1", "_latest_update_step = self._trainer.global_step", "guard"),
     Fault("trainer/later_hooks.py", "self.runs_after_module = overrides(module, HOOK)", "self.runs_after_module = False", "integration"),
-    Fault("accumulation/windows.py", "self._discarded[index] = reason", "pass", "guard"),
+    Fault("accumulation/optimizer_window.py", "self.discarded = reason", "pass", "guard"),
     Fault("trainer/buffer_tracker.py", "            self._await_lazy()\n", "", "integration"),
     Fault("guard/written_buffers.py", "return dict(before)", "pass", "integration"),
     Fault("trainer/bypassing_steps.py", "return len(written) > len(others)", "return bool(written)", "integration"),

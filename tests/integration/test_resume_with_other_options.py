@@ -292,6 +292,23 @@ def test_a_resume_that_fails_at_its_start_may_be_tried_again(trainer, tmp_path):
     assert again.state_dict()["limits"][0]["rule_1"]["state"]["count"].tolist() == [8, 8]
 
 
+@pytest.mark.parametrize("make", [GradientClipping, NonFiniteGuard, GradientNormMonitor])
+def test_what_an_earlier_version_did_not_save_begins_empty(trainer, tmp_path, make):
+    whole, first = make(), make()
+    trainer(whole, max_epochs=2).fit(Regression(), data(4))
+    fit = trainer(first)
+    fit.fit(Regression(), data(4))
+    fit.save_checkpoint(tmp_path / "early.ckpt")
+    checkpoint = torch.load(tmp_path / "early.ckpt", weights_only=False)
+    (state,) = [state for state in checkpoint["callbacks"].values() if "history" in state]
+    for key in ("loss_above", "skipped_batches", "vanished", "guard"):
+        state.pop(key, None)
+    torch.save(checkpoint, tmp_path / "early.ckpt")
+    later = make()
+    trainer(later, max_epochs=2).fit(Regression(), data(4), ckpt_path=tmp_path / "early.ckpt", **SAFELY)
+    assert later.state_dict()["history"][0]["steps"] == whole.state_dict()["history"][0]["steps"] == 8
+
+
 DAMAGES = [
     (GradientClipping, lambda state: state["limits"][0]["rule_1"].pop("kind"), "KeyError: 'kind'"),
     (GradientClipping, lambda state: state["limits"][0]["rule_1"]["state"].update(mean="three"), "'mean' must be a tensor"),

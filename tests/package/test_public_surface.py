@@ -17,7 +17,8 @@ THEIRS = {
     NonFiniteGuard: {
         *("policy", "max_consecutive", "level", "skip_above", "loss_above", "both", "hold_schedulers", "trace_forward", "deferred"),
         *("bundles", "rollback", "summary"),
-        *("spikes", "skipped_steps_of", "zeroed_steps", "overflowed_steps", "rollbacks", "dropped_micro_batches"),
+        *("spikes", "skipped_steps_of", "zeroed_steps", "overflowed_steps", "reported_steps"),
+        *("rollbacks", "dropped_micro_batches"),
     },
     GradientNormMonitor: {
         *("scope", "norm_type", "every_n_steps", "include", "exclude", "top_k", "log_update_ratio"),

@@ -1,0 +1,167 @@
+"""The loss of a window is that of its gradient: of any length, whatever the module does with its losses, or its parameters."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from clip_callbacks import AccumulationRescaling, NonFiniteGuard, RobustZScoreLimit
+from clip_callbacks.accumulation import optimizer_window
+from tests.helpers.training import SAFELY, Regression, data
+
+pytestmark = pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning", "ignore:Non-finite gradients:RuntimeWarning")
+
+
+class Given(LightningModule):
+    """Losses are what the batches say; gradients are 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight * 0).sum() + batch
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def loss_of(trainer, losses, *callbacks, **options):
+    """The logged loss of one window of these losses, and the number of spikes above 5."""
+    guard = NonFiniteGuard("warn", loss_above=5.0)
+    fit = trainer(guard, *callbacks, accumulate_grad_batches=len(losses), **options)
+    fit.fit(Given(), DataLoader(losses, batch_size=None))
+    return float(fit.callback_metrics["grad/loss"]), guard.spikes
+
+
+@pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(),)], ids=["plain", "rescaled"])
+@pytest.mark.parametrize("count", [7, 8, 9, 16, 29])
+def test_a_window_of_any_length_has_a_mean(trainer, monkeypatch, count, callbacks):
+    monkeypatch.setattr(optimizer_window, "MAX_MICRO_BATCHES", 8)
+    monkeypatch.setattr("clip_callbacks.accumulation.windows.MAX_MICRO_BATCHES", 8)
+    losses = [torch.tensor(100.0 if place < 3 else 1.0) for place in range(count)]
+    loss, spikes = loss_of(trainer, losses, *callbacks)
+    assert loss == pytest.approx((300.0 + count - 3) / count)
+    assert spikes == 1
+
+
+def test_a_bad_loss_at_the_beginning_of_a_long_window_is_found(trainer, monkeypatch):
+    monkeypatch.setattr(optimizer_window, "MAX_MICRO_BATCHES", 8)
+    monkeypatch.setattr("clip_callbacks.accumulation.windows.MAX_MICRO_BATCHES", 8)
+    guard, losses = NonFiniteGuard(), [torch.tensor(math.nan if place == 1 else 1.0) for place in range(29)]
+    trainer(guard, accumulate_grad_batches=29).fit(Given(), DataLoader(losses, batch_size=None))
+    assert guard.skipped_steps == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_mean_of_losses_near_the_largest_number_is_finite(trainer, count):
+    loss, spikes = loss_of(trainer, [torch.tensor(1.5e38)] * count)
+    assert loss == pytest.approx(1.5e38)
+    assert spikes == 1
+
+
+class Manual(Regression):
+    """One step a batch, in manual optimization; subclasses do more around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch, batch_idx)
+        self.losses.append(loss.item())
+        self.manual_backward(loss)
+        self.after_backward(loss)
+        optimizer.step()
+
+    def after_backward(self, loss):
+        pass
+
+
+class Overwritten(Manual):
+    """The module writes to its loss once the backward pass is over."""
+
+    def after_backward(self, loss):
+        loss.detach().fill_(math.nan)
+
+
+class BesideAnother(Manual):
+    """Another loss is of a parameter that the optimizer does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+    def after_backward(self, loss):
+        self.manual_backward(self.temperature * math.nan)
+        self.temperature.grad = None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("module", [Manual, Overwritten, BesideAnother])
+@pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(divide=True),)], ids=["plain", "divided"])
+def test_the_loss_of_a_manual_step_is_that_of_its_gradient(trainer, module, callbacks):
+    torch.manual_seed(0)
+    subject, guard = module(), NonFiniteGuard(loss_above=1e9)
+    fit = trainer(guard, *callbacks)
+    fit.fit(subject, data(4))
+    assert float(fit.callback_metrics["grad/loss"]) == pytest.approx(subject.losses[-1])
+    assert guard.skipped_steps == 0
+
+
+class Renamed(Callback):
+    """From the second epoch on the optimizer holds other parameters."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.net[2].parameters(), lr=0.001)]
+
+
+class OneLayer(Regression):
+    """The optimizer holds one layer of two."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.001)
+
+
+def test_the_state_of_the_losses_goes_on_with_other_parameters(trainer, tmp_path):
+    limit = RobustZScoreLimit(6.0, window=64, warmup=3, scale="linear")
+    guard = NonFiniteGuard(loss_above=limit)
+    fit = trainer(Renamed(), guard, max_epochs=2)
+    fit.fit(OneLayer(), data(12))
+    assert int(guard.state_dict()["loss_above"][0]["state"]["count"]) == 24
+
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+
+    class Wrapped(OneLayer):
+        def __init__(self):
+            super().__init__()
+            self.wrapper = nn.ModuleDict({"net": self.net})
+            del self.net
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {f"wrapper.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+        @property
+        def _net(self):
+            return self.wrapper["net"]
+
+        def loss(self, batch, batch_idx):
+            return nn.functional.mse_loss(self._net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self._net[2].parameters(), lr=0.001)
+
+    resumed = NonFiniteGuard(loss_above=limit)
+    trainer(resumed, max_epochs=3).fit(Wrapped(), data(12), ckpt_path=tmp_path / "last.ckpt", **SAFELY)
+    assert int(resumed.state_dict()["loss_above"][0]["state"]["count"]) == 36

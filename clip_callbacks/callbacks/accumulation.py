@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from clip_callbacks.accumulation.rescaler import make_rescaler
+from clip_callbacks.core.arguments import as_flag
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.engine import StepEngine
@@ -65,7 +66,7 @@ class AccumulationRescaling(GradientCallback):
         if weight is not None and not callable(weight):
             raise TypeError(f"`weight` must be a function from a batch to a number, or None, got {weight!r}.")
         self.weight = weight
-        self.divide = divide
+        self.divide = as_flag(divide, "divide")
 
     def _facts(self) -> CallbackFacts:
         options = {"weight": self.weight, "divide": self.divide}

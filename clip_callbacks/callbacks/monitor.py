@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from clip_callbacks.core.arguments import as_count_or_none, as_norm_type
+from clip_callbacks.core.arguments import as_count_or_none, as_flag, as_norm_type
 from clip_callbacks.core.blocks import SCOPES, Scope, Selection
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
@@ -106,11 +106,11 @@ class GradientNormMonitor(GradientCallback):
         self.every_n_steps = as_count_or_none(every_n_steps, "every_n_steps", least=1)
         self.include, self.exclude = include, exclude
         self.top_k = as_count_or_none(top_k, "top_k", least=1)
-        self.log_update_ratio = log_update_ratio
-        self.log_weight_norm = log_weight_norm
-        self.log_statistics = log_statistics
-        self.log_contributions = log_contributions
-        self.log_histograms = log_histograms
+        self.log_update_ratio = as_flag(log_update_ratio, "log_update_ratio")
+        self.log_weight_norm = as_flag(log_weight_norm, "log_weight_norm")
+        self.log_statistics = as_flag(log_statistics, "log_statistics")
+        self.log_contributions = as_flag(log_contributions, "log_contributions")
+        self.log_histograms = as_flag(log_histograms, "log_histograms")
         self.summary = summary
         self._selection = Selection(include, exclude)
 

@@ -126,3 +126,14 @@ def as_choice(value: object, argument: str, choices: tuple[Choice, ...]) -> Choi
         if value == choice:
             return choice
     raise ValueError(f"`{argument}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def as_flag(value: object, argument: str) -> bool:
+    """Check a choice between True and False.
+
+    Raises:
+        ValueError: If it is another value, such as a word, which Python would take for True.
+    """
+    if value not in (True, False):
+        raise ValueError(f"`{argument}` must be True or False, got {value!r}.")
+    return bool(value)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from clip_callbacks.core.arguments import as_choice, as_count, as_finite, number_above_zero
+from clip_callbacks.core.arguments import as_choice, as_count, as_finite, as_flag, number_above_zero
 from clip_callbacks.core.limits import Limit, as_limit, as_loss_limit
 from clip_callbacks.core.nonfinite import POLICIES, Policy
 from clip_callbacks.core.rules import NO_SPIKE_LIMITS, SpikeLimits
@@ -161,6 +161,10 @@ class GuardOptions:
         as_choice(self.policy, "policy", (*POLICIES, "warn"))
         as_choice(self.level, "level", get_args(Level))
         as_count(self.max_consecutive, "max_consecutive", least=1)
+        for name in ("both", "hold_schedulers", "trace_forward"):
+            as_flag(getattr(self, name), name)
+        if self.deferred is not None:
+            as_flag(self.deferred, "deferred")
         if self.bundles is not None and not isinstance(self.bundles, Bundles):
             raise TypeError(f"`bundles` must be a folder, Bundles(...) or None, got {self.bundles!r}.")
         if self.rollback is not None and not isinstance(self.rollback, Rollback):

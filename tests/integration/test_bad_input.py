@@ -60,6 +60,19 @@ def test_max_consecutive(value):
         NonFiniteGuard(max_consecutive=value)
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *[(NonFiniteGuard, name) for name in ("both", "hold_schedulers", "trace_forward", "deferred")],
+        *[(GradientNormMonitor, name) for name in ("log_statistics", "log_histograms", "log_update_ratio")],
+        (AccumulationRescaling, "divide"),
+    ],
+)
+def test_flags(make, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got 'false'"):
+        make(**{name: "false"})
+
+
 def test_clip_value():
     with pytest.raises(ValueError, match="`clip_value` must be a number above 0"):
         GradientClipping(clip_value=-0.5)

@@ -99,7 +99,8 @@ def as_loss_limit(loss_above: float | Limit) -> Limit:
     if not loss_above.takes_losses:
         raise ValueError(
             "`loss_above` must be a number, or a Limit that takes losses, such as RobustZScoreLimit, got "
-            f"{loss_above!r}: its limits are made for norms, which are never negative."
+            f"{loss_above!r}: its limits are made for norms, which are never negative. If a limit of your own takes losses, let "
+            "its `takes_losses` return True."
         )
     return loss_above
 

@@ -14,10 +14,10 @@ from clip_callbacks.core.step_record import StepRecord
 class StepReport:
     """The norms of one optimizer step, and what was decided and done about its gradients.
 
-    :func:`~clip_callbacks.clip_step` returns it, and every callback has that of the last step as ``last_report``. Norms are those
-    of the true gradients: after the accumulation scale, without the loss scale. Norms, limits and coefficients are float tensors
-    on the CPU, or, of a deferred step, on the device of the gradients, where reading them is a host sync. Float64 appears where
-    gradients have it, or where float32 could not hold a norm.
+    :func:`~clip_callbacks.clip_step` returns it, and every callback but FaultInjection has that of the last step as
+    ``last_report``. Norms are those of the true gradients: after the accumulation scale, without the loss scale. Norms, limits and
+    coefficients are float tensors on the CPU, or, of a deferred step, on the device of the gradients, where reading them is a host
+    sync. Float64 appears where gradients have it, or where float32 could not hold a norm.
 
     Two reports are equal if they are reports of the same step.
 

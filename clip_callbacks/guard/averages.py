@@ -114,9 +114,10 @@ class _Averages(Resource):
         names = ", ".join(f"`{name}`" for name in moved)
         rank_zero_warn(
             f"{names} moved after a skipped step and before the next one: weights that no optimizer of the Trainer trains, such as "
-            "an average of the others, count the skipped step, and are not restored. Move them after steps that were taken, in "
-            "on_train_batch_end: `if not callback.last_report.outcome.is_skipped: ...`, where callback is this NonFiniteGuard or "
-            "GradientClipping. Or leave averages to Lightning's WeightAveraging, which does not count skipped steps.",
+            "an average of the others, count the skipped step, and are not restored. Move them after steps that were taken: in "
+            "on_train_batch_end, if `callback.last_report` is another than after the batch before, and not `.skipped`, where "
+            "callback is this NonFiniteGuard or GradientClipping. Or leave averages to Lightning's WeightAveraging, which does not "
+            "count skipped steps.",
             category=RuntimeWarning,
             stacklevel=2,
         )

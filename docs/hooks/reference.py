@@ -11,7 +11,7 @@ from clip_callbacks import cli
 MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
-    "NonFiniteGuard": ("skipped_steps", "zeroed_steps", "overflowed_steps", "dropped_micro_batches", "rollbacks"),
+    "NonFiniteGuard": ("skipped_steps", "spikes", "zeroed_steps", "overflowed_steps", "dropped_micro_batches", "rollbacks"),
     "ParameterTable": ("names", "groups"),
     "StepReport": (
         *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),
@@ -24,7 +24,8 @@ MODULES = {"callbacks": ("callbacks", "guard.options"), "limits": ("core.limits"
 """Modules whose public names stand on a page of the reference; all other names are on the page of functions."""
 
 INTRODUCTIONS = {
-    "callbacks": "Every callback has `last_report`, the `StepReport` of the last step or None, and a count `skipped_steps`.",
+    "callbacks": "Every callback but FaultInjection has `last_report`, the `StepReport` of the last step or None, and a count "
+    "`skipped_steps`.",
     "limits": "Limits stand wherever `max_norm`, `shadow` and `skip_above` take a number.",
     "functions": "Functions for plain loops and Fabric, and the values that functions and callbacks take and return.",
 }

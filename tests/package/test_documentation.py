@@ -139,6 +139,30 @@ def scope(tmp_path, monkeypatch):
     return public | usual | ours | {"clip_callbacks": clip_callbacks}
 
 
+def test_fits_of_a_class_on_a_page_end():
+    """The Trainer of these tests ends after one epoch, that of a reader after a thousand."""
+    fits = [block for block in BLOCKS if block.language == "python" and "class " in block.source and ".fit(" in block.source]
+    assert len(fits) > 6
+    assert [str(block) for block in fits if "max_epochs=1" not in block.source] == []
+
+
+@pytest.mark.parametrize(("windows", "good_steps"), [(1, [1, 2, 3, 4, 5, 7, 8, 9, 10]), (4, [1, 3])])
+@pytest.mark.filterwarnings("ignore:Non-finite gradients at step")
+def test_an_average_takes_each_good_step_once(windows, good_steps, scope):
+    class Poisoned(Tokens):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 5 else 1.0)
+
+    (block,) = [block for block in BLOCKS if "class Average" in block.source]
+    names = scope | {"averaged": []}
+    exec(block.source.replace("...", "averaged.append(trainer.global_step)"), names)
+    guard = clip_callbacks.NonFiniteGuard()
+    callbacks = [guard, names["Average"](guard)]
+    trainer = scope["Trainer"](accumulate_grad_batches=windows, callbacks=callbacks)
+    trainer.fit(Poisoned(), scope["loader"])
+    assert names["averaged"] == good_steps
+
+
 def is_only_compiled(block: Block) -> bool:
     return any(word in block.source for word in ONLY_COMPILED.get(block.page, ()))
 

@@ -73,7 +73,7 @@ class RobustZScoreLimit(Limit):
     t of 10, 7 or 5 degrees of freedom. With 3 degrees of freedom it is so for z up to 3, and with z = 4 it is 14 times that share,
     because the limit stays within 3 z, above which hardly any spike would be found. (:math:`z'` alone would give 80 times with 5
     degrees of freedom, and 250 times with 3.) Of jumps by 8 robust standard deviations, z = 4 finds 97 % in normal losses, 57 %
-    with 10 degrees of freedom and 8 % with 5; z = 3 finds 99 %, 99 % and 90 %. More than 4 is rarely useful.
+    with 10 degrees of freedom and 8 % with 5; z = 3 finds 100 %, 99 % and 90 %. More than 4 is rarely useful.
 
     A value enters the window as it is clipped. After a lasting jump the limit follows within one or two windows.
 

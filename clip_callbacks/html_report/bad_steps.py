@@ -56,11 +56,8 @@ def bad_steps(log: OptimizerLog, loss: TrainingLoss | None = None) -> tuple[list
     largest spikes of the norm and of the training loss that are not in the journal.
     """
     bad = [_journal_row(entry) for entry in log.bad_steps] or _logged_skips(log)
-    logged = log.logged_norm
-    bad += [
-        BadStep(int(step), "norm not finite", math.nan, "", "")
-        for step in logged.steps[~np.isfinite(logged.values)][:MAX_ROWS_PER_KIND]
-    ]
+    broken = log.logged_norm.not_finite.steps[:MAX_ROWS_PER_KIND]
+    bad += [BadStep(int(step), "norm not finite", math.nan, "", "") for step in broken]
     norms = log.norm_spikes.without([row.step for row in bad])  # the guard may have skipped a spike
     losses = NO_SPIKES
     if loss:

@@ -11,13 +11,14 @@ import numpy as np
 from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.bad_steps import named_tensors
 from clip_callbacks.html_report.block_findings import find_in_blocks
+from clip_callbacks.html_report.divergence import out_of_control
 from clip_callbacks.html_report.finding import Finding, Severity
 from clip_callbacks.html_report.losses import TrainingLoss
+from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS, words_of
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.spike_findings import find_spikes
 from clip_callbacks.html_report.third_party_norms import describe_unknowns, taken_after_clip
-from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT
 
 NEARLY_ALL_CLIPPED, HALF_CLIPPED, MANY_CLIPPED, HARDLY_ANY_CLIPPED = 0.95, 0.5, 0.25, 0.001
 """Shares of clipped optimizer steps that divide the findings on clipping."""
@@ -27,6 +28,8 @@ ALARMING_SKIPPED_SHARE = 0.01
 """A larger share of skipped optimizer steps is a problem rather than a warning."""
 DEFAULT_MAX_CONSECUTIVE = 10
 """The number of bad batches in a row at which NonFiniteGuard ends a run by default."""
+NAN_CURES = "GradientClipping skips such steps, and NonFiniteGuard names the tensors that caused them."
+"""Advice for a run without the guard whose loss was not finite."""
 STAGE_MEANINGS = {
     "step": "the previous optimizer step had made parameters non-finite",
     "parameter": "parameters were non-finite before the step",
@@ -49,8 +52,8 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series], loss: TrainingLoss | 
     """
     order: list[Severity] = ["bad", "warn", "good", "note"]
     found = [
-        *_broken_loss(losses),
-        *_out_of_control(losses),
+        *_broken_losses(log, losses),
+        *_out_of_control(loss),
         *_origin(log),
         *_not_finite(log),
         *_clipping(log),
@@ -66,49 +69,28 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series], loss: TrainingLoss | 
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def out_of_control(losses: dict[str, Series]) -> str | None:
-    """Say that the training loss doubled, if in some quarter of the run its median was twice the first value; None otherwise."""
-
-    def rank(key: str) -> tuple[bool, bool, bool, int]:
-        name = key.lower()
-        return "val" in name or "test" in name, len(losses[key].finite) < MIN_NORMS_FOR_QUARTERS, "train" not in name, len(key)
-
-    if not losses:
-        return None
-    key = min(losses, key=rank)
-    values = losses[key].finite.values
-    if len(values) < MIN_NORMS_FOR_QUARTERS or not bool((values > 0).all()):
-        return None
-    worst = max(float(np.median(part)) for part in np.array_split(values, QUARTER_COUNT))
-    if worst <= 2 * values[0]:
-        return None
-    return (
-        f"{key} rose from {values[0]:.3g} to {worst:.3g} (the median of a quarter of the run): the training went out of control, "
-        "and its norms tell little about a healthy run. Lower the learning rate, or start with QuantileLimit(0.1), which needs no "
-        "number, and take the suggestion from the log of that run."
-    )
-
-
-def _out_of_control(losses: dict[str, Series]) -> Iterator[Finding]:
-    if caution := out_of_control(losses):
+def _out_of_control(loss: TrainingLoss | None) -> Iterator[Finding]:
+    if caution := out_of_control(loss):
         yield Finding("bad", caution)
 
 
-def _broken_loss(losses: dict[str, Series]) -> Iterator[Finding]:
+def _broken_losses(log: OptimizerLog, losses: dict[str, Series]) -> Iterator[Finding]:
     for key, series in losses.items():
-        broken = series.steps[~np.isfinite(series.values)]
-        if not len(broken):
-            continue
-        if math.isfinite(series.values[-1]):
+        broken, tail = series.not_finite, series.not_finite_at_end
+        if len(tail) > 1:
+            text = f"{key} is NaN or inf from optimizer step {tail.steps[0]:,} to the end, at {len(tail):,} logged steps"
+            # One NaN makes the mean of an epoch NaN too, also under a name that does not say so: its other steps have finite norms.
+            if words_of(key) & (EVALUATION_WORDS | {"epoch"}) or log.total_norm.between(int(tail.steps[0]), None):
+                yield Finding("bad", f"{text}.")
+            elif log.skipped_steps:
+                yield Finding("bad", f"{text}: nothing was learned from them.")
+            else:
+                yield Finding("bad", f"{text}: nothing was learned from them. {NAN_CURES}")
+        elif broken:
             yield Finding(
                 "warn",
-                f"{key} is NaN or inf at {len(broken)} of {len(series)} logged steps, first at optimizer step {broken[0]:,}.",
-            )
-        else:
-            yield Finding(
-                "bad",
-                f"{key} is NaN or inf from optimizer step {broken[0]:,} to the end: nothing was learned from there on. "
-                "GradientClipping skips such steps, and NonFiniteGuard names the tensors that caused them.",
+                f"{key} is NaN or inf at {len(broken):,} of {len(series):,} logged steps, first at optimizer step "
+                f"{broken.steps[0]:,}.",
             )
 
 
@@ -121,16 +103,14 @@ def _origin(log: OptimizerLog) -> Iterator[Finding]:
 
 
 def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
-    logged, finite = log.logged_norm, log.logged_norm.finite
-    broken = len(logged) - len(finite)
+    logged, finite, broken = log.logged_norm, log.logged_norm.finite, log.logged_norm.not_finite
     if not broken:
         return
-    first = int(logged.steps[~np.isfinite(logged.values)][0])
     text = (
-        f"{broken:,} of {len(logged):,} logged norms are NaN or inf, first at optimizer step {first:,}. Percentiles and plots "
-        "leave them out."
+        f"{len(broken):,} of {len(logged):,} logged norms are NaN or inf, first at optimizer step {broken.steps[0]:,}. Percentiles "
+        "and plots leave them out."
     )
-    if finite and int((logged.steps > finite.steps[-1]).sum()) > 1:
+    if finite and len(logged.not_finite_at_end) > 1:
         yield Finding("bad", f"{text} None is finite after optimizer step {finite.steps[-1]:,}: the weights may be NaN since then.")
     else:
         yield Finding("warn", text)

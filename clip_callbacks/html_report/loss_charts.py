@@ -59,9 +59,8 @@ def loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
                 if len(finite) < MAX_MARKED_POINTS:
                     marker = "o"
                 draw_line(axes, finite, each.color, label, f"loss-{label}", linestyle=style, marker=marker, markersize=3)
-            broken = series.steps[~np.isfinite(series.values)]
-            if len(broken):
-                axes.axvline(float(broken[0]), color=each.color, linestyle=":", label=NAN_LABEL.format(label))
+            if broken := series.not_finite:
+                axes.axvline(float(broken.steps[0]), color=each.color, linestyle=":", label=NAN_LABEL.format(label))
         _mark_spikes(axes, marked, theme)
         _scale_losses(axes, np.concatenate([series.finite.values for _, _, series, _ in lines]))
         label_step_axis(axes)
@@ -69,10 +68,10 @@ def loss_chart(plotted: Sequence[PlottedRun]) -> Chart:
 
     final_values = "; ".join(f"{label} {or_none(series.last)} at the end" for _, label, series, _ in lines)
     caption = "Losses as the module logged them."
-    if any(len(series.finite) < len(series) for _, _, series, _ in lines):
+    if any(series.not_finite for _, _, series, _ in lines):
         caption += " A vertical dotted line marks the first optimizer step at which a loss was NaN or inf."
     names = [label for _, label, _, _ in lines]
-    names += [NAN_LABEL.format(label) for _, label, series, _ in lines if len(series.finite) < len(series)]
+    names += [NAN_LABEL.format(label) for _, label, series, _ in lines if series.not_finite]
     heights = heights_with_legend(3.4, 3.2, [*names, *_kinds(marked)])
     summary = f"Loss over optimizer steps. {final_values}.{_spikes_in_words(marked)}"
     return Chart("loss", "Loss", caption + _meaning_of_marks(marked), summary, draw, heights)

@@ -13,7 +13,7 @@ from clip_callbacks.core.metric_names import LOSS, LOSS_LIMIT
 from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS
 from clip_callbacks.html_report.runs import LOSS_WORDS, OptimizerLog
 from clip_callbacks.html_report.series import Series
-from clip_callbacks.html_report.spikes import Spikes, loss_spikes
+from clip_callbacks.html_report.spikes import MIN_POINTS_FOR_SPIKES, Spikes, loss_spikes
 
 TRAINING_LOSS_WORDS = LOSS_WORDS - {"perplexity", "ppl", "error", "rmse"} | {
     "train",
@@ -60,7 +60,8 @@ def training_loss(log: OptimizerLog, losses: Mapping[str, Series], *, is_named: 
 
     This is ``grad/loss``, which the guard logs. Else it is, in a run with one optimizer, a loss whose name has no other words than
     those for loss, training, step and batch (``train_loss``, ``train/loss_step``, ``loss``, ``train_nll``): with "train" in it
-    before others, then the shortest. Losses of a validation or a test never count, nor do means of epochs.
+    before others, then the shortest; those of fewer than 20 points last. Losses of a validation or a test never count, nor do means
+    of epochs.
 
     Args:
         log: The log of the optimizer.
@@ -78,7 +79,12 @@ def training_loss(log: OptimizerLog, losses: Mapping[str, Series], *, is_named: 
     if not is_named:
         candidates = sorted(
             (key for key in candidates if words[key] <= TRAINING_LOSS_WORDS),
-            key=lambda key: (not words[key] & {"train", "training"}, len(key), key),
+            key=lambda key: (
+                len(losses[key].finite) < MIN_POINTS_FOR_SPIKES,  # a loss that sums up the run, such as that of transformers
+                not words[key] & {"train", "training"},
+                len(key),
+                key,
+            ),
         )
     if not candidates:
         return None

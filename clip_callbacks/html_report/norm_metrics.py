@@ -107,7 +107,7 @@ def norms_of_others(names: Collection[str]) -> list[NormMetric]:
 
 
 def _preference(norm: NormMetric) -> tuple[bool, bool, bool, float, int, int, str]:
-    order, words = norm.norm_type, _words(norm.name)
+    order, words = norm.norm_type, words_of(norm.name)
     others = len(words - GRADIENT_WORDS - NORM_WORDS - GRADIENT_NORM_WORDS - TOTAL_WORDS)
     return bool(words & EVALUATION_WORDS), order is None, order != EUCLIDEAN, order or 0.0, others, len(norm.name), norm.name
 
@@ -129,12 +129,13 @@ def _tells_all(name: str) -> bool:
     """Return whether a name, or its end behind folders or a prefix, has only words for gradient, norm and total."""
     ends = [name, *(name[at.end() :] for at in re.finditer("[/-]", name))]
     return any(
-        _says_norm(words := _words(end)) and words <= GRADIENT_WORDS | NORM_WORDS | GRADIENT_NORM_WORDS | TOTAL_WORDS
+        _says_norm(words := words_of(end)) and words <= GRADIENT_WORDS | NORM_WORDS | GRADIENT_NORM_WORDS | TOTAL_WORDS
         for end in ends
     )
 
 
-def _words(name: str) -> set[str]:
+def words_of(name: str) -> set[str]:
+    """Return the words and numbers in the name of a metric, in lower case."""
     return set(re.findall("[a-z0-9]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
 
 
@@ -145,7 +146,7 @@ def _says_norm(words: set[str]) -> bool:
 
 def norm_candidates(names: Collection[str]) -> list[str]:
     """List the metrics whose names mention gradients or norms; norms of all gradients first, then names that mention both."""
-    hints = {name: _words(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
+    hints = {name: words_of(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
     known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN_TOTAL_NORM.match(name)}
     return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
 

@@ -19,7 +19,8 @@ from markupsafe import Markup
 from clip_callbacks.html_report.axes import PlottedRun
 from clip_callbacks.html_report.bad_steps import BadStep, bad_steps
 from clip_callbacks.html_report.charts import MAX_PLOTTED_RUNS, RUN_COLORS, make_charts
-from clip_callbacks.html_report.diagnosis import diagnose, out_of_control
+from clip_callbacks.html_report.diagnosis import diagnose
+from clip_callbacks.html_report.divergence import out_of_control
 from clip_callbacks.html_report.finding import Finding
 from clip_callbacks.html_report.losses import TrainingLoss, training_loss
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS
@@ -108,7 +109,7 @@ class Section:
     def no_loss_advice(self) -> str:
         """Say why no loss_above is suggested although enough losses were logged; empty otherwise."""
         loss = self.plotted.loss
-        if self.loss_advice or loss is None or len(loss.logged) < MIN_LOSSES or out_of_control(self.plotted.losses):
+        if self.loss_advice or loss is None or len(loss.logged) < MIN_LOSSES or out_of_control(loss):
             return ""
         return f"No suggestion of a loss_above: {NONE_FITS}"
 
@@ -169,13 +170,13 @@ def make_sections(runs: Sequence[Run], losses: Sequence[str]) -> list[Section]:
         found = log.run.losses(tuple(losses))
         loss = training_loss(log, found, is_named=bool(losses))
         rows, count = bad_steps(log, loss)
-        color, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(found)
+        color, caution = RUN_COLORS[len(sections) % MAX_PLOTTED_RUNS], taken_after_clip(log) or out_of_control(loss)
         advice = _advice(log, caution)
         suggested = math.nan
         if advice:
             suggested = advice.max_norm
         plotted = PlottedRun(log, found, color, suggested, loss)
-        sections.append(Section(plotted, diagnose(log, found, loss), caution, advice, _loss_advice(loss, found), rows, count))
+        sections.append(Section(plotted, diagnose(log, found, loss), caution, advice, _loss_advice(loss), rows, count))
     return sections
 
 
@@ -197,9 +198,9 @@ def _advice(log: OptimizerLog, caution: str | None) -> Advice | None:
     return replace(advice, reasons=(*reasons, *suggestion_conditions(log)))
 
 
-def _loss_advice(loss: TrainingLoss | None, losses: dict[str, Series]) -> LossAdvice | None:
+def _loss_advice(loss: TrainingLoss | None) -> LossAdvice | None:
     """Suggest a loss_above; None if too few losses were logged, or they are no basis for one."""
-    if loss is None or out_of_control(losses):
+    if loss is None or out_of_control(loss):
         return None
     spikes = [*loss.known, *loss.spikes.points.steps]
     return advise_on_losses(

@@ -51,6 +51,8 @@ LOSS_WORDS = {
     "error",
 }
 """Words in the names of metrics that are losses."""
+FACTOR_WORDS = {"weight", "weights", "scale", "coef", "coefficient", "lambda"}
+"""Words in the names of metrics that are factors of a loss, as loss_weight is."""
 TRANSFORMERS = "transformers"
 """The kind of log that the Trainer of Hugging Face transformers leaves in its checkpoints."""
 PREFIXED_TOTAL_NORM = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
@@ -138,9 +140,8 @@ class Run:
         """Return the losses: those wanted, or those found by name; means of epochs only if those of steps are not logged."""
         if wanted:
             return {key: self.metrics[key] for key in wanted if key in self.metrics}
-        found = [
-            key for key in self.metrics if not key.startswith(OWN_PREFIXES) and LOSS_WORDS & set(re.split("[^a-z]+", key.lower()))
-        ]
+        words = {key: set(re.split("[^a-z]+", key.lower())) for key in self.metrics if not key.startswith(OWN_PREFIXES)}
+        found = [key for key in words if words[key] & LOSS_WORDS and not words[key] & FACTOR_WORDS]
         by_step = {key.removesuffix("_step") for key in found if key.endswith("_step")}
         return {key: self.metrics[key] for key in found if key.removesuffix("_epoch") not in by_step or not key.endswith("_epoch")}
 

@@ -65,6 +65,18 @@ class Series:
         """The points whose value is finite."""
         return self.where(np.isfinite(self.values))
 
+    @property
+    def not_finite(self) -> Series:
+        """The points whose value is NaN or infinite."""
+        return self.where(~np.isfinite(self.values))
+
+    @property
+    def not_finite_at_end(self) -> Series:
+        """The run of points at the end whose value is NaN or infinite: those after the last finite one."""
+        if not self.finite:
+            return self
+        return self.between(int(self.finite.steps[-1]) + 1, None)
+
     def where(self, chosen: npt.NDArray[np.bool_]) -> Series:
         """Return the chosen points; the series itself if these are all."""
         if bool(chosen.all()):

@@ -90,7 +90,7 @@ def test_findings_name_what_they_find(tmp_path):
     path = write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))
     text = said(read(path))
     for part in (
-        "train_loss is NaN or inf from optimizer step 300 to the end",
+        "train_loss is NaN or inf from optimizer step 300 to the end, at 100 logged steps.",
         "7 of 400 steps were skipped (1.75%)",
         "5e+03 at optimizer step 123",
         "The loss scale has fallen to 0.0312",
@@ -107,6 +107,38 @@ def test_a_healthy_run_gives_no_alarm(tmp_path):
     (section,) = make_sections([read(write(tmp_path, table(1000)))], ())
     assert {finding.severity for finding in section.findings} <= {"good", "note"}
     assert section.caution is None
+
+
+def nan_at(steps, *places, level=1.0):
+    """A loss that is NaN at some steps."""
+    losses = np.full(steps, level)
+    losses[list(places)] = math.nan
+    return losses
+
+
+def test_a_loss_is_broken_from_the_first_step_after_the_last_finite_one(tmp_path):
+    norms = np.where(np.isin(np.arange(60), [5, 57, 58, 59]), math.nan, 1.0)
+    frame = table(60, train_loss=nan_at(60, 5, 57, 58, 59), **{"grad/total_norm": norms}).drop(columns="grad/skipped_steps")
+    text = said(read(write(tmp_path, text=frame.to_csv(index=False, na_rep="nan"))))
+    assert "train_loss is NaN or inf from optimizer step 57 to the end, at 3 logged steps: nothing was learned from them." in text
+    assert "GradientClipping skips such steps" in text
+
+
+@pytest.mark.parametrize("places", [(5, 59), (59,)])
+def test_a_skipped_step_at_the_end_is_no_broken_run(places, tmp_path):
+    text = said(read(write(tmp_path, text=table(60, train_loss=nan_at(60, *places)).to_csv(index=False, na_rep="nan"))))
+    assert f"train_loss is NaN or inf at {len(places)} of 60 logged steps, first at optimizer step {places[0]}." in text
+    assert "to the end" not in text
+
+
+@pytest.mark.parametrize("key", ["val_loss", "train_loss", "train_loss_epoch"])
+def test_means_that_are_not_finite_do_not_tell_whether_steps_were_learned_from(key, tmp_path):
+    frame = table(58).drop(columns="train_loss")
+    ends = np.where(np.arange(60) % 10 == 9, "nan", "")
+    frame = frame.reindex(range(60)).assign(step=range(60), **{key: ends})
+    text = said(read(write(tmp_path, frame)))
+    assert f"{key} is NaN or inf from optimizer step 9 to the end, at 6 logged steps." in text
+    assert "nothing was learned" not in text
 
 
 def test_a_loss_that_grew_warns_of_its_norms(tmp_path):
@@ -176,6 +208,7 @@ def test_a_broken_journal_is_noted(tmp_path):
             ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
             ["train/Loss", "kl_loss", "epoch_loss", "gradient_penalty_loss", "val-NLL"],
         ),
+        (["loss", "loss_weight", "kl/loss_scale", "mse_coef"], ["loss"]),
         (["train_acc", "val_f1", "train_time", "lossless", "accuracy"], []),
     ],
 )

@@ -15,7 +15,7 @@ from clip_callbacks.html_report.divergence import out_of_control
 from clip_callbacks.html_report.finding import Finding, Severity
 from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS, words_of
-from clip_callbacks.html_report.runs import OptimizerLog
+from clip_callbacks.html_report.runs import JOURNAL_ALONE, OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.spike_findings import find_spikes
 from clip_callbacks.html_report.third_party_norms import describe_unknowns, taken_after_clip
@@ -119,11 +119,7 @@ def _not_finite(log: OptimizerLog) -> Iterator[Finding]:
 def _clipping(log: OptimizerLog) -> Iterator[Finding]:
     share, norms, limit = log.clipped_share, log.total_norm, log.max_norm
     if not norms:
-        yield Finding(
-            "bad",
-            "No logged step has a finite norm above 0, so there is nothing to clip. Check that backward ran and that no weight is "
-            "NaN.",
-        )
+        yield _no_norm(log)
         return
     p50, p90, p99 = (float(np.quantile(norms.values, q)) for q in (0.5, 0.9, 0.99))
     percentiles = f"The norm has p50 {p50:.3g}, p90 {p90:.3g} and p99 {p99:.3g}."
@@ -149,6 +145,19 @@ def _clipping(log: OptimizerLog) -> Iterator[Finding]:
             f"Clipped steps are clipped hard: their median clip_coef is {np.median(below_one):.2g}, the smallest is "
             f"{below_one.min():.2g}.",
         )
+
+
+def _no_norm(log: OptimizerLog) -> Finding:
+    if log.run.kind == JOURNAL_ALONE:
+        return Finding(
+            "note",
+            "Nothing but the journal of bad steps was found. Either the run ended before anything was logged "
+            "(Trainer(log_every_n_steps=…)), or its metrics are elsewhere.",
+        )
+    text = "No logged step has a finite norm above 0, so there is nothing to clip."
+    if log.bad_steps:
+        return Finding("bad", f"{text} The table of bad steps tells why.")
+    return Finding("bad", f"{text} Check that backward ran and that no weight is NaN.")
 
 
 def _clipped_share(share: float, limit_text: str, p90: float, p99: float) -> Finding:
@@ -215,8 +224,7 @@ def _skips(log: OptimizerLog) -> Iterator[Finding]:
 def _end_of_run(log: OptimizerLog) -> Iterator[Finding]:
     """Say that the log ends with bad steps in a row, or with one under the policy "raise": then the guard has ended the run."""
     entries = log.bad_steps
-    last_step = max(int(series.steps[-1]) for series in log.run.metrics.values())
-    if not entries or last_step > int(entries[-1]["step"]):
+    if not entries or any(series.steps[-1] > int(entries[-1]["step"]) for series in log.run.metrics.values()):
         return
     last, streak, policy = entries[-1], entries[-1].get("streak"), str(entries[-1].get("policy"))
     if policy == "raise":

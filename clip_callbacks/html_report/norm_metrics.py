@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, TOTAL_NORM
+from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, SKIPPED_STEPS, TOTAL_NORM, UPDATE_RATIO, WEIGHT_NORM
 from clip_callbacks.core.wording import listed
 from clip_callbacks.stats.advice import EUCLIDEAN
 
 OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
 """Our norm of all gradients, with the prefix of its logger and the suffix of its optimizer."""
+OWN_SKIPPED_STEPS = re.compile(rf"(?P<prefix>(?:.+-)?){SKIPPED_STEPS}(?P<suffix>-.*)?$")
+"""Our count of skipped steps, which is logged for every optimizer, also if none of its norms is finite."""
+OWN_PREFIXES = ("grad/", "grad_", UPDATE_RATIO, WEIGHT_NORM)
+"""Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
 OWN_PARTIAL_NORM = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
 """Our norms of blocks and rules, whose names the user may have chosen."""
 LIGHTNING_TOTAL_NORM = re.compile(
@@ -78,24 +82,32 @@ class NormMetric:
         return rest[1:]
 
 
-def find_norms(names: Collection[str], wanted: Sequence[str] = ()) -> tuple[NormMetric, ...]:
+def find_norms(names: Collection[str], wanted: Sequence[str] = (), journalled: Iterable[str] = ()) -> tuple[NormMetric, ...]:
     """Find the norms of all gradients in a log, one for each optimizer.
 
     Our norms take precedence over those of other code. Of the latter only the first is taken, since several may be the same norm:
     Lightning's ``grad_2.0_norm_total``, then its norms of other orders, then the name with the fewest further words, then the
-    shortest. Norms of a validation or a test come last.
+    shortest. Norms of a validation or a test come last. A norm that is not finite is not logged: an optimizer all of whose steps
+    were bad has a norm of ours that the log does not hold.
 
     Args:
         names: Names of all metrics in the log.
         wanted: Names of the metrics to use instead, if any.
+        journalled: Suffixes of the metrics of those optimizers that are in the guard's journal.
     """
     if wanted:
         found = [name for name in dict.fromkeys(wanted) if name in names]
         if len(found) == 1:
             return (_wanted(found[0], suffix=""),)
         return tuple(_wanted(name, suffix=f"-{name}") for name in found)
-    own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN_TOTAL_NORM.match(name))]
-    return tuple(sorted(own, key=lambda norm: norm.suffix)) or tuple(norms_of_others(names)[:1])
+    own = {match["suffix"] or "": name for name in names if (match := OWN_TOTAL_NORM.match(name))}
+    others = norms_of_others(names)
+    if others and not own:
+        return (others[0],)
+    counts = [match for name in names if (match := OWN_SKIPPED_STEPS.match(name))]
+    unmeasured = {match["suffix"] or "": f"{match['prefix']}{TOTAL_NORM}{match['suffix'] or ''}" for match in counts}
+    own = {suffix: TOTAL_NORM + suffix for suffix in journalled} | unmeasured | own
+    return tuple(NormMetric(own[suffix], suffix) for suffix in sorted(own))
 
 
 def norms_of_others(names: Collection[str]) -> list[NormMetric]:
@@ -145,9 +157,14 @@ def _says_norm(words: set[str]) -> bool:
 
 
 def norm_candidates(names: Collection[str]) -> list[str]:
-    """List the metrics whose names mention gradients or norms; norms of all gradients first, then names that mention both."""
-    hints = {name: words_of(name) for name in names if re.search("grad|norm", name, re.IGNORECASE)}
+    """List the metrics whose names mention gradients or norms; norms of all gradients first, then names that mention both.
+
+    Where clip_callbacks logged, its other metrics are no candidates.
+    """
     known = {norm.name for norm in norms_of_others(names)} | {name for name in names if OWN_TOTAL_NORM.match(name)}
+    has_own = any(OWN_TOTAL_NORM.match(name) or OWN_SKIPPED_STEPS.match(name) for name in names)
+    others = [name for name in names if not (has_own and name.startswith(OWN_PREFIXES))]
+    hints = {name: words_of(name) for name in [*known, *others] if re.search("grad|norm", name, re.IGNORECASE)}
     return sorted(hints, key=lambda name: (name not in known, not _says_norm(hints[name]), len(name), name))
 
 

@@ -23,16 +23,13 @@ from clip_callbacks.core.metric_names import (
     SKIPPED_STEPS,
     TOTAL_NORM,
     UPDATE_RATIO,
-    WEIGHT_NORM,
 )
-from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, NormMetric, find_norms, norms_of_others
+from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, OWN_PREFIXES, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 from clip_callbacks.html_report.spikes import Spikes, norm_spikes
 
 ROUNDING_FACTOR = 1.001
 """A clipped norm may exceed its limit by this factor through rounding alone."""
-OWN_PREFIXES = ("grad/", "grad_", UPDATE_RATIO, WEIGHT_NORM)
-"""Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
 LOSS_WORDS = {
     "loss",
     "losses",
@@ -53,10 +50,14 @@ LOSS_WORDS = {
 """Words in the names of metrics that are losses."""
 FACTOR_WORDS = {"weight", "weights", "scale", "coef", "coefficient", "lambda"}
 """Words in the names of metrics that are factors of a loss, as loss_weight is."""
+JOURNAL_ALONE = "journal"
+"""The kind of log of a run of which nothing but the guard's journal was found."""
 TRANSFORMERS = "transformers"
 """The kind of log that the Trainer of Hugging Face transformers leaves in its checkpoints."""
-PREFIXED_TOTAL_NORM = re.compile(rf"(.+-){TOTAL_NORM}(-|$)")
-"""The name of our norm behind the prefix that a logger was given."""
+PREFIXED_METRIC = re.compile(rf"(.+-)(?:{TOTAL_NORM}|{SKIPPED_STEPS})(-|$)")
+"""The name of a metric of ours behind the prefix that a logger was given."""
+SKIP_POLICY = "skip"
+"""The policy of a journalled step that grad/skipped_steps counts; other policies count steps elsewhere, or micro-batches."""
 
 
 class UnusableLogError(ValueError):
@@ -71,10 +72,11 @@ class Run:
         name: Name of the run, which differs from those of the other runs on the page.
         source: File, folder or address that the log was read from.
         metrics: The logged metrics by their names.
-        kind: Kind of log: "CSV", "TensorBoard", "MLflow" or "transformers".
+        kind: Kind of log: "CSV", "TensorBoard", "MLflow" or "transformers"; "journal" if nothing but the journal was found.
         bad_steps: The guard's journal, one dictionary per bad step.
         notes: Remarks of the reader, in sentences.
         norms: The metrics that are norms of all gradients; None finds them by their names.
+        whole: The run that this one is a part of; None if it is whole.
     """
 
     name: str
@@ -84,12 +86,13 @@ class Run:
     bad_steps: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     norms: tuple[NormMetric, ...] | None = None
+    whole: Run | None = None
 
     @classmethod
     def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
         """Make a run from its metrics: remove the prefix that its logger may have been given, and add a note if steps go back."""
-        prefix = next((match[1] for key in metrics if (match := PREFIXED_TOTAL_NORM.match(key))), "")
-        if prefix and TOTAL_NORM not in metrics:
+        prefix = next((match[1] for key in metrics if (match := PREFIXED_METRIC.match(key))), "")
+        if prefix and TOTAL_NORM not in metrics and SKIPPED_STEPS not in metrics:
             metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
         superseded = max((series.superseded for series in metrics.values()), default=0)
         if superseded:
@@ -106,11 +109,11 @@ class Run:
         if high is None:
             high = LAST_STEP
         bad_steps = tuple(bad for bad in self.bad_steps if low <= int(bad.get("step", 0)) <= high)
-        return replace(self, metrics=metrics, bad_steps=bad_steps)
+        return replace(self, metrics=metrics, bad_steps=bad_steps, whole=self)
 
     def with_norms(self, wanted: Sequence[str] = ()) -> Run:
         """Return the run with its norms chosen: those wanted, or those found by name, with a note if others could be meant."""
-        norms = find_norms(self.metrics, wanted)
+        norms = find_norms(self.metrics, wanted, self._journalled_suffixes)
         read = [norm.name for norm in norms]
         others = [norm.name for norm in norms_of_others(self.metrics) if norm.name not in read]
         if not read or not others or wanted:
@@ -121,11 +124,28 @@ class Run:
 
     @cached_property
     def optimizer_logs(self) -> list[OptimizerLog]:
-        """The logs of the optimizers: one for each norm of all gradients."""
+        """The logs of the optimizers: one for each norm of all gradients, or for each count of skipped steps."""
         norms = self.norms
         if norms is None:
-            norms = find_norms(self.metrics)
-        return [OptimizerLog(self, norm) for norm in norms if norm.name in self.metrics]
+            norms = find_norms(self.metrics, journalled=self._journalled_suffixes)
+        return [OptimizerLog(self, norm) for norm in norms if self._tells_of(norm)]
+
+    def _tells_of(self, norm: NormMetric) -> bool:
+        """Return whether the log tells of an optimizer: if all its steps were bad, by their count and in the journal only."""
+        if norm.name in self.metrics:
+            return True
+        return norm.is_ours and (SKIPPED_STEPS + norm.suffix in self.metrics or norm.suffix in self._journalled_suffixes)
+
+    @property
+    def _journalled_suffixes(self) -> set[str]:
+        """Suffixes of the metrics of those optimizers that are in the journal."""
+        return {f"-{optimizer}" if (optimizer := bad.get("optimizer")) else "" for bad in self.bad_steps}
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; that of the journal if nothing was."""
+        logged = [int(series.steps[-1]) for series in self.metrics.values()]
+        return max(logged or [int(bad["step"]) for bad in self.bad_steps])
 
     def is_same_run_as(self, other: Run) -> bool:
         """Return whether two logs are of one run: one is the beginning of the other, in the norms and in every shared metric."""
@@ -177,7 +197,7 @@ class OptimizerLog:
     @property
     def logged_norm(self) -> Series:
         """Norm of all gradients as it was logged; clip_callbacks logs the norm before clipping."""
-        return self.run.metrics[self.norm.name]
+        return self.run.metrics.get(self.norm.name, Series.empty())
 
     @cached_property
     def total_norm(self) -> Series:
@@ -229,8 +249,18 @@ class OptimizerLog:
 
     @cached_property
     def skipped_steps(self) -> Series:
-        """Number of optimizer steps skipped so far; a log that begins in mid-run counts from its own beginning."""
-        return self._counted_from_first_step(SKIPPED_STEPS)
+        """Number of optimizer steps skipped so far; a log that begins in mid-run counts from its own beginning.
+
+        The journal tells of steps that were skipped after the last logged count.
+        """
+        counts, first, last = self._counted_from_first_step(SKIPPED_STEPS), 0, LAST_STEP
+        if counts:
+            first = int(counts.steps[-1]) + 1
+            # a journal may also hold bad steps of a longer run that had the same folder before
+            last = first + int(np.diff(counts.steps, prepend=-1)[-1])
+        later = self._journalled_skips(first, last)
+        values = np.nan_to_num(counts.last) + np.arange(1.0, 1 + len(later))
+        return Series(np.append(counts.steps, later), np.append(counts.values, values))
 
     @cached_property
     def overflowed_steps(self) -> Series:
@@ -239,9 +269,30 @@ class OptimizerLog:
 
     def _counted_from_first_step(self, key: str) -> Series:
         counts = self.metric(key).finite
+        return replace(counts, values=counts.values - self._count_before_first_step(key))
+
+    def _count_before_first_step(self, key: str) -> float:
+        """Return a count as it was before the first step of the log.
+
+        The log of a resumed run begins with a count that includes its first logging interval. The journal tells which steps were
+        skipped there. Without a journal, and for overflows, that interval is left out of the count.
+        """
+        counts = self.metric(key).finite
         if not counts or not self.first_step:
-            return counts
-        return Series(counts.steps, counts.values - counts.values[0])
+            return 0.0
+        if self.run.whole:
+            whole = OptimizerLog(self.run.whole, self.norm)
+            before = whole.metric(key).finite.between(None, self.first_step - 1)
+            return before.last if before else whole._count_before_first_step(key)
+        skipped = 0
+        if key == SKIPPED_STEPS:
+            skipped = len(self._journalled_skips(self.first_step, int(counts.steps[0])))
+        return max(0.0, float(counts.values[0]) - skipped)
+
+    def _journalled_skips(self, first: int, last: int) -> Steps:
+        """Return the steps from one to another, both included, that were skipped according to the journal."""
+        steps = np.unique(np.array([bad["step"] for bad in self.bad_steps if bad.get("policy") == SKIP_POLICY], dtype=np.int64))
+        return steps[(first <= steps) & (steps <= last)]
 
     @property
     def skips(self) -> tuple[Steps, Values]:
@@ -253,7 +304,9 @@ class OptimizerLog:
     @property
     def step_count(self) -> int:
         """Number of optimizer steps that the log covers."""
-        last = max(int(series.steps[-1]) for series in self.run.metrics.values())
+        last = self.run.last_step
+        if self.skipped_steps:
+            last = max(last, int(self.skipped_steps.steps[-1]))
         return 1 + last - max(self.first_step, int(self._counts_finished_steps))
 
     @cached_property
@@ -261,11 +314,15 @@ class OptimizerLog:
         """The first step that the log covers.
 
         The norm tells the interval of logging, since other metrics also come at the ends of epochs. But the first steps may have
-        no norm, as when they overflow: then other metrics are logged before it. A metric of one point does not count:
-        TensorBoardLogger writes hp_metric at step 0, also in a resumed run.
+        no norm, as when they overflow: then other metrics are logged before it, or the steps are in the journal. A metric of one
+        point does not count: TensorBoardLogger writes hp_metric at step 0, also in a resumed run.
         """
-        others = (int(series.steps[0]) for series in self.run.metrics.values() if len(series) > 1)
-        return min([self.logged_norm.first_step, *others])
+        measured = self.logged_norm or self.metric(SKIPPED_STEPS)
+        others = [int(series.steps[0]) for series in self.run.metrics.values() if len(series) > 1]
+        journalled = [int(bad["step"]) for bad in self.bad_steps]
+        if measured or not journalled:
+            others.append(measured.first_step)
+        return min([*others, *journalled])
 
     @property
     def _counts_finished_steps(self) -> bool:

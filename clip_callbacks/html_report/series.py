@@ -25,11 +25,13 @@ class Series:
         steps: Steps on the logger's x-axis, int64 of shape ``(n,)``.
         values: Logged values, float64 of shape ``(n,)``, NaN and inf included.
         superseded: Number of points that were left out because a later part of the run went back to an earlier step.
+        begin: First step that the points may cover, as after a cut.
     """
 
     steps: Steps
     values: Values
     superseded: int = 0
+    begin: int = 0
 
     @classmethod
     def of(cls, steps: npt.ArrayLike, values: npt.ArrayLike) -> Series:
@@ -81,16 +83,16 @@ class Series:
         """Return the chosen points; the series itself if these are all."""
         if bool(chosen.all()):
             return self
-        return Series(self.steps[chosen], self.values[chosen])
+        return Series(self.steps[chosen], self.values[chosen], begin=self.begin)
 
     def between(self, first: int | None, last: int | None) -> Series:
         """Return the points from one step to another, both included; None leaves that end open."""
-        low, high = 0, len(self)
+        low, high, begin = 0, len(self), self.begin
         if first is not None:
-            low = int(np.searchsorted(self.steps, first, "left"))
+            low, begin = int(np.searchsorted(self.steps, first, "left")), max(begin, first)
         if last is not None:
             high = int(np.searchsorted(self.steps, last, "right"))
-        return Series(self.steps[low:high], self.values[low:high])
+        return Series(self.steps[low:high], self.values[low:high], begin=begin)
 
     def at(self, steps: Steps) -> Values:
         """Return the value in force at each of the given steps: the last one logged up to there, NaN before the first."""
@@ -108,16 +110,16 @@ class Series:
 
     @property
     def first_step(self) -> int:
-        """The first step that the points cover: 0, or one logging interval before the first point if logging began later."""
+        """The first step that the points cover: ``begin``, or one logging interval before the first point if that is later."""
         if not self:
-            return 0
+            return self.begin
         first = int(self.steps[0])
         if len(self) == 1:
             return first
         gap = int(self.steps_between)
         if 0 <= first < 2 * gap:
-            return 0
-        return first - gap + 1
+            return self.begin
+        return max(first - gap + 1, self.begin)
 
     @property
     def steps_between(self) -> float:

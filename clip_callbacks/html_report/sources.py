@@ -14,7 +14,8 @@ from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
 from clip_callbacks.html_report.norm_metrics import missing_norm_message
-from clip_callbacks.html_report.runs import Run, UnusableLogError
+from clip_callbacks.html_report.runs import JOURNAL_ALONE, Run, UnusableLogError
+from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.trainer_state import STATE, read_states, run_folder
 
 EVENT_FILE_INFIX = "tfevents"
@@ -27,8 +28,8 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
 
     Args:
         logs: Files (``metrics.csv`` and other CSV files with a column for the step, TensorBoard's event files, MLflow's sqlite
-            database, ``trainer_state.json`` of transformers), folders that hold such files at any depth, or addresses of
-            MLflow's stores.
+            database, ``trainer_state.json`` of transformers, the guard's journal), folders that hold such files at any depth, or
+            addresses of MLflow's stores.
         norms: Metrics that are norms of all gradients; if empty, they are found by their names.
 
     Returns:
@@ -95,7 +96,10 @@ def _read(log: str, seen: set[str], norms: Sequence[str]) -> tuple[list[Run], li
 
 
 def _files_by_log(path: Path) -> list[list[Path]]:
-    """Group files by log: one CSV file or database, the event files of one folder, or the states of a run's checkpoints."""
+    """Group files by log: one CSV file or database, the event files of one folder, or the states of a run's checkpoints.
+
+    A journal of bad steps with no log in its folder or below is one too: its run ended before anything was logged.
+    """
     files = [path]
     if not path.is_file():
         files = sorted(child for child in path.rglob("*") if child.is_file())
@@ -111,7 +115,9 @@ def _files_by_log(path: Path) -> list[list[Path]]:
         ):
             units.append([file])
     stores = [[store] for store in sorted({file.parents[1] for file in files if _is_experiment(file)})]
-    return units + list(together.values()) + stores
+    groups = units + list(together.values()) + stores
+    beside_logs = {folder for group in groups for folder in (group[0], *group[0].parents)}
+    return groups + [[file] for file in files if file.name == JOURNAL and file.parent not in beside_logs]
 
 
 def _is_experiment(file: Path) -> bool:
@@ -133,13 +139,24 @@ def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[li
         return read_mlflow(f"sqlite:///{first.absolute()}", norms), []
     if first.suffix == JSON_SUFFIX:
         return read_states(files, run_folder(first, path))
-    if EVENT_FILE_INFIX in first.name:
-        kind, (metrics, notes) = "TensorBoard", read_events(files)
-    else:
-        kind, (metrics, notes) = "CSV", read_csv(first)
-    journal, more = read_journal(first.parent / JOURNAL)
-    run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*notes, *more])
+    journal, notes = read_journal(first.parent / JOURNAL)
+    try:
+        kind, (metrics, more) = _read_metrics(files)
+    except UnusableLogError as error:
+        if not journal:
+            raise
+        kind, metrics, more = JOURNAL_ALONE, {}, [str(error)]
+    run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*more, *notes])
     return [replace(run, bad_steps=journal)], []
+
+
+def _read_metrics(files: list[Path]) -> tuple[str, tuple[dict[str, Series], list[str]]]:
+    """Read the metrics of a log in files of its own; return its kind, and the metrics with notes."""
+    if files[0].name == JOURNAL:
+        return JOURNAL_ALONE, ({}, [])
+    if EVENT_FILE_INFIX in files[0].name:
+        return "TensorBoard", read_events(files)
+    return "CSV", read_csv(files[0])
 
 
 def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:

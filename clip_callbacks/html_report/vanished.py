@@ -91,7 +91,7 @@ def vanished_chart(log: OptimizerLog, number: int) -> Chart | None:
     if not found:
         return None
     names = list(found)[:MAX_ROWS]
-    last = max(int(series.steps[-1]) for series in log.run.metrics.values())
+    last = log.run.last_step
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()

@@ -68,6 +68,15 @@ def write_guarded(folder, steps=80):
     return folder / "metrics.csv"
 
 
+def journalled(folder, *steps, **facts):
+    """Write the guard's journal of steps that were skipped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [{"step": step, "policy": "skip", "stage": "loss", "streak": 1} | facts for step in steps]
+    path = folder / "nonfinite_steps.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return path
+
+
 def texts(findings):
     return " ".join(finding.text for finding in findings)
 

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from clip_callbacks import GradientClipping
+from clip_callbacks import GradientClipping, NonFiniteGradientError, NonFiniteGuard
 from clip_callbacks.cli import main
+from clip_callbacks.html_report.page import make_sections
 from clip_callbacks.html_report.sources import read_runs
-from tests.helpers.logs import read, run_main, table, write
-from tests.helpers.training import Regression, data
+from tests.helpers.logs import journalled, read, run_main, said, table, texts, write
+from tests.helpers.training import Poisoned, Regression, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
 
@@ -260,6 +262,59 @@ def test_an_empty_run_without_finite_norms_has_a_page(tmp_path, capsys):
     assert code == 0
     assert "No logged step has a finite norm above 0" in (tmp_path / "page.html").read_text()
     assert "no suggestion: no finite norm" in run_main(capsys, "suggest", path)[1]
+
+
+@pytest.mark.usefixtures("drawn_wide")
+@pytest.mark.parametrize("interval", [1, 50])
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_run_that_was_bad_from_its_first_step_has_a_page(kind, interval, trainer, tmp_path, capsys):
+    fit = trainer(GradientClipping(1.0), NonFiniteGuard(), logger=kind(tmp_path), log_every_n_steps=interval)
+    with pytest.raises(NonFiniteGradientError), pytest.warns(RuntimeWarning, match="Non-finite"):
+        fit.fit(Poisoned(dict.fromkeys(range(20), math.nan)), data(20))
+    code, out, _ = run_main(capsys, "report", tmp_path, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert code == 0
+    assert out.splitlines()[3].split()[:11] == ["version_0", "10", *"------", "10", "-", "0"]
+    assert "10 of 10 steps were skipped (100.00%). The most frequent stage is &#34;loss&#34;" in page
+    assert "The log ends with 10 bad batches in a row" in page
+    assert "no suggestion: no finite norm" in run_main(capsys, "suggest", tmp_path)[1]
+
+
+def test_a_part_of_a_run_without_a_good_step_has_a_page(tmp_path, capsys):
+    frame = table(60, **{"grad/skipped_steps": np.clip(np.arange(60) - 19.0, 0, 10)})
+    frame.loc[20:29, ["grad/total_norm", "grad/clipped_norm", "grad/clip_coef", "train_loss"]] = math.nan
+    (log,) = read(write(tmp_path, frame)).between(20, 29).optimizer_logs
+    assert (log.name, log.skipped_steps.last, log.step_count) == (tmp_path.name, 10, 10)
+    (log,) = read(tmp_path).between(25, 25).optimizer_logs
+    assert (log.skipped_steps.last, log.step_count) == (1, 1)
+
+
+def test_an_optimizer_without_a_good_step_is_on_the_page(tmp_path):
+    skipped = {"grad/skipped_steps-Adam": np.zeros(30), "grad/skipped_steps-Adam-1": np.arange(1.0, 31)}
+    frame = pd.DataFrame({"step": range(30), "grad/total_norm-Adam": 1.0} | skipped)
+    first, second = make_sections([read(write(tmp_path, frame))], ())
+    assert (first.log.suffix, second.log.suffix) == ("-Adam", "-Adam-1")
+    assert "30 of 30 steps were skipped" in texts(second.findings)
+    assert "skipped" not in texts(first.findings)
+    (tmp_path / "journal").mkdir()
+    path = write(tmp_path / "journal", frame[["step", "grad/total_norm-Adam"]])
+    journalled(tmp_path / "journal", *range(30), optimizer="Adam-1")
+    assert [log.skipped_steps.last for log in read(path).optimizer_logs][1] == 30
+
+
+def test_a_journal_alone_is_a_log_unless_logs_are_beside_it(tmp_path):
+    path = journalled(tmp_path, 3, 7)
+    (log,) = read(path).optimizer_logs
+    assert (log.skipped_steps.last, log.run.last_step) == (2, 7)
+    assert "Nothing but the journal of bad steps was found" in said(log.run)
+    write(tmp_path / "below", table(20))
+    assert read(tmp_path).name == "below"
+
+
+def test_counts_are_not_offered_as_norms(tmp_path, capsys):
+    frame = table(20, **{"grad/total_norm_p50": 1.0, "grad_norm_p50/net": 1.0, "encoder_norm": 1.0})
+    _, _, err = run_main(capsys, "suggest", write(tmp_path, frame), "--norm", "mine")
+    assert "These metrics look like norms: grad/total_norm, encoder_norm. Choose" in err
 
 
 @pytest.mark.usefixtures("drawn_wide")

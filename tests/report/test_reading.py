@@ -19,9 +19,9 @@ from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.sources import read_runs
-from tests.helpers.logs import read, run_main, table, texts, write
+from tests.helpers.logs import journalled, read, run_main, said, table, texts, write
 from tests.helpers.matrix import examples
-from tests.helpers.training import Regression, data
+from tests.helpers.training import Poisoned, Regression, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")  # how MLflow asks SQLAlchemy
 
@@ -228,14 +228,53 @@ def test_shares_are_means_over_all_steps_also_those_that_were_not_logged(logged,
 def test_a_part_of_a_run_counts_its_own_steps(tmp_path, capsys):
     clipped = np.zeros(1000)
     clipped[:500], clipped[550] = 1.0, 1.0
-    frame = table(1000, **{"grad/clip_fraction": clipped, "grad/skipped_steps": np.minimum(np.arange(1000) // 10, 50)})
+    frame = table(1000, **{"grad/clip_fraction": clipped, "grad/skipped_steps": np.minimum(np.arange(1000) // 10, 49)})
     path = write(tmp_path, frame)
     (run,), _ = read_runs([str(path)])
     (whole,), (part,) = run.optimizer_logs, run.between(500, 599).optimizer_logs
-    assert (whole.step_count, whole.clipped_share, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 50)
+    assert (whole.step_count, whole.clipped_share, whole.skipped_steps.last) == (1000, pytest.approx(0.501), 49)
     assert (part.step_count, part.clipped_share, part.skipped_steps.last) == (100, pytest.approx(0.01), 0)
     assert len(part.skips[0]) == 0
     assert "skipped" not in texts(diagnose(part, {}))
+
+
+def test_a_part_of_a_run_counts_a_skip_at_its_first_step(tmp_path):
+    skips = np.cumsum(np.isin(np.arange(100), [10, 50, 70])).astype(float)
+    frame = table(100, **{"grad/skipped_steps": skips, "grad/overflowed_steps": skips})
+    run = read(write(tmp_path, frame))
+    for first, last, count in ((50, 99, 2), (51, 99, 1), (50, 69, 1), (None, 50, 2), (71, 99, 0)):
+        (log,) = run.between(first, last).optimizer_logs
+        assert (log.skipped_steps.last, log.overflowed_steps.last) == (count, count)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "count", "steps"), [(60, 149, 2, 90), (20, 149, 3, 130), (110, 199, 4, 90), (None, None, 5, 200)]
+)
+def test_a_part_of_a_sampled_run_counts_from_the_last_count_before_it(first, last, count, steps, tmp_path):
+    frame = table(4, step=[49, 99, 149, 199], **{"grad/skipped_steps": [1.0, 1.0, 3.0, 5.0]})
+    (log,) = read(write(tmp_path, frame)).between(first, last).optimizer_logs
+    assert (log.skipped_steps.last, log.step_count) == (count, steps)
+
+
+def test_the_skips_of_a_resumed_run_before_its_first_logged_step_count(trainer, tmp_path):
+    first = trainer(GradientClipping(1.0), log_every_n_steps=10)
+    first.fit(Regression(), data(20))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    logger = CSVLogger(tmp_path)
+    resumed = trainer(GradientClipping(1.0), logger=logger, max_epochs=2, log_every_n_steps=10)
+    with pytest.warns(RuntimeWarning, match="Non-finite"):
+        resumed.fit(Poisoned(dict.fromkeys((21, 23, 35), math.nan)), data(20), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    run = read(Path(logger.log_dir))
+    (log,) = run.optimizer_logs
+    assert (log.skipped_steps.last, log.step_count) == (3, 20)
+    assert "3 of 20 steps were skipped (15.00%)" in said(run)
+
+
+def test_skips_after_the_last_logged_count_count(tmp_path):
+    path = write(tmp_path, table(4, step=[9, 19, 29, 39], **{"grad/skipped_steps": [0.0, 0.0, 1.0, 1.0]}))
+    journalled(tmp_path, 25, 41, 42, 5000)  # the last one is of a longer run in the same folder
+    (log,) = read(path).optimizer_logs
+    assert (log.skipped_steps.last, log.step_count) == (3, 43)
 
 
 def test_a_run_that_was_resumed_begins_where_its_log_begins(tmp_path):

@@ -242,7 +242,7 @@ def test_runs_without_the_metric_that_was_asked_for_are_left_out(tmp_path):
     write(tmp_path / "a", table(50)), write(tmp_path / "b", log_of(lognormal(50), "mine"))
     (run,), notes = read_runs([str(tmp_path)], ["mine"])
     assert run.name == "b"
-    assert "holds no metric 'mine'. These metrics look like norms: grad/total_norm, " in notes[0]
+    assert "holds no metric 'mine'. These metrics look like norms: grad/total_norm. " in notes[0]
 
 
 def test_a_store_of_mlflow_holds_norms_of_any_name_behind_any_prefix(tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ UNUSABLE = 2
 LOGS = (
     "a metrics.csv or another CSV file with a column for the step, an event file of TensorBoard, a database of MLflow "
     "(mlflow.db), the trainer_state.json of a Trainer of transformers, the nonfinite_steps.jsonl of a run that logged nothing "
-    "else, a folder that holds such files at any depth, or the address of an MLflow store (sqlite:///mlflow.db, http://localhost:5000, optionally followed by # and the name of an experiment or the "
-    "id of a run)"
+    "else, a folder that holds such files at any depth, or the address of an MLflow store (sqlite:///mlflow.db, "
+    "http://localhost:5000, optionally followed by # and the name of an experiment or the id of a run)"
 )
 
 

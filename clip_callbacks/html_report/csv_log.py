@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,15 @@ from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 STEP_COLUMNS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter")
 """Names of the column of steps, upper or lower case; the first that is found counts."""
 CHUNK_ROWS = 200_000
 """The number of rows that are parsed at once, which bounds memory."""
+BLOCK_BYTES = 1 << 16
+"""Bytes that are read at once in search of the last finished line."""
 
 Columns = dict[str, list[tuple[Steps, Values]]]
 """Chunks of steps and values of each metric; metrics that were logged together share the arrays of their steps."""
@@ -27,25 +34,25 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
     """Read the metrics of a CSV file with a column for the step, and return them with notes.
 
     An empty cell is a metric that was not logged; "nan" and "inf" are values. A file whose columns change in mid-run, by rows of
-    another length or by another header, is read header by header; rows that fit no header are left out and counted.
+    another length or by another header, is read header by header. Rows that fit no header, rows without a step, and a last line
+    without its end are left out and counted.
 
     Raises:
         UnusableLogError: If the file is empty, cannot be read, or has no column for the step.
     """
-    notes: list[str] = []
     try:
-        columns, non_numeric = _read_fast(path)
-    except (pd.errors.ParserError, _HeaderChanged):
-        columns, non_numeric, notes = _read_by_header(path)
+        try:
+            content = _read_fast(path)
+        except (pd.errors.ParserError, _HeaderChanged):
+            content = _read_by_header(path)
+        is_cut = _finished_bytes(path) < path.stat().st_size
     except pd.errors.EmptyDataError:
         raise UnusableLogError(f"{path} is empty: nothing was logged.") from None
     except (OSError, UnicodeError, csv.Error) as error:
         raise UnusableLogError(f"{path} cannot be read: {error}.") from None
-    if non_numeric:
-        notes.append(f"{non_numeric} cells of {path.name} are not numbers and are read as NaN.")
-    if not columns:
+    if not content.columns:
         raise UnusableLogError(f"{path} holds a header but no values: nothing was logged.")
-    return concatenated(columns), notes
+    return concatenated(content.columns), content.notes(path.name, is_cut=is_cut)
 
 
 def step_column(columns: Iterable[object]) -> str | None:
@@ -73,59 +80,129 @@ class _HeaderChanged(Exception):  # noqa: N818 (not an error: the file is then r
     """The columns of the file change in mid-run, or it has no numeric column of steps."""
 
 
-def _read_fast(path: Path) -> tuple[Columns, int]:
-    """Read a file with one header; return its columns and the number of cells that are not numbers."""
-    columns: Columns = {}
-    non_numeric = 0
+@dataclass
+class _Content:
+    """What was read from a file, and what was left out.
+
+    Args:
+        columns: Chunks of each metric.
+        headers: Number of headers.
+        non_numeric: Number of cells that are not numbers.
+        misfits: Number of rows that fit no header.
+        stepless: Number of rows without a step.
+    """
+
+    columns: Columns = field(default_factory=dict)
+    headers: int = 1
+    non_numeric: int = 0
+    misfits: int = 0
+    stepless: int = 0
+
+    def append(self, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> None:
+        """Append the logged cells of a chunk, NaN and inf included.
+
+        Args:
+            table: Rows of the file.
+            step: Name of the column of steps.
+            steps: That column as numbers.
+        """
+        has_step, shared = steps.abs() < LAST_STEP, dict[bytes, Steps]()
+        others = table.columns.drop(step)
+        self.stepless += int((table.loc[~has_step, others].notna()).any(axis="columns").sum())
+        for key in others:
+            is_logged = (table[key].notna() & has_step).to_numpy()
+            if not is_logged.any():
+                continue
+            logged = table[key][is_logged]
+            if not pd.api.types.is_numeric_dtype(logged):
+                words, logged = logged.astype(str).str.strip().str.lower(), pd.to_numeric(logged, errors="coerce")
+                self.non_numeric += int((logged.isna() & ~words.isin(["nan", "+nan", "-nan"])).sum())
+            rows = np.packbits(is_logged).tobytes()
+            if rows not in shared:
+                shared[rows] = steps[is_logged].to_numpy(dtype=np.int64)
+            self.columns.setdefault(str(key), []).append((shared[rows], logged.to_numpy(dtype=np.float64, na_value=np.nan)))
+
+    def notes(self, name: str, *, is_cut: bool) -> list[str]:
+        """Say what was left out.
+
+        Args:
+            name: Name of the file.
+            is_cut: If True, its last line has no end.
+        """
+        said = {
+            f"The columns of {name} change in mid-run: it was read in {self.headers} parts.": self.headers > 1,
+            f"{self.misfits} rows of {name} do not fit its header and are left out.": self.misfits,
+            f"{self.stepless} rows of {name} have no step and are left out.": self.stepless,
+            f"{self.non_numeric} cells of {name} are not numbers and are read as NaN.": self.non_numeric,
+            f"The last line of {name} has no end, as if it were still being written, and is left out.": is_cut,
+        }
+        return [note for note, holds in said.items() if holds]
+
+
+class _FinishedLines(io.RawIOBase):
+    """A file up to the end of its last finished line: of a line that is still being written, a number may lack digits."""
+
+    def __init__(self, path: Path) -> None:
+        self._left = _finished_bytes(path)
+        self._file = path.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _finished_bytes(path: Path) -> int:
+    """Return the number of bytes up to the end of the last finished line; all of a file of one line, which is a header."""
+    with path.open("rb") as file:
+        size = end = file.seek(0, io.SEEK_END)
+        while end:
+            begin = max(0, end - BLOCK_BYTES)
+            file.seek(begin)
+            if (place := max(file.read(end - begin).rfind(mark) for mark in (b"\n", b"\r"))) >= 0:
+                return begin + place + 1
+            end = begin
+    return size
+
+
+def _read_fast(path: Path) -> _Content:
+    """Read a file with one header."""
+    content = _Content()
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""], "index_col": False, "low_memory": False}
-    with path.open("rb") as file, progress_bar(path.parent.name, path.stat().st_size, "B") as bar:
+    with io.BufferedReader(_FinishedLines(path)) as file, progress_bar(path.parent.name, path.stat().st_size, "B") as bar:
         for table in pd.read_csv(file, chunksize=CHUNK_ROWS, encoding_errors="replace", **options):
             step = step_column(table.columns)
             if step is None or not pd.api.types.is_numeric_dtype(table[step]):
                 raise _HeaderChanged
-            non_numeric += _append_chunk(columns, table, step, table[step])
+            content.append(table, step, table[step])
             bar.update(file.tell() - bar.n)
-    return columns, non_numeric
+    return content
 
 
-def _append_chunk(columns: Columns, table: pd.DataFrame, step: str, steps: pd.Series[Any]) -> int:
-    """Append the logged cells of a chunk, NaN and inf included; return the number of cells that are not numbers."""
-    has_step, shared, non_numeric = steps.abs() < LAST_STEP, dict[bytes, Steps](), 0
-    for key in table.columns.drop(step):
-        is_logged = (table[key].notna() & has_step).to_numpy()
-        if not is_logged.any():
-            continue
-        logged = table[key][is_logged]
-        if not pd.api.types.is_numeric_dtype(logged):
-            words, logged = logged.astype(str).str.strip().str.lower(), pd.to_numeric(logged, errors="coerce")
-            non_numeric += int((logged.isna() & ~words.isin(["nan", "+nan", "-nan"])).sum())
-        rows = np.packbits(is_logged).tobytes()
-        if rows not in shared:
-            shared[rows] = steps[is_logged].to_numpy(dtype=np.int64)
-        columns.setdefault(str(key), []).append((shared[rows], logged.to_numpy(dtype=np.float64, na_value=np.nan)))
-    return non_numeric
-
-
-def _read_by_header(path: Path) -> tuple[Columns, int, list[str]]:
-    """Read a file whose columns change; return its columns, the number of cells that are not numbers, and notes."""
-    columns: Columns = {}
-    headers, bad_rows, non_numeric = 0, 0, 0
-    for step, header, rows, bad_row_count in _segments(path):
-        headers, bad_rows = headers + 1, bad_rows + bad_row_count
+def _read_by_header(path: Path) -> _Content:
+    """Read a file whose columns change."""
+    content = _Content(headers=0)
+    for step, header, rows, misfits in _segments(path):
+        content.headers, content.misfits = content.headers + 1, content.misfits + misfits
         table = pd.DataFrame(rows, columns=header, dtype=object).replace("", np.nan)
-        non_numeric += _append_chunk(columns, table, step, pd.to_numeric(table[step], errors="coerce"))
-    if not headers:
+        content.append(table, step, pd.to_numeric(table[step], errors="coerce"))
+    if not content.headers:
         with path.open(encoding="utf-8", errors="replace") as file:
             first = file.readline().strip()[:60]
         raise UnusableLogError(
             f"{path} must have a column {STEP_COLUMNS[0]!r}, as a CSVLogger writes it; it begins with {first!r}."
         )
-    notes = []
-    if headers > 1:
-        notes.append(f"The columns of {path.name} change in mid-run: it was read in {headers} parts.")
-    if bad_rows:
-        notes.append(f"{bad_rows} rows of {path.name} do not fit its header and are left out.")
-    return columns, non_numeric, notes
+    return content
 
 
 def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int]]:
@@ -134,7 +211,7 @@ def _segments(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], int
     header: list[str] = []
     rows: list[list[str]] = []
     bad_rows = 0
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with io.TextIOWrapper(io.BufferedReader(_FinishedLines(path)), "utf-8-sig", "replace", newline="") as file:
         for row in csv.reader(line.replace("\0", "") for line in file):
             found = step or step_column(row)
             if found in row and len(set(row)) == len(row):

@@ -73,6 +73,30 @@ def test_infinities_and_nan_are_values_and_empty_cells_are_not(tmp_path):
     assert run.optimizer_logs[0].total_norm.steps.tolist() == [0, 2, 3]
 
 
+@pytest.mark.parametrize("header_again", [False, True])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_that_is_still_being_written_is_left_out(header_again, end, tmp_path):
+    lines = ["grad/total_norm,step", *(f"{1e-3 + step * 1e-9:.6e},{step}" for step in range(200))]
+    if header_again:
+        lines.insert(100, lines[0])
+    text = end.join([*lines, "1.234500e-03,200"])
+    for cut in range(len("1.234500e-03,200")):
+        path = write(tmp_path, text=text[: len(text) - cut])
+        run = read(path)
+        assert run.metrics["grad/total_norm"].steps.tolist() == list(range(200)), cut
+        assert run.metrics["grad/total_norm"].values.max() < 1.1e-3
+        assert "The last line of metrics.csv has no end, as if it were still being written, and is left out." in run.notes
+    assert not any("last line" in note for note in read(write(tmp_path, text=text + end)).notes)
+
+
+@pytest.mark.parametrize("more", ["", "1,2,3\n"])
+def test_rows_without_a_step_are_counted(more, tmp_path):
+    text = "step,grad/total_norm\n0,1.0\n,2.0\n1,3.0\n,\n1e30,4.0\n2,5.0\n" + more
+    run = read(write(tmp_path, text=text))
+    assert run.metrics["grad/total_norm"].values.tolist() == [1.0, 3.0, 5.0]
+    assert "2 rows of metrics.csv have no step and are left out." in run.notes
+
+
 def test_columns_that_change_in_mid_run(tmp_path):
     first, second = table(10), table(20, extra=1.0).iloc[10:]
     text = first.to_csv(index=False) + second.to_csv(index=False)

@@ -127,8 +127,8 @@ def _norm_rows(log: OptimizerLog, norms: Spikes, losses: Spikes) -> list[BadStep
         details = f"{times:.3g} times the median of neighbouring steps"
         if limit < norm:
             details += f"; clipped by max_norm {limit:.3g}"
-        elif log.norm.is_ours:  # logs of other code do not tell
-            details += "; not clipped"
+        elif limit >= norm:  # without a max_norm in the log, other code may have clipped
+            details += f"; within max_norm {limit:.3g}"
         if step in losses.points.steps:
             details += f"; the loss {losses.points.at(np.array([step]))[0]:.3g} is a spike too"
         rows.append(BadStep(int(step), "spike", float(norm), "", details))

@@ -28,6 +28,10 @@ ALARMING_SKIPPED_SHARE = 0.01
 """A larger share of skipped optimizer steps is a problem rather than a warning."""
 DEFAULT_MAX_CONSECUTIVE = 10
 """The number of bad batches in a row at which NonFiniteGuard ends a run by default."""
+NO_MAX_NORM = (
+    "No max_norm was logged, so these callbacks clipped no step by its norm. The log does not tell whether anything else clipped: "
+    "the Trainer's gradient_clip_val, a clip_value, self.clip_gradients() or the optimizer."
+)
 NAN_CURES = "GradientClipping skips such steps, and NonFiniteGuard names the tensors that caused them."
 """Advice for a run without the guard whose loss was not finite."""
 STAGE_MEANINGS = {
@@ -127,7 +131,7 @@ def _clipping(log: OptimizerLog) -> Iterator[Finding]:
         yield Finding("note", percentiles)
         return
     if math.isnan(share) or (not limit and not share):
-        yield Finding("note", f"No step was clipped, because no max_norm was set. {percentiles}")
+        yield Finding("note", f"{NO_MAX_NORM} {percentiles}")
         return
     limit_text = _limit_in_words(limit)
     if log.has_local_norms:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -153,6 +154,23 @@ def test_a_limit_that_never_clips_guards_against_spikes(tmp_path):
     assert "Fewer than 0.1% of steps are clipped by max_norm 1e+03, which guards against rare spikes" in said(
         read(write(tmp_path, frame))
     )
+
+
+@pytest.mark.parametrize("fraction", [{}, {"grad/clip_fraction": np.zeros(60)}])
+def test_a_log_without_max_norm_does_not_tell_whether_other_code_clipped(fraction, tmp_path):
+    norms = np.where(np.arange(60) == 30, 50.0, 1.0)
+    frame = pd.DataFrame({"step": range(60), "grad/total_norm": norms} | fraction)
+    (section,) = make_sections([read(write(tmp_path, frame))], ())
+    said_of_it = texts(section.findings)
+    assert "these callbacks clipped no step by its norm. The log does not tell whether anything else clipped" in said_of_it
+    assert [row.details for row in section.bad_steps] == ["50 times the median of neighbouring steps"]
+
+
+def test_a_spike_within_the_limit_is_told_of_with_it(tmp_path):
+    norms = np.where(np.arange(60) == 30, 50.0, 1.0)
+    frame = table(60, **{"grad/total_norm": norms, "grad/max_norm": 80.0})
+    rows, _ = bad_steps(read(write(tmp_path, frame)).optimizer_logs[0])
+    assert [row.details for row in rows] == ["50 times the median of neighbouring steps; within max_norm 80"]
 
 
 def test_the_journal_names_tensors_in_the_table_of_bad_steps(trainer, tmp_path):

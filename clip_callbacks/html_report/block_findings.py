@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from clip_callbacks.core.metric_names import GRADIENT_ZEROS
 from clip_callbacks.core.wording import listed, plural
-from clip_callbacks.html_report.finding import Finding, Severity
+from clip_callbacks.html_report.finding import Finding
 from clip_callbacks.html_report.runs import OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.vanished import silent_blocks, vanished_blocks
 from clip_callbacks.stats.vanishing import MIN_STEPS
-from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, describe_rounding, least_update
+from clip_callbacks.stats.vanishing_causes import ZERO_CAUSES, describe_lost_updates, describe_rounding
 
 DOMINANT_SHARE = 0.9
 """A block whose norm is a larger share of the total norm decides alone how all blocks are clipped."""
-VANISHING_SHARE = 1e-4
-"""A block whose norm is a smaller share of the total norm hardly learns."""
+SMALL_SHARE = 1e-4
+"""A block whose norm is a smaller share of the total norm is reported."""
 USUAL_UPDATE_RATIOS = (1e-5, 1e-2)
 """Range of update-to-weight ratios that are not reported; about 1e-3 is typical."""
 MANY_ZEROS = 0.5
@@ -54,12 +53,13 @@ def _shares(log: OptimizerLog) -> Iterator[Finding]:
             f"The norm of {largest} alone is {min(shares[largest], 1.0):.0%} of {log.norm.title} in the median step: a global "
             'max_norm clips all other blocks because of it. scope="layer" clips each block by its own norm.',
         )
-    silent = silent_blocks(log)
-    if vanishing := [name for name, share in shares.items() if share < VANISHING_SHARE and name not in silent]:
+    # an update ratio tells more: a share is small for small blocks too
+    explained = {*silent_blocks(log), *log.update_ratios}
+    if small := [name for name, share in shares.items() if share < SMALL_SHARE and name not in explained]:
         yield Finding(
-            "warn",
-            f"Hardly any gradient reaches {_listed(vanishing)}: in the median step less than {VANISHING_SHARE:g} of the total "
-            "norm.",
+            "note",
+            f"The norm of {_listed(small)} is less than {SMALL_SHARE:g} of {log.norm.title} in the median step. A small block may "
+            "well have a small norm: GradientNormMonitor(log_update_ratio=True) tells how fast each block learns.",
         )
 
 
@@ -71,16 +71,17 @@ def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
             "note",
             f"The update-to-weight ratio of {_listed(fast)} is above {high:g}: the learning rate is high for them. {TYPICAL_RATIO}",
         )
-    silent = silent_blocks(log)
-    if slow := [name for name, value in medians.items() if value < low and name not in silent]:
-        text = f"The update-to-weight ratio of {_listed(slow)} is below {low:g}: they hardly change."
-        text += f" {TYPICAL_RATIO} {describe_rounding()}"
-        severity: Severity = "note"
-        lost = [name for name in slow if medians[name] < least_update(torch.float32)]
-        if lost:
-            text += f" That of {_listed(lost)} is below {least_update(torch.float32):.0e}: such updates change nothing."
-            severity = "warn"
-        yield Finding(severity, text)
+    explained = vanished_blocks(log)
+    if slow := [name for name, value in medians.items() if 0 < value < low and name not in explained]:
+        yield Finding(
+            "note", f"The update-to-weight ratio of {_listed(slow)} is below {low:g}: they hardly change. {TYPICAL_RATIO}"
+        )
+    if still := [name for name, value in medians.items() if value == 0 and name not in explained]:
+        yield Finding(
+            "warn",
+            f"The update-to-weight ratio of {_listed(still)} is exactly 0 in the median step: the updates change nothing. Either "
+            f"the learning rate or the gradient was 0, or the updates were rounded away. {describe_rounding()}",
+        )
 
 
 def _vanished(log: OptimizerLog) -> Iterator[Finding]:

@@ -96,7 +96,6 @@ def test_findings_name_what_they_find(tmp_path):
         "5e+03 at optimizer step 123",
         "The loss scale has fallen to 0.0312",
         "The norm of whole alone is 99% of total_norm",
-        "Hardly any gradient reaches dead",
         "The update-to-weight ratio of whole is above 0.01",
         "The update-to-weight ratio of dead is below 1e-05",
         "QuantileLimit(0.1) 25.0%",

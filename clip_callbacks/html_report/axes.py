@@ -22,8 +22,12 @@ LOG_AXIS_RATIO = 10.0
 """An axis whose largest value is more than this many times its smallest is logarithmic."""
 LOG_AXIS_MAX = 1e300
 """The largest value on a logarithmic axis: matplotlib cannot divide one that ends next to the largest float64."""
-SHORT_LOG_AXIS_RATIO = 300
-"""A logarithmic axis whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
+LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((300, (1.0, 2.0, 5.0)),)
+"""Ticks within each decade of a logarithmic axis whose ends have a smaller ratio than the number before them; otherwise 1 alone."""
+NARROW_LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((20, (1.0, 2.0, 5.0)), (300, (1.0, 3.0)))
+"""The same for labels that stand side by side on a narrow screen."""
+MAX_DECADES, NARROW_MAX_DECADES = 8, 5
+"""About the largest number of decades with a label."""
 NO_LEGEND = "_nolegend_"
 """The label of a line that the legend leaves out."""
 LEGEND_ROW_INCHES = 0.18
@@ -96,21 +100,22 @@ def _legend_columns(names: Sequence[str], *, narrow: bool) -> int:
     return max(1, LEGEND_CHARACTERS[narrow] // (max(map(len, names)) + 8))
 
 
-def label_log_axis(axis: Axis, short_ratio: float = SHORT_LOG_AXIS_RATIO) -> None:
+def label_log_axis(axis: Axis, *, narrow: bool = False) -> None:
     """Label a logarithmic axis with plain numbers such as 0.01 and 30 instead of powers of ten.
 
     Args:
         axis: The axis.
-        short_ratio: Ratio of its ends below which there is room for ticks at 2 and 5 too.
+        narrow: If True, its labels stand side by side on a narrow screen.
     """
     low, high = axis.get_view_interval()
     if high > LOG_AXIS_MAX:
         high = LOG_AXIS_MAX
         axis.set_view_interval(low, high, ignore=True)
-    ticks: tuple[float, ...] = (1.0,)
-    if 0 < high < short_ratio * low:
-        ticks = (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=ticks, numticks=8))
+    choices, decades = LOG_TICKS, MAX_DECADES
+    if narrow:
+        choices, decades = NARROW_LOG_TICKS, NARROW_MAX_DECADES
+    ticks = next((ticks for ratio, ticks in choices if high < ratio * low), (1.0,))
+    axis.set_major_locator(LogLocator(subs=ticks, numticks=decades))
     axis.set_major_formatter(FuncFormatter(_tick_label))
     axis.set_minor_formatter(NullFormatter())
 

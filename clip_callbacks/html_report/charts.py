@@ -217,7 +217,7 @@ def _histogram_chart(plotted: list[PlottedRun]) -> Chart:
             if low < limit < high:
                 axes.axvline(limit, color=theme.ink, linestyle=DASHED, linewidth=1.4)
             axes.set(xscale="log", ylim=(0, top), ylabel="logged steps\nper bin", title=each.label)
-            label_log_axis(axes.xaxis)
+            label_log_axis(axes.xaxis, narrow=theme.narrow)
         rows[-1].set_xlabel(f"{_norm_label(plotted)} (log scale)")
 
     percentiles = "; ".join(
@@ -261,7 +261,7 @@ def _what_if_chart(plotted: list[PlottedRun]) -> Chart:
                 axes.plot([], [], marker, color=theme.faint, markeredgecolor=theme.ink, label=label)
         axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="constant max_norm (log scale)", ylabel="clipped share of logged steps")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        label_log_axis(axes.xaxis)
+        label_log_axis(axes.xaxis, narrow=theme.narrow)
         add_legend(axes, theme)
 
     clipped = "; ".join(

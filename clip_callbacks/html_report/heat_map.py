@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from clip_callbacks.core.metric_names import GRADIENT_MEAN, GRADIENT_STD, GRADIENT_ZEROS, UPDATE_RATIO, WEIGHT_NORM
 from clip_callbacks.html_report.axes import (
-    SHORT_LOG_AXIS_RATIO,
     label_log_axis,
     label_step_axis,
     natural_order,
@@ -32,9 +31,6 @@ BELOW_AND_ABOVE_ZERO = LinearSegmentedColormap.from_list(
     "below_and_above_zero", ("#163f73", "#3a86c8", "#eef1f5", "#d97706", "#7a3f00")
 )
 """Colors of values of either sign: blue below 0, orange above."""
-
-NARROW_BAR_RATIO = 20
-"""On a phone, a color bar whose ends have a smaller ratio gets ticks at 2 and 5 as well."""
 
 Scale = Literal["log", "either sign", "share"]
 
@@ -162,9 +158,9 @@ def _label_colors(bar: Colorbar, metric: BlockMetric, theme: Theme) -> None:
     if metric.scale == "log":
         note = "(log scale)"
         if theme.narrow:
-            label_log_axis(bar.ax.xaxis, NARROW_BAR_RATIO)
+            label_log_axis(bar.ax.xaxis, narrow=True)
         else:
-            label_log_axis(bar.ax.yaxis, SHORT_LOG_AXIS_RATIO)
+            label_log_axis(bar.ax.yaxis)
     elif metric.scale == "either sign":
         top, linear = float(bar.norm.vmax or 1.0), bar.norm.linthresh  # type: ignore[attr-defined]
         ticks = [-top, -linear, 0.0, linear, top]

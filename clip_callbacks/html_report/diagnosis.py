@@ -276,6 +276,6 @@ def _sampling(log: OptimizerLog) -> Iterator[Finding]:
     interval = log.steps_between_norms
     if interval > 1:
         text = f"About one step in {interval:.0f} was logged: percentiles and plots are made from {len(log.total_norm):,} norms."
-        if log.norm.is_ours:
+        if log.clip_fraction or log.skipped_steps:
             text += " Clipped and skipped steps are counted over all steps."
         yield Finding("note", text)

@@ -15,8 +15,8 @@ START_LOSSES = (1, 5, 20)
 RISE = 2.0
 """Least ratio of the median at the end to that at a start in a run that went out of control."""
 RISE_SIGMAS = 3.5
-"""Least rise of the logarithm of the loss, in standard errors. Of stationary lognormal losses with a sigma from 0.3 to 1, less
-than 1 run in 150 rises as much by chance with 100 losses, and 1 in 500 with 400."""
+"""Least rise of the logarithm of the loss, in standard errors. Of stationary lognormal losses with a sigma from 0.3 to 1, at most
+1 run in 50 rises as much by chance with 40 losses, 1 in 150 with 100, and 1 in 500 with 400."""
 MEDIAN_ERROR = math.sqrt(math.pi / 2)
 """Standard error of the median of n normal numbers, in units of sigma / sqrt(n)."""
 

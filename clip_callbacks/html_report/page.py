@@ -84,7 +84,7 @@ class Section:
     def no_bad_steps(self) -> str:
         """Sentences that stand in place of an empty table of bad steps."""
         skipped = "No step was skipped."
-        if not self.log.norm.is_ours:
+        if not self.log.skipped_steps:
             skipped = "The log does not tell whether steps were skipped."
         if len(self.log.total_norm) < MIN_POINTS_FOR_SPIKES:
             return f"{skipped} Too few norms were logged to find spikes."

@@ -165,6 +165,14 @@ def test_a_log_without_max_norm_does_not_tell_whether_other_code_clipped(fractio
     assert [row.details for row in section.bad_steps] == ["50 times the median of neighbouring steps"]
 
 
+def test_a_log_without_counts_does_not_tell_of_clipped_and_skipped_steps(tmp_path):
+    frame = pd.DataFrame({"step": range(0, 600, 10), "grad/total_norm": 1.0})
+    (section,) = make_sections([read(write(tmp_path, frame))], ())
+    assert "About one step in 10 was logged" in texts(section.findings)
+    assert "are counted over all steps" not in texts(section.findings)
+    assert section.no_bad_steps.startswith("The log does not tell whether steps were skipped.")
+
+
 def test_a_spike_within_the_limit_is_told_of_with_it(tmp_path):
     norms = np.where(np.arange(60) == 30, 50.0, 1.0)
     frame = table(60, **{"grad/total_norm": norms, "grad/max_norm": 80.0})

@@ -27,7 +27,7 @@ def noise(sigma, seed=0, count=400):
 @pytest.mark.parametrize("count", [100, 400])
 def test_stationary_losses_near_zero_are_healthy(sigma, count):
     alarms = sum(judged(1e-3 * noise(sigma, seed, count)) is not None for seed in range(200))
-    assert alarms <= 3  # 1 is expected in 200 at most
+    assert alarms <= 3  # about 1 in 200 is expected at most
 
 
 HEALTHY = {

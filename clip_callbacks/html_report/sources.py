@@ -146,7 +146,8 @@ def _read_files(files: list[Path], path: Path, norms: Sequence[str]) -> tuple[li
         if not journal:
             raise
         kind, metrics, more = JOURNAL_ALONE, {}, [str(error)]
-    run = Run.of(str(first.parent.absolute()), str(first.parent), metrics, kind, [*more, *notes])
+    source = first if len(files) == 1 else first.parent
+    run = Run.of(str(first.parent.absolute()), str(source), metrics, kind, [*more, *notes])
     return [replace(run, bad_steps=journal)], []
 
 

@@ -388,3 +388,10 @@ def test_one_file_that_cannot_be_read_does_not_take_the_others_along(fitted, tmp
     run = read(tmp_path / "board")
     assert run.optimizer_logs
     assert any("is not an event file of TensorBoard" in note for note in run.notes)
+
+
+def test_a_file_of_its_own_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("history.csv").write_text("step,foo\n1,2.0\n")
+    with pytest.raises(UnusableLogError, match=r"history\.csv holds neither grad/total_norm nor"):
+        read_runs(["history.csv"])

@@ -1,4 +1,4 @@
-"""Runs that went out of control: their training loss doubled, and stayed there until the end."""
+"""Runs that went out of control: their training loss doubled, and stayed there for a quarter of the run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT, r
 START_LOSSES = (1, 5, 20)
 """Numbers of losses whose median is a start of the run: the first alone, because a run may explode in its second step."""
 RISE = 2.0
-"""Least ratio of the median at the end to that at a start in a run that went out of control."""
+"""Least ratio of the median of a quarter to that at a start in a run that went out of control."""
 RISE_SIGMAS = 3.5
-"""Least rise of the logarithm of the loss, in standard errors. Of stationary lognormal losses with a sigma from 0.3 to 1, at most
-1 run in 50 rises as much by chance with 40 losses, 1 in 150 with 100, and 1 in 500 with 400."""
+"""Least rise of the logarithm of the loss, in standard errors. Of 1000 stationary lognormal runs each, with a sigma from 0.3 to 1,
+at most 8 rise as much by chance with 40 losses, 4 with 100, and 1 with 400."""
+SMALL_SAMPLE = 6.0
+"""Losses of a quarter by whose reciprocal more is asked for, because the spread of few losses is uncertain."""
 MEDIAN_ERROR = math.sqrt(math.pi / 2)
 """Standard error of the median of n normal numbers, in units of sigma / sqrt(n)."""
 
 
 def out_of_control(loss: TrainingLoss | None) -> str | None:
-    """Say that the training loss doubled: from a start of the run to its last quarter, by more than its noise.
+    """Say that the training loss doubled: from a start of the run to the quarter where it was highest, by more than its noise.
 
     Args:
         loss: The training loss; None if it is not known, which gives no verdict.
@@ -33,19 +35,27 @@ def out_of_control(loss: TrainingLoss | None) -> str | None:
     if loss is None or len(loss.logged) < MIN_NORMS_FOR_QUARTERS or not bool((loss.logged.values > 0).all()):
         return None
     logs = np.log(loss.logged.values)
-    quarter = np.array_split(logs, QUARTER_COUNT)[-1]
-    end, sigma = float(np.median(quarter)), robust_sigma(torch.from_numpy(quarter))
+    quarter = max(np.array_split(logs, QUARTER_COUNT), key=lambda part: float(np.median(part)))
+    worst, sigma = float(np.median(quarter)), robust_sigma(torch.from_numpy(quarter))
+    least = RISE_SIGMAS * (1.0 + SMALL_SAMPLE / len(quarter))
     for count in START_LOSSES:
         start = float(np.median(logs[:count]))
-        error = MEDIAN_ERROR * sigma * math.sqrt(1 / count + 1 / len(quarter))
-        if end - start > max(math.log(RISE), RISE_SIGMAS * error):
+        error = sigma * math.hypot(_error_of(count), _error_of(len(quarter)))
+        if worst - start > max(math.log(RISE), least * error):
             return (
-                f"{loss.name} rose from {math.exp(start):.3g}{_median_of(count)} to {math.exp(end):.3g} (the median of the last "
+                f"{loss.name} rose from {math.exp(start):.3g}{_median_of(count)} to {math.exp(worst):.3g} (the median of a "
                 "quarter of the run): the training went out of control, and its norms tell little about a healthy run. Lower the "
                 "learning rate, or start with QuantileLimit(0.1), which needs no number, and take the suggestion from the log of "
                 "that run."
             )
     return None
+
+
+def _error_of(count: int) -> float:
+    """Return the standard error of the median of so many normal numbers of standard deviation 1."""
+    if count == 1:
+        return 1.0
+    return MEDIAN_ERROR / math.sqrt(count)
 
 
 def _median_of(count: int) -> str:

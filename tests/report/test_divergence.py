@@ -27,17 +27,18 @@ def noise(sigma, seed=0, count=400):
 @pytest.mark.parametrize("count", [100, 400])
 def test_stationary_losses_near_zero_are_healthy(sigma, count):
     alarms = sum(judged(1e-3 * noise(sigma, seed, count)) is not None for seed in range(200))
-    assert alarms <= 3  # about 1 in 200 is expected at most
+    assert alarms <= 3  # about 1 in 250 is expected at most
 
 
 HEALTHY = {
     "falling": np.maximum(np.exp(-STEPS / 50), 0.1),
     "a low first value": np.where(STEPS == 0, 0.2, 1.0) * noise(1.0),
-    "a spike that passes": np.where((STEPS > 100) & (STEPS < 250), 50.0, 1.0),
+    "a spike that passes": np.where((STEPS > 110) & (STEPS < 140), 50.0, 1.0),
     "any sign": np.where(STEPS < 50, -1.0, 50.0),
     "short": np.geomspace(1, 1e3, 39),
 }
 DIVERGED = {
+    "at the second step, and recovered": np.where(STEPS < 1, 19.0, 60.0 * np.exp(-STEPS / 300)) * noise(0.2),
     "at the second step": np.where(STEPS < 1, 7.0, 50.0),
     "at the ninth step": np.where(STEPS < 8, 1.0, 7.0) * noise(0.3),
     "doubled in the middle": np.where(STEPS < 200, 1.0, 2.2) * noise(0.1),
@@ -53,15 +54,15 @@ def test_healthy_losses_give_no_verdict(losses):
 
 
 @pytest.mark.parametrize("losses", DIVERGED.values(), ids=DIVERGED)
-def test_losses_that_rose_and_stayed_are_found(losses):
+def test_losses_that_rose_and_stayed_for_a_quarter_are_found(losses):
     assert "the training went out of control" in (judged(losses) or "")
 
 
 def test_the_verdict_says_what_it_compares():
     said = judged(np.where(STEPS < 30, 1.0, 9.0)) or ""
-    assert said.startswith("train_loss rose from 1 to 9 (the median of the last quarter of the run): ")
+    assert said.startswith("train_loss rose from 1 to 9 (the median of a quarter of the run): ")
     said = judged(np.where(STEPS == 0, 20.0, np.where(STEPS < 30, 1.0, 9.0))) or ""
-    assert said.startswith("train_loss rose from 1 (the median of the first 5 values) to 9 (the median of the last quarter")
+    assert said.startswith("train_loss rose from 1 (the median of the first 5 values) to 9 (the median of a quarter")
 
 
 RISING = np.linspace(0.01, 20, 400)

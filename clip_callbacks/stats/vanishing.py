@@ -86,10 +86,12 @@ class VanishingDetector:
         self._maybe_present: set[int] = set()
         self._reached: set[int] = set()
         self._sample: WeightSample | None = None
-        # for each parameter, as far as checks tell: the number of steps in which it was not frozen, and of those in which it had a
-        # learning rate above 0, which is the last one
-        self._trainable_steps, self._learning_steps = [0] * len(self._table), [0] * len(self._table)
+        # for each parameter, as far as checks tell: the number of steps in which it was not frozen, and of those in which its
+        # learning rate was not 0 either; and the last such rate
+        self._trainable_steps, self._learning_steps = ([0] * len(self._table) for _ in range(2))
         self._last_rates: list[Any] = [None] * len(self._table)
+        self._trainable_before: set[int] = set()
+        self._learning_before: set[int] = set()
 
     def attach(self, table: TensorTable, optimizer: Optimizer) -> None:
         """Take up the parameters of an optimizer; a span begins.
@@ -128,18 +130,20 @@ class VanishingDetector:
         self._last_check = self.steps
 
     def _count_steps(self, rates: Sequence[Any]) -> None:
-        """Count the steps since the last check for the parameters that may learn in this one."""
-        since_last = self.steps + 1
-        if self._last_check is not None:
+        """Count the steps since the last check for the parameters that could learn at both ends of them."""
+        trainable = {place for place, tensor in enumerate(self._table.tensors) if tensor.requires_grad}
+        learning = {place for place in trainable if isinstance(rates[place], Tensor) or rates[place] != 0}
+        for place in learning:
+            self._last_rates[place] = rates[place]
+        if self._last_check is None:
+            since_last, self._trainable_before, self._learning_before = self.steps + 1, trainable, learning
+        else:
             since_last = self.steps - self._last_check
-        for place, (tensor, rate) in enumerate(zip(self._table.tensors, rates, strict=True)):
-            if not tensor.requires_grad:
-                continue
+        for place in trainable & self._trainable_before:
             self._trainable_steps[place] += since_last
-            # a tensor is not read here, which would be a host sync
-            if isinstance(rate, Tensor) or rate != 0:
-                self._learning_steps[place] += since_last
-                self._last_rates[place] = rate
+        for place in learning & self._learning_before:
+            self._learning_steps[place] += since_last
+        self._trainable_before, self._learning_before = trainable, learning
 
     @property
     def _is_check_due(self) -> bool:
@@ -183,13 +187,14 @@ class VanishingDetector:
         return self._sample
 
     def _rates(self) -> list[Any]:
-        """Return the learning rate of each parameter: a number, a tensor, or None if the optimizer chooses it."""
+        """Return the learning rate of each parameter: a number, a tensor on another device, or None if the optimizer chooses it."""
         assert self._optimizer is not None
         rates: dict[int, Any] = {}
         for group in self._optimizer.param_groups:
             rate = group.get("lr")
             if isinstance(rate, Tensor):
-                rate = rate.clone()  # which a schedule will overwrite
+                # a copy, since a schedule will overwrite it; not read where that would be a host sync
+                rate = rate.item() if rate.is_cpu else rate.clone()
             rates |= dict.fromkeys(map(id, group["params"]), rate)
         return [rates.get(id(tensor)) for tensor in self._table.tensors]
 
@@ -252,21 +257,21 @@ class VanishingDetector:
         reached[list(self._reached & self._present)] = 1.0
         # what was frozen in most steps, or had a learning rate of 0, did not have the time to learn
         reached *= self._lasted(self._trainable_steps)
-        has_learned = self._lasted(self._learning_steps)
-        with_gradient, stalled = with_gradient * has_learned, stalled * has_learned
-        counts = torch.cat([with_gradient, stalled, reached])
+        has_time = self._lasted(self._learning_steps)
+        counts = torch.cat([with_gradient, with_gradient * has_time, stalled * has_time, reached])
         if (reduction := self._table.reduction) is not None:
             counts = reduction.norms(counts, 1.0)  # norms of order 1 are sums, in which copies count once
-        found = self._find(*counts.reshape(3, -1))
+        found = self._find(*counts.reshape(4, -1))
         self._begin_span()
         return found
 
     def _lasted(self, steps: Sequence[int]) -> Tensor:
-        """Return for each parameter whether its steps are at least half of those up to the last check, float64."""
+        """Return for each parameter whether its steps are half of those up to the last check or more, float64."""
         assert self._last_check is not None
         return (2 * torch.tensor(steps, device="cpu") > self._last_check).double()
 
-    def _find(self, with_gradient: Tensor, stalled: Tensor, reached: Tensor) -> list[VanishedBlock]:
+    def _find(self, with_gradient: Tensor, judged: Tensor, stalled: Tensor, reached: Tensor) -> list[VanishedBlock]:
+        """Find blocks by numbers of entries: with a gradient, those of them to judge, unchanged ones; and by reached parameters."""
         blocks = self._blocks
         assert blocks is not None
 
@@ -280,7 +285,7 @@ class VanishingDetector:
         sizes = torch.tensor([math.prod(shape) for shape in self._table.shapes], dtype=torch.float64, device="cpu")
         # a block without any entry that counts is 0 / 0
         zero = (sums(sizes * is_zero) / sums(sizes * (is_zero | learns))).nan_to_num(0.0)
-        small = (1.0 - zero) * (sums(stalled) / sums(with_gradient)).nan_to_num(0.0)
+        small = (1.0 - zero) * (sums(stalled) / sums(judged)).nan_to_num(0.0)
         shares, is_mostly_zero = (zero + small).tolist(), (zero >= small).tolist()
         # One of the parameters that did not learn describes its block. Frozen ones have no part in it: their data type may be any.
         did_not_learn = torch.where(blocks.spread(zero >= small, outside=False), is_zero, stalled > 0)

@@ -80,17 +80,48 @@ def frozen_soon():
     return FrozenSoon(), {"log_every_n_steps": 1}
 
 
-class SoonWithoutRate(Regression):
-    """A learning rate that is too small in two steps, and then 0."""
+class ZeroAndFrozenSoon(FrozenSoon):
+    """The gradient of the head is exactly 0 until it is frozen, after six steps."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.head.requires_grad_(batch_idx < 6)
+
+    def loss(self, batch, batch_idx):
+        return Regression.loss(self, batch, batch_idx) + 0.0 * self.head(batch[0]).square().mean()
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+def zero_and_frozen_soon():
+    return ZeroAndFrozenSoon(), {"log_every_n_steps": 1}
+
+
+class RateInSteps(Regression):
+    """A learning rate that is too small to change a weight, and 0 outside of some steps."""
+
+    def __init__(self, steps, as_tensor=False):
+        super().__init__()
+        self.steps, self.as_tensor = steps, as_tensor
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=1e-15)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 2))
+        rate = torch.tensor(1e-15) if self.as_tensor else 1e-15
+        optimizer = torch.optim.Adam(self.parameters(), lr=rate, fused=self.as_tensor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step in self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def soon_without_rate():
-    return SoonWithoutRate(), {"log_every_n_steps": 1}
+    return RateInSteps(range(2)), {"log_every_n_steps": 1}
+
+
+def soon_without_rate_as_a_tensor():
+    return RateInSteps(range(2), as_tensor=True), {"log_every_n_steps": 1}
+
+
+def late_with_a_rate():
+    """Between the check at which it is still 0 and the next one, nobody knows when it began."""
+    return RateInSteps(range(12, STEPS)), {}
 
 
 class Tokens(Regression):
@@ -219,7 +250,10 @@ LEARNS = [
     frozen,
     frozen_later,
     frozen_soon,
+    zero_and_frozen_soon,
     soon_without_rate,
+    soon_without_rate_as_a_tensor,
+    late_with_a_rate,
     unused_head,
     two_phases,
     embedding,
@@ -263,3 +297,12 @@ def test_gradients_of_skipped_steps_do_not_count(trainer, deferred):
     made, texts = fit(trainer, UsedInBadSteps(), NonFiniteGuard(deferred=deferred), batches=STEPS + 12)
     assert not texts
     assert not vanished(made)
+
+
+def test_gradients_whose_norms_underflow_are_not_exactly_zero(trainer):
+    """Not either where they are not judged, since the learning rate was 0 in most steps."""
+    module = RateInSteps(range(2), as_tensor=True)
+    loss = module.loss
+    module.loss = lambda batch, batch_idx: loss(batch, batch_idx) * 1e-30
+    _, texts = fit(trainer, module, NonFiniteGuard(deferred=True, hold_schedulers=False), log_every_n_steps=1)
+    assert not texts

@@ -14,9 +14,6 @@ from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch
 
-MAX_MICRO_BATCHES = 1024
-"""Largest number of micro-batches of a window that are told apart."""
-
 MAX_BATCHES_IN_MANUAL = 16
 """Largest number of kept batches of a window in manual optimization, where the length of a window is not known."""
 
@@ -26,10 +23,13 @@ class OptimizerWindow:
 
     Attributes:
         micro_batches: The micro-batches; of a long window the first one stands for many, and has the sum of their losses.
-        is_open: True if a backward pass has reached the optimizer; known with several optimizers only.
+        is_open: True if a backward pass has reached the optimizer; known in manual optimization only.
         is_weightless: True if a micro-batch of weight 0 was left out: its loss does not count.
         discarded: The reason for which the gradients must be discarded, or None.
     """
+
+    max_length = 1024
+    """Largest number of micro-batches that are told apart."""
 
     def __init__(self) -> None:
         self.micro_batches: deque[MicroBatch] = deque()
@@ -69,9 +69,11 @@ class OptimizerWindow:
 
     def shorten(self) -> None:
         """Make one micro-batch of the older half of very many, with the sum of their losses: a window may be of any length."""
-        older = [self.micro_batches.popleft() for _ in range(MAX_MICRO_BATCHES // 2)]
-        self.micro_batches.appendleft(MicroBatch(_sum(older), None))
-        self._more += len(older) - 1
+        older = [self.micro_batches.popleft() for _ in range(self.max_length // 2)]
+        # An infinite float16 loss is taken as finite, which a sum would not tell: those losses are forgotten.
+        if older[-1].loss.dtype is not torch.float16:
+            self.micro_batches.appendleft(MicroBatch(_sum(older), None))
+            self._more += len(older) - 1
 
     def forget_batch(self) -> None:
         """Release the batch of an old micro-batch, in manual optimization, where the optimizer may step seldom or never."""
@@ -86,9 +88,16 @@ class OptimizerWindow:
         """Return whether the pass that has ended has changed the gradients."""
         return gradients_changed(table, self._before_pass)
 
-    def open(self) -> None:
-        """Note that a backward pass has reached the optimizer."""
+    def reach(self, newest: MicroBatch | None, copied: MicroBatch | None) -> None:
+        """Note that a backward pass has reached the optimizer.
+
+        Args:
+            newest: The micro-batch of the pass.
+            copied: The same with a loss that the module cannot write to.
+        """
         self.is_open = True
+        if copied is not None and self.micro_batches and self.micro_batches[-1] is newest:
+            self.micro_batches[-1] = copied
 
     def remove(self, micro_batch: MicroBatch | None, *, is_weightless: bool = False) -> None:
         """Remove the last micro-batch, if it is this one.

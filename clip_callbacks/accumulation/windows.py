@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from clip_callbacks.accumulation.optimizer_window import MAX_MICRO_BATCHES, OptimizerWindow
+from clip_callbacks.accumulation.optimizer_window import OptimizerWindow
 from clip_callbacks.accumulation.rescaler import NoRescaling
 from clip_callbacks.core.actions import StepOutcome
-from clip_callbacks.core.reduction import shard_of
+from clip_callbacks.core.reduction import reduces_in_backward, shard_of
 from clip_callbacks.core.step_record import StepRecord
 from clip_callbacks.stats.noise_scale import WindowNorms
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
@@ -39,6 +39,7 @@ class Windows:
         has_step: True after a step in this batch.
         acts_on_backward: If True, :meth:`after_backward` has something to do, and backward passes need the current parameters of
             all optimizers.
+        looks_at_gradients: If True, :meth:`end_pass` needs them, too: a pass may not reach all optimizers.
     """
 
     _scale_of_kept: float = 1.0
@@ -53,7 +54,7 @@ class Windows:
         self._windows: dict[int, OptimizerWindow] = {}
         self._newest: MicroBatch | None = None
         self._sharing: dict[int, list[int]] = {}
-        self._looks_at_gradients = False
+        self._are_sharded = self.looks_at_gradients = False
         self.kept: KeptBatch | None = None
         self._rescales, self.acts_on_backward = rescaler.rescales, rescaler.acts_on_backward
         self.in_window = self.has_backward = self.has_step = False
@@ -68,12 +69,15 @@ class Windows:
         self._contexts = contexts
         are_several = len(contexts) > 1
         self._sharing = _sharing(contexts) if are_several else {}
-        # In automatic optimization every pass reaches the one optimizer. In manual optimization it may be of a loss of other
-        # parameters, unless ranks hold shards, which a pass may leave to a later one.
-        is_sharded = any(context.table.reduction is not None for context in contexts)
-        self._looks_at_gradients = self._is_manual and (are_several or not is_sharded)
+        self._are_sharded = any(context.table.reduction is not None for context in contexts)
+        self.looks_at_gradients = are_several or (self._is_manual and not self._are_sharded and self._has_other_parameters())
         self._windows = {context.index: self._windows.get(context.index) or OptimizerWindow() for context in contexts}
         self._rescaler.attach(changed)
+
+    def _has_other_parameters(self) -> bool:
+        """Return whether the module has parameters that no optimizer holds: a loss may be of these alone."""
+        held = {id(tensor) for context in self._contexts for tensor in context.table.tensors}
+        return any(id(parameter) not in held for parameter in self._module.parameters())
 
     def begin_batch(self, batch: Any, batch_idx: int, kept: KeptBatch | None) -> None:
         """Begin a batch, before its forward pass.
@@ -99,18 +103,14 @@ class Windows:
             self._rescaler.before_backward(loss)
         if type(loss) is not Tensor:
             loss = shard_of(loss)
-        # Without its graph, which would outlive the backward pass; not read, because that would wait for the device.
-        if self._is_manual:
-            loss = loss.detach().clone()  # the module's own, which it may write to
-        else:
-            # as good as `detach`, without an operator to dispatch: Lightning has made this tensor, and nobody writes to it
-            loss = loss.data
-        self._newest = micro_batch = MicroBatch(loss, self.kept, self._rescaler.loss_weight)
+        # Without its graph, which would outlive the backward pass; not read, because that would wait for the device. `data` is
+        # as good as `detach`, without an operator to dispatch.
+        self._newest = micro_batch = MicroBatch(loss.data, self.kept, self._rescaler.loss_weight)
         for context in self._contexts:
             window = self._windows[context.index]
             if self._is_manual:
                 self._begin_manual_pass(context, window)
-            if len(window.micro_batches) == MAX_MICRO_BATCHES:
+            if len(window.micro_batches) == window.max_length:
                 window.shorten()
             window.micro_batches.append(micro_batch)
 
@@ -120,7 +120,7 @@ class Windows:
         if not context.table.has_gradients:
             window.clear()
         window.forget_batch()
-        if self._looks_at_gradients:
+        if self.looks_at_gradients:
             window.begin_pass(context.table)
 
     def end_pass(self) -> tuple[set[int], set[int]]:
@@ -130,16 +130,22 @@ class Windows:
             The numbers of these optimizers, and the numbers of those whose window has begun with this pass.
         """
         reached, begun = set(), set()
+        newest = self._newest
+        if newest is not None:
+            # A copy of the loss, which is the module's own in manual optimization; after the pass, up to which it may be scaled.
+            self._newest = newest._replace(loss=newest.loss.clone())
+        # a pass may leave the gradients of shards to a later one
+        reaches_all = not self.looks_at_gradients or (self._are_sharded and not reduces_in_backward(self._module))
         for context in self._contexts:
             window = self._windows[context.index]
-            if not self._looks_at_gradients or window.is_reached(context.table):
+            if reaches_all or window.is_reached(context.table):
                 reached.add(context.index)
                 if not window.is_open:
                     begun.add(context.index)
-                window.open()
+                window.reach(newest, self._newest)
             else:
                 # a bad loss must not make the step of an optimizer bad that the pass has not reached
-                window.remove(self._newest)
+                window.remove(newest)
         return reached, begun
 
     def after_backward(self, report: ReportMicroBatch) -> bool:

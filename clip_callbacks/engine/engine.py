@@ -206,7 +206,7 @@ class StepEngine:
         """Keep the loss until the step."""
         if self._optimizers.may_materialize:  # by the forward pass that has just run
             self._optimizers.update_materialized()
-        if self.windows.acts_on_backward:
+        if self.windows.acts_on_backward or self.windows.looks_at_gradients:
             self._optimizers.update()
         self.windows.before_backward(loss)
         if self._propagates_losses and not self._rescaler.has_zero_weight:
@@ -216,7 +216,7 @@ class StepEngine:
         """Inspect the micro-batch, and drop it if it is bad and the guard works on micro-batches."""
         if self._propagates_losses:
             self._nan_propagator.end_pass()
-        if not self._is_automatic:  # where every pass belongs to the window of the one optimizer
+        if not self._is_automatic:  # else every pass belongs to the window of the one optimizer
             reached, begun = self.windows.end_pass()
             if len(self._optimizers.contexts) > 1:
                 self._guard.end_pass(reached, begun)

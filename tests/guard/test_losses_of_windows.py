@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_callbacks import AccumulationRescaling, NonFiniteGuard, RobustZScoreLimit
-from clip_callbacks.accumulation import optimizer_window
+from clip_callbacks.accumulation.optimizer_window import OptimizerWindow
 from tests.helpers.training import SAFELY, Regression, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning", "ignore:Non-finite gradients:RuntimeWarning")
@@ -42,8 +42,7 @@ def loss_of(trainer, losses, *callbacks, **options):
 @pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(),)], ids=["plain", "rescaled"])
 @pytest.mark.parametrize("count", [7, 8, 9, 16, 29])
 def test_a_window_of_any_length_has_a_mean(trainer, monkeypatch, count, callbacks):
-    monkeypatch.setattr(optimizer_window, "MAX_MICRO_BATCHES", 8)
-    monkeypatch.setattr("clip_callbacks.accumulation.windows.MAX_MICRO_BATCHES", 8)
+    monkeypatch.setattr(OptimizerWindow, "max_length", 8)
     losses = [torch.tensor(100.0 if place < 3 else 1.0) for place in range(count)]
     loss, spikes = loss_of(trainer, losses, *callbacks)
     assert loss == pytest.approx((300.0 + count - 3) / count)
@@ -51,11 +50,33 @@ def test_a_window_of_any_length_has_a_mean(trainer, monkeypatch, count, callback
 
 
 def test_a_bad_loss_at_the_beginning_of_a_long_window_is_found(trainer, monkeypatch):
-    monkeypatch.setattr(optimizer_window, "MAX_MICRO_BATCHES", 8)
-    monkeypatch.setattr("clip_callbacks.accumulation.windows.MAX_MICRO_BATCHES", 8)
+    monkeypatch.setattr(OptimizerWindow, "max_length", 8)
     guard, losses = NonFiniteGuard(), [torch.tensor(math.nan if place == 1 else 1.0) for place in range(29)]
     trainer(guard, accumulate_grad_batches=29).fit(Given(), DataLoader(losses, batch_size=None))
     assert guard.skipped_steps == 1
+
+
+def test_a_second_long_window_has_a_mean_of_its_own(trainer, monkeypatch):
+    monkeypatch.setattr(OptimizerWindow, "max_length", 8)
+    losses = [torch.tensor(100.0)] * 29 + [torch.tensor(7.0)] * 29
+    guard = NonFiniteGuard("warn", loss_above=50.0)
+    fit = trainer(guard, accumulate_grad_batches=29)
+    fit.fit(Given(), DataLoader(losses, batch_size=None))
+    assert float(fit.callback_metrics["grad/loss"]) == pytest.approx(7.0)
+    assert guard.spikes == 1
+
+
+def test_an_infinite_float16_loss_of_a_long_window_is_not_bad(trainer, monkeypatch):
+    """It may be an effect of the loss scale, as in a short window."""
+    monkeypatch.setattr(OptimizerWindow, "max_length", 8)
+    guard, losses = NonFiniteGuard(), [torch.tensor(math.inf if place == 1 else 1.0).half() for place in range(29)]
+
+    class Half(Given):
+        def training_step(self, batch, batch_idx):
+            return (self.weight * 0).sum().half() + batch
+
+    trainer(guard, accumulate_grad_batches=29).fit(Half(), DataLoader(losses, batch_size=None))
+    assert guard.skipped_steps == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -108,7 +129,30 @@ class BesideAnother(Manual):
         return torch.optim.SGD(self.net.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("module", [Manual, Overwritten, BesideAnother])
+class Scaled(Manual):
+    """The module scales its loss in its own hook, before the pass."""
+
+    def on_before_backward(self, loss):
+        loss.mul_(10.0)
+        self.losses[-1] = loss.item()
+
+
+class Unfrozen(BesideAnother):
+    """The optimizer takes up what the loss is of from then on, in the batch itself."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.net[0].requires_grad_(True)
+            self.net[2].requires_grad_(False)
+            self.optimizers().add_param_group({"params": list(self.net[0].parameters())})
+        super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        self.net[0].requires_grad_(False)
+        return torch.optim.SGD(self.net[2].parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("module", [Manual, Overwritten, BesideAnother, Scaled, Unfrozen])
 @pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(divide=True),)], ids=["plain", "divided"])
 def test_the_loss_of_a_manual_step_is_that_of_its_gradient(trainer, module, callbacks):
     torch.manual_seed(0)
@@ -165,3 +209,29 @@ def test_the_state_of_the_losses_goes_on_with_other_parameters(trainer, tmp_path
     resumed = NonFiniteGuard(loss_above=limit)
     trainer(resumed, max_epochs=3).fit(Wrapped(), data(12), ckpt_path=tmp_path / "last.ckpt", **SAFELY)
     assert int(resumed.state_dict()["loss_above"][0]["state"]["count"]) == 36
+
+
+class OnePassByLightning(Manual):
+    """Two optimizers: the pass of the first one goes through Lightning, that of the second one does not."""
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.net[0](batch[0]).square().mean())
+        self.net[2](torch.ones(8)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[place].parameters(), lr=0.01) for place in (0, 2)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The loss of an optimizer step is not known", "ignore:Every micro-batch of the window has weight 0"
+)
+def test_a_weight_of_0_is_of_the_optimizers_that_its_pass_reaches(trainer):
+    callbacks = [NonFiniteGuard(loss_above=1e9), AccumulationRescaling(lambda batch: 0.0, divide=True)]
+    fit = trainer(*callbacks)
+    fit.fit(OnePassByLightning(), data(2))
+    assert "grad/loss-SGD-1" not in fit.callback_metrics, "nobody knows it, and it is not 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_a_kind_of_batch_that_is_left_out_is_said_once(tmp_path, policy):
     assert "of the last steps were spikes" in text
     assert "Raise loss_above, or set `both=True`" in text
     assert guard.spikes > steps / 5
+
+
+def test_the_share_that_is_said_is_right_from_the_beginning(tmp_path):
+    steps = 130
+    guard = NonFiniteGuard("warn", loss_above=LIMIT)
+    with pytest.warns(RuntimeWarning) as caught:
+        make_trainer(tmp_path, guard).fit(Set(two_kinds(steps, share=4)), data(steps))
+    (text,) = (text for warning in caught if "kind of batch" in (text := str(warning.message)))
+    share = int(re.match(r"About (\d+)%", text)[1])
+    assert 18 <= share <= 25, "one step in four, without the warm-up of 25 steps"
 
 
 @pytest.mark.filterwarnings("error:About:RuntimeWarning")

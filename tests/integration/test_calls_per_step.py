@@ -15,7 +15,7 @@ import clip_callbacks
 from clip_callbacks import AccumulationRescaling, GradientClipping, GradientNormMonitor, NonFiniteGuard
 from tests.helpers.accumulation import Manual
 from tests.helpers.searching import InEpochOne, OfAnyRate
-from tests.helpers.training import Regression, data
+from tests.helpers.training import EitherWay, Regression, data
 
 STEP = 20
 """The step whose calls are counted: past every warm-up, and no logging step."""
@@ -68,6 +68,30 @@ def test_calls_of_a_healthy_step(trainer, tmp_path, made, max_norm, most):
     assert callbacks[0].last_report is not None
     assert counter.calls
     assert len(counter.calls) <= most, "\n".join(counter.calls)
+
+
+class ByHand(EitherWay):
+    """Manual optimization whose gradients are there before each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad(set_to_none=False)
+        self.manual_backward(self.loss(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code objects have no qualified names")
+@pytest.mark.parametrize("layers", [2, 40])
+def test_calls_in_manual_optimization_do_not_depend_on_the_number_of_parameters(trainer, layers):
+    counter, module = CallCounter(), ByHand()
+    module.net = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(layers)], torch.nn.Linear(4, 1))
+    trainer(counter, GradientClipping(1e6), log_every_n_steps=1000).fit(module, data(STEP + 3))
+    assert counter.calls
+    assert len(counter.calls) <= 104, "\n".join(counter.calls)
 
 
 class Compared(Callback):

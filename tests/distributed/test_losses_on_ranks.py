@@ -131,6 +131,35 @@ def test_a_rank_without_weight_takes_the_loss_of_the_others_for_each_optimizer(r
     assert first[0] > 0
 
 
+class Unsynchronized(TwoOptimizers):
+    """The first of two passes leaves the reduction of its gradients to the second one."""
+
+    def training_step(self, batch, batch_idx):
+        optimizers, self.sum_of_losses = self.optimizers(), 0.0
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for is_last in (False, True):
+            self.net.set_requires_gradient_sync(is_last)
+            loss = parallel.Divided.training_step(self, batch, batch_idx)
+            self.sum_of_losses += loss.item()
+            self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def unsynchronized(name):
+    module = Unsynchronized("fsdp")
+    found = parallel.result(name, NonFiniteGuard(loss_above=1e9), module=module, steps=4)
+    return [float(found["metrics"][f"grad/loss-SGD{ending}"]) for ending in ("", "-1")], module.sum_of_losses
+
+
+def test_a_pass_that_leaves_its_gradients_to_a_later_one_counts(run):
+    results = run("fsdp2", function=unsynchronized)
+    expected = sum(sum_of_losses for _, sum_of_losses in results) / 2
+    for losses, _ in results:
+        assert losses == pytest.approx([expected, expected])
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_a_threshold_of_the_loss_takes_one_collective_at_most(run, name, norm_type):

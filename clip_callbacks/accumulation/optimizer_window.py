@@ -93,7 +93,7 @@ class OptimizerWindow:
 
         Args:
             newest: The micro-batch of the pass.
-            copied: The same with a loss that the module cannot write to.
+            copied: A copy of it whose loss the module cannot write to.
         """
         self.is_open = True
         if copied is not None and self.micro_batches and self.micro_batches[-1] is newest:

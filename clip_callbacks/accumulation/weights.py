@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from clip_callbacks.bundles.batch_tensors import tensors_in
+from clip_callbacks.core.arguments import as_flag
 
 Weight: TypeAlias = Callable[[Any], Any]
 """Function from the batch that ``training_step`` gets to a weight of at least 0: a Python number, or a tensor of one entry."""
@@ -48,6 +49,7 @@ class LabelTokens:
         """Check the label, which torch would compare with any object."""
         if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
             raise ValueError(f"`ignore_index` must be a whole number, such as -100, got {self.ignore_index!r}.")
+        as_flag(self.shifted, "shifted")
 
     def __call__(self, batch: Any) -> Tensor:
         """Count the labels, without a host sync.

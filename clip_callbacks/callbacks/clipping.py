@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clip_callbacks.clipping.clipper import Clipper, names_of
 from clip_callbacks.clipping.limit_memory import LimitMemory
-from clip_callbacks.core.arguments import as_max_norm, as_norm_type
+from clip_callbacks.core.arguments import as_flag, as_max_norm, as_norm_type
 from clip_callbacks.core.blocks import Scope
 from clip_callbacks.core.limits import Limit, as_limit
 from clip_callbacks.core.nonfinite import Policy, as_policy
@@ -100,8 +100,8 @@ class GradientClipping(GradientCallback):
         self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value", " or None")
-        self.prog_bar = prog_bar
-        self.summary = summary
+        self.prog_bar = as_flag(prog_bar, "prog_bar")
+        self.summary = as_flag(summary, "summary")
         self._nonfinite = as_policy(nonfinite, "nonfinite")
         self._guard_options = GuardOptions(self._nonfinite)
         self._own_guard: Guard | None = None

@@ -7,6 +7,7 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_callbacks.core.arguments import as_flag
 from clip_callbacks.core.limits import Limit
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
@@ -140,7 +141,7 @@ class NonFiniteGuard(GradientCallback):
         self.skip_above, self.loss_above, self.both = self._options.limits
         self.hold_schedulers, self.trace_forward, self.deferred = hold_schedulers, trace_forward, deferred
         self.bundles, self.rollback = bundles, rollback
-        self.summary = summary
+        self.summary = as_flag(summary, "summary")
 
     @property
     def skipped_steps(self) -> int:

@@ -111,7 +111,7 @@ class GradientNormMonitor(GradientCallback):
         self.log_statistics = as_flag(log_statistics, "log_statistics")
         self.log_contributions = as_flag(log_contributions, "log_contributions")
         self.log_histograms = as_flag(log_histograms, "log_histograms")
-        self.summary = summary
+        self.summary = as_flag(summary, "summary")
         self._selection = Selection(include, exclude)
 
     @property

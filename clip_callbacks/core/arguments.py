@@ -134,6 +134,6 @@ def as_flag(value: object, argument: str) -> bool:
     Raises:
         ValueError: If it is another value, such as a word, which Python would take for True.
     """
-    if value not in (True, False):
+    if not isinstance(value, int) or value not in {0, 1}:
         raise ValueError(f"`{argument}` must be True or False, got {value!r}.")
     return bool(value)

@@ -131,7 +131,9 @@ def _coefficient_of_one(norms: Tensor, limit: float) -> tuple[Tensor, bool]:
 
 def _check_sign(coefficient: float, limits: Tensor | float) -> None:
     if coefficient < 0.0:
-        raise ValueError(f"`step` of a limit must return limits of 0 or more, got {limits}, which would turn gradients round.")
+        if isinstance(limits, Tensor):
+            limits = float(limits.amin())
+        raise ValueError(f"`step` of a limit must return limits of 0 or more, got {limits:.4g}, which would turn gradients round.")
 
 
 def _ratio(norm: float, limit: float, dtype: torch.dtype) -> float:

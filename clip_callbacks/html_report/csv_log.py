@@ -50,6 +50,8 @@ def read_csv(path: Path) -> tuple[dict[str, Series], list[str]]:
         raise UnusableLogError(f"{path} is empty: nothing was logged.") from None
     except (OSError, UnicodeError, csv.Error) as error:
         raise UnusableLogError(f"{path} cannot be read: {error}.") from None
+    if not content.columns and is_cut:
+        raise UnusableLogError(f"{path} holds one line, which has no end and may be half written. End it with a line break.")
     if not content.columns:
         raise UnusableLogError(f"{path} holds a header but no values: nothing was logged.")
     return concatenated(content.columns), content.notes(path.name, is_cut=is_cut)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clip_callbacks.core.metric_names import BLOCK_NORM, RULE_TOTAL_NORM, SKIPPED_STEPS, TOTAL_NORM, UPDATE_RATIO, WEIGHT_NORM
@@ -100,14 +100,22 @@ def find_norms(names: Collection[str], wanted: Sequence[str] = (), journalled: I
         if len(found) == 1:
             return (_wanted(found[0], suffix=""),)
         return tuple(_wanted(name, suffix=f"-{name}") for name in found)
-    own = {match["suffix"] or "": name for name in names if (match := OWN_TOTAL_NORM.match(name))}
+    own = [NormMetric(name, match["suffix"] or "") for name in names if (match := OWN_TOTAL_NORM.match(name))]
     others = norms_of_others(names)
     if others and not own:
         return (others[0],)
     counts = [match for name in names if (match := OWN_SKIPPED_STEPS.match(name))]
-    unmeasured = {match["suffix"] or "": f"{match['prefix']}{TOTAL_NORM}{match['suffix'] or ''}" for match in counts}
-    own = {suffix: TOTAL_NORM + suffix for suffix in journalled} | unmeasured | own
-    return tuple(NormMetric(own[suffix], suffix) for suffix in sorted(own))
+    own += _without(own, {match["suffix"] or "": match["prefix"] for match in counts})
+    # a journal may be older than the log beside it: one with names of optimizers is of another run than a log without
+    are_named = any(norm.suffix for norm in own)
+    own += _without(own, {suffix: "" for suffix in journalled if not own or bool(suffix) == are_named})
+    return tuple(sorted(own, key=lambda norm: (norm.suffix, norm.name)))
+
+
+def _without(known: Collection[NormMetric], prefixes: Mapping[str, str]) -> list[NormMetric]:
+    """Return norms of ours that the log does not hold, by the prefixes of their names for each suffix, but for suffixes known."""
+    suffixes = {norm.suffix for norm in known}
+    return [NormMetric(prefix + TOTAL_NORM + suffix, suffix) for suffix, prefix in prefixes.items() if suffix not in suffixes]
 
 
 def norms_of_others(names: Collection[str]) -> list[NormMetric]:

@@ -11,7 +11,10 @@ from clip_callbacks import cli
 MEMBERS = {
     "GradientNormMonitor": ("advice",),
     "Limit": ("uses_weights", "init", "step"),
-    "NonFiniteGuard": ("skipped_steps", "spikes", "zeroed_steps", "overflowed_steps", "dropped_micro_batches", "rollbacks"),
+    "NonFiniteGuard": (
+        *("skipped_steps", "spikes", "zeroed_steps", "overflowed_steps", "reported_steps"),
+        *("dropped_micro_batches", "rollbacks"),
+    ),
     "ParameterTable": ("names", "groups"),
     "StepReport": (
         *("outcome", "skipped", "total_norm", "clipped_norm", "clip_coef", "max_norm"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from clip_callbacks import (
     GradientClipping,
     GradientNoiseScale,
     GradientNormMonitor,
+    LabelTokens,
     NonFiniteGuard,
     clip_step,
 )
@@ -60,17 +62,20 @@ def test_max_consecutive(value):
         NonFiniteGuard(max_consecutive=value)
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        *[(NonFiniteGuard, name) for name in ("both", "hold_schedulers", "trace_forward", "deferred")],
-        *[(GradientNormMonitor, name) for name in ("log_statistics", "log_histograms", "log_update_ratio")],
-        (AccumulationRescaling, "divide"),
-    ],
-)
-def test_flags(make, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got 'false'"):
-        make(**{name: "false"})
+FLAGS = [
+    (kind, name)
+    for kind in (AccumulationRescaling, GradientClipping, GradientNormMonitor, LabelTokens, NonFiniteGuard)
+    for name, parameter in inspect.signature(kind).parameters.items()
+    if parameter.annotation in {"bool", "bool | None"}
+]
+
+
+@pytest.mark.parametrize(("make", "name"), FLAGS)
+@pytest.mark.parametrize("value", ["false", torch.ones(2), 2])
+def test_flags(make, name, value):
+    options = {"key": "labels"} if make is LabelTokens else {}
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got "):
+        make(**options, **{name: value})
 
 
 def test_clip_value():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -395,3 +396,37 @@ def test_a_file_of_its_own_is_named_as_it_was_given(tmp_path, monkeypatch):
     Path("history.csv").write_text("step,foo\n1,2.0\n")
     with pytest.raises(UnusableLogError, match=r"history\.csv holds neither grad/total_norm nor"):
         read_runs(["history.csv"])
+
+
+def test_a_file_of_one_line_without_an_end_says_so(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,grad/total_norm\n5,1.0")
+    with pytest.raises(UnusableLogError, match="holds one line, which has no end and may be half written"):
+        read_runs([str(path)])
+
+
+def test_norms_of_two_prefixes_stay_two(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,a-grad/total_norm,b-grad/total_norm\n5,1.0,2.0\n6,1.5,2.5\n")
+    ((run,), _) = read_runs([str(path)])
+    assert sorted(log.logged_norm.values.tolist() for log in run.optimizer_logs) == [[1.0, 1.5], [2.0, 2.5]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "optimizer", "suffixes"),
+    [
+        pytest.param(["grad/total_norm"], "Adam", [""], id="of several beside a log of one"),
+        pytest.param(["grad/total_norm-Adam", "grad/total_norm-Adam-1"], None, ["-Adam", "-Adam-1"], id="of one beside several"),
+        pytest.param(["grad/total_norm-Adam"], "Adam-1", ["-Adam", "-Adam-1"], id="of one whose steps were all bad"),
+    ],
+)
+def test_a_journal_of_another_run_adds_no_optimizer(tmp_path, columns, optimizer, suffixes):
+    (tmp_path / "metrics.csv").write_text(
+        f"step,{','.join(columns)}\n" + "".join(f"{n}{',1.0' * len(columns)}\n" for n in range(9))
+    )
+    line = {"step": 3, "logged_step": 3, "epoch": 0, "batch": 3, "rank": 0, "policy": "skip", "stage": "loss", "message": "bad"}
+    if optimizer:
+        line["optimizer"] = optimizer
+    (tmp_path / "nonfinite_steps.jsonl").write_text(json.dumps(line) + "\n")
+    ((run,), _) = read_runs([str(tmp_path)])
+    assert [log.norm.suffix for log in run.optimizer_logs] == suffixes

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.arguments import as_finite, as_max_norm, as_norm_type
 from clip_callbacks.core.diagnosis import examine
+from clip_callbacks.core.fused import is_fused, starts_momentum
 from clip_callbacks.core.limits import Limit, MaxNorm
 from clip_callbacks.core.nonfinite import POLICIES, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
@@ -67,7 +68,8 @@ def clip_step(
         deferred: If True, the host reads nothing, and the device decides about the step: there is no host sync. Needs one
             coefficient for all gradients (rules of scope "global" for all parameters, no ``clip_value``), and either "skip" with a
             ``fused`` optimizer, whose kernel then skips the step, or "ignore". The outcome is "pending". A finite gradient whose
-            norm overflows its dtype counts as not finite.
+            norm overflows its dtype counts as not finite. The host decides about a step in which SGD makes momentum buffers: if it
+            were skipped on the device, they would stay uninitialized.
 
     Returns:
         The report, and the state to pass to the next call and to save with a checkpoint. It is a tuple of dictionaries of tensors:
@@ -99,9 +101,17 @@ def clip_step(
             shadows = [_as_rule(one) for one in shadow]
         plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))
         state = plan.init() if state is None else state
+        if deferred and _allocates_in_skip(fused, plan, nonfinite):
+            deferred = False
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
         record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
     return StepReport(record), state
+
+
+def _allocates_in_skip(fused: Optimizer | None, plan: Plan, nonfinite: Policy) -> bool:
+    """Return whether a skip on the device would leave uninitialized momentum: the host decides about such a first step."""
+    may_skip = nonfinite == "skip" or (nonfinite == "ignore" and plan.skip_above is not None)
+    return may_skip and not plan.spec.local and fused is not None and is_fused(fused) and starts_momentum(fused)
 
 
 def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[ClipRule]:

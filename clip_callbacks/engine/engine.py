@@ -397,6 +397,9 @@ class StepEngine:
         for end in self._after_batch:
             end()
         is_logging_step = self._publisher.batches_before_log == 0
+        if is_logging_step and self._is_automatic:
+            # not before the window has stepped; asked last, since it takes a dozen calls
+            is_logging_step = not self._trainer.fit_loop._should_accumulate()
         if is_logging_step:  # all ranks log at the same steps, so that all of them may raise here
             self._collect_and_raise()
         self._publisher.end_batch(self._module, self._optimizers.contexts, is_logging_step=is_logging_step)

@@ -72,7 +72,7 @@ class Publisher:
 
     @property
     def batches_before_log(self) -> float:
-        """Number of batches after this one until Lightning logs: 0 if it logs at the end of this one, inf if it never does."""
+        """Number of windows (in manual optimization of batches) until Lightning logs: 0 if after this one, inf if never."""
         # where Lightning's `should_update_logs` is true, after a dozen calls by which it finds out that this is a fit
         trainer: Any = self._trainer  # whose options mypy does not find
         every = trainer.log_every_n_steps

@@ -18,7 +18,7 @@ from clip_callbacks import (
 from clip_callbacks.core.fused import detach_fused_factors
 from tests.helpers.fused import ALL, FUSED, two_parameters
 from tests.helpers.operations import WRITES, Operations
-from tests.helpers.training import weights
+from tests.helpers.training import assert_same_bits, weights
 
 
 @ALL
@@ -212,3 +212,19 @@ def test_a_fused_optimizer_that_holds_a_part_carries_no_factor():
     clip_step([held, frozen], max_norm=1.0, fused=optimizer)
     assert torch.equal(held.grad, torch.tensor([3.0, 0.0]))
     assert float(optimizer.grad_scale) == pytest.approx(3.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize(("nonfinite", "skip_above", "bad"), [("skip", None, math.nan), ("ignore", 1e3, 1e6), ("skip", 1e3, 1e6)])
+def test_a_bad_first_step_leaves_no_uninitialized_momentum(nonfinite, skip_above, bad, dampening):
+    def trained(gradients, **options):
+        parameter = torch.nn.Parameter(torch.zeros(1000))
+        optimizer, state = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, dampening=dampening, fused=True), None
+        for gradient in gradients:
+            parameter.grad = torch.full((1000,), gradient)
+            _, state = clip_step([parameter], state, max_norm=1e9, fused=optimizer, **options)
+            optimizer.step()
+        return [parameter]
+
+    ours = trained([bad, 1.0, 2.0, bad, 3.0], nonfinite=nonfinite, skip_above=skip_above, deferred=True)
+    assert_same_bits(ours, trained([1.0, 2.0, 3.0]))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -252,3 +255,17 @@ def test_counts_are_up_to_date_when_asked_for(trainer):
     assert seen[:3] == [(0, 1), (0, 2), (0, 3)]
     assert [skipped for skipped, _ in seen] == [0] * 9 + [1] * 3
     assert seen[-1] == (1, guard.overflowed_steps)
+
+
+def test_a_step_of_a_window_is_logged_once(trainer, tmp_path):
+    """And not in the micro-batches before it, where its own report does not exist yet."""
+    rows = []
+    for deferred in (False, True):
+        csv = CSVLogger(tmp_path, version=f"deferred_{deferred}")
+        callbacks = [NonFiniteGuard(deferred=deferred), GradientClipping(5.0), GradientNormMonitor(log_statistics=True)]
+        torch.manual_seed(0)
+        module = Regression(torch.optim.AdamW, lr=1e-3, fused=True)
+        trainer(*callbacks, logger=csv, accumulate_grad_batches=2, log_every_n_steps=2).fit(module, data(12))
+        rows.append(pd.read_csv(Path(csv.log_dir) / "metrics.csv"))
+    assert rows[1][rows[1]["grad/total_norm"].notna()]["step"].tolist() == [1, 3, 5]
+    pd.testing.assert_frame_equal(rows[0], rows[1])

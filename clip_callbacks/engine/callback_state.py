@@ -131,7 +131,7 @@ class StatefulCallback(ResultReturningCallback, LightningCallback):
             )
             return
         # what an earlier version did not save begins empty
-        state_dict = {**self._empty_state(), **state_dict}
+        state_dict = {**state_dict, **{key: value for key, value in self._empty_state().items() if key not in state_dict}}
         with reading(type(self).__name__):
             check_histories(state_dict)
             self._check_state(state_dict)

@@ -7,7 +7,9 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +24,23 @@ from clip_callbacks.core.units import Rows, Units
 
 _WRAPPER = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """Parts of names that wrappers of torch insert. They are removed, so that names and patterns are the same with and without them."""
+
+_PARAMETERS_OF = itemgetter("params")
+"""A function that returns the parameters of a group, without a frame of Python for each."""
+
+
+class _Holding(NamedTuple):
+    """What an optimizer holds of a table's parameters.
+
+    Args:
+        held: All that it holds, in order.
+        holds_others: True if some of it is not in the table.
+        lacking: The parameters of the table that it does not hold.
+    """
+
+    held: list[Tensor]
+    holds_others: bool
+    lacking: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +64,7 @@ class TensorTable:
     reduction: Reduction | None = None
     _partitions: dict[tuple[str, Selection, bool], Partition] = field(default_factory=dict, repr=False)
     _positions: dict[Selection, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    _covered: WeakKeyDictionary[Optimizer, tuple[int, bool]] = field(default_factory=WeakKeyDictionary, repr=False)
+    _holdings: WeakKeyDictionary[Optimizer, _Holding] = field(default_factory=WeakKeyDictionary, repr=False)
     _indices: dict[str, tuple[list[int], torch.device, Tensor]] = field(default_factory=dict, repr=False)
     _factor_buffers: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -258,22 +277,28 @@ class TensorTable:
         return Buckets.of([self.shards[position] for position in self.nonempty[0]]) if self.is_uniform else None
 
     def is_held_by(self, optimizer: Optimizer) -> bool:
-        """Return whether an optimizer holds the parameters of the table and no others; frozen ones it need not hold.
+        """Return whether an optimizer holds all gradients that the table has now, and no parameters beside those of the table.
 
-        The answer is cached until the optimizer holds more or fewer parameters, since fused optimizers are asked at every step.
+        Which parameters it lacks is cached until it holds others, since fused optimizers are asked at every step. Whether one of
+        them has a gradient may change with each step, as when it is unfrozen.
         """
         count = 0
         for group in optimizer.param_groups:
             count += len(group["params"])
-        known = self._covered.get(optimizer)
-        # a count is cheap to compare; where parameters of an optimizer are replaced, the engine makes a new table
-        if known is None or known[0] != count:
-            ours = {id(tensor) for tensor in self.tensors}
-            learning = {id(tensor) for tensor in self.tensors if tensor.requires_grad}
-            held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-            known = count, learning <= held <= ours
-            self._covered[optimizer] = known
-        return known[1]
+        known = self._holdings.get(optimizer)
+        # each by identity, in C: one may have been exchanged for another
+        if (
+            known is None
+            or len(known.held) != count
+            or not all(map(is_, chain.from_iterable(map(_PARAMETERS_OF, optimizer.param_groups)), known.held))
+        ):
+            held = list(chain.from_iterable(map(_PARAMETERS_OF, optimizer.param_groups)))
+            ours, theirs = set(map(id, self.tensors)), set(map(id, held))
+            lacking = [tensor for tensor in self.tensors if id(tensor) not in theirs]
+            known = self._holdings[optimizer] = _Holding(held, not theirs <= ours, lacking)
+        if known.lacking and any(tensor.grad is not None for tensor in known.lacking):
+            return False
+        return not known.holds_others
 
     def index(self, positions: list[int], device: torch.device, purpose: str = "gradients") -> Tensor:
         """Return positions as an int64 tensor on a device.

@@ -228,3 +228,49 @@ def test_a_bad_first_step_leaves_no_uninitialized_momentum(nonfinite, skip_above
 
     ours = trained([bad, 1.0, 2.0, bad, 3.0], nonfinite=nonfinite, skip_above=skip_above, deferred=True)
     assert_same_bits(ours, trained([1.0, 2.0, 3.0]))
+
+
+def pair_of_which_the_optimizer_holds_the_first():
+    held, lacking = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    lacking.requires_grad_(False)
+    optimizer = torch.optim.SGD([held], lr=1.0, fused=True)
+    table = ParameterTable([held, lacking])
+    held.grad = torch.full((1,), 3.0)
+    clip_step(table, max_norm=1.0, fused=optimizer)
+    assert hasattr(optimizer, "grad_scale")
+    held.grad, lacking.grad = torch.full((1,), 3.0), None
+    return held, lacking, optimizer, table
+
+
+@pytest.mark.parametrize("unfreezes", [True, False], ids=["unfrozen", "a gradient by hand"])
+def test_a_gradient_that_the_optimizer_lacks_is_clipped_from_the_step_on_in_which_it_appears(unfreezes):
+    held, lacking, optimizer, table = pair_of_which_the_optimizer_holds_the_first()
+    lacking.requires_grad_(unfreezes)
+    lacking.grad = torch.full((1,), 4.0)
+    clip_step(table, max_norm=1.0, fused=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert [float(held.grad), float(lacking.grad)] == pytest.approx([0.6, 0.8])
+    held.grad, lacking.grad = torch.full((1,), 3.0), None
+    clip_step(table, max_norm=1.0, fused=optimizer)
+    assert float(held.grad) == 3.0, "left to the kernel again"
+    assert float(optimizer.grad_scale) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_a_deferred_step_with_a_gradient_that_the_optimizer_lacks_is_refused():
+    _, lacking, optimizer, table = pair_of_which_the_optimizer_holds_the_first()
+    lacking.requires_grad_(True).grad = torch.full((1,), 4.0)
+    with pytest.raises(ValueError, match="`deferred` needs nonfinite"):
+        clip_step(table, max_norm=1.0, fused=optimizer, deferred=True)
+
+
+def test_a_parameter_that_another_one_takes_the_place_of_is_lacking():
+    first, second, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0, fused=True)
+    table = ParameterTable([first, second])
+    for replaced in (False, True):
+        if replaced:
+            optimizer.param_groups[1]["params"][0] = other
+        first.grad, second.grad = torch.full((1,), 3.0), torch.full((1,), 4.0)
+        clip_step(table, max_norm=1.0, fused=optimizer)
+        expected = [0.6, 0.8] if replaced else [3.0, 4.0]
+        assert [float(first.grad), float(second.grad)] == pytest.approx(expected)

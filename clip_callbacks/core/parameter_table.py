@@ -28,7 +28,8 @@ class ParameterTable:
 
     Attributes:
         names: The names of the parameters, in order. Names of bare tensors are their positions: "0", "1".
-        groups: The name of each parameter's optimizer group; "pg1" if there is no optimizer.
+        groups: The name of each parameter's optimizer group; "pg1" if there is no optimizer. Of groups with one name, the second
+            is called "name-2".
 
     Raises:
         TypeError: If ``parameters`` holds anything but tensors or pairs of a name and a tensor.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, count
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -101,12 +101,10 @@ class TensorTable:
             reduce: A function from the parameters to their reduction over ranks. The default recognizes DTensors.
         """
         names = {id(tensor): name for name, tensor in named}
-        # numbered from 1, and named by "name", as Lightning's LearningRateMonitor calls the groups
-        groups = [(str(group.get("name", f"pg{i}")), group["params"]) for i, group in enumerate(optimizer.param_groups, 1)]
         rows = [
-            (names.get(id(tensor), f"{group}.{place}"), tensor, group)
-            for group, tensors in groups
-            for place, tensor in enumerate(tensors)
+            (names.get(id(tensor), f"{name}.{place}"), tensor, name)
+            for name, group in zip(group_names(optimizer), optimizer.param_groups, strict=True)
+            for place, tensor in enumerate(group["params"])
         ]
         return cls._of_rows(rows, reduce)
 
@@ -342,6 +340,25 @@ def count_entries(tensor: Tensor) -> int:
     """The number of entries of a tensor; 0 for a parameter of a lazy module that has not run yet."""
     # an uninitialized parameter raises on `numel` and `shape`
     return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def group_names(optimizer: Optimizer) -> list[str]:
+    """Return the names of an optimizer's parameter groups, each once: a second "x" is called "x-2"."""
+    # numbered from 1, and named by "name", as Lightning's LearningRateMonitor calls the groups
+    names = [str(group.get("name", f"pg{i}")) for i, group in enumerate(optimizer.param_groups, 1)]
+    taken, seen, each = set(names), set(), []
+    for name in names:
+        # past the names of other groups: those stay as they are, since saved states go by them
+        own = _free(name, taken) if name in seen else name
+        seen.add(name)
+        taken.add(own)
+        each.append(own)
+    return each
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return the first of "x", "x-2", "x-3", … that is not taken."""
+    return next(own for own in chain([name], (f"{name}-{number}" for number in count(2))) if own not in taken)
 
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from clip_callbacks.core.reduction import Reduction
-from clip_callbacks.core.tensor_table import TensorTable, without_wrappers
+from clip_callbacks.core.tensor_table import TensorTable, group_names, without_wrappers
 from clip_callbacks.trainer.compat import DEEPSPEED, is_instance
 
 if TYPE_CHECKING:
@@ -323,6 +323,7 @@ class EngineGradients:
 
     def _parts_of_stages_1_and_2(self) -> Iterator[Part]:
         optimizer = self._optimizer
+        names = group_names(optimizer)
         for index, group in enumerate(optimizer.bit16_groups):
             starts = optimizer.grad_start_offset[index][self._rank]
             places = optimizer.grad_partition_insertion_offset[index][self._rank]
@@ -334,12 +335,13 @@ class EngineGradients:
                     start, place = int(starts[key]), int(places[key])
                     size = min(parameter.numel() - start, int(optimizer.partition_size[index]) - place)
                 stand_in = _stand_in(weights.narrow(0, place, size))
-                yield Part(parameter, self._group_name(index), tuple(parameter.shape), start, stand_in)
+                yield Part(parameter, names[index], tuple(parameter.shape), start, stand_in)
 
     def _parts_of_stage_3(self) -> Iterator[Part]:
         optimizer = self._optimizer
+        names = group_names(optimizer)
         for index, parameters in enumerate(optimizer.fp16_groups):
-            group, place = self._group_name(optimizer.sub_group_to_group_id[index]), 0
+            group, place = names[optimizer.sub_group_to_group_id[index]], 0
             for parameter in parameters:
                 length = parameter.ds_tensor.numel()
                 # the last ranks hold padding, or nothing else
@@ -348,10 +350,6 @@ class EngineGradients:
                 stand_in = _stand_in(optimizer.fp32_partitioned_groups_flat[index].narrow(0, place, size))
                 place += length
                 yield Part(parameter, group, tuple(parameter.ds_shape), start, stand_in)
-
-    def _group_name(self, index: int) -> str:
-        # as TensorTable.of_optimizer names them
-        return str(self._optimizer.param_groups[index].get("name", f"pg{index + 1}"))
 
     def begin_window(self) -> None:
         """Forget the gradients of the window before.

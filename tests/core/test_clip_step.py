@@ -73,6 +73,36 @@ def test_a_table_gives_the_same_step_as_what_it_is_made_of():
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+# ---- groups of equal names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["pg2", None], ["pg2", "pg2-2"]),
+        ([None, "pg1"], ["pg1", "pg1-2"]),
+        (["x", "x", "x"], ["x", "x-2", "x-3"]),
+        (["x", "x", "x-2"], ["x", "x-3", "x-2"]),
+        (["x-2", "x", "x", "x-2"], ["x-2", "x", "x-3", "x-2-2"]),
+        (["x", None, "y"], ["x", "pg2", "y"]),
+    ],
+)
+def test_groups_of_equal_names_are_several(names, groups):
+    weights = [weight(10.0**place) for place, _ in enumerate(names)]
+    optimizer = torch.optim.SGD(
+        [{"params": [each]} | ({"name": name} if name else {}) for each, name in zip(weights, names, strict=True)], lr=1.0
+    )
+    table = ParameterTable(optimizer)
+    assert table.groups == tuple(groups)
+    assert table.names == tuple(f"{group}.0" for group in groups)
+    for scope in ("group", "parameter"):
+        for place, each in enumerate(weights):
+            each.grad = torch.tensor([10.0**place])
+        report, _ = clip_step(table, rules=[ClipRule(1.0, scope)])
+        assert [len(report.names), *report.norms.tolist()] == [len(names), *(10.0**place for place, _ in enumerate(names))]
+        assert [float(each.grad) for each in weights] == pytest.approx([1.0] * len(names), rel=1e-4)
+
+
 # ---- max_norm and rules --------------------------------------------------------------------------------------------------------
 
 

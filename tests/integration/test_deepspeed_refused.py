@@ -1,10 +1,12 @@
-"""What does not go with DeepSpeed is refused at the setup of a fit. DeepSpeed itself is not needed: no strategy is set up here."""
+"""What does not go with DeepSpeed is refused at the setup of a fit; names of groups. DeepSpeed itself is not needed here."""
 
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
@@ -18,6 +20,7 @@ from clip_callbacks import (
     NonFiniteGuard,
     Rollback,
 )
+from clip_callbacks.trainer.deepspeed import EngineGradients
 from tests.helpers.training import Regression
 
 REFUSED = {
@@ -114,3 +117,26 @@ def test_the_rest_is_admitted(set_up, make):
 
 def test_a_monitor_may_stand_beside_the_clip_of_the_engine(set_up):
     set_up(GradientNormMonitor(), config={"gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups_of_equal_names_are_several(stage):
+    parameters = [torch.zeros(2) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [each], "name": name} for each, name in zip(parameters, "aab", strict=True)], lr=0.1)
+    for each in parameters:  # what stage 3 keeps on a parameter
+        each.ds_tensor, each.ds_numel, each.ds_shape = each, 2, (2,)
+    engine, groups = object.__new__(EngineGradients), [[each] for each in parameters]
+    engine._rank, engine._is_stage_3 = 0, stage == 3
+    engine._optimizer = SimpleNamespace(
+        param_groups=optimizer.param_groups,
+        bit16_groups=groups,
+        grad_start_offset=[[{}]] * 3,
+        grad_partition_insertion_offset=[[{}]] * 3,
+        single_partition_of_fp32_groups=parameters,
+        get_param_id=id,
+        fp16_groups=groups,
+        sub_group_to_group_id=[0, 1, 2],
+        fp32_partitioned_groups_flat=parameters,
+    )
+    module = SimpleNamespace(named_parameters=lambda: [(f"weight_{place}", each) for place, each in enumerate(parameters)])
+    assert engine.make_table(module).groups == ("a", "a-2", "b")

@@ -167,6 +167,21 @@ def test_percentiles_follow_layers_that_are_unfrozen_in_mid_epoch(trainer):
     assert set(metrics(fit, "update_ratio/")) == {"net.0", "net.2"}
 
 
+def test_groups_of_equal_names_have_metrics_of_their_own(trainer):
+    class Groups(Regression):
+        def configure_optimizers(self):
+            first, second = self.net[0], self.net[2]
+            return torch.optim.SGD([{"params": first.parameters(), "name": "pg2"}, {"params": second.parameters()}], lr=0.05)
+
+    witness = Witness()
+    fit = trainer(witness, GradientNormMonitor("group"))
+    fit.fit(Groups(), data(3))
+    found, last = metrics(fit, "grad_norm/"), witness.before[-1]
+    assert set(found) == {"pg2", "pg2-2"}
+    for group, layer in (("pg2", "net.0"), ("pg2-2", "net.2")):
+        assert found[group] == pytest.approx(norm([last[f"{layer}.weight"], last[f"{layer}.bias"]], 2.0), rel=1e-5)
+
+
 def test_what_an_epoch_remembers_does_not_grow(trainer):
     def size(batches):
         monitor = GradientNormMonitor("parameter")

@@ -78,6 +78,8 @@ def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:
         table: The parameters.
         bucketed: If True, plan how to read small gradients together, which pays if the table is used more than once.
     """
+    if table.awaited:
+        table.renew()
     positions, parameters = table.nonempty
     found: list[Any]
     if table.is_sharded:
@@ -112,6 +114,8 @@ def _rows_of_sparse(table: TensorTable, position: int, gradient: Tensor, values:
             '`scope` must not be "unit" beside sparse gradients other than those of embeddings (COO, one sparse dimension), '
             f'got {gradient.layout} for {table.names[position]}. Choose the scope "parameter" for all rules.'
         )
+    if table.reduction is None:
+        table.check_rows(position, gradient.shape[0])
     return Rows(values, gradient.indices()[0] + table.units.firsts[position], position)
 
 

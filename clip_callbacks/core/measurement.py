@@ -19,6 +19,7 @@ from clip_callbacks.core.losses import are_finite, sum_of
 from clip_callbacks.core.remeasurement import cast_if_representable, remeasure
 from clip_callbacks.core.tensor_norms import row_norms, tensor_norms, total_norm
 from clip_callbacks.core.tensor_table import TensorTable, count_entries, learns
+from clip_callbacks.core.units import Rows
 
 MAX_UNSCALED_ORDER = 4.0
 """Largest order p for which p-th powers of float32 numbers, and sums of them, stay in the range of float64."""
@@ -315,7 +316,7 @@ def _shard_unit_norms(gradients: Gradients, norm_type: float) -> Tensor:
     table, rows = gradients.table, gradients.rows
     dtype, device = _dtype(table), _device(table)
     found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
-    return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
+    return _laid_out(table, rows, found, dtype, device)
 
 
 def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementSpec) -> Tensor:
@@ -329,7 +330,7 @@ def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementS
     if spec.by_unit:
         rows = [each for position, shard in zip(places, shards, strict=True) for each in table.rows(position, shard)]
         found = [row_norms(entries, norm_type).to(device, dtype) for entries, *_ in rows]
-        return _laid_out(len(table.units), [each.units for each in rows], found, dtype, device)
+        return _laid_out(table, rows, found, dtype, device)
     norms = torch.zeros(len(table), dtype=dtype, device=device)
     if not shards:
         return norms
@@ -341,24 +342,28 @@ def _shard_weight_norms(table: TensorTable, norm_type: float, spec: MeasurementS
 
 
 def _laid_out(
-    count: int, units: Sequence[slice | Tensor], found: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    table: TensorTable, rows: Sequence[Rows], found: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Lay out norms of some units in their places among all, with 0 elsewhere.
 
     Args:
-        count: The number of all units, U.
-        units: The places of each tensor's units.
-        found: The norms of each tensor's units.
+        table: The parameters.
+        rows: The rows of each tensor.
+        found: The norms of each tensor's rows.
         dtype: The dtype of the result.
         device: The device of the result.
     """
+    units, count = [each.units for each in rows], len(table.units)
     slices = [each for each in units if isinstance(each, slice)]
     edges = [0, *(each.stop for each in slices)]
     # slices that follow one another from the first unit to the last, as in most models: one concatenation
     if slices and len(slices) == len(units) and edges[:-1] == [each.start for each in slices] and edges[-1] == count:
         return torch.cat(list(found))
     norms = torch.zeros(count, dtype=dtype, device=device)
-    for place, values in zip(units, found, strict=True):
+    for (_, place, position), values in zip(rows, found, strict=True):
+        # only here: slices of a parameter with more rows than before would not follow one another
+        if isinstance(place, slice):
+            table.check_rows(position, place.stop - table.units.firsts[position])
         norms[place] = values
     return norms
 

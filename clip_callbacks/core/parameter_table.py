@@ -18,7 +18,8 @@ class ParameterTable:
     """The parameters of one optimizer step, with names, made once and passed to :func:`~clip_callbacks.clip_step` at every step.
 
     ``clip_step`` also accepts ``parameters`` itself, and then makes a new table at every step. A parameter that occurs twice,
-    as tied weights do, counts once, under its first name.
+    as tied weights do, counts once, under its first name. One without entries, as those of lazy modules before their first forward
+    pass, takes part as soon as it has some.
 
     Args:
         parameters: An optimizer, ``model.named_parameters()``, a mapping from names to tensors, tensors, or one tensor. Norms are

@@ -189,8 +189,11 @@ class Plan:
             shadows: Rules that change no gradient.
             spikes: Limits above which a finite step is a spike.
         """
-        # Compared by identity, which costs less than equality and holds at every step of a loop that keeps its rules.
-        key = (*rules, None, *shadows, None, *spikes)
+        if table.awaited:
+            table.renew()
+        # Compared by identity, which costs less than equality and holds at every step of a loop that keeps its rules. The list of
+        # awaited parameters is another one once the table is renewed.
+        key = (*rules, None, *shadows, None, *spikes, table.awaited)
         cached = _LAST_PLANS.get(table)
         if cached is not None and len(cached[0]) == len(key) and all(map(is_, cached[0], key)):
             return cached[1]
@@ -276,7 +279,8 @@ class Plan:
             if len(held) != len(shapes) or any(getattr(held.get(key), "shape", None) != shape for key, shape in shapes.items()):
                 raise ValueError(
                     f"`state` must be that of these rules, got tensors of shapes {[tuple(it.shape) for it in held.values()]} for "
-                    f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned."
+                    f"{[tuple(shape) for shape in shapes.values()]}: pass what the last call with them returned, or None once a "
+                    "parameter has got other rows."
                 )
 
 

@@ -28,6 +28,9 @@ _WRAPPER = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_mod
 _PARAMETERS_OF = itemgetter("params")
 """A function that returns the parameters of a group, without a frame of Python for each."""
 
+_MADE_OF_SHAPES = ("awaited", "buckets", "is_uniform", "is_wide", "nonempty", "shapes", "unit_reduction", "units")
+"""What a table caches that depends on which parameters have entries, and on their shapes."""
+
 
 class _Holding(NamedTuple):
     """What an optimizer holds of a table's parameters.
@@ -49,7 +52,7 @@ class TensorTable:
 
     It is made once and used at every step, since partitions, indices and buffers are cached on it. A parameter that occurs twice,
     as tied weights do, counts once, under its first name. A parameter of a lazy module counts as empty until its first forward
-    pass: a table that must know its shape is made after that.
+    pass; then :meth:`renew` drops what was made without its shape.
 
     Args:
         tensors: The N parameters.
@@ -235,7 +238,11 @@ class TensorTable:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the whole parameters, not of this rank's parts."""
         # the reduction knows what a flat shard of FSDP1 does not show: the shape before it was flattened
-        return self.reduction.shapes if self.reduction else tuple(map(_shape_of, self.tensors))
+        if self.reduction:
+            return self.reduction.shapes
+        if not self.awaited:
+            return tuple(tuple(tensor.shape) for tensor in self.tensors)
+        return tuple(map(_shape_of, self.tensors))
 
     @cached_property
     def units(self) -> Units:
@@ -258,6 +265,20 @@ class TensorTable:
         first_row, first_entry = (ranks.first_rows[position], ranks.first_entries[position]) if ranks else (0, None)
         return self.units.of_shard(position, part, first_row, first_entry)
 
+    def check_rows(self, position: int, count: int) -> None:
+        """Check that a parameter has no more rows than when rows were counted: those of the next one would be taken for its own.
+
+        Raises:
+            ValueError: If it has.
+        """
+        known = self.units.counts[position]
+        if count > known:
+            raise ValueError(
+                f'`scope` must not be "unit" once a parameter has got more rows, got {count} for {self.names[position]}, which had '
+                f"{known}. In a plain loop make a new ParameterTable, and start with state=None; in a Trainer give the optimizer a "
+                "new Parameter."
+            )
+
     @cached_property
     def shards(self) -> tuple[Tensor, ...]:
         """This rank's part of each parameter; a plain tensor is its own part."""
@@ -266,8 +287,29 @@ class TensorTable:
     @cached_property
     def nonempty(self) -> tuple[list[int], list[Tensor]]:
         """The positions of the parameters of which this rank holds entries, and these parameters."""
+        if self.reduction is None and not self.awaited:
+            return list(range(len(self.tensors))), list(self.tensors)
         places = [position for position, shard in enumerate(self.shards) if count_entries(shard)]
         return places, [self.tensors[position] for position in places]
+
+    @cached_property
+    def awaited(self) -> list[Tensor]:
+        """The parameters without entries, such as those of lazy modules, which may get some; none where ranks hold parts.
+
+        Each renewal of the table makes another list, by which plans tell whether they were made since.
+        """
+        # a rank's part that is empty stays so, and a reduction is made of shapes
+        return [] if self.reduction else [tensor for tensor in self.tensors if not count_entries(tensor)]
+
+    def renew(self) -> None:
+        """Drop all that was made of shapes, if a parameter that had no entries has got some.
+
+        Ask at each step, but only if any are ``awaited``: other models pay nothing.
+        """
+        if any(map(count_entries, self.awaited)):
+            for name in _MADE_OF_SHAPES:
+                self.__dict__.pop(name, None)
+            self._partitions.clear()
 
     @cached_property
     def buckets(self) -> Buckets | None:

@@ -73,6 +73,110 @@ def test_a_table_gives_the_same_step_as_what_it_is_made_of():
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+class Late(nn.ModuleList):
+    """Two layers, of which the second gets its shape when it runs: in a forward pass, or by other data."""
+
+    def __init__(self, kind):
+        super().__init__([nn.LazyLinear(3), nn.LazyLinear(2)])
+        self.kind = kind
+        if kind == "empty":
+            self[1] = nn.Linear(3, 2)
+            for parameter in self[1].parameters():
+                parameter.data = torch.empty(0, *parameter.shape[1:])
+
+    def backward(self, factor, *, both):
+        self.zero_grad()
+        if both and self.kind == "empty" and not self[1].weight.numel():
+            self[1].weight.data, self[1].bias.data = torch.ones(2, 3), torch.ones(2)
+        hidden = self[0](torch.ones(2, 4))
+        ((self[1](hidden) if both else hidden).sum() * factor).backward()
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "layer", "parameter", "unit"])
+@pytest.mark.parametrize("kind", ["lazy", "empty"])
+def test_parameters_that_get_their_entries_after_the_first_step_are_clipped(kind, scope):
+    net, rules, state = Late(kind), [ClipRule(1.0, scope)], None
+    table = ParameterTable(net.named_parameters())
+    for both in (False, False, True, True):
+        net.backward(1e3, both=both)
+        copies = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+        pairs = {name: nn.Parameter(torch.zeros_like(gradient)) for name, gradient in copies.items()}
+        for name, pair in pairs.items():
+            pair.grad = copies[name].clone()
+        expected, _ = clip_step(pairs, rules=rules)
+        report, state = clip_step(table, state, rules=rules)
+        assert len(pairs) == (4 if both else 2)
+        torch.testing.assert_close(report.total_norm, expected.total_norm)
+        for name, parameter in net.named_parameters():
+            if name in pairs:
+                torch.testing.assert_close(parameter.grad, pairs[name].grad)
+        if both:
+            assert (list(report.names), report.norms.tolist()) == (list(expected.names), expected.norms.tolist())
+
+
+@pytest.mark.parametrize("kind", ["lazy", "empty"])
+def test_a_nan_in_a_parameter_that_got_its_entries_late_skips_the_step(kind):
+    net, state = Late(kind), None
+    table = ParameterTable(net.named_parameters())
+    net.backward(1.0, both=False)
+    _, state = clip_step(table, state)
+    net.backward(1.0, both=True)
+    net[1].weight.grad[0, 0] = math.nan
+    report, _ = clip_step(table, state)
+    assert report.skipped
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_table_with_parameters_that_never_get_entries_is_not_planned_anew_at_each_step():
+    net = Late("lazy")
+    table, plans = ParameterTable(net.named_parameters())._table, []
+    rules = [ClipRule(1.0, "unit")]
+    for _ in range(3):
+        net.backward(1.0, both=False)
+        clip_step(table, rules=rules)
+        plans.append(Plan.of(table, rules, ()))
+    assert plans[0] is plans[1] is plans[2]
+    net.backward(1.0, both=True)
+    clip_step(table, rules=rules)
+    assert len(Plan.of(table, rules, ()).rules[0].partition.names) == 3 + 1 + 2 + 1
+    assert not table.awaited
+
+
+def test_a_memory_of_rows_does_not_go_on_once_there_are_more():
+    net, rules = Late("lazy"), [ClipRule(QuantileLimit(0.5), "unit")]
+    table = ParameterTable(net.named_parameters())
+    net.backward(1.0, both=False)
+    _, state = clip_step(table, rules=rules)
+    net.backward(1.0, both=True)
+    with pytest.raises(ValueError, match="or None once a parameter has got other rows"):
+        clip_step(table, state, rules=rules)
+    clip_step(table, rules=rules)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("grown", ["0.weight", "1.weight"])
+def test_rows_of_a_parameter_that_has_grown_are_not_taken_for_those_of_the_next(grown, sparse):
+    net = nn.ModuleList([nn.Embedding(3, 2, sparse=sparse), nn.Embedding(3, 2, sparse=sparse)])
+    table = ParameterTable(net.named_parameters())
+
+    def backward():
+        net.zero_grad()
+        sum(layer(torch.arange(len(layer.weight))).sum() for layer in net).backward()
+        return [parameter.grad.to_dense().clone() for parameter in net.parameters()]
+
+    backward()
+    clip_step(table, rules=[ClipRule(1.0, "unit")])
+    net.get_parameter(grown).data = torch.zeros(4, 2)
+    before = backward()
+    with pytest.raises(ValueError, match=rf'must not be "unit" once .* got 4 for {grown}, which had 3\. In a plain loop'):
+        clip_step(table, rules=[ClipRule(1.0, "unit")])
+    assert all(torch.equal(parameter.grad.to_dense(), each) for parameter, each in zip(net.parameters(), before, strict=True))
+    for scope in ("global", "parameter"):
+        backward()
+        assert float(clip_step(table, rules=[ClipRule(1.0, scope)])[0].total_norm) == pytest.approx(math.sqrt(14))
+    clip_step(ParameterTable(net.named_parameters()), rules=[ClipRule(1.0, "unit")])
+
+
 # ---- groups of equal names -----------------------------------------------------------------------------------------------------
 
 

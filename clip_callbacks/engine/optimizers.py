@@ -33,7 +33,7 @@ class Optimizers:
 
     Attributes:
         contexts: The contexts of the optimizers.
-        may_materialize: True if an optimizer holds parameters of lazy modules that have no shape yet.
+        may_materialize: True if an optimizer holds parameters without entries yet, such as those of lazy modules.
 
     Raises:
         ValueError: If an option cannot work with these optimizers.
@@ -85,7 +85,7 @@ class Optimizers:
                 self._renew()
 
     def update_materialized(self) -> None:
-        """Rebuild the tables of lazy parameters that a forward pass has given shapes, if there are any.
+        """Rebuild the tables of parameters that had no entries and have got some, as lazy ones do in a forward pass.
 
         The parameters are the same tensors as before, so that windows and saved states of the guard stay as they are.
         """

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clip_callbacks.core.step_record import StepRecord
-from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.core.tensor_table import TensorTable, count_entries
 from clip_callbacks.stats.run_history import RunHistory
 from clip_callbacks.trainer.deepspeed import EngineGradients, uses_deepspeed
 from clip_callbacks.trainer.strategies import Reduce, reduction_under
@@ -63,11 +62,12 @@ class OptimizerContext:
     def rebuild_table(self, module: LightningModule) -> None:
         """Make the table of the parameters that the optimizer holds now."""
         self._held = [list(group["params"]) for group in self.optimizer.param_groups]
-        self._lazy = [tensor for held in self._held for tensor in held if is_lazy(tensor)]
         if self.engine_gradients is None:
             self.table = TensorTable.of_optimizer(self.optimizer, module.named_parameters(), reduce=self._reduce)
         else:
             self.table = self.engine_gradients.make_table(module)
+        # the list of this table when it was made: the table itself makes another one, once a parameter has entries
+        self._awaited = self.table.awaited
 
     @property
     def is_outdated(self) -> bool:
@@ -83,13 +83,13 @@ class OptimizerContext:
 
     @property
     def has_lazy_parameters(self) -> bool:
-        """True if the table holds parameters of lazy modules that had no shape when it was made."""
-        return bool(self._lazy)
+        """True if the table holds parameters that had no entries when it was made, such as those of lazy modules."""
+        return bool(self._awaited)
 
     @property
     def has_materialized_parameters(self) -> bool:
-        """True if a forward pass has given a lazy parameter its shape since the table was made."""
-        return not all(map(is_lazy, self._lazy))
+        """True if a parameter without entries has got some since the table was made, as lazy ones do in a forward pass."""
+        return any(map(count_entries, self._awaited))
 
     def record(self, report: StepRecord, *, is_new: bool, is_healthy: bool) -> None:
         """Record the report of a step.

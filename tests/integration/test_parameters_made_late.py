@@ -156,6 +156,32 @@ def test_lazy_modules_that_never_run_or_run_late_are_no_obstacle(trainer, tmp_pa
     assert all(tensor.isfinite().all() for tensor in made.values())
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_parameters_that_get_their_entries_in_mid_fit_are_clipped(trainer, scope):
+    """As those of a lazy layer, but by other data for a parameter that has had a shape, and no entries."""
+
+    class Grown(Drawn):
+        def __init__(self, *, before):
+            super().__init__({}, net=nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)))
+            self.late, self.drawn = nn.Linear(4, 1), torch.ones(1, 4)
+            self.late.weight.data = self.drawn.clone() if before else torch.empty(0, 4)
+
+        def loss(self, batch, batch_idx):
+            loss = super().loss(batch, batch_idx)
+            if batch_idx < 2:
+                return loss
+            if not self.late.weight.numel():
+                self.late.weight.data = self.drawn.clone()
+            return loss + self.late(batch[0]).square().mean()
+
+    states = []
+    for before in (True, False):
+        torch.manual_seed(0)
+        module = Grown(before=before)
+        states.append(state_after(module, trainer(GradientClipping(0.01, scope=scope), NonFiniteGuard()), batches=5))
+    assert_same_bits(*states)
+
+
 def test_no_copy_to_go_back_to_is_made_of_what_lazy_modules_have_just_become(trainer):
     """It would lack the batch statistics of before: the first is made of the second good step."""
     guard = NonFiniteGuard(rollback=Rollback(), max_consecutive=1)

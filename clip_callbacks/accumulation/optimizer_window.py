@@ -53,10 +53,10 @@ class OptimizerWindow:
             The loss, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
         """
         if not self.is_known:
-            return torch.full((1,), math.nan, device="cpu")
+            return torch.full((1,), math.nan, dtype=torch.float32, device="cpu")
         if not self.micro_batches:
             # weights of 0, on this rank only: they add nothing to the mean over all ranks
-            return torch.zeros(1, device="cpu")
+            return torch.zeros(1, dtype=torch.float32, device="cpu")
         factor = factor_of(len(self.micro_batches) + self._more)
         newest = self.micro_batches[-1]
         if len(self.micro_batches) == 1 and newest.weight * factor == 1.0:

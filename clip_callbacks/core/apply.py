@@ -160,7 +160,8 @@ def _multiply_rows_(gradients: Gradients, factors: Tensor) -> None:
     """Multiply each row by its factor. Tensors without a row to change are not written."""
     table = gradients.table
     # counted on the host, where the factors are, so that tensors without a clipped row are neither read nor written
-    clipped = torch.zeros(len(table), device="cpu").index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
+    counts = torch.zeros(len(table), dtype=torch.float32, device="cpu")
+    clipped = counts.index_add_(0, table.units.owners, (factors != 1.0).float()).tolist()
     factors = factors.to(gradients.tensors[0].device)
     rows = [
         (entries, factors[units if isinstance(units, slice) else units.to(factors.device)].to(entries.device))

@@ -160,7 +160,7 @@ class Partition:
         return spread
 
 
-_ZERO = torch.zeros(1, device="cpu")
+_ZERO = torch.zeros(1, dtype=torch.float32, device="cpu")
 """What stands in a row where a block has no part."""
 
 

@@ -71,7 +71,7 @@ class Buckets:
             buckets += _split_into_buckets(tensors, second)
         read = [place for bucket in (*buckets, others) for place in bucket]
         # argsort inverts the permutation, so that one index restores the order of the tensors
-        return cls(buckets, tuple(others), torch.tensor(read, device="cpu").argsort())
+        return cls(buckets, tuple(others), torch.tensor(read, dtype=torch.int64, device="cpu").argsort())
 
     def norms(self, tensors: list[Tensor], norm_type: float) -> Tensor:
         """Norm of each tensor, shape ``(n,)``, in the order of the tensors; with the bits of :func:`norms_of_each`."""

@@ -164,7 +164,7 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
         pairs = [(new, old) for new, old in _matching_blocks(fresh, source) if new in missing]
         if not pairs:
             continue
-        new, old = (torch.tensor(positions, device="cpu") for positions in zip(*pairs, strict=True))
+        new, old = (torch.tensor(positions, dtype=torch.int64, device="cpu") for positions in zip(*pairs, strict=True))
         for key, value in source.tensors.items():
             # a source may be on the device of deferred steps, and a fresh state on torch's default device
             if value.ndim:

@@ -24,7 +24,7 @@ from clip_callbacks.core.units import Rows
 MAX_UNSCALED_ORDER = 4.0
 """Largest order p for which p-th powers of float32 numbers, and sums of them, stay in the range of float64."""
 
-TRUE, FALSE = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
+TRUE, FALSE = (torch.tensor(flag, dtype=torch.bool, device="cpu") for flag in (True, False))
 """The two 0-dim flags of steps that are decided on the host, made once."""
 
 FLAGS = {True: TRUE, False: FALSE}
@@ -235,10 +235,11 @@ def _nothing(
 ) -> Measurement:
     """The measurement of a step without gradients."""
     # the CPU is named, here and wherever the host computes, because torch.set_default_device may have chosen another device
-    norms = parameter_norms = torch.zeros(len(gradients.table), device="cpu")
+    dtype = _dtype(gradients.table)
+    norms = parameter_norms = torch.zeros(len(gradients.table), dtype=dtype, device="cpu")
     if spec.by_unit:
-        norms = torch.zeros(len(gradients.table.units), device="cpu")
-    total = torch.zeros((), device="cpu")
+        norms = torch.zeros(len(gradients.table.units), dtype=dtype, device="cpu")
+    total = torch.zeros((), dtype=dtype, device="cpu")
     weights = None
     if spec.weights:
         weights = torch.zeros_like(norms)
@@ -297,7 +298,7 @@ def _shard_norms(gradients: Gradients, norm_type: float) -> Tensor:
     if gradients.tensors:
         norms = tensor_norms(gradients.tensors, norm_type, is_uniform=table.is_uniform, buckets=gradients.buckets)
     else:
-        norms = torch.zeros(0, device=_device(table))
+        norms = torch.zeros(0, dtype=_dtype(table), device=_device(table))
     # The dtype is that of the table, which all ranks share: this rank alone may have no float64 gradient.
     return gradients.fill(norms.to(_dtype(table)))
 

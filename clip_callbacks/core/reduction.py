@@ -66,10 +66,10 @@ class Reduction:
         ranks = math.prod(dist.get_world_size(group) for group in groups)
         # rank 0 may hold no part of a mesh that is smaller than the group: then the ranks find out which of them does
         holders = _holders(list(meshes)) if groups == (None,) and any(mesh.size() < ranks for mesh in meshes) else {}
-        counts = torch.tensor([_is_first_of_copies(tensor, first, holders) for tensor in tensors], dtype=torch.float64)
+        is_first = [_is_first_of_copies(tensor, first, holders) for tensor in tensors]
+        counts = torch.tensor(is_first, dtype=torch.float64, device=_device(list(meshes), tensors))
         copied = tuple(_parts(tensor) < ranks for tensor in tensors)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        counts = counts.to(_device(list(meshes), tensors))
         return cls(groups, counts, copied, shapes, tuple(map(_first_row, tensors)), (None,) * len(tensors))
 
     @classmethod
@@ -228,7 +228,7 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
         flag: The flag of this rank.
         device: The device from which ranks communicate.
     """
-    together = torch.tensor(float(flag), device=device)
+    together = torch.tensor(flag, dtype=torch.float32, device=device)
     dist.all_reduce(together, dist.ReduceOp.MAX)
     return bool(together)
 
@@ -267,7 +267,7 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
         for each, part in zip(slices, parts, strict=True):
             if part is not None:
                 each.copy_(part.reshape(-1))
-        is_present.copy_(torch.tensor([part is not None for part in parts]))
+        is_present.copy_(torch.tensor([part is not None for part in parts], dtype=torch.bool, device="cpu"))
         flat /= dist.get_world_size()  # divided before the sum, so that half precision does not overflow
         dist.all_reduce(flat)
         for place, each, count in zip(places, slices, is_present.tolist(), strict=True):

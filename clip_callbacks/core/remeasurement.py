@@ -142,7 +142,10 @@ def _remeasured(
     """
     if isinstance(unreliable, Tensor):
         for entries, units, _ in gradients.rows:
-            here = torch.arange(units.start, units.stop) if isinstance(units, slice) else units.cpu()
+            if isinstance(units, slice):
+                here = torch.arange(units.start, units.stop, dtype=torch.int64, device="cpu")
+            else:
+                here = units.cpu()
             # these rows alone: the one bad row of an embedding must not cost a float64 copy of all
             rows = unreliable[here].nonzero()[:, 0]
             if len(rows):

@@ -239,7 +239,9 @@ class StepRecord:
                 after = total_norm_in_float64(outcome.norms * outcome.coefficients, self.norm_type)
                 limits = outcome.limits
                 metrics[RULE_TOTAL_NORM.format(outcome.name)] = before
-                metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin() if isinstance(limits, Tensor) else torch.tensor(limits)
+                if not isinstance(limits, Tensor):
+                    limits = torch.tensor(limits, dtype=torch.float64, device="cpu")
+                metrics[RULE_MAX_NORM.format(outcome.name)] = limits.amin()
                 # the share of the norm that is left, since a rule with several blocks has several coefficients
                 metrics[RULE_CLIP_COEF.format(outcome.name)] = torch.where(before > 0, after / before, 1.0)
         return metrics

@@ -65,7 +65,8 @@ class Units:
     @cached_property
     def owners(self) -> Tensor:
         """Position of the parameter that each unit belongs to, int64, shape ``(U,)``."""
-        return torch.repeat_interleave(torch.arange(len(self.counts), device="cpu"), torch.tensor(self.counts, device="cpu"))
+        positions = torch.arange(len(self.counts), dtype=torch.int64, device="cpu")
+        return positions.repeat_interleave(torch.tensor(self.counts, dtype=torch.int64, device="cpu"))
 
     def repeated(self, per_parameter: Sequence[int]) -> array[int]:
         """Return the number of its parameter for each unit, from N numbers U."""

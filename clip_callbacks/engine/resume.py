@@ -163,7 +163,7 @@ def _match_optimizers(before: Mapping[int, Sequence[str]], now: Mapping[int, Seq
 
 
 def _without_norms(history: Mapping[str, Any]) -> dict[str, Any]:
-    return {**history, "norms": torch.empty(0, dtype=torch.float64), "run_norms": NormSketch().state()}
+    return {**history, "norms": torch.empty(0, dtype=torch.float64, device="cpu"), "run_norms": NormSketch().state()}
 
 
 def _describe(index: int, names: Sequence[str]) -> str:

@@ -170,7 +170,9 @@ class Publisher:
 
     def _offer(self, values: Mapping[str, float]) -> None:
         """Publish metrics in ``callback_metrics``, for ModelCheckpoint and EarlyStopping."""
-        self._callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        for key, value in values.items():
+            # what Lightning makes of a number, whatever the default dtype and device are
+            self._callback_metrics[key] = torch.tensor(value, dtype=torch.float32, device="cpu")
 
     def _show(self, context: OptimizerContext, values: Mapping[str, float]) -> None:
         shown = {key: f"{values.get(key, math.nan):.3g}" for key in context.named(dict.fromkeys(PROGRESS_BAR_METRICS))}

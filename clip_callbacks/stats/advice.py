@@ -268,7 +268,9 @@ def _threshold(ordered: Tensor, z: float) -> float:
 
 
 def _share_above(ordered: Tensor, threshold: float) -> float:
-    above = len(ordered) - int(torch.searchsorted(ordered, torch.tensor(threshold, dtype=ordered.dtype), right=True))
+    above = len(ordered) - int(
+        torch.searchsorted(ordered, torch.tensor(threshold, dtype=ordered.dtype, device=ordered.device), right=True)
+    )
     return above / len(ordered)
 
 

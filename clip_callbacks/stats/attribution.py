@@ -53,7 +53,7 @@ def spill_over(outcomes: Sequence[Outcome], norms: Tensor, factors: Tensor | Non
         Fractions between 0 and 1, float64 of shape ``(B,)``.
     """
     if factors is None:
-        return torch.zeros(len(blocks.names), dtype=torch.float64)
+        return torch.zeros(len(blocks.names), dtype=torch.float64, device="cpu")
     alone = norms
     for outcome in outcomes:
         alone = alone * _factors_alone(outcome, alone, blocks, norm_type)

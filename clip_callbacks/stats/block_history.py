@@ -35,7 +35,7 @@ class BlockHistory:
         self._selection = selection
         self._names: list[str] = []
         self._sketch = NormSketch(0)
-        self._clipped = torch.zeros(0, dtype=torch.int64)
+        self._clipped = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._is_local = False
         self._norms: list[Tensor] = []
         self._clips: list[tuple[Tensor, Tensor]] = []
@@ -57,7 +57,7 @@ class BlockHistory:
             places = [known.get(name) for name in names]
             self._sketch = self._sketch.rows(places)
             counts = [0 if place is None else int(self._clipped[place]) for place in places]
-            self._names, self._clipped = names, torch.tensor(counts, dtype=torch.int64)
+            self._names, self._clipped = names, torch.tensor(counts, dtype=torch.int64, device="cpu")
 
     def add(self, report: StepRecord, table: TensorTable) -> None:
         """Record a healthy step."""
@@ -133,7 +133,7 @@ def _smaller(clips: list[tuple[Tensor, Tensor]], blocks: Partition) -> Tensor:
     factors = torch.stack([factor.reshape(-1).expand(len(parts)) for factor, parts in clips])
     # A norm of 0 stays 0 whatever its factor is, so that nothing was made smaller.
     smaller = (factors < 1.0) & (torch.stack([parts for _, parts in clips]) > 0)
-    hits = torch.zeros(len(clips), len(blocks.names), dtype=torch.int32)
+    hits = torch.zeros(len(clips), len(blocks.names), dtype=torch.int32, device="cpu")
     inside = smaller
     if not blocks.is_total:
         inside = smaller[:, blocks.members]

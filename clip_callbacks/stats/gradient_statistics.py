@@ -90,7 +90,7 @@ class GradientMoments:
         combined = _combined(moments, self._blocks.numbers[places], count)
         if self._reduction:
             everybody = self._reduction.of_each_rank(combined)
-            numbers = torch.arange(count, device="cpu").repeat(len(everybody))
+            numbers = torch.arange(count, dtype=torch.int64, device="cpu").repeat(len(everybody))
             combined = _combined(everybody.reshape(-1, MOMENTS), numbers, count)
         return _statistics(combined, float(self._factor))
 

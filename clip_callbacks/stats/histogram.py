@@ -15,9 +15,12 @@ MAX_ENTRIES_AT_ONCE = 1 << 22
 """Largest number of entries that are converted to float32 together, in 16 MiB."""
 
 _LARGEST = torch.finfo(torch.float32).max
-_POWERS = torch.ldexp(torch.ones(255, dtype=torch.float64, device="cpu"), torch.arange(-126, 129, device="cpu"))
+# float64: powers with whole exponents would have torch's default dtype, in which they may be 0
+_EXPONENTS = torch.arange(-126, 129, dtype=torch.float64, device="cpu")
+_POWERS = torch.ldexp(torch.ones(255, dtype=torch.float64, device="cpu"), _EXPONENTS)
 _EDGES = torch.cat([-_POWERS.flip(0), _POWERS])
-_NEGATIVE, _POSITIVE = torch.arange(510, 256, -1, device="cpu"), torch.arange(1, 255, device="cpu")
+_NEGATIVE = torch.arange(510, 256, -1, dtype=torch.int64, device="cpu")
+_POSITIVE = torch.arange(1, 255, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,7 +137,8 @@ def advise_on_losses(
     values = losses.detach().double().flatten().cpu()
     if len(values) < MIN_LOSSES:
         return None
-    judged = torch.linspace(0, len(values) - 1, min(len(values), MAX_JUDGED_LOSSES)).long()
+    count = min(len(values), MAX_JUDGED_LOSSES)
+    judged = torch.linspace(0, len(values) - 1, count, dtype=torch.float64, device="cpu").long()
     level = _level(values, judged)
     ordinary = is_spike[judged].logical_not()
     scales = _scales(values, level)
@@ -192,13 +193,13 @@ def limits_at(losses: Tensor, places: Tensor, limit: RobustZScoreLimit) -> Tenso
 def _shares_before(is_far: Tensor, places: Tensor, warmup: int) -> Tensor:
     """Return the share of losses far above the median that a limit knows at each place, float64, shape ``(m,)``."""
     # from a share of 0, a loss that is far above the median leads to its weight
-    weights = loss_tail.add(torch.zeros(len(places), dtype=torch.float64), torch.ones_like(is_far), places - warmup)
+    weights = loss_tail.add(torch.zeros(len(places), dtype=torch.float64, device="cpu"), torch.ones_like(is_far), places - warmup)
     weights = weights.masked_fill(places < warmup, 0.0)
     share, shares = loss_tail.FIRST_SHARE, []
     for weight, far in zip(weights.tolist(), is_far.tolist(), strict=True):
         shares.append(share)
         share += weight * (far - share)
-    return torch.tensor(shares, dtype=torch.float64)
+    return torch.tensor(shares, dtype=torch.float64, device="cpu")
 
 
 def _level(losses: Tensor, places: Tensor) -> Tensor:

@@ -138,5 +138,5 @@ class NormHistory:
 
 
 def _shuffled(values: Tensor) -> Tensor:
-    order = torch.randperm(len(values), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    order = torch.randperm(len(values), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.int64, device="cpu")
     return values[order]

@@ -63,7 +63,7 @@ class NormSketch:
     def count(self) -> Tensor:
         """Return the number of norms of each block, int64 of shape ``(B,)``."""
         if self._counts is None:
-            return torch.zeros(self.blocks, dtype=torch.int64)
+            return torch.zeros(self.blocks, dtype=torch.int64, device="cpu")
         return self._counts.sum(1, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
@@ -84,11 +84,11 @@ class NormSketch:
         if not 0 <= smallest <= largest < math.inf:
             raise ValueError(f"`values` must be finite and at least 0, got {smallest} to {largest}. Leave bad steps out.")
         if self._counts is None:
-            self._counts = torch.zeros(self.blocks, BIN_COUNT, dtype=torch.int32)
+            self._counts = torch.zeros(self.blocks, BIN_COUNT, dtype=torch.int32, device="cpu")
         powers = wide.clamp(SMALLEST_NORM, LARGEST_NORM).log_().div_(math.log(GAMMA)).ceil_().to(torch.int64)
         bins = torch.where(wide > 0, (powers - (FIRST_POWER - 1)).clamp_(1, BIN_COUNT - 1), 0)
-        bins += torch.arange(self.blocks) * BIN_COUNT
-        self._counts.view(-1).index_add_(0, bins.view(-1), torch.ones(bins.numel(), dtype=torch.int32))
+        bins += torch.arange(self.blocks, dtype=torch.int64, device="cpu") * BIN_COUNT
+        self._counts.view(-1).index_add_(0, bins.view(-1), torch.ones(bins.numel(), dtype=torch.int32, device="cpu"))
 
     def quantiles(self, shares: Sequence[float]) -> Tensor:
         """Return quantiles of each block's norms.
@@ -99,12 +99,12 @@ class NormSketch:
         Returns:
             Quantiles, float64 of shape ``(Q, B)``; NaN for a block without norms.
         """
-        answers = torch.full((len(shares), self.blocks), math.nan, dtype=torch.float64)
+        answers = torch.full((len(shares), self.blocks), math.nan, dtype=torch.float64, device="cpu")
         if self._counts is None:
             return answers
         up_to = self._counts.cumsum(1, dtype=torch.int64)
         counts = up_to[:, -1]
-        ranks = torch.tensor(shares, dtype=torch.float64)[:, None] * (counts - 1).clamp(min=0)
+        ranks = torch.tensor(shares, dtype=torch.float64, device="cpu")[:, None] * (counts - 1).clamp(min=0)
         lower, upper = _at_ranks(up_to, ranks.floor()), _at_ranks(up_to, ranks.ceil())
         return torch.where(counts > 0, torch.lerp(lower, upper, ranks.frac()), answers)
 
@@ -114,10 +114,10 @@ class NormSketch:
         The norms of a bin are spread evenly over it. Each is within 2 %, the width of a bin.
         """
         if self._counts is None:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         counts = self._counts[0].long()
-        bins = torch.arange(BIN_COUNT, device="cpu").repeat_interleave(counts)
-        place_in_bin = torch.arange(len(bins), device="cpu") - (counts.cumsum(0) - counts)[bins]
+        bins = torch.arange(BIN_COUNT, dtype=torch.int64, device="cpu").repeat_interleave(counts)
+        place_in_bin = torch.arange(len(bins), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[bins]
         powers = bins + (FIRST_POWER - 2) + (place_in_bin.double() + 0.5) / counts[bins]
         return torch.where(bins > 0, torch.exp(powers * math.log(GAMMA)), 0.0)
 
@@ -148,7 +148,7 @@ class NormSketch:
         """
         sketch = NormSketch(len(places))
         if self._counts is not None:
-            sketch._counts = torch.zeros(len(places), BIN_COUNT, dtype=torch.int32)
+            sketch._counts = torch.zeros(len(places), BIN_COUNT, dtype=torch.int32, device="cpu")
             for row, place in enumerate(places):
                 if place is not None:
                     sketch._counts[row] = self._counts[place]
@@ -156,7 +156,7 @@ class NormSketch:
 
     def state(self) -> SketchState:
         """Return the block, the index and the count of each bin that is not empty; the ends of a bin never change."""
-        counts = torch.zeros(self.blocks, 0, dtype=torch.int32) if self._counts is None else self._counts
+        counts = torch.zeros(self.blocks, 0, dtype=torch.int32, device="cpu") if self._counts is None else self._counts
         blocks, bins = counts.nonzero().unbind(1)
         return {"blocks": blocks.to(torch.int32), "bins": bins.to(torch.int16), "counts": counts[blocks, bins]}
 
@@ -164,7 +164,7 @@ class NormSketch:
         """Continue from a state of :meth:`state`, of a sketch of as many blocks."""
         self.reset()
         if len(state["counts"]):
-            self._counts = torch.zeros(self.blocks, BIN_COUNT, dtype=torch.int32)
+            self._counts = torch.zeros(self.blocks, BIN_COUNT, dtype=torch.int32, device="cpu")
             self._counts[state["blocks"].long().cpu(), state["bins"].long().cpu()] = state["counts"].cpu()
 
 

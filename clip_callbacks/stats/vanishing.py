@@ -268,7 +268,7 @@ class VanishingDetector:
     def _lasted(self, steps: Sequence[int]) -> Tensor:
         """Return for each parameter whether its steps are half of those up to the last check or more, float64."""
         assert self._last_check is not None
-        return (2 * torch.tensor(steps, device="cpu") > self._last_check).double()
+        return (2 * torch.tensor(steps, dtype=torch.int64, device="cpu") > self._last_check).double()
 
     def _find(self, with_gradient: Tensor, judged: Tensor, stalled: Tensor, reached: Tensor) -> list[VanishedBlock]:
         """Find blocks by numbers of entries: with a gradient, those of them to judge, unchanged ones; and by reached parameters."""

@@ -140,11 +140,13 @@ class _SamePart:
 
     def owners(self) -> Tensor:
         """Return the position of each sampled entry's parameter, int64 on the host."""
-        return torch.tensor(self.places, device="cpu").repeat_interleave(torch.tensor(self.sizes, device="cpu"))
+        return torch.tensor(self.places, dtype=torch.int64, device="cpu").repeat_interleave(
+            torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
+        )
 
     def entries_per_sample(self) -> Tensor:
         """Return the number of entries that each sampled one stands for, float64 on the host."""
-        sizes = torch.tensor(self.sizes, device="cpu")
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
         counts = [count_entries(self._table.shards[place]) for place in self.places]
         return (torch.tensor(counts, dtype=torch.float64, device="cpu") / sizes).repeat_interleave(sizes)
 

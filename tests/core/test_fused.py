@@ -196,6 +196,8 @@ def test_a_default_device_is_not_where_reports_live():
             assert report.total_norm.is_cpu
             assert report.clip_coef.item() <= 1.0
             assert report.coefficients.is_cpu
+        report, _ = clip_step(optimizer, rules=[ClipRule(0.5, "layer", name="each"), ClipRule(1.0, name="all")], fused=optimizer)
+        assert all(value.is_cpu for value in report.metrics().values())
     finally:
         torch.set_default_device(None)
 

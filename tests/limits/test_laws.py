@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -142,19 +143,33 @@ def test_the_old_state_is_not_changed_and_the_new_one_can_be_saved(make, scope, 
     assert all(torch.equal(rule[key], saved[key]) for rule, saved in zip(after, loaded, strict=True) for key in rule)
 
 
+@contextmanager
+def defaults(device, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @every
-def test_the_default_device_of_torch_does_not_matter(make, scope, p):
-    """Norms are read on the host: nothing may be made on a GPU because ``torch.set_default_device`` names one."""
+def test_the_defaults_of_torch_do_not_matter(make, scope, p):
+    """Norms are read on the host, and not in half precision, whatever ``torch.set_default_device`` and ``…_dtype`` name."""
     results = []
-    for device in ("cpu", "meta"):
+    for device, dtype in [("cpu", torch.float32), ("meta", torch.float16), ("cpu", torch.float64)]:
         state, clipped = None, []
-        for seed in range(4):
-            module = with_gradients(seed)
-            with torch.device(device):
-                _, state = run(module, make(1.0), scope, p, state)
-            clipped += gradients(module).values()
+        # the last norm overflows float32, and is measured again
+        for seed, size in enumerate([1.0, 1.0, 1.0, 1e25]):
+            module = with_gradients(seed, size)
+            with defaults(device, dtype):
+                report, state = run(module, make(1.0), scope, p, state, shadow=[ClipRule(0.1, scope)])
+            assert not report.skipped
+            clipped += [report.total_norm, *gradients(module).values()]
         results.append(clipped)
-    assert_same_bits(*results)
+    for others in results[1:]:
+        assert_same_bits(results[0], others)
 
 
 @matrix(make=MAKERS, scope=SCOPES, p=NORM_TYPES, bad=[math.nan, math.inf], policy=["skip", "ignore"], step=[0, 2])

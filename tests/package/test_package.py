@@ -110,3 +110,30 @@ def test_workflows_run_what_there_is(path):
             assert command[0] in {"test", ".ci/run"}
             assert command[0] == "test" or (ROOT.parent / command[0]).stat().st_mode & 0o100
     assert commands
+
+
+FACTORIES = {
+    *("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "range", "scalar_tensor", "tensor", "zeros"),
+}
+"""Functions of torch that make a tensor of its default dtype or on its default device."""
+
+
+def left_to_defaults(tree):
+    """The calls that leave a dtype or a device to torch's defaults, which are those of the user's network."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
+            if not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_tensor_is_made_by_the_defaults_of_torch(path):
+    # torch itself returns this where there are no gradients
+    allowed = ["torch.tensor(0.0)"] if path.name == "clip_grad.py" else []
+    assert [*left_to_defaults(ast.parse(path.read_text()))] == allowed
+
+
+def test_a_tensor_made_by_defaults_is_found():
+    text = "torch.zeros(3)\ntorch.tensor(1, device='cpu')\ntorch.full((), 1.0, dtype=d, device=e)\nx.zeros(3)\ntorch.zeros_like(x)"
+    assert [*left_to_defaults(ast.parse(text))] == ["torch.zeros(3)", "torch.tensor(1, device='cpu')"]

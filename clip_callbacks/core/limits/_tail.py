@@ -34,7 +34,7 @@ NORMAL = NormalDist()
 
 def empty(blocks: int) -> Tensor:
     """Return the first share of each block, float64, shape ``(B,)``."""
-    return torch.full((blocks,), FIRST_SHARE, dtype=torch.float64)
+    return torch.full((blocks,), FIRST_SHARE, dtype=torch.float64, device="cpu")
 
 
 def add(share: Tensor, is_far: Tensor, judged: Tensor) -> Tensor:

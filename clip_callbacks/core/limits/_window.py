@@ -21,9 +21,9 @@ def empty(window: int, blocks: int) -> LimitState:
         window: Number of values that it can hold, at least 2; each takes two float64 numbers.
         blocks: Number of blocks, B.
     """
-    unused = torch.full((window, blocks), math.inf, dtype=torch.float64)
+    unused = torch.full((window, blocks), math.inf, dtype=torch.float64, device="cpu")
     # A count for each block: blocks without a gradient take in nothing, and each is carried into another run by itself.
-    return {"recent": unused, "sorted": unused.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
+    return {"recent": unused, "sorted": unused.clone(), "count": torch.zeros(blocks, dtype=torch.int64, device="cpu")}
 
 
 def holding(values: Tensor) -> LimitState:
@@ -104,7 +104,7 @@ def median_and_deviation(state: LimitState) -> tuple[Tensor, Tensor]:
     lower, upper = ordered.gather(0, (ranks - 1).clamp(min=0)).unbind()
     median = lower + 0.5 * (upper - lower)
     # both ranks at once, shape (2, window, B): small operations cost their number, not their size
-    starts = torch.arange(len(ordered), device=ordered.device).unsqueeze(1)
+    starts = torch.arange(len(ordered), dtype=torch.int64, device=ordered.device).unsqueeze(1)
     ends = starts + (ranks - 1).unsqueeze(1)
     ending = ordered.expand(2, *ordered.shape).gather(1, ends.clamp(0, len(ordered) - 1))
     # a run that ends beyond the values held is none

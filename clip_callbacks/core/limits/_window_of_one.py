@@ -44,7 +44,7 @@ class WindowOfOne:
         return {
             "recent": _column(self._recent),
             "sorted": _column(self._ordered),
-            "count": torch.tensor([self.count], device="cpu"),
+            "count": torch.tensor([self.count], dtype=torch.int64, device="cpu"),
         }
 
     def added(self, value: float) -> WindowOfOne:

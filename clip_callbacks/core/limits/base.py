@@ -181,7 +181,7 @@ def step_of_one(limit: Limit, blocks: BlockNorms, state: LimitState) -> tuple[Te
 def step_count() -> Tensor:
     """Return a count of 0 steps for a new state, int64, 0-dim."""
     # a tensor and no int, so that a deferred step can leave it as it was without the host
-    return torch.zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 MaxNorm: TypeAlias = float | Literal["inf"] | Limit | None

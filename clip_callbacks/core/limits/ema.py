@@ -67,7 +67,7 @@ class EmaLimit(Limit):
 
     def init(self, blocks: int) -> LimitState:
         """Return means of inf, which stand for no mean yet, and a step count of 0."""
-        return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64), "steps": step_count()}
+        return {"mean": torch.full((blocks,), math.inf, dtype=torch.float64, device="cpu"), "steps": step_count()}
 
     def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
@@ -122,4 +122,4 @@ class _EmaOfOne(LimitOfOne):
 
     def state(self) -> LimitState:
         mean = torch.tensor([self._mean], dtype=torch.float64, device="cpu")
-        return {"mean": mean, "steps": torch.tensor(self._steps, device="cpu")}
+        return {"mean": mean, "steps": torch.tensor(self._steps, dtype=torch.int64, device="cpu")}

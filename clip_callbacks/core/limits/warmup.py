@@ -100,4 +100,4 @@ class _WarmupOfOne(LimitOfOne):
         return limit, _WarmupOfOne(self._steps, after, self._done + 1)
 
     def state(self) -> LimitState:
-        return {"steps": torch.tensor(self._done, device="cpu")} | joined_state(self._both)
+        return {"steps": torch.tensor(self._done, dtype=torch.int64, device="cpu")} | joined_state(self._both)

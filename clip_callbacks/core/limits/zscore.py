@@ -83,8 +83,9 @@ class ZScoreLimit(Limit):
 
     def init(self, blocks: int) -> LimitState:
         """Return means, variances and counts of 0."""
-        nothing = torch.zeros(blocks, dtype=torch.float64)
-        return {"mean": nothing, "variance": nothing.clone(), "count": torch.zeros(blocks, dtype=torch.int64)}
+        nothing = torch.zeros(blocks, dtype=torch.float64, device="cpu")
+        count = torch.zeros(blocks, dtype=torch.int64, device="cpu")
+        return {"mean": nothing, "variance": nothing.clone(), "count": count}
 
     def _of_one(self, state: LimitState) -> LimitOfOne:
         """Return the limit in numbers of Python, for a single block on the host."""
@@ -161,4 +162,5 @@ class _ZScoreOfOne(LimitOfOne):
 
     def state(self) -> LimitState:
         mean, variance = (torch.tensor([number], dtype=torch.float64, device="cpu") for number in (self._mean, self._variance))
-        return {"mean": mean, "variance": variance, "count": torch.tensor([self._count], device="cpu")}
+        count = torch.tensor([self._count], dtype=torch.int64, device="cpu")
+        return {"mean": mean, "variance": variance, "count": count}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_callbacks.core.blocks import Partition
 from clip_callbacks.core.coefficients import EPS, coefficients, ones, ones_like
-from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitOfOne, LimitState, as_state
+from clip_callbacks.core.limits import BlockNorms, FixedLimit, Limit, LimitOfOne, LimitState, as_state, checked_step
 from clip_callbacks.core.measurement import Measurement, block_norms
 from clip_callbacks.core.rules import ClipState, Stage
 
@@ -203,7 +203,11 @@ def _step_limit(
         shown = norms.nan_to_num(0.0, 0.0, 0.0)
     # States are on the CPU after a resume or a step of the host; a deferred step needs them on its device.
     before = {key: value.to(norms.device) for key, value in as_state(held).items()}
-    limits, after = limit.step(BlockNorms(shown, measured.norm_type, weights), before)
+    blocks = BlockNorms(shown, measured.norm_type, weights)
+    returned = limit.step(blocks, before)
+    if not limit._is_ours:
+        returned = checked_step(limit, returned, blocks, before)
+    limits, after = returned
     if isinstance(limits, Tensor):
         # limits are mostly float64, as their states are; the division runs in the dtype of the norms, as under a fixed limit
         limits = limits.to(norms.dtype).expand_as(norms)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from clip_callbacks.core.blocks import SCOPES, Partition, Scope, Selection, unknown_scope
-from clip_callbacks.core.limits import FixedLimit, Limit, LimitOfOne, LimitState, MaxNorm, as_limit
+from clip_callbacks.core.limits import FixedLimit, Limit, LimitOfOne, LimitState, MaxNorm, as_limit, initial_state
 from clip_callbacks.core.measurement import MeasurementSpec
 from clip_callbacks.core.tensor_table import TensorTable
 
@@ -150,7 +150,7 @@ class Stage:
         if self.limit is None:
             return {}
         with torch.device("cpu"):  # where norms are read, whatever torch's default device is
-            return self.limit.init(len(self.partition.names))
+            return initial_state(self.limit, len(self.partition.names))
 
 
 @dataclass(frozen=True)

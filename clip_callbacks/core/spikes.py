@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_callbacks.core.decisions import apply_limit
-from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, of_one
+from clip_callbacks.core.limits import BlockNorms, Limit, LimitOfOne, LimitState, as_state, checked_step, of_one
 from clip_callbacks.core.measurement import FALSE, FLAGS, Measurement
 from clip_callbacks.core.rules import ClipState, Plan, Stage
 
@@ -167,7 +167,11 @@ def _loss_threshold(limit: Limit, measured: Measurement, loss: Tensor, state: Li
     # A limit is promised finite numbers. A loss that is not known is NaN, and a step that is bad anyway is no spike.
     counts = loss.isfinite().logical_and(measured.finite.to(loss.device))
     before = {key: value.to(loss.device) for key, value in state.items()}
-    limits, after = limit.step(BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True), before)
+    blocks = BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True)
+    returned = limit.step(blocks, before)
+    if not limit._is_ours:
+        returned = checked_step(limit, returned, blocks, before)
+    limits, after = returned
     found = _as_tensor(limits, loss.reshape(()))
     # selected on the device: in a deferred step the host does not know whether the loss counts
     after = {key: torch.where(counts.reshape(()), value, before[key]) for key, value in after.items()}

@@ -122,9 +122,9 @@ FACTORIES = {
 def left_to_defaults(tree):
     """The calls that leave a dtype or a device to torch's defaults, which are those of the user's network."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
-            if not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
-                yield ast.unparse(node)
+        is_factory = isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}
+        if is_factory and not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
+            yield ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

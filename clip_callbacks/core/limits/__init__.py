@@ -1,5 +1,6 @@
 """Limits: the largest allowed norm of each block in a step. One file for each limit, or for several similar ones."""
 
+from clip_callbacks.core.limits._contract import checked_step, initial_state
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, MaxNorm, as_state, of_one
 from clip_callbacks.core.limits.ema import EmaLimit
 from clip_callbacks.core.limits.fixed import FixedLimit, as_limit, as_loss_limit
@@ -31,6 +32,8 @@ __all__ = [
     "as_limit",
     "as_loss_limit",
     "as_state",
+    "checked_step",
+    "initial_state",
     "kind",
     "label",
     "labels",

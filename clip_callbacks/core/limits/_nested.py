@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clip_callbacks.core.limits import _contract
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, of_one
 
 
@@ -17,7 +18,7 @@ def init_each(limits: Mapping[str, Limit], blocks: int) -> LimitState:
         limits: The inner limits by name.
         blocks: Number of blocks, B.
     """
-    return _joined({name: limit.init(blocks) for name, limit in limits.items()})
+    return _joined({name: _contract.initial_state(limit, blocks) for name, limit in limits.items()})
 
 
 def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState) -> tuple[dict[str, Tensor], LimitState]:
@@ -34,7 +35,11 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
     found: dict[str, Tensor] = {}
     after: dict[str, LimitState] = {}
     for name, limit in limits.items():
-        values, after[name] = limit.step(blocks, _part(state, name))
+        before = _part(state, name)
+        returned = limit.step(blocks, before)
+        if not limit._is_ours:
+            returned = _contract.checked_step(limit, returned, blocks, before)
+        values, after[name] = returned
         # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
         if isinstance(values, Tensor):
             found[name] = values.expand_as(blocks.norms)

@@ -12,7 +12,7 @@ from clip_callbacks.core.arguments import as_flag, as_max_norm, as_norm_type
 from clip_callbacks.core.blocks import Scope
 from clip_callbacks.core.limits import Limit, as_limit
 from clip_callbacks.core.nonfinite import Policy, as_policy
-from clip_callbacks.core.rules import ClipRule
+from clip_callbacks.core.rules import ClipRule, check_names, check_rules, check_shadow
 from clip_callbacks.engine.base import GradientCallback
 from clip_callbacks.engine.components import Parts
 from clip_callbacks.engine.resume import State, bad_step_counts
@@ -95,8 +95,7 @@ class GradientClipping(GradientCallback):
     ) -> None:
         super().__init__()
         self.rules = _as_rules(max_norm, scope, rules)
-        if shadow is not None and not isinstance(shadow, (list, tuple)):
-            raise TypeError(f"`shadow` must be a list of limits and numbers, got {shadow!r}.")
+        check_shadow(shadow)
         self.shadow = [as_limit(limit, "shadow") for limit in shadow or ()]
         self.norm_type: float = as_norm_type(norm_type)
         self.clip_value = None if clip_value is None else as_max_norm(clip_value, "clip_value", " or None")
@@ -165,15 +164,8 @@ def _as_rules(max_norm: object, scope: Scope, rules: list[ClipRule] | None) -> l
             f"`rules` must not be given beside `max_norm` or `scope`, got rules and max_norm={max_norm!r}, scope={scope!r}. "
             "Give each rule its own max_norm and scope."
         )
-    if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, ClipRule) for rule in rules):
-        raise TypeError(f"`rules` must be a list of ClipRule, got {rules!r}.")
+    check_rules(rules)
     if not rules:
         raise ValueError("`rules` must hold at least one ClipRule, got []. To measure without clipping, set max_norm=None.")
-    _check_names(rules)
+    check_names(names_of(rules))
     return list(rules)
-
-
-def _check_names(rules: Sequence[ClipRule]) -> None:
-    names = names_of(rules)
-    if len(set(names)) < len(names):
-        raise ValueError(f"`name` must differ between rules, got {', '.join(names)}: metrics are called by it.")

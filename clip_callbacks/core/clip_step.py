@@ -12,10 +12,10 @@ from clip_callbacks.core.actions import Action
 from clip_callbacks.core.arguments import as_finite, as_max_norm, as_norm_type
 from clip_callbacks.core.diagnosis import examine
 from clip_callbacks.core.fused import is_fused, starts_momentum
-from clip_callbacks.core.limits import Limit, MaxNorm
+from clip_callbacks.core.limits import Limit, MaxNorm, as_limit
 from clip_callbacks.core.nonfinite import POLICIES, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
-from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipRule, ClipState, Plan, SpikeLimits
+from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipRule, ClipState, Plan, SpikeLimits, check_rules, check_shadow
 from clip_callbacks.core.step import ACTIONS, NOT_DEFERRABLE, MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport
 
@@ -77,9 +77,10 @@ def clip_step(
 
     Raises:
         NonFiniteGradientError: If a gradient is not finite and the policy is "raise"; it names the parameters.
-        TypeError: If ``state`` is not a state, or ``parameters`` holds anything but tensors.
-        ValueError: If an argument is out of its range, both ``max_norm`` and ``rules`` are given, the state is that of other
-            rules, or the step cannot be deferred.
+        TypeError: If ``state`` is not a state, ``parameters`` holds anything but tensors, ``rules`` anything but rules, ``shadow``
+            is not a list, or ``fused`` is not an optimizer.
+        ValueError: If an argument is out of its range, both ``max_norm`` and ``rules`` are given, two rules have the same name,
+            the state is that of other rules, or the step cannot be deferred.
 
     Example::
 
@@ -94,6 +95,10 @@ def clip_step(
     scale = as_finite(scale, "scale")
     if nonfinite not in POLICIES:  # on healthy steps too, which ask for no policy
         as_policy(nonfinite, "nonfinite")
+    if fused is not None and not isinstance(fused, Optimizer):
+        raise TypeError(f"`fused` must be the optimizer that steps next, or None, got {fused!r}.")
+    if not isinstance(shadow, (list, tuple)):
+        check_shadow(shadow)
     with torch.set_grad_enabled(False):  # half the calls of torch.no_grad
         table = table_of(parameters)
         shadows: Sequence[ClipRule] = ()
@@ -125,13 +130,20 @@ def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[Clip
         raise ValueError(
             f"`rules` must not be given beside `max_norm`, got rules and max_norm={max_norm!r}. Each rule has its own max_norm."
         )
+    # what is in a list, a plan checks when it is made
+    if not isinstance(rules, (list, tuple)):
+        check_rules(rules)
     return rules
 
 
 def _as_rule(shadow: float | Limit | ClipRule) -> ClipRule:
     if isinstance(shadow, ClipRule):
         return shadow
-    (rule,) = _rules(shadow, None)
+    try:
+        (rule,) = _rules(shadow, None)
+    except ValueError:
+        as_limit(shadow, "shadow")  # raises the error of this argument
+        raise
     return rule
 
 

@@ -83,6 +83,39 @@ class ClipRule:
             )
 
 
+def check_rules(rules: object) -> None:
+    """Check the value of an argument ``rules``.
+
+    Raises:
+        TypeError: If it is not a list, or another sequence, of rules.
+        ValueError: If two rules have the same name.
+    """
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, ClipRule) for rule in rules):
+        raise TypeError(f"`rules` must be a list of ClipRule, got {rules!r}.")
+    check_names([rule.name for rule in rules if rule.name is not None])
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that the names of rules differ.
+
+    Raises:
+        ValueError: If two names are equal.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError(f"`name` must differ between rules, got {', '.join(names)}: metrics are called by it.")
+
+
+def check_shadow(shadow: object) -> None:
+    """Check the value of an argument ``shadow``, but for the limits in it.
+
+    Raises:
+        TypeError: If it is not None, a list, or another sequence.
+    """
+    # a string is a sequence too, of numbers perhaps
+    if shadow is not None and (not isinstance(shadow, Sequence) or isinstance(shadow, str)):
+        raise TypeError(f"`shadow` must be a list of limits and numbers, got {shadow!r}.")
+
+
 def selection_of(rule: ClipRule) -> Selection:
     """Return the selection of parameters that a rule holds for.
 
@@ -197,6 +230,8 @@ class Plan:
         cached = _LAST_PLANS.get(table)
         if cached is not None and len(cached[0]) == len(key) and all(map(is_, cached[0], key)):
             return cached[1]
+        # only here: rules of a plan that is known were checked when it was made
+        check_rules(rules)
         # One rule of scope "unit" is enough to measure units for all: norms of larger blocks follow from theirs, so that gradients
         # are still read once.
         by_unit = any(rule.scope == "unit" for rule in (*rules, *shadows))

@@ -6,12 +6,13 @@ import copy
 import json
 import math
 import pickle
+from collections import UserList, deque
 
 import pytest
 import torch
 from torch import nn
 
-from clip_callbacks import ClipRule, FixedLimit, Limit, ParameterTable, QuantileLimit, clip_step
+from clip_callbacks import ClipRule, FixedLimit, GradientClipping, Limit, ParameterTable, QuantileLimit, clip_step
 from clip_callbacks.core.rules import Plan
 from tests.helpers.records import record_of
 
@@ -261,6 +262,48 @@ def test_max_norm_beside_rules_is_refused():
     for wrong in (0.0, -1.0, True, "a"):
         with pytest.raises(ValueError, match="`max_norm` must be a number above 0, a Limit, or None"):
             clip_step([weight(1.0)], max_norm=wrong)
+
+
+WRONG_LISTS = [
+    ({"rules": ClipRule(1.0)}, TypeError, r"`rules` must be a list of ClipRule, got ClipRule\("),
+    ({"rules": [1.0]}, TypeError, r"`rules` must be a list of ClipRule, got \[1.0\]"),
+    ({"rules": (ClipRule(1.0), None)}, TypeError, r"`rules` must be a list of ClipRule, got \(ClipRule\("),
+    ({"rules": "global"}, TypeError, "`rules` must be a list of ClipRule, got 'global'"),
+    ({"rules": [ClipRule(name="a"), ClipRule(name="a")]}, ValueError, "`name` must differ between rules, got a, a: metrics"),
+    ({"shadow": 0.5}, TypeError, "`shadow` must be a list of limits and numbers, got 0.5"),
+    ({"shadow": 0.0}, TypeError, "`shadow` must be a list of limits and numbers, got 0.0"),
+    ({"shadow": "0.5"}, TypeError, "`shadow` must be a list of limits and numbers, got '0.5'"),
+    ({"shadow": FixedLimit(0.5)}, TypeError, "`shadow` must be a list of limits and numbers, got FixedLimit"),
+    ({"shadow": [-1.0]}, ValueError, "`shadow` must be a number above 0 or a Limit, got -1.0"),
+    ({"shadow": [[1.0]]}, ValueError, r"`shadow` must be a number above 0 or a Limit, got \[1.0\]"),
+]
+"""Mistakes in lists of limits, and the errors that both entries to the package raise."""
+
+
+@pytest.mark.parametrize("entry", [lambda **options: clip_step([weight(3.0, 4.0)], **options), GradientClipping])
+@pytest.mark.parametrize(("options", "error", "message"), WRONG_LISTS)
+def test_wrong_lists_of_rules_and_shadows(entry, options, error, message):
+    with pytest.raises(error, match=message):
+        entry(**options)
+
+
+def test_rules_that_can_be_read_only_once_are_refused():
+    with pytest.raises(TypeError, match="`rules` must be a list of ClipRule, got <generator"):
+        clip_step([weight(3.0, 4.0)], rules=(rule for rule in [ClipRule(1.0)]))
+
+
+@pytest.mark.parametrize("rules", [(ClipRule(2.5),), deque([ClipRule(2.5)]), UserList([ClipRule(2.5)])])
+def test_any_sequence_of_rules(rules):
+    assert GradientClipping(rules=rules, shadow=UserList([0.5])).rules == [ClipRule(2.5)]
+    report, _ = clip_step([weight(3.0, 4.0)], rules=rules, shadow=UserList([0.5]))
+    assert (report.max_norm, len(report.shadows)) == (2.5, 1)
+
+
+@pytest.mark.parametrize("value", [True, "adam", torch.nn.Linear(1, 1), [torch.optim.SGD([weight(1.0)], lr=1.0)]])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_fused_optimizer_that_is_none(value, deferred):
+    with pytest.raises(TypeError, match="`fused` must be the optimizer that steps next, or None, got "):
+        clip_step([weight(3.0, 4.0)], fused=value, deferred=deferred)
 
 
 class Unhashable(Limit):

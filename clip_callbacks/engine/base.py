@@ -87,6 +87,11 @@ class GradientCallback(StatefulCallback):
         """The engine of the fit; None between fits."""
         return self._driver._own_engine if self._driver else None
 
+    def _is_in_fit_of_another(self, trainer: Trainer) -> bool:
+        """Return whether the callback takes part in a fit of another Trainer, in whose hooks this one runs."""
+        engine = self._engine
+        return engine is not None and engine.is_in_fit_of_another(trainer)
+
     def _bring_parts(self, driver: GradientCallback, trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> Parts:
         """Make this callback's parts for a fit that another callback may drive."""
         self._driver = driver
@@ -235,7 +240,18 @@ class GradientCallback(StatefulCallback):
     # --- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the Trainer, and reset the callback for a fit."""
+        """Check the Trainer, and reset the callback for a fit.
+
+        Raises:
+            ValueError: If the Trainer is refused, or the callback is in the middle of a fit of another one.
+        """
+        if self._is_in_fit_of_another(trainer):
+            if stage == "fit":
+                raise ValueError(
+                    f"`callbacks` must hold a {type(self).__name__} of this Trainer's own, got one that takes part in a fit of "
+                    "another Trainer, which would go on without it. Give this Trainer copy.deepcopy(callback)."
+                )
+            return
         self._set_state_key(self._stable_key)
         self._detach_search()  # a fit may have raised without teardown
         if stage == "fit":
@@ -301,6 +317,8 @@ class GradientCallback(StatefulCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the optimizers and their parameters; keep the state for checkpoints."""
+        if self._is_in_fit_of_another(trainer):
+            return
         self._detach_search()
         if self._own_engine:
             self._end_fit()
@@ -309,6 +327,8 @@ class GradientCallback(StatefulCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Collect pending reports for a checkpoint of the exception, and remove all hooks."""
+        if self._is_in_fit_of_another(trainer):
+            return
         self._detach_search()
         if self._own_engine:
             # OnExceptionCheckpoint saves in its own on_exception, and Lightning calls no teardown after an exception

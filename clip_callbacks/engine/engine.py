@@ -46,6 +46,7 @@ from clip_callbacks.trainer.later_hooks import LaterHooks
 from clip_callbacks.trainer.messages import is_silent, log_message
 from clip_callbacks.trainer.nan_propagation import LossNanPropagator
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
+from clip_callbacks.trainer.run_identity import is_running
 from clip_callbacks.trainer.second_clip import SecondClip
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch, StepContext, StepMode
 from clip_callbacks.trainer.step_counter import step_counter
@@ -147,6 +148,10 @@ class StepEngine:
     @property
     def _compares_micro_batches(self) -> bool:
         return any(monitor.measures_micro_batches for monitor in self._monitors)
+
+    def is_in_fit_of_another(self, trainer: Trainer) -> bool:
+        """Return whether the fit is one of another Trainer, and still goes on."""
+        return self._trainer is not trainer and is_running(self._trainer)
 
     def _check_trainer(self) -> None:
         check_optimizers(self._trainer.optimizers, self._scaler, self._facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -18,7 +19,7 @@ from clip_callbacks.guard.rollback import RunRestorer
 from clip_callbacks.trainer.optimizer_context import OptimizerContext
 from clip_callbacks.trainer.snapshot import Snapshot
 from tests.helpers.records import record_of
-from tests.helpers.training import Poisoned, Regression, data, scaled
+from tests.helpers.training import Poisoned, Regression, assert_same_bits, data, scaled, weights
 
 
 class Swapped(Regression):
@@ -189,3 +190,52 @@ def test_no_batch_is_held_beyond_its_step(trainer, tmp_path, level):
     guard = NonFiniteGuard(level=level, bundles=tmp_path / "bad")
     trainer(Alive(), guard, accumulate_grad_batches=2).fit(Regression(), torch.utils.data.DataLoader(batches, batch_size=None))
     assert alive == [False] * (2 + 4 + 6)
+
+
+class Within(Callback):
+    """Runs another Trainer in the middle of a fit."""
+
+    def __init__(self, run):
+        self.run, self.error = run, None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            try:
+                self.run()
+            except ValueError as error:
+                self.error = error
+
+
+@pytest.mark.parametrize("others", [[], [NonFiniteGuard], [GradientNormMonitor]])
+@pytest.mark.parametrize("stage", ["fit", "validate", "copy", "error"])
+def test_another_trainer_within_a_fit_leaves_it_as_it_is(trainer, stage, others):
+    """It calls setup, teardown and ``on_exception`` of callbacks that both Trainers hold, as if its fit were the only one."""
+    clipping = GradientClipping(0.01)
+
+    def run():
+        if stage == "validate":
+            trainer(clipping).validate(Regression(), data(2), verbose=False)
+        elif stage == "copy":
+            trainer(copy.deepcopy(clipping)).fit(Regression(), data(3))
+        else:
+            # the callbacks before it are set up when it refuses
+            trainer(*([GradientNormMonitor()] if stage == "error" else []), clipping).fit(Regression(), data(3))
+
+    results = []
+    for within in (Within(lambda: None), Within(run)):
+        clipping = GradientClipping(0.01)
+        torch.manual_seed(0)
+        module = Regression()
+        fit = trainer(*(make() for make in others), clipping, within)
+        fit.fit(module, data(6))
+        assert clipping.last_report.clip_coef < 1
+        results.append(weights(module))
+    assert_same_bits(*results)
+    if stage in {"fit", "error"}:
+        message = "`callbacks` must hold a GradientClipping of this Trainer's own, got one that takes part in a fit of another"
+        assert str(within.error).startswith(message)
+        assert "copy.deepcopy" in str(within.error)
+    else:
+        assert within.error is None
+    # and the fit that is over leaves the callback to the next
+    trainer(clipping).fit(Regression(), data(2))

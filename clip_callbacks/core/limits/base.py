@@ -144,7 +144,7 @@ class Limit(ABC):
         Returns:
             The largest allowed norms, above 0, in the unit of the gradients, or losses, of any sign: a tensor of shape ``(B,)``, or
             one entry or a number for all blocks; inf where there is no limit yet. And the new state, with equal keys, shapes and
-            dtypes.
+            dtypes; a caller keeps the dtypes of floating-point entries. Anything else raises an error in the step.
         """
 
 

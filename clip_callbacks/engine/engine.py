@@ -92,6 +92,9 @@ class StepEngine:
         self._is_automatic = module.automatic_optimization
         self._uses_deepspeed = uses_deepspeed(trainer)
         self.last_report: StepRecord | None = None
+        # the number of the epoch that the histories are in; None if no checkpoint tells
+        self._epoch = next((each["epoch"] for each in components.histories.values() if "epoch" in each), None)
+        self._is_first_batch = True
 
         self._check_trainer()
         self.windows = self._make_windows()
@@ -192,11 +195,24 @@ class StepEngine:
     def _is_clipped(self, optimizer: Optimizer) -> bool:
         return any(self._clipper.limits_norms_of(each.index) for each in self.contexts if each.optimizer is optimizer)
 
+    def _continue_epoch(self) -> None:
+        """Close the epoch of a checkpoint, or of an interrupted fit, unless the first batch of this fit continues it.
+
+        From a checkpoint of the last batch of an epoch Lightning goes on with the first batch of the next one, and calls neither
+        ``on_train_epoch_end`` nor ``on_train_epoch_start`` in between. After an error an epoch begins again.
+        """
+        epoch = self._trainer.current_epoch
+        if self._trainer.fit_loop.batch_idx == 0 or self._epoch not in {None, epoch}:
+            self._publisher.close_epoch(self.contexts)
+        self._epoch, self._is_first_batch = epoch, False
+
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Save the state that a skipped step restores, and the batch if it may be run again."""
         kept = None
         if self._guard.keeps_batches:
             kept = self._guard.keep_batch(batch, batch_idx)
+        if self._is_first_batch:
+            self._continue_epoch()
         self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
         if self._uses_deepspeed and not self.windows.in_window:
             for held in self._engine_gradients:
@@ -415,6 +431,7 @@ class StepEngine:
         self._collect_and_raise()
         self._guard.end_epoch(self.windows.end_epoch())
         self._publisher.end_epoch(self.contexts)
+        self._epoch = self._trainer.current_epoch + 1
 
     def end_fit(self) -> None:
         """Log a summary of the run: one table, and single lines for what does not fit into it."""
@@ -483,7 +500,8 @@ class StepEngine:
     def history_state(self) -> dict[int, dict[str, Any]]:
         """Return the states of the optimizers' histories, by the number of the optimizer."""
         self.collect_pending()
-        return {context.index: context.history_state() | {"norm_type": self._norm_type} for context in self.contexts}
+        common = {"norm_type": self._norm_type, "epoch": self._epoch}
+        return {context.index: context.history_state() | common for context in self.contexts}
 
 
 def _is_bad_loss(outputs: Any) -> bool:

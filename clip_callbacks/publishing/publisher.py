@@ -116,6 +116,13 @@ class Publisher:
                 values |= counts
             self._log(as_floats(context.named(values)), step)
 
+    def close_epoch(self, contexts: Sequence[OptimizerContext]) -> None:
+        """Count the steps of an epoch that has no end in this fit as steps of the run alone; nothing is published."""
+        for context in contexts:
+            context.history.end_epoch()
+            for monitor in self._monitors:
+                monitor.end_epoch(context)
+
     def end_after_error(self, contexts: Sequence[OptimizerContext]) -> None:
         """Log the counts when an error ends the run, which may be the bad steps since the last logging step."""
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -26,6 +26,8 @@ class NamedLimitState:
         state: State of the limit, in tensors or, of a single block on the host, in numbers of Python.
         members: Names of the parameters in each block, where the block's name does not tell: under the scopes "global" and "group".
         scope: Scope of the blocks; empty if the limit has no state.
+        parameters: Names of the parameters in all blocks, under the scope "layer": rules for different parameters of a layer have
+            blocks of one name.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class NamedLimitState:
     state: LimitState | LimitOfOne
     members: list[list[str]] | None = None
     scope: str = ""
+    parameters: list[str] | None = None
 
     @classmethod
     def fresh(cls, rule: ClipRule, table: TensorTable) -> NamedLimitState:
@@ -50,22 +53,38 @@ class NamedLimitState:
             limit_kind = kind(stage.limit)
         if not state:
             return cls(limit_kind, (), state)
-        members = None
+        members = parameters = None
         # "global" is the name of every global block, and groups are numbered: neither says which parameters are meant.
         if rule.scope in {"global", "group"}:
             members = _members(table, stage.partition)
-        return cls(limit_kind, stage.partition.names, state, members, rule.scope)
+        elif rule.scope == "layer":
+            parameters = [name for names in _members(table, stage.partition) for name in names]
+        return cls(limit_kind, stage.partition.names, state, members, rule.scope, parameters)
 
     @property
     def tensors(self) -> LimitState:
         """The state in tensors."""
         return as_state(self.state)
 
+    @property
+    def parameters_in_blocks(self) -> set[str] | None:
+        """The names of the parameters in all blocks; None if the state has only names of blocks."""
+        if self.members is not None:
+            return {name for names in self.members for name in names}
+        return None if self.parameters is None else set(self.parameters)
+
     def dump(self) -> dict[str, Any]:
         """Return the state for a checkpoint, made of tensors, strings, lists, tuples, dictionaries and None."""
         # names of parameters and counts of rows, in place of one string for each of perhaps millions of rows
         names = self.names.parts() if isinstance(self.names, UnitNames) else list(self.names)
-        return {"kind": self.kind, "names": names, "state": self.tensors, "members": self.members, "scope": self.scope}
+        return {
+            "kind": self.kind,
+            "names": names,
+            "state": self.tensors,
+            "members": self.members,
+            "scope": self.scope,
+            "parameters": self.parameters,
+        }
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> NamedLimitState:
@@ -82,8 +101,8 @@ class NamedLimitState:
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{key!r} must be a tensor, got {value!r}")
-        # a checkpoint of 0.1.0 has no scope
-        return cls(str(saved["kind"]), names, state, saved["members"], saved.get("scope", ""))
+        # a checkpoint of 0.1.0 has no scope, and no parameters
+        return cls(str(saved["kind"]), names, state, saved["members"], saved.get("scope", ""), saved.get("parameters"))
 
 
 def save_states(held: Sequence[NamedLimitState], states: ClipState) -> None:
@@ -175,6 +194,26 @@ def carry_over(fresh: NamedLimitState, sources: Sequence[NamedLimitState | None]
         missing -= {position for position, _ in pairs}
         is_first = False
     return CarriedState(replace(fresh, state=state), sorted(missing))
+
+
+def similarity(fresh: NamedLimitState, source: NamedLimitState) -> float:
+    """Return the share of blocks that two states have in common, among those that either has.
+
+    Counted are the parameters in the blocks, if both states name them, and the names of the blocks otherwise.
+
+    Args:
+        fresh: State before the first step.
+        source: Known state.
+
+    Returns:
+        1 if both have the same blocks; 0 if :func:`carry_over` would carry none over.
+    """
+    if not _is_compatible(source, fresh) or not _matching_blocks(fresh, source):
+        return 0.0
+    ours, theirs = fresh.parameters_in_blocks, source.parameters_in_blocks
+    if ours is None or theirs is None:
+        ours, theirs = set(fresh.names), set(source.names)
+    return len(ours & theirs) / len(ours | theirs)
 
 
 def _is_compatible(source: NamedLimitState, fresh: NamedLimitState) -> bool:

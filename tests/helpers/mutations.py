@@ -110,7 +110,7 @@ FAULTS = [
     Fault("core/spikes.py", "counts and value > found", "value > found", "limits"),
     Fault("stats/norm_history.py", "        self._length *= 2\n", "", "publishing"),
     # resumed, copied, launched
-    Fault("clipping/limit_memory.py", "if not found.missing_blocks:", "if True:", "limits"),
+    Fault("clipping/limit_memory.py", " or not carry_over(each, [source]).missing_blocks", "", "limits"),
     Fault("core/limit_state.py", "        and old.dtype == new.dtype\n", "", "limits"),
     Fault("trainer/run_identity.py", " and self._module() is module", "", "integration"),
     Fault("engine/resume.py", "renumbered |= {-1 - key", "by_number |= {-1 - key", "integration"),

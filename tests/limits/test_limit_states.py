@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +101,119 @@ def test_rules_that_exchange_their_parameters_carry_over_the_states_of_the_param
     second = GradientClipping(rules=rules(r"net\.1", r"net\.0"))
     trainer(second).fit(Grouped(0, 1), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
     assert torch.equal(state_of(second, "low")["state"]["mean"], state_of(first, "high")["state"]["mean"])
+
+
+class Constant(Regression):
+    """A network of two layers whose gradients stay the same: each entry of the i-th parameter has the gradient 10 ** i."""
+
+    def __init__(self, *held):
+        super().__init__(net=nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
+        self.held = held or (range(4),)
+        self.automatic_optimization = len(self.held) == 1
+
+    def training_step(self, batch, batch_idx):
+        loss = sum(10.0**place * parameter.sum() for place, parameter in enumerate(self.parameters()))
+        if self.automatic_optimization:
+            return loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        parameters = list(self.parameters())
+        return [torch.optim.SGD([parameters[place] for place in places], lr=0.0) for places in self.held]
+
+
+def of(include=None, name=None, limit=None):
+    return ClipRule(limit or ZScoreLimit(), include=include, name=name)
+
+
+MOVES = {
+    "in another order": ([of(), of("weight")], [of("weight"), of()], []),
+    "three in another order": ([of(), of("weight"), of("bias")], [of("bias"), of(), of("weight")], []),
+    "around one without a state": ([of(), of(limit=1e9), of("weight")], [of("weight"), of(limit=1e9), of()], []),
+    "the first one fewer": ([of(), of("weight"), of("bias")], [of("weight"), of("bias")], []),
+    "the last one fewer": ([of(), of("weight"), of("bias")], [of(), of("weight")], []),
+    "one more in front": ([of(), of("weight")], [of("bias"), of(), of("weight")], ["rule_1"]),
+    "one more at the end": ([of(), of("weight")], [of(), of("weight"), of("bias")], ["rule_3"]),
+    "named from now on": ([of(), of("weight")], [of("weight", "low"), of(name="high")], []),
+    "no longer named": ([of(name="high"), of("weight", "low")], [of("weight"), of()], []),
+    "named, in another order": ([of(name="high"), of("weight", "low")], [of("weight", "low"), of(name="high")], []),
+    "one named, in another order": ([of(), of("weight", "low")], [of("weight", "low"), of()], []),
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "layer", "parameter", "unit"])
+@pytest.mark.parametrize("move", MOVES)
+def test_rules_may_change_places(trainer, tmp_path, move, scope):
+    """Blocks tell which rule is which, and a state that has been known stays known; gradients of another rule have other norms."""
+    before, after, new = MOVES[move]
+    before, after = ([replace(rule, scope=scope) for rule in rules] for rules in (before, after))
+    fit = trainer(GradientClipping(rules=before))
+    fit.fit(Constant(), data(4))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed, fresh = GradientClipping(rules=after), GradientClipping(rules=after)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(resumed, max_epochs=2).fit(Constant(), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    assert any("Reset" in str(each.message) for each in caught) == bool(new)
+    trainer(fresh).fit(Constant(), data(4))
+    for rule, state in resumed.state_dict()["limits"][0].items():
+        if not state["state"]:
+            continue
+        known, only = state["state"], fresh.state_dict()["limits"][0][rule]["state"]
+        torch.testing.assert_close(known["mean"], only["mean"])
+        assert set(known["count"].flatten().tolist()) == {4 if rule in new else 8}
+
+
+def test_a_rule_of_fewer_blocks_goes_on_from_the_one_that_has_most_of_them(trainer, tmp_path):
+    rules = [ClipRule(ZScoreLimit(), "parameter", include=include) for include in ("weight", r"net\.0", "weight|bias")]
+    saved(trainer, tmp_path, *rules[::2])
+    with pytest.warns(UserWarning, match="Discarded: the state of ZScoreLimit, which was the limit of rule_1"):
+        assert state_of(resume(trainer, tmp_path, rules[1]))["state"]["count"].tolist() == [8, 8]
+
+
+def test_a_shadow_becomes_the_rule_of_its_blocks(trainer, tmp_path):
+    fit = trainer(GradientClipping(rules=[of(limit=EmaLimit())], shadow=[ZScoreLimit()]))
+    fit.fit(Constant(), data(4))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = GradientClipping(rules=[of("weight"), of()])
+    with pytest.warns(UserWarning, match="Reset: the limit of rule_1 .* Discarded: the state of EmaLimit"):
+        trainer(resumed, max_epochs=2).fit(Constant(), data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    assert [state_of(resumed, rule)["state"]["count"].item() for rule in ("rule_1", "rule_2")] == [4, 8]
+
+
+class Growing(Constant):
+    """Its optimizer takes on the first layer after two batches."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.trainer.optimizers[0].add_param_group({"params": list(self.net[0].parameters())})
+
+
+@pytest.mark.parametrize(
+    ("module", "counts"),
+    [(Growing(range(2, 4)), {"net.0": 6, "net.1": 8}), (Constant(range(2), range(2, 4)), {"net.0": 8, "net.1": 8})],
+    ids=["an optimizer that takes them on later", "another optimizer"],
+)
+def test_rules_in_another_order_have_the_states_of_all_their_blocks(trainer, tmp_path, module, counts):
+    rules = [ClipRule(ZScoreLimit(), "parameter", include=include) for include in (None, "weight")]
+    fit = trainer(GradientClipping(rules=rules))
+    fit.fit(Constant(), data(4))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["optimizer_states"] = []  # which Lightning would give to optimizers that hold other parameters
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    resumed = GradientClipping(rules=rules[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(resumed, max_epochs=2).fit(module, data(4), ckpt_path=tmp_path / "a.ckpt", **SAFELY)
+    for states in resumed.state_dict()["limits"].values():
+        for held in states.values():
+            assert held["state"]["count"].tolist() == [counts[name[:5]] for name in held["names"]]
 
 
 def test_the_state_of_another_limit_in_a_plain_loop():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.losses import weighted_sum
+from clip_callbacks.core.losses import entry_of, weighted_sum
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch
@@ -52,15 +52,13 @@ class OptimizerWindow:
         Returns:
             The loss, multiplied by the loss scale, shape ``(1,)``; NaN if it is not known.
         """
-        if not self.is_known:
-            return torch.full((1,), math.nan, dtype=torch.float32, device="cpu")
         if not self.micro_batches:
-            # weights of 0, on this rank only: they add nothing to the mean over all ranks
-            return torch.zeros(1, dtype=torch.float32, device="cpu")
+            # weights of 0, on this rank only, add nothing to the mean over all ranks
+            return torch.full((1,), 0.0 if self.is_weightless else math.nan, dtype=torch.float32, device="cpu")
         factor = factor_of(len(self.micro_batches) + self._more)
         newest = self.micro_batches[-1]
         if len(self.micro_batches) == 1 and newest.weight * factor == 1.0:
-            loss = weighted_sum([newest.loss], [1.0])
+            loss = entry_of(newest.loss)
         else:
             loss = _sum(self.micro_batches) * factor
         if newest.loss.dtype is torch.float64:

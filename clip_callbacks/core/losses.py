@@ -35,19 +35,14 @@ def sum_of(losses: Sequence[Tensor]) -> Tensor:
 
 
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of one loss or more, shape ``(1,)``, float64 where the device has it. Nothing is read on the host.
-
-    A single loss of weight 1 stays in float32.
-    """
-    if len(losses) == 1 and weights[0] == 1.0:
-        loss = _entry(losses[0])
-        return loss if loss.dtype is torch.float64 else loss.float()
+    """The weighted sum of one loss or more, shape ``(1,)``, float64 where the device has it. Nothing is read on the host."""
     # in float32 a sum of losses, or of losses that are multiplied by a loss scale, may overflow where their mean does not
-    parts = [_wide(_entry(loss)) * weight for loss, weight in zip(losses, weights, strict=True)]
+    parts = [_wide(entry_of(loss)) * weight for loss, weight in zip(losses, weights, strict=True)]
     return torch.cat([part.to(parts[0].device) for part in parts]).sum(0, keepdim=True)
 
 
-def _entry(loss: Tensor) -> Tensor:
+def entry_of(loss: Tensor) -> Tensor:
+    """Return a loss as a tensor of shape ``(1,)``; the sum of one that has several entries."""
     if loss.numel() != 1:
         loss = loss.sum()
     return loss.reshape(1)

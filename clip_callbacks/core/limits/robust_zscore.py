@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -238,6 +238,7 @@ class _ValuesOfOne(LimitOfOne):
         return self._window.state() | {"tail": torch.tensor([self._tail], dtype=torch.float64, device="cpu")}
 
 
+@lru_cache(maxsize=4096)  # of a full window the same at each step
 def _widened_of_one(held: int, z: float) -> float:
     inverse, (first, second) = 1.0 / (MAD_EFFICIENCY * max(held - 1, 1)), _expansion(z)
     return min(z + inverse * (first + inverse * second), MAX_WIDENING * z)

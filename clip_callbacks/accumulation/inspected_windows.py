@@ -69,6 +69,12 @@ class InspectedWindows(Windows):
         self._rescaler.after_backward()
         return is_dropped
 
+    @property
+    @override
+    def is_zeroed(self) -> bool:
+        # a window whose micro-batches were all dropped has no gradients either
+        return self._inspected.good > 0 and super().is_zeroed
+
     @override
     def of_step(self, context: OptimizerContext) -> tuple[tuple[MicroBatch, ...], float, Discarded | None]:
         micro_batches, scale, reason = super().of_step(context)

@@ -67,6 +67,9 @@ class NoRescaling:
     def begin_batch(self, batch_idx: int) -> None:
         """Set gradients to zero after a step if Lightning will not."""
 
+    def begin_window(self) -> None:
+        """Begin a new window: the gradients were set to zero."""
+
     def before_backward(self, loss: Tensor) -> None:
         """Count the micro-batch, and multiply its loss by its weight."""
 
@@ -132,9 +135,6 @@ class DeepSpeedRescaler(AnyRescaler):
 
     def weigh(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: there are no weights."""
-
-    def begin_window(self) -> None:
-        """Do nothing: the engine of DeepSpeed knows where a window begins."""
 
     @override
     def scale(self, context: OptimizerContext, scale_of_kept: float) -> float | None:
@@ -202,8 +202,8 @@ class Rescaler(AnyRescaler):
         if self._weights:
             self._weights.ask(batch, batch_idx)
 
+    @override
     def begin_window(self) -> None:
-        """Begin a new window: the gradients were set to zero."""
         self._window.reset()
         self._has_stepped = False
 

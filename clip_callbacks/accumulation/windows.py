@@ -237,18 +237,24 @@ class Windows:
         """
         return not self.has_backward and not (self._is_manual and self.has_step)
 
-    def end_epoch(self) -> list[Tensor]:
-        """Discard the windows that the epoch has left without a step; in manual optimization they may continue in the next one.
+    @property
+    def is_zeroed(self) -> bool:
+        """Whether other code has set the gradients of the open window to None; known in automatic optimization only."""
+        return not self._is_manual and not any(context.table.has_gradients for context in self._contexts)
+
+    def abandon(self) -> list[Tensor]:
+        """Discard windows that get no step; in manual optimization they may continue in the next epoch.
 
         Returns:
             The losses in them.
         """
         losses = [each.loss for window in self._windows.values() for each in window.micro_batches]
-        # They get no step: Lightning sets gradients to zero at the first batch of the next epoch.
         if not self._is_manual:
             self.in_window = False
             for window in self._windows.values():
                 window.clear()
+            self._rescaler.begin_window()
+            self.end(None)
         return losses
 
     def end(self, report: StepRecord | None) -> WindowNorms | None:

@@ -213,6 +213,8 @@ class StepEngine:
             kept = self._guard.keep_batch(batch, batch_idx)
         if self._is_first_batch:
             self._continue_epoch()
+        if self.windows.in_window and self.windows.is_zeroed:  # since its last batch: those batches lead to no step
+            self._guard.abandon_windows(self.windows.abandon())
         self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
         if self._uses_deepspeed and not self.windows.in_window:
             for held in self._engine_gradients:
@@ -229,6 +231,9 @@ class StepEngine:
             self._optimizers.update_materialized()
         if self.windows.acts_on_backward or self.windows.looks_at_gradients:
             self._optimizers.update()
+        # in this batch, as Lightning does where `accumulate_grad_batches` has changed
+        if self.windows.in_window and self.windows.is_zeroed:
+            self._guard.abandon_windows(self.windows.abandon())
         self.windows.before_backward(loss)
         if self._propagates_losses and not self._rescaler.has_zero_weight:
             self._nan_propagator.begin_pass(loss, self._optimizers.contexts)
@@ -429,7 +434,8 @@ class StepEngine:
         """Discard windows that no step will follow; publish the metrics of the epoch."""
         self._bypassing_steps.end_epoch()
         self._collect_and_raise()
-        self._guard.end_epoch(self.windows.end_epoch())
+        # Lightning sets gradients to zero at the first batch of the next epoch
+        self._guard.abandon_windows(self.windows.abandon())
         self._publisher.end_epoch(self.contexts)
         self._epoch = self._trainer.current_epoch + 1
 

@@ -359,13 +359,15 @@ class Guard(Unguarded):
 
     @override
     def restore_pass(self, *, is_bad: bool) -> None:
+        if self._options.takes_bad_steps:
+            return
         self._log.restored_buffers(self._trainer, self.restorer.restore_pass(is_bad=is_bad), "the batch")
 
     @override
-    def end_epoch(self, losses: Sequence[Tensor]) -> None:
-        if losses:
+    def abandon_windows(self, losses: Sequence[Tensor]) -> None:
+        if losses and not self._options.takes_bad_steps:
             restored = self.restorer.restore_window(is_bad=not all_finite(losses))
-            self._log.restored_buffers(self._trainer, restored, "the window that the epoch left unfinished")
+            self._log.restored_buffers(self._trainer, restored, "a window that led to no step")
 
     @override
     def end_batch(self) -> None:

@@ -96,7 +96,7 @@ class Resource:
         return []
 
     def restore_window(self, *, is_bad: bool) -> list[str]:
-        """Restore what an unfinished window has made non-finite, at the end of an epoch: no step will follow.
+        """Restore what a window without a step has made non-finite, after the last batch of an epoch or a foreign ``zero_grad``.
 
         Args:
             is_bad: If True, a loss of the window is not finite either, and everything that it has changed is restored.

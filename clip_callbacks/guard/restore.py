@@ -131,7 +131,7 @@ class SkippedStepRestorer:
         return [name for resource in self._each for name in resource.restore_pass(is_bad=is_bad)]
 
     def restore_window(self, *, is_bad: bool) -> list[str]:
-        """Restore what an unfinished window has made non-finite, at the end of an epoch.
+        """Restore what a window without a step has made non-finite.
 
         Args:
             is_bad: If True, a loss of the window is not finite either, and everything that it has changed is restored.

@@ -181,11 +181,12 @@ class Unguarded:
     def end_batch(self) -> None:
         """Finish a batch."""
 
-    def end_epoch(self, losses: Sequence[Tensor]) -> None:
-        """Finish an epoch.
+    def abandon_windows(self, losses: Sequence[Tensor]) -> None:
+        """Restore what the forward passes of windows without a step have made non-finite.
 
         Args:
-            losses: Losses of an unfinished window, for which no step will follow; empty if there is none.
+            losses: Losses in windows that the epoch has left unfinished, or whose gradients other code has set to zero; empty if
+                there are none. If one is not finite, everything that the windows have changed is restored.
         """
 
     def needs_host(self, context: OptimizerContext) -> bool:

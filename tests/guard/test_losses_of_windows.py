@@ -235,3 +235,69 @@ def test_a_weight_of_0_is_of_the_optimizers_that_its_pass_reaches(trainer):
     fit = trainer(*callbacks)
     fit.fit(OnePassByLightning(), data(2))
     assert "grad/loss-SGD-1" not in fit.callback_metrics, "nobody knows it, and it is not 0"
+
+
+class ForgetsBadBatches(Regression):
+    """Sets gradients to zero after a batch whose loss is not finite, as a guard written by hand does."""
+
+    def __init__(self):
+        super().__init__(net=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if not outputs["loss"].isfinite():
+            self.optimizers().zero_grad()
+
+
+def poisoned_at(place, batches=8):
+    loader = data(batches)
+    inputs, targets = (tensor.clone() for tensor in loader.dataset.tensors)
+    inputs[place * loader.batch_size] = math.nan
+    return DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=loader.batch_size)
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite buffers:RuntimeWarning")
+@pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(),)], ids=["plain", "rescaled"])
+def test_a_window_whose_gradients_other_code_sets_to_zero_leaves_no_trace(trainer, callbacks):
+    guard, module = NonFiniteGuard(loss_above=1e6), ForgetsBadBatches()
+    fit = trainer(guard, *callbacks, accumulate_grad_batches=4)
+    fit.fit(module, poisoned_at(5))
+    assert guard.skipped_steps == 0
+    assert float(fit.callback_metrics["grad/loss"]) == pytest.approx(sum(module.losses[6:]) / 2)
+    if callbacks:  # the mean over the two micro-batches since
+        assert float(fit.callback_metrics["grad/accumulation_scale"]) == 2.0
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+
+
+def test_a_window_begins_where_lightning_sets_gradients_to_zero(trainer):
+    class Longer(ForgetsBadBatches):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 4:  # in mid-window: Lightning sets gradients to zero in the next batch, whose number is divisible by 5
+                self.trainer.accumulate_grad_batches = 5
+
+    module = Longer()
+    fit = trainer(NonFiniteGuard(loss_above=1e6), accumulate_grad_batches=4)
+    fit.fit(module, data(10))
+    assert float(fit.callback_metrics["grad/loss"]) == pytest.approx(sum(module.losses[5:]) / 5)
+
+
+@pytest.mark.parametrize("policy", ["warn", "ignore"])
+def test_a_guard_that_takes_bad_steps_restores_no_buffers(trainer, policy):
+    """Nor after batches that lead to no step."""
+
+    class NoStep(ForgetsBadBatches):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx < 5 else None
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            pass
+
+    module = NoStep()
+    trainer(NonFiniteGuard(policy)).fit(module, poisoned_at(5))
+    assert not module.net[1].running_mean.isfinite().any()

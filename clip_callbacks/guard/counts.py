@@ -38,7 +38,7 @@ class Counters:
         zeroed: Number of steps taken after non-finite entries were set to 0.
         overflowed: Number of steps that a GradScaler skipped.
         spikes: Number of finite steps above a threshold, skipped or not.
-        reported: Number of steps that were reported as non-finite under the policy "warn".
+        reported: Number of steps that were reported as non-finite under the policy "warn", and taken.
         spike_share: Share of spikes among the last steps, a running mean up to ``last_spike`` that begins at 0.
         has_common_spikes: True once a warning has said that spikes are no exceptions.
         last_spike: Number of the last spike, counted over this optimizer's steps of the run.

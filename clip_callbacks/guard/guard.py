@@ -250,7 +250,7 @@ class Guard(Unguarded):
             if self._log.can_roll_back(counters.streak):
                 action = Action.SKIP
             is_skipped = action is Action.SKIP and (policy != "raise" or scaler.skips)
-            counters.count(skipped=is_skipped, zeroed=action is Action.ZERO, reported=policy == "warn")
+            counters.count(skipped=is_skipped, zeroed=action is Action.ZERO, reported=policy == "warn" and not scaler.skips)
             # Steps are counted from 0: as many bad batches in a row as there were steps leave none that was good.
             no_good_step = counters.streak > number
             diagnosis = self._examine(step, after_good_step=after_good_step, no_good_step=no_good_step, norms=norms)

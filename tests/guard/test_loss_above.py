@@ -261,6 +261,7 @@ def test_warn_reports_and_changes_nothing(tmp_path, way, monkeypatch):
     assert ["step is taken" in text for text in texts] == [True, True, not is_scaled]
     assert "Stage: the loss is non-finite" in texts[2]
     assert (guard.spikes, guard.skipped_steps) == (2, int(is_scaled))
+    assert (guard.reported_steps == 0) is is_scaled
     lines = [json.loads(line) for line in (tmp_path / "lightning_logs/version_0/nonfinite_steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line["policy"]) for line in lines][:3] == [(5, "warn"), (7, "warn"), (8, "warn")]
     assert len(list((tmp_path / "bundles").iterdir())) == len(lines)

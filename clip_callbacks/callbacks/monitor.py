@@ -47,9 +47,10 @@ class GradientNormMonitor(GradientCallback):
         exclude: A regular expression. Parameters in whose name ``re.search`` finds it are in no block.
         top_k: The largest number of blocks to log: on each logging step those with the largest norms, at the end of an epoch those
             with the largest p99. None: all.
-        log_update_ratio: If True, log ``update_ratio/<block>``: the norm of the change of the block's weights in the step, divided
-            by their norm before it. Copies the parameters, on logging steps only. Nothing is logged for skipped steps, non-finite
-            gradients, or weights that are all 0.
+        log_update_ratio: If True, log ``update_ratio/<block>``: the norm of the change of the block's weights in the optimizer's
+            step, divided by their norm before it. What hooks, averages or other optimizers change after the step does not count.
+            Copies the parameters, on logging steps only. Nothing is logged for skipped steps, non-finite gradients, or weights
+            that are all 0.
         log_weight_norm: If True, log ``weight_norm/<block>``: the norm of the block's trainable parameters before the step, of the
             order ``norm_type``. Reads the parameters, on logging steps only; beside ``log_update_ratio`` it costs no further read.
         log_statistics: If True, log statistics of the n entries g of the block's gradient before clipping:

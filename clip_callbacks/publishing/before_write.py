@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from clip_callbacks.core.actions import StepOutcome
@@ -12,6 +14,7 @@ from clip_callbacks.publishing.histograms import block_codes
 from clip_callbacks.publishing.monitor_options import MonitorOptions
 from clip_callbacks.stats.gradient_statistics import GradientMoments
 from clip_callbacks.stats.update_ratio import WeightsBefore
+from clip_callbacks.trainer.after_step import call_after_step
 from clip_callbacks.trainer.step_context import StepContext
 
 
@@ -31,16 +34,25 @@ class StateBeforeWrite:
     def __init__(self, step: StepContext, blocks: Partition, options: MonitorOptions) -> None:
         self._options = options
         self._weights: WeightsBefore | None = None
+        self._cancel_measurement: Callable[[], None] | None = None
         self._moments: GradientMoments | None = None
         self.codes: Tensor | None = None
         table = step.optimizer.table
         if options.log_update_ratio or options.log_weight_norm:
             # copies serve both options, so that the weights are read once
             self._weights = WeightsBefore(table, blocks, options.norm_type, with_copies=options.log_update_ratio)
+            if options.log_update_ratio:
+                # when the step ends, because hooks, averages and other optimizers may change the weights before the log
+                self._cancel_measurement = call_after_step(step.trainer, step.optimizer.optimizer, self._weights.measure_update)
         if options.log_statistics:
             self._moments = GradientMoments(gradients_of(table, bucketed=False), blocks, step.factor)
         if options.log_histograms:
             self.codes = block_codes(step, blocks)
+
+    def detach(self) -> None:
+        """Cancel the measurement of a step that does not end, such as one that has raised an error."""
+        if self._cancel_measurement is not None:
+            self._cancel_measurement()
 
     def metrics(self, outcome: StepOutcome) -> dict[str, Tensor]:
         """Return values of all blocks by the prefixes of their metrics, each of shape ``(B,)`` on the host.

@@ -91,7 +91,13 @@ class NormMonitor(Monitor):
         blocks = self._partition(context)
         if not self.options.read_before_write or blocks is None or not self._is_due(context, context.history.steps + 1):
             return
+        self._discard_before(context.index)
         self._before[context.index] = context.steps + 1, StateBeforeWrite(step, blocks, self.options)
+
+    def _discard_before(self, index: int) -> None:
+        _, before = self._before.pop(index, (0, None))
+        if before is not None:
+            before.detach()
 
     @override
     def end_step(self, context: OptimizerContext, report: StepRecord, window: WindowNorms | None) -> None:
@@ -181,7 +187,8 @@ class NormMonitor(Monitor):
 
     @override
     def detach(self) -> None:
-        self._before.clear()
+        for index in list(self._before):
+            self._discard_before(index)
         for detector in self._vanishing.values():
             detector.detach()
 

@@ -27,7 +27,7 @@ class WeightsBefore:
         blocks: Blocks whose parameters are read.
         norm_type: Order p of the norms.
         with_copies: If True, the parameters are copied, in float32 where they are of half precision, so that their change can be
-            measured. If False, their norms are computed at once, on their device and without a host sync.
+            measured by :meth:`measure_update`. If False, their norms are computed at once, on their device and without a host sync.
     """
 
     @torch.no_grad()
@@ -41,6 +41,7 @@ class WeightsBefore:
         self._places = [place for place in trainable if count_entries(table.shards[place])]
         self._copies: list[Tensor] = []
         self._found: Tensor | None = None
+        self._norms_and_moved: tuple[Tensor, Tensor] | None = None
         live = self._live()
         if with_copies:
             self._copies = [
@@ -66,19 +67,25 @@ class WeightsBefore:
         return self._where_trainable(self._over_all_ranks(self._norms())[0])
 
     @torch.no_grad()
-    def norms_and_ratios(self) -> tuple[Tensor, Tensor]:
-        """Return the norms, and the norm of the change of each block's parameters since then divided by them.
+    def measure_update(self) -> None:
+        """Measure how far the parameters have moved since the copies were made, and release the copies."""
+        norms = self._norms()
+        if self._copies:
+            torch._foreach_sub_(self._copies, self._live())
+        self._norms_and_moved = norms, self._norms()
+        self._copies = []
 
-        Needs copies, and overwrites them. It is one collective where ranks hold parts of the parameters.
+    def norms_and_ratios(self) -> tuple[Tensor, Tensor]:
+        """Return the norms, and the norm of each block's update divided by them.
+
+        It is one collective where ranks hold parts of the parameters.
 
         Returns:
             Norms as from :meth:`norms`, and ratios, float64 of shape ``(B,)``, on the host; NaN for a block whose weights were all
             0, or are all frozen.
         """
-        norms = self._norms()
-        if self._copies:
-            torch._foreach_sub_(self._copies, self._live())
-        before, moved = self._over_all_ranks(norms, self._norms())
+        assert self._norms_and_moved is not None, "measure_update() comes first"
+        before, moved = self._over_all_ranks(*self._norms_and_moved)
         return self._where_trainable(before), torch.where(before > 0, moved / before, math.nan)
 
     def _live(self) -> list[Tensor]:
@@ -86,6 +93,8 @@ class WeightsBefore:
 
     def _norms(self) -> Tensor:
         """Return the norms of this rank's shards, float64 of shape ``(N,)`` on the host; 0 for parameters that are not read."""
+        if self._norms_and_moved is not None:
+            return self._norms_and_moved[0]
         norms = torch.zeros(len(self._table), dtype=torch.float64, device="cpu")
         if self._copies:
             norms[self._places] = reliable_norms(self._copies, self._norm_type)

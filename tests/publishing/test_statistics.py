@@ -411,6 +411,56 @@ def test_frozen_parameters_have_no_weight_norm_and_weights_of_zero_have_one(trai
     assert logged(read(csv), "weight_norm/net.2") == {0: 0.0}
 
 
+class Clamping(Regression):
+    """Halves all weights after each step of its optimizer, in its own hook."""
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.mul_(0.5)
+
+
+class HalvesWeights(Callback):
+    """Changes the weights when a batch ends, as averages of weights do."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for weight in pl_module.parameters():
+            weight.data.mul_(0.5)
+
+
+class SteppingTwice(Regression):
+    """Manual optimization in which a second optimizer moves the same weights in the same batch."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.0), torch.optim.SGD(self.parameters(), lr=0.5)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("module", [Clamping, Regression], ids=["own hook", "callback"])
+def test_a_ratio_tells_of_the_step_alone(trainer, tmp_path, module):
+    csv, callbacks = CSVLogger(tmp_path), [GradientNormMonitor(log_update_ratio=True)]
+    if module is Regression:
+        callbacks.insert(0, HalvesWeights())
+    trainer(*callbacks, logger=csv).fit(module(lr=0.0), data(3))
+    assert logged(read(csv), "update_ratio/net.0") == {0: 0.0, 1: 0.0, 2: 0.0}
+
+
+def test_a_ratio_does_not_count_the_step_of_another_optimizer(trainer):
+    fit = trainer(GradientNormMonitor(log_update_ratio=True))
+    fit.fit(SteppingTwice(), data(2))
+    ratios = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("update_ratio/net.0")}
+    assert len(ratios) == 2
+    assert sorted(value > 0 for value in ratios.values()) == [False, True]
+
+
 class Thaws(Callback):
     """Freezes a layer in odd batches, until they end."""
 

@@ -20,8 +20,9 @@ from clip_callbacks.html_report.series import Series
 DASHED = (0, (4, 2))
 LOG_AXIS_RATIO = 10.0
 """An axis whose largest value is more than this many times its smallest is logarithmic."""
-LOG_AXIS_MAX = 1e300
-"""The largest value on a logarithmic axis: matplotlib cannot divide one that ends next to the largest float64."""
+LOG_AXIS_MIN, LOG_AXIS_MAX = 1e-280, 1e300
+"""Ends of logarithmic scales: matplotlib takes all numbers below 2e-287 for 0, and cannot divide an axis that ends next to the
+largest float64."""
 LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((300, (1.0, 2.0, 5.0)),)
 """Ticks within each decade of a logarithmic axis whose ends have a smaller ratio than the number before them; otherwise 1 alone."""
 NARROW_LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((20, (1.0, 2.0, 5.0)), (300, (1.0, 3.0)))

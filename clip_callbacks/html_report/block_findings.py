@@ -43,9 +43,10 @@ def _shares(log: OptimizerLog) -> Iterator[Finding]:
     shares = {}
     for name, series in norms.items():
         total = log.total_norm.at(series.steps)
-        ratio = series.values / np.where(total > 0, total, np.nan)
-        if np.isfinite(ratio).any():
-            shares[name] = float(np.nanmedian(ratio))
+        with np.errstate(over="ignore"):  # two numbers at either end of float64 have no finite ratio
+            ratio = Series(series.steps, series.values / np.where(total > 0, total, np.nan)).finite
+        if ratio:
+            shares[name] = ratio.median
     largest = max(shares, key=lambda name: shares[name], default=None)
     if largest is not None and shares[largest] > DOMINANT_SHARE:
         yield Finding(
@@ -65,7 +66,7 @@ def _shares(log: OptimizerLog) -> Iterator[Finding]:
 
 def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
     low, high = USUAL_UPDATE_RATIOS
-    medians = {name: float(np.median(series.values)) for name, series in log.update_ratios.items() if series}
+    medians = {name: series.median for name, series in log.update_ratios.items() if series}
     if fast := [name for name, value in medians.items() if value > high]:
         yield Finding(
             "note",
@@ -105,7 +106,7 @@ def _vanished(log: OptimizerLog) -> Iterator[Finding]:
 
 def _cause(is_silent: bool, zeros: Series) -> str:
     """Return a sentence about the likely causes, as far as the log tells them."""
-    if is_silent or (zeros and np.median(zeros.values) >= MANY_ZEROS):
+    if is_silent or (zeros and zeros.median >= MANY_ZEROS):
         return f"The gradient was exactly zero. {ZERO_CAUSES}"
     lost = " ".join(describe_lost_updates())
     if zeros:
@@ -119,7 +120,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _zeros(log: OptimizerLog) -> Iterator[Finding]:
     explained = vanished_blocks(log)
-    medians = {name: float(np.median(series.values)) for name, series in log.with_prefix(GRADIENT_ZEROS).items() if series}
+    medians = {name: series.median for name, series in log.with_prefix(GRADIENT_ZEROS).items() if series}
     many = {name: share for name, share in medians.items() if share >= MANY_ZEROS and name not in explained}
     if many:
         names = _listed([f"{name} ({share:.0%})" for name, share in many.items()])

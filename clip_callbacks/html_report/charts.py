@@ -89,7 +89,7 @@ def _norm_chart(plotted: list[PlottedRun]) -> Chart:
 
     spans = "; ".join(
         f"{each.log.name}: from {each.log.total_norm.values.min():.3g} to {each.log.total_norm.values.max():.3g}, "
-        f"median {np.median(each.log.total_norm.values):.3g}, last max_norm {or_none(each.log.max_norm.last)}"
+        f"median {each.log.total_norm.median:.3g}, last max_norm {or_none(each.log.max_norm.last)}"
         for each in plotted
     )
     caption = "The norm of all gradients as it was logged."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from clip_callbacks.core.metric_names import GRADIENT_MEAN, GRADIENT_STD, GRADIENT_ZEROS, UPDATE_RATIO, WEIGHT_NORM
 from clip_callbacks.html_report.axes import (
+    LOG_AXIS_MAX,
+    LOG_AXIS_MIN,
     label_log_axis,
     label_step_axis,
     natural_order,
@@ -81,6 +83,7 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
         number: Number of the optimizer on the page.
         run: Name of the run, for the title.
     """
+    blocks = {name: _within_scale(series) for name, series in blocks.items()}
     largest = sorted(blocks, key=lambda name: -float(np.quantile(np.abs(blocks[name].values), 0.99)))[:MAX_BLOCKS]
     names = sorted(largest, key=natural_order)
     first = min(int(blocks[name].steps[0]) for name in names)
@@ -112,7 +115,7 @@ def heat_map(blocks: dict[str, Series], metric: BlockMetric, number: int, run: s
         caption += " Parts that all block names begin or end with are left out."
     if len(blocks) > MAX_BLOCKS:
         caption += f" The {MAX_BLOCKS} of {len(blocks)} blocks with the largest values are shown."
-    medians = ", ".join(f"{name} {np.median(blocks[name].values):.3g}" for name in names[:8])
+    medians = ", ".join(f"{name} {blocks[name].median:.3g}" for name in names[:8])
     height = 1.1 + 0.22 * len(names)
     return Chart(
         key,
@@ -131,6 +134,12 @@ _CAPTIONS: dict[Scale, str] = {
     "logarithmic, and linear near 0.",
     "share": "The color is the largest value in each column of the plot: 1 means that all entries were exactly zero.",
 }
+
+
+def _within_scale(series: Series) -> Series:
+    """Move values other than 0 that no logarithmic scale can show to the nearest end of the scale."""
+    sizes = np.clip(np.abs(series.values), LOG_AXIS_MIN, LOG_AXIS_MAX)
+    return replace(series, values=np.where(series.values == 0, 0.0, np.copysign(sizes, series.values)))
 
 
 def _colors(cells: Values, scale: Scale) -> dict[str, Any]:

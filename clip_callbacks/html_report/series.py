@@ -141,6 +141,11 @@ class Series:
         return float(np.average(self.values, weights=np.diff(self.interval_edges)))
 
     @property
+    def median(self) -> float:
+        """The median, without the sum of two values in numpy's own median, which may overflow."""
+        return float(np.quantile(self.values, 0.5))
+
+    @property
     def last(self) -> float:
         """The last finite value; NaN without one."""
         return float(self.finite.values[-1]) if self.finite else math.nan

@@ -62,6 +62,21 @@ def test_means_that_are_all_0_can_be_drawn():
     assert image(heat_map({"a": series([0.0, 0.0])}, MEANS, 1, "run")).norm(0.0) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("one", "two"), [(5e-324, 1e-310), (1e-308, 1e-308), (0.0, 1e308), (1.7e308, 1e308), (5e-324, 1.7e308)])
+def test_values_at_the_ends_of_float64_can_be_drawn(tmp_path, one, two):
+    prefixes = dict.fromkeys(("grad_norm/", "weight_norm/", "update_ratio/", "grad_std/"), 1.0) | {"grad_mean/": -1.0}
+    values = np.where(np.arange(50) % 2, one, two)
+    columns = {prefix + block: sign * values for prefix, sign in prefixes.items() for block in "ab"}
+    (section,) = make_sections([read(write(tmp_path, table(50, **columns)))], ())
+    charts = [chart for chart in make_charts([section.plotted]) if chart.key.endswith("-1")]
+    assert len(charts) >= len(prefixes)
+    for chart in charts:
+        assert np.isfinite(image(chart).get_array()).any()
+        chart.svg(narrow=False)
+        assert "inf" not in chart.summary
+        assert "nan" not in chart.summary
+
+
 def test_shares_of_zeros_have_a_fixed_scale_and_keep_0():
     drawn = image(heat_map({"a": series([0.0, 0.25])}, ZEROS, 1, "run"))
     assert (drawn.norm.vmin, drawn.norm.vmax) == (0.0, 1.0)

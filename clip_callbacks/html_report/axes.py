@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from clip_callbacks.html_report.downsampling import downsample
 from clip_callbacks.html_report.losses import TrainingLoss
@@ -27,6 +27,12 @@ LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((300, (1.0, 2.0, 5.0))
 """Ticks within each decade of a logarithmic axis whose ends have a smaller ratio than the number before them; otherwise 1 alone."""
 NARROW_LOG_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = ((20, (1.0, 2.0, 5.0)), (300, (1.0, 3.0)))
 """The same for labels that stand side by side on a narrow screen."""
+EVEN_TICKS_RATIO = 6.0
+"""A logarithmic axis whose ends have a smaller ratio has evenly spaced ticks: fewer than two of 1, 2 and 5 may lie on it."""
+MAX_EVEN_TICKS, NARROW_MAX_EVEN_TICKS = 6, 4
+"""The largest number of evenly spaced ticks."""
+MIN_LOG_AXIS_RATIO = 1.02
+"""The smallest ratio of the ends of a logarithmic axis: on a shorter one, the labels of its ticks would all be equal."""
 MAX_DECADES, NARROW_MAX_DECADES = 8, 5
 """About the largest number of decades with a label."""
 NO_LEGEND = "_nolegend_"
@@ -67,7 +73,12 @@ def limit_color(plotted: Sequence[PlottedRun], each: PlottedRun, theme: Theme) -
 
 
 def draw_line(axes: Axes, series: Series, color: str, label: str, gid: str, **options: object) -> None:
-    """Draw a line over steps; long series as the median of each column of the plot, with a band from smallest to largest value."""
+    """Draw a line over steps, and a point where it has no length.
+
+    Long series are drawn as the median of each column of the plot, with a band from smallest to largest value.
+    """
+    if len(series) == 1:
+        options = {"marker": ".", **options}
     reduced = downsample(series)
     axes.plot(reduced.steps, reduced.median, color=color, label=label, gid=gid, **options)  # type: ignore[arg-type]
     if not reduced.has_all_points:
@@ -78,7 +89,7 @@ def label_step_axis(axes: Axes) -> None:
     """Label the horizontal axis as one of optimizer steps."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
     axes.margins(x=0.01)
 
 
@@ -112,11 +123,18 @@ def label_log_axis(axis: Axis, *, narrow: bool = False) -> None:
     if high > LOG_AXIS_MAX:
         high = LOG_AXIS_MAX
         axis.set_view_interval(low, high, ignore=True)
-    choices, decades = LOG_TICKS, MAX_DECADES
+    if high < MIN_LOG_AXIS_RATIO * low:
+        low, high = low / math.sqrt(MIN_LOG_AXIS_RATIO), high * math.sqrt(MIN_LOG_AXIS_RATIO)
+        axis.set_view_interval(low, high, ignore=True)
+    choices, decades, even_ticks = LOG_TICKS, MAX_DECADES, MAX_EVEN_TICKS
     if narrow:
-        choices, decades = NARROW_LOG_TICKS, NARROW_MAX_DECADES
-    ticks = next((ticks for ratio, ticks in choices if high < ratio * low), (1.0,))
-    axis.set_major_locator(LogLocator(subs=ticks, numticks=decades))
+        choices, decades, even_ticks = NARROW_LOG_TICKS, NARROW_MAX_DECADES, NARROW_MAX_EVEN_TICKS
+    if high < EVEN_TICKS_RATIO * low:
+        axis.set_major_locator(MaxNLocator(even_ticks))
+        axis.set_minor_locator(NullLocator())
+    else:
+        ticks = next((ticks for ratio, ticks in choices if high < ratio * low), (1.0,))
+        axis.set_major_locator(LogLocator(subs=ticks, numticks=decades))
     axis.set_major_formatter(FuncFormatter(_tick_label))
     axis.set_minor_formatter(NullFormatter())
 

@@ -130,6 +130,7 @@ def _mark_steps(axes: Axes, each: PlottedRun, color_of_limit: str, theme: Theme)
         axes.plot(
             limit.steps,
             limit.median,
+            marker="_" if len(limit.steps) == 1 else "",
             color=color_of_limit,
             linestyle=DASHED,
             linewidth=1.4,

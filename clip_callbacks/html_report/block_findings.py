@@ -87,7 +87,7 @@ def _update_ratios(log: OptimizerLog) -> Iterator[Finding]:
 
 def _vanished(log: OptimizerLog) -> Iterator[Finding]:
     """Name the blocks that did not learn for a while, grouped by what the log tells of the cause."""
-    found, zeros, silent = vanished_blocks(log), log.with_prefix(GRADIENT_ZEROS), silent_blocks(log)
+    found, zeros, silent = vanished_blocks(log), log.with_prefix(GRADIENT_ZEROS), set(silent_blocks(log))
     of_cause: dict[str, list[str]] = {}
     for name, block in found.items():
         if block.epochs:

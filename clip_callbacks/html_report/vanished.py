@@ -51,8 +51,9 @@ def vanished_blocks(log: OptimizerLog) -> dict[str, Vanished]:
         name: Vanished(tuple(_epochs(series, ends, log.first_step)), float(series.values.max()), len(series))
         for name, series in named.items()
     }
+    blocks = log.blocks()
     for name in silent_blocks(log):
-        norms = log.blocks()[name]
+        norms = blocks[name]
         found.setdefault(name, Vanished(((int(norms.steps[0]), int(norms.steps[-1])),), 1.0))
     return {name: found[name] for name in sorted(found, key=natural_order)}
 

@@ -62,6 +62,27 @@ def test_means_that_are_all_0_can_be_drawn():
     assert image(heat_map({"a": series([0.0, 0.0])}, MEANS, 1, "run")).norm(0.0) == pytest.approx(0.5)
 
 
+class CountedMetrics(dict):
+    """Metrics that count how often all of them are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_the_work_for_silent_blocks_grows_with_their_number_only():
+    passes = []
+    for count in (10, 40):
+        blocks = {f"grad_norm/{number}": series(np.zeros(20)) for number in range(count)}
+        metrics = CountedMetrics({"grad/total_norm": series(np.ones(20))} | blocks)
+        (log,) = Run("run", "", metrics).optimizer_logs
+        assert len(vanished_blocks(log)) == count
+        passes.append(metrics.passes)
+    assert passes[0] == passes[1]
+
+
 @pytest.mark.parametrize(("one", "two"), [(5e-324, 1e-310), (1e-308, 1e-308), (0.0, 1e308), (1.7e308, 1e308), (5e-324, 1.7e308)])
 def test_values_at_the_ends_of_float64_can_be_drawn(tmp_path, one, two):
     prefixes = dict.fromkeys(("grad_norm/", "weight_norm/", "update_ratio/", "grad_std/"), 1.0) | {"grad_mean/": -1.0}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.progress import progress_bar
 from clip_callbacks.html_report.runs import UnusableLogError
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
@@ -131,11 +132,14 @@ class _Content:
             name: Name of the file.
             is_cut: If True, its last line has no end.
         """
+        fit = plural(self.misfits, f"row of {name} does not fit its header and is", f"rows of {name} do not fit its header and are")
+        have = plural(self.stepless, f"row of {name} has no step and is", f"rows of {name} have no step and are")
+        cells = plural(self.non_numeric, f"cell of {name} is not a number and is", f"cells of {name} are not numbers and are")
         said = {
             f"The columns of {name} change in mid-run: it was read in {self.headers} parts.": self.headers > 1,
-            f"{self.misfits} rows of {name} do not fit its header and are left out.": self.misfits,
-            f"{self.stepless} rows of {name} have no step and are left out.": self.stepless,
-            f"{self.non_numeric} cells of {name} are not numbers and are read as NaN.": self.non_numeric,
+            f"{self.misfits} {fit} left out.": self.misfits,
+            f"{self.stepless} {have} left out.": self.stepless,
+            f"{self.non_numeric} {cells} read as NaN.": self.non_numeric,
             f"The last line of {name} has no end, as if it were still being written, and is left out.": is_cut,
         }
         return [note for note, holds in said.items() if holds]

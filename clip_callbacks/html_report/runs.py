@@ -24,6 +24,7 @@ from clip_callbacks.core.metric_names import (
     TOTAL_NORM,
     UPDATE_RATIO,
 )
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, OWN_PREFIXES, NormMetric, find_norms, norms_of_others
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 from clip_callbacks.html_report.spikes import Spikes, norm_spikes
@@ -96,10 +97,9 @@ class Run:
             metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}
         superseded = max((series.superseded for series in metrics.values()), default=0)
         if superseded:
-            notes = [
-                *notes,
-                f"Steps go back: {superseded} points of a part that was run again, as after a resume, are left out.",
-            ]
+            points, are = plural(superseded, "point", "points"), plural(superseded, "is", "are")
+            part = "a part that was run again, as after a resume,"
+            notes = [*notes, f"Steps go back: {superseded} {points} of {part} {are} left out."]
         return cls(name, source, metrics, kind, notes=tuple(notes))
 
     def between(self, first: int | None, last: int | None) -> Run:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_callbacks.core.metric_names import BAD_TENSOR_KEYS, JOURNAL
+from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.csv_log import read_csv
 from clip_callbacks.html_report.event_log import read_events
 from clip_callbacks.html_report.mlflow_log import is_database, read_mlflow
@@ -55,7 +56,7 @@ def read_runs(logs: Sequence[str], norms: Sequence[str] = ()) -> tuple[list[Run]
     if not usable:
         more = ""
         if len(problems) > 1:
-            more = f" (and {len(problems) - 1} more logs that cannot be used)"
+            more = f" (and {len(problems) - 1} more {plural(len(problems) - 1, 'log', 'logs')} that cannot be used)"
         raise UnusableLogError(f"{problems[0]}{more}")
     kept, doubles = _without_duplicates(usable)
     notes += [f"Left out: {problem}" for problem in problems] + doubles
@@ -171,7 +172,8 @@ def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
     entries = [_entry(line) for line in lines if line.strip()]
     notes = []
     if broken := entries.count(None):
-        notes.append(f"{broken} lines of {path.name} cannot be read and are left out.")
+        lines = plural(broken, f"line of {path.name} cannot be read and is", f"lines of {path.name} cannot be read and are")
+        notes.append(f"{broken} {lines} left out.")
     return tuple(entry for entry in entries if entry is not None), notes
 
 

@@ -266,7 +266,7 @@ class VanishingDetector:
         return found
 
     def _lasted(self, steps: Sequence[int]) -> Tensor:
-        """Return for each parameter whether its steps are half of those up to the last check or more, float64."""
+        """Return for each parameter whether its steps are more than half of those up to the last check, float64."""
         assert self._last_check is not None
         return (2 * torch.tensor(steps, dtype=torch.int64, device="cpu") > self._last_check).double()
 

@@ -199,7 +199,7 @@ def test_text_in_cells_is_counted(tmp_path):
     text = table(10).astype(object).to_csv(index=False).splitlines()
     text[3] = ",".join(["2", "tensor(1.0)", *text[3].split(",")[2:]])
     run = read(write(tmp_path, text="\n".join(text)))
-    assert "1 cells of metrics.csv are not numbers" in run.notes[0]
+    assert "1 cell of metrics.csv is not a number and is read as NaN." in run.notes[0]
     assert math.isnan(run.metrics["train_loss"].values[2])
 
 
@@ -207,8 +207,8 @@ def test_suggest_says_its_notes(tmp_path, capsys):
     text = table(30).to_csv(index=False) + "1,2,3,4,5,6,7,8,9,10\n"
     code, out, err = run_main(capsys, "suggest", "--json", write(tmp_path, text=text))
     assert code == 0
-    assert "do not fit its header" in err
-    assert "do not fit its header" in next(iter(json.loads(out).values()))["notes"][0]
+    assert "does not fit its header" in err
+    assert "does not fit its header" in next(iter(json.loads(out).values()))["notes"][0]
 
 
 @pytest.mark.usefixtures("undrawn")

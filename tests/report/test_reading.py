@@ -111,7 +111,7 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path):
     text = table(10).to_csv(index=False) + "1,2,3,4,5,6,7,8,9,10\n" + "11,0.5,7.0,7.0,1,1,1,0\n"
     run = read(write(tmp_path, text=text))
     assert run.metrics["grad/total_norm"].steps.tolist() == [*range(10), 11]
-    assert "1 rows of metrics.csv do not fit" in run.notes[0]
+    assert "1 row of metrics.csv does not fit its header and is left out." in run.notes[0]
 
 
 @pytest.mark.parametrize("step", ["1e30", "-1e30", "inf", "nan", "9223372036854775808"])

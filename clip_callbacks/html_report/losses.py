@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from clip_callbacks.core.metric_names import LOSS, LOSS_LIMIT
-from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS
+from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS, words_of
 from clip_callbacks.html_report.runs import LOSS_WORDS, OptimizerLog
 from clip_callbacks.html_report.series import Series
 from clip_callbacks.html_report.spikes import MIN_POINTS_FOR_SPIKES, Spikes, loss_spikes
@@ -74,7 +73,7 @@ def training_loss(log: OptimizerLog, losses: Mapping[str, Series], *, is_named: 
         return TrainingLoss(LOSS + log.suffix, own, log.metric(LOSS_LIMIT).finite, known)
     if len(log.run.optimizer_logs) > 1:
         return None
-    words = {key: set(re.findall("[a-z]+", key.lower())) for key in losses}
+    words = {key: {word for word in words_of(key) if not word.isdigit()} for key in losses}
     candidates = [key for key in losses if losses[key].finite and not words[key] & EVALUATION_WORDS]
     if not is_named:
         candidates = sorted(

@@ -15,7 +15,9 @@ OWN_TOTAL_NORM = re.compile(rf"(?:.+-)?{TOTAL_NORM}(?P<suffix>-.*)?$")
 OWN_SKIPPED_STEPS = re.compile(rf"(?P<prefix>(?:.+-)?){SKIPPED_STEPS}(?P<suffix>-.*)?$")
 """Our count of skipped steps, which is logged for every optimizer, also if none of its norms is finite."""
 OWN_PREFIXES = ("grad/", "grad_", UPDATE_RATIO, WEIGHT_NORM)
-"""Prefixes of the metrics that clip_callbacks logs; none of them is a loss."""
+"""Prefixes of the metrics that clip_callbacks logs."""
+OWN_METRIC = re.compile(rf"grad(_[^/]*)?/|{UPDATE_RATIO}|{WEIGHT_NORM}")
+"""The beginning of our metrics; grad_penalty_loss is none of them."""
 OWN_PARTIAL_NORM = re.compile(rf"(?:.+-)?(?:{BLOCK_NORM}|{RULE_TOTAL_NORM.format('.+')})")
 """Our norms of blocks and rules, whose names the user may have chosen."""
 LIGHTNING_TOTAL_NORM = re.compile(
@@ -155,8 +157,8 @@ def _tells_all(name: str) -> bool:
 
 
 def words_of(name: str) -> set[str]:
-    """Return the words and numbers in the name of a metric, in lower case."""
-    return set(re.findall("[a-z0-9]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
+    """Return the words and numbers in the name of a metric, in lower case; trainBCELoss has three words."""
+    return set(re.findall("[a-z0-9]+", re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()))
 
 
 def _says_norm(words: set[str]) -> bool:

@@ -25,7 +25,15 @@ from clip_callbacks.core.metric_names import (
     UPDATE_RATIO,
 )
 from clip_callbacks.core.wording import plural
-from clip_callbacks.html_report.norm_metrics import MAX_LISTED_METRICS, OWN_PREFIXES, NormMetric, find_norms, norms_of_others
+from clip_callbacks.html_report.norm_metrics import (
+    MAX_LISTED_METRICS,
+    NORM_WORDS,
+    OWN_METRIC,
+    NormMetric,
+    find_norms,
+    norms_of_others,
+    words_of,
+)
 from clip_callbacks.html_report.series import LAST_STEP, Series, Steps, Values
 from clip_callbacks.html_report.spikes import Spikes, norm_spikes
 
@@ -160,10 +168,15 @@ class Run:
         """Return the losses: those wanted, or those found by name; means of epochs only if those of steps are not logged."""
         if wanted:
             return {key: self.metrics[key] for key in wanted if key in self.metrics}
-        words = {key: set(re.split("[^a-z]+", key.lower())) for key in self.metrics if not key.startswith(OWN_PREFIXES)}
-        found = [key for key in words if words[key] & LOSS_WORDS and not words[key] & FACTOR_WORDS]
+        words = {key: words_of(key) for key in self.metrics if not OWN_METRIC.match(key)}
+        found = [key for key in words if _says_loss(words[key]) and not words[key] & (FACTOR_WORDS | NORM_WORDS)]
         by_step = {key.removesuffix("_step") for key in found if key.endswith("_step")}
         return {key: self.metrics[key] for key in found if key.removesuffix("_epoch") not in by_step or not key.endswith("_epoch")}
+
+
+def _says_loss(words: set[str]) -> bool:
+    """Return whether words name a loss; "entropy" alone may be that of a policy."""
+    return bool(words & LOSS_WORDS) or {"cross", "entropy"} <= words
 
 
 @dataclass(frozen=True, eq=False)

@@ -172,8 +172,8 @@ def read_journal(path: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
     entries = [_entry(line) for line in lines if line.strip()]
     notes = []
     if broken := entries.count(None):
-        lines = plural(broken, f"line of {path.name} cannot be read and is", f"lines of {path.name} cannot be read and are")
-        notes.append(f"{broken} {lines} left out.")
+        left_out = plural(broken, f"line of {path.name} cannot be read and is", f"lines of {path.name} cannot be read and are")
+        notes.append(f"{broken} {left_out} left out.")
     return tuple(entry for entry in entries if entry is not None), notes
 
 

@@ -48,12 +48,24 @@ def noise(count, seed=0):
         (["kl_loss", "reconstruction_loss"], None),
         (["train_perplexity", "train_error"], None),
         (["train_acc"], None),
+        (["valLoss", "trainLoss"], "trainLoss"),
+        (["val_cross_entropy", "train_cross_entropy"], "train_cross_entropy"),
+        (["trainBCELoss"], "trainBCELoss"),
+        (["loss_1"], "loss_1"),
+        (["entropy", "valLoss"], None),
+        (["grad_penalty_loss"], None),
     ],
 )
 def test_the_training_loss_is_known_by_its_name(keys, expected):
     run = Run("run", "", {key: series([1.0, 2.0]) for key in ["grad/total_norm", *keys]})
     found = training_loss(run.optimizer_logs[0], run.losses())
     assert (found.name if found else None) == expected
+
+
+def test_a_loss_may_begin_with_grad():
+    ours = ["grad/total_norm", "grad/loss_limit", "grad_norm/loss.weight", "grad_norm_p50/loss.weight", "grad_2.0_norm.loss.weight"]
+    run = Run("run", "", {key: series([1.0, 2.0]) for key in [*ours, "grad_penalty_loss", "lossScale", "entropy"]})
+    assert list(run.losses()) == ["grad_penalty_loss"]
 
 
 def test_the_loss_of_the_guard_comes_first_and_a_named_one_before_others():

@@ -205,10 +205,13 @@ def _skips(log: OptimizerLog) -> Iterator[Finding]:
     if not log.skipped_steps or not log.skipped_steps.last:
         return
     skipped = int(log.skipped_steps.last)
-    share = skipped / log.step_count
+    is_known = skipped <= log.step_count
     entries = log.bad_steps
     stages = Counter(str(entry.get("stage")) for entry in entries)
-    text = f"{skipped:,} of {log.step_count:,} steps {plural(skipped, 'was', 'were')} skipped ({share:.2%})."
+    if is_known:
+        text = f"{skipped:,} of {log.step_count:,} steps {plural(skipped, 'was', 'were')} skipped ({skipped / log.step_count:.2%})."
+    else:
+        text = f"{skipped:,} steps were skipped. The log does not tell of how many: its own steps are fewer."
     if stages:
         stage = stages.most_common(1)[0][0]
         text += f' The most frequent stage is "{stage}"'
@@ -220,7 +223,7 @@ def _skips(log: OptimizerLog) -> Iterator[Finding]:
             names = Counter(named_tensors(entry)[0] for entry in named)
             text += f" The tensor named first most often is {names.most_common(1)[0][0]}."
     severity: Severity = "warn"
-    if share > ALARMING_SKIPPED_SHARE:
+    if not is_known or skipped / log.step_count > ALARMING_SKIPPED_SHARE:
         severity = "bad"
     yield Finding(severity, text)
 

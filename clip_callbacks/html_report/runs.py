@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_callbacks.bundles.terminal import escaped
 from clip_callbacks.core.metric_names import (
     AMP_SCALE,
     BLOCK_NORM,
@@ -99,7 +100,12 @@ class Run:
 
     @classmethod
     def of(cls, name: str, source: str, metrics: Mapping[str, Series], kind: str, notes: Sequence[str] = ()) -> Run:
-        """Make a run from its metrics: remove the prefix that its logger may have been given, and add a note if steps go back."""
+        """Make a run from its metrics: remove the prefix that its logger may have been given, and add a note if steps go back.
+
+        Characters in names that cannot be printed are replaced by their escape codes: plots, pages and terminals do not take them.
+        """
+        name, source = escaped(name), escaped(source)
+        metrics = {escaped(key): series for key, series in metrics.items()}
         prefix = next((match[1] for key in metrics if (match := PREFIXED_METRIC.match(key))), "")
         if prefix and TOTAL_NORM not in metrics and SKIPPED_STEPS not in metrics:
             metrics = {key.removeprefix(prefix): series for key, series in metrics.items()}

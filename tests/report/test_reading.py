@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
 from clip_callbacks import GradientClipping
+from clip_callbacks.cli import main
 from clip_callbacks.html_report import downsampling
 from clip_callbacks.html_report.diagnosis import diagnose
 from clip_callbacks.html_report.runs import UnusableLogError
@@ -430,3 +432,13 @@ def test_a_journal_of_another_run_adds_no_optimizer(tmp_path, columns, optimizer
     (tmp_path / "nonfinite_steps.jsonl").write_text(json.dumps(line) + "\n")
     ((run,), _) = read_runs([str(tmp_path)])
     assert [log.norm.suffix for log in run.optimizer_logs] == suffixes
+
+
+@pytest.mark.parametrize("folder", [b"bad\xffname", b"red\x1b[31m", b"a[x]b", b"100%s"])
+def test_names_that_cannot_be_printed_are_escaped(tmp_path, folder):
+    path = write(tmp_path / os.fsdecode(folder), table(30, **{"grad_norm/a\x1b[2J": 1.0, "grad_norm/b": 0.5}))
+    page = tmp_path / "report.html"
+    assert main(["report", str(path.parent), "-o", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    assert "a\\x1b[2J" in text

@@ -78,13 +78,16 @@ class WeightsBefore:
     def norms_and_ratios(self) -> tuple[Tensor, Tensor]:
         """Return the norms, and the norm of each block's update divided by them.
 
-        It is one collective where ranks hold parts of the parameters.
+        If nothing has called :meth:`measure_update`, because the step went around Lightning, the update is measured now. It is one
+        collective where ranks hold parts of the parameters.
 
         Returns:
             Norms as from :meth:`norms`, and ratios, float64 of shape ``(B,)``, on the host; NaN for a block whose weights were all
             0, or are all frozen.
         """
-        assert self._norms_and_moved is not None, "measure_update() comes first"
+        if self._norms_and_moved is None:
+            self.measure_update()
+        assert self._norms_and_moved is not None
         before, moved = self._over_all_ranks(*self._norms_and_moved)
         return self._where_trainable(before), torch.where(before > 0, moved / before, math.nan)
 

@@ -231,8 +231,9 @@ class Rescaler(AnyRescaler):
         # asked at each pass, because modules switch the synchronization inside training_step
         if self._divides_manually and not reduces_in_backward(self._module):
             raise ValueError(
-                "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False): "
-                "backward passes before the last one cannot be counted. Leave the call out, or divide your losses."
+                "`divide` must be False where FSDP keeps gradients back, got True after set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False): backward passes before the last one cannot be counted. Leave the call out, or "
+                "divide your losses."
             )
         for window in self._manual.values():
             window.before_backward()

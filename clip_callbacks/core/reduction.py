@@ -281,7 +281,8 @@ def reduces_in_backward(model: nn.Module) -> bool:
     """Return whether every backward pass reduces sharded gradients over ranks, and none leaves that to a later one."""
     # a module without parameters of its own has no group
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
-    return all(group.reduce_grads for group in groups if group is not None)
+    # HSDP reduces over shards first, and then over copies
+    return all(group.reduce_grads and (group.all_reduce_grads or not group._is_hsdp) for group in groups if group is not None)
 
 
 def is_sharded(tensor: Tensor) -> bool:

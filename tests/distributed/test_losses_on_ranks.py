@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from clip_callbacks import AccumulationRescaling, GradientClipping, NonFiniteGuard, RobustZScoreLimit
 from tests.distributed.test_logs_and_checkpoints import counted
@@ -139,22 +141,38 @@ class Unsynchronized(TwoOptimizers):
         for optimizer in optimizers:
             optimizer.zero_grad()
         for is_last in (False, True):
-            self.net.set_requires_gradient_sync(is_last)
+            self.synchronize(is_last)
             loss = parallel.Divided.training_step(self, batch, batch_idx)
             self.sum_of_losses += loss.item()
             self.manual_backward(loss)
         for optimizer in optimizers:
             optimizer.step()
 
+    def synchronize(self, is_on):
+        self.net.set_requires_gradient_sync(is_on)
 
-def unsynchronized(name):
-    module = Unsynchronized("fsdp")
+
+class ShardsOnly(Unsynchronized):
+    """Hybrid sharding, whose first pass leaves the sum over the copies to the second one."""
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = parallel.Net()
+            fully_shard(self.net, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+
+    def synchronize(self, is_on):
+        self.net.set_requires_all_reduce(is_on)
+
+
+def unsynchronized(name, made):
+    module = made("fsdp")
     found = parallel.result(name, NonFiniteGuard(loss_above=1e9), module=module, steps=4)
     return [float(found["metrics"][f"grad/loss-SGD{ending}"]) for ending in ("", "-1")], module.sum_of_losses
 
 
-def test_a_pass_that_leaves_its_gradients_to_a_later_one_counts(run):
-    results = run("fsdp2", function=unsynchronized)
+@pytest.mark.parametrize("made", [Unsynchronized, ShardsOnly])
+def test_a_pass_that_leaves_its_gradients_to_a_later_one_counts(run, made):
+    results = run("fsdp2", made, function=unsynchronized)
     expected = sum(sum_of_losses for _, sum_of_losses in results) / 2
     for losses, _ in results:
         assert losses == pytest.approx([expected, expected])

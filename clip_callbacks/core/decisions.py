@@ -204,10 +204,10 @@ def _step_limit(
     # States are on the CPU after a resume or a step of the host; a deferred step needs them on its device.
     before = {key: value.to(norms.device) for key, value in as_state(held).items()}
     blocks = BlockNorms(shown, measured.norm_type, weights)
-    returned = limit.step(blocks, before)
-    if not limit._is_ours:
-        returned = checked_step(limit, returned, blocks, before)
-    limits, after = returned
+    if limit._is_ours:
+        limits, after = limit.step(blocks, before)
+    else:
+        limits, after = checked_step(limit, blocks, before)
     if isinstance(limits, Tensor):
         # limits are mostly float64, as their states are; the division runs in the dtype of the norms, as under a fixed limit
         limits = limits.to(norms.dtype).expand_as(norms)

@@ -168,10 +168,10 @@ def _loss_threshold(limit: Limit, measured: Measurement, loss: Tensor, state: Li
     counts = loss.isfinite().logical_and(measured.finite.to(loss.device))
     before = {key: value.to(loss.device) for key, value in state.items()}
     blocks = BlockNorms(torch.where(counts, loss, 0.0), measured.norm_type, are_losses=True)
-    returned = limit.step(blocks, before)
-    if not limit._is_ours:
-        returned = checked_step(limit, returned, blocks, before)
-    limits, after = returned
+    if limit._is_ours:
+        limits, after = limit.step(blocks, before)
+    else:
+        limits, after = checked_step(limit, blocks, before)
     found = _as_tensor(limits, loss.reshape(()))
     # selected on the device: in a deferred step the host does not know whether the loss counts
     after = {key: torch.where(counts.reshape(()), value, before[key]) for key, value in after.items()}

@@ -105,6 +105,53 @@ def test_a_state_keeps_its_dtype_though_norms_have_another(within, deferred):
     torch.testing.assert_close(kept, torch.tensor([0.2]))
 
 
+class Writes(Limit):
+    """Writes to everything that it is given, as a limit written with in-place operations does."""
+
+    takes_losses = uses_weights = True
+
+    def init(self, blocks):
+        return {"k": torch.zeros(3, blocks), "steps": torch.zeros((), dtype=torch.int64)}
+
+    def step(self, blocks, state):
+        state["steps"] += 1
+        state["k"].fill_(float("nan"))
+        if blocks.weights is not None:
+            blocks.weights.fill_(float("nan"))
+        blocks.norms.mul_(0.5)
+        return blocks.norms.clamp(min=1e-3), state
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_limit_that_writes_to_what_it_is_given_changes_nothing_else(within, deferred):
+    limit = WITHIN[within](Writes())
+    _, before = clip_step(two(), max_norm=limit, nonfinite="ignore", deferred=deferred)
+    kept = {key: value.clone() for key, value in before[0].items()}
+    parameters = two()
+    report, _ = clip_step(parameters, before, max_norm=limit, nonfinite="ignore", deferred=deferred)
+    torch.testing.assert_close(report.total_norm, torch.tensor(0.5**0.5))
+    torch.testing.assert_close(report.clipped_norm, 0.5 * report.total_norm)
+    for key, value in kept.items():
+        torch.testing.assert_close(before[0][key], value, equal_nan=True, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:Spike:RuntimeWarning")
+def test_a_threshold_that_writes_to_the_loss_changes_nothing_else(tmp_path):
+    guard = NonFiniteGuard("warn", loss_above=Writes(), max_consecutive=100)
+    fit = make_trainer(tmp_path, guard)
+    fit.fit(Regression(), data(3))
+    assert guard.spikes == 3
+    torch.testing.assert_close(fit.callback_metrics["grad/loss_limit"], 0.5 * fit.callback_metrics["grad/loss"])
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("start", [torch.zeros(9), torch.zeros(1, 9), torch.zeros(2, 0)])
+def test_a_state_has_the_blocks_as_its_last_dimension(start, within):
+    with pytest.raises(ValueError, match=r"`Returning.init` must return tensors that are 0-dim or have the blocks as their last"):
+        clip_step(two(), max_norm=WITHIN[within](Returning(None, {"k": start})))
+
+
 @pytest.mark.parametrize("start", [{"k": 0}, [torch.zeros(1)], 3])
 @pytest.mark.parametrize("within", WITHIN)
 def test_what_init_must_not_return(start, within):

@@ -1,7 +1,8 @@
-"""Checks of what a user's limit returns. Limits of this package keep to it, and are not checked."""
+"""Steps of users' limits: they get copies, and what they return is checked. Limits of this package need neither."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -19,26 +20,32 @@ def initial_state(limit: Limit, blocks: int) -> LimitState:
         blocks: Number of blocks, B.
 
     Raises:
-        ValueError: If it is not a dictionary of tensors.
+        ValueError: If it is not a dictionary of tensors that are 0-dim or have the blocks as their last dimension.
     """
     state: Any = limit.init(blocks)
-    if not limit._is_ours and not _is_state(state):
+    if limit._is_ours:
+        found: LimitState = state
+        return found
+    name = f"`{type(limit).__name__}.init`"
+    if not _is_state(state):
         raise ValueError(
-            f"`{type(limit).__name__}.init` must return a dictionary of tensors, got {_shown(state)}: numbers may be tensors too, "
-            "such as torch.tensor(0)."
+            f"{name} must return a dictionary of tensors, got {_shown(state)}: numbers may be tensors too, such as torch.tensor(0)."
         )
-    found: LimitState = state
-    return found
+    if any(value.ndim and value.shape[-1] != blocks for value in state.values()):
+        raise ValueError(
+            f"{name} must return tensors that are 0-dim or have the blocks as their last dimension, of {blocks} here, got "
+            f"{_shown(state)}: a window of 100 norms is torch.zeros(100, blocks)."
+        )
+    return dict(state)
 
 
-def checked_step(limit: Limit, returned: object, blocks: BlockNorms, before: LimitState) -> tuple[Tensor | float, LimitState]:
-    """Check what the step of a user's limit has returned.
+def checked_step(limit: Limit, blocks: BlockNorms, before: LimitState) -> tuple[Tensor | float, LimitState]:
+    """Let a user's limit take a step on copies, to which it may write, and check what it returns.
 
     Args:
         limit: The limit.
-        returned: The return value of its step.
-        blocks: Norms of the step.
-        before: State before the step.
+        blocks: Norms of the step; not changed.
+        before: State before the step; not changed.
 
     Returns:
         The limits, of a number a float, and the state after the step in the dtypes of the one before.
@@ -46,6 +53,9 @@ def checked_step(limit: Limit, returned: object, blocks: BlockNorms, before: Lim
     Raises:
         ValueError: If it is not a pair, the limits do not fit the blocks, or the state is not like the one before.
     """
+    weights = None if blocks.weights is None else blocks.weights.clone()
+    given = replace(blocks, norms=blocks.norms.clone(), weights=weights)
+    returned: Any = limit.step(given, {key: value.clone() for key, value in before.items()})
     name = f"`{type(limit).__name__}.step`"
     try:
         # not a tensor of two entries, which unpacks too

@@ -36,10 +36,10 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
     after: dict[str, LimitState] = {}
     for name, limit in limits.items():
         before = _part(state, name)
-        returned = limit.step(blocks, before)
-        if not limit._is_ours:
-            returned = _contract.checked_step(limit, returned, blocks, before)
-        values, after[name] = returned
+        if limit._is_ours:
+            values, after[name] = limit.step(blocks, before)
+        else:
+            values, after[name] = _contract.checked_step(limit, blocks, before)
         # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
         if isinstance(values, Tensor):
             found[name] = values.expand_as(blocks.norms)

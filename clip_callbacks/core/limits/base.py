@@ -138,8 +138,8 @@ class Limit(ABC):
         It is called once for every step, of shadows too. If the step is then skipped, the caller discards the new state.
 
         Args:
-            blocks: Norms of this step.
-            state: State from :meth:`init` or from the last step; it must not be changed.
+            blocks: Norms of this step. A limit of yours gets copies of all tensors, and may write to them.
+            state: State from :meth:`init` or from the last step; a copy too.
 
         Returns:
             The largest allowed norms, above 0, in the unit of the gradients, or losses, of any sign: a tensor of shape ``(B,)``, or

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.losses import entry_of, weighted_sum
+from clip_callbacks.core.losses import as_checked, entry_of, weighted_sum
 from clip_callbacks.core.tensor_table import TensorTable
 from clip_callbacks.trainer.fingerprints import GradientFingerprints, gradient_fingerprints, gradients_changed
 from clip_callbacks.trainer.step_context import Discarded, MicroBatch
@@ -68,10 +68,9 @@ class OptimizerWindow:
     def shorten(self) -> None:
         """Make one micro-batch of the older half of very many, with the sum of their losses: a window may be of any length."""
         older = [self.micro_batches.popleft() for _ in range(self.max_length // 2)]
-        # An infinite float16 loss is taken as finite, which a sum would not tell: those losses are forgotten.
-        if older[-1].loss.dtype is not torch.float16:
-            self.micro_batches.appendleft(MicroBatch(_sum(older), None))
-            self._more += len(older) - 1
+        # a sum would not tell an infinite float16 loss, which is taken as finite, from a bad one
+        self.micro_batches.appendleft(MicroBatch(_sum([each._replace(loss=as_checked(each.loss)) for each in older]), None))
+        self._more += len(older) - 1
 
     def forget_batch(self) -> None:
         """Release the batch of an old micro-batch, in manual optimization, where the optimizer may step seldom or never."""

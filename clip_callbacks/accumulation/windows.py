@@ -102,7 +102,8 @@ class Windows:
         if self._rescaler.rescales:
             self._rescaler.before_backward(loss)
         if type(loss) is not Tensor:
-            loss = shard_of(loss)
+            # a plain tensor: limits may keep losses, and a checkpoint with another class needs that class to be loaded
+            loss = shard_of(loss).as_subclass(Tensor)
         # Without its graph, which would outlive the backward pass; not read, because that would wait for the device. `data` is
         # as good as `detach`, without an operator to dispatch.
         self._newest = micro_batch = MicroBatch(loss.data, self.kept, self._rescaler.loss_weight)

@@ -18,7 +18,7 @@ def are_finite(losses: Sequence[Tensor]) -> bool:
     for each in losses:
         loss = each
         if loss.ndim or loss.dtype is torch.float16:
-            loss = _number(loss).reshape(())
+            loss = as_checked(loss).reshape(())
         number: Any = loss.tolist()  # reads the memory, where item() would dispatch an operator
         if not math.isfinite(number):
             return False
@@ -28,7 +28,7 @@ def are_finite(losses: Sequence[Tensor]) -> bool:
 def sum_of(losses: Sequence[Tensor]) -> Tensor:
     """The sum of losses, shape ``(1,)``, which is finite only if each of them is. Nothing is read on the host."""
     # added up, since inf and NaN survive a sum, or turn into NaN, so that one number tells of all
-    first, *others = [_number(loss).reshape(1) for loss in losses]
+    first, *others = [as_checked(loss).reshape(1) for loss in losses]
     if not others:
         return first
     return torch.cat([first, *others]).sum(0, keepdim=True)
@@ -39,6 +39,16 @@ def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     # in float32 a sum of losses, or of losses that are multiplied by a loss scale, may overflow where their mean does not
     parts = [_wide(entry_of(loss)) * weight for loss, weight in zip(losses, weights, strict=True)]
     return torch.cat([part.to(parts[0].device) for part in parts]).sum(0, keepdim=True)
+
+
+def as_checked(loss: Tensor) -> Tensor:
+    """Return a loss as the checks take it: the sum of one that has several entries, and 0 for an infinite float16 loss."""
+    # Float16 only: bfloat16 reaches as far as float32. NaN stays NaN, because no loss scale makes one.
+    if loss.dtype is torch.float16:
+        loss = torch.where(loss.isinf(), 0.0, loss.float())
+    if loss.numel() == 1:
+        return loss
+    return loss.sum()
 
 
 def entry_of(loss: Tensor) -> Tensor:
@@ -52,12 +62,3 @@ def _wide(loss: Tensor) -> Tensor:
     if loss.device.type == "mps":  # which has no float64
         return loss.float()
     return loss.double()
-
-
-def _number(loss: Tensor) -> Tensor:
-    # Float16 only: bfloat16 reaches as far as float32. NaN stays NaN, because no loss scale makes one.
-    if loss.dtype is torch.float16:
-        loss = torch.where(loss.isinf(), 0.0, loss.float())
-    if loss.numel() == 1:
-        return loss
-    return loss.sum()

@@ -162,9 +162,9 @@ class GuardOptions:
         as_choice(self.level, "level", get_args(Level))
         as_count(self.max_consecutive, "max_consecutive", least=1)
         for name in ("both", "hold_schedulers", "trace_forward"):
-            as_flag(getattr(self, name), name)
+            object.__setattr__(self, name, as_flag(getattr(self, name), name))
         if self.deferred is not None:
-            as_flag(self.deferred, "deferred")
+            object.__setattr__(self, "deferred", as_flag(self.deferred, "deferred"))
         if self.bundles is not None and not isinstance(self.bundles, Bundles):
             raise TypeError(f"`bundles` must be a folder, Bundles(...) or None, got {self.bundles!r}.")
         if self.rollback is not None and not isinstance(self.rollback, Rollback):

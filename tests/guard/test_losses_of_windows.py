@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clip_callbacks import AccumulationRescaling, NonFiniteGuard, RobustZScoreLimit
+from clip_callbacks import AccumulationRescaling, Limit, NonFiniteGuard, RobustZScoreLimit, TightestLimit
 from clip_callbacks.accumulation.optimizer_window import OptimizerWindow
 from tests.helpers.training import SAFELY, Regression, data
 
@@ -31,11 +31,18 @@ class Given(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def loss_of(trainer, losses, *callbacks, **options):
+class Half(Given):
+    """Losses are float16."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx).half()
+
+
+def loss_of(trainer, losses, *callbacks, module=Given, **options):
     """The logged loss of one window of these losses, and the number of spikes above 5."""
     guard = NonFiniteGuard("warn", loss_above=5.0)
     fit = trainer(guard, *callbacks, accumulate_grad_batches=len(losses), **options)
-    fit.fit(Given(), DataLoader(losses, batch_size=None))
+    fit.fit(module(), DataLoader(losses, batch_size=None))
     return float(fit.callback_metrics["grad/loss"]), guard.spikes
 
 
@@ -69,14 +76,46 @@ def test_a_second_long_window_has_a_mean_of_its_own(trainer, monkeypatch):
 def test_an_infinite_float16_loss_of_a_long_window_is_not_bad(trainer, monkeypatch):
     """It may be an effect of the loss scale, as in a short window."""
     monkeypatch.setattr(OptimizerWindow, "max_length", 8)
-    guard, losses = NonFiniteGuard(), [torch.tensor(math.inf if place == 1 else 1.0).half() for place in range(29)]
-
-    class Half(Given):
-        def training_step(self, batch, batch_idx):
-            return (self.weight * 0).sum().half() + batch
-
+    guard, losses = NonFiniteGuard(), [torch.tensor(math.inf if place == 1 else 1.0) for place in range(29)]
     trainer(guard, accumulate_grad_batches=29).fit(Half(), DataLoader(losses, batch_size=None))
     assert guard.skipped_steps == 0
+
+
+@pytest.mark.parametrize("callbacks", [(), (AccumulationRescaling(),)], ids=["plain", "rescaled"])
+def test_a_long_window_of_float16_losses_has_a_mean(trainer, monkeypatch, callbacks):
+    monkeypatch.setattr(OptimizerWindow, "max_length", 8)
+    loss, _ = loss_of(trainer, [torch.tensor(float(place)) for place in range(29)], *callbacks, module=Half)
+    assert loss == pytest.approx(14.0, rel=1e-3)  # Lightning divides each loss, in float16
+
+
+class Annotated(torch.Tensor):
+    """A tensor that carries more than its entries, as those of imaging packages do."""
+
+
+class LastLoss(Limit):
+    """Remembers a loss as it is given."""
+
+    takes_losses = True
+
+    def init(self, blocks):
+        return {"last": torch.full((blocks,), math.inf)}
+
+    def step(self, blocks, state):
+        return 3.0 * state["last"], {"last": blocks.norms}
+
+
+@pytest.mark.parametrize("limit", [LastLoss(), TightestLimit(LastLoss(), 1e6)], ids=["alone", "tightest"])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_loss_of_another_class_leaves_plain_tensors(trainer, tmp_path, limit, windows):
+    class Module(Regression):
+        def loss(self, batch, batch_idx):
+            return super().loss(batch, batch_idx).as_subclass(Annotated)
+
+    guard = NonFiniteGuard("warn", loss_above=limit)
+    trainer(guard, accumulate_grad_batches=windows).fit(Module(), data(4))
+    torch.save(guard.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["loss_above"][0]["state"].values())
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

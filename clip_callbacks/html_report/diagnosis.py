@@ -11,7 +11,7 @@ import numpy as np
 from clip_callbacks.core.wording import plural
 from clip_callbacks.html_report.bad_steps import named_tensors
 from clip_callbacks.html_report.block_findings import find_in_blocks
-from clip_callbacks.html_report.divergence import out_of_control
+from clip_callbacks.html_report.divergence import explodes_at_end, out_of_control
 from clip_callbacks.html_report.finding import Finding, Severity
 from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.html_report.norm_metrics import EVALUATION_WORDS, words_of
@@ -76,6 +76,8 @@ def diagnose(log: OptimizerLog, losses: dict[str, Series], loss: TrainingLoss | 
 def _out_of_control(loss: TrainingLoss | None) -> Iterator[Finding]:
     if caution := out_of_control(loss):
         yield Finding("bad", caution)
+    elif warning := explodes_at_end(loss):
+        yield Finding("warn", warning)
 
 
 def _broken_losses(log: OptimizerLog, losses: dict[str, Series]) -> Iterator[Finding]:

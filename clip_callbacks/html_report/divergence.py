@@ -1,4 +1,4 @@
-"""Runs that went out of control: their training loss doubled, and stayed there for a quarter of the run."""
+"""Runs that went out of control: their training loss doubled for a quarter of the run, or was far above all before at its end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 
 from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.stats.advice import MIN_NORMS_FOR_QUARTERS, QUARTER_COUNT, robust_sigma
+
+END_RISE = 10.0
+"""Least ratio of each of the last losses to the median of those before, in a run whose log ends while the loss explodes."""
+LEAST_AT_END = 3
+"""Least number of such losses. Of stationary losses, whatever their distribution, the last three are the largest three of 40 once
+in 10,000 runs."""
 
 START_LOSSES = (1, 5, 20)
 """Numbers of losses whose median is a start of the run: the first alone, because a run may explode in its second step."""
@@ -47,6 +53,29 @@ def out_of_control(loss: TrainingLoss | None) -> str | None:
                 "quarter of the run): the training went out of control, and its norms tell little about a healthy run. Lower the "
                 "learning rate, or start with QuantileLimit(0.1), which needs no number, and take the suggestion from the log of "
                 "that run."
+            )
+    return None
+
+
+def explodes_at_end(loss: TrainingLoss | None) -> str | None:
+    """Say that the last few losses, less than a quarter of the run, are all far above every loss before.
+
+    Args:
+        loss: The training loss; None if it is not known, which gives no verdict.
+
+    Returns:
+        A sentence that says so; None otherwise, and for losses that are not all above 0 or too few.
+    """
+    if loss is None or len(loss.logged) < MIN_NORMS_FOR_QUARTERS or not bool((loss.logged.values > 0).all()):
+        return None
+    values = loss.logged.values
+    for count in range(len(values) // QUARTER_COUNT, LEAST_AT_END - 1, -1):
+        before, last = values[:-count], values[-count:]
+        usual = float(np.median(before[-len(values) // QUARTER_COUNT :]))
+        if last.min() > max(before.max(), END_RISE * usual):
+            return (
+                f"{loss.name} was around {usual:.3g}, and rose to {last[-1]:.3g} in the last {count} logged values, above "
+                "all values before: the training may have gone out of control where the log ends."
             )
     return None
 

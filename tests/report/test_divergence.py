@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clip_callbacks.html_report.divergence import out_of_control
+from clip_callbacks.html_report.divergence import explodes_at_end, out_of_control
 from clip_callbacks.html_report.losses import TrainingLoss
 from clip_callbacks.html_report.page import make_sections
 from clip_callbacks.html_report.series import Series
@@ -63,6 +63,52 @@ def test_the_verdict_says_what_it_compares():
     assert said.startswith("train_loss rose from 1 to 9 (the median of a quarter of the run): ")
     said = judged(np.where(STEPS == 0, 20.0, np.where(STEPS < 30, 1.0, 9.0))) or ""
     assert said.startswith("train_loss rose from 1 (the median of the first 5 values) to 9 (the median of a quarter")
+
+
+def judged_at_end(losses):
+    return explodes_at_end(TrainingLoss("train_loss", Series.of(np.arange(len(losses)), losses), Series.empty()))
+
+
+FALLING = np.maximum(np.exp(-STEPS / 50), 0.1)
+AT_END = {
+    "three values": (np.where(STEPS > 396, 50.0, FALLING), 3),
+    "ever steeper": (np.where(STEPS > 379, FALLING * np.exp((STEPS - 379.0) / 2), FALLING), None),
+    "with noise": (np.where(STEPS > 390, 1e3, 1.0) * noise(0.5), 9),
+    "a short log": (np.where(np.arange(40) > 36, 30.0, 1.0), 3),
+    "an eighth": (np.where(STEPS > 350, 30.0, 1.0), 49),
+}
+
+
+@pytest.mark.parametrize(("losses", "count"), AT_END.values(), ids=AT_END)
+def test_losses_that_explode_at_the_end_are_found(losses, count):
+    said = judged_at_end(losses) or ""
+    assert f"rose to {losses[-1]:.3g} in the last {count or ''}" in said
+    assert judged(losses) is None
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        *HEALTHY.values(),
+        np.where(STEPS > 397, 50.0, FALLING),  # one or two bad batches
+        np.where(STEPS > 390, 5.0, 1.0),
+        np.where((STEPS > 390) & (STEPS < 399), 50.0, FALLING),  # it has come back
+        np.where((STEPS > 390) | (STEPS == 7), 50.0, FALLING),
+    ],
+)
+def test_other_ends_are_healthy(losses):
+    assert judged_at_end(losses) is None
+
+
+@pytest.mark.parametrize("count", [40, 100, 400])
+def test_stationary_losses_do_not_explode_at_the_end(count):
+    assert sum(judged_at_end(noise(1.5, seed, count)) is not None for seed in range(1000)) <= 1
+
+
+def test_the_page_warns_of_an_explosion_at_the_end(tmp_path):
+    (section,) = make_sections([read(write(tmp_path, table(400, train_loss=AT_END["three values"][0])))], ())
+    assert "train_loss was around 0.1, and rose to 50 in the last 3 logged values" in texts(section.findings)
+    assert section.caution is None
 
 
 RISING = np.linspace(0.01, 20, 400)

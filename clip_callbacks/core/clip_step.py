@@ -106,7 +106,8 @@ def clip_step(
             shadows = [_as_rule(one) for one in shadow]
         plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))
         state = plan.init() if state is None else state
-        if deferred and _allocates_in_skip(fused, plan, nonfinite):
+        # not beside a `clip_value`, which is refused in each step alike
+        if deferred and clip_value is None and _allocates_in_skip(fused, plan, nonfinite):
             deferred = False
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
         record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)

@@ -244,6 +244,14 @@ def test_a_deferred_step_with_more_than_one_factor_is_refused_before_it_is_measu
         clip_step(optimizer, rules=[ClipRule(1.0, scope)], fused=optimizer, deferred=True)
 
 
+def test_a_deferred_step_with_a_clip_value_is_refused_from_the_first_step_on():
+    """A first step with momentum, which the host would decide about, is no exception."""
+    tensors = [weight(3.0, 4.0)]
+    optimizer = torch.optim.SGD(tensors, lr=0.1, momentum=0.9, fused=True)
+    with pytest.raises(ValueError, match="no `clip_value`: one factor for all gradients"):
+        clip_step(tensors, fused=optimizer, clip_value=0.1, deferred=True)
+
+
 @pytest.mark.parametrize("max_norm", [2.0, None, FixedLimit(2.0), QuantileLimit(0.5), math.inf])
 def test_max_norm_is_one_global_rule(max_norm):
     plain, ruled = weight(3.0, 4.0), weight(3.0, 4.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_callbacks.core.buckets import Buckets
 from clip_callbacks.core.reduction import shard_of_gradient
-from clip_callbacks.core.tensor_table import TensorTable
+from clip_callbacks.core.tensor_table import TensorTable, count_entries
 from clip_callbacks.core.units import Rows
 
 GRADIENT_OF, LAYOUT_OF = attrgetter("grad"), attrgetter("layout")
@@ -69,6 +69,13 @@ class Gradients:
         if len(self.positions) == len(self.table.tensors):
             return values
         return values.new_zeros(len(self.table)).index_copy_(0, self.table.index(self.positions, values.device), values)
+
+    def with_empty(self, values: Tensor) -> Tensor:
+        """Extend values of the gradients that are there, shape ``(len(positions),)``, by a 0 for each gradient without entries."""
+        empty = [place for place, tensor in enumerate(self.table.tensors) if tensor.grad is not None and not count_entries(tensor)]
+        place_of = {position: place for place, position in enumerate(sorted([*self.positions, *empty]))}
+        places = torch.tensor([place_of[position] for position in self.positions], dtype=torch.int64, device=values.device)
+        return values.new_zeros(len(place_of)).index_copy_(0, places, values)
 
 
 def gradients_of(table: TensorTable, *, bucketed: bool = True) -> Gradients:

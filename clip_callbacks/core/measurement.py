@@ -168,8 +168,8 @@ def measure(
     weights = _shard_weight_norms(table, norm_type, spec) if spec.weights else None
     if reduction:
         norms, weights, losses, loss = _over_all_ranks(table, shard_norms, weights, losses, loss, norm_type, spec)
-    if spec.by_unit:  # there may be so many units that a float32 sum would lose digits
-        total = total_norm(norms.double(), norm_type).to(norms.dtype)
+    if spec.by_unit or table.awaited:
+        total = _unusual_total(gradients, norms, norm_type, by_unit=spec.by_unit)
     else:
         total = total_norm(norms, norm_type)
     # no second read: only the host could ask for it, so a norm that overflows makes a bad step
@@ -193,6 +193,14 @@ def measure(
     number: Any = total.tolist()
     is_finite = is_loss_finite and math.isfinite(number)
     return Measurement(norms, total, parameter_norms, norm_type, FLAGS[is_finite], is_finite, weights, scale, loss=loss)
+
+
+def _unusual_total(gradients: Gradients, norms: Tensor, norm_type: float, *, by_unit: bool) -> Tensor:
+    """Return the norm of all gradients from the norms of units, or beside gradients without entries."""
+    if by_unit:  # there may be so many units that a float32 sum would lose digits
+        return total_norm(norms.double(), norm_type).to(norms.dtype)
+    # torch adds up a 0 for each gradient without entries, which shifts the order of the others
+    return total_norm(gradients.with_empty(norms), norm_type)
 
 
 def _deferred(

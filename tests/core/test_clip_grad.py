@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clip_callbacks import clip_grad_norm_
+from clip_callbacks import clip_grad_norm_, clip_step
 from tests.helpers import reference
 from tests.helpers.matrix import examples
 
@@ -36,6 +37,24 @@ def test_bits_of_torch_in_float32(seed, sizes, max_norm, p):
     assert torch.equal(clip_grad_norm_(ours, max_norm, p), torch.nn.utils.clip_grad_norm_(theirs, max_norm, p))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(20, 60), p=st.sampled_from([1.0, 2.0]))
+@settings(max_examples=examples(150), deadline=None)
+def test_bits_of_torch_beside_gradients_without_entries(seed, count, p):
+    """Their norms of 0 shift the order in which torch's kernel adds up the others."""
+    dice = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(dice.choice([0, 1, 3, 35, 100]), generator=generator) for _ in range(count)]
+    ours, theirs, deferred = (parameters(*gradients) for _ in range(3))
+    for place in dice.sample(range(count), count // 10):
+        ours[place].grad = theirs[place].grad = deferred[place].grad = None
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0, p)
+    assert torch.equal(clip_grad_norm_(ours, 1.0, p), expected)
+    assert torch.equal(clip_step(deferred, norm_type=p, nonfinite="ignore", deferred=True)[0].total_norm, expected)
+    for each in zip(ours, deferred, theirs, strict=True):
+        a, b, c = (parameter.grad for parameter in each)
+        assert c is None or (torch.equal(a, c) and torch.equal(b, c))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])

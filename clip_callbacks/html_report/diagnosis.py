@@ -257,12 +257,19 @@ def _lost_metrics(log: OptimizerLog) -> Iterator[Finding]:
         yield Finding("warn", f"{since}: {sentence}")
 
 
+def _of_all(count: int, log: OptimizerLog) -> str:
+    """Return a number of steps, and of how many, unless the log has fewer, as one whose first or last rows are missing."""
+    if count > log.step_count:
+        return f"{count:,}"
+    return f"{count:,} of {log.step_count:,}"
+
+
 def _scaler(log: OptimizerLog) -> Iterator[Finding]:
     overflowed, scale = log.overflowed_steps, log.amp_scale
     if overflowed and overflowed.last:
         yield Finding(
             "note",
-            f"{overflowed.last:,.0f} of {log.step_count:,} optimizer steps overflowed in float16: GradScaler skipped them and "
+            f"{_of_all(int(overflowed.last), log)} optimizer steps overflowed in float16: GradScaler skipped them and "
             "lowered the loss scale. This is normal while it searches for the scale.",
         )
     if scale and scale.last < 1:

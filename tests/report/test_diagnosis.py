@@ -285,8 +285,9 @@ def test_blocks_keep_what_tells_them_apart():
 
 @pytest.mark.parametrize("steps", [[1, 2, 3], [1049, 1050, 1051]], ids=["from the beginning", "from mid-run"])
 def test_more_skipped_steps_than_the_log_has_steps_are_no_share_of_them(tmp_path, steps):
-    frame = table(3, step=steps, **{"grad/skipped_steps": [30.0, 40.0, 50.0]})
-    (section,) = make_sections([read(write(tmp_path, frame))], ())
-    (told,) = [finding.text for finding in section.findings if "skipped" in finding.text]
+    counts = {f"grad/{which}_steps": [30.0, 40.0, 50.0] for which in ("skipped", "overflowed")}
+    (section,) = make_sections([read(write(tmp_path, table(3, step=steps, **counts)))], ())
+    told, overflows = [finding.text for finding in section.findings if "skipped" in finding.text]
     assert "The log does not tell of how many" in told
+    assert overflows.startswith(("50 optimizer steps overflowed", "20 optimizer steps overflowed"))
     assert "%" not in told

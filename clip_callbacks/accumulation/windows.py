@@ -240,8 +240,13 @@ class Windows:
 
     @property
     def is_zeroed(self) -> bool:
-        """Whether other code has set the gradients of the open window to None; known in automatic optimization only."""
-        return not self._is_manual and not any(context.table.has_gradients for context in self._contexts)
+        """Whether other code has set the gradients of the open window to None; known in automatic optimization on one rank only.
+
+        Ranks must divide their windows alike, and another one may have kept its gradients.
+        """
+        if self._is_manual or self._trainer.world_size > 1:
+            return False
+        return not any(context.table.has_gradients for context in self._contexts)
 
     def abandon(self) -> list[Tensor]:
         """Discard windows that get no step; in manual optimization they may continue in the next epoch.

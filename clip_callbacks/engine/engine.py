@@ -214,7 +214,7 @@ class StepEngine:
         if self._is_first_batch:
             self._continue_epoch()
         if self.windows.in_window and self.windows.is_zeroed:  # since its last batch: those batches lead to no step
-            self._guard.abandon_windows(self.windows.abandon())
+            self._abandon_windows()
         self._optimizers.update()  # BaseFinetuning adds parameters at the start of an epoch
         if self._uses_deepspeed and not self.windows.in_window:
             for held in self._engine_gradients:
@@ -225,6 +225,10 @@ class StepEngine:
             begin(in_window=self.windows.in_window)
         self.windows.begin_batch(batch, batch_idx, kept)
 
+    def _abandon_windows(self) -> None:
+        """Discard windows that no step will follow."""
+        self._guard.abandon_windows(self.windows.abandon())
+
     def before_backward(self, loss: Tensor) -> None:
         """Keep the loss until the step."""
         if self._optimizers.may_materialize:  # by the forward pass that has just run
@@ -233,7 +237,7 @@ class StepEngine:
             self._optimizers.update()
         # in this batch, as Lightning does where `accumulate_grad_batches` has changed
         if self.windows.in_window and self.windows.is_zeroed:
-            self._guard.abandon_windows(self.windows.abandon())
+            self._abandon_windows()
         self.windows.before_backward(loss)
         if self._propagates_losses and not self._rescaler.has_zero_weight:
             self._nan_propagator.begin_pass(loss, self._optimizers.contexts)
@@ -434,8 +438,7 @@ class StepEngine:
         """Discard windows that no step will follow; publish the metrics of the epoch."""
         self._bypassing_steps.end_epoch()
         self._collect_and_raise()
-        # Lightning sets gradients to zero at the first batch of the next epoch
-        self._guard.abandon_windows(self.windows.abandon())
+        self._abandon_windows()  # Lightning sets gradients to zero at the first batch of the next epoch
         self._publisher.end_epoch(self.contexts)
         self._epoch = self._trainer.current_epoch + 1
 

@@ -494,3 +494,28 @@ def test_no_rank_is_named_where_none_is_known(run, name):
     assert "Where it began" not in report
     assert "in 7 of 7 parameters" in report
     assert "Nearest finite" not in report
+
+
+# Gradients that other code sets to zero
+
+
+class ForgetsOnOneRank(parallel.Divided):
+    """Sets gradients to zero after the first batch of each window, on the last rank alone."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx % 3 == 0:
+            self.optimizers().zero_grad()
+
+
+def forgetting(name, *callbacks):
+    return parallel.result(name, *callbacks, module=ForgetsOnOneRank(), steps=4, accumulate_grad_batches=3)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [AccumulationRescaling(), NonFiniteGuard(level="microbatch"), NonFiniteGuard(loss_above=1e9)],
+    ids=["rescaling", "microbatch", "loss"],
+)
+def test_a_rank_that_sets_gradients_to_zero_divides_its_window_as_the_others(run, callback):
+    """Gradients are averaged over ranks before they are divided: factors of their own would part the weights of the ranks."""
+    assert_one_answer(run("ddp", GradientClipping(0.5), callback, function=forgetting))

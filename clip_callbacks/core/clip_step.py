@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 from clip_callbacks.core.actions import Action
 from clip_callbacks.core.arguments import as_finite, as_max_norm, as_norm_type
 from clip_callbacks.core.diagnosis import examine
-from clip_callbacks.core.fused import is_fused, starts_momentum
+from clip_callbacks.core.fused import accepts_factors, starts_momentum
+from clip_callbacks.core.gradients import gradients_of
 from clip_callbacks.core.limits import Limit, MaxNorm, as_limit
 from clip_callbacks.core.nonfinite import POLICIES, NonFiniteGradientError, Policy, as_policy
 from clip_callbacks.core.parameter_table import Parameters, ParameterTable, table_of
 from clip_callbacks.core.rules import NO_SPIKE_LIMITS, ClipRule, ClipState, Plan, SpikeLimits, check_rules, check_shadow
 from clip_callbacks.core.step import ACTIONS, NOT_DEFERRABLE, MeasuredStep, apply_step, measure_step
 from clip_callbacks.core.step_report import StepReport
+from clip_callbacks.core.tensor_table import TensorTable
 
 
 def clip_step(
@@ -106,18 +108,20 @@ def clip_step(
             shadows = [_as_rule(one) for one in shadow]
         plan = Plan.of(table, _rules(max_norm, rules), shadows, NO_SPIKE_LIMITS if skip_above is None else SpikeLimits(skip_above))
         state = plan.init() if state is None else state
-        # not beside a `clip_value`, which is refused in each step alike
-        if deferred and clip_value is None and _allocates_in_skip(fused, plan, nonfinite):
+        # not where deferral is refused, which must not depend on the step
+        if deferred and clip_value is None and _allocates_in_skip(fused, table, plan, nonfinite):
             deferred = False
         measured = measure_step(table, plan, state, as_norm_type(norm_type), scale=scale, deferred=deferred)
         record, state = apply_step(measured, state, _resolve(measured, nonfinite), clip_value=clip_value, fused=fused)
     return StepReport(record), state
 
 
-def _allocates_in_skip(fused: Optimizer | None, plan: Plan, nonfinite: Policy) -> bool:
+def _allocates_in_skip(fused: Optimizer | None, table: TensorTable, plan: Plan, nonfinite: Policy) -> bool:
     """Return whether a skip on the device would leave uninitialized momentum: the host decides about such a first step."""
     may_skip = nonfinite == "skip" or (nonfinite == "ignore" and plan.skip_above is not None)
-    return may_skip and not plan.spec.local and fused is not None and is_fused(fused) and starts_momentum(fused)
+    if not may_skip or plan.spec.local or fused is None:
+        return False
+    return starts_momentum(fused) and accepts_factors(fused, gradients_of(table))
 
 
 def _rules(max_norm: MaxNorm, rules: Sequence[ClipRule] | None) -> Sequence[ClipRule]:

@@ -265,6 +265,22 @@ def test_a_deferred_step_with_a_gradient_that_the_optimizer_lacks_is_refused():
         clip_step(table, max_norm=1.0, fused=optimizer, deferred=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [(slice(0, 1), torch.float32), (slice(0, 3), torch.float32), (slice(0, 2), torch.float64)],
+    ids=["fewer", "more", "float64"],
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_first_step_that_cannot_be_deferred_is_refused_as_those_after_it(given, dtype, momentum):
+    """The host would decide about a first step with momentum; of fewer parameters the others would move unclipped."""
+    tensors = [nn.Parameter(torch.zeros(1, dtype=dtype)) for _ in range(3)]
+    for tensor in tensors:
+        tensor.grad = torch.full((1,), 3.0, dtype=dtype)
+    optimizer = torch.optim.SGD(tensors[:2], lr=1.0, momentum=momentum, fused=True)
+    with pytest.raises(ValueError, match="`deferred` needs nonfinite"):
+        clip_step(tensors[given], max_norm=1.0, fused=optimizer, deferred=True)
+
+
 def test_a_parameter_that_another_one_takes_the_place_of_is_lacking():
     first, second, other = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0, fused=True)

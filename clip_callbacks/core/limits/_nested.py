@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clip_callbacks.core.limits import _contract
+from clip_callbacks.core.limits._contract import checked_step, initial_state
 from clip_callbacks.core.limits.base import BlockNorms, Limit, LimitOfOne, LimitState, of_one
 
 
@@ -18,7 +18,7 @@ def init_each(limits: Mapping[str, Limit], blocks: int) -> LimitState:
         limits: The inner limits by name.
         blocks: Number of blocks, B.
     """
-    return _joined({name: _contract.initial_state(limit, blocks) for name, limit in limits.items()})
+    return _joined({name: initial_state(limit, blocks) for name, limit in limits.items()})
 
 
 def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState) -> tuple[dict[str, Tensor], LimitState]:
@@ -39,7 +39,7 @@ def step_each(limits: Mapping[str, Limit], blocks: BlockNorms, state: LimitState
         if limit._is_ours:
             values, after[name] = limit.step(blocks, before)
         else:
-            values, after[name] = _contract.checked_step(limit, blocks, before)
+            values, after[name] = checked_step(limit, blocks, before)
         # to one shape, since a limit may return one number for all blocks, and limits are compared block by block
         if isinstance(values, Tensor):
             found[name] = values.expand_as(blocks.norms)

@@ -49,7 +49,7 @@ class LabelTokens:
         """Check the label, which torch would compare with any object."""
         if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
             raise ValueError(f"`ignore_index` must be a whole number, such as -100, got {self.ignore_index!r}.")
-        as_flag(self.shifted, "shifted")
+        object.__setattr__(self, "shifted", as_flag(self.shifted, "shifted"))
 
     def __call__(self, batch: Any) -> Tensor:
         """Count the labels, without a host sync.

@@ -78,6 +78,16 @@ def test_flags(make, name, value):
         make(**options, **{name: value})
 
 
+@pytest.mark.parametrize(("make", "name"), FLAGS)
+def test_flags_of_0_and_1_are_kept_as_false_and_true(make, name):
+    options = {"key": "labels"} if make is LabelTokens else {}
+    if name == "both":
+        options = {"skip_above": 1.0, "loss_above": 1.0}
+    made = make(**options, **{name: 1})
+    kept = getattr(made._options if make is NonFiniteGuard and name != "summary" else made, name)
+    assert kept is True
+
+
 def test_clip_value():
     with pytest.raises(ValueError, match="`clip_value` must be a number above 0"):
         GradientClipping(clip_value=-0.5)
